@@ -1,0 +1,34 @@
+"""What a run is: frozen dataclasses, checked when they are made."""
+
+from megatron_keye.config.data import DataConfig, FrameConfig
+from megatron_keye.config.model import (
+    DecoderConfig,
+    ExpertsConfig,
+    IndexerConfig,
+    ModelConfig,
+    VisionConfig,
+)
+from megatron_keye.config.parallel import DecoderParallel, ParallelConfig, VisionParallel
+from megatron_keye.config.run import RunConfig
+from megatron_keye.config.training import (
+    CheckpointConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "DecoderConfig",
+    "DecoderParallel",
+    "ExpertsConfig",
+    "FrameConfig",
+    "IndexerConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "VisionConfig",
+    "VisionParallel",
+]

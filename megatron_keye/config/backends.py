@@ -1,0 +1,113 @@
+"""Which optional GPU packages are wholly installed, found without importing them.
+
+In one place, because an import can't answer it: Megatron-Core expects ImportError where a half
+installed Transformer Engine raises RuntimeError, and the package index also has another `apex`.
+Standard library only.
+"""
+
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+
+TRANSFORMER_ENGINE_INSTALL = (
+    'pip install --no-build-isolation "transformer-engine[pytorch,core_cu13]==2.20.2"'
+)
+APEX_INSTALL = (
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation "
+    "git+https://github.com/NVIDIA/apex"
+)
+# The core library by the CUDA release it was built for.
+_CORE_NAMES = ("transformer-engine-cu13", "transformer-engine-cu12")
+_TORCH_NAME = "transformer-engine-torch"
+
+
+def installed_version(name: str) -> str | None:
+    """Return the version of the installed distribution `name`, or None when there is none."""
+    found = _find(name)
+    return found.version if found else None
+
+
+def transformer_engine_version() -> str | None:
+    """Return the version of Transformer Engine, or None when no part of it is installed.
+
+    Three packages make it up: Python code, a core library per CUDA release, and the binding to
+    torch. A build from source has all three in the first.
+
+    Raises:
+        RuntimeError: Some parts are missing or of different versions. Megatron-Core can't even be
+            imported like this.
+    """
+    front = _find("transformer-engine")
+    parts = {name: installed_version(name) for name in (*_CORE_NAMES, _TORCH_NAME)}
+    present = {name: version for name, version in parts.items() if version is not None}
+    if front is None and not present:
+        return None
+    if front is not None and not present and _is_built_from_source(front):
+        return front.version
+    missing = []
+    if front is None:
+        missing.append("transformer-engine")
+    else:
+        present = {"transformer-engine": front.version, **present}
+    if not any(parts[name] for name in _CORE_NAMES):
+        missing.append(_CORE_NAMES[0])
+    if parts[_TORCH_NAME] is None:
+        missing.append(_TORCH_NAME)
+    got = ", ".join(f"{name} {version}" for name, version in present.items())
+    remedy = (
+        f"Megatron-Core fails to import like this; complete it with "
+        f"`{TRANSFORMER_ENGINE_INSTALL}` or remove it with "
+        f"`pip uninstall -y {' '.join(present)}`"
+    )
+    if missing:
+        raise RuntimeError(
+            f"half of Transformer Engine is installed: got {got} without {', '.join(missing)}. "
+            f"{remedy}"
+        )
+    if len(set(present.values())) > 1:
+        raise RuntimeError(
+            f"the parts of Transformer Engine differ in version: got {got}, expected one version. "
+            f"{remedy}"
+        )
+    return next(iter(present.values()))
+
+
+def transformer_engine_cuda() -> int | None:
+    """Return the CUDA major version that the installed core library is for, None if unknown."""
+    for name in _CORE_NAMES:
+        if _find(name) is not None:
+            return int(name.removeprefix("transformer-engine-cu"))
+    return None
+
+
+def apex_version() -> str | None:
+    """Return the version of NVIDIA's apex, or None when no `apex` is installed.
+
+    Raises:
+        RuntimeError: The installed `apex` is the package index's, an unrelated web toolkit.
+    """
+    found = _find("apex")
+    if found is None:
+        return None
+    folder = Path(str(found.locate_file("apex")))
+    if not all((folder / part).is_dir() for part in ("optimizers", "normalization")):
+        raise RuntimeError(
+            f"the installed apex {found.version} is not NVIDIA's: it has no apex.optimizers or no "
+            f"apex.normalization. Remove it with `pip uninstall -y apex`; NVIDIA's is built with "
+            f"`{APEX_INSTALL}`"
+        )
+    return found.version
+
+
+def _find(name: str) -> Distribution | None:
+    try:
+        return distribution(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _is_built_from_source(front: Distribution) -> bool:
+    """Return whether the package holds the compiled binding itself."""
+    return any(
+        path.name.startswith("transformer_engine_torch") and path.suffix == ".so"
+        for path in front.files or []
+    )

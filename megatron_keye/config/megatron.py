@@ -1,0 +1,128 @@
+"""The only translation into Megatron-Core's configuration objects.
+
+Megatron's field names appear here and nowhere else in the configuration.
+"""
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_keye.config.run import RunConfig
+
+
+def weight_dtype(run: RunConfig) -> torch.dtype:
+    """Return the dtype of weights and activations."""
+    return torch.bfloat16 if run.training.precision == "bf16" else torch.float32
+
+
+def decoder_config(
+    run: RunConfig, *, on_gpu: bool, grouped_experts: bool
+) -> TransformerConfig:
+    """Translate the decoder's sizes and degrees.
+
+    Args:
+        run: The run.
+        on_gpu: Whether modules are built on the GPU.
+        grouped_experts: Whether all experts of a rank run in one grouped matrix product, which
+            needs Transformer Engine.
+
+    Returns:
+        What Megatron-Core's blocks and schedules read.
+    """
+    decoder, degrees = run.model.decoder, run.parallel.decoder
+    interleaved = degrees.chunks_per_stage > 1
+    return TransformerConfig(
+        num_layers=decoder.num_layers,
+        hidden_size=decoder.hidden_size,
+        num_attention_heads=decoder.num_heads,
+        num_query_groups=decoder.num_kv_heads,
+        kv_channels=decoder.head_dim,
+        ffn_hidden_size=decoder.experts.intermediate_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=decoder.rms_norm_eps,
+        qk_layernorm=True,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        num_moe_experts=decoder.experts.num_experts,
+        moe_router_topk=decoder.experts.num_experts_per_token,
+        moe_ffn_hidden_size=decoder.experts.intermediate_size,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=decoder.experts.balance_loss_weight,
+        moe_router_pre_softmax=False,
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=grouped_experts,
+        tensor_model_parallel_size=degrees.tensor,
+        pipeline_model_parallel_size=degrees.pipeline,
+        virtual_pipeline_model_parallel_size=degrees.chunks_per_stage if interleaved else None,
+        context_parallel_size=degrees.context,
+        expert_model_parallel_size=degrees.expert,
+        expert_tensor_parallel_size=1,
+        sequence_parallel=degrees.tensor > 1,
+        # With two stages both neighbours are one rank, where batched sends pair up wrongly.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        calculate_per_token_loss=True,
+        params_dtype=weight_dtype(run),
+        pipeline_dtype=weight_dtype(run),
+        bf16=run.training.precision == "bf16",
+        recompute_granularity="full" if run.training.recompute_layers else None,
+        recompute_method="uniform" if run.training.recompute_layers else None,
+        recompute_num_layers=1 if run.training.recompute_layers else None,
+        # Weights are drawn by name afterwards (decoder/initialization.py), alike on every grid.
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def vision_config(run: RunConfig) -> TransformerConfig:
+    """Translate as much of the ViT as Megatron's data-parallel wrapper and optimizer read."""
+    vision = run.model.vision
+    return TransformerConfig(
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        num_attention_heads=vision.num_heads,
+        ffn_hidden_size=vision.intermediate_size,
+        calculate_per_token_loss=True,
+        params_dtype=weight_dtype(run),
+        bf16=run.training.precision == "bf16",
+        gradient_accumulation_fusion=False,
+    )
+
+
+def data_parallel_config(run: RunConfig) -> DistributedDataParallelConfig:
+    """Translate how gradients are added up over replicas."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=run.training.optimizer.shards_state,
+        check_for_nan_in_grad=False,
+    )
+
+
+def optimizer_config(run: RunConfig) -> MegatronOptimizerConfig:
+    """Translate AdamW; clipping is done over both grids together, so not by this optimizer."""
+    optimizer = run.training.optimizer
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.learning_rate,
+        min_lr=optimizer.min_learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.epsilon,
+        clip_grad=0.0,
+        bf16=run.training.precision == "bf16",
+        params_dtype=weight_dtype(run),
+        use_distributed_optimizer=optimizer.shards_state,
+    )

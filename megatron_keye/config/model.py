@@ -1,0 +1,184 @@
+"""The model's sizes: vision encoder, projector, decoder, experts and indexer.
+
+Standard library only, so that a plan can be made on a machine without torch.
+Names follow the released checkpoint where it has a name for the thing.
+"""
+
+from dataclasses import dataclass, field
+
+from megatron_keye.config.check import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Native-resolution ViT (SigLIP so400m family) and the 2x2-merge projector behind it."""
+
+    num_layers: int
+    """Encoder layers (27 in the released model)."""
+    hidden_size: int
+    """Width W of the encoder; divisible by num_heads, each head a multiple of 4 wide."""
+    intermediate_size: int
+    """Hidden size of the encoder's MLP."""
+    num_heads: int
+    """Attention heads."""
+    patch_size: int = 14
+    """Side of one square patch, in pixels."""
+    image_size: int = 384
+    """Pixels a side for which the learned position table was made; the table has
+    (image_size // patch_size)^2 rows and is interpolated to every other size."""
+    merge_size: int = 2
+    """Patches a side that the projector merges into one decoder token."""
+    layer_norm_eps: float = 1e-6
+    """Epsilon of the encoder's LayerNorms; the projector's is fixed at 1e-5."""
+    rope_theta: float = 10_000.0
+    """Base of the 2-D rotary frequencies."""
+    num_packing_positions: int = 0
+    """Rows of the released checkpoint's unused second position table (32,768 there); carried
+    through conversions, never read."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "patch_size"):
+            check(getattr(self, name) > 0, f"model.vision.{name}", getattr(self, name), "1 or more")
+        check(
+            self.hidden_size % (4 * self.num_heads) == 0,
+            "model.vision.hidden_size",
+            self.hidden_size,
+            f"a multiple of 4 x num_heads = {4 * self.num_heads}, for row and column rotary halves",
+        )
+        check(
+            self.image_size >= self.patch_size,
+            "model.vision.image_size",
+            self.image_size,
+            f"at least patch_size = {self.patch_size}",
+        )
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Side in pixels of the square that becomes one decoder token (28 in the released model)."""
+        return self.patch_size * self.merge_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """Mixture of experts in every decoder layer; softmax router, top-k renormalised."""
+
+    num_experts: int
+    """Experts a layer."""
+    num_experts_per_token: int
+    """Experts that a token visits."""
+    intermediate_size: int
+    """Hidden size F of one gated expert."""
+    balance_loss_weight: float = 1e-3
+    """Weight of the router's load-balancing loss (Switch form, per row); 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        check(
+            0 < self.num_experts_per_token <= self.num_experts,
+            "model.decoder.experts.num_experts_per_token",
+            self.num_experts_per_token,
+            f"between 1 and num_experts = {self.num_experts}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexerConfig:
+    """Lightning indexer: scores all keys cheaply and keeps the best for each query."""
+
+    num_heads: int
+    """Heads I of the indexer; they share one key."""
+    head_dim: int
+    """Channels J of one head; even, a multiple of 4."""
+    top_k: int
+    """Keys K that a query may attend to; with fewer candidates it takes all of them."""
+
+    def __post_init__(self) -> None:
+        check(self.num_heads > 0, "model.decoder.indexer.num_heads", self.num_heads, "1 or more")
+        check(self.top_k > 0, "model.decoder.indexer.top_k", self.top_k, "1 or more")
+        check(
+            self.head_dim > 0 and self.head_dim % 4 == 0,
+            "model.decoder.indexer.head_dim",
+            self.head_dim,
+            "a positive multiple of 4",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Qwen3-MoE decoder with grouped-query attention made sparse by the indexer."""
+
+    num_layers: int
+    """Decoder layers (48 in the released model), all with experts and an indexer."""
+    hidden_size: int
+    """Width D of the residual stream."""
+    num_heads: int
+    """Query heads H."""
+    num_kv_heads: int
+    """Key-value heads G; divides num_heads."""
+    head_dim: int
+    """Channels C of one head; independent of hidden_size / num_heads."""
+    vocab_size: int
+    """Rows of the embedding and of the untied output layer."""
+    experts: ExpertsConfig
+    """The feed-forward part of every layer."""
+    indexer: IndexerConfig
+    """The sparse part of every attention."""
+    rope_theta: float = 10_000_000.0
+    """Base of the rotary frequencies, of the attention and of the indexer."""
+    rope_sections: tuple[int, int, int] = (16, 24, 24)
+    """Frequencies given to the time, height and width positions; they sum to head_dim / 2."""
+    rms_norm_eps: float = 1e-6
+    """Epsilon of all RMSNorms but the indexer's own, which is fixed at 1e-6."""
+    init_std: float = 0.02
+    """Standard deviation of freshly initialised linear and embedding weights."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.num_heads % self.num_kv_heads == 0,
+            "model.decoder.num_heads",
+            self.num_heads,
+            f"a multiple of num_kv_heads = {self.num_kv_heads}",
+        )
+        check(
+            2 * sum(self.rope_sections) == self.head_dim,
+            "model.decoder.rope_sections",
+            self.rope_sections,
+            f"three numbers whose sum is head_dim / 2 = {self.head_dim / 2:g}",
+        )
+        scaled = [section * self.indexer.head_dim % self.head_dim for section in self.rope_sections]
+        check(
+            not any(scaled),
+            "model.decoder.indexer.head_dim",
+            self.indexer.head_dim,
+            f"a size to which rope_sections {self.rope_sections} of head_dim {self.head_dim} "
+            "scale in whole numbers",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The whole model and the vocabulary entries that tie its two halves together."""
+
+    vision: VisionConfig
+    """ViT and projector."""
+    decoder: DecoderConfig
+    """Language model."""
+    image_token_id: int = 151_655
+    """Placeholder of one merged image token."""
+    video_token_id: int = 151_656
+    """Placeholder of one merged video-frame token."""
+    vision_start_token_id: int = 151_652
+    """Stands before the placeholders of one image or frame."""
+    vision_end_token_id: int = 151_653
+    """Stands after the placeholders of one image or frame."""
+
+    vision_token_ids: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vision_token_ids", (self.image_token_id, self.video_token_id))
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id"):
+            check(
+                0 <= getattr(self, name) < self.decoder.vocab_size,
+                f"model.{name}",
+                getattr(self, name),
+                f"an id below model.decoder.vocab_size = {self.decoder.vocab_size}",
+            )

@@ -1,0 +1,115 @@
+"""How many ranks share the work, along which axes, for the decoder and for vision."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_keye.config.check import check
+
+Placement = Literal["dedicated", "colocated"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderParallel:
+    """Degrees of the decoder grid; their product is its number of ranks."""
+
+    tensor: int = 1
+    """Ranks that share each matrix; above 1 the sequence is split over them too."""
+    pipeline: int = 1
+    """Stages that the layers are cut into."""
+    chunks_per_stage: int = 1
+    """Model chunks a stage holds; above 1 the pipeline is interleaved."""
+    context: int = 1
+    """Ranks that share each row's tokens."""
+    expert: int = 1
+    """Ranks that share the experts; divides tensor x context x data."""
+    data: int = 1
+    """Replicas that take different rows."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "chunks_per_stage", "context", "expert", "data"):
+            degree = getattr(self, name)
+            check(degree > 0, f"parallel.decoder.{name}", degree, "1 or more")
+        sharers = self.tensor * self.context * self.data
+        check(
+            sharers % self.expert == 0,
+            "parallel.decoder.expert",
+            self.expert,
+            f"a divisor of tensor x context x data = {sharers}",
+        )
+        check(
+            self.chunks_per_stage == 1 or self.pipeline > 1,
+            "parallel.decoder.chunks_per_stage",
+            self.chunks_per_stage,
+            "1 unless parallel.decoder.pipeline is above 1",
+        )
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the decoder grid."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionParallel:
+    """Where the ViT runs and in what portions."""
+
+    placement: Placement = "colocated"
+    """"dedicated": on ranks of its own, after the decoder's. "colocated": on the decoder's ranks,
+    chunks spread over all of them."""
+    num_ranks: int = 0
+    """Ranks of its own; any number when dedicated, 0 when colocated."""
+    chunk_patches: int = 8_192
+    """Most patches that are encoded at once; bounds memory whatever the video's length. A single
+    frame above it makes a chunk of its own."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.placement in ("dedicated", "colocated"),
+            "parallel.vision.placement",
+            self.placement,
+            "'dedicated' or 'colocated'",
+        )
+        if self.placement == "dedicated":
+            check(
+                self.num_ranks > 0,
+                "parallel.vision.num_ranks",
+                self.num_ranks,
+                "1 or more, since parallel.vision.placement is 'dedicated'",
+            )
+        else:
+            check(
+                self.num_ranks == 0,
+                "parallel.vision.num_ranks",
+                self.num_ranks,
+                "0, since parallel.vision.placement is 'colocated' (the decoder's ranks encode)",
+            )
+        check(
+            self.chunk_patches > 0,
+            "parallel.vision.chunk_patches",
+            self.chunk_patches,
+            "1 or more",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Both grids. Decoder ranks come first, dedicated vision ranks after them."""
+
+    decoder: DecoderParallel = field(default_factory=DecoderParallel)
+    """Grid of the language model."""
+    vision: VisionParallel = field(default_factory=VisionParallel)
+    """Grid of the ViT."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the whole job."""
+        return self.decoder.num_ranks + self.vision.num_ranks
+
+    def describe(self) -> str:
+        """Return the degrees and what they multiply to, for error messages and logs."""
+        d, v = self.decoder, self.vision
+        encoders = f"{v.num_ranks} vision ranks" if v.num_ranks else "vision colocated"
+        return (
+            f"tensor {d.tensor} x pipeline {d.pipeline} x context {d.context} x data {d.data} "
+            f"(expert {d.expert}) + {encoders} = {self.num_ranks} ranks"
+        )

@@ -1,0 +1,190 @@
+"""The whole configuration of a run: cross-checks, JSON, and --set overrides."""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from megatron_keye.config.check import check, suggest
+from megatron_keye.config.data import DataConfig
+from megatron_keye.config.model import ModelConfig
+from megatron_keye.config.parallel import ParallelConfig
+from megatron_keye.config.training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run, apart from the machine it runs on."""
+
+    name: str
+    """Name of the run; its results go to output_dir / name."""
+    model: ModelConfig
+    """Sizes."""
+    data: DataConfig
+    """Samples and rows."""
+    parallel: ParallelConfig
+    """Ranks."""
+    training: TrainingConfig
+    """Steps."""
+    output_dir: str = "runs"
+    """Folder that holds the runs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto" takes the GPUs when torch sees one, the CPU otherwise."""
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @property
+    def folder(self) -> Path:
+        """Where this run writes its configuration, checkpoints, events and summary."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def rows_per_replica(self) -> int:
+        """Micro-batches that each data-parallel replica works through in one step."""
+        return self.training.rows_per_step // self.parallel.decoder.data
+
+    def validate(self) -> None:
+        """Check what concerns two sections or more.
+
+        Raises:
+            ValueError: Naming the setting, what was got and what was expected.
+        """
+        decoder, degrees = self.model.decoder, self.parallel.decoder
+        self._check_divides(decoder.num_kv_heads, "tensor", "key-value heads")
+        self._check_divides(decoder.vocab_size, "tensor", "vocabulary rows")
+        self._check_divides(decoder.experts.num_experts, "expert", "experts")
+        self._check_divides(self.training.rows_per_step, "data", "rows a step")
+        chunks = degrees.pipeline * degrees.chunks_per_stage
+        check(
+            decoder.num_layers % chunks == 0,
+            "model.decoder.num_layers",
+            decoder.num_layers,
+            f"a multiple of pipeline x chunks_per_stage = {chunks}",
+        )
+        check(
+            degrees.chunks_per_stage == 1 or self.rows_per_replica % degrees.pipeline == 0,
+            "training.rows_per_step",
+            self.training.rows_per_step,
+            f"a multiple of data x pipeline = {degrees.data * degrees.pipeline}, since the "
+            "pipeline is interleaved",
+        )
+        share = degrees.tensor * degrees.context * (2 if degrees.context > 1 else 1)
+        check(
+            self.data.row_tokens % share == 0,
+            "data.row_tokens",
+            self.data.row_tokens,
+            f"a multiple of {share}, so that tensor x context ranks get equal parts",
+        )
+
+    def _check_divides(self, count: int, axis: str, what: str) -> None:
+        degree = getattr(self.parallel.decoder, axis)
+        check(
+            count % degree == 0, f"parallel.decoder.{axis}", degree, f"a divisor of {count} {what}"
+        )
+
+    def check_num_ranks(self, num_ranks: int) -> None:
+        """Raise a ValueError unless the degrees multiply to the `num_ranks` that were started."""
+        check(
+            num_ranks == self.parallel.num_ranks,
+            "parallel",
+            self.parallel.describe(),
+            f"{num_ranks}, the number of ranks that were started; change a degree with --set, or "
+            f"start {self.parallel.num_ranks} with launch/local.sh",
+        )
+
+    def to_json(self) -> str:
+        """Return the whole tree as indented JSON."""
+        return json.dumps(_plain(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Build the tree from what `to_json` wrote; unknown fields are refused."""
+        return typing.cast(Self, _build(cls, json.loads(text), path=""))
+
+    def with_overrides(self, overrides: list[str]) -> Self:
+        """Return a copy with `section.field=value` settings applied, all checked together.
+
+        Args:
+            overrides: Settings as `--set` takes them; values are JSON, or bare words for text.
+
+        Raises:
+            ValueError: For a setting without "=", an unknown field (near spellings are named), a
+                value of the wrong type, or a combination that does not fit.
+        """
+        tree = _plain(self)
+        for override in overrides:
+            name, equals, text = override.partition("=")
+            check(bool(equals), "--set", override, "section.field=value")
+            _assign(type(self), tree, name.strip(), text.strip())
+        return typing.cast(Self, _build(type(self), tree, path=""))
+
+
+def _plain(node: Any) -> Any:
+    """Turn dataclasses into dicts and tuples into lists, leaving out derived fields."""
+    if dataclasses.is_dataclass(node):
+        return {f.name: _plain(getattr(node, f.name)) for f in dataclasses.fields(node) if f.init}
+    return [_plain(item) for item in node] if isinstance(node, tuple) else node
+
+
+def _fields(section: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(section)
+    return {f.name: hints[f.name] for f in dataclasses.fields(section) if f.init}
+
+
+def _field_type(section: type, name: str, path: str) -> Any:
+    known = _fields(section)
+    if name not in known:
+        raise ValueError(f"{path}{name}: no such field; {suggest(name, known)}")
+    return known[name]
+
+
+def _assign(section: type, tree: dict[str, Any], name: str, text: str) -> None:
+    *parents, leaf = name.split(".")
+    path = ""
+    for parent in parents:
+        section = _field_type(section, parent, path)
+        path += f"{parent}."
+        check(dataclasses.is_dataclass(section), path[:-1], name, "no dot after a plain field")
+        tree = tree[parent]
+    wanted = _field_type(section, leaf, path)
+    if dataclasses.is_dataclass(wanted):
+        inside = ", ".join(_fields(typing.cast(type, wanted)))
+        raise ValueError(f"{name}: is a section; set one of its fields: {inside}")
+    tree[leaf] = text if wanted is str else _parse(text)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text.split(",") if "," in text else text
+
+
+def _build(wanted: Any, value: Any, path: str) -> Any:
+    """Build a value of the `wanted` type out of plain JSON, refusing what does not fit."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if dataclasses.is_dataclass(wanted):
+        section = typing.cast(type, wanted)
+        below = f"{path}." if path else ""
+        parts = {
+            name: _build(_field_type(section, name, below), part, f"{below}{name}")
+            for name, part in value.items()
+        }
+        return section(**parts)
+    if origin is tuple:
+        items = value if isinstance(value, list) else [value]
+        kinds = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
+        check(len(kinds) == len(items), path, value, f"{len(kinds)} values")
+        return tuple(_build(kind, item, path) for kind, item in zip(kinds, items, strict=True))
+    if origin is Literal:
+        check(value in arguments, path, value, f"one of {arguments}")
+        return value
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    assert not isinstance(wanted, types.UnionType), f"{path}: config fields have one type"
+    check(type(value) is wanted, path, value, f"a value of type {wanted.__name__}")
+    return value

@@ -1,0 +1,81 @@
+"""A packed row before it reaches a device: tokens, labels, documents and where pictures go.
+
+Cheap to build and equal on every rank, so that each rank plans a whole step by itself; pixels are
+decoded later, only by the rank that encodes them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORED_LABEL = -100
+"""Label of a position whose token is not predicted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One image or one video frame as the model will see it."""
+
+    media: str
+    """File it comes from, as an absolute path."""
+    frame: int
+    """Index in presentation order of the frame in that file; 0 for an image."""
+    grid: tuple[int, int]
+    """Patches down and across after resizing, multiples of the merge size."""
+    is_video: bool
+    """Whether `media` is decoded as a video or as an image."""
+
+    @property
+    def num_patches(self) -> int:
+        """Patches P of this picture."""
+        return self.grid[0] * self.grid[1]
+
+    def num_tokens(self, merge_size: int) -> int:
+        """Return the decoder tokens M that the picture becomes."""
+        return self.num_patches // merge_size**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One tokenized conversation, not yet packed."""
+
+    name: str
+    """File and line it comes from, for messages."""
+    token_ids: NDArray[np.int64]
+    """Token ids [T]; a picture's placeholders stand in one run."""
+    labels: NDArray[np.int64]
+    """Next token to predict at each position [T], IGNORED_LABEL where there is none."""
+    pictures: tuple[Picture, ...]
+    """Pictures in the order of their placeholders."""
+    picture_starts: tuple[int, ...]
+    """Position of each picture's first placeholder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRow:
+    """Several samples laid end to end in one row of fixed length, padded at its end.
+
+    The padding after the last document forms a document of its own, without labels, so that
+    nothing attends to it and it attends to nothing real.
+    """
+
+    token_ids: NDArray[np.int64]
+    """Token ids [T]."""
+    labels: NDArray[np.int64]
+    """Next token at each position [T], IGNORED_LABEL where none is predicted."""
+    document_bounds: NDArray[np.int64]
+    """Where documents start and end [documents + 1]: 0, ..., T."""
+    num_real_tokens: int
+    """Tokens that belong to samples; the rest is padding."""
+    pictures: tuple[Picture, ...]
+    """Pictures of all samples, in row order."""
+    picture_starts: tuple[int, ...]
+    """Row position of each picture's first placeholder."""
+    sample_names: tuple[str, ...]
+    """Where the documents come from, for messages."""
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Positions that have a label."""
+        return int((self.labels != IGNORED_LABEL).sum())

@@ -1,0 +1,1 @@
+"""Embeddings to logits: Megatron-Core's transformer block around our sparse attention."""

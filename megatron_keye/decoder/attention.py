@@ -1,0 +1,217 @@
+"""Self-attention of one decoder layer: grouped-query attention over the keys its indexer selects.
+
+Stands where Megatron's SelfAttention would. Owning the whole forward lets the indexer see the
+layer's input without a detour, and full-layer recomputation repeats the very same selection.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_keye.config.model import DecoderConfig
+from megatron_keye.decoder.auxiliary_loss import attach_loss
+from megatron_keye.decoder.indexer import Indexer
+from megatron_keye.decoder.norm import RMSNorm
+from megatron_keye.decoder.positions import rotate
+from megatron_keye.decoder.recall import measure_recall
+from megatron_keye.decoder.row import DecoderRow
+from megatron_keye.kernels.dense_attention import dense_attention
+from megatron_keye.kernels.indexer_loss import dense_indexer_loss, sparse_indexer_loss
+from megatron_keye.kernels.indexer_scores import selected_indexer_scores
+from megatron_keye.kernels.lightning_indexer import lightning_indexer
+from megatron_keye.kernels.sparse_attention import sparse_attention
+from megatron_keye.parallel.context import gather_row
+
+
+@dataclass(frozen=True)
+class AttentionLinears:
+    """Which linear layers the attention is built from."""
+
+    column: Any
+    """Class of the linear layer whose outputs are split over tensor ranks."""
+    row: Any
+    """Class of the linear layer whose inputs are split over tensor ranks."""
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Rotated queries of the local tokens, and keys and values of the whole row."""
+
+    q_THC: Tensor
+    k_SGC: Tensor
+    v_SGC: Tensor
+
+
+@dataclass(frozen=True)
+class _IndexerHeads:
+    """The indexer's queries and gates of the local tokens, and its keys of the whole row."""
+
+    q_TIJ: Tensor
+    k_SJ: Tensor
+    gate_TI: Tensor
+
+
+class SparseSelfAttention(MegatronModule):
+    """Project, rotate, gather keys over the context axis, attend, project back."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: AttentionLinears,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        *,
+        decoder: DecoderConfig,
+        **of_other_attentions: Any,
+    ) -> None:
+        """Build one layer's attention; called by Megatron's TransformerLayer.
+
+        Args:
+            config: Megatron's view of the sizes and degrees.
+            submodules: Classes of the two linear layers.
+            layer_number: 1-based number of the layer in the whole model.
+            pg_collection: Groups; tp and cp are used.
+            decoder: Our view of the sizes.
+            of_other_attentions: What the layer passes to every kind of attention; unused here.
+        """
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        self.head_dim = decoder.head_dim
+        self.heads_per_group = decoder.num_heads // decoder.num_kv_heads
+        self.top_k = decoder.indexer.top_k
+        groups, width = decoder.num_kv_heads, decoder.num_heads * decoder.head_dim
+        build = {"config": config, "init_method": config.init_method, "bias": False}
+        build |= {"is_expert": False, "tp_group": self.tp_group}
+        # One weight, interleaved by key-value group as [its query heads, key, value], so that a
+        # tensor rank's part holds whole groups.
+        self.linear_qkv = submodules.column(
+            config.hidden_size,
+            groups * (self.heads_per_group + 2) * decoder.head_dim,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="qkv",
+            **build,
+        )
+        self.linear_proj = submodules.row(
+            width,
+            config.hidden_size,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="proj",
+            **build,
+        )
+        # Megatron adds up the gradients of these two over the tensor axis by their names.
+        self.q_layernorm = RMSNorm(config, decoder.head_dim, decoder.rms_norm_eps)
+        self.k_layernorm = RMSNorm(config, decoder.head_dim, decoder.rms_norm_eps)
+        self.indexer = Indexer(config, decoder.indexer)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: DecoderRow,
+        **of_other_attentions: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend within one packed row.
+
+        Args:
+            hidden_states: [S/CP/TP, 1, D] under sequence parallelism, else [S/CP, 1, D].
+            attention_mask: Unused; the row tells which keys a query may see.
+            packed_seq_params: The row.
+            of_other_attentions: What the layer passes to every kind of attention; unused here.
+
+        Returns:
+            The layer's output in the shape of `hidden_states`, and no bias.
+        """
+        row = packed_seq_params
+        heads = self._project(hidden_states, row)
+        if row.phase == "dense":
+            out_THC = self._attend_densely(heads, row)
+        else:
+            indexer_heads = self._project_indexer(hidden_states, row)
+            if row.phase == "sparse":
+                out_THC = self._attend_sparsely(heads, indexer_heads, row)
+            else:
+                out_THC = self._warm_up_indexer(heads, indexer_heads, row)
+        out_SBX = out_THC.flatten(1)[:, None]
+        return cast(Tensor, self.linear_proj(out_SBX)[0]), None
+
+    def _project(self, hidden_SBD: Tensor, row: DecoderRow) -> _Heads:
+        mixed_SBX = self.linear_qkv(hidden_SBD)[0]
+        mixed_TGX = mixed_SBX.squeeze(1).unflatten(-1, (-1, self.heads_per_group + 2, self.head_dim))
+        q_TGHC, k_TGC, v_TGC = mixed_TGX.split([self.heads_per_group, 1, 1], dim=2)
+        q_THC = rotate(self.q_layernorm(q_TGHC.flatten(1, 2)), *row.attention_rotary)
+        k_TGC = rotate(self.k_layernorm(k_TGC.squeeze(2)), *row.attention_rotary)
+        return _Heads(q_THC, self._gather(k_TGC, row), self._gather(v_TGC.squeeze(2), row))
+
+    def _project_indexer(self, hidden_SBD: Tensor, row: DecoderRow) -> _IndexerHeads:
+        """Run the indexer on the detached input: it learns from its own loss alone."""
+        hidden_SBD = hidden_SBD.detach()
+        if self.config.sequence_parallel:
+            hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, group=self.tp_group)
+        q_TIJ, k_TJ, gate_TI = self.indexer(hidden_SBD.squeeze(1), row.indexer_rotary)
+        return _IndexerHeads(q_TIJ, self._gather(k_TJ, row), gate_TI)
+
+    def _gather(self, local: Tensor, row: DecoderRow) -> Tensor:
+        return gather_row(local, row.gathered_order_S, self.cp_group)
+
+    def _attend_densely(self, heads: _Heads, row: DecoderRow) -> Tensor:
+        return dense_attention(
+            heads.q_THC,
+            heads.k_SGC,
+            heads.v_SGC,
+            row.key_start_T,
+            row.key_end_T,
+            scale=self.head_dim**-0.5,
+        )
+
+    def _attend_sparsely(self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow) -> Tensor:
+        indices_TK = lightning_indexer(
+            indexer.q_TIJ.detach(),
+            indexer.k_SJ.detach(),
+            indexer.gate_TI.detach(),
+            row.key_start_T,
+            row.key_end_T,
+            self.top_k,
+        )
+        out_THC, target_TGK = sparse_attention(
+            heads.q_THC, heads.k_SGC, heads.v_SGC, indices_TK, scale=self.head_dim**-0.5
+        )
+        if not torch.is_grad_enabled():
+            return out_THC
+        scores_TK = selected_indexer_scores(
+            indexer.q_TIJ, indexer.k_SJ, indexer.gate_TI, indices_TK
+        )
+        kl_TG = sparse_indexer_loss(scores_TK, target_TGK)
+        measure_recall(heads.q_THC, heads.k_SGC, indices_TK, row)
+        return self._attach(out_THC, kl_TG, row)
+
+    def _warm_up_indexer(self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow) -> Tensor:
+        out_THC = self._attend_densely(heads, row)
+        if not torch.is_grad_enabled():
+            return out_THC
+        kl_TG = dense_indexer_loss(
+            indexer.q_TIJ,
+            indexer.k_SJ,
+            indexer.gate_TI,
+            heads.q_THC.detach(),
+            heads.k_SGC.detach(),
+            row.key_start_T,
+            row.key_end_T,
+            scale=self.head_dim**-0.5,
+        )
+        return self._attach(out_THC, kl_TG, row)
+
+    def _attach(self, out_THC: Tensor, kl_TG: Tensor, row: DecoderRow) -> Tensor:
+        """Add up the KL over real queries and this rank's groups, as the paper's formula does."""
+        kl = (kl_TG * row.is_real_T[:, None]).sum()
+        row.meter.add("indexer_kl", kl)
+        return attach_loss(out_THC, kl * row.indexer_loss_weight)

@@ -1,0 +1,33 @@
+"""Attaches a loss to an activation, so that it trains without passing through the pipeline.
+
+The activation goes through unchanged; its backward pass starts the loss's own. Losses of layers
+in any pipeline stage thus need no way to the last stage.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss_like = (loss.shape, loss.dtype, loss.device)
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.loss_like
+        return gradients[0], torch.ones(shape, dtype=dtype, device=device)
+
+
+def attach_loss(activation: Tensor, loss: Tensor) -> Tensor:
+    """Return `activation` unchanged; its backward pass adds the gradient of `loss` (weight 1).
+
+    Args:
+        activation: Anything that the run's output depends on.
+        loss: Scalar that already carries its weight.
+    """
+    attached: Tensor = _AttachLoss.apply(activation, loss)  # type: ignore[no-untyped-call]
+    return attached

@@ -1,0 +1,68 @@
+"""The lightning indexer's projections: few narrow query heads, one shared key, one gate a head.
+
+Source: DeepSeek Sparse Attention (DeepSeek-V3.2 report) in the form of the released Keye-VL-2.0
+serving code: query RMSNorm, key LayerNorm, full-width rotary, raw gates.
+"""
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_keye.config.model import IndexerConfig
+from megatron_keye.decoder.positions import rotate
+
+_NORM_EPS = 1e-6
+"""Fixed in the released model, whatever its other norms use."""
+
+
+class Indexer(torch.nn.Module):
+    """Project hidden states to indexer queries, keys and gates. Replicated over tensor ranks."""
+
+    def __init__(self, config: TransformerConfig, indexer: IndexerConfig) -> None:
+        """Make the projections without filling them.
+
+        Args:
+            config: Hidden size, dtype and device of the weights.
+            indexer: Heads and channels.
+        """
+        super().__init__()
+        self.num_heads, self.head_dim = indexer.num_heads, indexer.head_dim
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        like = {"dtype": config.params_dtype, "device": device}
+        num_outputs = self.num_heads * self.head_dim + self.num_heads
+        self.q_proj = torch.nn.Linear(config.hidden_size, num_outputs, bias=False, **like)
+        self.k_proj = torch.nn.Linear(config.hidden_size, self.head_dim, bias=False, **like)
+        self.q_norm = torch.nn.RMSNorm(self.head_dim, eps=_NORM_EPS, **like)
+        self.k_norm = torch.nn.LayerNorm(self.head_dim, eps=_NORM_EPS, **like)
+        for parameter in self.parameters():
+            # Each tensor rank sees the loss of its own key-value groups only, so Megatron must
+            # add up the gradients over the tensor axis, which this mark asks for.
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_TD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Project hidden states that the caller has detached.
+
+        Args:
+            hidden_TD: [T, D], the normalised input of the attention layer.
+            rotary: cos and sin, float32 [T, J].
+
+        Returns:
+            Queries [T, I, J], keys [T, J] and gates [T, I]; gates in float32 or better.
+        """
+        heads_TX, gate_TI = self.q_proj(hidden_TD).split(
+            [self.num_heads * self.head_dim, self.num_heads], dim=-1
+        )
+        q_TIJ = self.q_norm(heads_TX.unflatten(-1, (self.num_heads, self.head_dim)))
+        k_TJ = self._normalise_key(self.k_proj(hidden_TD))
+        k_T1J = rotate(k_TJ[:, None], *rotary)
+        wide = torch.promote_types(gate_TI.dtype, torch.float32)
+        return rotate(q_TIJ, *rotary), k_T1J.squeeze(1), gate_TI.to(wide)
+
+    def _normalise_key(self, k_TJ: Tensor) -> Tensor:
+        """LayerNorm in float32 or better, as the released code does."""
+        wide = torch.promote_types(k_TJ.dtype, torch.float32)
+        norm = self.k_norm
+        normed = torch.nn.functional.layer_norm(
+            k_TJ.to(wide), (self.head_dim,), norm.weight.to(wide), norm.bias.to(wide), norm.eps
+        )
+        return normed.to(k_TJ.dtype)

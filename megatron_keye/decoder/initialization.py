@@ -1,0 +1,44 @@
+"""Fresh weights that depend on a parameter's name and the seed, and on nothing else.
+
+Any grid thus starts from the very same model, which is what lets n ranks be compared with one.
+"""
+
+import zlib
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+
+@torch.no_grad()
+def initialize_weights(sharded_state: dict[str, Any], *, std: float, seed: int) -> None:
+    """Draw every matrix from a normal distribution; norms and biases keep what they have.
+
+    Each tensor is drawn whole, from a generator seeded with its key and its place along the layer
+    and expert axes, and the local part is cut out of it.
+
+    Args:
+        sharded_state: A module's sharded_state_dict, whose entries share memory with its weights.
+        std: Standard deviation.
+        seed: Seed of the run.
+    """
+    apply_factories(sharded_state)
+    for tensor in nested_values(sharded_state):
+        if isinstance(tensor, ShardedTensor) and tensor.data is not None:
+            _draw(tensor, std, seed)
+
+
+def _draw(tensor: ShardedTensor, std: float, seed: int) -> None:
+    first = tensor.prepend_axis_num
+    whole_shape, offsets = tensor.global_shape[first:], tensor.global_offset[first:]
+    if len(whole_shape) < 2:
+        return
+    name = f"{seed}/{tensor.key}/{tensor.global_offset[:first]}"
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    whole = torch.empty(whole_shape).normal_(0.0, std, generator=generator)
+    data = tensor.data
+    assert data is not None, "only tensors with data are drawn"
+    for dim, (offset, size) in enumerate(zip(offsets, data.shape, strict=True)):
+        whole = whole.narrow(dim, offset, size)
+    data.copy_(whole)

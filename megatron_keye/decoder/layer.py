@@ -1,0 +1,66 @@
+"""Which class stands where in one decoder layer, as Megatron-Core's specs say it.
+
+Transformer Engine's linear layers and grouped experts are taken where it is installed and there
+is a GPU, Megatron's own otherwise; norms and attention are ours in both cases, and so checkpoints
+have the same keys.
+"""
+
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from megatron_keye.config.model import DecoderConfig
+from megatron_keye.decoder.attention import AttentionLinears, SparseSelfAttention
+from megatron_keye.decoder.norm import RMSNorm
+
+
+def block_spec(
+    decoder: DecoderConfig, num_layers: int, *, uses_transformer_engine: bool
+) -> TransformerBlockSubmodules:
+    """Return the spec of `num_layers` equal layers and the final norm.
+
+    Args:
+        decoder: Sizes.
+        num_layers: Layers of one model chunk.
+        uses_transformer_engine: Whether linears and experts are Transformer Engine's.
+    """
+    backend = _backend(uses_transformer_engine)
+    attention = ModuleSpec(
+        module=SparseSelfAttention,
+        params={"decoder": decoder},
+        submodules=AttentionLinears(
+            column=backend.column_parallel_linear(), row=backend.row_parallel_linear()
+        ),
+    )
+    experts = get_moe_module_spec_for_backend(
+        backend=backend,
+        num_experts=decoder.experts.num_experts,
+        moe_grouped_gemm=uses_transformer_engine,
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=experts,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+
+
+def _backend(uses_transformer_engine: bool) -> BackendSpecProvider:
+    if not uses_transformer_engine:
+        return LocalSpecProvider()
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()

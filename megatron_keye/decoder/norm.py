@@ -1,0 +1,34 @@
+"""RMSNorm that works under sequence parallelism, on CPU and GPU alike.
+
+Megatron-Core's torch norm refuses sequence parallelism and its other ones need a GPU library; one
+norm everywhere also gives checkpoints the same keys on every machine.
+"""
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """Divide by the root mean square over the last dimension, then scale by a learned weight."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        """Make the weight, all ones.
+
+        Args:
+            config: Tells the weight's dtype and whether ranks see parts of the sequence.
+            hidden_size: Size of the normalised dimension.
+            eps: Added to the mean square.
+        """
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        self.weight = torch.nn.Parameter(ones)
+        self.eps = eps
+        # Under sequence parallelism each rank sees a part of the tokens, so Megatron must add up
+        # the weight's gradients over the tensor axis.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., hidden_size], in the type of x."""
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,44 @@
+"""How much of the true attention the indexer's selection keeps.
+
+The one figure that tells whether sparse attention is faithful; sampled on a few queries a row,
+since the true attention over all keys is what sparse attention exists to avoid.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_keye.decoder.row import DecoderRow
+
+_SAMPLED_QUERIES = 16
+"""Queries a row and layer; at 256K tokens their dense scores are 2 GFLOP a head."""
+
+
+@torch.no_grad()
+def measure_recall(q_THC: Tensor, k_SGC: Tensor, indices_TK: Tensor, row: DecoderRow) -> None:
+    """Report the share of dense attention mass on the selected keys to the row's meter.
+
+    Evenly spaced local queries are sampled; padding does not count.
+
+    Args:
+        q_THC: [T, H, C] rotated queries of the local tokens.
+        k_SGC: [S, G, C] rotated keys of the whole row.
+        indices_TK: int32 [T, K] selected keys, -1 for none.
+        row: The row.
+    """
+    num_queries = len(q_THC)
+    step = max(1, num_queries // _SAMPLED_QUERIES)
+    sample = torch.arange(step - 1, num_queries, step, device=q_THC.device)
+    groups = k_SGC.shape[1]
+    q_TGHC = q_THC[sample].unflatten(1, (groups, -1)).float()
+    scores_TGHS = torch.einsum("tghc,sgc->tghs", q_TGHC, k_SGC.float()) * q_THC.shape[-1] ** -0.5
+    keys = torch.arange(len(k_SGC), device=q_THC.device)
+    start, end = row.key_start_T[sample, None], row.key_end_T[sample, None]
+    is_visible_TS = (keys >= start) & (keys < end)
+    mass_TGHS = scores_TGHS.masked_fill(~is_visible_TS[:, None, None], -torch.inf).softmax(-1)
+    chosen_TK = indices_TK[sample].long()
+    is_chosen_TS = torch.zeros_like(is_visible_TS, dtype=torch.float32)
+    is_chosen_TS.scatter_add_(1, chosen_TK.clamp(min=0), (chosen_TK >= 0).float())
+    recall_T = torch.einsum("tghs,ts->tgh", mass_TGHS, is_chosen_TS).mean(dim=(1, 2))
+    weight_T = row.is_real_T[sample].float()
+    row.meter.add("recall", (recall_T * weight_T).sum())
+    row.meter.add("recall_queries", weight_T.sum())

@@ -1,0 +1,1 @@
+"""Who computes: rank grids, process groups, and what travels between them."""

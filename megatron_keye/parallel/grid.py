@@ -1,0 +1,161 @@
+"""Turns degrees into ranks and process groups, for the decoder grid and the vision grid.
+
+The only file that makes groups; everything else is handed the group it uses. Decoder ranks come
+first, numbered with tensor fastest, then context, data, pipeline; dedicated vision ranks follow.
+"""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_keye.config.parallel import DecoderParallel, ParallelConfig
+
+
+@dataclass(frozen=True)
+class DecoderPlace:
+    """Where one rank stands in the decoder grid."""
+
+    tensor: int
+    """Rank along the tensor axis; also the part of the sequence it holds between layers."""
+    context: int
+    """Rank along the context axis."""
+    data: int
+    """Replica, which decides the rows it works on."""
+    pipeline: int
+    """Pipeline stage."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Both grids as this rank sees them."""
+
+    parallel: ParallelConfig
+    """The degrees."""
+    rank: int
+    """This process."""
+    decoder: ProcessGroupCollection | None
+    """The decoder's groups that this rank is in; None on a dedicated vision rank."""
+    vision: ProcessGroupCollection | None
+    """The vision grid's groups; None on a rank that does not encode."""
+    features: dist.ProcessGroup
+    """All ranks; carries features from vision ranks to the first pipeline stage."""
+    gradients: dist.ProcessGroup
+    """All ranks; carries the features' gradients back. Apart from `features`, since messages of
+    one group between two ranks must start in the same order on both sides."""
+
+    @property
+    def vision_ranks(self) -> range:
+        """The ranks that encode."""
+        decoder, vision = self.parallel.decoder.num_ranks, self.parallel.vision
+        if vision.placement == "dedicated":
+            return range(decoder, decoder + vision.num_ranks)
+        return range(decoder)
+
+    def place(self, rank: int | None = None) -> DecoderPlace:
+        """Return where `rank` (this process by default) stands in the decoder grid."""
+        return decoder_place(self.parallel.decoder, self.rank if rank is None else rank)
+
+    def first_stage_ranks(self, data: int) -> list[int]:
+        """Return the ranks of replica `data` that hold the embeddings, in rank order."""
+        degrees = self.parallel.decoder
+        ranks = range(degrees.num_ranks // degrees.pipeline)
+        return [rank for rank in ranks if decoder_place(degrees, rank).data == data]
+
+
+def decoder_place(degrees: DecoderParallel, rank: int) -> DecoderPlace:
+    """Return where a decoder rank stands, by the numbering stated at the top of this file."""
+    assert 0 <= rank < degrees.num_ranks, f"rank {rank} is not one of {degrees.num_ranks}"
+    rank, tensor = divmod(rank, degrees.tensor)
+    rank, context = divmod(rank, degrees.context)
+    pipeline, data = divmod(rank, degrees.data)
+    return DecoderPlace(tensor=tensor, context=context, data=data, pipeline=pipeline)
+
+
+def build_grid(parallel: ParallelConfig) -> Grid:
+    """Make every process group of the job. All ranks must call it, after init_process_group.
+
+    Args:
+        parallel: Degrees; their product must be the world size (RunConfig.check_num_ranks).
+
+    Returns:
+        The grid as this rank sees it.
+    """
+    # Sequence-parallel linears take their buffer from this global, which only
+    # initialize_model_parallel would have made.
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
+    rank = dist.get_rank()
+    num_decoder = parallel.decoder.num_ranks
+    decoder = _decoder_groups(parallel.decoder)
+    dedicated = parallel.vision.placement == "dedicated"
+    offset, size = (num_decoder, parallel.vision.num_ranks) if dedicated else (0, num_decoder)
+    vision = _vision_groups(size, offset)
+    everyone = list(range(dist.get_world_size()))
+    return Grid(
+        parallel=parallel,
+        rank=rank,
+        decoder=decoder if rank < num_decoder else None,
+        vision=vision if offset <= rank < offset + size else None,
+        features=dist.new_group(everyone),
+        gradients=dist.new_group(everyone),
+    )
+
+
+def _decoder_groups(degrees: DecoderParallel) -> ProcessGroupCollection:
+    """Make the decoder's groups: a base view, and a view that spreads experts over its ranks."""
+    grid = HyperCommGrid(
+        [degrees.tensor, degrees.context, degrees.data, degrees.pipeline],
+        ["tp", "cp", "dp", "pp"],
+    )
+    sharers = degrees.tensor * degrees.context * degrees.data
+    grid.register_view(
+        "experts",
+        [1, degrees.expert, sharers // degrees.expert, degrees.pipeline],
+        ["expt_tp", "ep", "expt_dp", "pp"],
+        shared_dims=["pp"],
+    )
+    groups = {
+        "tp": grid.create_pg("tp"),
+        "cp": grid.create_pg("cp"),
+        "dp": grid.create_pg("dp"),
+        "pp": grid.create_pg("pp"),
+        "mp": grid.create_pg(["tp", "pp"]),
+        "tp_cp": grid.create_pg(["tp", "cp"]),
+        "dp_cp": grid.create_pg(["cp", "dp"]),
+        "tp_dp_cp": grid.create_pg(["tp", "cp", "dp"]),
+        "ep": grid.create_pg("ep", view="experts"),
+        "expt_tp": grid.create_pg("expt_tp", view="experts"),
+        "expt_dp": grid.create_pg("expt_dp", view="experts"),
+        "tp_ep": grid.create_pg(["expt_tp", "ep"], view="experts"),
+        "tp_ep_pp": grid.create_pg(["expt_tp", "ep", "pp"], view="experts"),
+        "intra_dist_opt": grid.create_pg(["tp", "cp", "dp", "pp"]),
+    }
+    return _collection(groups)
+
+
+def _vision_groups(size: int, offset: int) -> ProcessGroupCollection:
+    """Make the vision grid's groups: data parallel over all of it, nothing else is split."""
+    grid = HyperCommGrid([1, size], ["tp", "dp"], rank_offset=offset)
+    alone, everyone = grid.create_pg("tp"), grid.create_pg("dp")
+    names = ("tp", "cp", "pp", "mp", "tp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp")
+    groups = dict.fromkeys(names, alone)
+    groups |= dict.fromkeys(("dp", "dp_cp", "tp_dp_cp", "expt_dp", "intra_dist_opt"), everyone)
+    return _collection(groups)
+
+
+def _collection(groups: dict[str, dist.ProcessGroup]) -> ProcessGroupCollection:
+    """Name the groups as Megatron does, with those that coincide when no weights are gathered."""
+    return ProcessGroupCollection(
+        **groups,
+        dp_cp_gtp_remat=groups["dp_cp"],
+        expt_dp_gtp_remat=groups["expt_dp"],
+        tp_ep_pp_with_egtp_remat=groups["tp_ep_pp"],
+        intra_dp_cp=groups["dp_cp"],
+        intra_expt_dp=groups["expt_dp"],
+        # Embedding and output layer are untied, so no group ever adds up their gradients.
+        embd=None,
+        pos_embd=None,
+    )

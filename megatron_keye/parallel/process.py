@@ -1,0 +1,73 @@
+"""Makes this process a rank of the job: device, backend, and the group of all ranks."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_keye.parallel.cpu import run_megatron_on_cpu
+
+_TIMEOUT = timedelta(minutes=10)
+"""How long a collective waits for a rank that no longer answers."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """One rank of the job."""
+
+    rank: int
+    """Number of this process among all."""
+    num_ranks: int
+    """Processes of the whole job."""
+    device: torch.device
+    """Where this rank computes."""
+
+
+def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:
+    """Return the device of a rank.
+
+    Args:
+        wanted: The run's setting.
+        local_rank: Number of this process on its machine.
+
+    Raises:
+        ValueError: When a GPU is asked for and this rank has none.
+    """
+    num_gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
+        return torch.device("cpu")
+    if local_rank >= num_gpus:
+        raise ValueError(
+            f"device: got {wanted!r} for local rank {local_rank}, expected a GPU for each rank "
+            f"but torch sees {num_gpus}; start at most {num_gpus} ranks here, or set device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def join(device: torch.device, *, rank: int, num_ranks: int, init_method: str) -> Process:
+    """Enter the group of all ranks; gloo without a GPU, NCCL with one.
+
+    Args:
+        device: From `resolve_device`.
+        rank: This process.
+        num_ranks: All processes.
+        init_method: Where the ranks meet, as torch.distributed takes it.
+    """
+    if device.type == "cpu":
+        if torch.cuda.is_available():
+            # Megatron-Core asks torch whether there is a GPU; this run must not use the one.
+            torch.cuda.is_available = lambda: False
+        run_megatron_on_cpu()
+    else:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "nccl",
+        init_method=init_method,
+        rank=rank,
+        world_size=num_ranks,
+        timeout=_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return Process(rank=rank, num_ranks=num_ranks, device=device)

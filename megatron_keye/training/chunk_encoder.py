@@ -1,0 +1,81 @@
+"""Runs vision chunk by chunk: once without activations, once more for the gradients.
+
+Memory is bounded by one chunk, whatever the video's length.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_keye.config.megatron import weight_dtype
+from megatron_keye.config.run import RunConfig
+from megatron_keye.data.row import PackedRow, Picture
+from megatron_keye.parallel.plan import StepPlan
+
+LoadPatches = Callable[[Sequence[Picture]], Tensor]
+"""From pictures to their patches, float32 [P, channels, patch, patch], on the CPU."""
+
+
+class ChunkEncoder:
+    """Encodes the chunks of one step on this rank."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        vision: torch.nn.Module,
+        load_patches: LoadPatches,
+        device: torch.device,
+    ) -> None:
+        """Take what stays the same over steps.
+
+        Args:
+            run: Sizes and precision.
+            vision: ViT and projector, in their data-parallel wrapper.
+            load_patches: Decodes pictures into patches.
+            device: Where the ViT runs.
+        """
+        self._vision, self._load_patches, self._device = vision, load_patches, device
+        self._dtype = weight_dtype(run)
+        self._inputs: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
+        self._plan = StepPlan(chunks=(), shipments=())
+        self._rows: list[PackedRow] = []
+        self.num_frames = 0
+        """Pictures decoded since the start."""
+
+    def start_step(self, plan: StepPlan, rows: list[PackedRow]) -> None:
+        """Take the plan and the rows of the next step."""
+        self._plan, self._rows = plan, rows
+        self._inputs.clear()
+
+    @torch.no_grad()
+    def encode(self, chunk: int) -> Tensor:
+        """Decode and encode a chunk, keeping its patches on the CPU for the backward pass.
+
+        Args:
+            chunk: Index in the plan.
+
+        Returns:
+            Features [M, D].
+        """
+        pictures = [
+            self._rows[slot.row].pictures[slot.index] for slot in self._plan.chunks[chunk].pictures
+        ]
+        patches = self._load_patches(pictures).to(self._dtype)
+        self._inputs[chunk] = patches, [picture.grid for picture in pictures]
+        self.num_frames += len(pictures)
+        return self._forward(*self._inputs[chunk])
+
+    def backward(self, chunk: int, gradient_MD: Tensor) -> None:
+        """Encode a chunk again and add up the gradients of the weights.
+
+        Args:
+            chunk: Index in the plan.
+            gradient_MD: [M, D], gradient of the chunk's features.
+        """
+        features_MD = self._forward(*self._inputs.pop(chunk))
+        torch.autograd.backward(features_MD, gradient_MD.to(features_MD.dtype))
+
+    def _forward(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+        features: Tensor = self._vision(patches.to(self._device), grids)
+        return features

@@ -1,0 +1,24 @@
+"""Linear warm-up and cosine decay of the learning rate, as a function of the step alone."""
+
+import math
+
+from megatron_keye.config.training import OptimizerConfig
+
+
+def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig) -> float:
+    """Return the learning rate of a step.
+
+    Args:
+        step: 0-based number of the step.
+        num_steps: Steps of the whole run; the last one has nearly the smallest rate.
+        optimizer: Peak, floor and warm-up.
+    """
+    peak, low, warmup = (
+        optimizer.learning_rate,
+        optimizer.min_learning_rate,
+        optimizer.warmup_steps,
+    )
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,112 @@
+"""What a step measured, put together from all ranks in one message.
+
+Every rank contributes sums of its own, zeros where it has none, and all learn the result.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_keye.config.run import RunConfig
+from megatron_keye.decoder.row import RowMeter
+from megatron_keye.training.optimizer import StepOutcome
+from megatron_keye.training.router_load import RouterLoad
+
+_SUMS = ("language_loss", "indexer_kl", "recall", "recall_queries")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One step's figures, the same on every rank."""
+
+    loss: float
+    """Language loss, mean over the tokens that have one, in nats."""
+    indexer_kl: float
+    """KL of the attention against the indexer, mean over queries, groups and layers, in nats; NaN
+    in the dense phase."""
+    indexer_recall: float
+    """Share of dense attention mass on the selected keys, over sampled queries; NaN unless
+    sparse."""
+    router_load: float
+    """Tokens of the busiest expert over the mean, averaged over layers; 1 is even."""
+    gradient_norm: float
+    """Joint norm of decoder and vision before clipping."""
+    learning_rate: float
+    """Learning rate of the step."""
+    was_applied: bool
+    """False when a gradient was not finite and the step was skipped."""
+    tokens_per_second: float
+    """Real tokens of the global batch by the slowest rank's time."""
+    decoder_seconds: float
+    """Slowest decoder rank."""
+    vision_seconds: float
+    """Slowest rank that encodes."""
+
+    def scalars(self) -> dict[str, float]:
+        """Return all figures as floats by name."""
+        return {name: float(value) for name, value in asdict(self).items()}
+
+
+def collect_metrics(
+    meter: RowMeter,
+    router_load: RouterLoad,
+    run: RunConfig,
+    *,
+    loss_tokens: int,
+    queries: int,
+    outcome: StepOutcome,
+    learning_rate: float,
+    seconds: float,
+    device: torch.device,
+) -> StepMetrics:
+    """Add up what all ranks measured. All ranks must call it.
+
+    Args:
+        meter: Sums of this rank's rows and layers.
+        router_load: Counts of this rank's routers.
+        run: Sizes and degrees.
+        loss_tokens: Tokens of the global batch that have a label.
+        queries: Real tokens of the global batch.
+        outcome: Of the optimizer.
+        learning_rate: Of the step.
+        seconds: This rank's time.
+        device: Where the message is put together.
+    """
+    sums, times, counts_LE = _exchange(meter, router_load, seconds, device)
+    decoder = run.model.decoder
+    kl_terms = queries * decoder.num_kv_heads * decoder.num_layers
+    has_kl = run.training.phase != "dense" and queries > 0
+    num_decoder = run.parallel.decoder.num_ranks
+    dedicated = run.parallel.vision.placement == "dedicated"
+    nan = float("nan")
+    return StepMetrics(
+        loss=sums["language_loss"] / loss_tokens if loss_tokens else nan,
+        indexer_kl=sums["indexer_kl"] / kl_terms if has_kl else nan,
+        indexer_recall=sums["recall"] / sums["recall_queries"] if sums["recall_queries"] else nan,
+        router_load=float((counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1)).mean()),
+        gradient_norm=outcome.gradient_norm,
+        learning_rate=learning_rate,
+        was_applied=outcome.was_applied,
+        tokens_per_second=queries / max(times),
+        decoder_seconds=max(times[:num_decoder]),
+        vision_seconds=max(times[num_decoder:] if dedicated else times),
+    )
+
+
+def _exchange(
+    meter: RowMeter, router_load: RouterLoad, seconds: float, device: torch.device
+) -> tuple[dict[str, float], list[float], Tensor]:
+    """Sum one vector over all ranks: named sums, one slot a rank for times, and router counts."""
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    named = torch.stack([meter.sums.get(name, zero) for name in _SUMS])
+    times = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
+    times[dist.get_rank()] = seconds
+    vector = torch.cat([named, times, router_load.counts_LE.flatten()])
+    dist.all_reduce(vector)
+    vector = vector.cpu()
+    first, second = len(_SUMS), len(_SUMS) + len(times)
+    sums = dict(zip(_SUMS, vector[:first].tolist(), strict=True))
+    counts_LE = vector[second:].view_as(router_load.counts_LE)
+    return sums, vector[first:second].tolist(), counts_LE

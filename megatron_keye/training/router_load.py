@@ -1,0 +1,45 @@
+"""Counts how many tokens each expert gets, from Megatron's routers as they run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_keye.config.model import DecoderConfig
+
+
+class RouterLoad:
+    """Tokens by layer and expert, as far as this rank's routers saw them in one step."""
+
+    def __init__(
+        self, decoder: DecoderConfig, chunks: list[DistributedDataParallel], device: torch.device
+    ) -> None:
+        """Listen to the routers of all chunks.
+
+        Args:
+            decoder: Number of layers and experts.
+            chunks: Decoder chunks of this rank.
+            device: Where counts are kept.
+        """
+        size = (decoder.num_layers, decoder.experts.num_experts)
+        self.counts_LE = torch.zeros(size, dtype=torch.float64, device=device)
+        """float64 [layers, experts]; a token counts once for each expert it visits."""
+        for chunk in chunks:
+            for module in chunk.modules():
+                if isinstance(module, TopKRouter):
+                    module.register_forward_hook(self._listen())
+
+    def reset(self) -> None:
+        """Start a new step."""
+        self.counts_LE.zero_()
+
+    def _listen(self) -> Callable[[torch.nn.Module, Any, tuple[Tensor, Tensor]], None]:
+        def count(router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
+            # A recomputed layer runs twice; only the pass that has gradients counts.
+            if torch.is_grad_enabled():
+                self.counts_LE[router.layer_number - 1] += output[1].sum(dim=0)
+
+        return count

@@ -1,0 +1,163 @@
+"""One training step, from packed rows to updated weights."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_keye.config.megatron import weight_dtype
+from megatron_keye.config.run import RunConfig
+from megatron_keye.data.row import PackedRow
+from megatron_keye.decoder.row import RowMeter
+from megatron_keye.model import KeyeModel
+from megatron_keye.parallel.grid import Grid
+from megatron_keye.parallel.plan import plan_step
+from megatron_keye.parallel.schedule import run_step
+from megatron_keye.parallel.transport import FeatureTransport
+from megatron_keye.training.chunk_encoder import ChunkEncoder, LoadPatches
+from megatron_keye.training.decode import Decoding, returns_gradients
+from megatron_keye.training.learning_rate import learning_rate
+from megatron_keye.training.metrics import StepMetrics, collect_metrics
+from megatron_keye.training.microbatch import num_real_queries, picture_slots
+from megatron_keye.training.optimizer import JointOptimizer
+from megatron_keye.training.router_load import RouterLoad
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Sizes of one global batch that losses are divided by."""
+
+    loss_tokens: int
+    queries: int
+    tokens: int
+
+
+class TrainingStep:
+    """Plans, encodes, decodes, returns gradients and updates; the same on every kind of rank."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        grid: Grid,
+        model: KeyeModel,
+        optimizer: JointOptimizer,
+        *,
+        load_patches: LoadPatches,
+        device: torch.device,
+    ) -> None:
+        """Take what stays the same over steps.
+
+        Args:
+            run: The run.
+            grid: Groups of this rank.
+            model: What this rank owns.
+            optimizer: Its optimizers.
+            load_patches: Decodes pictures into patches, on ranks that encode.
+            device: Where this rank computes.
+        """
+        self._run, self._grid, self._model, self._optimizer = run, grid, model, optimizer
+        self._device = device
+        self._decode = Decoding(run, grid, model.chunks, device) if model.chunks else None
+        self._router_load = RouterLoad(run.model.decoder, model.chunks, device)
+        self.encoder = (
+            ChunkEncoder(run, model.vision, load_patches, device) if model.vision else None
+        )
+        """This rank's ViT at work; None on a rank that does not encode."""
+
+    def __call__(self, rows: list[PackedRow], step: int) -> StepMetrics:
+        """Train on one global batch.
+
+        Args:
+            rows: All rows of the global batch, the same on every rank.
+            step: 0-based number of the step.
+
+        Returns:
+            What was measured, the same on every rank.
+        """
+        started = time.perf_counter()
+        meter = RowMeter()
+        counts = _count(rows)
+        self._model.zero_gradients()
+        self._router_load.reset()
+        self._encode_and_decode(rows, meter, counts)
+        self._optimizer.finish_gradients(counts.loss_tokens)
+        rate = learning_rate(step, self._run.training.steps, self._run.training.optimizer)
+        outcome = self._optimizer.step(rate)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return collect_metrics(
+            meter,
+            self._router_load,
+            self._run,
+            loss_tokens=counts.loss_tokens,
+            queries=counts.queries,
+            outcome=outcome,
+            learning_rate=rate,
+            seconds=time.perf_counter() - started,
+            device=self._device,
+        )
+
+    def _encode_and_decode(
+        self, rows: list[PackedRow], meter: RowMeter, counts: _Counts
+    ) -> None:
+        run = self._run
+        plan = plan_step(
+            picture_slots(rows, run.model.vision.merge_size),
+            row_tokens=run.data.row_tokens,
+            parallel=run.parallel,
+            grid=self._grid,
+        )
+        transport = FeatureTransport(
+            plan,
+            self._grid,
+            width=run.model.decoder.hidden_size,
+            dtype=weight_dtype(run),
+            device=self._device,
+        )
+        if self.encoder is not None:
+            self.encoder.start_step(plan, rows)
+        run_step(
+            plan,
+            self._grid,
+            transport,
+            encode=self.encoder.encode if self.encoder is not None else _no_vision,
+            decode=lambda: self._decode_rows(rows, transport, meter, counts),
+            encode_backward=self._encoder_backward(),
+        )
+
+    def _encoder_backward(self) -> Callable[[int, torch.Tensor], None] | None:
+        if self.encoder is None or not returns_gradients(self._run):
+            return None
+        return self.encoder.backward
+
+    def _decode_rows(
+        self,
+        rows: list[PackedRow],
+        transport: FeatureTransport,
+        meter: RowMeter,
+        counts: _Counts,
+    ) -> None:
+        assert self._decode is not None, "only decoder ranks decode"
+        weight = self._run.training.indexer_loss_weight
+        self._decode(
+            rows,
+            transport,
+            meter,
+            # All gradients are divided by the loss tokens at the end; these factors turn the
+            # other losses into means over queries and over tokens.
+            indexer_loss_weight=weight * counts.loss_tokens / max(1, counts.queries),
+            balance_loss_scale=counts.loss_tokens / counts.tokens,
+        )
+
+
+def _count(rows: list[PackedRow]) -> _Counts:
+    return _Counts(
+        loss_tokens=sum(row.num_loss_tokens for row in rows),
+        queries=num_real_queries(rows),
+        tokens=sum(len(row.token_ids) for row in rows),
+    )
+
+
+def _no_vision(chunk: int) -> torch.Tensor:
+    raise AssertionError(f"chunk {chunk} was planned for a rank that does not encode")

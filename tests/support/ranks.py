@@ -1,0 +1,119 @@
+"""Runs a function on n gloo processes; pools of processes are kept, since imports take seconds.
+
+Each call joins and leaves the group of all ranks anew, through a file instead of a port, so that
+calls do not see each other's groups.
+"""
+
+import atexit
+import multiprocessing
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+_TIMEOUT_SECONDS = 300
+_pools: dict[int, "_Pool"] = {}
+
+
+class RankError(AssertionError):
+    """A function failed on a rank; carries that rank's traceback."""
+
+
+def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call `function(*arguments)` on every rank and return the results in rank order.
+
+    Args:
+        num_ranks: Processes of the job.
+        function: Defined at the top of a module, so that workers can import it.
+        arguments: Anything that pickles.
+
+    Raises:
+        RankError: With the first failing rank's traceback, or when ranks do not answer.
+    """
+    pool = _pools.get(num_ranks)
+    if pool is None:
+        pool = _pools[num_ranks] = _Pool(num_ranks)
+    try:
+        return pool.call(function, arguments)
+    except BaseException:
+        _pools.pop(num_ranks).stop()
+        raise
+
+
+class _Pool:
+    """Worker processes of one world size."""
+
+    def __init__(self, num_ranks: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._calls = 0
+        self._workers = []
+        for rank in range(num_ranks):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there, rank, num_ranks), daemon=True)
+            process.start()
+            self._workers.append((process, here))
+
+    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+        self._calls += 1
+        meeting = f"file://{Path(self._folder.name) / str(self._calls)}"
+        for _, pipe in self._workers:
+            pipe.send((function, arguments, meeting))
+        results: dict[int, Any] = {}
+        pipes = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
+        while pipes:
+            ready = wait(list(pipes), timeout=_TIMEOUT_SECONDS)
+            if not ready:
+                raise RankError(f"ranks {sorted(pipes.values())} did not answer in time")
+            for pipe in ready:
+                rank = pipes.pop(pipe)
+                results[rank] = _receive(pipe, rank)
+        return [results[rank] for rank in sorted(results)]
+
+    def stop(self) -> None:
+        """End all workers."""
+        for process, _ in self._workers:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _receive(pipe: Connection, rank: int) -> Any:
+    try:
+        failed, result = pipe.recv()
+    except EOFError:
+        raise RankError(f"rank {rank} died") from None
+    if failed:
+        raise RankError(f"rank {rank} failed:\n{result}")
+    return result
+
+
+def _work(pipe: Connection, rank: int, num_ranks: int) -> None:
+    """Serve calls until the parent goes away."""
+    import torch
+
+    from megatron_keye.parallel.process import join
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, arguments, meeting = pipe.recv()
+        except EOFError:
+            sys.exit(0)
+        try:
+            join(torch.device("cpu"), rank=rank, num_ranks=num_ranks, init_method=meeting)
+            answer = (False, function(*arguments))
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+        except BaseException:
+            answer = (True, traceback.format_exc())
+        pipe.send(answer)
+
+
+@atexit.register
+def _stop_all() -> None:
+    for pool in _pools.values():
+        pool.stop()
