@@ -179,11 +179,6 @@ class KeyeModel:
         """Return all that this rank owns."""
         return [*self.chunks, *([self.vision] if self.vision is not None else [])]
 
-    def zero_gradients(self) -> None:
-        """Forget the gradients of the last step."""
-        for module in self.wrapped():
-            module.zero_grad_buffer()
-
 
 def build_model(
     run: RunConfig, grid: Grid, device: torch.device, *, uses_transformer_engine: bool

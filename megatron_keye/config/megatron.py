@@ -105,7 +105,6 @@ def data_parallel_config(run: RunConfig) -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
-        use_distributed_optimizer=run.training.optimizer.shards_state,
         check_for_nan_in_grad=False,
     )
 
@@ -124,5 +123,4 @@ def optimizer_config(run: RunConfig) -> MegatronOptimizerConfig:
         clip_grad=0.0,
         bf16=run.training.precision == "bf16",
         params_dtype=weight_dtype(run),
-        use_distributed_optimizer=optimizer.shards_state,
     )

@@ -31,8 +31,6 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     clip_gradient_norm: float = 1.0
     """Largest norm of the gradient over decoder and vision together; 0 turns clipping off."""
-    shards_state: bool = False
-    """Whether Megatron's distributed optimizer spreads the optimizer's state over replicas."""
 
     def __post_init__(self) -> None:
         rate, low = self.learning_rate, self.min_learning_rate

@@ -23,6 +23,13 @@ class Process:
     """Processes of the whole job."""
     device: torch.device
     """Where this rank computes."""
+    store: dist.Store
+    """Small facts that all ranks see."""
+
+    def is_first_to_fail(self) -> bool:
+        """Tell whether no other rank has failed before, so that one error is told once."""
+        winner = self.store.compare_set("first_to_fail", "", str(self.rank))
+        return int(winner) == self.rank
 
 
 def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:
@@ -62,12 +69,13 @@ def join(device: torch.device, *, rank: int, num_ranks: int, init_method: str) -
         run_megatron_on_cpu()
     else:
         torch.cuda.set_device(device)
+    store, rank, num_ranks = next(dist.rendezvous(init_method, rank, num_ranks, timeout=_TIMEOUT))
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "nccl",
-        init_method=init_method,
+        store=dist.PrefixStore("groups", store),
         rank=rank,
         world_size=num_ranks,
         timeout=_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    return Process(rank=rank, num_ranks=num_ranks, device=device)
+    return Process(rank=rank, num_ranks=num_ranks, device=device, store=store)

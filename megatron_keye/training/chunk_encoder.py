@@ -40,13 +40,14 @@ class ChunkEncoder:
         self._inputs: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
         self._plan = StepPlan(chunks=(), shipments=())
         self._rows: list[PackedRow] = []
-        self.num_frames = 0
-        """Pictures decoded since the start."""
+        self.num_pictures = 0
+        """Pictures decoded in this step."""
 
     def start_step(self, plan: StepPlan, rows: list[PackedRow]) -> None:
         """Take the plan and the rows of the next step."""
         self._plan, self._rows = plan, rows
         self._inputs.clear()
+        self.num_pictures = 0
 
     @torch.no_grad()
     def encode(self, chunk: int) -> Tensor:
@@ -63,7 +64,7 @@ class ChunkEncoder:
         ]
         patches = self._load_patches(pictures).to(self._dtype)
         self._inputs[chunk] = patches, [picture.grid for picture in pictures]
-        self.num_frames += len(pictures)
+        self.num_pictures += len(pictures)
         return self._forward(*self._inputs[chunk])
 
     def backward(self, chunk: int, gradient_MD: Tensor) -> None:

@@ -14,7 +14,7 @@ from megatron_keye.decoder.row import RowMeter
 from megatron_keye.training.optimizer import StepOutcome
 from megatron_keye.training.router_load import RouterLoad
 
-_SUMS = ("language_loss", "indexer_kl", "recall", "recall_queries")
+_SUMS = ("language_loss", "indexer_kl", "recall", "recall_queries", "pictures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ class StepMetrics:
     """Slowest decoder rank."""
     vision_seconds: float
     """Slowest rank that encodes."""
+    pictures: int
+    """Images and frames that were decoded and encoded."""
 
     def scalars(self) -> dict[str, float]:
         """Return all figures as floats by name."""
@@ -92,6 +94,7 @@ def collect_metrics(
         tokens_per_second=queries / max(times),
         decoder_seconds=max(times[:num_decoder]),
         vision_seconds=max(times[num_decoder:] if dedicated else times),
+        pictures=round(sums["pictures"]),
     )
 
 

@@ -50,6 +50,16 @@ class JointOptimizer:
             assert model.vision is not None, "a vision rank owns the ViT"
             self.vision = self._build([model.vision], grid.vision)
 
+    def zero_gradients(self) -> None:
+        """Forget the gradients of the last step."""
+        for optimizer in (self.decoder, self.vision):
+            if optimizer is not None:
+                # In fp32 each gradient still lies in the summing buffer, where the next backward
+                # pass would add to it twice.
+                optimizer.zero_grad(set_to_none=True)
+        for module in self._model.wrapped():
+            module.zero_grad_buffer()
+
     def finish_gradients(self, num_loss_tokens: int) -> None:
         """Add up gradients over replicas and divide them by the tokens that have a loss.
 

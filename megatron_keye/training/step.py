@@ -60,10 +60,9 @@ class TrainingStep:
         self._device = device
         self._decode = Decoding(run, grid, model.chunks, device) if model.chunks else None
         self._router_load = RouterLoad(run.model.decoder, model.chunks, device)
-        self.encoder = (
+        self._encoder = (
             ChunkEncoder(run, model.vision, load_patches, device) if model.vision else None
         )
-        """This rank's ViT at work; None on a rank that does not encode."""
 
     def __call__(self, rows: list[PackedRow], step: int) -> StepMetrics:
         """Train on one global batch.
@@ -78,7 +77,7 @@ class TrainingStep:
         started = time.perf_counter()
         meter = RowMeter()
         counts = _count(rows)
-        self._model.zero_gradients()
+        self._optimizer.zero_gradients()
         self._router_load.reset()
         self._encode_and_decode(rows, meter, counts)
         self._optimizer.finish_gradients(counts.loss_tokens)
@@ -115,21 +114,23 @@ class TrainingStep:
             dtype=weight_dtype(run),
             device=self._device,
         )
-        if self.encoder is not None:
-            self.encoder.start_step(plan, rows)
+        if self._encoder is not None:
+            self._encoder.start_step(plan, rows)
         run_step(
             plan,
             self._grid,
             transport,
-            encode=self.encoder.encode if self.encoder is not None else _no_vision,
+            encode=self._encoder.encode if self._encoder is not None else _no_vision,
             decode=lambda: self._decode_rows(rows, transport, meter, counts),
             encode_backward=self._encoder_backward(),
         )
+        if self._encoder is not None:
+            meter.add("pictures", torch.tensor(self._encoder.num_pictures, device=self._device))
 
     def _encoder_backward(self) -> Callable[[int, torch.Tensor], None] | None:
-        if self.encoder is None or not returns_gradients(self._run):
+        if self._encoder is None or not returns_gradients(self._run):
             return None
-        return self.encoder.backward
+        return self._encoder.backward
 
     def _decode_rows(
         self,

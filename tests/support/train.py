@@ -10,6 +10,7 @@ from megatron_keye.config import RunConfig
 from megatron_keye.data.row import PackedRow
 from megatron_keye.model import KeyeModel, build_model
 from megatron_keye.parallel.grid import Grid, build_grid
+from megatron_keye.parallel.random import seed_rank
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.step import TrainingStep
@@ -62,6 +63,7 @@ def assert_same_training(
 def _train_on_rank(run_json: str, batches: list[list[PackedRow]]) -> Any:
     run = RunConfig.from_json(run_json)
     grid = build_grid(run.parallel)
+    seed_rank(run.training.seed, grid)
     device = torch.device("cpu")
     model = build_model(run, grid, device, uses_transformer_engine=False)
     optimizer = JointOptimizer(run, model, grid)

@@ -1,0 +1,23 @@
+// Every operator's schema and the implementation behind it, and nothing else.
+// One file, so that the boundary between Python and C++ can be read on one page.
+
+#include <Python.h>
+#include <torch/library.h>
+
+#include "select_top_k/select_top_k.h"
+
+TORCH_LIBRARY(megatron_keye, m) {
+  m.def(
+      "select_top_k(Tensor scores_TS, Tensor key_start_T, Tensor key_end_T, int k) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(megatron_keye, CUDA, m) {
+  m.impl("select_top_k", &megatron_keye::select_top_k);
+}
+
+// An empty Python module: importing it loads the registrations above.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", "CUDA operators of megatron_keye.", -1, nullptr};
+  return PyModule_Create(&definition);
+}

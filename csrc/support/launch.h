@@ -1,0 +1,24 @@
+// What every kernel launch needs around it: the current stream and the launch error.
+// Kept in one place, because a launch error left unread shows up in somebody else's call.
+#pragma once
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+
+namespace megatron_keye {
+
+// Launches `kernel` on the current stream of the current device; the caller guards the device.
+// More than 48 KB of shared memory has to be asked for first, which this does too.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
+            const Arguments&... arguments) {
+  constexpr int kGrantedBytes = 48 * 1024;
+  if (shared_bytes > kGrantedBytes) {
+    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        shared_bytes));
+  }
+  kernel<<<grid, block, shared_bytes, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace megatron_keye

@@ -1,0 +1,60 @@
+"""Public function of the dense attention: contract, checks and choice of implementation.
+
+The warm-up phase trains the indexer beside dense attention, and short rows need no selection;
+both must mean exactly what the sparse attention means when it selects everything.
+
+Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head.
+"""
+
+from torch import Tensor
+
+from megatron_keye.kernels.arguments import (
+    check_groups,
+    check_key_ranges,
+    check_same_dtype,
+    check_shapes,
+    choose_impl,
+)
+from megatron_keye.kernels.dense_attention import reference
+
+IMPLEMENTATIONS = ("eager",)
+"""What exists; the first is the default."""
+
+
+def dense_attention(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    *,
+    scale: float,
+    impl: str | None = None,
+) -> Tensor:
+    """Attend with every head of a query to all keys of that query's range.
+
+    Query head h uses key-value head h // (H / G). Differentiable in `q_THC`, `k_SGC` and
+    `v_SGC`, all of which must be finite. A query with an empty range gives 0 and gradients of 0.
+
+    Args:
+        q_THC: Queries, any float type; H a multiple of G.
+        k_SGC: Keys, type of `q_THC`.
+        v_SGC: Values, type of `q_THC`.
+        key_start_T: int64, first key that a query may see, at least 0.
+        key_end_T: int64, one past the last key that it may see, at most S; at or below
+            `key_start_T` for a query without any key.
+        scale: Factor of the logits, usually C^-0.5.
+        impl: One of IMPLEMENTATIONS, or None for the first.
+
+    Returns:
+        out_THC, type of `q_THC`.
+
+    Raises:
+        ValueError: On shapes, types or devices that do not fit, or an unknown `impl`.
+    """
+    choose_impl("dense_attention", impl, IMPLEMENTATIONS)
+    sizes = check_shapes(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
+    check_groups(sizes["H"], sizes["G"])
+    check_same_dtype(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
+    check_key_ranges(q_THC, key_start_T, key_end_T)
+    return reference.dense_attention(q_THC, k_SGC, v_SGC, key_start_T, key_end_T, scale=scale)

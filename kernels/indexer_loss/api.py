@@ -1,0 +1,105 @@
+"""Public functions of the indexer's losses: contract, checks and choice of implementation.
+
+Two functions, one a training phase: the warm-up teaches the indexer from all keys, the sparse
+phase from the selected ones. Values are per query and group, so that the caller masks padding,
+weighs and sums.
+
+Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query heads,
+G key-value heads, C channels of a head, K selected keys.
+"""
+
+from torch import Tensor
+
+from megatron_keye.kernels.arguments import (
+    FLOAT_DTYPES,
+    check_dtypes,
+    check_groups,
+    check_key_ranges,
+    check_same_dtype,
+    check_shapes,
+    choose_impl,
+)
+from megatron_keye.kernels.indexer_loss import reference
+
+IMPLEMENTATIONS = ("eager",)
+"""What exists; the first is the default."""
+
+
+def sparse_indexer_loss(
+    scores_TK: Tensor, target_TGK: Tensor, *, impl: str | None = None
+) -> Tensor:
+    """Return KL(target || softmax of the scores over the selected keys).
+
+    Differentiable in `scores_TK` only; the gradient of one group is softmax - target, and exactly
+    0 at padding. A query without any key has loss 0.
+
+    Args:
+        scores_TK: From `selected_indexer_scores`, any float type; -inf marks padding.
+        target_TGK: From `sparse_attention`, any float type: sums to 1 over K, 0 at padding.
+        impl: One of IMPLEMENTATIONS, or None for the first.
+
+    Returns:
+        kl_TG, float32 (float64 for float64 inputs), in nats.
+
+    Raises:
+        ValueError: On shapes, types or devices that do not fit, or an unknown `impl`.
+
+    Source: arXiv 2606.10651, indexer loss of the sparse phase: target normalised on the set.
+    """
+    choose_impl("sparse_indexer_loss", impl, IMPLEMENTATIONS)
+    check_shapes(scores_TK=scores_TK, target_TGK=target_TGK)
+    check_dtypes(FLOAT_DTYPES, scores_TK=scores_TK, target_TGK=target_TGK)
+    return reference.sparse_indexer_loss(scores_TK, target_TGK)
+
+
+def dense_indexer_loss(
+    q_TIJ: Tensor,
+    k_SJ: Tensor,
+    gate_TI: Tensor,
+    query_THC: Tensor,
+    key_SGC: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    *,
+    scale: float,
+    impl: str | None = None,
+) -> Tensor:
+    """Return KL(dense attention of a group || softmax of the indexer's scores), over the range.
+
+    The target is each head's dense softmax over the query's range, averaged over the H / G heads
+    of the group; `query_THC` and `key_SGC` get no gradient. Differentiable in `q_TIJ`, `k_SJ` and
+    `gate_TI`, with memory linear in the row's length. All inputs must be finite. A query with an
+    empty range has loss 0.
+
+    Args:
+        q_TIJ: Indexer queries, any float type.
+        k_SJ: The one key that all indexer heads share, type of `q_TIJ`.
+        gate_TI: Weight of each indexer head, any float type, any sign.
+        query_THC: Attention queries, any float type; H a multiple of G.
+        key_SGC: Attention keys, type of `query_THC`.
+        key_start_T: int64, first key that a query may see, at least 0.
+        key_end_T: int64, one past the last key that it may see, at most S; at or below
+            `key_start_T` for a query without any key.
+        scale: Factor of the attention's logits, usually C^-0.5.
+        impl: One of IMPLEMENTATIONS, or None for the first.
+
+    Returns:
+        kl_TG, float32 (float64 for float64 inputs), in nats.
+
+    Raises:
+        ValueError: On shapes, types or devices that do not fit, or an unknown `impl`.
+
+    Source: arXiv 2606.10651, dense warm-up of the indexer.
+    """
+    choose_impl("dense_indexer_loss", impl, IMPLEMENTATIONS)
+    sizes = check_shapes(
+        q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI, query_THC=query_THC, key_SGC=key_SGC
+    )
+    check_groups(sizes["H"], sizes["G"])
+    check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
+    check_same_dtype(query_THC=query_THC, key_SGC=key_SGC)
+    check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
+    check_key_ranges(q_TIJ, key_start_T, key_end_T)
+    return reference.dense_indexer_loss(
+        q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, key_start_T, key_end_T, scale=scale
+    )

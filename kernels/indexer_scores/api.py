@@ -1,0 +1,98 @@
+"""Public functions of the indexer's scores: contract, checks and choice of implementation.
+
+The range form feeds the selection; the selected form gives the indexer's loss its gradient
+without a score matrix of queries by keys.
+
+Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selected keys.
+"""
+
+from torch import Tensor
+
+from megatron_keye.kernels.arguments import (
+    FLOAT_DTYPES,
+    INDEX_DTYPES,
+    check_dtypes,
+    check_key_ranges,
+    check_same_dtype,
+    check_shapes,
+    choose_impl,
+)
+from megatron_keye.kernels.indexer_scores import reference
+
+IMPLEMENTATIONS = ("eager",)
+"""What exists; the first is the default."""
+
+
+def indexer_scores(
+    q_TIJ: Tensor,
+    k_SJ: Tensor,
+    gate_TI: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Score every key of each query's range: J^-0.5 * sum over i of gate * relu(q . k).
+
+    Differentiable in `q_TIJ`, `k_SJ` and `gate_TI`. All inputs must be finite, keys outside
+    every range included.
+
+    Args:
+        q_TIJ: Indexer queries, any float type.
+        k_SJ: The one key that all indexer heads share, type of `q_TIJ`.
+        gate_TI: Weight of each head, any float type, any sign.
+        key_start_T: int64, first key that a query may see, at least 0.
+        key_end_T: int64, one past the last key that it may see, at most S; at or below
+            `key_start_T` for a query without any key.
+        impl: One of IMPLEMENTATIONS, or None for the first.
+
+    Returns:
+        scores_TS, float32 (float64 for float64 inputs): -inf outside the range.
+
+    Raises:
+        ValueError: On shapes, types or devices that do not fit, or an unknown `impl`.
+
+    Source: arXiv 2606.10651, lightning indexer; no I^-0.5 factor, as in the released code.
+    """
+    choose_impl("indexer_scores", impl, IMPLEMENTATIONS)
+    check_shapes(q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI)
+    check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
+    check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
+    check_key_ranges(q_TIJ, key_start_T, key_end_T)
+    return reference.indexer_scores(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T)
+
+
+def selected_indexer_scores(
+    q_TIJ: Tensor,
+    k_SJ: Tensor,
+    gate_TI: Tensor,
+    indices_TK: Tensor,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Score the selected keys of each query, by the formula of `indexer_scores`.
+
+    Differentiable in `q_TIJ`, `k_SJ` and `gate_TI`; padded entries give gradients of exactly 0.
+
+    Args:
+        q_TIJ: Indexer queries, any float type.
+        k_SJ: The one key that all indexer heads share, type of `q_TIJ`.
+        gate_TI: Weight of each head, any float type, any sign.
+        indices_TK: int32 or int64, selected keys in any order; -1, like every entry outside
+            0 <= index < S, is padding and loads no key.
+        impl: One of IMPLEMENTATIONS, or None for the first.
+
+    Returns:
+        scores_TK, float32 (float64 for float64 inputs): -inf where the entry is padding.
+
+    Raises:
+        ValueError: On shapes, types or devices that do not fit, or an unknown `impl`.
+
+    Source: arXiv 2606.10651, lightning indexer.
+    """
+    choose_impl("selected_indexer_scores", impl, IMPLEMENTATIONS)
+    check_shapes(q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI, indices_TK=indices_TK)
+    check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
+    check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
+    check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
+    return reference.selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK)

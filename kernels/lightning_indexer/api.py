@@ -1,0 +1,67 @@
+"""Public function of the lightning indexer: contract, checks and choice of implementation.
+
+Scoring and selecting are one operator here because the scores of a long row must never exist
+all at once.
+
+Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selected keys.
+"""
+
+from torch import Tensor
+
+from megatron_keye.kernels.arguments import (
+    FLOAT_DTYPES,
+    check_dtypes,
+    check_key_ranges,
+    check_same_dtype,
+    check_shapes,
+    choose_impl,
+)
+from megatron_keye.kernels.lightning_indexer import reference
+
+IMPLEMENTATIONS = ("eager",)
+"""What exists; the first is the default."""
+
+
+def lightning_indexer(
+    q_TIJ: Tensor,
+    k_SJ: Tensor,
+    gate_TI: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    k: int,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """Select for each query the k keys of its range that the indexer scores highest.
+
+    Equal to `select_top_k(indexer_scores(...), ..., k)`, ties and -0.0 included, but never holds
+    more than a chunk of the score matrix. Not differentiable: the indexer learns through
+    `selected_indexer_scores` and its loss.
+
+    Args:
+        q_TIJ: Indexer queries, any float type.
+        k_SJ: The one key that all indexer heads share, type of `q_TIJ`.
+        gate_TI: Weight of each head, any float type, any sign.
+        key_start_T: int64, first key that a query may see, at least 0.
+        key_end_T: int64, one past the last key that it may see, at most S; at or below
+            `key_start_T` for a query without any key.
+        k: Keys K to select, 1 or more; may exceed S.
+        impl: One of IMPLEMENTATIONS, or None for the first.
+
+    Returns:
+        indices_TK, int32: ascending in each row, then -1 up to K.
+
+    Raises:
+        ValueError: On shapes, types or devices that do not fit, k below 1, a NaN score inside
+            a range, or an unknown `impl`.
+
+    Source: arXiv 2606.10651, lightning indexer and token selection.
+    """
+    choose_impl("lightning_indexer", impl, IMPLEMENTATIONS)
+    check_shapes(q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI)
+    check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
+    check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
+    check_key_ranges(q_TIJ, key_start_T, key_end_T)
+    if k < 1:
+        raise ValueError(f"k: got {k}, expected 1 or more; set model.decoder.indexer.top_k")
+    return reference.lightning_indexer(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T, k)

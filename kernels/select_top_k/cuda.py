@@ -1,0 +1,68 @@
+"""Binding of the CUDA top-k selection, the one file of the operator that needs the extension.
+
+Imported only when that implementation is asked for, so that everything else works without a
+compiler. The contract stands in api.py, the device code in csrc/select_top_k/.
+"""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+_BUILD_COMMAND = "MEGATRON_KEYE_BUILD_CUDA=1 pip install --no-build-isolation --no-deps -e ."
+
+
+def _load_extension() -> str | None:
+    """Register the operators of megatron_keye._C; return the reason when that is impossible."""
+    try:
+        importlib.import_module("megatron_keye._C")
+    except ImportError as error:
+        return str(error)
+    torch.library.register_fake("megatron_keye::select_top_k", _fake_select_top_k)
+    return None
+
+
+def _fake_select_top_k(
+    scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, k: int
+) -> Tensor:
+    """Shape and dtype of the result, for tracing."""
+    return scores_TS.new_empty((scores_TS.shape[0], k), dtype=torch.int32)
+
+
+_MISSING_REASON = _load_extension()
+
+
+def is_built() -> bool:
+    """Return whether the extension is installed and loads."""
+    return _MISSING_REASON is None
+
+
+def select_top_k(scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, k: int) -> Tensor:
+    """Select the k largest scores of each row on the GPU; the same bits at every call.
+
+    Nothing is read back to the host, so values cannot be refused: a range beyond the row is cut to
+    it, and NaN counts as less than -inf (it is selected only when the row has nothing else left).
+    Ties go to the lower key, and -0.0 equals +0.0.
+
+    Args:
+        scores_TS: Scores, float32, on a CUDA device. Rows may lie anywhere (stride(0) is free);
+            keys of a row must be adjacent, or the tensor is copied first.
+        key_start_T: First key that row t may select, int64, same device.
+        key_end_T: One past the last such key, int64, same device. An empty range selects nothing.
+        k: How many keys a row keeps, at least 1.
+
+    Returns:
+        indices_TK: int32, ascending in each row, -1 behind the last selected key.
+
+    Raises:
+        RuntimeError: The extension is not built, or the tensors are not on one CUDA device.
+        TypeError: A tensor has another dtype.
+        ValueError: A tensor has another shape, or k is less than 1.
+    """
+    if _MISSING_REASON is not None:
+        raise RuntimeError(
+            f"select_top_k: impl 'cuda' needs the extension megatron_keye._C, which does not load "
+            f"({_MISSING_REASON}); build it with `{_BUILD_COMMAND}`, or take another impl"
+        )
+    indices_TK: Tensor = torch.ops.megatron_keye.select_top_k(scores_TS, key_start_T, key_end_T, k)
+    return indices_TK

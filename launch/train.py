@@ -1,0 +1,132 @@
+"""Trains a recipe: the only entry point, run once per rank by launch/local.sh, torchrun or srun.
+
+A wrong setting is told in one sentence by one rank; anything else that fails shows its traceback.
+"""
+
+import argparse
+import importlib.util
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_keye.config import RunConfig
+from megatron_keye.config.check import suggest
+
+if TYPE_CHECKING:
+    from megatron_keye.parallel.process import Process
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+USER_ERROR = 2
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="launch/train.py", description=__doc__)
+    parser.add_argument("recipe", help=f"one of: {', '.join(recipe_names())}")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="change one setting of the recipe; may be given often",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|none|FOLDER",
+        help="short for --set training.checkpoint.resume=...",
+    )
+    parser.add_argument("--show", action="store_true", help="print the run as JSON and stop")
+    return parser.parse_args(arguments)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of all recipes."""
+    return sorted(path.stem for path in RECIPES.glob("[a-z]*.py"))
+
+
+def load_recipe(name: str) -> Callable[..., RunConfig]:
+    """Return the function that makes the recipe `name`, from the file of that name.
+
+    Raises:
+        ValueError: For an unknown name, with near ones.
+    """
+    if name not in recipe_names():
+        raise ValueError(f"recipe {name!r}: no such recipe; {suggest(name, recipe_names())}")
+    spec = importlib.util.spec_from_file_location(f"recipes.{name}", RECIPES / f"{name}.py")
+    assert spec is not None and spec.loader is not None, "the file is there"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe: Callable[..., RunConfig] = getattr(module, name)
+    return recipe
+
+
+def make_run(arguments: argparse.Namespace, num_ranks: int, *, has_gpu: bool) -> RunConfig:
+    """Make the recipe for the ranks that were started, with the settings of the command line."""
+    overrides = list(arguments.set)
+    if arguments.resume is not None:
+        overrides.append(f"training.checkpoint.resume={arguments.resume}")
+    recipe = load_recipe(arguments.recipe)
+    return recipe(num_ranks=num_ranks, has_gpu=has_gpu).with_overrides(overrides)
+
+
+def main(arguments: list[str]) -> int:
+    """Train, and return the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    options = parse_arguments(arguments)
+    try:
+        # Every rank finds the same mistakes up to here, so rank 0 speaks for all.
+        import torch
+
+        from megatron_keye.parallel.process import join, resolve_device
+
+        run = make_run(options, num_ranks, has_gpu=torch.cuda.is_available())
+        if options.show:
+            sys.stdout.write(run.to_json() if rank == 0 else "")
+            return 0
+        run.check_num_ranks(num_ranks)
+        device = resolve_device(run.device, int(os.environ.get("LOCAL_RANK", "0")))
+    except ValueError as error:
+        return complain(error) if rank == 0 else USER_ERROR
+    quieten(rank)
+    process = join(device, rank=rank, num_ranks=num_ranks, init_method=meeting_point(num_ranks))
+    try:
+        train(run, process)
+    except ValueError as error:
+        return complain(error) if process.is_first_to_fail() else USER_ERROR
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def train(run: RunConfig, process: "Process") -> None:
+    """Build a trainer on this rank and run it."""
+    from megatron_keye.config.backends import transformer_engine_version
+    from megatron_keye.training.trainer import Trainer
+
+    has_engine = process.device.type == "cuda" and transformer_engine_version() is not None
+    Trainer(run, process, uses_transformer_engine=has_engine).train()
+
+
+def meeting_point(num_ranks: int) -> str:
+    """Return where ranks meet: the launcher's address, or a port of one's own when alone."""
+    return "env://" if num_ranks > 1 or "MASTER_ADDR" in os.environ else "tcp://127.0.0.1:0"
+
+
+def quieten(rank: int) -> None:
+    """Keep libraries' notes out of the progress display; errors still come through."""
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR)
+
+
+def complain(error: ValueError) -> int:
+    """Say what is wrong in one sentence and return the exit code."""
+    sys.stderr.write(f"error: {error}\n")
+    return USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

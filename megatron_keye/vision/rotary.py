@@ -1,0 +1,79 @@
+"""2-D rotary positions of patches: half of a head's channels turn by row, half by column.
+
+The learned positions are stretched to every grid and so blur with size; these give exact relative
+offsets at any size.
+
+Shape letters: P patches, H heads, C channels of a head.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_keye.vision.grids import Grid
+
+
+def patch_coordinates(grids: Sequence[Grid], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the row and the column of every patch within its frame, int64 [P] each."""
+    rows, columns = [], []
+    for height, width in grids:
+        patches = torch.arange(height * width, device=device)
+        rows.append(patches // width)
+        columns.append(patches % width)
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    return torch.cat([empty, *rows]), torch.cat([empty, *columns])
+
+
+def rotary_tables(
+    grids: Sequence[Grid],
+    head_dim: int,
+    theta: float,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of every patch's angles.
+
+    A head has head_dim / 4 frequencies theta^(-i / (head_dim / 4)) an axis. The angles of a patch
+    are [row frequencies, column frequencies], that list twice, for rotate-half.
+
+    Args:
+        grids: Grid of every frame; rows and columns count from 0 in each frame.
+        head_dim: C, a multiple of 4.
+        theta: Base of the frequencies.
+        dtype: Type of the tables; the angles are computed in float64.
+        device: Where the tables are made.
+
+    Returns:
+        cos_PC and sin_PC.
+
+    Source: released vision tower (`SiglipRotaryEmbedding` of the Keye-VL family).
+    """
+    num_frequencies = head_dim // 4
+    exponents = torch.arange(num_frequencies, device=device, dtype=torch.float64)
+    frequencies = theta ** (-exponents / num_frequencies)
+    rows_P, columns_P = patch_coordinates(grids, device)
+    row_angles = rows_P[:, None] * frequencies
+    column_angles = columns_P[:, None] * frequencies
+    angles_PC = torch.cat([row_angles, column_angles], dim=1).repeat(1, 2)
+    return angles_PC.cos().to(dtype), angles_PC.sin().to(dtype)
+
+
+def rotate(heads_PHC: Tensor, cos_PC: Tensor, sin_PC: Tensor) -> Tensor:
+    """Return `heads_PHC` turned by each patch's angles, computed in the tables' type.
+
+    Channel c of the first half forms a plane with channel c + C / 2.
+
+    Args:
+        heads_PHC: Queries or keys, any float type.
+        cos_PC: float32 or float64.
+        sin_PC: As `cos_PC`.
+
+    Returns:
+        Shape and type of `heads_PHC`.
+    """
+    wide_PHC = heads_PHC.to(cos_PC.dtype)
+    first, second = wide_PHC.chunk(2, dim=-1)
+    turned_PHC = wide_PHC * cos_PC[:, None] + torch.cat([-second, first], -1) * sin_PC[:, None]
+    return turned_PHC.to(heads_PHC.dtype)

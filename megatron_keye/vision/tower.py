@@ -1,0 +1,72 @@
+"""The whole vision side of the model: encoder, then projector.
+
+One module, so that whoever schedules vision work has a single thing to run, save and initialise.
+
+Shape letters: P patches, M merged tokens, D decoder hidden size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_keye.config import VisionConfig
+from megatron_keye.vision.encoder import VisionEncoder
+from megatron_keye.vision.grids import Grid
+from megatron_keye.vision.projector import Projector
+
+_INIT_STD = 0.02
+"""Standard deviation of freshly initialised weights."""
+
+
+class VisionTower(nn.Module):
+    """Patches of packed frames to embeddings of the decoder's width."""
+
+    def __init__(self, config: VisionConfig, decoder_hidden_size: int) -> None:
+        """Make the parameters; call `reset_parameters` or load a checkpoint before use.
+
+        Args:
+            config: Sizes of the encoder and of the merge.
+            decoder_hidden_size: D.
+        """
+        super().__init__()
+        self.encoder = VisionEncoder(config)
+        self.projector = Projector(config, decoder_hidden_size)
+
+    def forward(self, patches_PCXX: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Return merged_MD of frames packed one behind the other.
+
+        Args:
+            patches_PCXX: [P, 3, patch, patch], normalised pixels in the parameters' type, each
+                frame's patches in raster order.
+            grids: Patches down and across each frame, multiples of merge_size; may be empty.
+
+        Returns:
+            merged_MD, one row for each merge_size x merge_size cell, in raster order.
+
+        Raises:
+            ValueError: When patches or grids do not fit the configuration or each other.
+        """
+        merged_MD: Tensor = self.projector(self.encoder(patches_PCXX, grids), grids)
+        return merged_MD
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Initialise every parameter from `seed` alone: equal on every rank, device and type.
+
+        Weights are normal with standard deviation 0.02, biases 0, norms 1. The values are drawn
+        on the CPU in float32 and then rounded to each parameter's type.
+
+        Args:
+            seed: Any integer that torch.Generator takes.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if name == "bias":
+                    parameter.zero_()
+                elif isinstance(module, nn.LayerNorm):
+                    parameter.fill_(1)
+                else:
+                    drawn = torch.empty(parameter.shape, dtype=torch.float32)
+                    parameter.copy_(drawn.normal_(0, _INIT_STD, generator=generator))

@@ -1,0 +1,117 @@
+"""Tests of the attention over whole ranges."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_keye.kernels import row_chunks
+from megatron_keye.kernels.dense_attention import dense_attention
+from tests.support.numerics import (
+    assert_close,
+    document_ranges,
+    gradients,
+    loop_attention,
+    make_tensor,
+    odd_ranges,
+    ranges_listed,
+    trainable,
+)
+
+NUM_QUERIES, NUM_KEYS, NUM_GROUPS, NUM_HEADS, NUM_CHANNELS = 63, 100, 2, 6, 10
+SCALE = 0.3
+
+
+def make_inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q_THC, k_SGC and v_SGC."""
+    return (
+        make_tensor(NUM_QUERIES, NUM_HEADS, NUM_CHANNELS, seed=1, dtype=dtype),
+        make_tensor(NUM_KEYS, NUM_GROUPS, NUM_CHANNELS, seed=2, dtype=dtype),
+        make_tensor(NUM_KEYS, NUM_GROUPS, NUM_CHANNELS, seed=3, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+)
+def test_output_equals_loops(dtype: torch.dtype, tolerance: float) -> None:
+    inputs, ranges = make_inputs(dtype), odd_ranges(NUM_QUERIES, NUM_KEYS, seed=4)
+    out_THC = dense_attention(*inputs, *ranges, scale=SCALE)
+    assert out_THC.dtype == dtype, "output type"
+    assert_close(out_THC, loop_attention(*inputs, ranges_listed(*ranges), SCALE)[0], tolerance)
+
+
+def test_one_causal_document_equals_torch() -> None:
+    q_THC, k_SGC, v_SGC = make_inputs()
+    k_SGC, v_SGC = k_SGC[:NUM_QUERIES], v_SGC[:NUM_QUERIES]
+    out_THC = dense_attention(q_THC, k_SGC, v_SGC, *document_ranges(NUM_QUERIES), scale=SCALE)
+    expected_HTC = functional.scaled_dot_product_attention(
+        q_THC.transpose(0, 1),
+        k_SGC.transpose(0, 1),
+        v_SGC.transpose(0, 1),
+        is_causal=True,
+        scale=SCALE,
+        enable_gqa=True,
+    )
+    assert_close(out_THC, expected_HTC.transpose(0, 1), 1e-12)
+
+
+def test_gradients_equal_finite_differences() -> None:
+    shapes = [(5, 6, 3), (7, 2, 3), (7, 2, 3)]
+    inputs = [make_tensor(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
+    start_T, end_T = torch.tensor([0, 2, 3, 0, 6]), torch.tensor([7, 5, 3, 1, 7])
+
+    def output(q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor) -> Tensor:
+        return dense_attention(q_THC, k_SGC, v_SGC, start_T, end_T, scale=SCALE)
+
+    assert torch.autograd.gradcheck(output, inputs, fast_mode=True), "dense attention"
+
+
+def test_rows_without_keys_give_zero() -> None:
+    inputs = trainable(make_inputs())
+    ranges = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=5)
+    out_THC = dense_attention(*inputs, *ranges, scale=SCALE)
+    is_empty_T = ranges[0] >= ranges[1]
+    assert is_empty_T.any() and not out_THC[is_empty_T].any(), "zero output"
+    dq_THC, dk_SGC, dv_SGC = gradients(out_THC, *inputs)
+    assert not dq_THC[is_empty_T].any(), "zero gradient"
+    assert dk_SGC.isfinite().all() and dv_SGC.isfinite().all(), "finite gradients"
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    q_THC, k_SGC, v_SGC = make_inputs()
+    ranges = document_ranges(20, 43)
+    out_THC = dense_attention(q_THC, k_SGC, v_SGC, *ranges, scale=SCALE)
+    second = q_THC[20:], k_SGC[20:63], v_SGC[20:63]
+    assert_close(out_THC[20:], dense_attention(*second, *document_ranges(43), scale=SCALE), 1e-13)
+    k_SGC[20:], v_SGC[20:] = 1e3, -1e3
+    changed_THC = dense_attention(q_THC, k_SGC, v_SGC, *ranges, scale=SCALE)
+    assert torch.equal(changed_THC[:20], out_THC[:20]), (
+        "the first document after the second's change"
+    )
+
+
+def test_results_are_invariant_to_chunks_and_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    q_THC, k_SGC, v_SGC = trainable(make_inputs())
+    ranges = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=6)
+
+    def everything(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        out_THC = dense_attention(q, k, v, *ranges, scale=SCALE)
+        return [out_THC, *gradients(out_THC, q_THC, k_SGC, v_SGC)]
+
+    whole = everything(q_THC, k_SGC, v_SGC)
+    monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 100_000)
+    transposed = [t.transpose(0, 2).contiguous().transpose(0, 2) for t in (q_THC, k_SGC, v_SGC)]
+    for actual, expected in zip(everything(*transposed), whole, strict=True):
+        assert_close(actual, expected, 1e-13)
+
+
+def test_a_misfit_is_named() -> None:
+    q_THC, k_SGC, v_SGC = make_inputs()
+    ranges = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=7)
+    with pytest.raises(ValueError, match="k_SGC: got C = 9"):
+        dense_attention(q_THC, k_SGC[..., :9], v_SGC, *ranges, scale=SCALE)
+    with pytest.raises(ValueError, match="got H = 5"):
+        dense_attention(q_THC[:, :5], k_SGC, v_SGC, *ranges, scale=SCALE)
+    with pytest.raises(ValueError, match="impl = 'cuda', expected one of eager"):
+        dense_attention(q_THC, k_SGC, v_SGC, *ranges, scale=SCALE, impl="cuda")

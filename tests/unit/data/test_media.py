@@ -1,0 +1,48 @@
+"""Media names become absolute paths, without running anybody's code."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_keye.data import resolve_media
+
+
+def test_relative_names_start_from_the_base(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").touch()
+    assert resolve_media("clip.mp4", tmp_path) == tmp_path / "clip.mp4"
+
+
+def test_absolute_names_ignore_the_base(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").touch()
+    assert resolve_media(str(tmp_path / "clip.mp4"), Path("/elsewhere")) == tmp_path / "clip.mp4"
+
+
+def test_packages_are_found_but_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "clip_carrier"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('was imported')")
+    (package / "inner" / "clip.mp4").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve_media("package://clip_carrier/inner/clip.mp4", Path()).is_file()
+    assert "clip_carrier" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "expected a path"),
+        ("missing.mp4", "is not there"),
+        ("folder", "is a folder"),
+        ("package://no_such_package/clip.mp4", "no package 'no_such_package' is installed"),
+        ("package://numpy", "expected package://NAME/PATH"),
+        ("package://os.path/clip.mp4", "top-level"),
+        ("package://numpy/missing.mp4", "is not there"),
+    ],
+)
+def test_what_is_missing_is_named(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=words):
+        resolve_media(name, tmp_path)
