@@ -120,6 +120,7 @@ def quieten(rank: int) -> None:
     """Keep libraries' notes out of the progress display; errors still come through."""
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR)
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
 def complain(error: ValueError) -> int:

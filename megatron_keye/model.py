@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     vocab_parallel_cross_entropy,
 )
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,7 +30,6 @@ from megatron_keye.config.megatron import (
 )
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.batch import Batch
-from megatron_keye.data.row import IGNORED_LABEL
 from megatron_keye.decoder.initialization import initialize_weights
 from megatron_keye.decoder.layer import block_spec
 from megatron_keye.decoder.row import DecoderRow, RowMeter, rotary_tables
@@ -89,6 +89,9 @@ class DecoderChunk(MegatronModule):
             self.output_layer = ColumnParallelLinear(
                 decoder.hidden_size, decoder.vocab_size, bias=False, gather_output=False, **build
             )
+            # It gets the labelled tokens of the whole sequence instead of a part of the sequence.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = groups.tp.size() > 1
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take what the previous stage sent; called by Megatron's schedules."""
@@ -127,9 +130,16 @@ class DecoderChunk(MegatronModule):
         )
         return self._loss(hidden_SBD, batch) if self.post_process else hidden_SBD
 
-    def logits(self, hidden_SBD: Tensor) -> Tensor:
-        """Return this tensor rank's part of the logits, [S/CP, 1, V/TP]."""
-        return cast(Tensor, self.output_layer(hidden_SBD)[0])
+    def logits(self, hidden_LBD: Tensor) -> Tensor:
+        """Return this tensor rank's part of the logits.
+
+        Args:
+            hidden_LBD: [L, 1, D] final hidden states, whole over the tensor axis.
+
+        Returns:
+            [L, 1, V/TP].
+        """
+        return cast(Tensor, self.output_layer(hidden_LBD)[0])
 
     def _embed(self, batch: Batch, features_MD: Tensor, where: str) -> Tensor:
         embeddings = self.embedding(batch.token_ids_BS)
@@ -156,14 +166,20 @@ class DecoderChunk(MegatronModule):
         )
 
     def _loss(self, hidden_SBD: Tensor, batch: Batch) -> Tensor:
-        labels_SB = batch.labels_BS.transpose(0, 1)
-        is_predicted_SB = labels_SB != IGNORED_LABEL
-        loss_SB = vocab_parallel_cross_entropy(
-            self.logits(hidden_SBD).float(),
-            labels_SB.masked_fill(~is_predicted_SB, 0).contiguous(),
-            tp_group=self.tp_group,
+        """Add up the loss of labelled tokens; only these get logits.
+
+        A long video has a hundred times more tokens than its answer, and logits are as wide as the
+        vocabulary.
+        """
+        if self.config.sequence_parallel:
+            hidden_SBD = gather_from_sequence_parallel_region(
+                hidden_SBD, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        hidden_LBD = hidden_SBD.index_select(0, batch.label_positions_L)
+        loss_LB = vocab_parallel_cross_entropy(
+            self.logits(hidden_LBD).float(), batch.labels_L[:, None], tp_group=self.tp_group
         )
-        return (loss_SB * is_predicted_SB).sum()
+        return loss_LB.sum()
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def keye_tiny(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             four on, two vision ranks stand beside a decoder with tensor and expert parallelism.
         has_gpu: Decides the precision.
     """
+    parallel = _parallel(num_ranks)
     return RunConfig(
         name="keye_tiny",
         model=ModelConfig(vision=_vision(), decoder=_decoder()),
@@ -40,10 +41,10 @@ def keye_tiny(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             row_tokens=384,
             frames=FrameConfig(min_tokens_per_frame=8, max_tokens_per_frame=16),
         ),
-        parallel=_parallel(num_ranks),
+        parallel=parallel,
         training=TrainingConfig(
             steps=40,
-            rows_per_step=2,
+            rows_per_step=2 * parallel.decoder.data,
             precision="bf16" if has_gpu else "fp32",
             optimizer=OptimizerConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=4),
             checkpoint=CheckpointConfig(interval_steps=20),

@@ -94,7 +94,6 @@ def save(
     if grid.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / "run.json").write_text(run.to_json())
     dist.barrier()
     weights = weight_state(model, grid)
     state = {
@@ -106,6 +105,7 @@ def save(
     dist_checkpointing.save(state, str(partial))
     dist.barrier()
     if grid.rank == 0:
+        (partial / "run.json").write_text(run.to_json())
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         _prune(folder.parent, run.training.checkpoint.keep)

@@ -15,8 +15,10 @@ class Batch:
 
     token_ids_BS: Tensor
     """int64 [1, S/CP]: token ids at this rank's positions."""
-    labels_BS: Tensor
-    """int64 [1, S/CP]: tokens to predict, IGNORED_LABEL where none."""
+    label_positions_L: Tensor
+    """int64 [L]: local positions, 0 to S/CP - 1, that have a token to predict."""
+    labels_L: Tensor
+    """int64 [L]: the tokens to predict there."""
     position_ids_3T: Tensor
     """int64 [3, S/CP]: time, height and width position of each token."""
     key_start_T: Tensor

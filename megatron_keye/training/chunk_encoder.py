@@ -3,6 +3,7 @@
 Memory is bounded by one chunk, whatever the video's length.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -42,12 +43,14 @@ class ChunkEncoder:
         self._rows: list[PackedRow] = []
         self.num_pictures = 0
         """Pictures decoded in this step."""
+        self.seconds = 0.0
+        """Time spent on this step's chunks."""
 
     def start_step(self, plan: StepPlan, rows: list[PackedRow]) -> None:
         """Take the plan and the rows of the next step."""
         self._plan, self._rows = plan, rows
         self._inputs.clear()
-        self.num_pictures = 0
+        self.num_pictures, self.seconds = 0, 0.0
 
     @torch.no_grad()
     def encode(self, chunk: int) -> Tensor:
@@ -59,13 +62,16 @@ class ChunkEncoder:
         Returns:
             Features [M, D].
         """
+        started = time.perf_counter()
         pictures = [
             self._rows[slot.row].pictures[slot.index] for slot in self._plan.chunks[chunk].pictures
         ]
         patches = self._load_patches(pictures).to(self._dtype)
         self._inputs[chunk] = patches, [picture.grid for picture in pictures]
         self.num_pictures += len(pictures)
-        return self._forward(*self._inputs[chunk])
+        features_MD = self._forward(*self._inputs[chunk])
+        self.seconds += time.perf_counter() - started
+        return features_MD
 
     def backward(self, chunk: int, gradient_MD: Tensor) -> None:
         """Encode a chunk again and add up the gradients of the weights.
@@ -74,8 +80,10 @@ class ChunkEncoder:
             chunk: Index in the plan.
             gradient_MD: [M, D], gradient of the chunk's features.
         """
+        started = time.perf_counter()
         features_MD = self._forward(*self._inputs.pop(chunk))
         torch.autograd.backward(features_MD, gradient_MD.to(features_MD.dtype))
+        self.seconds += time.perf_counter() - started
 
     def _forward(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         features: Tensor = self._vision(patches.to(self._device), grids)

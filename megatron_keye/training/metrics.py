@@ -39,10 +39,12 @@ class StepMetrics:
     """False when a gradient was not finite and the step was skipped."""
     tokens_per_second: float
     """Real tokens of the global batch by the slowest rank's time."""
+    step_seconds: float
+    """The whole step on the slowest rank."""
     decoder_seconds: float
-    """Slowest decoder rank."""
+    """Decoding, waits for features and other stages included, on the slowest decoder rank."""
     vision_seconds: float
-    """Slowest rank that encodes."""
+    """Decoding of pictures and both passes of the ViT, on the busiest rank that encodes."""
     pictures: int
     """Images and frames that were decoded and encoded."""
 
@@ -60,7 +62,7 @@ def collect_metrics(
     queries: int,
     outcome: StepOutcome,
     learning_rate: float,
-    seconds: float,
+    seconds: dict[str, float],
     device: torch.device,
 ) -> StepMetrics:
     """Add up what all ranks measured. All ranks must call it.
@@ -73,15 +75,13 @@ def collect_metrics(
         queries: Real tokens of the global batch.
         outcome: Of the optimizer.
         learning_rate: Of the step.
-        seconds: This rank's time.
+        seconds: This rank's time in the "step", as "decoder" and for "vision".
         device: Where the message is put together.
     """
     sums, times, counts_LE = _exchange(meter, router_load, seconds, device)
     decoder = run.model.decoder
     kl_terms = queries * decoder.num_kv_heads * decoder.num_layers
     has_kl = run.training.phase != "dense" and queries > 0
-    num_decoder = run.parallel.decoder.num_ranks
-    dedicated = run.parallel.vision.placement == "dedicated"
     nan = float("nan")
     return StepMetrics(
         loss=sums["language_loss"] / loss_tokens if loss_tokens else nan,
@@ -91,25 +91,25 @@ def collect_metrics(
         gradient_norm=outcome.gradient_norm,
         learning_rate=learning_rate,
         was_applied=outcome.was_applied,
-        tokens_per_second=queries / max(times),
-        decoder_seconds=max(times[:num_decoder]),
-        vision_seconds=max(times[num_decoder:] if dedicated else times),
+        tokens_per_second=queries / times["step"],
+        step_seconds=times["step"],
+        decoder_seconds=times["decoder"],
+        vision_seconds=times["vision"],
         pictures=round(sums["pictures"]),
     )
 
 
 def _exchange(
-    meter: RowMeter, router_load: RouterLoad, seconds: float, device: torch.device
-) -> tuple[dict[str, float], list[float], Tensor]:
-    """Sum one vector over all ranks: named sums, one slot a rank for times, and router counts."""
+    meter: RowMeter, router_load: RouterLoad, seconds: dict[str, float], device: torch.device
+) -> tuple[dict[str, float], dict[str, float], Tensor]:
+    """Sum one vector over all ranks: named sums, and router counts; take the longest of times."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
     named = torch.stack([meter.sums.get(name, zero) for name in _SUMS])
-    times = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
-    times[dist.get_rank()] = seconds
-    vector = torch.cat([named, times, router_load.counts_LE.flatten()])
+    vector = torch.cat([named, router_load.counts_LE.flatten()])
+    longest = torch.tensor(list(seconds.values()), dtype=torch.float64, device=device)
     dist.all_reduce(vector)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
     vector = vector.cpu()
-    first, second = len(_SUMS), len(_SUMS) + len(times)
-    sums = dict(zip(_SUMS, vector[:first].tolist(), strict=True))
-    counts_LE = vector[second:].view_as(router_load.counts_LE)
-    return sums, vector[first:second].tolist(), counts_LE
+    sums = dict(zip(_SUMS, vector[: len(_SUMS)].tolist(), strict=True))
+    counts_LE = vector[len(_SUMS) :].view_as(router_load.counts_LE)
+    return sums, dict(zip(seconds, longest.tolist(), strict=True)), counts_LE

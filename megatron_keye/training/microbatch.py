@@ -9,7 +9,7 @@ import torch
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.batch import Batch
-from megatron_keye.data.row import PackedRow
+from megatron_keye.data.row import IGNORED_LABEL, PackedRow
 from megatron_keye.decoder.positions import position_ids
 from megatron_keye.parallel.context import gathered_order, owned_positions
 from megatron_keye.parallel.grid import DecoderPlace
@@ -49,10 +49,13 @@ def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:
     token_ids = torch.from_numpy(row.token_ids)[positions]
     embedded = token_ids.view(degrees.tensor, -1)[place.tensor]
     is_vision = torch.isin(embedded, torch.tensor(run.model.vision_token_ids))
+    labels = torch.from_numpy(row.labels)[positions]
+    is_predicted = labels != IGNORED_LABEL
     ids_3T = position_ids(row.document_bounds, row.picture_starts, sizes)
     return Batch(
         token_ids_BS=token_ids[None],
-        labels_BS=torch.from_numpy(row.labels)[positions][None],
+        label_positions_L=is_predicted.nonzero().squeeze(1),
+        labels_L=labels[is_predicted],
         position_ids_3T=torch.from_numpy(ids_3T)[:, positions].contiguous(),
         key_start_T=bounds[document],
         key_end_T=positions + 1,

@@ -70,6 +70,7 @@ class Report:
             self._events.add_scalar(f"train/{name}", value, step)
         figures = (
             f"loss {metrics.loss:.4f}  {metrics.tokens_per_second:,.0f} tokens/s  "
+            f"step {metrics.step_seconds:.2f} s  "
             f"decoder {metrics.decoder_seconds:.2f} s  vision {metrics.vision_seconds:.2f} s"
         )
         if not metrics.was_applied:

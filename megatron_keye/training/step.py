@@ -59,6 +59,7 @@ class TrainingStep:
         self._run, self._grid, self._model, self._optimizer = run, grid, model, optimizer
         self._device = device
         self._decode = Decoding(run, grid, model.chunks, device) if model.chunks else None
+        self._decoder_seconds = 0.0
         self._router_load = RouterLoad(run.model.decoder, model.chunks, device)
         self._encoder = (
             ChunkEncoder(run, model.vision, load_patches, device) if model.vision else None
@@ -93,7 +94,11 @@ class TrainingStep:
             queries=counts.queries,
             outcome=outcome,
             learning_rate=rate,
-            seconds=time.perf_counter() - started,
+            seconds={
+                "step": time.perf_counter() - started,
+                "decoder": self._decoder_seconds,
+                "vision": self._encoder.seconds if self._encoder is not None else 0.0,
+            },
             device=self._device,
         )
 
@@ -140,6 +145,7 @@ class TrainingStep:
         counts: _Counts,
     ) -> None:
         assert self._decode is not None, "only decoder ranks decode"
+        started = time.perf_counter()
         weight = self._run.training.indexer_loss_weight
         self._decode(
             rows,
@@ -150,6 +156,7 @@ class TrainingStep:
             indexer_loss_weight=weight * counts.loss_tokens / max(1, counts.queries),
             balance_loss_scale=counts.loss_tokens / counts.tokens,
         )
+        self._decoder_seconds = time.perf_counter() - started
 
 
 def _count(rows: list[PackedRow]) -> _Counts:
