@@ -14,7 +14,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     VocabParallelEmbedding,
-    vocab_parallel_cross_entropy,
 )
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
@@ -29,7 +28,9 @@ from megatron_keye.config.megatron import (
     weight_dtype,
 )
 from megatron_keye.config.run import RunConfig
+from megatron_keye.config.training import Phase
 from megatron_keye.data.batch import Batch
+from megatron_keye.decoder.cross_entropy import token_losses
 from megatron_keye.decoder.initialization import initialize_weights
 from megatron_keye.decoder.layer import block_spec
 from megatron_keye.decoder.row import DecoderRow, RowMeter, rotary_tables
@@ -105,6 +106,7 @@ class DecoderChunk(MegatronModule):
         indexer_loss_weight: float,
         meter: RowMeter,
         where: str,
+        phase: Phase | None = None,
     ) -> Tensor:
         """Run this chunk's layers on one row.
 
@@ -114,6 +116,7 @@ class DecoderChunk(MegatronModule):
             indexer_loss_weight: What one query's KL weighs beside one token's language loss.
             meter: Where layers report.
             where: Rank and samples, for messages.
+            phase: Which attention and which indexer loss run; None for the run's own phase.
 
         Returns:
             The sum of the language loss over this rank's labels from the last chunk, a scalar;
@@ -126,7 +129,9 @@ class DecoderChunk(MegatronModule):
         hidden_SBD = self.block(
             hidden_SBD,
             attention_mask=None,
-            packed_seq_params=self._row(batch, indexer_loss_weight, meter),
+            packed_seq_params=self._row(
+                batch, indexer_loss_weight, meter, phase or self.run.training.phase
+            ),
         )
         return self._loss(hidden_SBD, batch) if self.post_process else hidden_SBD
 
@@ -150,8 +155,12 @@ class DecoderChunk(MegatronModule):
             embeddings.requires_grad_()
         return scatter_features(embeddings, features_MD, batch.feature_positions_M, where=where)
 
-    def _row(self, batch: Batch, indexer_loss_weight: float, meter: RowMeter) -> DecoderRow:
-        attention, indexer = rotary_tables(batch.position_ids_3T, self.run.model.decoder)
+    def _row(
+        self, batch: Batch, indexer_loss_weight: float, meter: RowMeter, phase: Phase
+    ) -> DecoderRow:
+        attention, indexer = rotary_tables(
+            batch.position_ids_3T, self.run.model.decoder, self.config.params_dtype
+        )
         return DecoderRow(
             key_start_T=batch.key_start_T,
             key_end_T=batch.key_end_T,
@@ -160,7 +169,7 @@ class DecoderChunk(MegatronModule):
             context_group=self.cp_group,
             attention_rotary=attention,
             indexer_rotary=indexer,
-            phase=self.run.training.phase,
+            phase=phase,
             indexer_loss_weight=indexer_loss_weight,
             meter=meter,
         )
@@ -176,9 +185,7 @@ class DecoderChunk(MegatronModule):
                 hidden_SBD, tensor_parallel_output_grad=False, group=self.tp_group
             )
         hidden_LBD = hidden_SBD.index_select(0, batch.label_positions_L)
-        loss_LB = vocab_parallel_cross_entropy(
-            self.logits(hidden_LBD).float(), batch.labels_L[:, None], tp_group=self.tp_group
-        )
+        loss_LB = token_losses(self.logits(hidden_LBD), batch.labels_L[:, None], self.tp_group)
         return loss_LB.sum()
 
 

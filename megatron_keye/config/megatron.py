@@ -10,10 +10,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_keye.config.run import RunConfig
 
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
 
 def weight_dtype(run: RunConfig) -> torch.dtype:
     """Return the dtype of weights and activations."""
-    return torch.bfloat16 if run.training.precision == "bf16" else torch.float32
+    return _DTYPES[run.training.precision]
 
 
 def decoder_config(
@@ -53,7 +55,7 @@ def decoder_config(
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=decoder.experts.balance_loss_weight,
         moe_router_pre_softmax=False,
-        moe_router_dtype="fp32",
+        moe_router_dtype="fp64" if run.training.precision == "fp64" else "fp32",
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=grouped_experts,
         tensor_model_parallel_size=degrees.tensor,

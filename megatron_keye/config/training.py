@@ -76,8 +76,9 @@ class TrainingConfig:
     """Parts that do not learn, of vision, projector, decoder, indexer."""
     recompute_layers: bool = False
     """Whether decoder layers are recomputed in the backward pass instead of kept."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Type of weights and activations; bf16 keeps fp32 master weights and gradients."""
+    precision: Literal["fp64", "fp32", "bf16"] = "bf16"
+    """Type of weights and activations; bf16 keeps fp32 master weights and gradients. fp64 is for
+    comparing with other implementations, without the router's balancing loss."""
     seed: int = 1234
     """Seeds weights, sample order and everything else that is random."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -90,7 +91,7 @@ class TrainingConfig:
         check(self.rows_per_step > 0, "training.rows_per_step", self.rows_per_step, "1 or more")
         phases = ("dense", "indexer_warmup", "sparse")
         check(self.phase in phases, "training.phase", self.phase, f"one of {phases}")
-        precisions = ("fp32", "bf16")
+        precisions = ("fp64", "fp32", "bf16")
         check(self.precision in precisions, "training.precision", self.precision, f"{precisions}")
         unknown = [part for part in self.frozen if part not in PARTS]
         check(not unknown, "training.frozen", self.frozen, f"parts out of {PARTS}")

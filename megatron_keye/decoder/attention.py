@@ -182,6 +182,7 @@ class SparseSelfAttention(MegatronModule):
             row.key_end_T,
             self.top_k,
         )
+        row.meter.show("topk_indices", self.layer_number, indices_TK)
         out_THC, target_TGK = sparse_attention(
             heads.q_THC, heads.k_SGC, heads.v_SGC, indices_TK, scale=self.head_dim**-0.5
         )
@@ -212,6 +213,8 @@ class SparseSelfAttention(MegatronModule):
 
     def _attach(self, out_THC: Tensor, kl_TG: Tensor, row: DecoderRow) -> Tensor:
         """Add up the KL over real queries and this rank's groups, as the paper's formula does."""
-        kl = (kl_TG * row.is_real_T[:, None]).sum()
+        kl_G = (kl_TG * row.is_real_T[:, None]).sum(dim=0)
+        row.meter.show("indexer_kl", self.layer_number, kl_G)
+        kl = kl_G.sum()
         row.meter.add("indexer_kl", kl)
         return attach_loss(out_THC, kl * row.indexer_loss_weight)

@@ -5,10 +5,11 @@ is a GPU, Megatron's own otherwise; norms and attention are ours in both cases, 
 have the same keys.
 """
 
+from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import (
@@ -19,6 +20,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_keye.config.model import DecoderConfig
 from megatron_keye.decoder.attention import AttentionLinears, SparseSelfAttention
 from megatron_keye.decoder.norm import RMSNorm
+from megatron_keye.decoder.router import Router
 
 
 def block_spec(
@@ -39,10 +41,11 @@ def block_spec(
             column=backend.column_parallel_linear(), row=backend.row_parallel_linear()
         ),
     )
-    experts = get_moe_module_spec_for_backend(
-        backend=backend,
-        num_experts=decoder.experts.num_experts,
-        moe_grouped_gemm=uses_transformer_engine,
+    experts = partial(
+        MoELayer,
+        submodules=MoESubmodules(
+            router=Router, experts=backend.grouped_mlp_modules(uses_transformer_engine)
+        ),
     )
     layer = ModuleSpec(
         module=TransformerLayer,

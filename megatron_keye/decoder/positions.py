@@ -56,22 +56,28 @@ def _fill_document(
 
 
 def rotary_table(
-    position_ids_3T: Tensor, head_dim: int, sections: Sequence[int], theta: float
+    position_ids_3T: Tensor,
+    head_dim: int,
+    sections: Sequence[int],
+    theta: float,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of the rotary angles, in float32.
+    """Return cosines and sines of the rotary angles.
 
     Args:
         position_ids_3T: int64 [3, T].
         head_dim: Channels C that are rotated, 2 x sum(sections).
         sections: Frequencies that follow time, height and width, in this order.
         theta: Base of the frequencies theta^(-2i / C).
+        dtype: Type of angles and tables; float32 except in a float64 run.
 
     Returns:
-        cos and sin, float32 [T, C]; both halves of C carry the same angles (rotate-half).
+        cos and sin [T, C]; both halves of C carry the same angles (rotate-half).
     """
-    exponents = torch.arange(0, head_dim, 2, device=position_ids_3T.device, dtype=torch.float32)
+    exponents = torch.arange(0, head_dim, 2, device=position_ids_3T.device, dtype=dtype)
     frequencies = theta ** (-exponents / head_dim)
-    angles = position_ids_3T[..., None].float() * frequencies
+    angles = position_ids_3T[..., None].to(dtype) * frequencies
     parts = [axis for axis in torch.arange(3).repeat_interleave(torch.tensor(sections)).tolist()]
     chosen = torch.tensor(parts, device=angles.device)
     picked = angles.gather(0, chosen.expand(1, *angles.shape[1:])).squeeze(0)

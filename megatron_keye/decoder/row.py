@@ -27,6 +27,15 @@ class RowMeter:
         value = value.detach().double()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
+    def show(self, name: str, layer_number: int, value: Tensor) -> None:
+        """Let a subclass look at a tensor of one layer; training keeps none of them.
+
+        Args:
+            name: What it is.
+            layer_number: 1-based number of the layer in the whole model.
+            value: The tensor, still in the graph.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderRow:
@@ -43,9 +52,9 @@ class DecoderRow:
     context_group: dist.ProcessGroup
     """Ranks that share the row's tokens."""
     attention_rotary: tuple[Tensor, Tensor]
-    """cos and sin, float32 [S/CP, C]."""
+    """cos and sin, float32 (float64 in a float64 run) [S/CP, C]."""
     indexer_rotary: tuple[Tensor, Tensor]
-    """cos and sin, float32 [S/CP, J]."""
+    """cos and sin, likewise [S/CP, J]."""
     phase: Phase
     """Which attention runs and which indexer loss."""
     indexer_loss_weight: float
@@ -55,16 +64,23 @@ class DecoderRow:
 
 
 def rotary_tables(
-    position_ids_3T: Tensor, decoder: DecoderConfig
+    position_ids_3T: Tensor, decoder: DecoderConfig, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the rotary tables of the attention and of the indexer.
 
     The indexer has frequencies of its own over its own width, with the sections scaled to it.
+
+    Args:
+        position_ids_3T: int64 [3, T].
+        decoder: Sizes.
+        dtype: Type of the weights; the tables are in float32 or better.
     """
+    wide = torch.promote_types(dtype, torch.float32)
     width, narrow = decoder.head_dim, decoder.indexer.head_dim
     scaled = [section * narrow // width for section in decoder.rope_sections]
     with torch.no_grad():
+        theta, sections = decoder.rope_theta, decoder.rope_sections
         return (
-            rotary_table(position_ids_3T, width, decoder.rope_sections, decoder.rope_theta),
-            rotary_table(position_ids_3T, narrow, scaled, decoder.rope_theta),
+            rotary_table(position_ids_3T, width, sections, theta, dtype=wide),
+            rotary_table(position_ids_3T, narrow, scaled, theta, dtype=wide),
         )

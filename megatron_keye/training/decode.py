@@ -86,7 +86,8 @@ class Decoding:
             data_iterator=[self._batches(mine) for _ in self._chunks],
             model=self._chunks,
             num_microbatches=len(mine),
-            seq_length=self._run.data.row_tokens // self._run.parallel.decoder.context,
+            # Megatron divides it by the context and tensor degrees itself.
+            seq_length=self._run.data.row_tokens,
             micro_batch_size=1,
             p2p_communicator=P2PCommunicator(pp_group=self._groups.pp, config=self._config),
             pg_collection=self._groups,

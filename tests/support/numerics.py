@@ -22,6 +22,53 @@ def make_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> T
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def device(impl: str) -> torch.device:
+    """Return where tests run an implementation: Triton on a GPU if there is one, else the CPU."""
+    on_gpu = impl == "triton" and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def moved[Tensors: tuple[Tensor, ...]](tensors: Tensors, impl: str) -> Tensors:
+    """Return the tensors on the device where `impl` is tested."""
+    return type(tensors)(tensor.to(device(impl)) for tensor in tensors)
+
+
+def make_selection(kind: str, num_queries: int, num_keys: int, k: int, seed: int) -> Tensor:
+    """Return int32 [T, K] as select_top_k would, for the last T positions of a causal row.
+
+    Args:
+        kind: "uniform" draws from everything visible. "local" lets the 16 queries of a tile draw
+            from one pool of 4 k keys, of which the next tile keeps nine in ten: their union is
+            then about 4 k. Either way a few draws meet, which leaves places of a row empty.
+        num_queries: T.
+        num_keys: S.
+        k: K.
+        seed: Of the random draws, which a GPU makes if there is one.
+    """
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator(where).manual_seed(seed)
+    pieces = []
+    for rows in torch.arange(num_keys - num_queries, num_keys, device=where).split(4096):
+        visible_T1 = rows[:, None] + 1
+        # One draw from each of k equal parts, so that hardly any two are the same.
+        place_K = torch.arange(k, device=where)
+        drawn_TK = torch.rand((len(rows), k), generator=generator, device=where)
+        drawn_TK = (drawn_TK + place_K) / k
+        if kind == "local":
+            member_TK = (drawn_TK * 4 * k).long()
+            tile_T1 = rows[:, None] // 16
+            epoch_TK = (tile_T1 + member_TK) // 10
+            # An even spread over what the tile's first query sees, by multiplicative hashing.
+            hashed_TK = (member_TK * 2_654_435_761 + epoch_TK * 40_503_000_001) % 1_000_003
+            drawn_TK = hashed_TK / 1_000_003 * (16 * tile_T1 + 1) / visible_T1
+        key_TK = (drawn_TK * visible_T1).long().clamp(max=num_keys - 1).sort(dim=1).values
+        key_TK[:, 1:][key_TK[:, 1:] == key_TK[:, :-1]] = num_keys
+        key_TK = torch.where(visible_T1 <= k, place_K.expand_as(key_TK), key_TK)
+        key_TK = key_TK.masked_fill(key_TK >= visible_T1, num_keys).sort(dim=1).values
+        pieces.append(key_TK.masked_fill(key_TK == num_keys, -1).int())
+    return torch.cat(pieces).cpu()
+
+
 def trainable[Tensors: tuple[Tensor, ...]](tensors: Tensors) -> Tensors:
     """Return `tensors` after asking for their gradients."""
     for tensor in tensors:
@@ -58,7 +105,7 @@ def odd_selection(num_queries: int, num_keys: int, k: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     indices_TK = torch.full((num_queries, k), -1, dtype=torch.int32)
     for query in range(num_queries):
-        num_selected = min(query, k)
+        num_selected = min(query, k, num_keys)
         chosen = torch.randperm(num_keys, generator=generator)[:num_selected]
         indices_TK[query, :num_selected] = chosen.sort().values.int()
     return indices_TK
@@ -66,7 +113,7 @@ def odd_selection(num_queries: int, num_keys: int, k: int, seed: int) -> Tensor:
 
 def to_float64(tensor: Tensor) -> Array:
     """Return a detached float64 copy as an array."""
-    array: Array = tensor.detach().double().numpy().copy()
+    array: Array = tensor.detach().double().cpu().numpy().copy()
     return array
 
 

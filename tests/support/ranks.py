@@ -53,7 +53,7 @@ class _Pool:
         self._workers = []
         for rank in range(num_ranks):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there, rank, num_ranks), daemon=True)
+            process = context.Process(target=_work, args=(there, rank, num_ranks))
             process.start()
             self._workers.append((process, here))
 
@@ -93,10 +93,13 @@ def _receive(pipe: Connection, rank: int) -> Any:
 
 def _work(pipe: Connection, rank: int, num_ranks: int) -> None:
     """Serve calls until the parent goes away."""
+    import faulthandler
+
     import torch
 
     from megatron_keye.parallel.process import join
 
+    faulthandler.enable()
     torch.set_num_threads(1)
     while True:
         try:

@@ -1,0 +1,37 @@
+"""What the Triton implementations share on the host: where they can run, and block sizes.
+
+Imported only by them, so that everything else works where Triton cannot compile.
+"""
+
+import triton
+from torch import Tensor
+
+from megatron_keye.kernels.arguments import TRITON_DTYPES, check_dtypes
+
+SMALLEST_DOT = 16
+"""Fewest rows, columns and terms of a tl.dot."""
+
+
+def check_triton(operator: str, first: Tensor, **tensors: Tensor) -> None:
+    """Raise unless Triton can run here with tensors of these types.
+
+    Args:
+        operator: Name of the operator, for messages.
+        first: A tensor whose device counts.
+        tensors: Floating-point tensors under their public names.
+
+    Raises:
+        RuntimeError: The tensors are not on a GPU and Triton is not interpreted.
+        ValueError: A tensor has a type that Triton implementations do not take.
+    """
+    if not first.is_cuda and not triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            f"{operator}: impl 'triton' got tensors on {first.device}, expected a GPU; take "
+            "impl='eager', or set TRITON_INTERPRET=1 before the first call to try it on a CPU"
+        )
+    check_dtypes(TRITON_DTYPES, **tensors)
+
+
+def padded(size: int, smallest: int = SMALLEST_DOT) -> int:
+    """Return the power of two that holds `size`, at least `smallest`."""
+    return max(smallest, int(triton.next_power_of_2(size)))

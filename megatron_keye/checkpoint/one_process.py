@@ -1,0 +1,169 @@
+"""The whole model in one process, for comparing it with other implementations.
+
+The training modules themselves, on a grid of one rank: what is compared is what trains.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor
+
+from megatron_keye.checkpoint.hf_folder import HfFolder
+from megatron_keye.checkpoint.hf_views import ExpertLayout, HfView, decoder_views, vision_views
+from megatron_keye.config import (
+    DataConfig,
+    DecoderConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from megatron_keye.config.megatron import decoder_config, weight_dtype
+from megatron_keye.model import DecoderChunk
+from megatron_keye.parallel.grid import Grid, build_grid
+from megatron_keye.parallel.process import join
+from megatron_keye.vision import VisionTower
+
+Precision = Literal["fp32", "fp64"]
+
+
+@contextmanager
+def alone(device: torch.device) -> Iterator[None]:
+    """Be the only rank of a job, without TF32, until the context ends.
+
+    Args:
+        device: Where the model will run.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    with tempfile.TemporaryDirectory() as folder:
+        join(device, rank=0, num_ranks=1, init_method=f"file://{Path(folder) / 'meeting'}")
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+class OneProcessModel:
+    """Decoder and vision tower on one rank, with weights from a checkpoint."""
+
+    def __init__(self, model: ModelConfig, device: torch.device, precision: Precision) -> None:
+        """Build the modules; their matrices hold nothing until a checkpoint is loaded.
+
+        Args:
+            model: Sizes.
+            device: Where they live.
+            precision: Type of weights and activations.
+        """
+        self.run = _run(model, precision)
+        self.device, self.dtype = device, weight_dtype(self.run)
+        self.grid = build_grid(self.run.parallel)
+        groups = self.grid.decoder
+        assert groups is not None, "the only rank decodes"
+        on_gpu = device.type == "cuda"
+        self.chunk = DecoderChunk(
+            self.run,
+            decoder_config(self.run, on_gpu=on_gpu, grouped_experts=False),
+            groups,
+            index=0,
+            uses_transformer_engine=False,
+        ).to(device)
+        tower = VisionTower(self.run.model.vision, self.run.model.decoder.hidden_size)
+        self.tower = tower.to(device=device, dtype=self.dtype)
+
+    def hf_views(self, layout: ExpertLayout, *, gradients: bool = False) -> dict[str, HfView]:
+        """Return all weights under their names in a Hugging Face checkpoint.
+
+        Args:
+            layout: How that checkpoint holds experts.
+            gradients: Whether to view gradients instead; 0 for weights that got none.
+        """
+        seen = _gradient if gradients else Tensor.detach
+        chunk = {name: seen(weight) for name, weight in self.chunk.named_parameters()}
+        tower = {name: seen(weight) for name, weight in self.tower.named_parameters()}
+        decoder = self.run.model.decoder
+        return dict(vision_views(tower)) | dict(decoder_views(chunk, decoder, layout))
+
+    def clear_gradients(self) -> None:
+        """Forget all gradients."""
+        self.chunk.zero_grad(set_to_none=True)
+        self.tower.zero_grad(set_to_none=True)
+
+    def load_hf(self, folder: HfFolder) -> ExpertLayout:
+        """Fill the weights from a Hugging Face folder and return its layout of experts.
+
+        Raises:
+            ValueError: Naming a tensor that is missing or of another shape.
+        """
+        names = set(folder.names)
+        layout: ExpertLayout = "fused" if any(_is_fused(n) for n in names) else "per-expert"
+        for name, view in self.hf_views(layout).items():
+            if name not in names:
+                raise ValueError(
+                    f"{folder.path}: got no tensor {name}, expected one of shape "
+                    f"{list(view.shape)}; complete the checkpoint or its index"
+                )
+            got = folder.shape(name)
+            if got != view.shape:
+                raise ValueError(
+                    f"{folder.path}: got {name} of shape {list(got)}, expected "
+                    f"{list(view.shape)}; check the sizes in config.json"
+                )
+            view.write(folder.tensor(name))
+        return layout
+
+    def load_native(self, folder: Path) -> None:
+        """Fill the weights from a sharded checkpoint that training or the converter wrote.
+
+        Args:
+            folder: The checkpoint, saved on any grid.
+        """
+        state = _sharded_state(self.chunk, self.tower, self.grid)
+        targets = {name: entry.data for name, entry in state.items()}
+        loaded = dist_checkpointing.load({"weights": state}, str(folder))["weights"]
+        with torch.no_grad():
+            for name, target in targets.items():
+                if loaded[name] is not target:
+                    target.copy_(loaded[name])
+
+
+def _run(model: ModelConfig, precision: Precision) -> RunConfig:
+    """Return a run of one rank whose losses are the language loss and the indexer's alone."""
+    decoder: DecoderConfig = dataclasses.replace(
+        model.decoder, experts=dataclasses.replace(model.decoder.experts, balance_loss_weight=0.0)
+    )
+    return RunConfig(
+        name="verify",
+        model=dataclasses.replace(model, decoder=decoder),
+        data=DataConfig(samples="none", row_tokens=2),
+        parallel=ParallelConfig(),
+        training=TrainingConfig(steps=1, precision=precision),
+    )
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def _is_fused(name: str) -> bool:
+    return name.endswith("experts.gate_up_proj")
+
+
+def _sharded_state(chunk: DecoderChunk, tower: VisionTower, grid: Grid) -> dict[str, Any]:
+    """Return the weights as training saves them (state.py), without its wrappers."""
+    assert grid.decoder is not None and grid.vision is not None, "the only rank does both"
+    decoder = chunk.sharded_state_dict(
+        prefix="decoder.", metadata={"dp_cp_group": grid.decoder.dp_cp}
+    )
+    vision = sharded_state_dict_default(
+        tower, "vision.", (), {"dp_cp_group": grid.vision.dp_cp}, tp_group=grid.vision.tp
+    )
+    return {**decoder, **vision}

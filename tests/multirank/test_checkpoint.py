@@ -1,0 +1,63 @@
+"""Save on one grid, load on another, continue as if nothing had happened."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_keye.checkpoint.store import find_checkpoint
+from tests.support.tiny import mixed_rows, tiny_run
+from tests.support.train import Trained, assert_same_metrics, train
+
+GRIDS = {
+    "the same": {"tensor": 2, "expert": 2},
+    "one rank": {},
+    "pipeline": {"pipeline": 2},
+    "interleaved pipeline": {"pipeline": 2, "chunks_per_stage": 2},
+    "context and vision": {"context": 2, "vision_ranks": 1},
+    "data": {"data": 2},
+}
+SAVED_ON = {"tensor": 2, "expert": 2}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    train(tiny_run(**SAVED_ON), [mixed_rows(0), mixed_rows(1)], save_to=folder)
+    return folder / "tiny" / "checkpoints" / "step-00000002"
+
+
+@pytest.fixture(scope="module")
+def unbroken() -> Trained:
+    return train(tiny_run(**SAVED_ON), [mixed_rows(step) for step in range(4)])
+
+
+@pytest.mark.parametrize("degrees", GRIDS.values(), ids=GRIDS)
+def test_training_continues_on_another_grid(
+    degrees: dict[str, int], checkpoint: Path, unbroken: Trained
+) -> None:
+    rest = [mixed_rows(2), mixed_rows(3)]
+    continued = train(tiny_run(**degrees), rest, load_from=checkpoint)
+    assert_same_metrics(continued.metrics, unbroken.metrics[2:])
+
+
+def test_on_the_same_grid_it_continues_bit_for_bit(checkpoint: Path, unbroken: Trained) -> None:
+    rest = [mixed_rows(2), mixed_rows(3)]
+    continued = train(tiny_run(**SAVED_ON), rest, load_from=checkpoint)
+    assert not continued.changed(unbroken)
+
+
+def test_a_checkpoint_cut_short_is_not_found(tmp_path: Path) -> None:
+    run = tiny_run().with_overrides(
+        [f"output_dir={tmp_path}", "training.checkpoint.resume=auto"]
+    )
+    checkpoints = run.folder / "checkpoints"
+    (checkpoints / "step-00000007.partial").mkdir(parents=True)
+    assert find_checkpoint(run) is None
+    (checkpoints / "step-00000005").mkdir()
+    assert find_checkpoint(run) == checkpoints / "step-00000005"
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    run = tiny_run().with_overrides([f"training.checkpoint.resume={tmp_path}"])
+    with pytest.raises(ValueError, match="expected the folder of a complete checkpoint"):
+        find_checkpoint(run)

@@ -1,0 +1,88 @@
+"""n ranks equal one rank: losses, gradient norms and every updated weight, for every axis."""
+
+import pytest
+
+from tests.support.tiny import mixed_rows, text_rows, tiny_run
+from tests.support.train import Trained, assert_same_training, train
+
+TWO_RANKS = {
+    "tensor and sequence": {"tensor": 2},
+    "pipeline": {"pipeline": 2},
+    "interleaved pipeline": {"pipeline": 2, "chunks_per_stage": 2},
+    "context": {"context": 2},
+    "data": {"data": 2},
+    "expert over data ranks": {"data": 2, "expert": 2},
+    "expert over tensor ranks": {"tensor": 2, "expert": 2},
+    "expert over context ranks": {"context": 2, "expert": 2},
+}
+FOUR_RANKS = {
+    "tensor, pipeline": {"tensor": 2, "pipeline": 2},
+    "tensor, context, expert": {"tensor": 2, "context": 2, "expert": 4},
+    "interleaved pipeline, data, expert": {
+        "pipeline": 2,
+        "chunks_per_stage": 2,
+        "data": 2,
+        "expert": 2,
+    },
+    "pipeline, context": {"pipeline": 2, "context": 2},
+    "context of four": {"context": 4},
+}
+DEDICATED = {
+    "one decoder, one vision": {"vision_ranks": 1},
+    "one decoder, two vision": {"vision_ranks": 2},
+    "one decoder, three vision": {"vision_ranks": 3},
+    "two data, one vision": {"data": 2, "vision_ranks": 1},
+    "two tensor, two vision": {"tensor": 2, "vision_ranks": 2},
+    "two context, one vision": {"context": 2, "vision_ranks": 1},
+    "two pipeline, two vision": {"pipeline": 2, "vision_ranks": 2},
+}
+
+
+@pytest.mark.parametrize("degrees", TWO_RANKS.values(), ids=TWO_RANKS)
+def test_two_ranks_train_as_one(degrees: dict[str, int], one_rank: Trained) -> None:
+    assert_same_training(train(tiny_run(**degrees)), one_rank)
+
+
+@pytest.mark.parametrize("degrees", FOUR_RANKS.values(), ids=FOUR_RANKS)
+def test_combinations_train_as_one(degrees: dict[str, int], one_rank: Trained) -> None:
+    assert_same_training(train(tiny_run(**degrees)), one_rank)
+
+
+@pytest.mark.parametrize("degrees", DEDICATED.values(), ids=DEDICATED)
+def test_vision_ranks_of_their_own_train_as_one(
+    degrees: dict[str, int], one_rank: Trained
+) -> None:
+    assert_same_training(train(tiny_run(**degrees)), one_rank)
+
+
+@pytest.mark.parametrize("chunk_patches", [1, 24, 10_000])
+def test_training_does_not_depend_on_the_chunk_size(
+    chunk_patches: int, one_rank: Trained
+) -> None:
+    run = tiny_run(data=1, vision_ranks=2, chunk_patches=chunk_patches)
+    assert_same_training(train(run), one_rank)
+
+
+def test_recomputed_layers_train_as_kept_ones(one_rank: Trained) -> None:
+    run = tiny_run(tensor=2, training={"recompute_layers": True})
+    assert_same_training(train(run), one_rank)
+
+
+@pytest.mark.parametrize("phase", ["dense", "indexer_warmup"])
+def test_every_phase_trains_as_one_rank(phase: str) -> None:
+    training = {"phase": phase}
+    expected = train(tiny_run(training=training))
+    got = train(tiny_run(tensor=2, context=2, training=training))
+    assert_same_training(got, expected)
+
+
+def test_text_alone_trains_beside_idle_vision_ranks() -> None:
+    batches = [text_rows(0), mixed_rows(1), text_rows(2)]
+    expected = train(tiny_run(), batches)
+    assert_same_training(train(tiny_run(vision_ranks=2), batches), expected)
+
+
+def test_more_vision_ranks_than_pictures_train_as_one() -> None:
+    rows = [mixed_rows(0)[0], *text_rows(0)[:3]]
+    expected = train(tiny_run(), [rows])
+    assert_same_training(train(tiny_run(vision_ranks=3, chunk_patches=10_000), [rows]), expected)

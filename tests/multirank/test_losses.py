@@ -1,0 +1,104 @@
+"""Which loss trains what: language loss and indexer loss never mix."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_keye.config import IndexerConfig, OptimizerConfig
+from megatron_keye.data.row import PackedRow
+from tests.support.tiny import ROW_TOKENS, mixed_rows, text_rows, tiny_model, tiny_run
+from tests.support.train import WEIGHT_TOLERANCE, train
+
+PLAIN = OptimizerConfig(
+    learning_rate=1e-2, clip_gradient_norm=0.0, weight_decay=0.0, epsilon=1e-4
+)
+"""No clipping and no decay, by which one loss could touch another's weights."""
+
+
+def test_top_k_of_a_whole_row_is_dense_attention() -> None:
+    model = tiny_model(indexer=IndexerConfig(num_heads=4, head_dim=8, top_k=ROW_TOKENS))
+    sparse = train(tiny_run(model=model, training={"optimizer": PLAIN, "phase": "sparse"}))
+    dense = train(tiny_run(model=model, training={"optimizer": PLAIN, "phase": "dense"}))
+    for mine, theirs in zip(sparse.metrics, dense.metrics, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert mine.indexer_recall == pytest.approx(1.0, abs=1e-6)
+    for name, weight in dense.weights.items():
+        if "indexer" not in name:
+            worst = float((sparse.weights[name] - weight).abs().max())
+            assert worst <= WEIGHT_TOLERANCE, f"{name} differs by {worst:.2e}"
+
+
+def test_language_loss_never_reaches_the_indexer() -> None:
+    training = {"optimizer": PLAIN, "indexer_loss_weight": 0.0}
+    trained = train(tiny_run(training=training))
+    fresh = train(tiny_run(training=training), [])
+    changed = trained.changed(fresh)
+    assert changed and not any("indexer" in name for name in changed)
+
+
+def test_indexer_loss_reaches_nothing_else() -> None:
+    weak = train(tiny_run(training={"optimizer": PLAIN, "indexer_loss_weight": 1.0}), _one_step())
+    strong = train(tiny_run(training={"optimizer": PLAIN, "indexer_loss_weight": 9.0}), _one_step())
+    changed = weak.changed(strong)
+    assert changed and all("indexer" in name for name in changed)
+
+
+def test_warm_up_trains_the_indexer_alone_and_lowers_its_loss() -> None:
+    training = {"optimizer": PLAIN, "phase": "indexer_warmup", "steps": 12}
+    batches = [mixed_rows(0)] * 12
+    trained = train(tiny_run(training=training), batches)
+    fresh = train(tiny_run(training=training), [])
+    changed = trained.changed(fresh)
+    assert changed and all("indexer" in name for name in changed)
+    assert trained.metrics[-1].indexer_kl < 0.8 * trained.metrics[0].indexer_kl
+
+
+def test_frozen_decoder_still_trains_the_projector() -> None:
+    training = {"optimizer": PLAIN, "frozen": ("vision", "decoder", "indexer")}
+    trained = train(tiny_run(vision_ranks=1, training=training))
+    fresh = train(tiny_run(training=training), [])
+    changed = trained.changed(fresh)
+    assert changed and all("projector" in name for name in changed)
+
+
+def test_frozen_vision_gets_no_gradients_and_the_rest_trains() -> None:
+    training = {"optimizer": PLAIN, "frozen": ("vision", "projector")}
+    trained = train(tiny_run(vision_ranks=1, training=training))
+    changed = trained.changed(train(tiny_run(training=training), []))
+    assert changed and not any(name.startswith("vision.") for name in changed)
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    together = text_rows(0)[:1]
+    other = _with_other_first_document(together[0])
+    assert not np.array_equal(other.token_ids, together[0].token_ids)
+    losses = [
+        train(tiny_run(training={"rows_per_step": 1}), [[_only_last_document_counts(row)]]).metrics[0].loss
+        for row in (together[0], other)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_step_with_an_infinite_gradient_changes_no_weight() -> None:
+    run = tiny_run(vision_ranks=1, training={"indexer_loss_weight": 1e300})
+    trained = train(run, _one_step())
+    assert not trained.metrics[0].was_applied
+    assert not trained.changed(train(run, []))
+
+
+def _one_step() -> list[list[PackedRow]]:
+    return [mixed_rows(0)]
+
+
+def _with_other_first_document(row: PackedRow) -> PackedRow:
+    token_ids = row.token_ids.copy()
+    end = row.document_bounds[1]
+    token_ids[:end] = (token_ids[:end] + 7) % 90
+    return replace(row, token_ids=token_ids)
+
+
+def _only_last_document_counts(row: PackedRow) -> PackedRow:
+    labels = row.labels.copy()
+    labels[: row.document_bounds[1]] = -100
+    return replace(row, labels=labels)
