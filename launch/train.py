@@ -4,23 +4,27 @@ A wrong setting is told in one sentence by one rank; anything else that fails sh
 """
 
 import argparse
-import importlib.util
 import logging
 import os
 import sys
+import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_keye.config import RunConfig
-from megatron_keye.config.check import suggest
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # local.sh keeps the script's own folder off the path
+
+from launch.recipe import load_recipe, recipe_names  # noqa: E402
+from megatron_keye.config import RunConfig  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron_keye.parallel.process import Process
 
-RECIPES = Path(__file__).resolve().parent / "recipes"
 USER_ERROR = 2
+LOST_PEERS = 3
+SECONDS_FOR_THE_FIRST = 3.0
+"""A rank that fails because another did waits so long, so that the launcher sees that one first."""
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -41,27 +45,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--show", action="store_true", help="print the run as JSON and stop")
     return parser.parse_args(arguments)
-
-
-def recipe_names() -> list[str]:
-    """Return the names of all recipes."""
-    return sorted(path.stem for path in RECIPES.glob("[a-z]*.py"))
-
-
-def load_recipe(name: str) -> Callable[..., RunConfig]:
-    """Return the function that makes the recipe `name`, from the file of that name.
-
-    Raises:
-        ValueError: For an unknown name, with near ones.
-    """
-    if name not in recipe_names():
-        raise ValueError(f"recipe {name!r}: no such recipe; {suggest(name, recipe_names())}")
-    spec = importlib.util.spec_from_file_location(f"recipes.{name}", RECIPES / f"{name}.py")
-    assert spec is not None and spec.loader is not None, "the file is there"
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    recipe: Callable[..., RunConfig] = getattr(module, name)
-    return recipe
 
 
 def make_run(arguments: argparse.Namespace, num_ranks: int, *, has_gpu: bool) -> RunConfig:
@@ -96,19 +79,25 @@ def main(arguments: list[str]) -> int:
     process = join(device, rank=rank, num_ranks=num_ranks, init_method=meeting_point(num_ranks))
     try:
         train(run, process)
-    except ValueError as error:
-        return complain(error) if process.is_first_to_fail() else USER_ERROR
+    except Exception as error:
+        if not process.is_first_to_fail():
+            time.sleep(SECONDS_FOR_THE_FIRST)
+            return LOST_PEERS
+        if not isinstance(error, ValueError):
+            raise
+        return complain(error)
     torch.distributed.destroy_process_group()
     return 0
 
 
 def train(run: RunConfig, process: "Process") -> None:
     """Build a trainer on this rank and run it."""
-    from megatron_keye.config.backends import transformer_engine_version
+    from megatron_keye.config.backends import takes_transformer_engine
     from megatron_keye.training.trainer import Trainer
 
-    has_engine = process.device.type == "cuda" and transformer_engine_version() is not None
-    Trainer(run, process, uses_transformer_engine=has_engine).train()
+    has_gpu = process.device.type == "cuda"
+    engine = takes_transformer_engine(run.training.linear_layers, has_gpu=has_gpu)
+    Trainer(run, process, uses_transformer_engine=engine).train()
 
 
 def meeting_point(num_ranks: int) -> str:

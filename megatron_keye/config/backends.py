@@ -8,6 +8,8 @@ Standard library only.
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
+from megatron_keye.config.training import LinearLayers
+
 TRANSFORMER_ENGINE_INSTALL = (
     'pip install --no-build-isolation "transformer-engine[pytorch,core_cu13]==2.20.2"'
 )
@@ -69,6 +71,29 @@ def transformer_engine_version() -> str | None:
             f"{remedy}"
         )
     return next(iter(present.values()))
+
+
+def takes_transformer_engine(wanted: LinearLayers, *, has_gpu: bool) -> bool:
+    """Decide whose linear layers a run uses.
+
+    Args:
+        wanted: The run's training.linear_layers.
+        has_gpu: Whether the run is on GPUs.
+
+    Raises:
+        ValueError: Transformer Engine is asked for and can't be had.
+        RuntimeError: Half of it is installed.
+    """
+    if wanted == "megatron" or (wanted == "auto" and not has_gpu):
+        return False
+    version = transformer_engine_version()
+    if wanted == "transformer_engine" and (version is None or not has_gpu):
+        raise ValueError(
+            "training.linear_layers: got 'transformer_engine' "
+            f"{'where it is not installed' if has_gpu else 'without a GPU'}, expected 'megatron' "
+            f"or 'auto'; to install it: {TRANSFORMER_ENGINE_INSTALL}"
+        )
+    return version is not None
 
 
 def transformer_engine_cuda() -> int | None:

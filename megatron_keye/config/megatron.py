@@ -18,9 +18,7 @@ def weight_dtype(run: RunConfig) -> torch.dtype:
     return _DTYPES[run.training.precision]
 
 
-def decoder_config(
-    run: RunConfig, *, on_gpu: bool, grouped_experts: bool
-) -> TransformerConfig:
+def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> TransformerConfig:
     """Translate the decoder's sizes and degrees.
 
     Args:

@@ -6,6 +6,7 @@ from typing import Literal
 from megatron_keye.config.check import check
 
 Phase = Literal["dense", "indexer_warmup", "sparse"]
+LinearLayers = Literal["auto", "megatron", "transformer_engine"]
 Part = Literal["vision", "projector", "decoder", "indexer"]
 
 PARTS: tuple[Part, ...] = ("vision", "projector", "decoder", "indexer")
@@ -49,6 +50,9 @@ class CheckpointConfig:
     resume: str = "none"
     """"auto" continues from the newest checkpoint of this run when there is one, "none" starts
     afresh, anything else is the folder of one checkpoint to continue from."""
+    weights: str = ""
+    """Folder of a native checkpoint whose weights a fresh run begins with, for example what
+    tools/convert_checkpoint.py made; "" draws them. A resumed run has its own."""
 
     def __post_init__(self) -> None:
         for name in ("interval_steps", "keep"):
@@ -79,6 +83,9 @@ class TrainingConfig:
     precision: Literal["fp64", "fp32", "bf16"] = "bf16"
     """Type of weights and activations; bf16 keeps fp32 master weights and gradients. fp64 is for
     comparing with other implementations, without the router's balancing loss."""
+    linear_layers: LinearLayers = "auto"
+    """Whose linear layers and experts the decoder uses. "auto" takes Transformer Engine's on a GPU
+    where it is installed, Megatron-Core's own otherwise; checkpoints are the same for both."""
     seed: int = 1234
     """Seeds weights, sample order and everything else that is random."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

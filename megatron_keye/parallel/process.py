@@ -27,8 +27,15 @@ class Process:
     """Small facts that all ranks see."""
 
     def is_first_to_fail(self) -> bool:
-        """Tell whether no other rank has failed before, so that one error is told once."""
-        winner = self.store.compare_set("first_to_fail", "", str(self.rank))
+        """Tell whether no other rank has failed before, so that one error is told once.
+
+        A rank that loses its peers fails too, in ways that say nothing; the first one knows why.
+        """
+        try:
+            winner = self.store.compare_set("first_to_fail", "", str(self.rank))
+        except RuntimeError:
+            # The rank that keeps the store is gone already, so this one was not the first.
+            return False
         return int(winner) == self.rank
 
 

@@ -1,4 +1,4 @@
-"""Runs a function on n gloo processes; pools of processes are kept, since imports take seconds.
+"""Runs a function on n processes, gloo or NCCL; pools are kept, since imports take seconds.
 
 Each call joins and leaves the group of all ranks anew, through a file instead of a port, so that
 calls do not see each other's groups.
@@ -15,45 +15,48 @@ from pathlib import Path
 from typing import Any
 
 _TIMEOUT_SECONDS = 300
-_pools: dict[int, "_Pool"] = {}
+_pools: dict[tuple[int, str], "_Pool"] = {}
 
 
 class RankError(AssertionError):
     """A function failed on a rank; carries that rank's traceback."""
 
 
-def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_on_ranks(
+    num_ranks: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu"
+) -> list[Any]:
     """Call `function(*arguments)` on every rank and return the results in rank order.
 
     Args:
         num_ranks: Processes of the job.
         function: Defined at the top of a module, so that workers can import it.
         arguments: Anything that pickles.
+        device: "cpu" for gloo, "cuda" for NCCL with one GPU a rank.
 
     Raises:
         RankError: With the first failing rank's traceback, or when ranks do not answer.
     """
-    pool = _pools.get(num_ranks)
-    if pool is None:
-        pool = _pools[num_ranks] = _Pool(num_ranks)
+    key = (num_ranks, device)
+    if key not in _pools:
+        _pools[key] = _Pool(num_ranks, device)
     try:
-        return pool.call(function, arguments)
+        return _pools[key].call(function, arguments)
     except BaseException:
-        _pools.pop(num_ranks).stop()
+        _pools.pop(key).stop()
         raise
 
 
 class _Pool:
     """Worker processes of one world size."""
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, device: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._calls = 0
         self._workers = []
         for rank in range(num_ranks):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there, rank, num_ranks))
+            process = context.Process(target=_work, args=(there, rank, num_ranks, device))
             process.start()
             self._workers.append((process, here))
 
@@ -91,7 +94,7 @@ def _receive(pipe: Connection, rank: int) -> Any:
     return result
 
 
-def _work(pipe: Connection, rank: int, num_ranks: int) -> None:
+def _work(pipe: Connection, rank: int, num_ranks: int, device_type: str) -> None:
     """Serve calls until the parent goes away."""
     import faulthandler
 
@@ -101,13 +104,14 @@ def _work(pipe: Connection, rank: int, num_ranks: int) -> None:
 
     faulthandler.enable()
     torch.set_num_threads(1)
+    device = torch.device("cpu") if device_type == "cpu" else torch.device("cuda", rank)
     while True:
         try:
             function, arguments, meeting = pipe.recv()
         except EOFError:
             sys.exit(0)
         try:
-            join(torch.device("cpu"), rank=rank, num_ranks=num_ranks, init_method=meeting)
+            join(device, rank=rank, num_ranks=num_ranks, init_method=meeting)
             answer = (False, function(*arguments))
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()

@@ -65,6 +65,7 @@ def tiny_run(
     chunk_patches: int = 40,
     model: ModelConfig | None = None,
     training: dict[str, object] | None = None,
+    device: str = "cpu",
     **decoder_degrees: int,
 ) -> RunConfig:
     """Return a run of the tiny model; `vision_ranks` above 0 makes vision dedicated."""
@@ -88,7 +89,7 @@ def tiny_run(
             ),
         ),
         training=TrainingConfig(**(options | (training or {}))),
-        device="cpu",
+        device=device,
     )
 
 

@@ -61,7 +61,9 @@ def train(
     if batches is None:
         batches = [mixed_rows(step) for step in range(3)]
     arguments = (run.to_json(), batches, save_to, load_from)
-    answers = run_on_ranks(run.parallel.num_ranks, _train_on_rank, *arguments)
+    answers = run_on_ranks(
+        run.parallel.num_ranks, _train_on_rank, *arguments, device=run.device
+    )
     weights: dict[str, Tensor] = {}
     for _, parts in answers:
         for key, shape, offset, part in parts:
@@ -104,8 +106,9 @@ def _train_on_rank(
         run = replace(run, output_dir=str(save_to))
     grid = build_grid(run.parallel)
     seed_rank(run.training.seed, grid)
-    device = torch.device("cpu")
-    model = build_model(run, grid, device, uses_transformer_engine=False)
+    device = torch.device("cpu" if run.device == "cpu" else torch.cuda.current_device())
+    engine = run.training.linear_layers == "transformer_engine"
+    model = build_model(run, grid, device, uses_transformer_engine=engine)
     optimizer = JointOptimizer(run, model, grid)
     step = TrainingStep(run, grid, model, optimizer, load_patches=synthetic_patches, device=device)
     progress = store.Progress(step=0, updates=0, data={})
@@ -125,5 +128,5 @@ def _owned_weights(state: dict[str, Any]) -> Iterator[tuple[str, Any, Any, Tenso
     apply_factories(state)
     for tensor in nested_values(state):
         if isinstance(tensor, ShardedTensor) and tensor.data is not None:
-            data = tensor.data.detach().clone()[(None,) * tensor.prepend_axis_num]
+            data = tensor.data.detach().cpu().clone()[(None,) * tensor.prepend_axis_num]
             yield tensor.key, tensor.global_shape, tensor.global_offset, data

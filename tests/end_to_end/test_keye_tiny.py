@@ -1,0 +1,114 @@
+"""The tiny recipe as a user starts it: it learns, stops, resumes, and says what is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.support.clips import make_clip
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("training.steps=4", "training.rows_per_step=1", "device=cpu")
+RANK_SECONDS = 240
+
+
+def launch(
+    folder: Path, *arguments: str, recipe: str = "keye_tiny", ranks: int = 4
+) -> subprocess.CompletedProcess[str]:
+    """Run launch/local.sh with settings, results in `folder`."""
+    settings = [part for setting in arguments for part in ("--set", setting)]
+    return subprocess.run(
+        ["bash", str(ROOT / "launch/local.sh"), "--ranks", str(ranks), recipe]
+        + ["--set", f"output_dir={folder}", *settings],
+        env=os.environ | {"PYTHON": sys.executable},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=RANK_SECONDS,
+        check=False,
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    events = EventAccumulator(str(folder / "keye_tiny" / "events"))
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    result = launch(folder, *SMALL)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_it_trains_on_a_real_video_across_vision_and_decoder_ranks(unbroken: Path) -> None:
+    summary = json.loads((unbroken / "keye_tiny" / "summary.json").read_text())
+    assert summary["last_loss"] < summary["first_loss"] - 0.2
+    assert summary["ranks"] == {"decoder": 2, "vision": 2}
+    assert summary["steps"] == 4
+    assert summary["decoded_frames"] > 0
+    assert summary["video"][0].endswith("bigbuckbunny.mp4")
+    assert (Path(summary["checkpoint"]) / "metadata.json").is_file()
+    assert (unbroken / "keye_tiny" / "run.json").is_file()
+    assert len(losses(unbroken)) == 4
+
+
+def test_a_stopped_run_resumes_as_if_unbroken(unbroken: Path, tmp_path: Path) -> None:
+    first = launch(tmp_path, *SMALL, "training.stop_after_step=2")
+    assert first.returncode == 0, first.stderr
+    second = launch(tmp_path, *SMALL, "training.checkpoint.resume=auto")
+    assert second.returncode == 0, second.stderr
+    assert losses(tmp_path) == losses(unbroken)
+
+
+USER_ERRORS = {
+    "unknown recipe": ({"recipe": "keye_tini"}, (), "did you mean keye_tiny"),
+    "unknown field": ({}, ("training.stepz=3",), "did you mean steps"),
+    "degrees that do not fit": ({"ranks": 2}, ("parallel.decoder.tensor=2",), "2, the number of"),
+    "missing samples": ({"ranks": 2}, ("data.samples=nowhere.jsonl",), "nowhere.jsonl"),
+    "missing video": ({"ranks": 2}, ("data.samples={folder}/missing.jsonl",), "missing.mp4"),
+    "video that fails on its vision rank": (
+        {"ranks": 2},
+        ("data.samples={folder}/hollow.jsonl", "data.row_tokens=600"),
+        "hollow.mp4",
+    ),
+    "unreadable video": ({"ranks": 2}, ("data.samples={folder}/broken.jsonl",), "broken.mp4"),
+}
+
+
+@pytest.mark.parametrize(("how", "settings", "says"), USER_ERRORS.values(), ids=USER_ERRORS)
+def test_a_user_error_is_one_sentence_and_ends_all_ranks(
+    how: dict[str, object], settings: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"this is no video")
+    _make_hollow(tmp_path / "hollow.mp4")
+    for name in ("missing", "broken", "hollow"):
+        (tmp_path / f"{name}.jsonl").write_text(_conversation_about(f"{name}.mp4"))
+    given = [setting.format(folder=tmp_path) for setting in settings]
+    result = launch(tmp_path, *given, "device=cpu", **how)  # type: ignore[arg-type]
+    assert result.returncode == 2, result.stderr
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("error: ") == 1, result.stderr
+
+
+def _make_hollow(path: Path) -> None:
+    """Write a video whose times can be read and whose pictures cannot."""
+    make_clip(path)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat") + 4
+    end = start + int.from_bytes(data[start - 8 : start - 4]) - 8
+    data[start:end] = bytes(end - start)
+    path.write_bytes(data)
+
+
+def _conversation_about(video: str) -> str:
+    question = [{"type": "video", "video": video}, {"type": "text", "text": "What is it?"}]
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "A film."}]
+    return json.dumps({"messages": turns}) + "\n"

@@ -1,0 +1,62 @@
+"""The tests of layouts on real GPUs: NCCL instead of gloo, Transformer Engine where installed."""
+
+import pytest
+import torch
+
+from megatron_keye.config.backends import transformer_engine_version
+from tests.support.tiny import mixed_rows, text_rows, tiny_run
+from tests.support.train import Trained, assert_same_training, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+
+TWO_GPUS = {
+    "tensor and sequence": {"tensor": 2},
+    "tensor, expert": {"tensor": 2, "expert": 2},
+    "pipeline": {"pipeline": 2},
+    "interleaved pipeline": {"pipeline": 2, "chunks_per_stage": 2},
+    "context": {"context": 2},
+    "data, expert": {"data": 2, "expert": 2},
+    "vision of its own": {"vision_ranks": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def one_gpu() -> Trained:
+    return train(tiny_run(device="cuda"))
+
+
+def test_one_gpu_trains_as_the_cpu(one_gpu: Trained) -> None:
+    # The CPU's figures, since one process can't serve both: first and last loss of `one_rank`.
+    assert one_gpu.metrics[0].loss == pytest.approx(5.189061157685473, rel=1e-5)
+
+
+@needs_two
+@pytest.mark.parametrize("degrees", TWO_GPUS.values(), ids=TWO_GPUS)
+def test_two_gpus_train_as_one(degrees: dict[str, int], one_gpu: Trained) -> None:
+    assert_same_training(train(tiny_run(device="cuda", **degrees)), one_gpu)
+
+
+@needs_two
+def test_text_alone_trains_beside_an_idle_vision_gpu() -> None:
+    batches = [text_rows(0), mixed_rows(1)]
+    expected = train(tiny_run(device="cuda"), batches)
+    assert_same_training(train(tiny_run(device="cuda", vision_ranks=1), batches), expected)
+
+
+@pytest.mark.skipif(transformer_engine_version() is None, reason="no Transformer Engine")
+def test_transformer_engine_trains_as_megatrons_own_layers(one_gpu: Trained) -> None:
+    training = {"linear_layers": "transformer_engine"}
+    got = train(tiny_run(device="cuda", training=training))
+    assert got.weights.keys() == one_gpu.weights.keys(), "checkpoint keys differ"
+    # Its matrix products round float32 to TF32, 10 bits of mantissa.
+    assert got.metrics[0].loss == pytest.approx(one_gpu.metrics[0].loss, rel=1e-3)
+
+
+def test_bf16_follows_fp32(one_gpu: Trained) -> None:
+    got = train(tiny_run(device="cuda", training={"precision": "bf16"}))
+    for mine, theirs in zip(got.metrics, one_gpu.metrics, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=2e-2)
