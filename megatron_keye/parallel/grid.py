@@ -6,6 +6,7 @@ first, numbered with tensor fastest, then context, data, pipeline; dedicated vis
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -40,29 +41,22 @@ class Grid:
     """The decoder's groups that this rank is in; None on a dedicated vision rank."""
     vision: ProcessGroupCollection | None
     """The vision grid's groups; None on a rank that does not encode."""
+    transport_ranks: tuple[int, ...]
+    """Ranks that encode or hold embeddings, ascending: between these features travel."""
     features: dist.ProcessGroup
-    """All ranks; carries features from vision ranks to the first pipeline stage."""
+    """The transport ranks, for features on their way to the decoder."""
     gradients: dist.ProcessGroup
-    """All ranks; carries the features' gradients back. Apart from `features`, since messages of
-    one group between two ranks must start in the same order on both sides."""
+    """The same ranks, for gradients on their way back. Apart from `features`, since exchanges of
+    one group start in the same order on all ranks, and the two directions pass each other."""
 
     @property
     def vision_ranks(self) -> range:
         """The ranks that encode."""
-        decoder, vision = self.parallel.decoder.num_ranks, self.parallel.vision
-        if vision.placement == "dedicated":
-            return range(decoder, decoder + vision.num_ranks)
-        return range(decoder)
+        return _vision_ranks(self.parallel)
 
     def place(self, rank: int | None = None) -> DecoderPlace:
         """Return where `rank` (this process by default) stands in the decoder grid."""
         return decoder_place(self.parallel.decoder, self.rank if rank is None else rank)
-
-    def first_stage_ranks(self, data: int) -> list[int]:
-        """Return the ranks of replica `data` that hold the embeddings, in rank order."""
-        degrees = self.parallel.decoder
-        ranks = range(degrees.num_ranks // degrees.pipeline)
-        return [rank for rank in ranks if decoder_place(degrees, rank).data == data]
 
 
 def decoder_place(degrees: DecoderParallel, rank: int) -> DecoderPlace:
@@ -87,21 +81,40 @@ def build_grid(parallel: ParallelConfig) -> Grid:
     # initialize_model_parallel would have made.
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
-    rank = dist.get_rank()
-    num_decoder = parallel.decoder.num_ranks
+    rank, encoding = dist.get_rank(), _vision_ranks(parallel)
     decoder = _decoder_groups(parallel.decoder)
-    dedicated = parallel.vision.placement == "dedicated"
-    offset, size = (num_decoder, parallel.vision.num_ranks) if dedicated else (0, num_decoder)
-    vision = _vision_groups(size, offset)
-    everyone = list(range(dist.get_world_size()))
+    vision = _vision_groups(len(encoding), encoding.start)
+    first_stage = parallel.decoder.num_ranks // parallel.decoder.pipeline
+    transport_ranks = sorted({*encoding, *range(first_stage)})
     return Grid(
         parallel=parallel,
         rank=rank,
-        decoder=decoder if rank < num_decoder else None,
-        vision=vision if offset <= rank < offset + size else None,
-        features=dist.new_group(everyone),
-        gradients=dist.new_group(everyone),
+        decoder=decoder if rank < parallel.decoder.num_ranks else None,
+        vision=vision if rank in encoding else None,
+        transport_ranks=tuple(transport_ranks),
+        features=_connected_group(transport_ranks),
+        gradients=_connected_group(transport_ranks),
     )
+
+
+def _vision_ranks(parallel: ParallelConfig) -> range:
+    num_decoder = parallel.decoder.num_ranks
+    if parallel.vision.placement == "dedicated":
+        return range(num_decoder, num_decoder + parallel.vision.num_ranks)
+    return range(num_decoder)
+
+
+def _connected_group(ranks: list[int]) -> dist.ProcessGroup:
+    """Make a group whose ranks have all met.
+
+    NCCL connects two ranks when they first have something for each other, and holds both until
+    then; in the middle of a step one of them may be waiting for something else.
+    """
+    group = dist.new_group(ranks)
+    if dist.get_rank() in ranks:
+        greetings = torch.zeros(len(ranks), device=torch.cuda.current_device())
+        dist.all_to_all_single(torch.empty_like(greetings), greetings, group=group)
+    return group
 
 
 def _decoder_groups(degrees: DecoderParallel) -> ProcessGroupCollection:

@@ -75,6 +75,11 @@ class StepPlan:
     shipments: tuple[Shipment, ...]
     """In the order in which they are sent."""
 
+    @property
+    def micro_batches(self) -> list[int]:
+        """Micro-batches in which anything is sent, ascending."""
+        return sorted({shipment.micro_batch for shipment in self.shipments})
+
     def chunks_of(self, vision_rank: int) -> list[int]:
         """Return the indices of the chunks that a vision rank encodes."""
         return [i for i, chunk in enumerate(self.chunks) if chunk.vision_rank == vision_rank]

@@ -19,7 +19,8 @@ def run_step(
     *,
     encode: Callable[[int], Tensor],
     decode: Callable[[], None],
-    encode_backward: Callable[[int, Tensor], None] | None,
+    encode_backward: Callable[[int, Tensor], None],
+    returns_gradients: bool,
 ) -> None:
     """Run this rank's share of a step.
 
@@ -33,18 +34,23 @@ def run_step(
         transport: The step's messages.
         encode: From a chunk's index to its features [M, D], without gradients.
         decode: Runs the decoder's pipeline schedule, forward and backward.
-        encode_backward: Takes a chunk's index and the gradient [M, D] of its features; None when
-            vision is frozen and nothing comes back.
+        encode_backward: Takes a chunk's index and the gradient [M, D] of its features.
+        returns_gradients: Whether anything in front of the decoder learns.
     """
+    if grid.rank not in grid.transport_ranks:
+        decode()
+        return
     mine = plan.chunks_of(grid.rank) if grid.vision is not None else []
-    if encode_backward is not None:
-        transport.expect_gradients()
     for chunk in mine:
         transport.send_features(chunk, encode(chunk))
+    if grid.vision is not None:
+        transport.finish_features()
     if grid.decoder is not None:
         decode()
-    if encode_backward is not None:
+        transport.finish_features()
+    if returns_gradients:
+        transport.finish_gradients()
         for chunk in mine:
             num_tokens = sum(picture.num_tokens for picture in plan.chunks[chunk].pictures)
             encode_backward(chunk, transport.take_gradients(chunk, num_tokens))
-    transport.finish()
+    transport.assert_done(gradients_returned=returns_gradients)

@@ -1,8 +1,8 @@
 """One training step, from packed rows to updated weights."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -127,15 +127,11 @@ class TrainingStep:
             transport,
             encode=self._encoder.encode if self._encoder is not None else _no_vision,
             decode=lambda: self._decode_rows(rows, transport, meter, counts),
-            encode_backward=self._encoder_backward(),
+            encode_backward=self._encoder.backward if self._encoder is not None else _no_vision,
+            returns_gradients=returns_gradients(run),
         )
         if self._encoder is not None:
             meter.add("pictures", torch.tensor(self._encoder.num_pictures, device=self._device))
-
-    def _encoder_backward(self) -> Callable[[int, torch.Tensor], None] | None:
-        if self._encoder is None or not returns_gradients(self._run):
-            return None
-        return self._encoder.backward
 
     def _decode_rows(
         self,
@@ -167,5 +163,5 @@ def _count(rows: list[PackedRow]) -> _Counts:
     )
 
 
-def _no_vision(chunk: int) -> torch.Tensor:
+def _no_vision(chunk: int, *gradient: torch.Tensor) -> NoReturn:
     raise AssertionError(f"chunk {chunk} was planned for a rank that does not encode")

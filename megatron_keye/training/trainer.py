@@ -1,6 +1,7 @@
 """The whole of a run: build, resume, step, save, summarise."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,6 +107,11 @@ class Trainer:
     def _resume(self) -> None:
         folder = store.find_checkpoint(self._run)
         if folder is None:
+            weights = self._run.training.checkpoint.weights
+            if weights:
+                store.load_weights(
+                    Path(weights), self._run, self._model, self._optimizer, self._grid
+                )
             return
         self._progress = store.load(folder, self._run, self._model, self._optimizer, self._grid)
         self._loader.load_state_dict(self._progress.data)

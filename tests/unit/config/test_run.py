@@ -1,0 +1,115 @@
+"""The configuration refuses what does not fit, and says what would."""
+
+import pytest
+
+from megatron_keye.config import RunConfig
+from tests.support.tiny import tiny_run
+
+
+def test_json_gives_back_the_same_run() -> None:
+    run = tiny_run(tensor=2, vision_ranks=3)
+    assert RunConfig.from_json(run.to_json()) == run
+
+
+def test_overrides_reach_every_kind_of_field() -> None:
+    run = tiny_run().with_overrides(
+        [
+            "training.steps=9",
+            "training.optimizer.learning_rate=1",
+            "training.frozen=vision,projector",
+            "training.recompute_layers=true",
+            "model.decoder.rope_sections=[4, 2, 2]",
+            "data.samples=some file.jsonl",
+            "name=7",
+        ]
+    )
+    assert run.training.steps == 9
+    assert run.training.optimizer.learning_rate == 1.0
+    assert run.training.frozen == ("vision", "projector")
+    assert run.training.recompute_layers is True
+    assert run.model.decoder.rope_sections == (4, 2, 2)
+    assert run.data.samples == "some file.jsonl"
+    assert run.name == "7"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.stepz=5", "training.stepz: no such field; did you mean steps?"),
+        ("trainin.steps=5", "trainin: no such field; did you mean training?"),
+        ("training=5", "training: is a section"),
+        ("training.steps.more=5", "training.steps"),
+        ("steps", "expected section.field=value"),
+        ("training.steps=many", "expected a value of type int"),
+        ("training.steps=2.5", "expected a value of type int"),
+        ("training.steps=true", "expected a value of type int"),
+        ("training.phase=warm", "expected one of"),
+        ("training.frozen=encoder", "expected one of"),
+        ("model.decoder.rope_sections=[1,2]", "expected 3 values"),
+        ("training.frozen=[vision", "expected one of"),
+    ],
+)
+def test_a_wrong_override_is_told_in_one_sentence(override: str, says: str) -> None:
+    with pytest.raises(ValueError, match=".") as error:
+        tiny_run().with_overrides([override])
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["parallel.decoder.tensor=8"], "parallel.decoder.tensor: got 8"),
+        (["parallel.decoder.expert=3"], "parallel.decoder.expert: got 3"),
+        (["parallel.decoder.pipeline=3"], "a multiple of pipeline x chunks_per_stage = 3"),
+        (["parallel.decoder.chunks_per_stage=2"], "1 unless parallel.decoder.pipeline"),
+        (["parallel.decoder.data=3"], "a divisor of 4 rows a step"),
+        (["parallel.decoder.context=3"], "data.row_tokens"),
+        (
+            ["parallel.decoder.pipeline=2", "parallel.decoder.chunks_per_stage=2"]
+            + ["training.rows_per_step=3"],
+            "since the pipeline is interleaved",
+        ),
+        (["parallel.vision.num_ranks=1"], "the decoder's ranks encode"),
+        (["parallel.vision.placement=dedicated"], "1 or more"),
+        (["model.vision.hidden_size=18"], "row and column rotary"),
+        (["model.decoder.head_dim=20"], "whose sum is head_dim / 2"),
+        (["training.frozen=vision,projector,decoder,indexer"], "a part that still learns"),
+        (["training.phase=indexer_warmup", "training.frozen=indexer"], "a part that still"),
+        (["data.frames.min_tokens_per_frame=999"], "data.frames.min_tokens_per_frame"),
+        (["training.optimizer.min_learning_rate=9"], "min_learning_rate"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(overrides: list[str], says: str) -> None:
+    with pytest.raises(ValueError, match=".") as error:
+        tiny_run().with_overrides(overrides)
+    assert says in str(error.value)
+
+
+def test_overrides_that_fit_only_together_are_taken() -> None:
+    run = tiny_run().with_overrides(
+        ["parallel.vision.num_ranks=2", "parallel.vision.placement=dedicated"]
+    )
+    assert run.parallel.num_ranks == 3
+
+
+def test_the_number_of_started_ranks_must_be_the_product() -> None:
+    tiny_run(tensor=2, vision_ranks=1).check_num_ranks(3)
+    with pytest.raises(ValueError, match="3 ranks.*expected 4, the number of ranks"):
+        tiny_run(tensor=2, vision_ranks=1).check_num_ranks(4)
+
+
+@pytest.mark.parametrize(
+    ("phase", "frozen", "trained"),
+    [
+        ("dense", (), ("vision", "projector", "decoder")),
+        ("indexer_warmup", (), ("indexer",)),
+        ("sparse", (), ("vision", "projector", "decoder", "indexer")),
+        ("sparse", ("vision", "decoder"), ("projector", "indexer")),
+    ],
+)
+def test_phase_and_frozen_parts_decide_what_learns(
+    phase: str, frozen: tuple[str, ...], trained: tuple[str, ...]
+) -> None:
+    run = tiny_run(training={"phase": phase, "frozen": frozen})
+    assert run.training.trained_parts == trained
