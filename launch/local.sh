@@ -56,9 +56,10 @@ export MASTER_PORT
 export PYTHONSAFEPATH=1              # a folder named kernels/ must not shadow a package
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # orders tensor-parallel communication before the matmuls
 unset PYTHONDONTWRITEBYTECODE        # bytecode saves most of the import time of the next run
-if (( gpus == 0 )); then
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # ranks share the cores
-fi
+# Ranks share the cores; more than 8 threads a rank only get in each other's way.
+threads=$(( $(nproc) / ranks ))
+threads=$(( threads < 1 ? 1 : threads > 8 ? 8 : threads ))
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 
 pids=()
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 USER_ERROR = 2
 LOST_PEERS = 3
 SECONDS_FOR_THE_FIRST = 3.0
-"""A rank that fails because another did waits so long, so that the launcher sees that one first."""
+"""What a rank that fails because another did waits, so that the launcher sees that one first."""
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

@@ -228,9 +228,7 @@ def build_model(
                 uses_transformer_engine=uses_transformer_engine,
             )
             sharded = chunk.sharded_state_dict(metadata={"dp_cp_group": grid.decoder.dp_cp})
-            initialize_weights(
-                sharded, std=run.model.decoder.init_std, seed=run.training.seed
-            )
+            initialize_weights(sharded, std=run.model.decoder.init_std, seed=run.training.seed)
             _freeze(chunk, run, part="decoder")
             chunks.append(_wrap(chunk.to(device), run, config, grid.decoder))
     return KeyeModel(chunks=chunks, vision=_build_vision(run, grid, device))

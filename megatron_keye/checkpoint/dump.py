@@ -7,16 +7,15 @@ belongs to one loss by construction.
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_keye.checkpoint.dump_inputs import DumpInputs, Pictures
-from megatron_keye.checkpoint.hf_views import ExpertLayout
 from megatron_keye.checkpoint.layer_recorder import LayerRecorder
 from megatron_keye.checkpoint.one_process import OneProcessModel
+from megatron_keye.checkpoint.parameter_shapes import ExpertLayout
 from megatron_keye.config.training import Phase
 
 Arrays = dict[str, NDArray[Any]]
@@ -130,12 +129,12 @@ def _activations(model: OneProcessModel, inputs: DumpInputs, run: _Pass) -> Arra
 def _gradients(model: OneProcessModel, loss: Tensor, kind: str, layout: ExpertLayout) -> Arrays:
     """Run the backward pass of `loss` and return the gradients, which are then cleared."""
     loss.backward()
-    views = model.hf_views(layout, gradients=True)
-    arrays = {f"grad.{kind}.{name}": _array(view.read()) for name, view in views.items()}
+    found = model.gradients(layout)
+    arrays = {f"grad.{kind}.{name}": _array(gradient) for name, gradient in found.items()}
     model.clear_gradients()
     return arrays
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = np.ascontiguousarray(tensor.detach().cpu().numpy())
+    array: NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
     return array

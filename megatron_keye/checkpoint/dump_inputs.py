@@ -123,7 +123,9 @@ def inputs_from_arrays(arrays: Arrays, model: ModelConfig) -> DumpInputs:
     size = model.decoder.vocab_size
     _require_range("input_ids", token_ids, 0, size)
     images = _pictures(arrays, "pixel_values", "image_grid_thw", model, model.image_token_id)
-    videos = _pictures(arrays, "pixel_values_videos", "video_grid_thw", model, model.video_token_id)
+    videos = _pictures(
+        arrays, "pixel_values_videos", "video_grid_thw", model, model.video_token_id
+    )
     bounds = _bounds(arrays, len(token_ids))
     targets = None
     if "targets" in arrays:

@@ -17,7 +17,10 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
 from megatron_keye.checkpoint.hf_folder import HfFolder
-from megatron_keye.checkpoint.hf_views import ExpertLayout, HfView, decoder_views, vision_views
+from megatron_keye.checkpoint.hf_weights import as_released, load_released, parameter_name
+from megatron_keye.checkpoint.native_folder import NativeFolder
+from megatron_keye.checkpoint.parameter_shapes import ExpertLayout
+from megatron_keye.checkpoint.weight_map import links
 from megatron_keye.config import (
     DataConfig,
     DecoderConfig,
@@ -79,53 +82,43 @@ class OneProcessModel:
         tower = VisionTower(self.run.model.vision, self.run.model.decoder.hidden_size)
         self.tower = tower.to(device=device, dtype=self.dtype)
 
-    def hf_views(self, layout: ExpertLayout, *, gradients: bool = False) -> dict[str, HfView]:
-        """Return all weights under their names in a Hugging Face checkpoint.
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Return all parameters, the chunk's below "decoder." and the tower's below "vision."."""
+        chunk = {f"decoder.{name}": weight for name, weight in self.chunk.named_parameters()}
+        tower = {f"vision.{name}": weight for name, weight in self.tower.named_parameters()}
+        return chunk | tower
+
+    def gradients(self, layout: ExpertLayout) -> dict[str, Tensor]:
+        """Return the gradient of every tensor of a Hugging Face checkpoint, 0 where there is none.
 
         Args:
             layout: How that checkpoint holds experts.
-            gradients: Whether to view gradients instead; 0 for weights that got none.
         """
-        seen = _gradient if gradients else Tensor.detach
-        chunk = {name: seen(weight) for name, weight in self.chunk.named_parameters()}
-        tower = {name: seen(weight) for name, weight in self.tower.named_parameters()}
-        decoder = self.run.model.decoder
-        return dict(vision_views(tower)) | dict(decoder_views(chunk, decoder, layout))
+        found = {
+            name: torch.zeros_like(weight) if weight.grad is None else weight.grad
+            for name, weight in self.parameters().items()
+        }
+        return as_released(found, self.run.model, layout)
 
     def clear_gradients(self) -> None:
         """Forget all gradients."""
         self.chunk.zero_grad(set_to_none=True)
         self.tower.zero_grad(set_to_none=True)
 
-    def load_hf(self, folder: HfFolder) -> ExpertLayout:
-        """Fill the weights from a Hugging Face folder and return its layout of experts.
-
-        Raises:
-            ValueError: Naming a tensor that is missing or of another shape.
-        """
-        names = set(folder.names)
-        layout: ExpertLayout = "fused" if any(_is_fused(n) for n in names) else "per-expert"
-        for name, view in self.hf_views(layout).items():
-            if name not in names:
-                raise ValueError(
-                    f"{folder.path}: got no tensor {name}, expected one of shape "
-                    f"{list(view.shape)}; complete the checkpoint or its index"
-                )
-            got = folder.shape(name)
-            if got != view.shape:
-                raise ValueError(
-                    f"{folder.path}: got {name} of shape {list(got)}, expected "
-                    f"{list(view.shape)}; check the sizes in config.json"
-                )
-            view.write(folder.tensor(name))
-        return layout
+    def load_hf(self, folder: HfFolder) -> None:
+        """Fill the weights from a Hugging Face folder."""
+        load_released(self.parameters(), folder)
 
     def load_native(self, folder: Path) -> None:
         """Fill the weights from a sharded checkpoint that training or the converter wrote.
 
         Args:
             folder: The checkpoint, saved on any grid.
+
+        Raises:
+            ValueError: When it is incomplete, or of a model of other sizes.
         """
+        self._check_native(NativeFolder(folder))
         state = _sharded_state(self.chunk, self.tower, self.grid)
         targets = {name: entry.data for name, entry in state.items()}
         loaded = dist_checkpointing.load({"weights": state}, str(folder))["weights"]
@@ -133,6 +126,19 @@ class OneProcessModel:
             for name, target in targets.items():
                 if loaded[name] is not target:
                     target.copy_(loaded[name])
+
+    def _check_native(self, folder: NativeFolder) -> None:
+        """Compare names and shapes with ours before Megatron reads the weights."""
+        weights = self.parameters()
+        for link in links(self.run.model, "fused"):
+            expected = [*link.lead_shape, *weights[parameter_name(link)].shape]
+            stored = folder.tensors.get(link.key)
+            if stored is None or list(stored.shape) != expected:
+                got = "none" if stored is None else f"shape {list(stored.shape)}"
+                raise ValueError(
+                    f"tensor {link.key}: got {got} in {folder.path}, expected shape {expected} "
+                    "as in the --hf folder; compare two forms of one model"
+                )
 
 
 def _run(model: ModelConfig, precision: Precision) -> RunConfig:
@@ -147,14 +153,6 @@ def _run(model: ModelConfig, precision: Precision) -> RunConfig:
         parallel=ParallelConfig(),
         training=TrainingConfig(steps=1, precision=precision),
     )
-
-
-def _gradient(weight: Tensor) -> Tensor:
-    return torch.zeros_like(weight) if weight.grad is None else weight.grad
-
-
-def _is_fused(name: str) -> bool:
-    return name.endswith("experts.gate_up_proj")
 
 
 def _sharded_state(chunk: DecoderChunk, tower: VisionTower, grid: Grid) -> dict[str, Any]:

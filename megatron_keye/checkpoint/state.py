@@ -100,6 +100,17 @@ def copy_loaded(loaded: dict[str, Any], targets: dict[str, Tensor]) -> None:
             target.copy_(loaded[name])
 
 
+@torch.no_grad()
+def copy_to_masters(optimizer: JointOptimizer) -> None:
+    """Bring master weights up to date with weights that were loaded without them."""
+    for inner in _optimizers(optimizer):
+        if inner.is_stub_optimizer:
+            continue
+        for weight, master in _masters(inner):
+            if master is not weight:
+                master.copy_(weight)
+
+
 def data_of(state: Sharded) -> dict[str, Tensor]:
     """Return the tensors behind sharded tensors, by local name."""
     kinds = (ShardedTensor, ShardedTensorFactory)

@@ -4,6 +4,7 @@ A checkpoint is written beside its final name and renamed when every rank is don
 killed run never leaves one that looks complete. Format: Megatron-Core's torch_dist.
 """
 
+import itertools
 import math
 import random
 import re
@@ -19,13 +20,17 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_keye.checkpoint.check_tensors import check_shapes
+from megatron_keye.checkpoint.native_folder import NativeFolder
 from megatron_keye.checkpoint.state import (
     copy_loaded,
+    copy_to_masters,
     data_of,
     optimizer_state,
     set_optimizer_steps,
     weight_state,
 )
+from megatron_keye.checkpoint.to_native import native_shapes
 from megatron_keye.config.run import RunConfig
 from megatron_keye.model import KeyeModel
 from megatron_keye.parallel.grid import Grid
@@ -72,6 +77,19 @@ def find_checkpoint(run: RunConfig) -> Path | None:
             "checkpoint (.../checkpoints/step-NNNNNNNN), 'auto' or 'none'"
         )
     return folder
+
+
+def set_aside(run: RunConfig, rank: int) -> None:
+    """Give the folder of an earlier run of this name a number, so that nothing is lost or mixed.
+
+    Args:
+        run: The run that starts afresh.
+        rank: Only rank 0 moves anything; the others write nothing before they meet it again.
+    """
+    if rank != 0 or not _complete(run.folder / "checkpoints"):
+        return
+    names = (run.folder.with_name(f"{run.name}.{number}") for number in itertools.count(1))
+    run.folder.rename(next(name for name in names if not name.exists()))
 
 
 def save(
@@ -146,6 +164,34 @@ def load(
         _restore_random(loaded["random"])
     known = {f.name: saved[f.name] for f in fields(Progress)}
     return Progress(**known)
+
+
+def load_weights(
+    folder: Path, run: RunConfig, model: KeyeModel, optimizer: JointOptimizer, grid: Grid
+) -> None:
+    """Read only the weights of a checkpoint that training or a conversion wrote.
+
+    All ranks must call it. Weights are rounded to the model's type where the types differ.
+
+    Args:
+        folder: A complete checkpoint, saved on any grid.
+        run: The run that begins.
+        model: Takes the weights.
+        optimizer: Takes them as its master weights.
+        grid: Groups of this rank.
+
+    Raises:
+        ValueError: When the folder is no complete checkpoint, or not one of this model.
+    """
+    held = {key: tensor.shape for key, tensor in NativeFolder(folder).tensors.items()}
+    check_shapes(held, native_shapes(run.model), where=str(folder))
+    weights = weight_state(model, grid)
+    targets = data_of(weights)
+    # Without the extra states of linears: they hold nothing that training reads.
+    wanted = {name: weights[name] for name in targets}
+    loaded = dist_checkpointing.load({"weights": wanted}, str(folder))
+    copy_loaded(loaded["weights"], targets)
+    copy_to_masters(optimizer)
 
 
 def _random_state(grid: Grid) -> ShardedObject:

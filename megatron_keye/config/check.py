@@ -24,7 +24,7 @@ def check(holds: bool, name: str, got: object, expected: str) -> None:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return what to try instead of an unknown `name`: its near spellings, or all that is known."""
+    """Return what to try instead of an unknown `name`: near spellings, or all that is known."""
     known = sorted(known)
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"known are: {', '.join(known)}"

@@ -10,7 +10,7 @@ LossTokens = Literal["assistant", "text"]
 
 @dataclass(frozen=True, kw_only=True)
 class FrameConfig:
-    """How densely videos and images are sampled; one token covers 28 x 28 pixels in the release."""
+    """How densely pictures are sampled; one token covers 28 x 28 pixels in the release."""
 
     frames_per_second: float = 2.0
     """Frames chosen a second of true presentation time."""

@@ -38,12 +38,14 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "patch_size"):
-            check(getattr(self, name) > 0, f"model.vision.{name}", getattr(self, name), "1 or more")
+            check(
+                getattr(self, name) > 0, f"model.vision.{name}", getattr(self, name), "1 or more"
+            )
         check(
             self.hidden_size % (4 * self.num_heads) == 0,
             "model.vision.hidden_size",
             self.hidden_size,
-            f"a multiple of 4 x num_heads = {4 * self.num_heads}, for row and column rotary halves",
+            f"a multiple of 4 x num_heads = {4 * self.num_heads}, for row and column rotary",
         )
         check(
             self.image_size >= self.patch_size,
@@ -54,7 +56,7 @@ class VisionConfig:
 
     @property
     def pixels_per_token(self) -> int:
-        """Side in pixels of the square that becomes one decoder token (28 in the released model)."""
+        """Side in pixels of the square that becomes one decoder token (28 in the release)."""
         return self.patch_size * self.merge_size
 
 
@@ -144,7 +146,9 @@ class DecoderConfig:
             self.rope_sections,
             f"three numbers whose sum is head_dim / 2 = {self.head_dim / 2:g}",
         )
-        scaled = [section * self.indexer.head_dim % self.head_dim for section in self.rope_sections]
+        scaled = [
+            section * self.indexer.head_dim % self.head_dim for section in self.rope_sections
+        ]
         check(
             not any(scaled),
             "model.decoder.indexer.head_dim",

@@ -146,7 +146,9 @@ class SparseSelfAttention(MegatronModule):
 
     def _project(self, hidden_SBD: Tensor, row: DecoderRow) -> _Heads:
         mixed_SBX = self.linear_qkv(hidden_SBD)[0]
-        mixed_TGX = mixed_SBX.squeeze(1).unflatten(-1, (-1, self.heads_per_group + 2, self.head_dim))
+        mixed_TGX = mixed_SBX.squeeze(1).unflatten(
+            -1, (-1, self.heads_per_group + 2, self.head_dim)
+        )
         q_TGHC, k_TGC, v_TGC = mixed_TGX.split([self.heads_per_group, 1, 1], dim=2)
         q_THC = rotate(self.q_layernorm(q_TGHC.flatten(1, 2)), *row.attention_rotary)
         k_TGC = rotate(self.k_layernorm(k_TGC.squeeze(2)), *row.attention_rotary)

@@ -29,5 +29,5 @@ def attach_loss(activation: Tensor, loss: Tensor) -> Tensor:
         activation: Anything that the run's output depends on.
         loss: Scalar that already carries its weight.
     """
-    attached: Tensor = _AttachLoss.apply(activation, loss)  # type: ignore[no-untyped-call]
+    attached: Tensor = _AttachLoss.apply(activation, loss)
     return attached

@@ -78,8 +78,8 @@ def rotary_table(
     exponents = torch.arange(0, head_dim, 2, device=position_ids_3T.device, dtype=dtype)
     frequencies = theta ** (-exponents / head_dim)
     angles = position_ids_3T[..., None].to(dtype) * frequencies
-    parts = [axis for axis in torch.arange(3).repeat_interleave(torch.tensor(sections)).tolist()]
-    chosen = torch.tensor(parts, device=angles.device)
+    axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
+    chosen = torch.tensor(axes, device=angles.device)
     picked = angles.gather(0, chosen.expand(1, *angles.shape[1:])).squeeze(0)
     both = torch.cat([picked, picked], dim=-1)
     return both.cos(), both.sin()

@@ -53,5 +53,5 @@ def gather_row(local: Tensor, order_S: Tensor, group: dist.ProcessGroup) -> Tens
     """
     if group.size() == 1:
         return local
-    gathered = gather_from_sequence_parallel_region(local.contiguous(), group=group)
+    gathered: Tensor = gather_from_sequence_parallel_region(local.contiguous(), group=group)
     return gathered.index_select(0, order_S)

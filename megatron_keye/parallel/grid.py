@@ -110,7 +110,7 @@ def _connected_group(ranks: list[int]) -> dist.ProcessGroup:
     NCCL connects two ranks when they first have something for each other, and holds both until
     then; in the middle of a step one of them may be waiting for something else.
     """
-    group = dist.new_group(ranks)
+    group: dist.ProcessGroup = dist.new_group(ranks)
     if dist.get_rank() in ranks:
         greetings = torch.zeros(len(ranks), device=torch.cuda.current_device())
         dist.all_to_all_single(torch.empty_like(greetings), greetings, group=group)

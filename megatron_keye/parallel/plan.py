@@ -122,7 +122,7 @@ def plan_step(
 def _cut(
     pictures: Sequence[PictureSlot], parallel: ParallelConfig, num_ranks: int
 ) -> list[list[PictureSlot]]:
-    """Fill chunks in order, up to the limit and to a fair share of the step; no picture is split."""
+    """Fill chunks in order, up to the limit and to a fair share; no picture is split."""
     total = sum(picture.num_patches for picture in pictures)
     limit = min(parallel.vision.chunk_patches, -(-total // num_ranks))
     chunks: list[list[PictureSlot]] = []

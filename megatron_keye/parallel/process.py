@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_keye.parallel.cpu import run_megatron_on_cpu
 
@@ -23,7 +25,7 @@ class Process:
     """Processes of the whole job."""
     device: torch.device
     """Where this rank computes."""
-    store: dist.Store
+    store: Store
     """Small facts that all ranks see."""
 
     def is_first_to_fail(self) -> bool:
@@ -76,10 +78,10 @@ def join(device: torch.device, *, rank: int, num_ranks: int, init_method: str) -
         run_megatron_on_cpu()
     else:
         torch.cuda.set_device(device)
-    store, rank, num_ranks = next(dist.rendezvous(init_method, rank, num_ranks, timeout=_TIMEOUT))
+    store, rank, num_ranks = next(rendezvous(init_method, rank, num_ranks, timeout=_TIMEOUT))
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "nccl",
-        store=dist.PrefixStore("groups", store),
+        store=PrefixStore("groups", store),
         rank=rank,
         world_size=num_ranks,
         timeout=_TIMEOUT,

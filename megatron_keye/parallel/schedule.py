@@ -4,6 +4,7 @@ What is computed is handed in, so that the order can be read, and later overlapp
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,38 +13,46 @@ from megatron_keye.parallel.plan import StepPlan
 from megatron_keye.parallel.transport import FeatureTransport
 
 
+class Encoder(Protocol):
+    """What a rank that encodes does with the chunks of a step."""
+
+    def encode(self, chunk: int) -> Tensor:
+        """Return the features [M, D] of a chunk of the plan, without gradients."""
+
+    def backward(self, chunk: int, gradient_MD: Tensor) -> None:
+        """Take the gradient [M, D] of a chunk's features."""
+
+
 def run_step(
     plan: StepPlan,
     grid: Grid,
     transport: FeatureTransport,
     *,
-    encode: Callable[[int], Tensor],
+    encoder: Encoder | None,
     decode: Callable[[], None],
-    encode_backward: Callable[[int, Tensor], None],
     returns_gradients: bool,
 ) -> None:
     """Run this rank's share of a step.
 
-    Vision ranks keep no activations between the two passes: `encode_backward` computes the chunk
+    Vision ranks keep no activations between the two passes: the backward pass computes the chunk
     again. Decoder ranks send a micro-batch's gradients as soon as its backward pass is done, from
     within `decode`.
 
     Args:
         plan: The step's plan.
-        grid: Tells whether this rank encodes, decodes or both.
+        grid: Tells whether this rank decodes and takes part in transport.
         transport: The step's messages.
-        encode: From a chunk's index to its features [M, D], without gradients.
+        encoder: Runs chunks; None on a rank that does not encode.
         decode: Runs the decoder's pipeline schedule, forward and backward.
-        encode_backward: Takes a chunk's index and the gradient [M, D] of its features.
         returns_gradients: Whether anything in front of the decoder learns.
     """
     if grid.rank not in grid.transport_ranks:
         decode()
         return
-    mine = plan.chunks_of(grid.rank) if grid.vision is not None else []
-    for chunk in mine:
-        transport.send_features(chunk, encode(chunk))
-    if grid.vision is not None:
+    mine = plan.chunks_of(grid.rank)
+    if encoder is not None:
+        for chunk in mine:
+            transport.send_features(chunk, encoder.encode(chunk))
         transport.finish_features()
     if grid.decoder is not None:
         decode()
@@ -51,6 +60,7 @@ def run_step(
     if returns_gradients:
         transport.finish_gradients()
         for chunk in mine:
+            assert encoder is not None, "chunks are planned for ranks that encode"
             num_tokens = sum(picture.num_tokens for picture in plan.chunks[chunk].pictures)
-            encode_backward(chunk, transport.take_gradients(chunk, num_tokens))
+            encoder.backward(chunk, transport.take_gradients(chunk, num_tokens))
     transport.assert_done(gradients_returned=returns_gradients)

@@ -29,7 +29,12 @@ class _Direction:
         destination: Callable[[Shipment], int],
         empty: Tensor,
     ) -> None:
-        self._plan, self._ranks, self._group, self._rank = plan, grid.transport_ranks, group, grid.rank
+        self._plan, self._ranks, self._group, self._rank = (
+            plan,
+            grid.transport_ranks,
+            group,
+            grid.rank,
+        )
         self._source, self._destination, self._empty = source, destination, empty
         self._outgoing: dict[int, Tensor] = {}
         self._incoming: dict[int, tuple[Tensor, dist.Work, list[Shipment]]] = {}

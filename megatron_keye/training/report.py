@@ -79,11 +79,27 @@ class Report:
         if not self._console.is_terminal:
             self._console.out(f"step {step}/{self._last_step}  {figures}", highlight=False)
 
-    def close_with(self, summary: dict[str, Any], path: Path) -> None:
-        """Write the summary to `path` and show it as a table."""
-        path.write_text(json.dumps(summary, indent=2) + "\n")
-        table = Table(title=summary["run"], show_header=False)
-        for name, value in summary.items():
-            shown = f"{value:,.4g}" if isinstance(value, float) else str(value)
-            table.add_row(name.replace("_", " "), shown)
-        self._console.print(table)
+
+def write_summary(run: RunConfig, summary: dict[str, Any]) -> None:
+    """Write what a run came to into its folder."""
+    _summary_file(run).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def read_summary(run: RunConfig) -> dict[str, Any]:
+    """Read what `write_summary` wrote; only the run's name when there is none."""
+    file = _summary_file(run)
+    summary: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"run": run.name}
+    return summary
+
+
+def show_summary(summary: dict[str, Any], note: str = "") -> None:
+    """Show what a run came to as a table."""
+    table = Table(title=summary["run"], caption=note, show_header=False)
+    for name, value in summary.items():
+        shown = f"{value:,.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name.replace("_", " "), shown)
+    Console().print(table)
+
+
+def _summary_file(run: RunConfig) -> Path:
+    return run.folder / "summary.json"

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 
@@ -102,9 +101,7 @@ class TrainingStep:
             device=self._device,
         )
 
-    def _encode_and_decode(
-        self, rows: list[PackedRow], meter: RowMeter, counts: _Counts
-    ) -> None:
+    def _encode_and_decode(self, rows: list[PackedRow], meter: RowMeter, counts: _Counts) -> None:
         run = self._run
         plan = plan_step(
             picture_slots(rows, run.model.vision.merge_size),
@@ -125,9 +122,8 @@ class TrainingStep:
             plan,
             self._grid,
             transport,
-            encode=self._encoder.encode if self._encoder is not None else _no_vision,
+            encoder=self._encoder,
             decode=lambda: self._decode_rows(rows, transport, meter, counts),
-            encode_backward=self._encoder.backward if self._encoder is not None else _no_vision,
             returns_gradients=returns_gradients(run),
         )
         if self._encoder is not None:
@@ -161,7 +157,3 @@ def _count(rows: list[PackedRow]) -> _Counts:
         queries=num_real_queries(rows),
         tokens=sum(len(row.token_ids) for row in rows),
     )
-
-
-def _no_vision(chunk: int, *gradient: torch.Tensor) -> NoReturn:
-    raise AssertionError(f"chunk {chunk} was planned for a rank that does not encode")

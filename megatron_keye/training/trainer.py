@@ -16,7 +16,7 @@ from megatron_keye.parallel.process import Process
 from megatron_keye.parallel.random import seed_rank
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
-from megatron_keye.training.report import Report
+from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
 from megatron_keye.training.step import TrainingStep
 
 
@@ -67,19 +67,26 @@ class Trainer:
         """
         training = self._run.training
         last = min(training.stop_after_step or training.steps, training.steps)
-        folder = store.checkpoint_folder(self._run, self._progress.step)
-        if self._process.rank == 0:
-            with Report(self._run, self._progress.step, last) as report:
-                folder = self._train_to(last, report) or folder
-                summary = self._summary(str(folder))
-            report.close_with(summary, self._run.folder / "summary.json")
-            return summary
-        folder = self._train_to(last, None) or folder
-        return self._summary(str(folder))
+        if self._progress.step >= last:
+            return self._already_ended(last)
+        if self._process.rank != 0:
+            return self._summary(str(self._train_to(last, None)))
+        with Report(self._run, self._progress.step, last) as report:
+            summary = self._summary(str(self._train_to(last, report)))
+        write_summary(self._run, summary)
+        show_summary(summary)
+        return summary
 
-    def _train_to(self, last: int, report: Report | None) -> Any:
-        """Run the remaining steps; return the folder of the last checkpoint saved, if any."""
-        folder = None
+    def _already_ended(self, last: int) -> dict[str, Any]:
+        """Show what the finished run came to; a job that is queued again must not fail."""
+        summary = read_summary(self._run)
+        if self._process.rank == 0:
+            show_summary(summary, note=f"step {last} is done; raise training.steps to go on")
+        return summary
+
+    def _train_to(self, last: int, report: Report | None) -> Path:
+        """Run the remaining steps and return the folder of the last checkpoint."""
+        folder = Path()
         for number in range(self._progress.step, last):
             metrics = self._train_one(number)
             if report is not None:
@@ -101,12 +108,13 @@ class Trainer:
         self._metrics.append(metrics)
         return metrics
 
-    def _save(self) -> Any:
+    def _save(self) -> Path:
         return store.save(self._run, self._model, self._optimizer, self._grid, self._progress)
 
     def _resume(self) -> None:
         folder = store.find_checkpoint(self._run)
         if folder is None:
+            store.set_aside(self._run, self._process.rank)
             weights = self._run.training.checkpoint.weights
             if weights:
                 store.load_weights(
@@ -126,8 +134,8 @@ class Trainer:
             "run": self._run.name,
             "steps": self._progress.step,
             "first_loss": self._progress.first_loss,
-            "last_loss": metrics[-1].loss if metrics else None,
-            "tokens_per_second": sum(rates) / len(rates) if rates else None,
+            "last_loss": metrics[-1].loss,
+            "tokens_per_second": sum(rates) / len(rates),
             "ranks": {
                 "decoder": parallel.decoder.num_ranks,
                 "vision": parallel.vision.num_ranks if is_dedicated else "on the decoder's ranks",

@@ -65,6 +65,9 @@ def test_a_stopped_run_resumes_as_if_unbroken(unbroken: Path, tmp_path: Path) ->
     second = launch(tmp_path, *SMALL, "training.checkpoint.resume=auto")
     assert second.returncode == 0, second.stderr
     assert losses(tmp_path) == losses(unbroken)
+    third = launch(tmp_path, *SMALL, "training.checkpoint.resume=auto")
+    assert third.returncode == 0, third.stderr
+    assert "step 4 is done" in third.stdout
 
 
 USER_ERRORS = {

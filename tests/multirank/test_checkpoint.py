@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_keye.checkpoint.store import find_checkpoint
+from megatron_keye.checkpoint.store import find_checkpoint, set_aside
 from tests.support.tiny import mixed_rows, tiny_run
 from tests.support.train import Trained, assert_same_metrics, train
 
@@ -47,9 +47,7 @@ def test_on_the_same_grid_it_continues_bit_for_bit(checkpoint: Path, unbroken: T
 
 
 def test_a_checkpoint_cut_short_is_not_found(tmp_path: Path) -> None:
-    run = tiny_run().with_overrides(
-        [f"output_dir={tmp_path}", "training.checkpoint.resume=auto"]
-    )
+    run = tiny_run().with_overrides([f"output_dir={tmp_path}", "training.checkpoint.resume=auto"])
     checkpoints = run.folder / "checkpoints"
     (checkpoints / "step-00000007.partial").mkdir(parents=True)
     assert find_checkpoint(run) is None
@@ -61,3 +59,15 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     run = tiny_run().with_overrides([f"training.checkpoint.resume={tmp_path}"])
     with pytest.raises(ValueError, match="expected the folder of a complete checkpoint"):
         find_checkpoint(run)
+
+
+def test_a_fresh_run_moves_earlier_ones_aside(tmp_path: Path) -> None:
+    run = tiny_run().with_overrides([f"output_dir={tmp_path}"])
+    for number in (1, 2):
+        (run.folder / "checkpoints" / f"step-0000000{number}").mkdir(parents=True)
+        set_aside(run, rank=1)
+        assert run.folder.exists()
+        set_aside(run, rank=0)
+        assert not run.folder.exists()
+        assert (tmp_path / f"tiny.{number}" / "checkpoints" / f"step-0000000{number}").exists()
+    set_aside(run, rank=0)

@@ -10,9 +10,7 @@ from megatron_keye.data.row import PackedRow
 from tests.support.tiny import ROW_TOKENS, mixed_rows, text_rows, tiny_model, tiny_run
 from tests.support.train import WEIGHT_TOLERANCE, train
 
-PLAIN = OptimizerConfig(
-    learning_rate=1e-2, clip_gradient_norm=0.0, weight_decay=0.0, epsilon=1e-4
-)
+PLAIN = OptimizerConfig(learning_rate=1e-2, clip_gradient_norm=0.0, weight_decay=0.0, epsilon=1e-4)
 """No clipping and no decay, by which one loss could touch another's weights."""
 
 
@@ -39,7 +37,9 @@ def test_language_loss_never_reaches_the_indexer() -> None:
 
 def test_indexer_loss_reaches_nothing_else() -> None:
     weak = train(tiny_run(training={"optimizer": PLAIN, "indexer_loss_weight": 1.0}), _one_step())
-    strong = train(tiny_run(training={"optimizer": PLAIN, "indexer_loss_weight": 9.0}), _one_step())
+    strong = train(
+        tiny_run(training={"optimizer": PLAIN, "indexer_loss_weight": 9.0}), _one_step()
+    )
     changed = weak.changed(strong)
     assert changed and all("indexer" in name for name in changed)
 
@@ -74,7 +74,9 @@ def test_packed_documents_do_not_see_each_other() -> None:
     other = _with_other_first_document(together[0])
     assert not np.array_equal(other.token_ids, together[0].token_ids)
     losses = [
-        train(tiny_run(training={"rows_per_step": 1}), [[_only_last_document_counts(row)]]).metrics[0].loss
+        train(tiny_run(training={"rows_per_step": 1}), [[_only_last_document_counts(row)]])
+        .metrics[0]
+        .loss
         for row in (together[0], other)
     ]
     assert losses[0] == losses[1]

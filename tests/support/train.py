@@ -61,9 +61,7 @@ def train(
     if batches is None:
         batches = [mixed_rows(step) for step in range(3)]
     arguments = (run.to_json(), batches, save_to, load_from)
-    answers = run_on_ranks(
-        run.parallel.num_ranks, _train_on_rank, *arguments, device=run.device
-    )
+    answers = run_on_ranks(run.parallel.num_ranks, _train_on_rank, *arguments, device=run.device)
     weights: dict[str, Tensor] = {}
     for _, parts in answers:
         for key, shape, offset, part in parts:

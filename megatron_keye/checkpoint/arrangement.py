@@ -1,0 +1,92 @@
+"""How tensors of the released checkpoint are laid out in the native one, and back.
+
+Each function pair moves numbers without changing one. They also work on tensors of the meta
+device, which is how native shapes are found.
+
+Shape letters: D decoder hidden size, G key-value heads, H query heads, C channels of a head,
+F hidden size of an expert.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Same:
+    """One tensor that both sides hold alike."""
+
+    def join(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return the native pieces, one below the other along dim 0, of the released parts."""
+        return [parts[0]]
+
+    def split(self, native: Tensor) -> list[Tensor]:
+        """Return the released parts of a whole native tensor."""
+        return [native]
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Query, key and value projections as one, interleaved by key-value group."""
+
+    num_heads: int
+    """Query heads H."""
+    num_kv_heads: int
+    """Key-value heads G."""
+
+    def join(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return [q heads of the group, k, v] group after group, of q, k and v."""
+        groups = [part.unflatten(0, (self.num_kv_heads, -1)) for part in parts]
+        return [torch.cat(groups, dim=1).flatten(0, 1)]
+
+    def split(self, native: Tensor) -> list[Tensor]:
+        """Return q, k and v."""
+        heads = self.num_heads // self.num_kv_heads
+        mixed_GHCD = native.unflatten(0, (self.num_kv_heads, heads + 2, -1))
+        parts = mixed_GHCD.split([heads, 1, 1], dim=1)
+        return [part.reshape(-1, native.shape[1]) for part in parts]
+
+
+@dataclass(frozen=True)
+class GateAndUp:
+    """Gate and up projection of an expert, two tensors there and two pieces here."""
+
+    def join(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return both as they are."""
+        return list(parts)
+
+    def split(self, native: Tensor) -> list[Tensor]:
+        """Return the upper and the lower half."""
+        return list(native.chunk(2))
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A matrix of the fused layout, which stands input dimension first."""
+
+    num_pieces: int
+    """Pieces that the native tensor is cut into: 2 for gate and up, 1 for down."""
+
+    def join(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Return the transposed matrix in pieces."""
+        return list(_turn(parts[0]).chunk(self.num_pieces))
+
+    def split(self, native: Tensor) -> list[Tensor]:
+        """Return the transposed matrix."""
+        return [_turn(native)]
+
+
+def _turn(matrix: Tensor) -> Tensor:
+    """Transpose block by block: 1.0 instead of 0.7 GB/s for an expert in bf16 on one core."""
+    turned = matrix.new_empty(matrix.shape[1], matrix.shape[0])
+    for start in range(0, matrix.shape[0], _BLOCK_ROWS):
+        block = matrix[start : start + _BLOCK_ROWS]
+        turned[:, start : start + _BLOCK_ROWS] = block.T
+    return turned
+
+
+Arrangement = Same | Grouped | GateAndUp | Turned

@@ -1,0 +1,52 @@
+"""The tool converts both ways, reports a wrong checkpoint in one sentence, and measures itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.recipe import load_recipe
+from megatron_keye.checkpoint.safetensors_index import open_folder
+from megatron_keye.checkpoint.synthetic import write_synthetic
+from tools import convert_checkpoint
+
+RECIPE = ["--recipe", "keye_tiny", "--set", "model.decoder.vocab_size=151665"]
+LAYERS = ["--set", "model.decoder.num_layers=1", "--workers", "1"]
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    run = load_recipe("keye_tiny")(num_ranks=1, has_gpu=True)
+    run = run.with_overrides([RECIPE[-1], LAYERS[1]])
+    write_synthetic(tmp_path / "hf", run.model)
+    return tmp_path / "hf"
+
+
+def test_both_directions_by_command_line(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native, back = tmp_path / "native", tmp_path / "back"
+    arguments = ["hf-to-native", "--hf", str(hf), "--out", str(native), *RECIPE, *LAYERS]
+    assert convert_checkpoint.main(arguments) == 0
+    arguments = ["native-to-hf", "--native", str(native), "--out", str(back), "--workers", "1"]
+    assert convert_checkpoint.main([*arguments, "--check-finite"]) == 0
+    assert capsys.readouterr().out.split() == [str(native), str(back)]
+    got, expected = open_folder(back), open_folder(hf)
+    assert not [n for n, e in expected.items() if not torch.equal(e.read(), got[n].read())]
+
+
+def test_a_wrong_checkpoint_is_one_sentence(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["hf-to-native", "--hf", str(hf), "--out", str(tmp_path / "n"), *RECIPE]
+    assert convert_checkpoint.main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "--set model.decoder.num_layers=1" in error
+    assert not (tmp_path / "n.partial").exists()
+
+
+def test_the_benchmark_counts_gigabytes() -> None:
+    run = convert_checkpoint._sized_run(8.0)
+    assert run.model.decoder.num_layers == 5
+    assert json.loads(run.to_json())["name"] == "keye_30b_a3b"

@@ -1,0 +1,80 @@
+"""The plan agrees with the grid that training builds, quickly and without torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.recipe import load_recipe
+from megatron_keye.config import RunConfig
+from megatron_keye.parallel.grid import decoder_place
+from tests.support.tiny import tiny_run
+from tools import plan_grid
+
+TOOL = Path(plan_grid.__file__)
+
+
+def test_json_has_the_released_counts() -> None:
+    command = [sys.executable, "-P", str(TOOL), "keye_30b_a3b", "--json"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    plan = json.loads(answer.stdout)
+    assert plan["parameters_total"] == 31_122_082_160
+    assert plan["parameters_decoder"] == 30_532_122_624
+    assert plan["parameters_vision"] == 450_735_984
+    assert plan["parameters_projector"] == 30_686_720
+    assert plan["parameters_indexer"] == 108_536_832
+    assert plan["num_ranks"] == len(plan["ranks"]) == 64
+
+
+def test_torch_is_not_imported() -> None:
+    code = "import sys; sys.path[0] = sys.argv[1]; import tools.plan_grid; print(*sys.modules)"
+    command = [sys.executable, "-c", code, str(TOOL.parents[1])]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "torch" not in answer.stdout.split()
+
+
+GRIDS: list[RunConfig] = [
+    tiny_run(),
+    tiny_run(tensor=2, pipeline=2, expert=2),
+    tiny_run(context=2, data=2, expert=4, vision_ranks=3),
+    tiny_run(pipeline=2, chunks_per_stage=2, data=2),
+]
+
+
+@pytest.mark.parametrize("run", GRIDS, ids=lambda run: run.parallel.describe())
+def test_places_are_those_of_the_grid(run: RunConfig) -> None:
+    for rank in range(run.parallel.decoder.num_ranks):
+        place = plan_grid.decoder_coordinates(run, rank)
+        expert = place.pop("expert")
+        assert place == vars(decoder_place(run.parallel.decoder, rank))
+        assert 0 <= expert < run.parallel.decoder.expert
+
+
+@pytest.mark.parametrize("run", GRIDS, ids=lambda run: run.parallel.describe())
+def test_every_layer_stands_on_one_stage(run: RunConfig) -> None:
+    stages = range(run.parallel.decoder.pipeline)
+    layers = [layer for stage in stages for layer in plan_grid.stage_layers(run, stage)]
+    assert sorted(layers) == list(range(run.model.decoder.num_layers))
+
+
+def test_parameters_of_all_ranks_add_up_when_nothing_is_repeated() -> None:
+    plan = plan_grid.make_plan(tiny_run(pipeline=2, vision_ranks=1))
+    assert sum(rank["parameters"] for rank in plan["ranks"]) == plan["parameters_total"]
+
+
+def test_text_names_ranks_and_layers() -> None:
+    text = plan_grid.describe(plan_grid.make_plan(GRIDS[3]))
+    assert "layers 0, 2" in text and "pipeline 1" in text
+
+
+def test_a_wrong_setting_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_grid.main(["keye_30b_a3b", "--set", "parallel.decoder.tensor=3"]) == 2
+    assert "parallel.decoder.tensor: got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ranks", [64, 128])
+def test_the_full_size_recipe_fits_its_ranks(ranks: int) -> None:
+    run = load_recipe("keye_30b_a3b")(num_ranks=ranks, has_gpu=True)
+    run.check_num_ranks(ranks)

@@ -1,0 +1,190 @@
+"""Shows what a recipe asks of a cluster: ranks, stages, and parameters, without a GPU or torch.
+
+Rank numbers are those that launch/local.sh, torchrun and srun give out.
+
+    python tools/plan_grid.py keye_30b_a3b [--ranks 64] [--set SECTION.FIELD=VALUE] [--json]
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # the tool also runs where the package is not installed
+
+from launch.recipe import load_recipe, recipe_names  # noqa: E402
+from megatron_keye.checkpoint.parameter_shapes import (  # noqa: E402
+    count_parameters,
+    parameter_shapes,
+    part_of,
+)
+from megatron_keye.config import RunConfig  # noqa: E402
+from megatron_keye.config.model import ModelConfig  # noqa: E402
+
+USER_ERROR = 2
+# What tensor ranks split; norms, router and indexer stand on each of them whole.
+SPLIT_BY_TENSOR = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """One process of the job."""
+
+    rank: int
+    """Its number."""
+    role: str
+    """ "decoder", "vision", or "decoder and vision" where they share ranks."""
+    place: dict[str, int]
+    """Coordinates on the axes of its grid."""
+    layers: list[int]
+    """Decoder layers that it holds, from 0."""
+    parameters: int
+    """Parameters that it holds."""
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="tools/plan_grid.py", description=__doc__)
+    parser.add_argument("recipe", help=f"one of: {', '.join(recipe_names())}")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="ranks that the recipe may choose its degrees for"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Plan, and return the exit code."""
+    options = parse_arguments(arguments)
+    try:
+        run = load_recipe(options.recipe)(num_ranks=options.ranks, has_gpu=True)
+        plan = make_plan(run.with_overrides(options.set))
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return USER_ERROR
+    sys.stdout.write(json.dumps(plan, indent=2) + "\n" if options.json else describe(plan))
+    return 0
+
+
+def make_plan(run: RunConfig) -> dict[str, Any]:
+    """Return everything that the tool shows."""
+    counts = count_parameters(parameter_shapes(run.model))
+    return {
+        "recipe": run.name,
+        "grid": run.parallel.describe(),
+        "num_ranks": run.parallel.num_ranks,
+        "parameters_total": sum(counts.values()),
+        **{f"parameters_{part}": count for part, count in counts.items()},
+        "layers_per_stage": [
+            len(stage_layers(run, stage)) for stage in range(run.parallel.decoder.pipeline)
+        ],
+        "ranks": [vars(rank) for rank in plan_ranks(run)],
+    }
+
+
+def plan_ranks(run: RunConfig) -> list[Rank]:
+    """Return every rank: the decoder's first, dedicated vision ranks after them."""
+    degrees, dedicated = run.parallel.decoder, run.parallel.vision.num_ranks
+    role = "decoder" if dedicated else "decoder and vision"
+    seeing = vision_parameters(run.model)
+    ranks = []
+    for rank in range(degrees.num_ranks):
+        place = decoder_coordinates(run, rank)
+        held = decoder_parameters(run, place) + (0 if dedicated else seeing)
+        layers = stage_layers(run, place["pipeline"])
+        ranks.append(Rank(rank=rank, role=role, place=place, layers=layers, parameters=held))
+    for number in range(dedicated):
+        rank = degrees.num_ranks + number
+        ranks.append(
+            Rank(rank=rank, role="vision", place={"data": number}, layers=[], parameters=seeing)
+        )
+    return ranks
+
+
+def decoder_coordinates(run: RunConfig, rank: int) -> dict[str, int]:
+    """Return where a decoder rank stands; tensor runs fastest, then context, data, pipeline.
+
+    parallel/grid.py defines the numbering but needs torch, whose import takes seconds.
+    """
+    degrees = run.parallel.decoder
+    sharer = rank % (degrees.tensor * degrees.context * degrees.data)
+    rest, tensor = divmod(rank, degrees.tensor)
+    rest, context = divmod(rest, degrees.context)
+    pipeline, data = divmod(rest, degrees.data)
+    places = {"tensor": tensor, "context": context, "data": data, "pipeline": pipeline}
+    return places | {"expert": sharer % degrees.expert}
+
+
+def stage_layers(run: RunConfig, stage: int) -> list[int]:
+    """Return the layers of a stage; with several chunks it takes turns with the other stages."""
+    degrees = run.parallel.decoder
+    chunk_layers = run.model.decoder.num_layers // (degrees.pipeline * degrees.chunks_per_stage)
+    return [
+        (chunk * degrees.pipeline + stage) * chunk_layers + layer
+        for chunk in range(degrees.chunks_per_stage)
+        for layer in range(chunk_layers)
+    ]
+
+
+def vision_parameters(model: ModelConfig) -> int:
+    """Return the parameters of ViT and projector, which no rank splits."""
+    counts = count_parameters(parameter_shapes(model))
+    return counts["vision"] + counts["projector"]
+
+
+def decoder_parameters(run: RunConfig, place: dict[str, int]) -> int:
+    """Return the decoder's and the indexers' parameters on one rank."""
+    degrees = run.parallel.decoder
+    held = set(stage_layers(run, place["pipeline"]))
+    total = 0
+    for name, shape in parameter_shapes(run.model).items():
+        count = prod(shape)
+        if part_of(name) in ("vision", "projector"):
+            continue
+        if not name.startswith("model.layers."):
+            is_first, is_last = place["pipeline"] == 0, place["pipeline"] == degrees.pipeline - 1
+            stands_here = is_first if name.startswith("model.embed_tokens.") else is_last
+            split = 1 if name.startswith("model.norm.") else degrees.tensor
+            total += count // split if stands_here else 0
+        elif int(name.split(".")[2]) in held:
+            total += count // _split(name, degrees.tensor, degrees.expert)
+    return total
+
+
+def _split(name: str, tensor: int, expert: int) -> int:
+    if ".mlp.experts." in name:
+        return expert
+    is_projection = name.split(".")[-2] in SPLIT_BY_TENSOR and ".sa_indexer." not in name
+    return tensor if is_projection else 1
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """Return the plan as text."""
+    lines = [f"{plan['recipe']}: {plan['grid']}", ""]
+    for part in ("total", "decoder", "vision", "projector", "indexer"):
+        lines.append(f"  {part:<10}{plan[f'parameters_{part}']:>18,} parameters")
+    lines += ["", f"  layers per stage: {plan['layers_per_stage']}", ""]
+    for rank in plan["ranks"]:
+        place = " ".join(f"{axis} {number}" for axis, number in rank["place"].items())
+        layers = f"layers {_ranges(rank['layers'])}" if rank["layers"] else "no layers"
+        lines.append(
+            f"  rank {rank['rank']:>4}  {rank['role']:<19} {place:<46} "
+            f"{rank['parameters']:>15,} parameters, {layers}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _ranges(layers: list[int]) -> str:
+    """Write 0, 1, 4, 5 as 0-1, 4-5."""
+    starts = [n for n in layers if n - 1 not in layers]
+    ends = [n for n in layers if n + 1 not in layers]
+    return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
