@@ -3,6 +3,8 @@
 Imported only by them, so that everything else works where Triton cannot compile.
 """
 
+from typing import NamedTuple
+
 import triton
 from torch import Tensor
 
@@ -10,6 +12,20 @@ from megatron_keye.kernels.arguments import TRITON_DTYPES, check_dtypes
 
 SMALLEST_DOT = 16
 """Fewest rows, columns and terms of a tl.dot."""
+
+
+class Blocks(NamedTuple):
+    """How a kernel cuts its work; the result does not depend on it but for rounding."""
+
+    rows: int
+    """Most rows of a program: queries, or queries times heads where heads are rows."""
+    keys: int
+    """Keys of a step."""
+    warps: int
+    stages: int
+    """Steps whose keys are on their way at once."""
+    registers: int | None = None
+    """Most registers of a thread, so that more programs share a multiprocessor; None for any."""
 
 
 def check_triton(operator: str, first: Tensor, **tensors: Tensor) -> None:
@@ -35,3 +51,11 @@ def check_triton(operator: str, first: Tensor, **tensors: Tensor) -> None:
 def padded(size: int, smallest: int = SMALLEST_DOT) -> int:
     """Return the power of two that holds `size`, at least `smallest`."""
     return max(smallest, int(triton.next_power_of_2(size)))
+
+
+def adjacent_channels(tensor: Tensor) -> Tensor:
+    """Return `tensor` with its last dimension adjacent in memory, copied only when it is not.
+
+    A stride known to be 1 lets the kernels load 16 bytes at once.
+    """
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

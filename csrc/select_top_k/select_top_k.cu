@@ -3,12 +3,17 @@
 // found digit by digit from the most significant bits, by counting; one ordered pass then writes
 // every key above it, and of the keys equal to it the first ones that still fit.
 //
-// Usual cost: three reads of the row. One counts the first digit, one moves the keys that share
-// it into shared memory, where the other digits are counted, one writes. When more keys share it
-// than fit there, the next digit is counted from global memory too: slower, never wrong.
+// Long rows are read once. A sample of the row gives a threshold that about k and a safe margin
+// pass; one read moves what passes into shared memory, where the exact cut is found. When too few
+// or too many pass, which is counted, the row takes the way of the short ones:
+// three reads. One counts the first digit, one moves the keys that share it into shared memory,
+// where the other digits are counted, one writes. When more keys share it than fit there, the
+// next digit is counted from global memory too: slower, never wrong.
 // Only counts decide, so the order in which threads arrive cannot change the result.
 
 #include <cuda_runtime.h>
+
+#include <cstddef>
 
 #include "select_top_k/params.h"
 #include "support/launch.h"
@@ -23,12 +28,16 @@ constexpr int kDigits = 3;               // 11 + 11 + 10 bits
 constexpr int kBins = 2048;              // of the wider digits
 constexpr int kBinsPerThread = kBins / kThreads;
 constexpr int kCopies = 4;               // of each bin, next to one another: in different banks
-constexpr int kCandidates = 4096;        // keys that fit the buffer; 4 blocks share an SM
+constexpr int kCandidates = 5120;        // keys that fit the buffer; 3 blocks share an SM
+constexpr int kMinSampled = 16384;       // shorter rows are not worth a sample
+constexpr int kSampleSize = 8192;        // at most; fits the buffer and the places beside it
+constexpr int kMarkWords = kBins * 4;    // the histogram's room as a bit for each key of a row
 constexpr int kVector = 4;               // floats of one load
 
 struct Shared {
   uint4 histogram[kBins];  // one word per copy
   uint32_t candidates[kCandidates];
+  uint32_t places[kCandidates];  // of the candidates, from the row's first key
   uint32_t warp_sums[kWarps];
   uint32_t num_candidates;
   uint32_t digit;           // of the k-th largest key
@@ -211,6 +220,140 @@ __device__ Cut find_cut(Shared& shared, const Row& row, uint32_t k) {
   return cut;
 }
 
+// Where to cut the first `num_keys` words of the buffer so that exactly `wanted` stay.
+__device__ Cut find_cut_in_buffer(Shared& shared, const uint32_t* keys, uint32_t num_keys,
+                                  uint32_t wanted) {
+  constexpr int kShift[kDigits] = {21, 10, 0};
+  Cut cut{.threshold = 0u, .num_ties = wanted, .mask = 0u};
+#pragma unroll 1
+  for (int step = 0; step < kDigits; ++step) {
+    const int shift = kShift[step];
+    const uint32_t digit_mask = step + 1 < kDigits ? 0x7FFu : 0x3FFu;
+    for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
+      shared.histogram[bin] = make_uint4(0u, 0u, 0u, 0u);
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < num_keys; i += kThreads) {
+      if ((keys[i] & cut.mask) == cut.threshold) {
+        count(shared, keys[i] >> shift & digit_mask);
+      }
+    }
+    __syncthreads();
+    find_digit(shared, cut.num_ties);
+    cut.threshold |= shared.digit << shift;
+    cut.mask |= digit_mask << shift;
+    cut.num_ties -= shared.num_above;
+    const uint32_t num_same = shared.num_same;
+    __syncthreads();  // digit and counts are read before the next step
+    if (num_same == cut.num_ties) {
+      return cut;  // all that agree with the threshold are taken
+    }
+  }
+  cut.mask = 0u;  // only some of the equal keys are taken: the caller needs their order
+  return cut;
+}
+
+// A threshold that about `wanted` keys and a margin of five standard deviations pass; 0 if the
+// sample is too small to tell.
+__device__ uint32_t sample_threshold(Shared& shared, const Row& row, uint32_t wanted) {
+  static_assert(kSampleSize <= 2 * kCandidates, "the sample lies in the buffer and the places");
+  static_assert(offsetof(Shared, places) ==
+                    offsetof(Shared, candidates) + sizeof(Shared::candidates),
+                "which follow one another");
+  const uint32_t num_keys = row.end - row.start;
+  const uint32_t stride = (num_keys + kSampleSize - 1) / kSampleSize;
+  const uint32_t num_sampled = num_keys / (kVector * stride) * kVector;
+  const float expected = static_cast<float>(wanted) / static_cast<float>(stride);
+  const auto rank = static_cast<uint32_t>(expected + 5.0f * sqrtf(expected) + 5.0f);
+  if (rank >= num_sampled) {
+    return 0u;
+  }
+  uint32_t* sample = shared.candidates;
+  for (uint32_t i = threadIdx.x; i < num_sampled; i += kThreads) {
+    // Neighbours share a sector of memory; which of a stretch's are taken follows no period.
+    const uint32_t group = i / kVector;
+    const uint32_t turn = (group * 2654435761u >> 8) % stride;
+    const uint32_t place = (group * stride + turn) * kVector + i % kVector;
+    sample[i] = ordered_key(__ldg(row.scores + row.start + place));
+  }
+  __syncthreads();
+  const Cut cut = find_cut_in_buffer(shared, sample, num_sampled, rank);
+  __syncthreads();  // the buffer may be written again
+  return cut.threshold;  // of a cut that was found early, its lower bits are 0: more pass
+}
+
+// Selects with one read of the row; returns false, the same for all threads, when that fails.
+__device__ bool select_in_one_read(Shared& shared, const Row& row, uint32_t k,
+                                   int32_t* indices) {
+  const uint32_t num_keys = row.end - row.start;
+  const uint32_t num_words = (num_keys + 31) / 32;
+  if (num_keys < kMinSampled || num_words > kMarkWords || k > kCandidates / 2) {
+    return false;
+  }
+  const uint32_t threshold = sample_threshold(shared, row, k);
+  if (threshold == 0u) {
+    return false;
+  }
+  if (threadIdx.x == 0) {
+    shared.num_candidates = 0u;
+  }
+  __syncthreads();
+  const int64_t begin = aligned_start(row) + static_cast<int64_t>(threadIdx.x) * kVector;
+#pragma unroll 4
+  for (int64_t position = begin; position < row.end; position += kThreads * kVector) {
+    uint32_t keys[kVector];
+    const uint32_t inside = load_keys(row, position, keys);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if ((inside >> i & 1u) && keys[i] >= threshold) {
+        const uint32_t slot = atomicAdd(&shared.num_candidates, 1u);
+        if (slot < kCandidates) {
+          shared.candidates[slot] = keys[i];
+          shared.places[slot] = static_cast<uint32_t>(position + i - row.start);
+        }
+      }
+    }
+  }
+  __syncthreads();
+  const uint32_t num_candidates = shared.num_candidates;
+  if (num_candidates < k || num_candidates > kCandidates) {
+    __syncthreads();  // the count is read before the other way writes it
+    return false;
+  }
+  const Cut cut = find_cut_in_buffer(shared, shared.candidates, num_candidates, k);
+  if (cut.mask == 0u) {
+    return false;
+  }
+  auto* marks = reinterpret_cast<uint32_t*>(shared.histogram);
+  for (uint32_t word = threadIdx.x; word < num_words; word += kThreads) {
+    marks[word] = 0u;
+  }
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < num_candidates; i += kThreads) {
+    if ((shared.candidates[i] & cut.mask) >= cut.threshold) {
+      const uint32_t place = shared.places[i];
+      atomicOr(marks + place / 32, 1u << place % 32);
+    }
+  }
+  __syncthreads();
+  const uint32_t words_each = (num_words + kThreads - 1) / kThreads;
+  const uint32_t first = min(threadIdx.x * words_each, num_words);
+  const uint32_t last = min(first + words_each, num_words);
+  uint32_t num_marked = 0;
+  for (uint32_t word = first; word < last; ++word) {
+    num_marked += __popc(marks[word]);
+  }
+  uint32_t total;
+  uint32_t slot = sum_before(num_marked, shared.warp_sums, total);
+  for (uint32_t word = first; word < last; ++word) {
+    for (uint32_t bits = marks[word]; bits != 0u; bits &= bits - 1u) {
+      const uint32_t place = word * 32 + __ffs(static_cast<int>(bits)) - 1;
+      indices[slot++] = row.start + static_cast<int32_t>(place);
+    }
+  }
+  return true;
+}
+
 // Writes the taken keys of the row in ascending order, and -1 behind them.
 __device__ void write_indices(Shared& shared, const Row& row, const Cut& cut, uint32_t k,
                               int32_t* indices) {
@@ -270,6 +413,9 @@ __global__ void __launch_bounds__(kThreads) select_top_k_kernel(SelectTopKParams
   const int num_keys = row.end - row.start;
   if (num_keys > params.k) {
     const auto k = static_cast<uint32_t>(params.k);
+    if (select_in_one_read(shared, row, k, indices)) {
+      return;
+    }
     const Cut cut = find_cut(shared, row, k);
     __syncthreads();
     write_indices(shared, row, cut, k, indices);

@@ -15,10 +15,10 @@ from megatron_keye.kernels.arguments import (
     check_shapes,
     choose_impl,
 )
-from megatron_keye.kernels.dense_attention import reference
+from megatron_keye.kernels.dense_attention import reference, sdpa
 
-IMPLEMENTATIONS = ("eager",)
-"""What exists; the first is the default."""
+IMPLEMENTATIONS = ("eager", "sdpa")
+"""What exists; "sdpa" is the default on a GPU for rows that it takes, "eager" otherwise."""
 
 
 def dense_attention(
@@ -44,17 +44,30 @@ def dense_attention(
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
         scale: Factor of the logits, usually C^-0.5.
-        impl: One of IMPLEMENTATIONS, or None for the first.
+        impl: One of IMPLEMENTATIONS, or None for the default. "sdpa" is torch's own attention;
+            it takes rows of whole causal documents, T = S, and sums gradients in its own order.
+            To tell such rows, the ranges are read back to the host once.
 
     Returns:
         out_THC, type of `q_THC`.
 
     Raises:
-        ValueError: On shapes, types or devices that do not fit, or an unknown `impl`.
+        ValueError: On shapes, types or devices that do not fit, ranges that "sdpa" does
+            not take, or an unknown `impl`.
     """
-    choose_impl("dense_attention", impl, IMPLEMENTATIONS)
     sizes = check_shapes(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
     check_groups(sizes["H"], sizes["G"])
     check_same_dtype(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
     check_key_ranges(q_THC, key_start_T, key_end_T)
+    num_keys, lengths = k_SGC.shape[0], list[int]()
+    if impl == "sdpa" or (impl is None and q_THC.is_cuda):
+        lengths = sdpa.document_lengths(key_start_T, key_end_T, num_keys)
+    chosen = choose_impl("dense_attention", impl, IMPLEMENTATIONS, "sdpa" if lengths else "eager")
+    if chosen == "sdpa":
+        if not lengths:
+            raise ValueError(
+                "key_start_T, key_end_T: got other ranges than causal documents that fill the "
+                "row, expected those with impl 'sdpa'; take impl='eager'"
+            )
+        return sdpa.dense_attention(q_THC, k_SGC, v_SGC, lengths, scale=scale)
     return reference.dense_attention(q_THC, k_SGC, v_SGC, key_start_T, key_end_T, scale=scale)

@@ -8,6 +8,8 @@ Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query h
 G key-value heads, C channels of a head, K selected keys.
 """
 
+from importlib import import_module
+
 from torch import Tensor
 
 from megatron_keye.kernels.arguments import (
@@ -18,11 +20,14 @@ from megatron_keye.kernels.arguments import (
     check_same_dtype,
     check_shapes,
     choose_impl,
+    default_impl,
 )
 from megatron_keye.kernels.indexer_loss import reference
 
-IMPLEMENTATIONS = ("eager",)
-"""What exists; the first is the default."""
+DENSE_IMPLEMENTATIONS = ("eager",)
+"""What exists of the warm-up's loss."""
+IMPLEMENTATIONS = ("eager", "triton")
+"""What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
 
 
 def sparse_indexer_loss(
@@ -36,7 +41,7 @@ def sparse_indexer_loss(
     Args:
         scores_TK: From `selected_indexer_scores`, any float type; -inf marks padding.
         target_TGK: From `sparse_attention`, any float type: sums to 1 over K, 0 at padding.
-        impl: One of IMPLEMENTATIONS, or None for the first.
+        impl: One of IMPLEMENTATIONS, or None for the default. "triton" takes K up to 16384.
 
     Returns:
         kl_TG, float32 (float64 for float64 inputs), in nats.
@@ -46,9 +51,15 @@ def sparse_indexer_loss(
 
     Source: arXiv 2606.10651, indexer loss of the sparse phase: target normalised on the set.
     """
-    choose_impl("sparse_indexer_loss", impl, IMPLEMENTATIONS)
+    default = default_impl(scores_TK, target_TGK)
+    chosen = choose_impl("sparse_indexer_loss", impl, IMPLEMENTATIONS, default)
     check_shapes(scores_TK=scores_TK, target_TGK=target_TGK)
     check_dtypes(FLOAT_DTYPES, scores_TK=scores_TK, target_TGK=target_TGK)
+    if chosen == "triton":
+        # Loaded on demand: everything else must import where Triton cannot compile.
+        autograd = import_module("megatron_keye.kernels.indexer_loss.autograd")
+        kl_TG: Tensor = autograd.sparse_indexer_loss(scores_TK, target_TGK)
+        return kl_TG
     return reference.sparse_indexer_loss(scores_TK, target_TGK)
 
 
@@ -81,7 +92,7 @@ def dense_indexer_loss(
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
         scale: Factor of the attention's logits, usually C^-0.5.
-        impl: One of IMPLEMENTATIONS, or None for the first.
+        impl: One of DENSE_IMPLEMENTATIONS, or None for the first.
 
     Returns:
         kl_TG, float32 (float64 for float64 inputs), in nats.
@@ -91,7 +102,7 @@ def dense_indexer_loss(
 
     Source: arXiv 2606.10651, dense warm-up of the indexer.
     """
-    choose_impl("dense_indexer_loss", impl, IMPLEMENTATIONS)
+    choose_impl("dense_indexer_loss", impl, DENSE_IMPLEMENTATIONS)
     sizes = check_shapes(
         q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI, query_THC=query_THC, key_SGC=key_SGC
     )

@@ -6,6 +6,9 @@ without a score matrix of queries by keys.
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selected keys.
 """
 
+from importlib import import_module
+
+import torch
 from torch import Tensor
 
 from megatron_keye.kernels.arguments import (
@@ -16,11 +19,12 @@ from megatron_keye.kernels.arguments import (
     check_same_dtype,
     check_shapes,
     choose_impl,
+    default_impl,
 )
 from megatron_keye.kernels.indexer_scores import reference
 
-IMPLEMENTATIONS = ("eager",)
-"""What exists; the first is the default."""
+IMPLEMENTATIONS = ("eager", "triton")
+"""What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
 
 
 def indexer_scores(
@@ -44,7 +48,8 @@ def indexer_scores(
         key_start_T: int64, first key that a query may see, at least 0.
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
-        impl: One of IMPLEMENTATIONS, or None for the first.
+        impl: One of IMPLEMENTATIONS, or None for the default. "triton" has no backward here, and
+            is the default only where none is asked for; it takes up to 256 channels.
 
     Returns:
         scores_TS, float32 (float64 for float64 inputs): -inf outside the range.
@@ -54,11 +59,25 @@ def indexer_scores(
 
     Source: arXiv 2606.10651, lightning indexer; no I^-0.5 factor, as in the released code.
     """
-    choose_impl("indexer_scores", impl, IMPLEMENTATIONS)
+    needs_gradient = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (q_TIJ, k_SJ, gate_TI)
+    )
+    default = "eager" if needs_gradient else default_impl(q_TIJ, k_SJ, gate_TI)
+    chosen = choose_impl("indexer_scores", impl, IMPLEMENTATIONS, default)
     check_shapes(q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI)
     check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
     check_key_ranges(q_TIJ, key_start_T, key_end_T)
+    if chosen == "triton":
+        if needs_gradient:
+            raise ValueError(
+                "indexer_scores: impl 'triton' got inputs that require gradients, expected "
+                "none; take impl='eager', or selected_indexer_scores"
+            )
+        # Loaded on demand: everything else must import where Triton cannot compile.
+        triton = import_module("megatron_keye.kernels.indexer_scores.triton")
+        scores_TS: Tensor = triton.indexer_scores(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T)
+        return scores_TS
     return reference.indexer_scores(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T)
 
 
@@ -79,8 +98,10 @@ def selected_indexer_scores(
         k_SJ: The one key that all indexer heads share, type of `q_TIJ`.
         gate_TI: Weight of each head, any float type, any sign.
         indices_TK: int32 or int64, selected keys in any order; -1, like every entry outside
-            0 <= index < S, is padding and loads no key.
-        impl: One of IMPLEMENTATIONS, or None for the first.
+            0 <= index < S, is padding and loads no key. The backward of "triton" takes rows
+            only as `select_top_k` gives them: ascending, distinct, padded last.
+        impl: One of IMPLEMENTATIONS, or None for the default. "triton" takes up to 64 heads of
+            up to 128 channels, and sums the keys' gradient in no fixed order.
 
     Returns:
         scores_TK, float32 (float64 for float64 inputs): -inf where the entry is padding.
@@ -90,9 +111,14 @@ def selected_indexer_scores(
 
     Source: arXiv 2606.10651, lightning indexer.
     """
-    choose_impl("selected_indexer_scores", impl, IMPLEMENTATIONS)
+    default = default_impl(q_TIJ, k_SJ, gate_TI)
+    chosen = choose_impl("selected_indexer_scores", impl, IMPLEMENTATIONS, default)
     check_shapes(q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI, indices_TK=indices_TK)
     check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
     check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
+    if chosen == "triton":
+        autograd = import_module("megatron_keye.kernels.indexer_scores.autograd")
+        scores_TK: Tensor = autograd.selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK)
+        return scores_TK
     return reference.selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK)

@@ -6,6 +6,8 @@ all at once.
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selected keys.
 """
 
+from importlib import import_module
+
 from torch import Tensor
 
 from megatron_keye.kernels.arguments import (
@@ -15,11 +17,12 @@ from megatron_keye.kernels.arguments import (
     check_same_dtype,
     check_shapes,
     choose_impl,
+    default_impl,
 )
 from megatron_keye.kernels.lightning_indexer import reference
 
-IMPLEMENTATIONS = ("eager",)
-"""What exists; the first is the default."""
+IMPLEMENTATIONS = ("eager", "triton")
+"""What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
 
 
 def lightning_indexer(
@@ -46,22 +49,32 @@ def lightning_indexer(
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
         k: Keys K to select, 1 or more; may exceed S.
-        impl: One of IMPLEMENTATIONS, or None for the first.
+        impl: One of IMPLEMENTATIONS, or None for the default. "triton" reads nothing back to the
+            host: it can't refuse NaN and ranks it below -inf. It selects with the extension
+            where that is built, with Triton otherwise; both give the same keys.
 
     Returns:
         indices_TK, int32: ascending in each row, then -1 up to K.
 
     Raises:
         ValueError: On shapes, types or devices that do not fit, k below 1, a NaN score inside
-            a range, or an unknown `impl`.
+            a range (eager only), or an unknown `impl`.
 
     Source: arXiv 2606.10651, lightning indexer and token selection.
     """
-    choose_impl("lightning_indexer", impl, IMPLEMENTATIONS)
+    default = default_impl(q_TIJ, k_SJ, gate_TI)
+    chosen = choose_impl("lightning_indexer", impl, IMPLEMENTATIONS, default)
     check_shapes(q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI)
     check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
     check_key_ranges(q_TIJ, key_start_T, key_end_T)
     if k < 1:
         raise ValueError(f"k: got {k}, expected 1 or more; set model.decoder.indexer.top_k")
+    if chosen == "triton":
+        # Loaded on demand: everything else must import where Triton cannot compile.
+        triton = import_module("megatron_keye.kernels.lightning_indexer.triton")
+        indices_TK: Tensor = triton.lightning_indexer(
+            q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T, k
+        )
+        return indices_TK
     return reference.lightning_indexer(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T, k)

@@ -19,7 +19,7 @@ from megatron_keye.kernels.arguments import (
 )
 from megatron_keye.kernels.select_top_k import reference
 
-IMPLEMENTATIONS = ("eager", "cuda")
+IMPLEMENTATIONS = ("eager", "cuda", "triton")
 """What exists; the first is the default. "cuda" needs the compiled extension and a GPU."""
 
 
@@ -42,8 +42,9 @@ def select_top_k(
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
         k: Keys K to select, 1 or more; may exceed S.
-        impl: One of IMPLEMENTATIONS, or None for the first. "cuda" takes float32 scores on a GPU
-            and reads nothing back to the host: it can't refuse NaN and ranks it below -inf.
+        impl: One of IMPLEMENTATIONS, or None for the first. "cuda" takes float32 scores on a GPU,
+            "triton" float32, bfloat16 and float16; both read nothing back to the host: they
+            can't refuse NaN and rank it below -inf.
 
     Returns:
         indices_TK, int32: ascending in each row, then -1 up to K.
@@ -64,4 +65,8 @@ def select_top_k(
         cuda = import_module("megatron_keye.kernels.select_top_k.cuda")
         indices_TK: Tensor = cuda.select_top_k(scores_TS, key_start_T, key_end_T, k)
         return indices_TK
+    if chosen == "triton":
+        triton = import_module("megatron_keye.kernels.select_top_k.triton")
+        selected_TK: Tensor = triton.select_top_k(scores_TS, key_start_T, key_end_T, k)
+        return selected_TK
     return reference.select_top_k(scores_TS, key_start_T, key_end_T, k)

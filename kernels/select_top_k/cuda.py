@@ -64,5 +64,34 @@ def select_top_k(scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, k: i
             f"select_top_k: impl 'cuda' needs the extension megatron_keye._C, which does not load "
             f"({_MISSING_REASON}); build it with `{_BUILD_COMMAND}`, or take another impl"
         )
+    _check_arguments(scores_TS, key_start_T, key_end_T, k)
     indices_TK: Tensor = torch.ops.megatron_keye.select_top_k(scores_TS, key_start_T, key_end_T, k)
     return indices_TK
+
+
+def _check_arguments(scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, k: int) -> None:
+    """Refuse here what the extension would refuse, since its exceptions can't be relied on.
+
+    On an H100 machine with torch 2.11.0+cu130 one thrown by the extension ended the process.
+    """
+    if not scores_TS.is_cuda:
+        raise RuntimeError(
+            f"scores_TS: got a tensor on {scores_TS.device}, expected one on a CUDA device"
+        )
+    if scores_TS.dtype != torch.float32:
+        name = str(scores_TS.dtype).removeprefix("torch.")
+        raise TypeError(f"scores_TS: got dtype {name}, expected float32")
+    for name, bound_T in (("key_start_T", key_start_T), ("key_end_T", key_end_T)):
+        if bound_T.device != scores_TS.device:
+            raise RuntimeError(
+                f"{name}: got a tensor on {bound_T.device}, expected {scores_TS.device}, where "
+                "scores_TS is"
+            )
+        if bound_T.dtype != torch.int64:
+            raise TypeError(f"{name}: got {bound_T.dtype}, expected torch.int64")
+        if bound_T.shape != scores_TS.shape[:1]:
+            raise ValueError(
+                f"{name}: got shape {tuple(bound_T.shape)}, expected ({scores_TS.shape[0]},)"
+            )
+    if k < 1:
+        raise ValueError(f"k: got {k}, expected 1 or more")

@@ -7,12 +7,13 @@ Shape letters: T queries, S keys, K selected keys, B tiles of TILE_QUERIES queri
 a union.
 """
 
-from typing import Any
+from collections.abc import MutableMapping
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_keye.kernels.launch import check_triton
 from megatron_keye.kernels.union_lists.reference import (
@@ -27,10 +28,25 @@ _PROGRAMS = 528
 _TABLE_BYTES = 512 * 2**20
 """Budget of all tables; a million keys leave 128 programs."""
 _BLOCK_K, _BLOCK_S = 256, 1024
+_remembered: MutableMapping[Tensor, tuple[int, int, UnionLists]] = WeakTensorKeyDictionary()
+"""Selection -> (its version, S, its lists), while the selection lives.
+
+The attention and the indexer's loss of a layer walk the same unions, forward and backward.
+"""
 
 
 def union_lists(indices_TK: Tensor, num_keys: int) -> UnionLists:
-    """Return the union of each tile; see api.union_lists."""
+    """Return the union of each tile; see api.union_lists. A selection is merged once."""
+    known = _remembered.get(indices_TK)
+    if known is not None and known[:2] == (indices_TK._version, num_keys):
+        return known[2]
+    lists = _merge(indices_TK, num_keys)
+    _remembered[indices_TK] = indices_TK._version, num_keys, lists
+    return lists
+
+
+def _merge(indices_TK: Tensor, num_keys: int) -> UnionLists:
+    """Launch the kernel."""
     check_triton("union_lists", indices_TK)
     num_queries, num_selected = indices_TK.shape
     num_tiles = -(-num_queries // TILE_QUERIES)
@@ -67,12 +83,12 @@ def union_lists(indices_TK: Tensor, num_keys: int) -> UnionLists:
 
 @triton.jit
 def _union_kernel(
-    indices: Any,
-    table: Any,
-    keys: Any,
-    masks: Any,
-    counts: Any,
-    is_canonical: Any,
+    indices: tl.tensor,
+    table: tl.tensor,
+    keys: tl.tensor,
+    masks: tl.tensor,
+    counts: tl.tensor,
+    is_canonical: tl.tensor,
     num_queries: int,
     num_selected: int,
     num_keys: int,
@@ -104,9 +120,7 @@ def _union_kernel(
             is_wrong = (after >= 0) & (after < num_keys) & ((after <= index) | (index < 0))
             if tl.max(is_wrong.to(tl.int32)) > 0:
                 tl.store(is_canonical, 0)
-            tl.atomic_or(
-                words + index, (1 << local)[:, None] + index * 0, is_real, sem="relaxed"
-            )
+            tl.atomic_or(words + index, (1 << local)[:, None] + index * 0, is_real, sem="relaxed")
             low = tl.minimum(low, tl.min(tl.where(is_real, index, num_keys)).to(tl.int32))
             high = tl.maximum(high, tl.max(tl.where(is_real, index, -1)).to(tl.int32))
         tl.debug_barrier()

@@ -186,7 +186,12 @@ class SparseSelfAttention(MegatronModule):
         )
         row.meter.show("topk_indices", self.layer_number, indices_TK)
         out_THC, target_TGK = sparse_attention(
-            heads.q_THC, heads.k_SGC, heads.v_SGC, indices_TK, scale=self.head_dim**-0.5
+            heads.q_THC,
+            heads.k_SGC,
+            heads.v_SGC,
+            indices_TK,
+            scale=self.head_dim**-0.5,
+            with_target=torch.is_grad_enabled(),
         )
         if not torch.is_grad_enabled():
             return out_THC

@@ -3,11 +3,13 @@
 import os
 from typing import Any
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     # Read when the kernels are first imported, which happens inside the tests.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    from triton import language
     from triton.runtime import interpreter
     from triton.runtime.jit import JITFunction
 
@@ -21,6 +23,27 @@ if not torch.cuda.is_available():
     def _call_interpreted(self: JITFunction, *values: Any, **named: Any) -> Any:
         return interpreter.InterpretedFunction(self.fn)(*values, **named)
 
+    _dot = interpreter.InterpreterBuilder.create_dot
+
+    def _dot_of_bfloat16(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        """Widen bfloat16, which the interpreter holds as its bits and would multiply as such."""
+        if a.dtype.scalar == language.bfloat16:
+            a, b = (self.cast_impl(x, language.float32) for x in (a, b))
+        return _dot(self, a, b, *others)
+
+    interpreter.InterpreterBuilder.create_dot = _dot_of_bfloat16
     interpreter._patch_lang_tensor = _patch_tensor_for_numpy
     # Megatron imported Triton's own functions (tl.max and others) before the setting above.
     JITFunction.__call__ = _call_interpreted
+
+
+@pytest.fixture
+def fill_new_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what kernels allocate with NaN, so that an entry left unwritten shows."""
+    empty, new_empty = torch.empty_like, torch.Tensor.new_empty
+
+    def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))

@@ -56,6 +56,36 @@ def test_one_causal_document_equals_torch() -> None:
     assert_close(out_THC, expected_HTC.transpose(0, 1), 1e-12)
 
 
+def test_sdpa_equals_eager_on_documents() -> None:
+    q_THC, k_SGC, v_SGC = make_inputs()
+    inputs = trainable((q_THC, k_SGC[:NUM_QUERIES], v_SGC[:NUM_QUERIES]))
+    for lengths in ((NUM_QUERIES,), (1, 20, 42)):
+        ranges = document_ranges(*lengths)
+        eager_THC = dense_attention(*inputs, *ranges, scale=SCALE, impl="eager")
+        sdpa_THC = dense_attention(*inputs, *ranges, scale=SCALE, impl="sdpa")
+        assert_close(sdpa_THC, eager_THC, 1e-12)
+        for actual, expected in zip(
+            gradients(sdpa_THC, *inputs), gradients(eager_THC, *inputs), strict=True
+        ):
+            assert_close(actual, expected, 1e-12)
+
+
+def test_sdpa_refuses_other_ranges() -> None:
+    q_THC, k_SGC, v_SGC = make_inputs()
+    start_T, end_T = document_ranges(20, 43)
+    same = q_THC, k_SGC[:NUM_QUERIES], v_SGC[:NUM_QUERIES]
+    later_T = start_T.clone()
+    later_T[30] += 1
+    for inputs, ranges in (
+        ((q_THC, k_SGC, v_SGC), (start_T, end_T)),
+        (same, (start_T, end_T - 1)),
+        (same, (later_T, end_T)),
+        (same, odd_ranges(NUM_QUERIES, NUM_QUERIES, seed=8)),
+    ):
+        with pytest.raises(ValueError, match="other ranges than causal documents"):
+            dense_attention(*inputs, *ranges, scale=SCALE, impl="sdpa")
+
+
 def test_gradients_equal_finite_differences() -> None:
     shapes = [(5, 6, 3), (7, 2, 3), (7, 2, 3)]
     inputs = [make_tensor(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]

@@ -20,6 +20,7 @@ from tests.support.numerics import (
     loop_divergence,
     loop_scores,
     make_tensor,
+    moved,
     odd_ranges,
     odd_selection,
     ranges_listed,
@@ -69,6 +70,24 @@ def test_sparse_loss_equals_loops() -> None:
     _, target = loop_attention(query_THC, key_SGC, key_SGC, listed(indices_TK), SCALE)
     expected = loop_divergence(target, loop_scores(*indexer, *whole), listed(indices_TK))
     assert_close(sparse_indexer_loss(scores_TK, target_TGK), expected, 1e-12)
+
+
+@pytest.mark.parametrize("num_queries", [1, 33])
+def test_triton_equals_eager_in_float64(num_queries: int, fill_new_with_nan: None) -> None:
+    indices_TK = odd_selection(num_queries, NUM_KEYS, K, seed=7)
+    (scores_TK,) = moved((make_tensor(num_queries, K, seed=8, dtype=torch.float32),), "triton")
+    scores_TK = scores_TK.masked_fill(indices_TK.to(scores_TK.device) < 0, -torch.inf)
+    wanted_TGK = make_tensor(num_queries, NUM_GROUPS, K, seed=9).exp().to(scores_TK)
+    target_TGK = wanted_TGK * scores_TK.isfinite()[:, None]
+    target_TGK = (target_TGK / target_TGK.sum(2, keepdim=True)).nan_to_num(0)
+    inputs = trainable((scores_TK, scores_TK.double()))
+    kl_TG = sparse_indexer_loss(inputs[0], target_TGK, impl="triton")
+    expected_TG = sparse_indexer_loss(inputs[1], target_TGK.double(), impl="eager")
+    assert_close(kl_TG, expected_TG, 2e-6)
+    (dscores_TK,) = gradients(kl_TG, inputs[0])
+    (expected_TK,) = gradients(expected_TG, inputs[1])
+    assert_close(dscores_TK, expected_TK, 2e-6)
+    assert not dscores_TK[scores_TK.isneginf()].any(), "padding gets exactly 0"
 
 
 def test_selecting_everything_gives_the_dense_loss() -> None:
@@ -213,8 +232,8 @@ def test_a_misfit_is_named() -> None:
     scores_TK, target_TGK = torch.zeros(3, 4), torch.full((3, 2, 4), 0.25)
     with pytest.raises(ValueError, match="target_TGK: got K = 3"):
         sparse_indexer_loss(scores_TK, target_TGK[..., :3])
-    with pytest.raises(ValueError, match="impl = 'triton'"):
-        sparse_indexer_loss(scores_TK, target_TGK, impl="triton")
+    with pytest.raises(ValueError, match="impl = 'fast'"):
+        sparse_indexer_loss(scores_TK, target_TGK, impl="fast")
     indexer, (query_THC, key_SGC) = make_indexer(), make_attention()
     ranges = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=19)
     with pytest.raises(ValueError, match="key_SGC: got S = 99"):

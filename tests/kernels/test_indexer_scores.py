@@ -8,10 +8,13 @@ from megatron_keye.kernels import row_chunks
 from megatron_keye.kernels.indexer_scores import indexer_scores, selected_indexer_scores
 from tests.support.numerics import (
     assert_close,
+    assert_norm_close,
     document_ranges,
     gradients,
     loop_scores,
+    make_selection,
     make_tensor,
+    moved,
     odd_ranges,
     odd_selection,
     trainable,
@@ -134,6 +137,67 @@ def test_non_contiguous_inputs_and_empty_rows() -> None:
         q_TIJ, k_SJ[:0], gate_TI, torch.full((NUM_QUERIES, 2), -1)
     )
     assert no_keys_TK.isneginf().all(), "a row without keys at all"
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (33, 100, 3, 12), (5, 130, 16, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_equals_eager_in_float64(
+    shape: tuple[int, ...], dtype: torch.dtype, fill_new_with_nan: None
+) -> None:
+    num_queries, num_keys, heads, channels = shape
+    inputs = (
+        make_tensor(num_queries, heads, channels, seed=1, dtype=dtype),
+        make_tensor(num_keys, channels, seed=2, dtype=dtype),
+        make_tensor(num_queries, heads, seed=3, dtype=dtype),
+    )
+    ranges = odd_ranges(num_queries, num_keys, 4)
+    selection_TK = odd_selection(num_queries, num_keys, 17, 5)
+    tolerance = 1e-5 if dtype == torch.float32 else 2.0**-7
+    assert_triton_equals_eager(inputs, ranges, selection_TK, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_equals_eager_in_float64_at_the_models_size(dtype: torch.dtype) -> None:
+    inputs = (
+        make_tensor(515, 16, 64, seed=1, dtype=dtype),
+        make_tensor(8195, 64, seed=2, dtype=dtype),
+        make_tensor(515, 16, seed=3, dtype=dtype),
+    )
+    selection_TK = make_selection("uniform", 515, 8195, 2048, seed=4)
+    # Of 17 million products a few lie so close to 0 that relu's kink falls to the other side.
+    tolerance = 1e-3 if dtype == torch.float32 else 2.0**-7
+    assert_triton_equals_eager(inputs, odd_ranges(515, 8195, 5), selection_TK, tolerance)
+
+
+def assert_triton_equals_eager(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    ranges: tuple[Tensor, Tensor],
+    indices_TK: Tensor,
+    tolerance: float,
+) -> None:
+    """Compare both forms and the gradients with float64."""
+    inputs, ranges = moved(inputs, "triton"), moved(ranges, "triton")
+    (indices_TK,) = moved((indices_TK,), "triton")
+    exact = trainable(tuple(tensor.double() for tensor in inputs))
+    expected_TS = indexer_scores(*exact, *ranges, impl="eager")
+    assert_close(indexer_scores(*inputs, *ranges, impl="triton"), expected_TS, 2e-5)
+    inputs = trainable(inputs)
+    scores_TK = selected_indexer_scores(*inputs, indices_TK, impl="triton")
+    expected_TK = selected_indexer_scores(*exact, indices_TK, impl="eager")
+    assert_close(scores_TK, expected_TK, 2e-5)
+    for actual, expected in zip(
+        gradients(scores_TK, *inputs), gradients(expected_TK, *exact), strict=True
+    ):
+        assert_norm_close(actual, expected, tolerance)
+
+
+def test_triton_refuses_gradients_of_the_range_form() -> None:
+    inputs = trainable(moved(make_inputs(torch.float32), "triton"))
+    ranges = moved(odd_ranges(NUM_QUERIES, NUM_KEYS, seed=4), "triton")
+    with pytest.raises(ValueError, match="require gradients, expected none"):
+        indexer_scores(*inputs, *ranges, impl="triton")
 
 
 def test_a_misfit_is_named() -> None:

@@ -14,6 +14,7 @@ from tests.support.numerics import (
     loop_scores,
     loop_top_k,
     make_tensor,
+    moved,
     odd_ranges,
     trainable,
 )
@@ -66,6 +67,24 @@ def test_selection_carries_no_gradient() -> None:
     inputs = trainable(make_inputs())
     indices_TK = lightning_indexer(*inputs, *document_ranges(NUM_QUERIES), K)
     assert not indices_TK.requires_grad, "indices are integers"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_selects_by_its_own_scores_whatever_the_chunk(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_keye.kernels.lightning_indexer import triton
+
+    q_TIJ, k_SJ, gate_TI = make_inputs(dtype)
+    inputs = q_TIJ[:20], k_SJ, gate_TI[:20]
+    inputs, ranges = moved(inputs, "triton"), moved(odd_ranges(20, NUM_KEYS, seed=4), "triton")
+    scores_TS = indexer_scores(*inputs, *ranges, impl="triton")
+    expected_TK = select_top_k(scores_TS, *ranges, K, impl="eager")
+    assert torch.equal(lightning_indexer(*inputs, *ranges, K, impl="triton"), expected_TK)
+    monkeypatch.setattr(triton, "CHUNK_BYTES", 7 * NUM_KEYS * 4)
+    monkeypatch.setattr(triton, "_ROW_MULTIPLE", 7)
+    chunked_TK = lightning_indexer(*inputs, *ranges, K, impl="triton")
+    assert torch.equal(chunked_TK, expected_TK), "seven rows a chunk"
 
 
 def test_a_misfit_is_named() -> None:

@@ -13,6 +13,7 @@ from tests.support.numerics import (
     document_ranges,
     loop_top_k,
     make_tensor,
+    moved,
     odd_ranges,
     to_float64,
 )
@@ -63,6 +64,27 @@ def test_selection_is_exact_in_other_types(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(select_top_k(scores_TS, *ranges, 9).numpy(), expected)
 
 
+@pytest.mark.parametrize("change", CASES)
+def test_triton_equals_sorting(change: Callable[[Tensor], Tensor]) -> None:
+    scores_TS = change(make_tensor(8, NUM_KEYS, seed=1, dtype=torch.float32))
+    ranges = odd_ranges(8, NUM_KEYS, seed=2)
+    expected = loop_top_k(to_float64(scores_TS), *ranges, 17)
+    on_device = moved((scores_TS, *ranges), "triton")
+    got_TK = select_top_k(*on_device, 17, impl="triton")
+    np.testing.assert_array_equal(got_TK.cpu().numpy(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("change", CASES)
+@pytest.mark.parametrize("k", [1, 2048])
+def test_triton_equals_eager_on_long_rows(change: Callable[[Tensor], Tensor], k: int) -> None:
+    scores_TS = change(make_tensor(64, 70_001, seed=1, dtype=torch.float32)).cuda()
+    ranges = moved(odd_ranges(64, 70_001, seed=2), "triton")
+    expected_TK = select_top_k(scores_TS, *ranges, k, impl="eager")
+    assert torch.equal(select_top_k(scores_TS, *ranges, k, impl="triton"), expected_TK)
+
+
 def test_equal_scores_give_the_first_keys() -> None:
     scores_TS = torch.zeros(2, NUM_KEYS)
     scores_TS[:, ::2] = -0.0
@@ -111,7 +133,7 @@ def test_a_misfit_is_named() -> None:
     zero_T = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match="k: got 0, expected 1 or more"):
         select_top_k(scores_TS, zero_T, zero_T, 0)
-    with pytest.raises(ValueError, match="impl = 'triton', expected one of eager, cuda"):
-        select_top_k(scores_TS, zero_T, zero_T, 1, impl="triton")
+    with pytest.raises(ValueError, match="impl = 'fast', expected one of eager, cuda, triton"):
+        select_top_k(scores_TS, zero_T, zero_T, 1, impl="fast")
     with pytest.raises(ValueError, match="scores_TS: got torch.int64"):
         select_top_k(scores_TS.long(), zero_T, zero_T, 1)

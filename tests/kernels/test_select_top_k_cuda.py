@@ -102,13 +102,25 @@ def test_scores_of_any_size_are_told_apart(scale: float) -> None:
     assert_selects(scores_TS, *full_range(scores_TS), 2048)
 
 
-@pytest.mark.parametrize("num_close", [4095, 4096, 4097, 60000])
+@pytest.mark.parametrize("num_close", [2500, 5119, 5120, 5121, 60000])
 def test_any_number_of_keys_may_share_the_first_digit(num_close: int) -> None:
-    # 4096 of them fit into shared memory.
+    # 5120 of them fit into shared memory.
     scores_TS = torch.full((2, 70001), -5.0, device="cuda")
     where_S = torch.randperm(70001, device="cuda")[:num_close]
     scores_TS[:, where_S] = 1 + 0.1 * torch.rand(2, num_close, device="cuda")
     assert_selects(scores_TS, *full_range(scores_TS), 2048)
+
+
+@pytest.mark.parametrize("num_keys", [16383, 16384, 131072, 262144, 262145])
+def test_long_rows_are_read_once_or_as_often_as_needed(num_keys: int) -> None:
+    scores_TS = torch.randn(6, num_keys, device="cuda")
+    scores_TS[1, 1000:3048] += 10  # the sample meets them by chance only
+    scores_TS[2] = scores_TS[2].mul(3).round()  # ties at the cut
+    scores_TS[3] = torch.arange(num_keys, device="cuda")
+    scores_TS[4] = scores_TS[4].where(torch.rand(num_keys, device="cuda") < 0.01, -torch.inf)
+    scores_TS[5, : num_keys // 2] -= 1000
+    assert_selects(scores_TS, *full_range(scores_TS), 2048)
+    assert_selects(scores_TS, *full_range(scores_TS), 100)
 
 
 @pytest.mark.parametrize("k", KEPT)
@@ -183,9 +195,9 @@ def test_two_calls_give_the_same_bits() -> None:
 def test_refusals_name_the_tensor() -> None:
     scores_TS = torch.randn(3, 9, device="cuda")
     start_T, end_T = full_range(scores_TS)
-    with pytest.raises(TypeError, match="scores_TS: got dtype Double"):
+    with pytest.raises(TypeError, match="scores_TS: got dtype float64"):
         cuda.select_top_k(scores_TS.double(), start_T, end_T, 2)
-    with pytest.raises(ValueError, match="key_end_T: got size 2"):
+    with pytest.raises(ValueError, match="key_end_T: got shape .2,."):
         cuda.select_top_k(scores_TS, start_T, end_T[:2], 2)
     with pytest.raises(RuntimeError, match="key_start_T: got a tensor on cpu"):
         cuda.select_top_k(scores_TS, start_T.cpu(), end_T, 2)

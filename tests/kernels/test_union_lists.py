@@ -85,7 +85,8 @@ def test_misfits_are_named(impl: str) -> None:
 @pytest.mark.parametrize("num_keys", [32_768, 131_072])
 def test_long_rows(impl: str, num_keys: int) -> None:
     indices_TK = make_selection("local", 4096, num_keys, 2048, seed=3).cuda()
-    lists, eager = union_lists(indices_TK, num_keys, impl=impl), union_lists(indices_TK, num_keys, impl="eager")
+    lists = union_lists(indices_TK, num_keys, impl=impl)
+    eager = union_lists(indices_TK, num_keys, impl="eager")
     assert torch.equal(lists.counts_B, eager.counts_B), "counts"
     is_used_BU = torch.arange(lists.keys_BU.shape[1], device="cuda") < lists.counts_B[:, None]
     for name in ("keys_BU", "masks_BU"):

@@ -48,7 +48,8 @@ def make_selection(kind: str, num_queries: int, num_keys: int, k: int, seed: int
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(where).manual_seed(seed)
     pieces = []
-    for rows in torch.arange(num_keys - num_queries, num_keys, device=where).split(4096):
+    rows_of_all = torch.arange(num_keys - num_queries, num_keys, device=where)
+    for rows in torch.split(rows_of_all, 4096):
         visible_T1 = rows[:, None] + 1
         # One draw from each of k equal parts, so that hardly any two are the same.
         place_K = torch.arange(k, device=where)
@@ -197,8 +198,16 @@ def assert_close(actual: Tensor, expected: Array | Tensor, tolerance: float) -> 
     np.testing.assert_allclose(to_float64(actual), expected, rtol=tolerance, atol=tolerance)
 
 
+def assert_norm_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Fail unless the error's norm is within `tolerance` of the norm of `expected`; NaN fails."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    error = float((actual - expected).norm())
+    limit = tolerance * float(expected.norm()) + 1e-30
+    assert error <= limit, f"error {error:.3e}, expected at most {limit:.3e}"
+
+
 def gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients of a fixed random weighting of the finite entries of `output`."""
-    weights = make_tensor(*output.shape, seed=99).to(output.dtype)
+    weights = make_tensor(*output.shape, seed=99).to(output)
     finite = output.isfinite()
     return torch.autograd.grad((output[finite] * weights[finite]).sum(), inputs)

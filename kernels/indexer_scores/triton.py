@@ -1,0 +1,144 @@
+"""The indexer's scores of a range in Triton: a program scores a block of queries and keys.
+
+It keeps the keys and walks the heads, so that the sum over heads never leaves a thread. A pair's
+score is the same bits in whichever block or chunk of rows it is computed.
+
+Shape letters: T queries, S keys, I indexer heads, J indexer channels.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_keye.kernels.launch import Blocks, adjacent_channels, check_triton, padded
+
+_MOST_CHANNELS = 256
+
+
+TUNED_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=3, registers=168)
+"""At most 168 registers, so that three programs share a multiprocessor."""
+FLOAT32_BLOCKS = Blocks(rows=64, keys=64, warps=8, stages=1)
+
+
+def indexer_scores(
+    q_TIJ: Tensor,
+    k_SJ: Tensor,
+    gate_TI: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    *,
+    out_TS: Tensor | None = None,
+    fill_outside: bool = True,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """Return scores_TS; see api.indexer_scores.
+
+    Args:
+        q_TIJ: Indexer queries.
+        k_SJ: Keys.
+        gate_TI: Weights of the heads.
+        key_start_T: First visible key.
+        key_end_T: One past the last visible key.
+        out_TS: Where to write, float32 with keys adjacent; None to allocate.
+        fill_outside: Whether entries outside the range become -inf; else some stay unwritten.
+        blocks: How the work is cut; None for the tuned cut.
+
+    Raises:
+        ValueError: More channels than the kernel takes, or types that it does not take.
+    """
+    check_triton("indexer_scores", q_TIJ, q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI)
+    num_queries, num_heads, num_channels = q_TIJ.shape
+    num_keys = k_SJ.shape[0]
+    if num_channels > _MOST_CHANNELS:
+        raise ValueError(
+            f"q_TIJ: got J = {num_channels}, expected at most {_MOST_CHANNELS} with impl "
+            "'triton'; take impl='eager'"
+        )
+    q_TIJ, k_SJ = adjacent_channels(q_TIJ), adjacent_channels(k_SJ)
+    if out_TS is None:
+        out_TS = q_TIJ.new_empty((num_queries, num_keys), dtype=torch.float32)
+    if out_TS.numel() == 0:
+        return out_TS
+    blocks = blocks or (FLOAT32_BLOCKS if q_TIJ.dtype == torch.float32 else TUNED_BLOCKS)
+    grid = (triton.cdiv(num_keys, blocks.keys), triton.cdiv(num_queries, blocks.rows))
+    _scores_kernel[grid](
+        q_TIJ,
+        k_SJ,
+        gate_TI,
+        key_start_T,
+        key_end_T,
+        out_TS,
+        num_queries,
+        num_keys,
+        num_channels**-0.5,
+        *q_TIJ.stride()[:2],
+        k_SJ.stride(0),
+        *gate_TI.stride(),
+        out_TS.stride(0),
+        HEADS=num_heads,
+        CHANNELS=num_channels,
+        PADDED_CHANNELS=padded(num_channels),
+        BLOCK_T=blocks.rows,
+        BLOCK_S=blocks.keys,
+        FILL=fill_outside,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+        maxnreg=blocks.registers,
+    )
+    return out_TS
+
+
+@triton.jit
+def _scores_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    gate: tl.tensor,
+    key_start: tl.tensor,
+    key_end: tl.tensor,
+    out: tl.tensor,
+    num_queries: int,
+    num_keys: int,
+    scale: float,
+    q_stride_t: int,
+    q_stride_i: int,
+    k_stride_s: int,
+    gate_stride_t: int,
+    gate_stride_i: int,
+    out_stride_t: int,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    FILL: tl.constexpr,
+) -> None:
+    query = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    key = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    channel = tl.arange(0, PADDED_CHANNELS)
+    is_query, is_key, is_channel = query < num_queries, key < num_keys, channel < CHANNELS
+    start = tl.load(key_start + query, is_query, other=num_keys)
+    end = tl.load(key_end + query, is_query, other=0)
+    in_range = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
+    out_tile = out + query[:, None] * out_stride_t + key[None, :]
+    in_out = is_query[:, None] & is_key[None, :]
+    is_needed = tl.max(tl.max(in_range.to(tl.int32), 1), 0) > 0
+    if is_needed:
+        k_tile = tl.load(
+            k + key[:, None] * k_stride_s + channel[None, :],
+            is_key[:, None] & is_channel[None, :],
+            other=0.0,
+        )
+        q_rows = q + query[:, None] * q_stride_t + channel[None, :]
+        in_q = is_query[:, None] & is_channel[None, :]
+        gate_rows = gate + query * gate_stride_t
+        sums = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
+        for head in range(HEADS):
+            q_tile = tl.load(q_rows + head * q_stride_i, in_q, other=0.0)
+            weight = tl.load(gate_rows + head * gate_stride_i, is_query, other=0.0).to(tl.float32)
+            dots = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            sums += weight[:, None] * tl.maximum(dots, 0.0)
+        sums = tl.where(in_range, sums * scale, -float("inf"))
+        tl.store(out_tile, sums, in_out)
+    elif FILL:
+        tl.store(out_tile, tl.full([BLOCK_T, BLOCK_S], -float("inf"), tl.float32), in_out)

@@ -1,0 +1,79 @@
+"""Ties the sparse attention's Triton kernels into autograd.
+
+Between forward and backward it keeps the inputs, the output, a number a row and the union lists,
+never a matrix of queries by keys.
+
+Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
+K selected keys.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_keye.kernels.launch import adjacent_channels, check_triton
+from megatron_keye.kernels.sparse_attention.triton import attend, recover_target
+from megatron_keye.kernels.sparse_attention.triton_backward import attend_backward
+from megatron_keye.kernels.union_lists import UnionLists, union_lists
+
+
+def sparse_attention(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    indices_TK: Tensor,
+    *,
+    scale: float,
+    deterministic: bool,
+    with_target: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return out_THC and target_TGK; see api.sparse_attention."""
+    check_triton("sparse_attention", q_THC, q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
+    out_THC, target_TGK = _SparseAttention.apply(
+        q_THC, k_SGC, v_SGC, indices_TK, scale, deterministic, with_target
+    )
+    return out_THC, target_TGK
+
+
+class _SparseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_THC: Tensor,
+        k_SGC: Tensor,
+        v_SGC: Tensor,
+        indices_TK: Tensor,
+        scale: float,
+        deterministic: bool,
+        with_target: bool,
+    ) -> tuple[Tensor, Tensor]:
+        q_THC, k_SGC, v_SGC = (adjacent_channels(tensor) for tensor in (q_THC, k_SGC, v_SGC))
+        if k_SGC.stride() != v_SGC.stride():
+            k_SGC, v_SGC = k_SGC.contiguous(), v_SGC.contiguous()
+        lists = union_lists(indices_TK, k_SGC.shape[0], impl="triton")
+        out_THC, lse_TH = attend(q_THC, k_SGC, v_SGC, lists, scale=scale)
+        wanted_TK = indices_TK if with_target else indices_TK[:, :0]
+        target_TGK = recover_target(q_THC, k_SGC, lse_TH, wanted_TK, scale=scale)
+        ctx.save_for_backward(q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists)
+        ctx.scale, ctx.is_deterministic = scale, deterministic
+        ctx.mark_non_differentiable(target_TGK)
+        return out_THC, target_TGK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_THC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists = ctx.saved_tensors
+        gradients = attend_backward(
+            dout_THC.contiguous(),
+            q_THC,
+            k_SGC,
+            v_SGC,
+            out_THC,
+            lse_TH,
+            UnionLists(*lists),
+            scale=ctx.scale,
+            is_deterministic=ctx.is_deterministic,
+        )
+        return (*gradients, None, None, None, None)

@@ -1,0 +1,330 @@
+"""Sparse attention in Triton: a program attends for the queries of one tile and one group.
+
+Rows of a tile are query * heads + head. The program walks the union of its queries' selections,
+loads each key once for all of them, and a bit mask takes out what a query did not select. That
+is what lifts the bound: one query alone has 8 FLOP for each byte that it gathers.
+
+Keys that no query of a tile selected are never loaded. A NaN in a key or value that was
+selected by one query also reaches the others of its tile (0 * NaN).
+
+Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
+K selected keys, B tiles of queries, U places of a union.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_keye.kernels.launch import Blocks, padded
+from megatron_keye.kernels.union_lists import TILE_QUERIES, UnionLists
+
+_MOST_HEADS, _MOST_CHANNELS = 128, 256
+
+
+FORWARD_BLOCKS = Blocks(rows=128, keys=64, warps=8, stages=2, registers=128)
+"""At most 128 registers, so that two programs share a multiprocessor: 1.5 times as fast."""
+TARGET_BLOCKS = Blocks(rows=16, keys=32, warps=1, stages=3)
+FLOAT32_BLOCKS = Blocks(rows=64, keys=32, warps=8, stages=1)
+"""Float32 takes twice the room and no tensor core: for tests and small models."""
+
+
+class RowLayout(NamedTuple):
+    """Sizes that a kernel is compiled for."""
+
+    heads: int
+    """Query heads of a group."""
+    padded_heads: int
+    queries: int
+    """Queries of a program; a tile's union serves TILE_QUERIES / queries programs."""
+    channels: int
+    padded_channels: int
+
+    def grid(self, num_queries: int, num_groups: int) -> tuple[int, int]:
+        """Return programs (parts of tiles, groups); the group is outermost.
+
+        One group's keys and values fit into the L2 cache where those of all groups do not.
+        """
+        num_tiles = -(-num_queries // TILE_QUERIES)
+        return num_tiles * (TILE_QUERIES // self.queries), num_groups
+
+    def constants(self) -> dict[str, int]:
+        """Return the compile-time arguments that every kernel here takes."""
+        return {
+            "TILE": TILE_QUERIES,
+            "QUERIES": self.queries,
+            "HEADS": self.heads,
+            "PADDED_HEADS": self.padded_heads,
+            "CHANNELS": self.channels,
+            "PADDED_CHANNELS": self.padded_channels,
+        }
+
+
+def lay_out_rows(q_THC: Tensor, num_groups: int, blocks: Blocks) -> RowLayout:
+    """Return how rows are laid out.
+
+    Raises:
+        ValueError: More heads in a group or channels in a head than the kernels take.
+    """
+    heads, channels = q_THC.shape[1] // num_groups, q_THC.shape[2]
+    if heads > _MOST_HEADS or channels > _MOST_CHANNELS:
+        raise ValueError(
+            f"sparse_attention: impl 'triton' got {heads} heads a group of {channels} channels, "
+            f"expected at most {_MOST_HEADS} of {_MOST_CHANNELS}; take impl='eager'"
+        )
+    padded_heads = padded(heads, smallest=1)
+    queries = min(TILE_QUERIES, max(1, blocks.rows // padded_heads))
+    return RowLayout(heads, padded_heads, queries, channels, padded(channels))
+
+
+def choose_blocks(tuned: Blocks, dtype: torch.dtype) -> Blocks:
+    """Return the blocks for inputs of `dtype`."""
+    return FLOAT32_BLOCKS if dtype == torch.float32 else tuned
+
+
+def attend(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    lists: UnionLists,
+    *,
+    scale: float,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return out_THC and lse_TH.
+
+    Args:
+        q_THC: Queries; channels adjacent.
+        k_SGC: Keys; channels adjacent.
+        v_SGC: Values; strides of `k_SGC`.
+        lists: Unions of the selections.
+        scale: Factor of the logits.
+        blocks: How the work is cut; None for the tuned cut.
+
+    Returns:
+        The output, and float32 log2 of each row's sum of exponentials, +inf without any key.
+    """
+    blocks = blocks or choose_blocks(FORWARD_BLOCKS, q_THC.dtype)
+    num_queries, num_groups = q_THC.shape[0], k_SGC.shape[1]
+    layout = lay_out_rows(q_THC, num_groups, blocks)
+    out_THC = torch.empty_like(q_THC, memory_format=torch.contiguous_format)
+    lse_TH = q_THC.new_empty(q_THC.shape[:2], dtype=torch.float32)
+    if num_queries > 0:
+        _forward_kernel[layout.grid(num_queries, num_groups)](
+            q_THC,
+            k_SGC,
+            v_SGC,
+            out_THC,
+            lse_TH,
+            *lists,
+            num_queries,
+            lists.keys_BU.shape[1],
+            scale * math.log2(math.e),
+            *q_THC.stride()[:2],
+            *k_SGC.stride()[:2],
+            **layout.constants(),
+            BLOCK_U=blocks.keys,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+            maxnreg=blocks.registers,
+        )
+    return out_THC, lse_TH
+
+
+def recover_target(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    lse_TH: Tensor,
+    indices_TK: Tensor,
+    *,
+    scale: float,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """Return target_TGK, the mean over a group's heads of each softmax; see api.sparse_attention.
+
+    One query at a time: it needs no values, and its result lies in the order of the selection.
+
+    Args:
+        q_THC: Queries; channels adjacent.
+        k_SGC: Keys; channels adjacent.
+        lse_TH: From `attend`.
+        indices_TK: The selection.
+        scale: Factor of the logits.
+        blocks: How the work is cut; None for the tuned cut.
+    """
+    blocks = blocks or choose_blocks(TARGET_BLOCKS, q_THC.dtype)
+    (num_queries, num_selected), num_groups = indices_TK.shape, k_SGC.shape[1]
+    heads, channels = q_THC.shape[1] // num_groups, q_THC.shape[2]
+    target_TGK = q_THC.new_empty((num_queries, num_groups, num_selected), dtype=torch.float32)
+    if target_TGK.numel() > 0:
+        _target_kernel[(num_queries, num_groups)](
+            q_THC,
+            k_SGC,
+            lse_TH,
+            indices_TK,
+            target_TGK,
+            k_SGC.shape[0],
+            num_selected,
+            scale * math.log2(math.e),
+            *q_THC.stride()[:2],
+            *k_SGC.stride()[:2],
+            *indices_TK.stride(),
+            HEADS=heads,
+            PADDED_HEADS=padded(heads),
+            CHANNELS=channels,
+            PADDED_CHANNELS=padded(channels),
+            BLOCK_K=blocks.keys,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+            maxnreg=blocks.registers,
+        )
+    return target_TGK
+
+
+@triton.jit
+def locate_rows(
+    num_queries: int,
+    TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+) -> tl.tensor:
+    """Return of this program: tile, query and head of each row, is it real, and its mask bit."""
+    part = tl.program_id(0)
+    group = tl.program_id(1)
+    row = tl.arange(0, QUERIES * PADDED_HEADS)
+    tile = part // (TILE // QUERIES)
+    local = part % (TILE // QUERIES) * QUERIES + row // PADDED_HEADS
+    query = (tile * TILE + local).to(tl.int64)
+    head = row % PADDED_HEADS
+    is_row = (query < num_queries) & (head < HEADS)
+    return tile.to(tl.int64), query, group * HEADS + head, is_row, 1 << local
+
+
+@triton.jit
+def load_union(
+    keys: tl.tensor,
+    masks: tl.tensor,
+    first: tl.tensor,
+    start: tl.tensor,
+    count: tl.tensor,
+    BLOCK_U: tl.constexpr,
+) -> tl.tensor:
+    """Return keys (0 past the end), mask words (0 past the end) and which places are real."""
+    place = start + tl.arange(0, BLOCK_U)
+    is_real = place < count
+    key = tl.load(keys + first + place, is_real, other=0).to(tl.int64)
+    word = tl.load(masks + first + place, is_real, other=0).to(tl.int32)
+    return key, word, is_real
+
+
+@triton.jit
+def _forward_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    keys: tl.tensor,
+    masks: tl.tensor,
+    counts: tl.tensor,
+    num_queries: int,
+    capacity: int,
+    scale_log2: float,
+    q_stride_t: int,
+    q_stride_h: int,
+    k_stride_s: int,
+    k_stride_g: int,
+    TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+) -> None:
+    tile, query, head, is_row, bit = locate_rows(num_queries, TILE, QUERIES, HEADS, PADDED_HEADS)
+    num_heads = tl.num_programs(1) * HEADS
+    channel = tl.arange(0, PADDED_CHANNELS)
+    is_channel = channel < CHANNELS
+    q_offset = query * q_stride_t + head * q_stride_h
+    in_q = is_row[:, None] & is_channel[None, :]
+    q_tile = tl.load(q + q_offset[:, None] + channel[None, :], in_q, other=0.0)
+    k_group = k + tl.program_id(1) * k_stride_g + channel[None, :]
+    v_group = v + tl.program_id(1) * k_stride_g + channel[None, :]
+    # Finite, so that a row without any key meets no inf - inf.
+    top = tl.full([QUERIES * PADDED_HEADS], -1.0e38, tl.float32)
+    total = tl.zeros([QUERIES * PADDED_HEADS], tl.float32)
+    sums = tl.zeros([QUERIES * PADDED_HEADS, PADDED_CHANNELS], tl.float32)
+    count = tl.load(counts + tile)
+    for start in range(0, count, BLOCK_U):
+        key, word, is_real = load_union(keys, masks, tile * capacity, start, count, BLOCK_U)
+        in_k = is_real[:, None] & is_channel[None, :]
+        k_tile = tl.load(k_group + key[:, None] * k_stride_s, in_k, other=0.0)
+        v_tile = tl.load(v_group + key[:, None] * k_stride_s, in_k, other=0.0)
+        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
+        logits = tl.where((word[None, :] & bit[:, None]) != 0, logits, -float("inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        sums = sums * shrink[:, None]
+        sums = tl.dot(weights.to(v_tile.dtype), v_tile, sums, input_precision="ieee")
+        top = new_top
+    has_keys = total > 0
+    sums = sums / tl.where(has_keys, total, 1.0)[:, None]
+    row_lse = tl.where(has_keys, top + tl.log2(total), float("inf"))
+    row = query * num_heads + head
+    tl.store(lse + row, row_lse, is_row)
+    out_row = out + row[:, None] * CHANNELS + channel[None, :]
+    tl.store(out_row, sums.to(out.dtype.element_ty), in_q)
+
+
+@triton.jit
+def _target_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    lse: tl.tensor,
+    indices: tl.tensor,
+    target: tl.tensor,
+    num_keys: int,
+    num_selected: int,
+    scale_log2: float,
+    q_stride_t: int,
+    q_stride_h: int,
+    k_stride_s: int,
+    k_stride_g: int,
+    index_stride_t: int,
+    index_stride_k: int,
+    HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    query = tl.program_id(0).to(tl.int64)
+    group, num_groups = tl.program_id(1), tl.num_programs(1)
+    head = tl.arange(0, PADDED_HEADS)
+    channel = tl.arange(0, PADDED_CHANNELS)
+    is_head, is_channel = head < HEADS, channel < CHANNELS
+    q_row = q + query * q_stride_t + (group * HEADS + head)[:, None] * q_stride_h
+    in_q = is_head[:, None] & is_channel[None, :]
+    q_tile = tl.load(q_row + channel[None, :], in_q, other=0.0)
+    lse_row = lse + query * (num_groups * HEADS) + group * HEADS
+    head_lse = tl.load(lse_row + head, is_head, other=float("inf"))
+    k_group = k + group * k_stride_g + channel[None, :]
+    target_row = target + (query * num_groups + group) * num_selected
+    index_row = indices + query * index_stride_t
+    for start in range(0, num_selected, BLOCK_K):
+        place = start + tl.arange(0, BLOCK_K)
+        is_place = place < num_selected
+        index = tl.load(index_row + place * index_stride_k, is_place, other=-1).to(tl.int64)
+        is_real = (index >= 0) & (index < num_keys)
+        in_k = is_real[:, None] & is_channel[None, :]
+        k_tile = tl.load(k_group + index[:, None] * k_stride_s, in_k, other=0.0)
+        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
+        weights = tl.sum(tl.exp2(logits - head_lse[:, None]), 0) / HEADS
+        tl.store(target_row + place, tl.where(is_real, weights, 0.0), is_place)
