@@ -155,7 +155,7 @@ def describe(length: int, kind: str, num_selected: int, counts_B: Tensor) -> dic
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": commit or "unknown",
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m tools.benchmark_kernels", *sys.argv[1:]]),
     }
 
 

@@ -74,8 +74,8 @@ class TrainingConfig:
     """"dense": plain attention, no indexer. "indexer_warmup": plain attention, only the indexer
     learns, from all keys. "sparse": attention over the selected keys, everything learns."""
     indexer_loss_weight: float = 1.0
-    """Weight lambda of the indexer's KL loss beside the language loss. It reaches no parameter but
-    the indexer's."""
+    """Weight lambda of the indexer's KL loss, a mean over queries and a sum over layers and
+    key-value groups, beside the mean language loss. It reaches no parameter but the indexer's."""
     frozen: tuple[Part, ...] = ()
     """Parts that do not learn, of vision, projector, decoder, indexer."""
     recompute_layers: bool = False

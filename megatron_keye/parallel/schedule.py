@@ -63,4 +63,4 @@ def run_step(
             assert encoder is not None, "chunks are planned for ranks that encode"
             num_tokens = sum(picture.num_tokens for picture in plan.chunks[chunk].pictures)
             encoder.backward(chunk, transport.take_gradients(chunk, num_tokens))
-    transport.assert_done(gradients_returned=returns_gradients)
+    transport.finish(gradients_returned=returns_gradients)

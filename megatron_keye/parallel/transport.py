@@ -39,6 +39,7 @@ class _Direction:
         self._outgoing: dict[int, Tensor] = {}
         self._incoming: dict[int, tuple[Tensor, dist.Work, list[Shipment]]] = {}
         self._arrived: dict[int, Tensor] = {}
+        self._started: list[tuple[dist.Work, Tensor]] = []
         self._waiting = list(plan.micro_batches)
 
     def put(self, shipment: Shipment, rows: Tensor) -> None:
@@ -65,8 +66,10 @@ class _Direction:
             self._arrived |= {s.tag: part for s, part in zip(shipments, parts, strict=True)}
         return self._arrived.pop(shipment.tag)
 
-    def assert_done(self) -> None:
-        """Check that every message of the plan was sent and taken."""
+    def finish(self) -> None:
+        """Wait until what was sent has left, and check that all of the plan was sent and taken."""
+        for work, _ in self._started:
+            work.wait()
         left = [*self._waiting, *self._outgoing, *self._incoming, *self._arrived]
         assert not left, f"rank {self._rank}: messages {left} of the plan were never exchanged"
 
@@ -81,6 +84,7 @@ class _Direction:
         work = dist.all_to_all_single(
             buffer, outgoing, counts[1], counts[0], group=self._group, async_op=True
         )
+        self._started.append((work, outgoing))
         shipments = [s for from_one in taken for s in from_one]
         if shipments:
             self._incoming[micro_batch] = (buffer, work, shipments)
@@ -192,11 +196,15 @@ class FeatureTransport:
             gradient.index_copy_(0, rows, self._gradients.take(shipment))
         return gradient
 
-    def assert_done(self, *, gradients_returned: bool) -> None:
-        """Check that every message of the step was sent and taken."""
-        self._features.assert_done()
+    def finish(self, *, gradients_returned: bool) -> None:
+        """Wait until what this rank sent has left, and check that the whole plan was carried out.
+
+        Args:
+            gradients_returned: Whether gradients were part of it.
+        """
+        self._features.finish()
         if gradients_returned:
-            self._gradients.assert_done()
+            self._gradients.finish()
 
     def _order(self, arrivals: list[Shipment]) -> Tensor:
         positions = torch.cat([torch.from_numpy(s.positions) for s in arrivals])

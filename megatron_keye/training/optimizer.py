@@ -60,18 +60,19 @@ class JointOptimizer:
         for module in self._model.wrapped():
             module.zero_grad_buffer()
 
-    def finish_gradients(self, num_loss_tokens: int) -> None:
-        """Add up gradients over replicas and divide them by the tokens that have a loss.
+    def finish_gradients(self, divisor: int) -> None:
+        """Add up gradients over replicas and divide them once.
 
         Args:
-            num_loss_tokens: Over the whole global batch; known on every rank from its rows.
+            divisor: Tokens of the whole global batch that have a loss; every rank knows it from
+                the rows.
         """
         if self._grid.decoder is not None:
             finalize_model_grads(self._model.chunks, None, pg_collection=self._grid.decoder)
         if self._model.vision is not None:
             self._model.vision.finish_grad_sync()
         for module in self._model.wrapped():
-            module.scale_gradients(1.0 / max(1, num_loss_tokens))
+            module.scale_gradients(1.0 / divisor)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepOutcome:

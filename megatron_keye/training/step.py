@@ -31,6 +31,11 @@ class _Counts:
     queries: int
     tokens: int
 
+    @property
+    def divisor(self) -> int:
+        """What all gradients are divided by; without any label, the other losses still count."""
+        return self.loss_tokens or max(1, self.queries)
+
 
 class TrainingStep:
     """Plans, encodes, decodes, returns gradients and updates; the same on every kind of rank."""
@@ -80,7 +85,7 @@ class TrainingStep:
         self._optimizer.zero_gradients()
         self._router_load.reset()
         self._encode_and_decode(rows, meter, counts)
-        self._optimizer.finish_gradients(counts.loss_tokens)
+        self._optimizer.finish_gradients(counts.divisor)
         rate = learning_rate(step, self._run.training.steps, self._run.training.optimizer)
         outcome = self._optimizer.step(rate)
         if self._device.type == "cuda":
@@ -145,8 +150,8 @@ class TrainingStep:
             meter,
             # All gradients are divided by the loss tokens at the end; these factors turn the
             # other losses into means over queries and over tokens.
-            indexer_loss_weight=weight * counts.loss_tokens / max(1, counts.queries),
-            balance_loss_scale=counts.loss_tokens / counts.tokens,
+            indexer_loss_weight=weight * counts.divisor / max(1, counts.queries),
+            balance_loss_scale=counts.divisor / counts.tokens,
         )
         self._decoder_seconds = time.perf_counter() - started
 

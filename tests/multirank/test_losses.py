@@ -104,3 +104,11 @@ def _only_last_document_counts(row: PackedRow) -> PackedRow:
     labels = row.labels.copy()
     labels[: row.document_bounds[1]] = -100
     return replace(row, labels=labels)
+
+
+def test_the_indexer_learns_from_rows_without_any_label() -> None:
+    row = text_rows(0)[0]
+    unlabelled = [replace(row, labels=np.full_like(row.labels, -100))]
+    training = {"optimizer": PLAIN, "phase": "indexer_warmup", "rows_per_step": 1}
+    trained = train(tiny_run(training=training), [unlabelled])
+    assert trained.changed(train(tiny_run(training=training), []))
