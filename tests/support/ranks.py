@@ -5,6 +5,7 @@ calls do not see each other's groups.
 """
 
 import atexit
+import gc
 import multiprocessing
 import sys
 import tempfile
@@ -117,6 +118,8 @@ def _work(pipe: Connection, rank: int, num_ranks: int, device_type: str) -> None
             torch.distributed.destroy_process_group()
         except BaseException:
             answer = (True, traceback.format_exc())
+        # Models hold their groups in cycles, and each gloo group holds threads.
+        gc.collect()
         pipe.send(answer)
 
 

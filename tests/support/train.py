@@ -24,9 +24,9 @@ from tests.support.ranks import run_on_ranks
 from tests.support.tiny import mixed_rows, synthetic_patches
 
 LOSS_TOLERANCE = 2e-5
-"""Relative, of losses and gradient norms after up to three updates in float32."""
+"""Relative, of losses and gradient norms after a few updates in float32."""
 WEIGHT_TOLERANCE = 5e-5
-"""Absolute, of weights that three updates of 0.01 have moved."""
+"""Absolute, of weights that a few updates of 0.01 have moved."""
 
 Batches = Sequence[list[PackedRow]]
 
@@ -54,12 +54,12 @@ def train(
 
     Args:
         run: The run.
-        batches: Rows of each step; three mixed steps by default, none for fresh weights.
+        batches: Rows of each step; two mixed steps by default, none for fresh weights.
         save_to: Folder under which a checkpoint is written at the end.
         load_from: Checkpoint to start from; `batches` then are the steps after it.
     """
     if batches is None:
-        batches = [mixed_rows(step) for step in range(3)]
+        batches = [mixed_rows(step) for step in range(2)]
     arguments = (run.to_json(), batches, save_to, load_from)
     answers = run_on_ranks(run.parallel.num_ranks, _train_on_rank, *arguments, device=run.device)
     weights: dict[str, Tensor] = {}
@@ -118,7 +118,12 @@ def _train_on_rank(
         progress = replace(progress, step=progress.step + 1, updates=progress.updates + 1)
     if save_to is not None:
         store.save(run, model, optimizer, grid, progress)
-    return metrics, list(_owned_weights(weight_state(model, grid)))
+    owned = list(_owned_weights(weight_state(model, grid)))
+    for wrapped in model.wrapped():
+        # Autograd's hooks hold the wrapper in a cycle through C++, which no collector sees; its
+        # groups would keep their threads.
+        vars(wrapped).clear()
+    return metrics, owned
 
 
 def _owned_weights(state: dict[str, Any]) -> Iterator[tuple[str, Any, Any, Tensor]]:
