@@ -1,7 +1,7 @@
 # The commands of a fresh clone. Each installs first, once, into .venv.
 #
 #   make train [ARGS="--resume auto"]   train the tiny recipe on this machine
-#   make test [ARGS="-k packing"]       the CPU test suite
+#   make test [ARGS="-k packing"]       the CPU test suite; SLOW=1 adds its slow cases
 #   make lint                           ruff and mypy
 #   make doctor                         what is installed, and what is missing
 #   make gpu                            add Transformer Engine and DALI (needs a GPU and nvcc)
@@ -19,6 +19,7 @@ IMPORTS := av, rich, tiktoken, torch.utils.tensorboard, megatron.core.dist_check
   megatron.core.distributed, megatron.core.optimizer, megatron.core.transformer.transformer_block
 INSTALLED := $(VENV)/.installed
 ARGS ?=
+SLOW ?=
 
 # Without bytecode every process would compile torch and megatron-core anew: 31 s instead of 12.
 unexport PYTHONDONTWRITEBYTECODE
@@ -30,7 +31,7 @@ train: $(INSTALLED)
 	@PYTHON=$(VENV)/bin/python exec bash launch/local.sh keye_tiny $(ARGS)
 
 test: $(INSTALLED)
-	@exec $(VENV)/bin/python -m pytest -q $(ARGS)
+	@exec $(VENV)/bin/python -m pytest -q $(if $(SLOW),,-m "not slow") $(ARGS)
 
 lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check .

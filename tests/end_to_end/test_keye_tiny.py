@@ -75,14 +75,14 @@ USER_ERRORS = {
     "unknown recipe": ({"recipe": "keye_tini", "ranks": 2}, (), "did you mean keye_tiny"),
     "unknown field": ({"ranks": 2}, ("training.stepz=3",), "did you mean steps"),
     "degrees that do not fit": ({"ranks": 2}, ("parallel.decoder.tensor=2",), "2, the number of"),
-    "missing samples": ({"ranks": 2}, ("data.samples=nowhere.jsonl",), "nowhere.jsonl"),
+    "missing samples": ({"ranks": 1}, ("data.samples=nowhere.jsonl",), "nowhere.jsonl"),
     "missing video": ({"ranks": 2}, ("data.samples={folder}/missing.jsonl",), "missing.mp4"),
     "video that fails on its vision rank": (
         {"ranks": 2},
         ("data.samples={folder}/hollow.jsonl", "data.row_tokens=600"),
         "hollow.mp4",
     ),
-    "unreadable video": ({"ranks": 2}, ("data.samples={folder}/broken.jsonl",), "broken.mp4"),
+    "unreadable video": ({"ranks": 1}, ("data.samples={folder}/broken.jsonl",), "broken.mp4"),
 }
 
 

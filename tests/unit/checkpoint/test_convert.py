@@ -256,6 +256,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_stays_below_a_few_tensors(tmp_path: Path) -> None:
     model = tiny_model(num_layers=24, hidden_size=256, vocab_size=8192)

@@ -41,6 +41,7 @@ def _verify(words: list[str]) -> tuple[bool, str]:
     return passes, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_inputs_go_in_and_a_dump_comes_out(folder: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "in.npz", **mixed_inputs())
     words = ("--inputs", tmp_path / "in.npz", "--dump", tmp_path / "out.npz", "--gradients")
@@ -83,6 +84,7 @@ def test_a_native_checkpoint_of_other_sizes_is_refused(folder: Path, tmp_path: P
         verify("--hf", other, "--native", native)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_transformers_agrees_on_short_text(folder: Path, dtype: str) -> None:
     pytest.importorskip("transformers", reason="the reference is transformers")
