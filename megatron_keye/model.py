@@ -63,7 +63,7 @@ class DecoderChunk(MegatronModule):
         super().__init__(config=config)
         decoder, degrees = run.model.decoder, run.parallel.decoder
         stage, last = groups.pp.rank(), groups.pp.size() - 1
-        self.run, self.cp_group, self.tp_group = run, groups.cp, groups.tp
+        self.run, self.tp_group = run, groups.tp
         self.pre_process = stage == 0 and index == 0
         self.post_process = stage == last and index == degrees.chunks_per_stage - 1
         self.vp_stage = index if degrees.chunks_per_stage > 1 else None
@@ -166,7 +166,6 @@ class DecoderChunk(MegatronModule):
             key_end_T=batch.key_end_T,
             is_real_T=batch.is_real_T,
             gathered_order_S=batch.gathered_order_S,
-            context_group=self.cp_group,
             attention_rotary=attention,
             indexer_rotary=indexer,
             phase=phase,

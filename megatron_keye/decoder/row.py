@@ -7,7 +7,6 @@ nothing travels through globals.
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_keye.config.model import DecoderConfig
@@ -49,8 +48,6 @@ class DecoderRow:
     """bool [S/CP]: False for padding."""
     gathered_order_S: Tensor
     """int64 [S]: order that puts gathered keys into row order."""
-    context_group: dist.ProcessGroup
-    """Ranks that share the row's tokens."""
     attention_rotary: tuple[Tensor, Tensor]
     """cos and sin, float32 (float64 in a float64 run) [S/CP, C]."""
     indexer_rotary: tuple[Tensor, Tensor]
