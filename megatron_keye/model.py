@@ -77,7 +77,7 @@ class DecoderChunk(MegatronModule):
                 reduce_scatter_embeddings=config.sequence_parallel,
                 **build,
             )
-        num_layers = decoder.num_layers // (degrees.pipeline * degrees.chunks_per_stage)
+        num_layers = len(degrees.chunk_layers(decoder.num_layers, stage, index))
         self.block = TransformerBlock(
             config,
             block_spec(decoder, num_layers, uses_transformer_engine=uses_transformer_engine),

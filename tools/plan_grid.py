@@ -121,14 +121,10 @@ def decoder_coordinates(run: RunConfig, rank: int) -> dict[str, int]:
 
 
 def stage_layers(run: RunConfig, stage: int) -> list[int]:
-    """Return the layers of a stage; with several chunks it takes turns with the other stages."""
-    degrees = run.parallel.decoder
-    chunk_layers = run.model.decoder.num_layers // (degrees.pipeline * degrees.chunks_per_stage)
-    return [
-        (chunk * degrees.pipeline + stage) * chunk_layers + layer
-        for chunk in range(degrees.chunks_per_stage)
-        for layer in range(chunk_layers)
-    ]
+    """Return the layers of a stage, chunk after chunk."""
+    degrees, num_layers = run.parallel.decoder, run.model.decoder.num_layers
+    chunks = range(degrees.chunks_per_stage)
+    return [layer for chunk in chunks for layer in degrees.chunk_layers(num_layers, stage, chunk)]
 
 
 def vision_parameters(model: ModelConfig) -> int:

@@ -59,6 +59,8 @@ def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> Tr
         tensor_model_parallel_size=degrees.tensor,
         pipeline_model_parallel_size=degrees.pipeline,
         virtual_pipeline_model_parallel_size=degrees.chunks_per_stage if interleaved else None,
+        num_layers_in_first_pipeline_stage=degrees.first_stage_layers or None,
+        num_layers_in_last_pipeline_stage=degrees.last_stage_layers or None,
         context_parallel_size=degrees.context,
         expert_model_parallel_size=degrees.expert,
         expert_tensor_parallel_size=1,

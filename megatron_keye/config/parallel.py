@@ -18,6 +18,10 @@ class DecoderParallel:
     """Stages that the layers are cut into."""
     chunks_per_stage: int = 1
     """Model chunks a stage holds; above 1 the pipeline is interleaved."""
+    first_stage_layers: int = 0
+    """Decoder layers of the first stage, which embeds too; 0 for as many as other stages have."""
+    last_stage_layers: int = 0
+    """Decoder layers of the last stage, which has the output layer too; 0 as above."""
     context: int = 1
     """Ranks that share each row's tokens."""
     expert: int = 1
@@ -42,6 +46,55 @@ class DecoderParallel:
             self.chunks_per_stage,
             "1 unless parallel.decoder.pipeline is above 1",
         )
+        for name in ("first_stage_layers", "last_stage_layers"):
+            layers = getattr(self, name)
+            check(
+                layers == 0 or (layers > 0 and self.pipeline > 1),
+                f"parallel.decoder.{name}",
+                layers,
+                "0, or 1 and more where parallel.decoder.pipeline is above 1",
+            )
+
+    def layers_per_stage(self, num_layers: int) -> list[int]:
+        """Return how many of `num_layers` decoder layers each stage holds, all its chunks together.
+
+        Raises:
+            ValueError: When the layers cannot be dealt out so, naming the field to change.
+        """
+        given = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
+        given = {stage: layers for stage, layers in given.items() if layers}
+        others = self.pipeline - len(given)
+        rest = num_layers - sum(given.values())
+        share, left = divmod(rest, others) if others else (0, rest)
+        check(
+            left == 0 and (share > 0 or not others),
+            "model.decoder.num_layers",
+            num_layers,
+            f"a multiple of parallel.decoder.pipeline = {self.pipeline}"
+            if not given
+            else f"{sum(given.values())} for the stages that parallel.decoder.first_stage_layers "
+            f"and last_stage_layers set, plus a multiple of the {others} others",
+        )
+        layers = [given.get(stage, share) for stage in range(self.pipeline)]
+        check(
+            all(count % self.chunks_per_stage == 0 for count in layers),
+            "parallel.decoder.chunks_per_stage",
+            self.chunks_per_stage,
+            f"a divisor of each stage's layers, {layers}",
+        )
+        return layers
+
+    def chunk_layers(self, num_layers: int, stage: int, chunk: int) -> range:
+        """Return the layers of one model chunk: with several a stage, stages take turns.
+
+        Args:
+            num_layers: Layers of the whole decoder.
+            stage: 0-based pipeline stage.
+            chunk: 0-based chunk of that stage.
+        """
+        counts = [layers // self.chunks_per_stage for layers in self.layers_per_stage(num_layers)]
+        first = chunk * sum(counts) + sum(counts[:stage])
+        return range(first, first + counts[stage])
 
     @property
     def num_ranks(self) -> int:

@@ -58,13 +58,7 @@ class RunConfig:
         self._check_divides(decoder.vocab_size, "tensor", "vocabulary rows")
         self._check_divides(decoder.experts.num_experts, "expert", "experts")
         self._check_divides(self.training.rows_per_step, "data", "rows a step")
-        chunks = degrees.pipeline * degrees.chunks_per_stage
-        check(
-            decoder.num_layers % chunks == 0,
-            "model.decoder.num_layers",
-            decoder.num_layers,
-            f"a multiple of pipeline x chunks_per_stage = {chunks}",
-        )
+        degrees.layers_per_stage(decoder.num_layers)
         check(
             degrees.chunks_per_stage == 1 or self.rows_per_replica % degrees.pipeline == 0,
             "training.rows_per_step",

@@ -25,7 +25,7 @@ from tests.support.train import train
 
 GRIDS = {
     "tensor": {"tensor": 2},
-    "pipeline": {"pipeline": 2},
+    "uneven pipeline": {"pipeline": 2, "first_stage_layers": 1},
     "expert": {"data": 2, "expert": 2},
     "interleaved": {"pipeline": 2, "chunks_per_stage": 2},
     "all": {"tensor": 2, "pipeline": 2, "expert": 2},

@@ -7,7 +7,7 @@ from tests.support.train import Trained, assert_same_training, train
 
 TWO_RANKS = {
     "tensor and sequence": {"tensor": 2},
-    "pipeline": {"pipeline": 2},
+    "uneven pipeline": {"pipeline": 2, "last_stage_layers": 1},
     "interleaved pipeline": {"pipeline": 2, "chunks_per_stage": 2},
     "context": {"context": 2},
     "data": {"data": 2},

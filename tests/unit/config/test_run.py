@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_keye.config import RunConfig
+from megatron_keye.config import DecoderParallel, RunConfig
 from tests.support.tiny import tiny_run
 
 
@@ -61,7 +61,22 @@ def test_a_wrong_override_is_told_in_one_sentence(override: str, says: str) -> N
     [
         (["parallel.decoder.tensor=8"], "parallel.decoder.tensor: got 8"),
         (["parallel.decoder.expert=3"], "parallel.decoder.expert: got 3"),
-        (["parallel.decoder.pipeline=3"], "a multiple of pipeline x chunks_per_stage = 3"),
+        (["parallel.decoder.pipeline=3"], "a multiple of parallel.decoder.pipeline = 3"),
+        (["parallel.decoder.first_stage_layers=1"], "where parallel.decoder.pipeline is above 1"),
+        (
+            ["parallel.decoder.pipeline=3", "parallel.decoder.first_stage_layers=1"],
+            "1 for the stages that parallel.decoder.first_stage_layers and last_stage_layers set, "
+            "plus a multiple of the 2 others",
+        ),
+        (
+            ["parallel.decoder.pipeline=2", "parallel.decoder.last_stage_layers=4"],
+            "got 4, expected 4 for the stages",
+        ),
+        (
+            ["parallel.decoder.pipeline=2", "parallel.decoder.last_stage_layers=1"]
+            + ["parallel.decoder.chunks_per_stage=2"],
+            "a divisor of each stage's layers, [3, 1]",
+        ),
         (["parallel.decoder.chunks_per_stage=2"], "1 unless parallel.decoder.pipeline"),
         (["parallel.decoder.data=3"], "a divisor of 4 rows a step"),
         (["parallel.decoder.context=3"], "data.row_tokens"),
@@ -113,3 +128,29 @@ def test_phase_and_frozen_parts_decide_what_learns(
 ) -> None:
     run = tiny_run(training={"phase": phase, "frozen": frozen})
     assert run.training.trained_parts == trained
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"),
+    [
+        ({"pipeline": 2}, [[range(6)], [range(6, 12)]]),
+        ({"pipeline": 2, "last_stage_layers": 5}, [[range(7)], [range(7, 12)]]),
+        (
+            {"pipeline": 4, "first_stage_layers": 2, "last_stage_layers": 4},
+            [[range(2)], [range(2, 5)], [range(5, 8)], [range(8, 12)]],
+        ),
+        (
+            {"pipeline": 2, "chunks_per_stage": 2, "first_stage_layers": 4},
+            [[range(2), range(6, 8)], [range(2, 6), range(8, 12)]],
+        ),
+    ],
+)
+def test_layers_are_dealt_to_stages_and_chunks(
+    degrees: dict[str, int], expected: list[list[range]]
+) -> None:
+    decoder = DecoderParallel(**degrees)
+    got = [
+        [decoder.chunk_layers(12, stage, chunk) for chunk in range(decoder.chunks_per_stage)]
+        for stage in range(decoder.pipeline)
+    ]
+    assert got == expected

@@ -40,6 +40,7 @@ GRIDS: list[RunConfig] = [
     tiny_run(tensor=2, pipeline=2, expert=2),
     tiny_run(context=2, data=2, expert=4, vision_ranks=3),
     tiny_run(pipeline=2, chunks_per_stage=2, data=2),
+    tiny_run(pipeline=3, first_stage_layers=2),
 ]
 
 
