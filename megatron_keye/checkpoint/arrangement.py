@@ -1,7 +1,6 @@
 """How tensors of the released checkpoint are laid out in the native one, and back.
 
-Each function pair moves numbers without changing one. They also work on tensors of the meta
-device, which is how native shapes are found.
+Each function pair moves numbers without changing one.
 
 Shape letters: D decoder hidden size, G key-value heads, H query heads, C channels of a head,
 F hidden size of an expert.
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_ROWS = 128
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Same:
     def split(self, native: Tensor) -> list[Tensor]:
         """Return the released parts of a whole native tensor."""
         return [native]
+
+    def native_shape(self, parts: Sequence[Shape]) -> Shape:
+        """Return the shape of the native tensor, from those of the released parts."""
+        return parts[0]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,10 @@ class Grouped:
         parts = mixed_GHCD.split([heads, 1, 1], dim=1)
         return [part.reshape(-1, native.shape[1]) for part in parts]
 
+    def native_shape(self, parts: Sequence[Shape]) -> Shape:
+        """Return the shape of all parts, one below the other."""
+        return _stacked(parts)
+
 
 @dataclass(frozen=True)
 class GateAndUp:
@@ -62,6 +70,10 @@ class GateAndUp:
     def split(self, native: Tensor) -> list[Tensor]:
         """Return the upper and the lower half."""
         return list(native.chunk(2))
+
+    def native_shape(self, parts: Sequence[Shape]) -> Shape:
+        """Return the shape of both, one below the other."""
+        return _stacked(parts)
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,14 @@ class Turned:
     def split(self, native: Tensor) -> list[Tensor]:
         """Return the transposed matrix."""
         return [_turn(native)]
+
+    def native_shape(self, parts: Sequence[Shape]) -> Shape:
+        """Return the transposed shape."""
+        return parts[0][::-1]
+
+
+def _stacked(parts: Sequence[Shape]) -> Shape:
+    return (sum(part[0] for part in parts), *parts[0][1:])
 
 
 def _turn(matrix: Tensor) -> Tensor:

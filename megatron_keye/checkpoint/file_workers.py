@@ -12,6 +12,8 @@ import torch
 from megatron_keye.checkpoint.unfinished import UnfinishedFolder
 
 _POLL_SECONDS = 0.2
+# Workers are copies of one process that has imported torch and what makes files; seconds each.
+_PRELOADED = ["megatron_keye.checkpoint.to_hf", "megatron_keye.checkpoint.to_native"]
 Advance = Callable[[int], None]
 """Takes the number of bytes written since the last call."""
 
@@ -63,7 +65,8 @@ class _Worker:
     """One process; it ends when this end of the pipe closes, so also when we are killed."""
 
     def __init__(self, maker: FileMaker, folder: UnfinishedFolder) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         self.pipe, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there, maker, folder), daemon=True)
         self._process.start()

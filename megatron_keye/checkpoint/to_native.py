@@ -97,12 +97,8 @@ def native_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _native_shape(link: Link, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Let the arrangement itself say it, on tensors without numbers."""
-    parts = [
-        torch.empty(shapes[part.name][0 if part.index is None else 1 :], device="meta")
-        for part in link.parts
-    ]
-    return tuple(torch.cat(link.arrangement.join(parts)).shape)
+    parts = [shapes[part.name][0 if part.index is None else 1 :] for part in link.parts]
+    return link.arrangement.native_shape(parts)
 
 
 def _file_of(link: Link) -> str:
