@@ -1,9 +1,33 @@
 """What all tests share."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.support.tiny import tiny_run
 from tests.support.train import Trained, train
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the switch of the benchmark cases."""
+    parser.addoption("--benchmark", action="store_true", help="time kernels; needs a GPU")
+    parser.addoption(
+        "--benchmark-out",
+        type=Path,
+        default=Path("benchmarks.jsonl"),
+        help="file that each case adds a JSON line to; default: benchmarks.jsonl",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave benchmark cases out, or everything else."""
+    wanted = bool(config.getoption("--benchmark"))
+    config.hook.pytest_deselected(items=[i for i in items if _is_benchmark(i) != wanted])
+    items[:] = [item for item in items if _is_benchmark(item) == wanted]
+
+
+def _is_benchmark(item: pytest.Item) -> bool:
+    return item.get_closest_marker("benchmark") is not None
 
 
 @pytest.fixture(scope="session")

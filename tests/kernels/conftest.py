@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.benchmark import Recorder
+
 if not torch.cuda.is_available():
     # Read when the kernels are first imported, which happens inside the tests.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -47,3 +49,11 @@ def fill_new_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
+
+
+@pytest.fixture(scope="session")
+def recorder(request: pytest.FixtureRequest) -> Recorder:
+    """Return what benchmark cases report to."""
+    if not torch.cuda.is_available():
+        pytest.exit("--benchmark: no CUDA device; there is nothing to time on a CPU", returncode=2)
+    return Recorder(request.config.getoption("--benchmark-out"))

@@ -1,0 +1,223 @@
+"""Benchmark cases of the operators, beside torch's dense attention in the same process.
+
+    python -m pytest tests/kernels --benchmark [--benchmark-out FILE] [-k 131072]
+
+Each case writes a JSON line. Useful FLOP count selected keys only; a backward pass counts 2.5
+times its forward. Dense attention is torch SDPA's cuDNN backend, keys repeated for each head.
+`local` selections share a union of about 8K keys among 16 neighbours at 128K, `uniform` ones none.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_keye.kernels.indexer_loss import sparse_indexer_loss
+from megatron_keye.kernels.indexer_scores import selected_indexer_scores
+from megatron_keye.kernels.lightning_indexer import lightning_indexer
+from megatron_keye.kernels.sparse_attention import sparse_attention
+from megatron_keye.kernels.union_lists import union_lists
+from tests.support.benchmark import Recorder, gradients_of
+from tests.support.numerics import make_selection
+
+pytestmark = [pytest.mark.gpu, pytest.mark.benchmark]
+
+HEADS, GROUPS, CHANNELS = 32, 4, 128
+INDEXER_HEADS, INDEXER_CHANNELS = 16, 64
+TOP_K = 2048
+SCALE = CHANNELS**-0.5
+ROWS = [
+    (8192, "local"),
+    (16384, "local"),
+    (32768, "local"),
+    (131072, "local"),
+    (131072, "uniform"),
+    (262144, "local"),
+]
+
+ThreeTensors = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class Row:
+    """One causal row of random tokens, with what its cases share."""
+
+    length: int
+    heads: ThreeTensors
+    indexer: ThreeTensors
+    indices_TK: Tensor
+    fields: dict[str, Any]
+    dense: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of a query and a key that it may see."""
+        return self.length * (self.length + 1) / 2
+
+    @property
+    def num_selected(self) -> int:
+        """Pairs of a query and a key that it selected."""
+        return int((self.indices_TK >= 0).sum())
+
+
+@pytest.fixture(scope="module", params=ROWS, ids=lambda row: f"{row[0]}-{row[1]}")
+def row(request: pytest.FixtureRequest, recorder: Recorder) -> Iterator[Row]:
+    """Make a row's inputs and time dense attention on them."""
+    length, kind = request.param
+    made = make_row(length, kind)
+    time_dense(made, recorder)
+    yield made
+    del made
+    torch.cuda.empty_cache()
+
+
+def make_row(length: int, kind: str) -> Row:
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        made = torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+        return made.requires_grad_()
+
+    indices_TK = make_selection(kind, length, length, TOP_K, seed=1).cuda()
+    counts_B = union_lists(indices_TK, length).counts_B.double()
+    sizes = {"T": length, "S": length, "H": HEADS, "G": GROUPS, "C": CHANNELS}
+    sizes |= {"I": INDEXER_HEADS, "J": INDEXER_CHANNELS, "K": TOP_K}
+    return Row(
+        length=length,
+        heads=(
+            normal(length, HEADS, CHANNELS),
+            normal(length, GROUPS, CHANNELS),
+            normal(length, GROUPS, CHANNELS),
+        ),
+        indexer=(
+            normal(length, INDEXER_HEADS, INDEXER_CHANNELS),
+            normal(length, INDEXER_CHANNELS),
+            normal(length, INDEXER_HEADS),
+        ),
+        indices_TK=indices_TK,
+        fields={
+            "shape": sizes,
+            "dtype": "bfloat16",
+            "selection": kind,
+            "union_mean": round(float(counts_B.mean()), 1),
+            "union_max": int(counts_B.max()),
+        },
+    )
+
+
+def time_dense(row: Row, recorder: Recorder) -> None:
+    flop = 4 * HEADS * CHANNELS * row.pairs
+    q, k, v = (tensor.detach().transpose(0, 1)[None] for tensor in row.heads)
+    k, v = (tensor.repeat_interleave(HEADS // GROUPS, dim=1) for tensor in (k, v))
+    inputs = tuple(tensor.requires_grad_() for tensor in (q.clone(), k, v))
+
+    def forward() -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return scaled_dot_product_attention(*inputs, is_causal=True)
+
+    def time(op: str, run: Callable[[], object], flop: float) -> float:
+        return recorder.time(op, "cudnn", run, fields=row.fields, flop=flop)
+
+    backward = gradients_of(forward, inputs)
+    row.dense["forward"] = time("dense_attention_forward", forward, flop)
+    row.dense["backward"] = time("dense_attention_backward", backward, 2.5 * flop)
+
+
+def time_beside_dense(
+    recorder: Recorder,
+    row: Row,
+    op: str,
+    run: Callable[[], object],
+    *,
+    flop: float,
+    passes: tuple[str, ...] = ("forward",),
+    impl: str = "triton",
+) -> None:
+    """Time a case and compare it with the same passes of dense attention."""
+    peer = "cudnn dense " + " + ".join(passes), sum(row.dense[each] for each in passes)
+    recorder.time(op, impl, run, fields=row.fields, flop=flop, peer=peer)
+
+
+def causal(length: int) -> tuple[Tensor, Tensor]:
+    end_T = torch.arange(1, length + 1, device="cuda")
+    return torch.zeros_like(end_T), end_T
+
+
+def select(row: Row) -> Tensor:
+    return lightning_indexer(*row.indexer, *causal(row.length), TOP_K, impl="triton")
+
+
+def attend(row: Row, *, with_target: bool) -> tuple[Tensor, Tensor | None]:
+    return sparse_attention(
+        *row.heads, row.indices_TK, scale=SCALE, with_target=with_target, impl="triton"
+    )
+
+
+def lose(row: Row, target_TGK: Tensor) -> Tensor:
+    scores_TK = selected_indexer_scores(*row.indexer, row.indices_TK, impl="triton")
+    return sparse_indexer_loss(scores_TK, target_TGK, impl="triton")
+
+
+def test_lightning_indexer(row: Row, recorder: Recorder) -> None:
+    is_built = import_module("megatron_keye.kernels.select_top_k.cuda").is_built()
+    impl = "triton+cuda" if is_built else "triton"
+    flop = 2 * INDEXER_HEADS * INDEXER_CHANNELS * row.pairs
+    time_beside_dense(
+        recorder, row, "lightning_indexer", lambda: select(row), flop=flop, impl=impl
+    )
+
+
+def test_union_lists(row: Row, recorder: Recorder) -> None:
+    def build() -> object:
+        return union_lists(row.indices_TK, row.length)
+
+    recorder.time("union_lists", "triton", build, fields=row.fields)
+
+
+@pytest.mark.parametrize("with_target", [False, True])
+def test_sparse_attention_forward(row: Row, recorder: Recorder, with_target: bool) -> None:
+    flop = (6 if with_target else 4) * HEADS * CHANNELS * row.num_selected
+    op = "sparse_attention_with_target" if with_target else "sparse_attention_forward"
+    with torch.no_grad():
+        time_beside_dense(
+            recorder, row, op, lambda: attend(row, with_target=with_target), flop=flop
+        )
+
+
+def test_sparse_attention_backward(row: Row, recorder: Recorder) -> None:
+    backward = gradients_of(lambda: attend(row, with_target=False)[0], row.heads)
+    flop = 10 * HEADS * CHANNELS * row.num_selected
+    op = "sparse_attention_backward"
+    time_beside_dense(recorder, row, op, backward, flop=flop, passes=("backward",))
+
+
+def test_sparse_indexer_loss(row: Row, recorder: Recorder) -> None:
+    target_TGK = attend(row, with_target=True)[1]
+    assert target_TGK is not None
+    flop = 2 * INDEXER_HEADS * INDEXER_CHANNELS * row.num_selected
+    forward = {"fields": row.fields, "flop": flop}
+    recorder.time("indexer_loss_forward", "triton", lambda: lose(row, target_TGK), **forward)
+    backward = gradients_of(lambda: lose(row, target_TGK), row.indexer)
+    recorder.time("indexer_loss_backward", "triton", backward, fields=row.fields, flop=3 * flop)
+
+
+def test_whole_layer(row: Row, recorder: Recorder) -> None:
+    """Select, attend, lose and both backward passes, as the decoder does without its linears."""
+
+    def layer() -> tuple[Tensor, ...]:
+        select(row)  # random tokens have no locality, so the named selection goes on from here
+        out_THC, target_TGK = attend(row, with_target=True)
+        assert target_TGK is not None
+        outputs = out_THC, lose(row, target_TGK)
+        grads = tuple(torch.ones_like(output) for output in outputs)
+        return torch.autograd.grad(outputs, (*row.heads, *row.indexer), grads)
+
+    flop = (14 * HEADS * CHANNELS + 8 * INDEXER_HEADS * INDEXER_CHANNELS) * row.num_selected
+    both = ("forward", "backward")
+    time_beside_dense(recorder, row, "sparse_layer", layer, flop=flop, passes=both)

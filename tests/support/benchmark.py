@@ -1,0 +1,106 @@
+"""Times kernels on a GPU and writes what `tools/report_benchmarks.py` reads: one JSON line a case.
+
+Ratios compare within one process: a case and its peer get the same inputs on the same GPU.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+_WARM_UPS = 2
+_REPEATS = 5
+
+
+class Recorder:
+    """Times cases, prints them and adds a line for each to a file."""
+
+    def __init__(self, path: Path) -> None:
+        """Write to `path`, after what it holds."""
+        self._path = path
+        self._machine = _describe_machine()
+
+    def time(
+        self,
+        op: str,
+        impl: str,
+        run: Callable[[], object],
+        *,
+        fields: dict[str, Any],
+        flop: float = 0.0,
+        peer: tuple[str, float] | None = None,
+    ) -> float:
+        """Time one case.
+
+        Args:
+            op: What is timed, such as "sparse_attention_backward".
+            impl: Which implementation.
+            run: Does it once.
+            fields: What else the line says: shape, dtype, selection.
+            flop: Useful floating-point operations of one call, 2 for a multiplication and
+                addition.
+            peer: Name and milliseconds of what it is compared with.
+
+        Returns:
+            Median of the repetitions in milliseconds.
+        """
+        for _ in range(_WARM_UPS):
+            run()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        milliseconds = torch.tensor([_milliseconds(run) for _ in range(_REPEATS)])
+        low, median, high = milliseconds.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+        line = {
+            "op": op,
+            "impl": impl,
+            **fields,
+            "median_us": round(median * 1e3, 1),
+            "p10_us": round(low * 1e3, 1),
+            "p90_us": round(high * 1e3, 1),
+            "tflop_per_s": round(flop / median / 1e9, 1),
+            "peak_mib": round((torch.cuda.max_memory_allocated() - held) / 2**20),
+        }
+        if peer is not None:
+            line |= {"peer": peer[0], "times_faster": round(peer[1] / median, 3)}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line | self._machine) + "\n")
+        beside = f"  {line['times_faster']:.2f}x {peer[0]}" if peer else ""
+        sys.stdout.write(f"\n{op} {impl}: {median:.2f} ms, {line['tflop_per_s']} TFLOP/s{beside}")
+        return float(median)
+
+
+def gradients_of(
+    run: Callable[[], Tensor], inputs: tuple[Tensor, ...]
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Return what runs only the backward pass of `run`, for random gradients of its output."""
+    out = run()
+    dout = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def _describe_machine() -> dict[str, str]:
+    """Return GPU, versions, commit and command, the same on all lines of a run."""
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit or "unknown",
+        "command": " ".join(["python -m pytest", *sys.argv[1:]]),
+    }

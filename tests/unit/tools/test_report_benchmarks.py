@@ -1,0 +1,60 @@
+"""The report shows every line of a file and refuses one that is not a benchmark's."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools import report_benchmarks
+
+LINE = {
+    "op": "sparse_attention_forward",
+    "impl": "triton",
+    "shape": {"T": 131072, "S": 131072, "H": 32},
+    "selection": "local",
+    "median_us": 40_890.0,
+    "p10_us": 40_500.0,
+    "p90_us": 141_000.0,
+    "tflop_per_s": 102.8,
+    "peer": "cudnn dense forward",
+    "times_faster": 6.113,
+    "gpu": "H100",
+    "torch": "2.11",
+    "triton": "3.6",
+    "commit": "abc",
+    "command": "python -m pytest tests/kernels --benchmark",
+}
+
+
+def written(path: Path, *lines: object) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_a_line_becomes_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = {name: value for name, value in LINE.items() if name not in ("peer", "times_faster")}
+    decode = plain | {"op": "decode", "shape": {"B": 32, "S": 1000}, "median_us": 800.4}
+    path = written(tmp_path / "lines.jsonl", LINE, decode)
+    assert report_benchmarks.main([path]) == 0
+    shown = capsys.readouterr().out
+    assert "H100, torch 2.11, Triton 3.6, commit abc; `python -m pytest tests/kernels" in shown
+    assert (
+        "| 128K | local | sparse_attention_forward, triton | 40.89 ms (40.50 ms to 141 ms) "
+        "| 103 | 6.11x cudnn dense forward |" in shown
+    )
+    assert "| 32 x 1000 | local | decode, triton | 800 us" in shown
+
+
+def test_runs_get_a_table_each() -> None:
+    shown = report_benchmarks.tables([LINE, LINE | {"commit": "def"}, LINE])
+    assert shown.count("| tokens |") == 2
+    assert shown.index("commit abc") < shown.index("commit def")
+
+
+def test_what_is_no_benchmark_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path / "lines.jsonl", LINE, {"op": "x"})
+    assert report_benchmarks.main([path]) == 2
+    assert "lines.jsonl, line 2: lacks gpu, torch" in capsys.readouterr().err
+    (tmp_path / "broken.jsonl").write_text("{")
+    assert report_benchmarks.main([str(tmp_path / "broken.jsonl")]) == 2
+    assert "broken.jsonl, line 1: is not a JSON object" in capsys.readouterr().err

@@ -1,0 +1,97 @@
+"""Makes the README's table of operators from the lines that benchmark cases wrote.
+
+    python tools/report_benchmarks.py docs/benchmarks/kernels_h100.jsonl
+
+Prints one table for each GPU, commit and command, a line for each row of tokens and operator.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+USER_ERROR = 2
+_KIBI = 1024
+_MACHINE = ("gpu", "torch", "triton", "commit", "command")
+_NEEDED = (*_MACHINE, "op", "impl", "median_us", "p10_us", "p90_us", "tflop_per_s", "shape")
+
+
+def main(arguments: list[str]) -> int:
+    """Print, and return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("files", type=Path, nargs="+", help="files of JSON lines")
+    options = parser.parse_args(arguments)
+    try:
+        lines = [line for path in options.files for line in read_lines(path)]
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return USER_ERROR
+    sys.stdout.write(tables(lines))
+    return 0
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of one file.
+
+    Raises:
+        ValueError: For a line that is no JSON object or lacks a field, naming file and line.
+    """
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            missing = [name for name in _NEEDED if name not in line]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: is not a JSON object ({error})") from error
+        if missing:
+            raise ValueError(
+                f"{path}, line {number}: lacks {', '.join(missing)}, expected what "
+                "`pytest tests/kernels --benchmark` writes"
+            )
+        lines.append(line)
+    return lines
+
+
+def tables(lines: list[dict[str, Any]]) -> str:
+    """Return Markdown: a table for each run, with what it ran on above it."""
+    runs: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for line in lines:
+        runs.setdefault(tuple(line[name] for name in _MACHINE), []).append(line)
+    return "\n".join(
+        f"{gpu}, torch {torch}, Triton {triton}, commit {commit}; `{command}`\n\n{_table(of_run)}"
+        for (gpu, torch, triton, commit, command), of_run in runs.items()
+    )
+
+
+def _table(lines: list[dict[str, Any]]) -> str:
+    rows = [
+        "| tokens | selection | operator | median (p10 to p90) | TFLOP/s | against |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for line in lines:
+        median, low, high = (_time(line[f"{name}_us"]) for name in ("median", "p10", "p90"))
+        beside = f"{line['times_faster']:.2f}x {line['peer']}" if "peer" in line else ""
+        speed = f"{line['tflop_per_s']:.0f}" if line["tflop_per_s"] else ""
+        rows.append(
+            f"| {_tokens(line['shape'])} | {line.get('selection', '')} | {line['op']}, "
+            f"{line['impl']} | {median} ({low} to {high}) | {speed} | {beside} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _tokens(shape: dict[str, int]) -> str:
+    """Write the number of keys, with the batch where there is one."""
+    keys = shape["S"]
+    text = f"{keys // _KIBI}K" if keys % _KIBI == 0 else str(keys)
+    return f"{shape['B']} x {text}" if "B" in shape else text
+
+
+def _time(microseconds: float) -> str:
+    if microseconds < 1e3:
+        return f"{microseconds:.0f} us"
+    return f"{microseconds / 1e3:.2f} ms" if microseconds < 1e5 else f"{microseconds / 1e3:.0f} ms"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
