@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.launch import adjacent_channels, check_triton
-from megatron_keye.kernels.sparse_attention.triton import attend
+from megatron_keye.kernels.sparse_attention.triton import attend, recover_target
 from megatron_keye.kernels.sparse_attention.triton_backward import attend_backward
-from megatron_keye.kernels.sparse_attention.triton_target import recover_target
 from megatron_keye.kernels.union_lists import UnionLists, union_lists
 
 
@@ -55,8 +54,8 @@ class _SparseAttention(torch.autograd.Function):
             k_SGC, v_SGC = k_SGC.contiguous(), v_SGC.contiguous()
         lists = union_lists(indices_TK, k_SGC.shape[0], impl="triton")
         out_THC, lse_TH = attend(q_THC, k_SGC, v_SGC, lists, scale=scale)
-        wanted = indices_TK.shape[1] if with_target else 0
-        target_TGK = recover_target(q_THC, k_SGC, lse_TH, lists, wanted, scale=scale)
+        wanted_TK = indices_TK if with_target else indices_TK[:, :0]
+        target_TGK = recover_target(q_THC, k_SGC, lse_TH, wanted_TK, scale=scale)
         ctx.save_for_backward(q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists)
         ctx.scale, ctx.is_deterministic = scale, deterministic
         ctx.mark_non_differentiable(target_TGK)

@@ -8,7 +8,7 @@ Keys that no query of a tile selected are never loaded. A NaN in a key or value 
 selected by one query also reaches the others of its tile (0 * NaN).
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
-B tiles of queries, U places of a union.
+K selected keys, B tiles of queries, U places of a union.
 """
 
 import math
@@ -27,6 +27,7 @@ _MOST_HEADS, _MOST_CHANNELS = 128, 256
 
 FORWARD_BLOCKS = Blocks(rows=128, keys=64, warps=8, stages=2, registers=128)
 """At most 128 registers, so that two programs share a multiprocessor: 1.5 times as fast."""
+TARGET_BLOCKS = Blocks(rows=16, keys=32, warps=1, stages=3)
 FLOAT32_BLOCKS = Blocks(rows=64, keys=32, warps=8, stages=1)
 """Float32 takes twice the room and no tensor core: for tests and small models."""
 
@@ -133,6 +134,56 @@ def attend(
     return out_THC, lse_TH
 
 
+def recover_target(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    lse_TH: Tensor,
+    indices_TK: Tensor,
+    *,
+    scale: float,
+    blocks: Blocks | None = None,
+) -> Tensor:
+    """Return target_TGK, the mean over a group's heads of each softmax; see api.sparse_attention.
+
+    One query at a time: it needs no values, and its result lies in the order of the selection.
+
+    Args:
+        q_THC: Queries; channels adjacent.
+        k_SGC: Keys; channels adjacent.
+        lse_TH: From `attend`.
+        indices_TK: The selection.
+        scale: Factor of the logits.
+        blocks: How the work is cut; None for the tuned cut.
+    """
+    blocks = blocks or choose_blocks(TARGET_BLOCKS, q_THC.dtype)
+    (num_queries, num_selected), num_groups = indices_TK.shape, k_SGC.shape[1]
+    heads, channels = q_THC.shape[1] // num_groups, q_THC.shape[2]
+    target_TGK = q_THC.new_empty((num_queries, num_groups, num_selected), dtype=torch.float32)
+    if target_TGK.numel() > 0:
+        _target_kernel[(num_queries, num_groups)](
+            q_THC,
+            k_SGC,
+            lse_TH,
+            indices_TK,
+            target_TGK,
+            k_SGC.shape[0],
+            num_selected,
+            scale * math.log2(math.e),
+            *q_THC.stride()[:2],
+            *k_SGC.stride()[:2],
+            *indices_TK.stride(),
+            HEADS=heads,
+            PADDED_HEADS=padded(heads),
+            CHANNELS=channels,
+            PADDED_CHANNELS=padded(channels),
+            BLOCK_K=blocks.keys,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+            maxnreg=blocks.registers,
+        )
+    return target_TGK
+
+
 @triton.jit
 def locate_rows(
     num_queries: int,
@@ -230,3 +281,50 @@ def _forward_kernel(
     tl.store(lse + row, row_lse, is_row)
     out_row = out + row[:, None] * CHANNELS + channel[None, :]
     tl.store(out_row, sums.to(out.dtype.element_ty), in_q)
+
+
+@triton.jit
+def _target_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    lse: tl.tensor,
+    indices: tl.tensor,
+    target: tl.tensor,
+    num_keys: int,
+    num_selected: int,
+    scale_log2: float,
+    q_stride_t: int,
+    q_stride_h: int,
+    k_stride_s: int,
+    k_stride_g: int,
+    index_stride_t: int,
+    index_stride_k: int,
+    HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    query = tl.program_id(0).to(tl.int64)
+    group, num_groups = tl.program_id(1), tl.num_programs(1)
+    head = tl.arange(0, PADDED_HEADS)
+    channel = tl.arange(0, PADDED_CHANNELS)
+    is_head, is_channel = head < HEADS, channel < CHANNELS
+    q_row = q + query * q_stride_t + (group * HEADS + head)[:, None] * q_stride_h
+    in_q = is_head[:, None] & is_channel[None, :]
+    q_tile = tl.load(q_row + channel[None, :], in_q, other=0.0)
+    lse_row = lse + query * (num_groups * HEADS) + group * HEADS
+    head_lse = tl.load(lse_row + head, is_head, other=float("inf"))
+    k_group = k + group * k_stride_g + channel[None, :]
+    target_row = target + (query * num_groups + group) * num_selected
+    index_row = indices + query * index_stride_t
+    for start in range(0, num_selected, BLOCK_K):
+        place = start + tl.arange(0, BLOCK_K)
+        is_place = place < num_selected
+        index = tl.load(index_row + place * index_stride_k, is_place, other=-1).to(tl.int64)
+        is_real = (index >= 0) & (index < num_keys)
+        in_k = is_real[:, None] & is_channel[None, :]
+        k_tile = tl.load(k_group + index[:, None] * k_stride_s, in_k, other=0.0)
+        logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
+        weights = tl.sum(tl.exp2(logits - head_lse[:, None]), 0) / HEADS
+        tl.store(target_row + place, tl.where(is_real, weights, 0.0), is_place)
