@@ -1,0 +1,389 @@
+"""The warm-up's loss in Triton, backward: the gradient of the scores, and what it gives.
+
+Three kernels share the work, a chunk of rows at a time: one writes the scores' gradient of its
+tile, one adds it up over keys for the indexer's queries and gates, one over queries for its keys.
+Each sum has one owner and one order, so the gradients are the same bits at every call.
+
+Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query heads,
+G key-value heads, C channels of a head, B tiles of queries.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_keye.kernels.indexer_loss.triton_dense import (
+    TILE_QUERIES,
+    DenseInputs,
+    load_ranges,
+    query_chunks,
+    sum_weights,
+)
+from megatron_keye.kernels.launch import Blocks
+from megatron_keye.kernels.primitives import load_rows, score_tile
+
+SCORE_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=2)
+QUERY_BLOCKS = Blocks(rows=128, keys=64, warps=4, stages=3)
+KEY_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=3)
+_WIDEST_BLOCK = 128
+"""Keys of the widest block; a row of the scores' gradient is a multiple of it."""
+
+
+def dense_divergence_backward(
+    dkl_TG: Tensor,
+    inputs: DenseInputs,
+    spans_B4: Tensor,
+    lse_TH: Tensor,
+    score_lse_T: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq_TIJ, dk_SJ and dgate_TI in the types of their inputs.
+
+    Args:
+        dkl_TG: Gradient of the loss, float32, contiguous.
+        inputs: As in `dense_divergence`.
+        spans_B4: Likewise.
+        lse_TH: Likewise.
+        score_lse_T: From `dense_divergence`.
+        scale: Factor of the attention's logits.
+    """
+    num_queries, num_keys = inputs.sizes()
+    dq_TIJ = torch.empty_like(inputs.q_TIJ, memory_format=torch.contiguous_format)
+    dgate_TI = torch.empty_like(inputs.gate_TI, memory_format=torch.contiguous_format)
+    dk_SJ = torch.zeros(inputs.k_SJ.shape, dtype=torch.float32, device=inputs.k_SJ.device)
+    width = triton.cdiv(num_keys, _WIDEST_BLOCK) * _WIDEST_BLOCK
+    # Not float16: a probability among 128K keys is too small for it.
+    is_wide = inputs.q_TIJ.dtype == torch.float32
+    dtype = torch.float32 if is_wide else torch.bfloat16
+    for first, last in query_chunks(num_queries, num_keys):
+        dscores_TS = dkl_TG.new_empty((last - first, width), dtype=dtype)
+        _write_score_gradient(
+            dscores_TS, dkl_TG, inputs, spans_B4, lse_TH, score_lse_T, first, scale=scale
+        )
+        _add_over_keys(dq_TIJ, dgate_TI, dscores_TS, inputs, spans_B4, first)
+        _add_over_queries(dk_SJ, dscores_TS, inputs, spans_B4, first)
+    return dq_TIJ, dk_SJ.to(inputs.k_SJ.dtype), dgate_TI
+
+
+def _launch_constants(blocks: Blocks) -> dict[str, int | None]:
+    """Return the compile-time arguments that cut the work."""
+    return {
+        "TILE": TILE_QUERIES,
+        "BLOCK_T": blocks.rows,
+        "BLOCK_S": blocks.keys,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+        "maxnreg": blocks.registers,
+    }
+
+
+def _write_score_gradient(
+    dscores_TS: Tensor,
+    dkl_TG: Tensor,
+    inputs: DenseInputs,
+    spans_B4: Tensor,
+    lse_TH: Tensor,
+    score_lse_T: Tensor,
+    first: int,
+    *,
+    scale: float,
+) -> None:
+    """Write sum over groups of dkl * (softmax - target) where a tile's span reaches."""
+    blocks = inputs.blocks(SCORE_BLOCKS)
+    num_rows, (_, num_keys) = len(dscores_TS), inputs.sizes()
+    _score_gradient_kernel[(triton.cdiv(num_rows, blocks.rows), triton.cdiv(num_keys, blocks.keys))](
+        *inputs.score_arguments(),
+        *inputs.attention_arguments(),
+        inputs.key_start_T,
+        inputs.key_end_T,
+        spans_B4,
+        lse_TH,
+        score_lse_T,
+        dkl_TG,
+        dscores_TS,
+        first,
+        first + num_rows,
+        num_keys,
+        dscores_TS.stride(0),
+        scale * math.log2(math.e),
+        inputs.q_TIJ.shape[2] ** -0.5,
+        **inputs.constants(),
+        **_launch_constants(blocks),
+    )
+
+
+def _add_over_keys(
+    dq_TIJ: Tensor,
+    dgate_TI: Tensor,
+    dscores_TS: Tensor,
+    inputs: DenseInputs,
+    spans_B4: Tensor,
+    first: int,
+) -> None:
+    """Write the rows of dq and dgate that belong to the chunk."""
+    blocks = inputs.blocks(QUERY_BLOCKS)
+    num_rows, (_, num_keys) = len(dscores_TS), inputs.sizes()
+    _query_gradient_kernel[(inputs.q_TIJ.shape[1], triton.cdiv(num_rows, blocks.rows))](
+        *inputs.score_arguments(),
+        spans_B4,
+        dscores_TS,
+        dq_TIJ,
+        dgate_TI,
+        first,
+        first + num_rows,
+        num_keys,
+        dscores_TS.stride(0),
+        inputs.q_TIJ.shape[2] ** -0.5,
+        **inputs.indexer_constants(),
+        **_launch_constants(blocks),
+    )
+
+
+def _add_over_queries(
+    dk_SJ: Tensor, dscores_TS: Tensor, inputs: DenseInputs, spans_B4: Tensor, first: int
+) -> None:
+    """Add the chunk's part of dk."""
+    blocks = inputs.blocks(KEY_BLOCKS)
+    num_rows, (_, num_keys) = len(dscores_TS), inputs.sizes()
+    _key_gradient_kernel[(triton.cdiv(num_keys, blocks.keys),)](
+        *inputs.score_arguments(),
+        spans_B4,
+        dscores_TS,
+        dk_SJ,
+        first,
+        first + num_rows,
+        num_keys,
+        dscores_TS.stride(0),
+        inputs.q_TIJ.shape[2] ** -0.5,
+        **inputs.indexer_constants(),
+        **_launch_constants(blocks),
+    )
+
+
+@triton.jit
+def _score_gradient_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    gate: tl.tensor,
+    q_stride_t: int,
+    q_stride_i: int,
+    k_stride_s: int,
+    gate_stride_t: int,
+    gate_stride_i: int,
+    query_heads: tl.tensor,
+    key_heads: tl.tensor,
+    query_stride_t: int,
+    query_stride_h: int,
+    key_stride_s: int,
+    key_stride_g: int,
+    key_start: tl.tensor,
+    key_end: tl.tensor,
+    spans: tl.tensor,
+    lse: tl.tensor,
+    score_lse: tl.tensor,
+    dkl: tl.tensor,
+    dscores: tl.tensor,
+    first: int,
+    last: int,
+    num_keys: int,
+    dscores_stride_t: int,
+    scale_log2: float,
+    score_scale: float,
+    GROUPS: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+    INDEXER_HEADS: tl.constexpr,
+    INDEXER_CHANNELS: tl.constexpr,
+    PADDED_INDEXER_CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    begin = tl.program_id(0).to(tl.int64) * BLOCK_T
+    span = spans + (first + begin) // TILE * 4
+    is_needed = tl.program_id(1) * BLOCK_S < tl.load(span + 1)
+    is_needed = is_needed & ((tl.program_id(1) + 1) * BLOCK_S > tl.load(span))
+    if is_needed:
+        query = first + begin + tl.arange(0, BLOCK_T)
+        key = tl.program_id(1).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+        is_query, is_key = query < last, key < num_keys
+        k_tile = load_rows(
+            k, key * k_stride_s, is_key, INDEXER_CHANNELS, PADDED_INDEXER_CHANNELS
+        )
+        scores = score_scale * score_tile(
+            q,
+            gate,
+            k_tile,
+            query,
+            is_query,
+            q_stride_t,
+            q_stride_i,
+            gate_stride_t,
+            gate_stride_i,
+            INDEXER_HEADS,
+            INDEXER_CHANNELS,
+            PADDED_INDEXER_CHANNELS,
+        )
+        factor = tl.zeros([BLOCK_T], tl.float32)
+        for group in tl.static_range(GROUPS):
+            factor += tl.load(dkl + query * GROUPS + group, is_query, other=0.0)
+        row_lse = tl.load(score_lse + query, is_query, other=float("inf"))
+        dscore = factor[:, None] * tl.exp(scores - row_lse[:, None])
+        for group in range(GROUPS):
+            key_tile = load_rows(
+                key_heads + group * key_stride_g,
+                key * key_stride_s,
+                is_key,
+                CHANNELS,
+                PADDED_CHANNELS,
+            )
+            factor = tl.load(dkl + query * GROUPS + group, is_query, other=0.0)
+            dscore = sum_weights(
+                query_heads + group * HEADS * query_stride_h,
+                lse + group * HEADS,
+                key_tile,
+                query,
+                is_query,
+                dscore,
+                factor / -HEADS,
+                query_stride_t,
+                query_stride_h,
+                scale_log2,
+                HEADS,
+                GROUPS * HEADS,
+                CHANNELS,
+                PADDED_CHANNELS,
+            )
+        start, end = load_ranges(key_start, key_end, query, is_query)
+        is_visible = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
+        # Only now: whatever lies outside the ranges, inf and NaN too, is dropped at once.
+        dscore = tl.where(is_visible, dscore, 0.0).to(dscores.dtype.element_ty)
+        place = dscores + (query - first)[:, None] * dscores_stride_t + key[None, :]
+        tl.store(place, dscore, is_query[:, None])
+
+
+@triton.jit
+def _query_gradient_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    gate: tl.tensor,
+    q_stride_t: int,
+    q_stride_i: int,
+    k_stride_s: int,
+    gate_stride_t: int,
+    gate_stride_i: int,
+    spans: tl.tensor,
+    dscores: tl.tensor,
+    dq: tl.tensor,
+    dgate: tl.tensor,
+    first: int,
+    last: int,
+    num_keys: int,
+    dscores_stride_t: int,
+    score_scale: float,
+    INDEXER_HEADS: tl.constexpr,
+    INDEXER_CHANNELS: tl.constexpr,
+    PADDED_INDEXER_CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    head = tl.program_id(0)
+    begin = tl.program_id(1).to(tl.int64) * BLOCK_T
+    query = first + begin + tl.arange(0, BLOCK_T)
+    is_query = query < last
+    q_tile = load_rows(
+        q + head * q_stride_i,
+        query * q_stride_t,
+        is_query,
+        INDEXER_CHANNELS,
+        PADDED_INDEXER_CHANNELS,
+    )
+    weight = tl.load(gate + query * gate_stride_t + head * gate_stride_i, is_query, other=0.0)
+    weight = weight.to(tl.float32) * score_scale
+    dscores_rows = dscores + (query - first)[:, None] * dscores_stride_t
+    dq_tile = tl.zeros([BLOCK_T, PADDED_INDEXER_CHANNELS], tl.float32)
+    dweight = tl.zeros([BLOCK_T], tl.float32)
+    span = spans + (first + begin) // TILE * 4
+    for start in range(tl.load(span) // BLOCK_S * BLOCK_S, tl.load(span + 1), BLOCK_S):
+        key = start + tl.arange(0, BLOCK_S)
+        k_tile = load_rows(
+            k, key * k_stride_s, key < num_keys, INDEXER_CHANNELS, PADDED_INDEXER_CHANNELS
+        )
+        dscore = tl.load(dscores_rows + key[None, :], is_query[:, None], other=0.0)
+        dots = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        dweight += tl.sum(dscore * tl.maximum(dots, 0.0), 1)
+        ddots = tl.where(dots > 0, dscore * weight[:, None], 0.0).to(dscore.dtype)
+        dq_tile = tl.dot(ddots, k_tile.to(dscore.dtype), dq_tile, input_precision="ieee")
+    row = query * INDEXER_HEADS + head
+    tl.store(dgate + row, (dweight * score_scale).to(dgate.dtype.element_ty), is_query)
+    channel = tl.arange(0, PADDED_INDEXER_CHANNELS)
+    place = dq + row[:, None] * INDEXER_CHANNELS + channel[None, :]
+    is_real = is_query[:, None] & (channel < INDEXER_CHANNELS)[None, :]
+    tl.store(place, dq_tile.to(dq.dtype.element_ty), is_real)
+
+
+@triton.jit
+def _key_gradient_kernel(
+    q: tl.tensor,
+    k: tl.tensor,
+    gate: tl.tensor,
+    q_stride_t: int,
+    q_stride_i: int,
+    k_stride_s: int,
+    gate_stride_t: int,
+    gate_stride_i: int,
+    spans: tl.tensor,
+    dscores: tl.tensor,
+    dk: tl.tensor,
+    first: int,
+    last: int,
+    num_keys: int,
+    dscores_stride_t: int,
+    score_scale: float,
+    INDEXER_HEADS: tl.constexpr,
+    INDEXER_CHANNELS: tl.constexpr,
+    PADDED_INDEXER_CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    begin = tl.program_id(0).to(tl.int64) * BLOCK_S
+    key = begin + tl.arange(0, BLOCK_S)
+    is_key = key < num_keys
+    k_tile = load_rows(k, key * k_stride_s, is_key, INDEXER_CHANNELS, PADDED_INDEXER_CHANNELS)
+    dk_tile = tl.zeros([BLOCK_S, PADDED_INDEXER_CHANNELS], tl.float32)
+    for start in range(first, last, BLOCK_T):
+        span = spans + start // TILE * 4
+        if (begin < tl.load(span + 1)) & (begin + BLOCK_S > tl.load(span)):
+            query = start + tl.arange(0, BLOCK_T).to(tl.int64)
+            is_query = query < last
+            place = dscores + (query - first)[:, None] * dscores_stride_t + key[None, :]
+            dscore = tl.load(place, is_query[:, None], other=0.0)
+            # Keys as rows: the products then stay in registers as the next one's first factor.
+            dscore = tl.trans(dscore).to(tl.float32) * score_scale
+            for head in range(INDEXER_HEADS):
+                q_tile = load_rows(
+                    q + head * q_stride_i,
+                    query * q_stride_t,
+                    is_query,
+                    INDEXER_CHANNELS,
+                    PADDED_INDEXER_CHANNELS,
+                )
+                gate_place = gate + query * gate_stride_t + head * gate_stride_i
+                weight = tl.load(gate_place, is_query, other=0.0).to(tl.float32)
+                dots = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+                ddots = tl.where(dots > 0, dscore * weight[None, :], 0.0)
+                ddots = ddots.to(dscores.dtype.element_ty)
+                dk_tile = tl.dot(
+                    ddots, q_tile.to(dscores.dtype.element_ty), dk_tile, input_precision="ieee"
+                )
+    channel = tl.arange(0, PADDED_INDEXER_CHANNELS)
+    place = dk + key[:, None] * INDEXER_CHANNELS + channel[None, :]
+    is_real = is_key[:, None] & (channel < INDEXER_CHANNELS)[None, :]
+    tl.store(place, tl.load(place, is_real, other=0.0) + dk_tile, is_real)
