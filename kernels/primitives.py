@@ -15,7 +15,10 @@ def load_rows(
     CHANNELS: tl.constexpr,
     PADDED_CHANNELS: tl.constexpr,
 ) -> tl.tensor:
-    """Return [rows, PADDED_CHANNELS]: adjacent channels from `offset` on, 0 where not real."""
+    """Return [rows, PADDED_CHANNELS]: adjacent channels from `offset` on, 0 where not real.
+
+    Offsets from a near base can be int32, which takes half the registers.
+    """
     channel = tl.arange(0, PADDED_CHANNELS)
     is_real = is_row[:, None] & (channel < CHANNELS)[None, :]
     return tl.load(base + offset[:, None] + channel[None, :], is_real, other=0.0)
@@ -23,10 +26,10 @@ def load_rows(
 
 @triton.jit
 def score_tile(
-    q: tl.tensor,
-    gate: tl.tensor,
+    q_rows: tl.tensor,
+    gate_rows: tl.tensor,
     k_tile: tl.tensor,
-    query: tl.tensor,
+    local: tl.tensor,
     is_query: tl.tensor,
     q_stride_t: int,
     q_stride_i: int,
@@ -38,15 +41,16 @@ def score_tile(
 ) -> tl.tensor:
     """Return the indexer's scores [queries, keys] before their factor J^-0.5.
 
-    Walks the heads, so that their sum never leaves a thread.
+    Walks the heads, so that their sum never leaves a thread. `local` counts queries from the one
+    at which `q_rows` and `gate_rows` point.
     """
-    scores = tl.zeros([query.shape[0], k_tile.shape[0]], tl.float32)
-    gate_rows = gate + query * gate_stride_t
+    scores = tl.zeros([local.shape[0], k_tile.shape[0]], tl.float32)
     for head in range(HEADS):
         q_tile = load_rows(
-            q + head * q_stride_i, query * q_stride_t, is_query, CHANNELS, PADDED_CHANNELS
+            q_rows + head * q_stride_i, local * q_stride_t, is_query, CHANNELS, PADDED_CHANNELS
         )
-        weight = tl.load(gate_rows + head * gate_stride_i, is_query, other=0.0).to(tl.float32)
+        gate_places = gate_rows + head * gate_stride_i + local * gate_stride_t
+        weight = tl.load(gate_places, is_query, other=0.0).to(tl.float32)
         dots = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         scores += weight[:, None] * tl.maximum(dots, 0.0)
     return scores

@@ -102,7 +102,7 @@ class DenseInputs(NamedTuple):
 
 
 def span_tiles(key_start_T: Tensor, key_end_T: Tensor, num_keys: int) -> Tensor:
-    """Return spans_B4, int64: the keys that any query of a tile sees, and those that all see.
+    """Return spans_B4, int32: the keys that any query of a tile sees, and those that all see.
 
     Args:
         key_start_T: First visible key.
@@ -116,15 +116,13 @@ def span_tiles(key_start_T: Tensor, key_end_T: Tensor, num_keys: int) -> Tensor:
         bound_T = bound_T.masked_fill(is_empty_T, of_empty)
         return torch.nn.functional.pad(bound_T, (0, fill), value=of_none).view(-1, TILE_QUERIES)
 
-    return torch.stack(
-        [
-            tiles(key_start_T, num_keys, num_keys).amin(1),
-            tiles(key_end_T, 0, 0).amax(1),
-            tiles(key_start_T, num_keys, 0).amax(1),
-            tiles(key_end_T, 0, num_keys).amin(1),
-        ],
-        dim=1,
-    )
+    spans = [
+        tiles(key_start_T, num_keys, num_keys).amin(1),
+        tiles(key_end_T, 0, 0).amax(1),
+        tiles(key_start_T, num_keys, 0).amax(1),
+        tiles(key_end_T, 0, num_keys).amin(1),
+    ]
+    return torch.stack(spans, dim=1).int()
 
 
 def query_chunks(num_queries: int, num_keys: int) -> Iterator[tuple[int, int]]:
@@ -218,19 +216,37 @@ def dense_divergence(
 
 @triton.jit
 def load_ranges(
-    key_start: tl.tensor, key_end: tl.tensor, query: tl.tensor, is_query: tl.tensor
+    key_start: tl.tensor,
+    key_end: tl.tensor,
+    local: tl.tensor,
+    is_query: tl.tensor,
+    first_key: tl.tensor,
 ) -> tl.tensor:
-    """Return start and end of each query's range, an empty range where there is no query."""
-    start = tl.load(key_start + query, is_query, other=0)
-    return start, tl.load(key_end + query, is_query, other=0)
+    """Return each query's range, counted from `first_key`; an empty one where no query is."""
+    start = tl.load(key_start + local, is_query, other=first_key) - first_key
+    end = tl.load(key_end + local, is_query, other=first_key) - first_key
+    return start.to(tl.int32), end.to(tl.int32)
+
+
+@triton.jit
+def is_spanned(
+    spans: tl.tensor,
+    query: tl.tensor,
+    key: tl.tensor,
+    TILE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> tl.tensor:
+    """Return whether the tile of a query may see any key of the block that begins at `key`."""
+    span = spans + query // TILE * 4
+    return (key < tl.load(span + 1)) & (key + BLOCK_S > tl.load(span))
 
 
 @triton.jit
 def sum_weights(
-    query_heads: tl.tensor,
-    lse_heads: tl.tensor,
+    query_rows: tl.tensor,
+    lse_rows: tl.tensor,
     key_tile: tl.tensor,
-    query: tl.tensor,
+    local: tl.tensor,
     is_query: tl.tensor,
     sums: tl.tensor,
     factor: tl.tensor,
@@ -245,13 +261,13 @@ def sum_weights(
     """Return sums + factor * the weights of a group's heads; any value outside the ranges."""
     for head in range(HEADS):
         query_tile = load_rows(
-            query_heads + head * query_stride_h,
-            query * query_stride_t,
+            query_rows + head * query_stride_h,
+            local * query_stride_t,
             is_query,
             CHANNELS,
             PADDED_CHANNELS,
         )
-        lse = tl.load(lse_heads + query * ALL_HEADS + head, is_query, other=float("inf"))
+        lse = tl.load(lse_rows + head + local * ALL_HEADS, is_query, other=float("inf"))
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee")
         sums += factor[:, None] * tl.exp2(logits * scale_log2 - lse[:, None])
     return sums
@@ -276,15 +292,19 @@ def _fold_keys(
     ALL_VISIBLE: tl.constexpr,
 ) -> tl.tensor:
     """Return the largest logit so far and the sum of exponentials below it, for more keys."""
+    place = tl.arange(0, BLOCK_S)
     for begin in range(first, last, BLOCK_S):
-        key = begin + tl.arange(0, BLOCK_S)
         key_tile = load_rows(
-            key_group, key * key_stride_s, key < num_keys, CHANNELS, PADDED_CHANNELS
+            key_group + tl.cast(begin, tl.int64) * key_stride_s,
+            place * key_stride_s,
+            place < num_keys - begin,
+            CHANNELS,
+            PADDED_CHANNELS,
         )
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee") * scale_log2
         if not ALL_VISIBLE:
-            is_visible = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
-            logits = tl.where(is_visible, logits, -float("inf"))
+            key = (begin + place)[None, :]
+            logits = tl.where((key >= start[:, None]) & (key < end[:, None]), logits, -float("inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(logits - new_top[:, None]), 1)
         top = new_top
@@ -316,18 +336,19 @@ def _lse_kernel(
     # The last rows of a causal sequence are the longest; started first, they leave no tail.
     block = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     head = tl.program_id(1)
-    query = block * BLOCK_T + tl.arange(0, BLOCK_T)
-    is_query = query < num_queries
+    query = block * BLOCK_T
+    local = tl.arange(0, BLOCK_T)
+    is_query = local < num_queries - query
     query_tile = load_rows(
-        query_heads + head * query_stride_h,
-        query * query_stride_t,
+        query_heads + head * query_stride_h + query * query_stride_t,
+        local * query_stride_t,
         is_query,
         CHANNELS,
         PADDED_CHANNELS,
     )
     key_group = key_heads + head // HEADS * key_stride_g
-    start, end = load_ranges(key_start, key_end, query, is_query)
-    span = spans + block * BLOCK_T // TILE * 4
+    start, end = load_ranges(key_start + query, key_end + query, local, is_query, 0)
+    span = spans + query // TILE * 4
     first = tl.load(span) // BLOCK_S * BLOCK_S
     last = tl.cdiv(tl.load(span + 1), BLOCK_S) * BLOCK_S
     # Between these two every query sees every key.
@@ -357,7 +378,8 @@ def _lse_kernel(
             ALL_VISIBLE=part == 1,
         )
     row_lse = tl.where(total > 0, top + tl.log2(total), float("inf"))
-    tl.store(lse + query * tl.num_programs(1) + head, row_lse, is_query)
+    num_heads = tl.num_programs(1)
+    tl.store(lse + query * num_heads + head + local * num_heads, row_lse, is_query)
 
 
 @triton.jit
@@ -398,23 +420,24 @@ def _value_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
-    begin = tl.program_id(0).to(tl.int64) * BLOCK_T
-    query = first + begin + tl.arange(0, BLOCK_T)
-    key = tl.program_id(1).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
-    is_query, is_key = query < last, key < num_keys
-    row = tl.program_id(1).to(tl.int64) * (last - first) + query - first
-    span = spans + (first + begin) // TILE * 4
-    is_needed = tl.program_id(1) * BLOCK_S < tl.load(span + 1)
-    is_needed = is_needed & ((tl.program_id(1) + 1) * BLOCK_S > tl.load(span))
-    if is_needed:
+    query = first + tl.program_id(0).to(tl.int64) * BLOCK_T
+    key = tl.program_id(1).to(tl.int64) * BLOCK_S
+    local, place = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)
+    is_query, is_key = local < last - query, place < num_keys - key
+    row = tl.program_id(1).to(tl.int64) * (last - first) + query - first + local
+    if is_spanned(spans, query, key, TILE, BLOCK_S):
         k_tile = load_rows(
-            k, key * k_stride_s, is_key, INDEXER_CHANNELS, PADDED_INDEXER_CHANNELS
+            k + key * k_stride_s,
+            place * k_stride_s,
+            is_key,
+            INDEXER_CHANNELS,
+            PADDED_INDEXER_CHANNELS,
         )
         scores = score_scale * score_tile(
-            q,
-            gate,
+            q + query * q_stride_t,
+            gate + query * gate_stride_t,
             k_tile,
-            query,
+            local,
             is_query,
             q_stride_t,
             q_stride_i,
@@ -424,8 +447,8 @@ def _value_kernel(
             INDEXER_CHANNELS,
             PADDED_INDEXER_CHANNELS,
         )
-        start, end = load_ranges(key_start, key_end, query, is_query)
-        is_visible = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
+        start, end = load_ranges(key_start + query, key_end + query, local, is_query, key)
+        is_visible = (place[None, :] >= start[:, None]) & (place[None, :] < end[:, None])
         visible = tl.where(is_visible, scores, -float("inf"))
         top = tl.max(visible, 1)
         top = tl.where(top > -float("inf"), top, 0.0)
@@ -434,17 +457,17 @@ def _value_kernel(
         share = tl.full([BLOCK_T], 1.0 / HEADS, tl.float32)
         for group in range(GROUPS):
             key_tile = load_rows(
-                key_heads + group * key_stride_g,
-                key * key_stride_s,
+                key_heads + key * key_stride_s + group * key_stride_g,
+                place * key_stride_s,
                 is_key,
                 CHANNELS,
                 PADDED_CHANNELS,
             )
             target = sum_weights(
-                query_heads + group * HEADS * query_stride_h,
-                lse + group * HEADS,
+                query_heads + query * query_stride_t + group * HEADS * query_stride_h,
+                lse + (query * GROUPS + group) * HEADS,
                 key_tile,
-                query,
+                local,
                 is_query,
                 tl.zeros([BLOCK_T, BLOCK_S], tl.float32),
                 share,

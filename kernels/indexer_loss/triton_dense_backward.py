@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_keye.kernels.indexer_loss.triton_dense import (
     TILE_QUERIES,
     DenseInputs,
+    is_spanned,
     load_ranges,
     query_chunks,
     sum_weights,
@@ -149,8 +150,16 @@ def _add_over_queries(
     """Add the chunk's part of dk."""
     blocks = inputs.blocks(KEY_BLOCKS)
     num_rows, (_, num_keys) = len(dscores_TS), inputs.sizes()
+    q_TIJ, k_SJ, gate_TI = inputs[:3]
+    rows = slice(first, first + num_rows)
+    # Gates belong to the second factor: the first is then the scores' gradient as it stands.
+    gated_TIJ = q_TIJ[rows].float() * (gate_TI[rows].float() * q_TIJ.shape[2] ** -0.5)[:, :, None]
     _key_gradient_kernel[(triton.cdiv(num_keys, blocks.keys),)](
-        *inputs.score_arguments(),
+        q_TIJ,
+        k_SJ,
+        gated_TIJ.to(dscores_TS.dtype),
+        *q_TIJ.stride()[:2],
+        k_SJ.stride(0),
         spans_B4,
         dscores_TS,
         dk_SJ,
@@ -158,7 +167,6 @@ def _add_over_queries(
         first + num_rows,
         num_keys,
         dscores_TS.stride(0),
-        inputs.q_TIJ.shape[2] ** -0.5,
         **inputs.indexer_constants(),
         **_launch_constants(blocks),
     )
@@ -204,22 +212,23 @@ def _score_gradient_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
-    begin = tl.program_id(0).to(tl.int64) * BLOCK_T
-    span = spans + (first + begin) // TILE * 4
-    is_needed = tl.program_id(1) * BLOCK_S < tl.load(span + 1)
-    is_needed = is_needed & ((tl.program_id(1) + 1) * BLOCK_S > tl.load(span))
-    if is_needed:
-        query = first + begin + tl.arange(0, BLOCK_T)
-        key = tl.program_id(1).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
-        is_query, is_key = query < last, key < num_keys
+    query = first + tl.program_id(0).to(tl.int64) * BLOCK_T
+    key = tl.program_id(1).to(tl.int64) * BLOCK_S
+    local, place = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)
+    is_query, is_key = local < last - query, place < num_keys - key
+    if is_spanned(spans, query, key, TILE, BLOCK_S):
         k_tile = load_rows(
-            k, key * k_stride_s, is_key, INDEXER_CHANNELS, PADDED_INDEXER_CHANNELS
+            k + key * k_stride_s,
+            place * k_stride_s,
+            is_key,
+            INDEXER_CHANNELS,
+            PADDED_INDEXER_CHANNELS,
         )
         scores = score_scale * score_tile(
-            q,
-            gate,
+            q + query * q_stride_t,
+            gate + query * gate_stride_t,
             k_tile,
-            query,
+            local,
             is_query,
             q_stride_t,
             q_stride_i,
@@ -229,25 +238,26 @@ def _score_gradient_kernel(
             INDEXER_CHANNELS,
             PADDED_INDEXER_CHANNELS,
         )
+        dkl_rows = dkl + query * GROUPS
         factor = tl.zeros([BLOCK_T], tl.float32)
         for group in tl.static_range(GROUPS):
-            factor += tl.load(dkl + query * GROUPS + group, is_query, other=0.0)
-        row_lse = tl.load(score_lse + query, is_query, other=float("inf"))
+            factor += tl.load(dkl_rows + group + local * GROUPS, is_query, other=0.0)
+        row_lse = tl.load(score_lse + query + local, is_query, other=float("inf"))
         dscore = factor[:, None] * tl.exp(scores - row_lse[:, None])
         for group in range(GROUPS):
             key_tile = load_rows(
-                key_heads + group * key_stride_g,
-                key * key_stride_s,
+                key_heads + key * key_stride_s + group * key_stride_g,
+                place * key_stride_s,
                 is_key,
                 CHANNELS,
                 PADDED_CHANNELS,
             )
-            factor = tl.load(dkl + query * GROUPS + group, is_query, other=0.0)
+            factor = tl.load(dkl_rows + group + local * GROUPS, is_query, other=0.0)
             dscore = sum_weights(
-                query_heads + group * HEADS * query_stride_h,
-                lse + group * HEADS,
+                query_heads + query * query_stride_t + group * HEADS * query_stride_h,
+                lse + (query * GROUPS + group) * HEADS,
                 key_tile,
-                query,
+                local,
                 is_query,
                 dscore,
                 factor / -HEADS,
@@ -259,12 +269,13 @@ def _score_gradient_kernel(
                 CHANNELS,
                 PADDED_CHANNELS,
             )
-        start, end = load_ranges(key_start, key_end, query, is_query)
-        is_visible = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
+        start, end = load_ranges(key_start + query, key_end + query, local, is_query, key)
+        is_visible = (place[None, :] >= start[:, None]) & (place[None, :] < end[:, None])
         # Only now: whatever lies outside the ranges, inf and NaN too, is dropped at once.
         dscore = tl.where(is_visible, dscore, 0.0).to(dscores.dtype.element_ty)
-        place = dscores + (query - first)[:, None] * dscores_stride_t + key[None, :]
-        tl.store(place, dscore, is_query[:, None])
+        corner = dscores + (query - first) * dscores_stride_t + key
+        places = corner + local[:, None] * dscores_stride_t + place[None, :]
+        tl.store(places, dscore, is_query[:, None])
 
 
 @triton.jit
@@ -294,50 +305,53 @@ def _query_gradient_kernel(
     BLOCK_S: tl.constexpr,
 ) -> None:
     head = tl.program_id(0)
-    begin = tl.program_id(1).to(tl.int64) * BLOCK_T
-    query = first + begin + tl.arange(0, BLOCK_T)
-    is_query = query < last
+    query = first + tl.program_id(1).to(tl.int64) * BLOCK_T
+    local, place = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)
+    is_query = local < last - query
     q_tile = load_rows(
-        q + head * q_stride_i,
-        query * q_stride_t,
+        q + query * q_stride_t + head * q_stride_i,
+        local * q_stride_t,
         is_query,
         INDEXER_CHANNELS,
         PADDED_INDEXER_CHANNELS,
     )
-    weight = tl.load(gate + query * gate_stride_t + head * gate_stride_i, is_query, other=0.0)
-    weight = weight.to(tl.float32) * score_scale
-    dscores_rows = dscores + (query - first)[:, None] * dscores_stride_t
-    dq_tile = tl.zeros([BLOCK_T, PADDED_INDEXER_CHANNELS], tl.float32)
-    dweight = tl.zeros([BLOCK_T], tl.float32)
-    span = spans + (first + begin) // TILE * 4
-    for start in range(tl.load(span) // BLOCK_S * BLOCK_S, tl.load(span + 1), BLOCK_S):
-        key = start + tl.arange(0, BLOCK_S)
+    corner = dscores + (query - first) * dscores_stride_t
+    offset = local[:, None] * dscores_stride_t + place[None, :]
+    sums = tl.zeros([BLOCK_T, PADDED_INDEXER_CHANNELS], tl.float32)
+    span = spans + query // TILE * 4
+    for key in range(tl.load(span) // BLOCK_S * BLOCK_S, tl.load(span + 1), BLOCK_S):
         k_tile = load_rows(
-            k, key * k_stride_s, key < num_keys, INDEXER_CHANNELS, PADDED_INDEXER_CHANNELS
+            k + tl.cast(key, tl.int64) * k_stride_s,
+            place * k_stride_s,
+            place < num_keys - key,
+            INDEXER_CHANNELS,
+            PADDED_INDEXER_CHANNELS,
         )
-        dscore = tl.load(dscores_rows + key[None, :], is_query[:, None], other=0.0)
+        dscore = tl.load(corner + key + offset, is_query[:, None], other=0.0)
         dots = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        dweight += tl.sum(dscore * tl.maximum(dots, 0.0), 1)
-        ddots = tl.where(dots > 0, dscore * weight[:, None], 0.0).to(dscore.dtype)
-        dq_tile = tl.dot(ddots, k_tile.to(dscore.dtype), dq_tile, input_precision="ieee")
-    row = query * INDEXER_HEADS + head
-    tl.store(dgate + row, (dweight * score_scale).to(dgate.dtype.element_ty), is_query)
+        passed = tl.where(dots > 0, dscore, 0.0)
+        sums = tl.dot(passed, k_tile.to(passed.dtype), sums, input_precision="ieee")
+    # The gate's gradient, sum of dscore * relu(q . k) over keys, is q times the same sums.
+    sums *= score_scale
+    dweight = tl.sum(q_tile.to(tl.float32) * sums, 1)
+    gate_rows = gate + query * gate_stride_t + head * gate_stride_i
+    weight = tl.load(gate_rows + local * gate_stride_t, is_query, other=0.0).to(tl.float32)
+    row = (query + local) * INDEXER_HEADS + head
+    tl.store(dgate + row, dweight.to(dgate.dtype.element_ty), is_query)
     channel = tl.arange(0, PADDED_INDEXER_CHANNELS)
-    place = dq + row[:, None] * INDEXER_CHANNELS + channel[None, :]
+    places = dq + row[:, None] * INDEXER_CHANNELS + channel[None, :]
     is_real = is_query[:, None] & (channel < INDEXER_CHANNELS)[None, :]
-    tl.store(place, dq_tile.to(dq.dtype.element_ty), is_real)
+    tl.store(places, (weight[:, None] * sums).to(dq.dtype.element_ty), is_real)
 
 
 @triton.jit
 def _key_gradient_kernel(
     q: tl.tensor,
     k: tl.tensor,
-    gate: tl.tensor,
+    gated: tl.tensor,
     q_stride_t: int,
     q_stride_i: int,
     k_stride_s: int,
-    gate_stride_t: int,
-    gate_stride_i: int,
     spans: tl.tensor,
     dscores: tl.tensor,
     dk: tl.tensor,
@@ -345,7 +359,6 @@ def _key_gradient_kernel(
     last: int,
     num_keys: int,
     dscores_stride_t: int,
-    score_scale: float,
     INDEXER_HEADS: tl.constexpr,
     INDEXER_CHANNELS: tl.constexpr,
     PADDED_INDEXER_CHANNELS: tl.constexpr,
@@ -353,37 +366,44 @@ def _key_gradient_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
-    begin = tl.program_id(0).to(tl.int64) * BLOCK_S
-    key = begin + tl.arange(0, BLOCK_S)
-    is_key = key < num_keys
-    k_tile = load_rows(k, key * k_stride_s, is_key, INDEXER_CHANNELS, PADDED_INDEXER_CHANNELS)
+    key = tl.program_id(0).to(tl.int64) * BLOCK_S
+    local, place = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)
+    is_key = place < num_keys - key
+    k_tile = load_rows(
+        k + key * k_stride_s,
+        place * k_stride_s,
+        is_key,
+        INDEXER_CHANNELS,
+        PADDED_INDEXER_CHANNELS,
+    )
     dk_tile = tl.zeros([BLOCK_S, PADDED_INDEXER_CHANNELS], tl.float32)
     for start in range(first, last, BLOCK_T):
-        span = spans + start // TILE * 4
-        if (begin < tl.load(span + 1)) & (begin + BLOCK_S > tl.load(span)):
-            query = start + tl.arange(0, BLOCK_T).to(tl.int64)
-            is_query = query < last
-            place = dscores + (query - first)[:, None] * dscores_stride_t + key[None, :]
-            dscore = tl.load(place, is_query[:, None], other=0.0)
+        if is_spanned(spans, start, key, TILE, BLOCK_S):
+            query = tl.cast(start, tl.int64)
+            is_query = local < last - start
+            corner = dscores + (query - first) * dscores_stride_t + key
+            places = corner + local[:, None] * dscores_stride_t + place[None, :]
             # Keys as rows: the products then stay in registers as the next one's first factor.
-            dscore = tl.trans(dscore).to(tl.float32) * score_scale
+            dscore = tl.trans(tl.load(places, is_query[:, None], other=0.0))
             for head in range(INDEXER_HEADS):
                 q_tile = load_rows(
-                    q + head * q_stride_i,
-                    query * q_stride_t,
+                    q + query * q_stride_t + head * q_stride_i,
+                    local * q_stride_t,
                     is_query,
                     INDEXER_CHANNELS,
                     PADDED_INDEXER_CHANNELS,
                 )
-                gate_place = gate + query * gate_stride_t + head * gate_stride_i
-                weight = tl.load(gate_place, is_query, other=0.0).to(tl.float32)
-                dots = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-                ddots = tl.where(dots > 0, dscore * weight[None, :], 0.0)
-                ddots = ddots.to(dscores.dtype.element_ty)
-                dk_tile = tl.dot(
-                    ddots, q_tile.to(dscores.dtype.element_ty), dk_tile, input_precision="ieee"
+                gated_tile = load_rows(
+                    gated + ((query - first) * INDEXER_HEADS + head) * INDEXER_CHANNELS,
+                    local * (INDEXER_HEADS * INDEXER_CHANNELS),
+                    is_query,
+                    INDEXER_CHANNELS,
+                    PADDED_INDEXER_CHANNELS,
                 )
+                dots = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+                passed = tl.where(dots > 0, dscore, 0.0)
+                dk_tile = tl.dot(passed, gated_tile, dk_tile, input_precision="ieee")
     channel = tl.arange(0, PADDED_INDEXER_CHANNELS)
-    place = dk + key[:, None] * INDEXER_CHANNELS + channel[None, :]
+    places = dk + (key + place)[:, None] * INDEXER_CHANNELS + channel[None, :]
     is_real = is_key[:, None] & (channel < INDEXER_CHANNELS)[None, :]
-    tl.store(place, tl.load(place, is_real, other=0.0) + dk_tile, is_real)
+    tl.store(places, tl.load(places, is_real, other=0.0) + dk_tile, is_real)
