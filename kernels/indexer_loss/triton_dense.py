@@ -304,7 +304,9 @@ def _fold_keys(
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee") * scale_log2
         if not ALL_VISIBLE:
             key = (begin + place)[None, :]
-            logits = tl.where((key >= start[:, None]) & (key < end[:, None]), logits, -float("inf"))
+            logits = tl.where(
+                (key >= start[:, None]) & (key < end[:, None]), logits, -float("inf")
+            )
         new_top = tl.maximum(top, tl.max(logits, 1))
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(logits - new_top[:, None]), 1)
         top = new_top

@@ -96,7 +96,9 @@ def _write_score_gradient(
     """Write sum over groups of dkl * (softmax - target) where a tile's span reaches."""
     blocks = inputs.blocks(SCORE_BLOCKS)
     num_rows, (_, num_keys) = len(dscores_TS), inputs.sizes()
-    _score_gradient_kernel[(triton.cdiv(num_rows, blocks.rows), triton.cdiv(num_keys, blocks.keys))](
+    _score_gradient_kernel[
+        (triton.cdiv(num_rows, blocks.rows), triton.cdiv(num_keys, blocks.keys))
+    ](
         *inputs.score_arguments(),
         *inputs.attention_arguments(),
         inputs.key_start_T,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron_keye.kernels.decode import PagedCache, sparse_decode
 from megatron_keye.kernels.decode.reference import sparse_decode as eager_decode
+from megatron_keye.kernels.sparse_attention import sparse_attention
 from tests.support.numerics import (
     assert_close,
     assert_norm_close,
@@ -144,9 +145,7 @@ def test_a_key_without_a_page_ranks_last_and_is_not_attended(impl: str) -> None:
     out_BTHC, indices_BTK = case.decode(14, impl)
     assert indices_BTK.flatten().tolist() == [*range(8), *range(24, 30)], "those with a page"
     keys = listed(indices_BTK[0])
-    out, _ = loop_attention(
-        case.query_BTHC[0], case.k_BSGC[0], case.v_BSGC[0], keys, SCALE
-    )
+    out, _ = loop_attention(case.query_BTHC[0], case.k_BSGC[0], case.v_BSGC[0], keys, SCALE)
     assert_close(out_BTHC[0], out, 1e-5)
     more_BTHC, more_BTK = case.decode(20, impl)
     assert more_BTK[0, 0].tolist() == [*range(14), *range(24, 30)], "then the first of the rest"
@@ -206,15 +205,25 @@ def test_triton_equals_eager_at_the_models_size(dtype: torch.dtype, num_queries:
     inputs = q_BTIJ, gate_BTI, query_BTHC
     out_BTHC, indices_BTK = sparse_decode(*inputs, cache, 2048, scale=0.1, impl="triton")
     wide = PagedCache(*(t.double() for t in cache[:3]), *cache[3:])
-    expected_BTHC, expected_BTK = eager_decode(
-        *(t.double() for t in inputs), wide, 2048, scale=0.1
-    )
-    # A few of the keys near the last rank may change places when scores are rounded.
-    same = (indices_BTK == expected_BTK).all(-1).float().mean()
+    _, expected_BTK = eager_decode(*(t.double() for t in inputs), wide, 2048, scale=0.1)
     assert torch.equal(indices_BTK < 0, expected_BTK < 0), "padding"
-    assert same > 0.5, f"{same} of the rows select the same keys"
-    tolerance = 2e-2 if dtype == torch.float32 else 3e-2
-    assert_norm_close(out_BTHC, expected_BTHC, tolerance)
+    for sequence, length in enumerate(lengths):
+        for got_K, wanted_K in zip(indices_BTK[sequence], expected_BTK[sequence], strict=True):
+            # Of 70,001 scores a few near the last rank change places when they are rounded.
+            num_other = int((~torch.isin(got_K, wanted_K)).sum())
+            assert num_other <= (2 if length > 2048 else 0), f"{num_other} other keys"
+        index_TK = indices_BTK[sequence].long()
+        slot_TK = pages_BN.view(len(lengths), -1)[sequence][index_TK.clamp(min=0) // page]
+        slot_TK = (slot_TK * page + index_TK % page).masked_fill(index_TK < 0, -1)
+        out_THC, _ = sparse_attention(
+            inputs[2][sequence].double(),
+            wide.keys_PLGC.flatten(0, 1),
+            wide.values_PLGC.flatten(0, 1),
+            slot_TK,
+            scale=0.1,
+        )
+        tolerance = 1e-5 if dtype == torch.float32 else 2.0**-7
+        assert_norm_close(out_BTHC[sequence], out_THC, tolerance)
 
 
 def test_a_misfit_is_named() -> None:
