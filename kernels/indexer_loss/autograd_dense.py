@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_keye.kernels.indexer_loss.triton_dense import (
-    DenseInputs,
-    attention_lse,
-    dense_divergence,
-    span_tiles,
-)
+from megatron_keye.kernels.indexer_loss.triton_dense import dense_divergence
 from megatron_keye.kernels.indexer_loss.triton_dense_backward import dense_divergence_backward
+from megatron_keye.kernels.indexer_loss.triton_dense_lse import attention_lse
+from megatron_keye.kernels.indexer_loss.triton_dense_tiles import DenseInputs, span_tiles
 
 
 def dense_indexer_loss(tensors: tuple[Tensor, ...], *, scale: float) -> Tensor:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_keye.kernels.indexer_loss.triton_dense import (
+from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
     TILE_QUERIES,
     DenseInputs,
     is_spanned,

@@ -173,13 +173,13 @@ def test_peaked_attention_and_scores_stay_finite() -> None:
 
 
 def test_chunks_and_strides_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_keye.kernels.indexer_loss import triton_dense
+    from megatron_keye.kernels.indexer_loss import triton_dense_tiles
 
     indexer, attention = make_inputs(140, 40, indexer=(1, 8), attention=(1, 1, 8))
     ranges = odd_ranges(140, 40, seed=8)
     whole = loss_and_gradients(indexer, attention, ranges)
-    monkeypatch.setattr(triton_dense, "CHUNK_BYTES", 1)
-    assert len(list(triton_dense.query_chunks(140, 40))) == 2, "a tile a chunk"
+    monkeypatch.setattr(triton_dense_tiles, "CHUNK_BYTES", 1)
+    assert len(list(triton_dense_tiles.query_chunks(140, 40))) == 2, "a tile a chunk"
     q_TIJ, k_SJ, gate_TI = (t.transpose(0, -1).contiguous().transpose(0, -1) for t in indexer)
     query_THC, key_SGC = (t.transpose(0, 2).contiguous().transpose(0, 2) for t in attention)
     chunked = loss_and_gradients((q_TIJ, k_SJ, gate_TI), (query_THC, key_SGC), ranges)
