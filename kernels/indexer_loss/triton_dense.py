@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
-    TILE_QUERIES,
     DenseInputs,
     is_spanned,
+    launch_constants,
     load_ranges,
     query_chunks,
     sum_weights,
@@ -64,12 +64,7 @@ def dense_divergence(
             scale * math.log2(math.e),
             inputs.q_TIJ.shape[2] ** -0.5,
             **inputs.constants(),
-            TILE=TILE_QUERIES,
-            BLOCK_T=blocks.rows,
-            BLOCK_S=blocks.keys,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-            maxnreg=blocks.registers,
+            **launch_constants(blocks),
         )
         lse_T = torch.logsumexp(lse_NT, dim=0)
         has_keys_T = lse_T > -torch.inf

@@ -8,25 +8,21 @@ Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query h
 G key-value heads, C channels of a head, B tiles of queries.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_keye.kernels.indexer_loss.triton_dense_scores import write_score_gradient
 from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
-    TILE_QUERIES,
     DenseInputs,
     is_spanned,
-    load_ranges,
+    launch_constants,
     query_chunks,
-    sum_weights,
 )
 from megatron_keye.kernels.launch import Blocks
-from megatron_keye.kernels.primitives import load_rows, score_tile
+from megatron_keye.kernels.primitives import load_rows, store_rows
 
-SCORE_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=2)
 QUERY_BLOCKS = Blocks(rows=128, keys=64, warps=4, stages=3)
 KEY_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=3)
 _WIDEST_BLOCK = 128
@@ -62,61 +58,12 @@ def dense_divergence_backward(
     dtype = torch.float32 if is_wide else torch.bfloat16
     for first, last in query_chunks(num_queries, num_keys):
         dscores_TS = dkl_TG.new_empty((last - first, width), dtype=dtype)
-        _write_score_gradient(
+        write_score_gradient(
             dscores_TS, dkl_TG, inputs, spans_B4, lse_TH, score_lse_T, first, scale=scale
         )
         _add_over_keys(dq_TIJ, dgate_TI, dscores_TS, inputs, spans_B4, first)
         _add_over_queries(dk_SJ, dscores_TS, inputs, spans_B4, first)
     return dq_TIJ, dk_SJ.to(inputs.k_SJ.dtype), dgate_TI
-
-
-def _launch_constants(blocks: Blocks) -> dict[str, int | None]:
-    """Return the compile-time arguments that cut the work."""
-    return {
-        "TILE": TILE_QUERIES,
-        "BLOCK_T": blocks.rows,
-        "BLOCK_S": blocks.keys,
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
-        "maxnreg": blocks.registers,
-    }
-
-
-def _write_score_gradient(
-    dscores_TS: Tensor,
-    dkl_TG: Tensor,
-    inputs: DenseInputs,
-    spans_B4: Tensor,
-    lse_TH: Tensor,
-    score_lse_T: Tensor,
-    first: int,
-    *,
-    scale: float,
-) -> None:
-    """Write sum over groups of dkl * (softmax - target) where a tile's span reaches."""
-    blocks = inputs.blocks(SCORE_BLOCKS)
-    num_rows, (_, num_keys) = len(dscores_TS), inputs.sizes()
-    _score_gradient_kernel[
-        (triton.cdiv(num_rows, blocks.rows), triton.cdiv(num_keys, blocks.keys))
-    ](
-        *inputs.score_arguments(),
-        *inputs.attention_arguments(),
-        inputs.key_start_T,
-        inputs.key_end_T,
-        spans_B4,
-        lse_TH,
-        score_lse_T,
-        dkl_TG,
-        dscores_TS,
-        first,
-        first + num_rows,
-        num_keys,
-        dscores_TS.stride(0),
-        scale * math.log2(math.e),
-        inputs.q_TIJ.shape[2] ** -0.5,
-        **inputs.constants(),
-        **_launch_constants(blocks),
-    )
 
 
 def _add_over_keys(
@@ -142,7 +89,7 @@ def _add_over_keys(
         dscores_TS.stride(0),
         inputs.q_TIJ.shape[2] ** -0.5,
         **inputs.indexer_constants(),
-        **_launch_constants(blocks),
+        **launch_constants(blocks),
     )
 
 
@@ -170,114 +117,8 @@ def _add_over_queries(
         num_keys,
         dscores_TS.stride(0),
         **inputs.indexer_constants(),
-        **_launch_constants(blocks),
+        **launch_constants(blocks),
     )
-
-
-@triton.jit
-def _score_gradient_kernel(
-    q: tl.tensor,
-    k: tl.tensor,
-    gate: tl.tensor,
-    q_stride_t: int,
-    q_stride_i: int,
-    k_stride_s: int,
-    gate_stride_t: int,
-    gate_stride_i: int,
-    query_heads: tl.tensor,
-    key_heads: tl.tensor,
-    query_stride_t: int,
-    query_stride_h: int,
-    key_stride_s: int,
-    key_stride_g: int,
-    key_start: tl.tensor,
-    key_end: tl.tensor,
-    spans: tl.tensor,
-    lse: tl.tensor,
-    score_lse: tl.tensor,
-    dkl: tl.tensor,
-    dscores: tl.tensor,
-    first: int,
-    last: int,
-    num_keys: int,
-    dscores_stride_t: int,
-    scale_log2: float,
-    score_scale: float,
-    GROUPS: tl.constexpr,
-    HEADS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PADDED_CHANNELS: tl.constexpr,
-    INDEXER_HEADS: tl.constexpr,
-    INDEXER_CHANNELS: tl.constexpr,
-    PADDED_INDEXER_CHANNELS: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-) -> None:
-    query = first + tl.program_id(0).to(tl.int64) * BLOCK_T
-    key = tl.program_id(1).to(tl.int64) * BLOCK_S
-    local, place = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)
-    is_query, is_key = local < last - query, place < num_keys - key
-    if is_spanned(spans, query, key, TILE, BLOCK_S):
-        k_tile = load_rows(
-            k + key * k_stride_s,
-            place * k_stride_s,
-            is_key,
-            INDEXER_CHANNELS,
-            PADDED_INDEXER_CHANNELS,
-        )
-        scores = score_scale * score_tile(
-            q + query * q_stride_t,
-            gate + query * gate_stride_t,
-            k_tile,
-            local,
-            is_query,
-            q_stride_t,
-            q_stride_i,
-            gate_stride_t,
-            gate_stride_i,
-            INDEXER_HEADS,
-            INDEXER_CHANNELS,
-            PADDED_INDEXER_CHANNELS,
-        )
-        dkl_rows = dkl + query * GROUPS
-        factor = tl.zeros([BLOCK_T], tl.float32)
-        for group in tl.static_range(GROUPS):
-            factor += tl.load(dkl_rows + group + local * GROUPS, is_query, other=0.0)
-        row_lse = tl.load(score_lse + query + local, is_query, other=float("inf"))
-        dscore = factor[:, None] * tl.exp(scores - row_lse[:, None])
-        for group in range(GROUPS):
-            key_tile = load_rows(
-                key_heads + key * key_stride_s + group * key_stride_g,
-                place * key_stride_s,
-                is_key,
-                CHANNELS,
-                PADDED_CHANNELS,
-            )
-            factor = tl.load(dkl_rows + group + local * GROUPS, is_query, other=0.0)
-            dscore = sum_weights(
-                query_heads + query * query_stride_t + group * HEADS * query_stride_h,
-                lse + (query * GROUPS + group) * HEADS,
-                key_tile,
-                local,
-                is_query,
-                dscore,
-                factor / -HEADS,
-                query_stride_t,
-                query_stride_h,
-                scale_log2,
-                HEADS,
-                GROUPS * HEADS,
-                CHANNELS,
-                PADDED_CHANNELS,
-            )
-        start, end = load_ranges(key_start + query, key_end + query, local, is_query, key)
-        is_visible = (place[None, :] >= start[:, None]) & (place[None, :] < end[:, None])
-        # Only now: whatever lies outside the ranges, inf and NaN too, is dropped at once.
-        dscore = tl.where(is_visible, dscore, 0.0).to(dscores.dtype.element_ty)
-        corner = dscores + (query - first) * dscores_stride_t + key
-        places = corner + local[:, None] * dscores_stride_t + place[None, :]
-        tl.store(places, dscore, is_query[:, None])
 
 
 @triton.jit
@@ -340,10 +181,14 @@ def _query_gradient_kernel(
     weight = tl.load(gate_rows + local * gate_stride_t, is_query, other=0.0).to(tl.float32)
     row = (query + local) * INDEXER_HEADS + head
     tl.store(dgate + row, dweight.to(dgate.dtype.element_ty), is_query)
-    channel = tl.arange(0, PADDED_INDEXER_CHANNELS)
-    places = dq + row[:, None] * INDEXER_CHANNELS + channel[None, :]
-    is_real = is_query[:, None] & (channel < INDEXER_CHANNELS)[None, :]
-    tl.store(places, (weight[:, None] * sums).to(dq.dtype.element_ty), is_real)
+    store_rows(
+        dq,
+        row * INDEXER_CHANNELS,
+        weight[:, None] * sums,
+        is_query,
+        INDEXER_CHANNELS,
+        PADDED_INDEXER_CHANNELS,
+    )
 
 
 @triton.jit
@@ -405,7 +250,6 @@ def _key_gradient_kernel(
                 dots = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
                 passed = tl.where(dots > 0, dscore, 0.0)
                 dk_tile = tl.dot(passed, gated_tile, dk_tile, input_precision="ieee")
-    channel = tl.arange(0, PADDED_INDEXER_CHANNELS)
-    places = dk + (key + place)[:, None] * INDEXER_CHANNELS + channel[None, :]
-    is_real = is_key[:, None] & (channel < INDEXER_CHANNELS)[None, :]
-    tl.store(places, tl.load(places, is_real, other=0.0) + dk_tile, is_real)
+    dk_rows, offset = dk + key * INDEXER_CHANNELS, place * INDEXER_CHANNELS
+    dk_tile += load_rows(dk_rows, offset, is_key, INDEXER_CHANNELS, PADDED_INDEXER_CHANNELS)
+    store_rows(dk_rows, offset, dk_tile, is_key, INDEXER_CHANNELS, PADDED_INDEXER_CHANNELS)

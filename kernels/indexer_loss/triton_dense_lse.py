@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
-    TILE_QUERIES,
     DenseInputs,
+    launch_constants,
     load_ranges,
 )
 from megatron_keye.kernels.launch import Blocks
@@ -47,12 +47,7 @@ def attention_lse(inputs: DenseInputs, spans_B4: Tensor, *, scale: float) -> Ten
         num_keys,
         scale * math.log2(math.e),
         **{name: constants[name] for name in ("HEADS", "CHANNELS", "PADDED_CHANNELS")},
-        TILE=TILE_QUERIES,
-        BLOCK_T=blocks.rows,
-        BLOCK_S=blocks.keys,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-        maxnreg=blocks.registers,
+        **launch_constants(blocks),
     )
     return lse_TH
 

@@ -124,6 +124,18 @@ def query_chunks(num_queries: int, num_keys: int) -> Iterator[tuple[int, int]]:
         yield first, min(num_queries, first + num_tiles * TILE_QUERIES)
 
 
+def launch_constants(blocks: Blocks) -> dict[str, int | None]:
+    """Return the compile-time arguments that cut the work."""
+    return {
+        "TILE": TILE_QUERIES,
+        "BLOCK_T": blocks.rows,
+        "BLOCK_S": blocks.keys,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+        "maxnreg": blocks.registers,
+    }
+
+
 @triton.jit
 def load_ranges(
     key_start: tl.tensor,
