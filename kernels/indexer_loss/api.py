@@ -24,8 +24,8 @@ from megatron_keye.kernels.arguments import (
 )
 from megatron_keye.kernels.indexer_loss import reference
 
-DENSE_IMPLEMENTATIONS = ("eager",)
-"""What exists of the warm-up's loss."""
+DENSE_IMPLEMENTATIONS = ("eager", "triton")
+"""What exists of the warm-up's loss; the default is chosen as for the sparse one."""
 IMPLEMENTATIONS = ("eager", "triton")
 """What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
 
@@ -92,7 +92,8 @@ def dense_indexer_loss(
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
         scale: Factor of the attention's logits, usually C^-0.5.
-        impl: One of DENSE_IMPLEMENTATIONS, or None for the first.
+        impl: One of DENSE_IMPLEMENTATIONS, or None for the default. "triton" takes heads of up to
+            256 channels and is deterministic, gradients included.
 
     Returns:
         kl_TG, float32 (float64 for float64 inputs), in nats.
@@ -102,7 +103,8 @@ def dense_indexer_loss(
 
     Source: arXiv 2606.10651, dense warm-up of the indexer.
     """
-    choose_impl("dense_indexer_loss", impl, DENSE_IMPLEMENTATIONS)
+    default = default_impl(q_TIJ, k_SJ, gate_TI, query_THC, key_SGC)
+    chosen = choose_impl("dense_indexer_loss", impl, DENSE_IMPLEMENTATIONS, default)
     sizes = check_shapes(
         q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI, query_THC=query_THC, key_SGC=key_SGC
     )
@@ -111,6 +113,9 @@ def dense_indexer_loss(
     check_same_dtype(query_THC=query_THC, key_SGC=key_SGC)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
     check_key_ranges(q_TIJ, key_start_T, key_end_T)
-    return reference.dense_indexer_loss(
-        q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, key_start_T, key_end_T, scale=scale
-    )
+    inputs = q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, key_start_T, key_end_T
+    if chosen == "triton":
+        autograd = import_module("megatron_keye.kernels.indexer_loss.autograd_dense")
+        kl_TG: Tensor = autograd.dense_indexer_loss(inputs, scale=scale)
+        return kl_TG
+    return reference.dense_indexer_loss(*inputs, scale=scale)

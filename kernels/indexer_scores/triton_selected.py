@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_keye.kernels.launch import Blocks, adjacent_channels, check_triton, padded
+from megatron_keye.kernels.primitives import load_rows, load_union, locate_rows, store_rows
 from megatron_keye.kernels.union_lists import TILE_QUERIES, UnionLists
 
 SELECTED_BLOCKS = Blocks(rows=16, keys=64, warps=1, stages=3)
@@ -156,14 +157,10 @@ def _selected_kernel(
 ) -> None:
     query = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, PADDED_HEADS)
-    channel = tl.arange(0, PADDED_CHANNELS)
-    is_channel = channel < CHANNELS
-    q_tile = tl.load(
-        q + query * q_stride_t + head[:, None] * q_stride_i + channel[None, :],
-        (head < HEADS)[:, None] & is_channel[None, :],
-        other=0.0,
-    )
-    weight = tl.load(gate + query * gate_stride_t + head * gate_stride_i, head < HEADS, other=0.0)
+    is_head = head < HEADS
+    q_row = q + query * q_stride_t
+    q_tile = load_rows(q_row, head * q_stride_i, is_head, CHANNELS, PADDED_CHANNELS)
+    weight = tl.load(gate + query * gate_stride_t + head * gate_stride_i, is_head, other=0.0)
     weight = weight.to(tl.float32) * scale
     for first in range(0, num_selected, BLOCK_K):
         place = first + tl.arange(0, BLOCK_K)
@@ -171,11 +168,7 @@ def _selected_kernel(
         row = indices + query * index_stride_t
         index = tl.load(row + place * index_stride_k, is_place, other=-1).to(tl.int64)
         is_real = (index >= 0) & (index < num_keys)
-        k_tile = tl.load(
-            k + index[:, None] * k_stride_s + channel[None, :],
-            is_real[:, None] & is_channel[None, :],
-            other=0.0,
-        )
+        k_tile = load_rows(k, index * k_stride_s, is_real, CHANNELS, PADDED_CHANNELS)
         dots = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         score = tl.sum(weight[:, None] * tl.maximum(dots, 0.0), 0)
         score = tl.where(is_real, score, -float("inf"))
@@ -212,35 +205,23 @@ def _selected_backward_kernel(
     BLOCK_U: tl.constexpr,
 ) -> None:
     ROWS: tl.constexpr = QUERIES * PADDED_HEADS
-    part = tl.program_id(0)
-    tile = (part // (TILE // QUERIES)).to(tl.int64)
-    first_local = part % (TILE // QUERIES) * QUERIES
-    row = tl.arange(0, ROWS)
-    query = tile * TILE + first_local + row // PADDED_HEADS
-    head = row % PADDED_HEADS
-    is_row = (query < num_queries) & (head < HEADS)
-    channel = tl.arange(0, PADDED_CHANNELS)
-    is_channel = channel < CHANNELS
-    in_q = is_row[:, None] & is_channel[None, :]
+    tile, query, head, is_row, _ = locate_rows(num_queries, TILE, QUERIES, HEADS, PADDED_HEADS)
     q_offset = query * q_stride_t + head * q_stride_i
-    q_tile = tl.load(q + q_offset[:, None] + channel[None, :], in_q, other=0.0)
+    q_tile = load_rows(q, q_offset, is_row, CHANNELS, PADDED_CHANNELS)
     weight = tl.load(gate + query * gate_stride_t + head * gate_stride_i, is_row, other=0.0)
     weight = weight.to(tl.float32) * scale
     # One row of places for each query.
-    local = first_local + tl.arange(0, QUERIES)
+    local = tl.program_id(0) % (TILE // QUERIES) * QUERIES + tl.arange(0, QUERIES)
     is_query = tile * TILE + local < num_queries
     dscores_row = dscores + (tile * TILE + local)[:, None] * num_selected
     dq_tile = tl.zeros([ROWS, PADDED_CHANNELS], tl.float32)
     dweight = tl.zeros([ROWS], tl.float32)
     num_before = tl.zeros([QUERIES], tl.int32)
+    channel = tl.arange(0, PADDED_CHANNELS)
     count = tl.load(counts + tile)
     for start in range(0, count, BLOCK_U):
-        place = start + tl.arange(0, BLOCK_U)
-        is_real = place < count
-        key = tl.load(keys + tile * capacity + place, is_real, other=0).to(tl.int64)
-        word = tl.load(masks + tile * capacity + place, is_real, other=0).to(tl.int32)
-        in_k = is_real[:, None] & is_channel[None, :]
-        k_tile = tl.load(k + key[:, None] * k_stride_s + channel[None, :], in_k, other=0.0)
+        key, word, is_real = load_union(keys, masks, tile * capacity, start, count, BLOCK_U)
+        k_tile = load_rows(k, key * k_stride_s, is_real, CHANNELS, PADDED_CHANNELS)
         # Rows are ascending, so a key's place in its row is the number of selected keys before.
         is_selected = (word[None, :] >> local[:, None]) & 1
         slot = num_before[:, None] + tl.cumsum(is_selected, 1) - 1
@@ -253,11 +234,11 @@ def _selected_backward_kernel(
         dweight += tl.sum(dscore * tl.maximum(dots, 0.0), 1)
         ddots = tl.where(dots > 0, dscore * weight[:, None], 0.0).to(k_tile.dtype)
         dk_tile = tl.dot(tl.trans(ddots), q_tile, input_precision="ieee")
+        in_k = is_real[:, None] & (channel < CHANNELS)[None, :]
         tl.atomic_add(
             dk + key[:, None] * CHANNELS + channel[None, :], dk_tile, in_k, sem="relaxed"
         )
         dq_tile = tl.dot(ddots, k_tile, dq_tile, input_precision="ieee")
     row_offset = query * HEADS + head
     tl.store(dgate + row_offset, (dweight * scale).to(dgate.dtype.element_ty), is_row)
-    dq_offset = row_offset[:, None] * CHANNELS + channel[None, :]
-    tl.store(dq + dq_offset, dq_tile.to(dq.dtype.element_ty), in_q)
+    store_rows(dq, row_offset * CHANNELS, dq_tile, is_row, CHANNELS, PADDED_CHANNELS)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_keye.kernels.launch import Blocks, padded
+from megatron_keye.kernels.primitives import load_rows, load_union, locate_rows, store_rows
 from megatron_keye.kernels.union_lists import TILE_QUERIES, UnionLists
 
 _MOST_HEADS, _MOST_CHANNELS = 128, 256
@@ -185,43 +186,6 @@ def recover_target(
 
 
 @triton.jit
-def locate_rows(
-    num_queries: int,
-    TILE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    HEADS: tl.constexpr,
-    PADDED_HEADS: tl.constexpr,
-) -> tl.tensor:
-    """Return of this program: tile, query and head of each row, is it real, and its mask bit."""
-    part = tl.program_id(0)
-    group = tl.program_id(1)
-    row = tl.arange(0, QUERIES * PADDED_HEADS)
-    tile = part // (TILE // QUERIES)
-    local = part % (TILE // QUERIES) * QUERIES + row // PADDED_HEADS
-    query = (tile * TILE + local).to(tl.int64)
-    head = row % PADDED_HEADS
-    is_row = (query < num_queries) & (head < HEADS)
-    return tile.to(tl.int64), query, group * HEADS + head, is_row, 1 << local
-
-
-@triton.jit
-def load_union(
-    keys: tl.tensor,
-    masks: tl.tensor,
-    first: tl.tensor,
-    start: tl.tensor,
-    count: tl.tensor,
-    BLOCK_U: tl.constexpr,
-) -> tl.tensor:
-    """Return keys (0 past the end), mask words (0 past the end) and which places are real."""
-    place = start + tl.arange(0, BLOCK_U)
-    is_real = place < count
-    key = tl.load(keys + first + place, is_real, other=0).to(tl.int64)
-    word = tl.load(masks + first + place, is_real, other=0).to(tl.int32)
-    return key, word, is_real
-
-
-@triton.jit
 def _forward_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -246,15 +210,13 @@ def _forward_kernel(
     PADDED_CHANNELS: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ) -> None:
-    tile, query, head, is_row, bit = locate_rows(num_queries, TILE, QUERIES, HEADS, PADDED_HEADS)
-    num_heads = tl.num_programs(1) * HEADS
-    channel = tl.arange(0, PADDED_CHANNELS)
-    is_channel = channel < CHANNELS
+    tile, query, head, is_row, local = locate_rows(num_queries, TILE, QUERIES, HEADS, PADDED_HEADS)
+    bit = 1 << local
+    group = tl.program_id(1)
+    head += group * HEADS
     q_offset = query * q_stride_t + head * q_stride_h
-    in_q = is_row[:, None] & is_channel[None, :]
-    q_tile = tl.load(q + q_offset[:, None] + channel[None, :], in_q, other=0.0)
-    k_group = k + tl.program_id(1) * k_stride_g + channel[None, :]
-    v_group = v + tl.program_id(1) * k_stride_g + channel[None, :]
+    q_tile = load_rows(q, q_offset, is_row, CHANNELS, PADDED_CHANNELS)
+    k_group, v_group = k + group * k_stride_g, v + group * k_stride_g
     # Finite, so that a row without any key meets no inf - inf.
     top = tl.full([QUERIES * PADDED_HEADS], -1.0e38, tl.float32)
     total = tl.zeros([QUERIES * PADDED_HEADS], tl.float32)
@@ -262,9 +224,8 @@ def _forward_kernel(
     count = tl.load(counts + tile)
     for start in range(0, count, BLOCK_U):
         key, word, is_real = load_union(keys, masks, tile * capacity, start, count, BLOCK_U)
-        in_k = is_real[:, None] & is_channel[None, :]
-        k_tile = tl.load(k_group + key[:, None] * k_stride_s, in_k, other=0.0)
-        v_tile = tl.load(v_group + key[:, None] * k_stride_s, in_k, other=0.0)
+        k_tile = load_rows(k_group, key * k_stride_s, is_real, CHANNELS, PADDED_CHANNELS)
+        v_tile = load_rows(v_group, key * k_stride_s, is_real, CHANNELS, PADDED_CHANNELS)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
         logits = tl.where((word[None, :] & bit[:, None]) != 0, logits, -float("inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
@@ -277,10 +238,9 @@ def _forward_kernel(
     has_keys = total > 0
     sums = sums / tl.where(has_keys, total, 1.0)[:, None]
     row_lse = tl.where(has_keys, top + tl.log2(total), float("inf"))
-    row = query * num_heads + head
+    row = query * (tl.num_programs(1) * HEADS) + head
     tl.store(lse + row, row_lse, is_row)
-    out_row = out + row[:, None] * CHANNELS + channel[None, :]
-    tl.store(out_row, sums.to(out.dtype.element_ty), in_q)
+    store_rows(out, row * CHANNELS, sums, is_row, CHANNELS, PADDED_CHANNELS)
 
 
 @triton.jit
@@ -308,14 +268,12 @@ def _target_kernel(
     query = tl.program_id(0).to(tl.int64)
     group, num_groups = tl.program_id(1), tl.num_programs(1)
     head = tl.arange(0, PADDED_HEADS)
-    channel = tl.arange(0, PADDED_CHANNELS)
-    is_head, is_channel = head < HEADS, channel < CHANNELS
-    q_row = q + query * q_stride_t + (group * HEADS + head)[:, None] * q_stride_h
-    in_q = is_head[:, None] & is_channel[None, :]
-    q_tile = tl.load(q_row + channel[None, :], in_q, other=0.0)
+    is_head = head < HEADS
+    q_offset = (group * HEADS + head) * q_stride_h
+    q_tile = load_rows(q + query * q_stride_t, q_offset, is_head, CHANNELS, PADDED_CHANNELS)
     lse_row = lse + query * (num_groups * HEADS) + group * HEADS
     head_lse = tl.load(lse_row + head, is_head, other=float("inf"))
-    k_group = k + group * k_stride_g + channel[None, :]
+    k_group = k + group * k_stride_g
     target_row = target + (query * num_groups + group) * num_selected
     index_row = indices + query * index_stride_t
     for start in range(0, num_selected, BLOCK_K):
@@ -323,8 +281,7 @@ def _target_kernel(
         is_place = place < num_selected
         index = tl.load(index_row + place * index_stride_k, is_place, other=-1).to(tl.int64)
         is_real = (index >= 0) & (index < num_keys)
-        in_k = is_real[:, None] & is_channel[None, :]
-        k_tile = tl.load(k_group + index[:, None] * k_stride_s, in_k, other=0.0)
+        k_tile = load_rows(k_group, index * k_stride_s, is_real, CHANNELS, PADDED_CHANNELS)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
         weights = tl.sum(tl.exp2(logits - head_lse[:, None]), 0) / HEADS
         tl.store(target_row + place, tl.where(is_real, weights, 0.0), is_place)

@@ -16,12 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_keye.kernels.launch import Blocks
-from megatron_keye.kernels.sparse_attention.triton import (
-    choose_blocks,
-    lay_out_rows,
-    load_union,
-    locate_rows,
-)
+from megatron_keye.kernels.primitives import load_rows, load_union, locate_rows, store_rows
+from megatron_keye.kernels.sparse_attention.triton import choose_blocks, lay_out_rows
 from megatron_keye.kernels.union_lists import UnionLists
 
 BACKWARD_BLOCKS = Blocks(rows=128, keys=32, warps=8, stages=2, registers=128)
@@ -160,21 +156,20 @@ def _backward_kernel(
     BLOCK_U: tl.constexpr,
     IN_INTEGERS: tl.constexpr,
 ) -> None:
-    tile, query, head, is_row, bit = locate_rows(num_queries, TILE, QUERIES, HEADS, PADDED_HEADS)
+    tile, query, head, is_row, local = locate_rows(num_queries, TILE, QUERIES, HEADS, PADDED_HEADS)
+    bit = 1 << local
     group, num_groups = tl.program_id(1), tl.num_programs(1)
-    channel = tl.arange(0, PADDED_CHANNELS)
-    is_channel = channel < CHANNELS
-    in_q = is_row[:, None] & is_channel[None, :]
+    head += group * HEADS
     q_offset = query * q_stride_t + head * q_stride_h
-    q_tile = tl.load(q + q_offset[:, None] + channel[None, :], in_q, other=0.0)
+    q_tile = load_rows(q, q_offset, is_row, CHANNELS, PADDED_CHANNELS)
     row = query * (num_groups * HEADS) + head
-    dense_offset = row[:, None] * CHANNELS + channel[None, :]
-    dout_tile = tl.load(dout + dense_offset, in_q, other=0.0)
-    out_tile = tl.load(out + dense_offset, in_q, other=0.0)
+    dout_tile = load_rows(dout, row * CHANNELS, is_row, CHANNELS, PADDED_CHANNELS)
+    out_tile = load_rows(out, row * CHANNELS, is_row, CHANNELS, PADDED_CHANNELS)
     mean = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     row_lse = tl.load(lse + row, is_row, other=float("inf"))
-    k_group = k + group * k_stride_g + channel[None, :]
-    v_group = v + group * k_stride_g + channel[None, :]
+    k_group, v_group = k + group * k_stride_g, v + group * k_stride_g
+    channel = tl.arange(0, PADDED_CHANNELS)
+    is_channel = channel < CHANNELS
     dk_group = dk + group * CHANNELS + channel[None, :]
     dv_group = dv + group * CHANNELS + channel[None, :]
     dk_unit = 1.0
@@ -187,8 +182,8 @@ def _backward_kernel(
     for start in range(0, count, BLOCK_U):
         key, word, is_real = load_union(keys, masks, tile * capacity, start, count, BLOCK_U)
         in_k = is_real[:, None] & is_channel[None, :]
-        k_tile = tl.load(k_group + key[:, None] * k_stride_s, in_k, other=0.0)
-        v_tile = tl.load(v_group + key[:, None] * k_stride_s, in_k, other=0.0)
+        k_tile = load_rows(k_group, key * k_stride_s, is_real, CHANNELS, PADDED_CHANNELS)
+        v_tile = load_rows(v_group, key * k_stride_s, is_real, CHANNELS, PADDED_CHANNELS)
         sums = key[:, None] * (num_groups * CHANNELS)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
         weights = tl.exp2(logits - row_lse[:, None])
@@ -201,4 +196,4 @@ def _backward_kernel(
         dk_tile = tl.dot(tl.trans(q_tile), dlogits, input_precision="ieee") * scale
         _add(dk_group + sums, tl.trans(dk_tile), in_k, dk_unit, IN_INTEGERS)
         dq_tile = tl.dot(dlogits, k_tile, dq_tile, input_precision="ieee")
-    tl.store(dq + dense_offset, (dq_tile * scale).to(dq.dtype.element_ty), in_q)
+    store_rows(dq, row * CHANNELS, dq_tile * scale, is_row, CHANNELS, PADDED_CHANNELS)

@@ -1,0 +1,347 @@
+"""The decode in Triton: scores over the pages, the exact top-k, attention in parts, their sum.
+
+A single query would leave most of a GPU idle, so its keys are scored by many programs and its
+selected keys are shared out to several, whose outputs the last kernel weighs and adds.
+
+Shape letters: B sequences, T new queries of each, S keys, I indexer heads, J indexer channels,
+H query heads, G key-value heads, C channels of a head, K selected keys, P pages of the cache,
+L places of a page, N pages of a sequence, X parts of a selection.
+"""
+
+import math
+from importlib import import_module
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_keye.kernels.decode.reference import PagedCache
+from megatron_keye.kernels.launch import Blocks, adjacent_channels, check_triton, padded
+from megatron_keye.kernels.primitives import load_rows
+from megatron_keye.kernels.select_top_k import select_top_k
+
+SCORE_BLOCKS = Blocks(rows=16, keys=128, warps=4, stages=2)
+ATTEND_BLOCKS = Blocks(rows=16, keys=64, warps=4, stages=2)
+PROGRAMS = 512
+"""Programs of the attention that selections are cut for: about four a multiprocessor."""
+_MOST_HEADS, _MOST_CHANNELS = 64, 256
+
+
+def sparse_decode(
+    q_BTIJ: Tensor,
+    gate_BTI: Tensor,
+    query_BTHC: Tensor,
+    cache: PagedCache,
+    k: int,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return out_BTHC and indices_BTK; see api.sparse_decode.
+
+    Raises:
+        ValueError: More heads or channels than the kernels take, or types that they do not take.
+    """
+    q_BTIJ, query_BTHC, cache = _checked(q_BTIJ, gate_BTI, query_BTHC, cache)
+    num_rows = q_BTIJ.shape[0] * q_BTIJ.shape[1]
+    indices_BTK = cache.pages_BN.new_empty((*q_BTIJ.shape[:2], k), dtype=torch.int32)
+    out_BTHC = torch.empty_like(query_BTHC, memory_format=torch.contiguous_format)
+    if num_rows == 0 or cache.pages_BN.numel() == 0 or len(cache.keys_PLGC) == 0:
+        return out_BTHC.zero_(), indices_BTK.fill_(-1)
+    scores_TS, end_T = _score(q_BTIJ, gate_BTI, cache)
+    is_built = import_module("megatron_keye.kernels.select_top_k.cuda").is_built()
+    name = "cuda" if q_BTIJ.is_cuda and is_built else "triton"
+    indices_TK = select_top_k(scores_TS, torch.zeros_like(end_T), end_T, k, impl=name)
+    _attend(query_BTHC, cache, indices_TK, out_BTHC, scale=scale)
+    return out_BTHC, indices_TK.view(indices_BTK.shape)
+
+
+def _checked(
+    q_BTIJ: Tensor, gate_BTI: Tensor, query_BTHC: Tensor, cache: PagedCache
+) -> tuple[Tensor, Tensor, PagedCache]:
+    """Return the inputs as the kernels read them."""
+    check_triton(
+        "sparse_decode",
+        q_BTIJ,
+        q_BTIJ=q_BTIJ,
+        gate_BTI=gate_BTI,
+        query_BTHC=query_BTHC,
+    )
+    heads = max(q_BTIJ.shape[2], query_BTHC.shape[2] // cache.keys_PLGC.shape[2])
+    channels = max(q_BTIJ.shape[3], query_BTHC.shape[3])
+    if heads > _MOST_HEADS or channels > _MOST_CHANNELS:
+        raise ValueError(
+            f"sparse_decode: impl 'triton' got {heads} heads (of the indexer or of a group) of "
+            f"{channels} channels, expected at most {_MOST_HEADS} of {_MOST_CHANNELS}; take "
+            "impl='eager'"
+        )
+    keys_PLGC, values_PLGC, index_keys_PLJ = map(adjacent_channels, cache[:3])
+    if keys_PLGC.stride() != values_PLGC.stride():
+        keys_PLGC, values_PLGC = keys_PLGC.contiguous(), values_PLGC.contiguous()
+    cache = PagedCache(
+        keys_PLGC,
+        values_PLGC,
+        index_keys_PLJ,
+        adjacent_channels(cache.pages_BN),
+        cache.lengths_B.contiguous(),
+    )
+    return q_BTIJ.contiguous(), query_BTHC.contiguous(), cache
+
+
+def _score(q_BTIJ: Tensor, gate_BTI: Tensor, cache: PagedCache) -> tuple[Tensor, Tensor]:
+    """Return scores [B * T, S], unspecified past a query's end, and end_T, those ends [B * T]."""
+    num_sequences, num_queries, num_heads, num_channels = q_BTIJ.shape
+    (num_pages, page_size), capacity = cache.index_keys_PLJ.shape[:2], cache.pages_BN.shape[1]
+    num_keys = capacity * page_size
+    scores_TS = q_BTIJ.new_empty((num_sequences * num_queries, num_keys), dtype=torch.float32)
+    end_T = cache.lengths_B.new_empty(num_sequences * num_queries)
+    _score_kernel[(triton.cdiv(num_keys, SCORE_BLOCKS.keys), num_sequences)](
+        q_BTIJ,
+        gate_BTI,
+        cache.index_keys_PLJ,
+        cache.pages_BN,
+        cache.lengths_B,
+        scores_TS,
+        end_T,
+        num_keys,
+        num_pages,
+        num_channels**-0.5,
+        *gate_BTI.stride(),
+        *cache.index_keys_PLJ.stride()[:2],
+        cache.pages_BN.stride(0),
+        QUERIES=num_queries,
+        HEADS=num_heads,
+        PADDED_HEADS=padded(num_heads),
+        CHANNELS=num_channels,
+        PADDED_CHANNELS=padded(num_channels),
+        PAGE=page_size,
+        BLOCK_S=SCORE_BLOCKS.keys,
+        num_warps=SCORE_BLOCKS.warps,
+        num_stages=SCORE_BLOCKS.stages,
+    )
+    return scores_TS, end_T
+
+
+def _attend(
+    query_BTHC: Tensor, cache: PagedCache, indices_TK: Tensor, out_BTHC: Tensor, *, scale: float
+) -> None:
+    """Write the attention over the selected keys to out_BTHC."""
+    _, num_queries, num_heads, num_channels = query_BTHC.shape
+    num_pages, page_size, num_groups, _ = cache.keys_PLGC.shape
+    num_rows, num_selected = indices_TK.shape
+    wanted = max(1, PROGRAMS // (num_rows * num_groups))
+    steps = triton.cdiv(triton.cdiv(num_selected, ATTEND_BLOCKS.keys), wanted)
+    num_parts = triton.cdiv(num_selected, steps * ATTEND_BLOCKS.keys)
+    part_TXHC = query_BTHC.new_empty(
+        (num_rows, num_parts, num_heads, num_channels), dtype=torch.float32
+    )
+    lse_TXH = part_TXHC.new_empty(part_TXHC.shape[:3])
+    sizes = {
+        "HEADS": num_heads // num_groups,
+        "CHANNELS": num_channels,
+        "PADDED_CHANNELS": padded(num_channels),
+    }
+    _attend_kernel[(num_rows, num_groups, num_parts)](
+        query_BTHC,
+        cache.keys_PLGC,
+        cache.values_PLGC,
+        cache.pages_BN,
+        indices_TK,
+        part_TXHC,
+        lse_TXH,
+        num_selected,
+        num_pages,
+        steps * ATTEND_BLOCKS.keys,
+        scale * math.log2(math.e),
+        *cache.keys_PLGC.stride()[:3],
+        cache.pages_BN.stride(0),
+        QUERIES=num_queries,
+        PADDED_HEADS=padded(num_heads // num_groups),
+        PAGE=page_size,
+        BLOCK_K=ATTEND_BLOCKS.keys,
+        **sizes,
+        num_warps=ATTEND_BLOCKS.warps,
+        num_stages=ATTEND_BLOCKS.stages,
+    )
+    _merge_kernel[(num_rows, num_heads)](
+        part_TXHC,
+        lse_TXH,
+        out_BTHC,
+        num_parts,
+        CHANNELS=num_channels,
+        PADDED_CHANNELS=padded(num_channels),
+        PADDED_PARTS=padded(num_parts, smallest=1),
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _find_slots(
+    pages: tl.tensor,
+    key: tl.tensor,
+    is_key: tl.tensor,
+    num_pages: int,
+    PAGE: tl.constexpr,
+) -> tl.tensor:
+    """Return page and place of each key, and which of them exist."""
+    page = tl.load(pages + key // PAGE, is_key, other=-1)
+    return page.to(tl.int64), key % PAGE, (page >= 0) & (page < num_pages)
+
+
+@triton.jit
+def _score_kernel(
+    q: tl.tensor,
+    gate: tl.tensor,
+    index_keys: tl.tensor,
+    pages: tl.tensor,
+    lengths: tl.tensor,
+    scores: tl.tensor,
+    ends: tl.tensor,
+    num_keys: int,
+    num_pages: int,
+    scale: float,
+    gate_stride_b: int,
+    gate_stride_t: int,
+    gate_stride_i: int,
+    key_stride_p: int,
+    key_stride_l: int,
+    page_stride_b: int,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    sequence = tl.program_id(1).to(tl.int64)
+    length = tl.minimum(tl.load(lengths + sequence), num_keys)
+    first = tl.program_id(0) * BLOCK_S
+    if first == 0:
+        for query in range(QUERIES):
+            end = tl.maximum(length - (QUERIES - 1 - query), 0)
+            tl.store(ends + sequence * QUERIES + query, end)
+    if first < length:
+        key = first + tl.arange(0, BLOCK_S)
+        is_key = key < length
+        page, place, is_real = _find_slots(
+            pages + sequence * page_stride_b, key, is_key, num_pages, PAGE
+        )
+        k_tile = load_rows(
+            index_keys,
+            page * key_stride_p + place * key_stride_l,
+            is_real,
+            CHANNELS,
+            PADDED_CHANNELS,
+        )
+        head = tl.arange(0, PADDED_HEADS)
+        for query in range(QUERIES):
+            row = sequence * QUERIES + query
+            q_tile = load_rows(
+                q + row * (HEADS * CHANNELS),
+                head * CHANNELS,
+                head < HEADS,
+                CHANNELS,
+                PADDED_CHANNELS,
+            )
+            gate_row = gate + sequence * gate_stride_b + query * gate_stride_t
+            weight = tl.load(gate_row + head * gate_stride_i, head < HEADS, other=0.0)
+            # Keys as rows: the sum over heads then stays within four threads.
+            dots = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            score = tl.sum(weight.to(tl.float32)[None, :] * tl.maximum(dots, 0.0), 1) * scale
+            score = tl.where(is_real, score, -float("inf"))
+            tl.store(scores + row * num_keys + key, score, is_key)
+
+
+@triton.jit
+def _attend_kernel(
+    query_heads: tl.tensor,
+    keys: tl.tensor,
+    values: tl.tensor,
+    pages: tl.tensor,
+    indices: tl.tensor,
+    parts: tl.tensor,
+    lse: tl.tensor,
+    num_selected: int,
+    num_pages: int,
+    part_size: int,
+    scale_log2: float,
+    key_stride_p: int,
+    key_stride_l: int,
+    key_stride_g: int,
+    page_stride_b: int,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    group, num_groups = tl.program_id(1), tl.num_programs(1)
+    part, num_parts = tl.program_id(2), tl.num_programs(2)
+    head = tl.arange(0, PADDED_HEADS)
+    is_head = head < HEADS
+    query_tile = load_rows(
+        query_heads + (row * num_groups + group) * (HEADS * CHANNELS),
+        head * CHANNELS,
+        is_head,
+        CHANNELS,
+        PADDED_CHANNELS,
+    )
+    # Finite, so that a row without any key meets no inf - inf.
+    top = tl.full([PADDED_HEADS], -1.0e38, tl.float32)
+    total = tl.zeros([PADDED_HEADS], tl.float32)
+    sums = tl.zeros([PADDED_HEADS, PADDED_CHANNELS], tl.float32)
+    for start in range(part * part_size, (part + 1) * part_size, BLOCK_K):
+        place = start + tl.arange(0, BLOCK_K)
+        key = tl.load(indices + row * num_selected + place, place < num_selected, other=-1)
+        page, place, is_real = _find_slots(
+            pages + row // QUERIES * page_stride_b, key, key >= 0, num_pages, PAGE
+        )
+        offset = page * key_stride_p + place * key_stride_l + group * key_stride_g
+        key_tile = load_rows(keys, offset, is_real, CHANNELS, PADDED_CHANNELS)
+        value_tile = load_rows(values, offset, is_real, CHANNELS, PADDED_CHANNELS)
+        logits = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee") * scale_log2
+        logits = tl.where(is_real[None, :], logits, -float("inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        sums = sums * shrink[:, None]
+        sums = tl.dot(weights.to(value_tile.dtype), value_tile, sums, input_precision="ieee")
+        top = new_top
+    has_keys = total > 0
+    sums = sums / tl.where(has_keys, total, 1.0)[:, None]
+    part_lse = tl.where(has_keys, top + tl.log2(total), -float("inf"))
+    place = ((row * num_parts + part) * num_groups + group) * HEADS + head
+    tl.store(lse + place, part_lse, is_head)
+    channel = tl.arange(0, PADDED_CHANNELS)
+    is_stored = is_head[:, None] & (channel < CHANNELS)[None, :]
+    tl.store(parts + place[:, None] * CHANNELS + channel[None, :], sums, is_stored)
+
+
+@triton.jit
+def _merge_kernel(
+    parts: tl.tensor,
+    lse: tl.tensor,
+    out: tl.tensor,
+    num_parts: int,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+    PADDED_PARTS: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    head, num_heads = tl.program_id(1), tl.num_programs(1)
+    part = tl.arange(0, PADDED_PARTS)
+    place = (row * num_parts + part) * num_heads + head
+    part_lse = tl.load(lse + place, part < num_parts, other=-float("inf"))
+    top = tl.max(part_lse, 0)
+    weight = tl.exp2(part_lse - tl.where(top > -float("inf"), top, 0.0))
+    total = tl.sum(weight, 0)
+    tile = load_rows(parts, place * CHANNELS, part < num_parts, CHANNELS, PADDED_CHANNELS)
+    merged = tl.sum(weight[:, None] * tile, 0) / tl.where(total > 0, total, 1.0)
+    channel = tl.arange(0, PADDED_CHANNELS)
+    out_row = out + (row * num_heads + head) * CHANNELS
+    tl.store(out_row + channel, merged.to(out.dtype.element_ty), channel < CHANNELS)

@@ -1,0 +1,195 @@
+"""What the Triton kernels of the warm-up's loss share: inputs, tiles, and the target of a tile.
+
+Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query heads,
+G key-value heads, C channels of a head, B tiles of queries.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_keye.kernels.launch import Blocks, adjacent_channels, check_triton, padded
+from megatron_keye.kernels.primitives import load_rows
+
+TILE_QUERIES = 128
+"""Queries whose ranges are joined: what none of them sees is skipped. Blocks divide it."""
+CHUNK_BYTES = 2**29
+"""Bytes of one chunk's gradient of the scores; 2,048 rows of 128K keys."""
+FLOAT32_BLOCKS = Blocks(rows=32, keys=32, warps=4, stages=1)
+_MOST_CHANNELS = 256
+
+
+class DenseInputs(NamedTuple):
+    """What the loss is computed from; channels adjacent."""
+
+    q_TIJ: Tensor
+    k_SJ: Tensor
+    gate_TI: Tensor
+    query_THC: Tensor
+    key_SGC: Tensor
+    key_start_T: Tensor
+    key_end_T: Tensor
+
+    def checked(self) -> "DenseInputs":
+        """Return the inputs as the kernels read them.
+
+        Raises:
+            ValueError: More channels than the kernels take, or types that they do not take.
+        """
+        named = self._asdict()
+        floats = {name: named[name] for name in self._fields[:5]}
+        check_triton("dense_indexer_loss", self.q_TIJ, **floats)
+        most = max(self.q_TIJ.shape[2], self.query_THC.shape[2])
+        if most > _MOST_CHANNELS:
+            raise ValueError(
+                f"dense_indexer_loss: got heads of {most} channels, expected at most "
+                f"{_MOST_CHANNELS} with impl 'triton'; take impl='eager'"
+            )
+        heads = {n: adjacent_channels(t) for n, t in floats.items() if n != "gate_TI"}
+        ranges = {n: named[n].contiguous() for n in ("key_start_T", "key_end_T")}
+        return self._replace(**heads, **ranges)
+
+    def sizes(self) -> tuple[int, int]:
+        """Return T and S."""
+        return self.q_TIJ.shape[0], self.k_SJ.shape[0]
+
+    def score_arguments(self) -> tuple[Tensor | int, ...]:
+        """Return what a kernel needs for the indexer's scores."""
+        q, k, gate = self[:3]
+        return q, k, gate, *q.stride()[:2], k.stride(0), *gate.stride()
+
+    def attention_arguments(self) -> tuple[Tensor | int, ...]:
+        """Return what a kernel needs for the attention's weights."""
+        query, key = self[3:5]
+        return query, key, *query.stride()[:2], *key.stride()[:2]
+
+    def constants(self) -> dict[str, int]:
+        """Return the sizes that kernels are compiled for."""
+        (_, heads, channels), (_, groups, _) = self.query_THC.shape, self.key_SGC.shape
+        return {
+            "GROUPS": groups,
+            "HEADS": heads // groups,
+            "CHANNELS": channels,
+            "PADDED_CHANNELS": padded(channels),
+            **self.indexer_constants(),
+        }
+
+    def indexer_constants(self) -> dict[str, int]:
+        """Return those of the indexer alone."""
+        _, heads, channels = self.q_TIJ.shape
+        return {
+            "INDEXER_HEADS": heads,
+            "INDEXER_CHANNELS": channels,
+            "PADDED_INDEXER_CHANNELS": padded(channels),
+        }
+
+    def blocks(self, tuned: Blocks) -> Blocks:
+        """Return the cut of the work: `tuned`, or the one for float32 if any input is that."""
+        is_wide = any(tensor.dtype == torch.float32 for tensor in (self.q_TIJ, self.query_THC))
+        return FLOAT32_BLOCKS if is_wide else tuned
+
+
+def span_tiles(key_start_T: Tensor, key_end_T: Tensor, num_keys: int) -> Tensor:
+    """Return spans_B4, int32: the keys that any query of a tile sees, and those that all see.
+
+    Args:
+        key_start_T: First visible key.
+        key_end_T: One past the last visible key.
+        num_keys: S.
+    """
+    is_empty_T = key_start_T >= key_end_T
+    fill = -len(key_start_T) % TILE_QUERIES
+
+    def tiles(bound_T: Tensor, of_empty: int, of_none: int) -> Tensor:
+        bound_T = bound_T.masked_fill(is_empty_T, of_empty)
+        return torch.nn.functional.pad(bound_T, (0, fill), value=of_none).view(-1, TILE_QUERIES)
+
+    spans = [
+        tiles(key_start_T, num_keys, num_keys).amin(1),
+        tiles(key_end_T, 0, 0).amax(1),
+        tiles(key_start_T, num_keys, 0).amax(1),
+        tiles(key_end_T, 0, num_keys).amin(1),
+    ]
+    return torch.stack(spans, dim=1).int()
+
+
+def query_chunks(num_queries: int, num_keys: int) -> Iterator[tuple[int, int]]:
+    """Yield first and last query (exclusive) of each chunk; chunks consist of whole tiles."""
+    num_tiles = max(1, CHUNK_BYTES // (2 * TILE_QUERIES * max(1, num_keys)))
+    for first in range(0, num_queries, num_tiles * TILE_QUERIES):
+        yield first, min(num_queries, first + num_tiles * TILE_QUERIES)
+
+
+def launch_constants(blocks: Blocks) -> dict[str, int | None]:
+    """Return the compile-time arguments that cut the work."""
+    return {
+        "TILE": TILE_QUERIES,
+        "BLOCK_T": blocks.rows,
+        "BLOCK_S": blocks.keys,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+        "maxnreg": blocks.registers,
+    }
+
+
+@triton.jit
+def load_ranges(
+    key_start: tl.tensor,
+    key_end: tl.tensor,
+    local: tl.tensor,
+    is_query: tl.tensor,
+    first_key: tl.tensor,
+) -> tl.tensor:
+    """Return each query's range, counted from `first_key`; an empty one where no query is."""
+    start = tl.load(key_start + local, is_query, other=first_key) - first_key
+    end = tl.load(key_end + local, is_query, other=first_key) - first_key
+    return start.to(tl.int32), end.to(tl.int32)
+
+
+@triton.jit
+def is_spanned(
+    spans: tl.tensor,
+    query: tl.tensor,
+    key: tl.tensor,
+    TILE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> tl.tensor:
+    """Return whether the tile of a query may see any key of the block that begins at `key`."""
+    span = spans + query // TILE * 4
+    return (key < tl.load(span + 1)) & (key + BLOCK_S > tl.load(span))
+
+
+@triton.jit
+def sum_weights(
+    query_rows: tl.tensor,
+    lse_rows: tl.tensor,
+    key_tile: tl.tensor,
+    local: tl.tensor,
+    is_query: tl.tensor,
+    sums: tl.tensor,
+    factor: tl.tensor,
+    query_stride_t: int,
+    query_stride_h: int,
+    scale_log2: float,
+    HEADS: tl.constexpr,
+    ALL_HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+) -> tl.tensor:
+    """Return sums + factor * the weights of a group's heads; any value outside the ranges."""
+    for head in range(HEADS):
+        query_tile = load_rows(
+            query_rows + head * query_stride_h,
+            local * query_stride_t,
+            is_query,
+            CHANNELS,
+            PADDED_CHANNELS,
+        )
+        lse = tl.load(lse_rows + head + local * ALL_HEADS, is_query, other=float("inf"))
+        logits = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee")
+        sums += factor[:, None] * tl.exp2(logits * scale_log2 - lse[:, None])
+    return sums

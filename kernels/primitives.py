@@ -1,0 +1,111 @@
+"""Triton functions that the kernels of several operators share.
+
+Kept to what reads the same in each of them: tiles of rows, the walk over a union, the indexer's
+scores.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(
+    base: tl.tensor,
+    offset: tl.tensor,
+    is_row: tl.tensor,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+) -> tl.tensor:
+    """Return [rows, PADDED_CHANNELS]: adjacent channels from `offset` on, 0 where not real.
+
+    Offsets from a near base can be int32, which takes half the registers.
+    """
+    channel = tl.arange(0, PADDED_CHANNELS)
+    is_real = is_row[:, None] & (channel < CHANNELS)[None, :]
+    return tl.load(base + (offset[:, None] + channel[None, :]), is_real, other=0.0)
+
+
+@triton.jit
+def store_rows(
+    base: tl.tensor,
+    offset: tl.tensor,
+    tile: tl.tensor,
+    is_row: tl.tensor,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+) -> None:
+    """Store a tile of rows, in the type of memory, where `load_rows` would load it."""
+    channel = tl.arange(0, PADDED_CHANNELS)
+    is_real = is_row[:, None] & (channel < CHANNELS)[None, :]
+    tl.store(base + (offset[:, None] + channel[None, :]), tile.to(base.dtype.element_ty), is_real)
+
+
+@triton.jit
+def locate_rows(
+    num_queries: int,
+    TILE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED_HEADS: tl.constexpr,
+) -> tl.tensor:
+    """Return a program's rows, query * heads + head, of a tile whose queries share a union.
+
+    Tile, query and head of each row, whether it is real, and its query's place in the tile.
+    """
+    part = tl.program_id(0)
+    row = tl.arange(0, QUERIES * PADDED_HEADS)
+    tile = part // (TILE // QUERIES)
+    local = part % (TILE // QUERIES) * QUERIES + row // PADDED_HEADS
+    query = (tile * TILE + local).to(tl.int64)
+    head = row % PADDED_HEADS
+    is_row = (query < num_queries) & (head < HEADS)
+    return tile.to(tl.int64), query, head, is_row, local
+
+
+@triton.jit
+def load_union(
+    keys: tl.tensor,
+    masks: tl.tensor,
+    first: tl.tensor,
+    start: tl.tensor,
+    count: tl.tensor,
+    BLOCK_U: tl.constexpr,
+) -> tl.tensor:
+    """Return keys (0 past the end), mask words (0 past the end) and which places are real."""
+    place = start + tl.arange(0, BLOCK_U)
+    is_real = place < count
+    key = tl.load(keys + first + place, is_real, other=0).to(tl.int64)
+    word = tl.load(masks + first + place, is_real, other=0).to(tl.int32)
+    return key, word, is_real
+
+
+@triton.jit
+def score_tile(
+    q_rows: tl.tensor,
+    gate_rows: tl.tensor,
+    k_tile: tl.tensor,
+    local: tl.tensor,
+    is_query: tl.tensor,
+    q_stride_t: int,
+    q_stride_i: int,
+    gate_stride_t: int,
+    gate_stride_i: int,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+) -> tl.tensor:
+    """Return the indexer's scores [queries, keys] before their factor J^-0.5.
+
+    Walks the heads, so that their sum never leaves a thread. `local` counts queries from the one
+    at which `q_rows` and `gate_rows` point.
+    """
+    scores = tl.zeros([local.shape[0], k_tile.shape[0]], tl.float32)
+    for head in range(HEADS):
+        q_tile = load_rows(
+            q_rows + head * q_stride_i, local * q_stride_t, is_query, CHANNELS, PADDED_CHANNELS
+        )
+        gate_places = gate_rows + head * gate_stride_i + local * gate_stride_t
+        weight = tl.load(gate_places, is_query, other=0.0).to(tl.float32)
+        dots = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        scores += weight[:, None] * tl.maximum(dots, 0.0)
+    return scores

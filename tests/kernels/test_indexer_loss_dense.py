@@ -1,0 +1,250 @@
+"""Tests of the warm-up's loss in Triton; the eager form has its tests in test_indexer_loss.py."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_keye.kernels.indexer_loss import dense_indexer_loss
+from tests.support.numerics import (
+    assert_close,
+    assert_norm_close,
+    device,
+    document_ranges,
+    gradients,
+    make_tensor,
+    moved,
+    odd_ranges,
+    trainable,
+)
+
+SCALE = 0.3
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+Attention = tuple[Tensor, Tensor]
+
+
+def make_inputs(
+    num_queries: int,
+    num_keys: int,
+    *,
+    indexer: tuple[int, int] = (3, 12),
+    attention: tuple[int, int, int] = (4, 2, 10),
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Inputs, Attention]:
+    """Return q_TIJ, k_SJ, gate_TI and query_THC, key_SGC; sizes are (I, J) and (H, G, C)."""
+    heads, groups, channels = attention
+    of_indexer = (
+        make_tensor(num_queries, *indexer, seed=1, dtype=dtype),
+        make_tensor(num_keys, indexer[1], seed=2, dtype=dtype),
+        make_tensor(num_queries, indexer[0], seed=3, dtype=dtype),
+    )
+    of_attention = (
+        make_tensor(num_queries, heads, channels, seed=4, dtype=dtype),
+        make_tensor(num_keys, groups, channels, seed=5, dtype=dtype),
+    )
+    return moved(of_indexer, "triton"), moved(of_attention, "triton")
+
+
+def loss_and_gradients(
+    indexer: Inputs, attention: Attention, ranges: tuple[Tensor, Tensor], impl: str = "triton"
+) -> list[Tensor]:
+    """Return kl_TG, dq_TIJ, dk_SJ and dgate_TI; in float64 with impl "eager"."""
+    dtype = torch.float64 if impl == "eager" else indexer[0].dtype
+    q_TIJ, k_SJ, gate_TI = (tensor.detach().to(dtype) for tensor in indexer)
+    inputs = trainable((q_TIJ, k_SJ, gate_TI))
+    kl_TG = dense_indexer_loss(
+        *inputs,
+        *(tensor.to(dtype) for tensor in attention),
+        *moved(ranges, "triton"),
+        scale=SCALE,
+        impl=impl,
+    )
+    return [kl_TG.detach(), *gradients(kl_TG, *inputs)]
+
+
+def assert_equals_float64(
+    indexer: Inputs, attention: Attention, ranges: tuple[Tensor, Tensor], tolerance: float
+) -> list[Tensor]:
+    """Compare value and gradients with the eager form; return what Triton gave."""
+    got = loss_and_gradients(indexer, attention, ranges)
+    wanted = loss_and_gradients(indexer, attention, ranges, "eager")
+    assert_close(got[0], wanted[0], 2e-5)
+    for actual, expected, given in zip(got[1:], wanted[1:], indexer, strict=True):
+        assert actual.dtype == given.dtype, "gradient type"
+        assert_norm_close(actual, expected, tolerance)
+    return got
+
+
+SHAPES = [
+    # queries, keys, (I, J), (H, G, C): odd ones first, groups of 1, 3 and 8 heads.
+    (1, 1, (1, 1), (1, 1, 1)),
+    (33, 70, (3, 12), (6, 2, 10)),
+    (9, 130, (2, 16), (2, 2, 16)),
+    (40, 40, (1, 5), (8, 1, 20)),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_triton_equals_eager_in_float64(
+    shape: tuple[int, int, tuple[int, int], tuple[int, int, int]], fill_new_with_nan: None
+) -> None:
+    num_queries, num_keys, indexer, attention = shape
+    inputs = make_inputs(num_queries, num_keys, indexer=indexer, attention=attention)
+    assert_equals_float64(*inputs, odd_ranges(num_queries, num_keys, seed=6), 5e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2.0**-6), (torch.float16, 2.0**-6)]
+)
+def test_16_bit_inputs_span_several_tiles_and_blocks(
+    dtype: torch.dtype, tolerance: float, fill_new_with_nan: None
+) -> None:
+    inputs = make_inputs(140, 150, indexer=(2, 16), attention=(3, 1, 16), dtype=dtype)
+    ranges = document_ranges(70, 3, 67)
+    assert_equals_float64(*inputs, ranges, tolerance)
+
+
+def test_small_upstream_gradients_survive_float16() -> None:
+    indexer, attention = make_inputs(
+        20, 40, indexer=(1, 16), attention=(1, 1, 16), dtype=torch.float16
+    )
+    q_TIJ, k_SJ, gate_TI = trainable(indexer)
+    ranges = moved((torch.zeros(20, dtype=torch.int64), torch.full((20,), 40)), "triton")
+    kl_TG = dense_indexer_loss(
+        q_TIJ, k_SJ, 1e3 * gate_TI, *attention, *ranges, scale=SCALE, impl="triton"
+    )
+    whole, small = (
+        torch.autograd.grad(kl_TG, k_SJ, torch.full_like(kl_TG, factor), retain_graph=True)[0]
+        for factor in (1.0, 1e-5)
+    )
+    assert_norm_close(small.double() * 1e5, whole, 2e-2)
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    (q_TIJ, k_SJ, gate_TI), (query_THC, key_SGC) = make_inputs(50, 50, attention=(2, 1, 10))
+    both = loss_and_gradients(
+        (q_TIJ, k_SJ, gate_TI), (query_THC, key_SGC), document_ranges(20, 30)
+    )
+    alone_TG, *_ = loss_and_gradients(
+        (q_TIJ[20:], k_SJ[20:], gate_TI[20:]), (query_THC[20:], key_SGC[20:]), document_ranges(30)
+    )
+    assert_close(both[0][20:], alone_TG, 2e-6)
+    k_SJ, key_SGC = k_SJ.clone(), key_SGC.clone()
+    k_SJ[20:], key_SGC[20:] = 30.0, -30.0
+    changed = loss_and_gradients(
+        (q_TIJ, k_SJ, gate_TI), (query_THC, key_SGC), document_ranges(20, 30)
+    )
+    for index in (0, 1, 3):
+        assert torch.equal(changed[index][:20], both[index][:20]), "the first document's bits"
+
+
+def test_rows_without_keys_give_zero(fill_new_with_nan: None) -> None:
+    inputs = make_inputs(33, 40, attention=(1, 1, 10))
+    ranges = torch.full((33,), 7), torch.full((33,), 7)
+    for tensor in loss_and_gradients(*inputs, ranges):
+        assert not tensor.any(), "neither loss nor gradient"
+    ranges[1][5] = 9
+    kl_TG, dq_TIJ, dk_SJ, dgate_TI = assert_equals_float64(*inputs, ranges, 5e-6)
+    is_alone_T = torch.arange(33, device=kl_TG.device) == 5
+    for tensor in (kl_TG, dq_TIJ, dgate_TI):
+        assert not tensor[~is_alone_T].any(), "queries without keys"
+    assert not dk_SJ[:7].any() and not dk_SJ[9:].any(), "keys that nobody sees"
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(0, 5), (5, 0)])
+def test_no_queries_and_no_keys(num_queries: int, num_keys: int) -> None:
+    inputs = make_inputs(num_queries, num_keys)
+    none_T = torch.zeros(num_queries, dtype=torch.int64)
+    kl_TG, *got = loss_and_gradients(*inputs, (none_T, none_T))
+    assert kl_TG.shape == (num_queries, 2) and not kl_TG.any(), "loss"
+    for gradient, tensor in zip(got, inputs[0], strict=True):
+        assert gradient.shape == tensor.shape and not gradient.any(), "gradient"
+
+
+def test_peaked_attention_and_scores_stay_finite() -> None:
+    (q_TIJ, k_SJ, gate_TI), (query_THC, key_SGC) = make_inputs(20, 40)
+    ranges = odd_ranges(20, 40, seed=7)
+    got = loss_and_gradients((q_TIJ, k_SJ, 100 * gate_TI), (100 * query_THC, key_SGC), ranges)
+    wanted = loss_and_gradients(
+        (q_TIJ, k_SJ, 100 * gate_TI), (100 * query_THC, key_SGC), ranges, "eager"
+    )
+    for actual, expected in zip(got, wanted, strict=True):
+        assert_norm_close(actual, expected, 1e-4)
+
+
+def test_chunks_and_strides_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_keye.kernels.indexer_loss import triton_dense_tiles
+
+    indexer, attention = make_inputs(140, 40, indexer=(1, 8), attention=(1, 1, 8))
+    ranges = odd_ranges(140, 40, seed=8)
+    whole = loss_and_gradients(indexer, attention, ranges)
+    monkeypatch.setattr(triton_dense_tiles, "CHUNK_BYTES", 1)
+    assert len(list(triton_dense_tiles.query_chunks(140, 40))) == 2, "a tile a chunk"
+    q_TIJ, k_SJ, gate_TI = (t.transpose(0, -1).contiguous().transpose(0, -1) for t in indexer)
+    query_THC, key_SGC = (t.transpose(0, 2).contiguous().transpose(0, 2) for t in attention)
+    chunked = loss_and_gradients((q_TIJ, k_SJ, gate_TI), (query_THC, key_SGC), ranges)
+    for index in (0, 1, 3):
+        assert torch.equal(chunked[index], whole[index]), "what belongs to a query: the same bits"
+    assert_close(chunked[2], whole[2], 1e-6)
+
+
+def test_only_the_indexer_learns_and_calls_repeat_bit_by_bit() -> None:
+    indexer, attention = make_inputs(20, 20, attention=(1, 1, 8))
+    inputs, (query_THC, key_SGC) = trainable(indexer), trainable(attention)
+    ranges = moved(document_ranges(20), "triton")
+
+    def once() -> tuple[Tensor, ...]:
+        kl_TG = dense_indexer_loss(
+            *inputs, query_THC, key_SGC, *ranges, scale=SCALE, impl="triton"
+        )
+        kl_TG.sum().backward()
+        assert query_THC.grad is None and key_SGC.grad is None, "the attention is detached"
+        found = tuple(tensor.grad for tensor in inputs)
+        for tensor in inputs:
+            tensor.grad = None
+        return (kl_TG, *found)
+
+    for first, second in zip(once(), once(), strict=True):
+        assert torch.equal(first, second), "bits"
+
+
+def test_triton_refuses_what_it_cannot_do() -> None:
+    indexer, attention = make_inputs(3, 5, dtype=torch.float64)
+    ranges = moved(odd_ranges(3, 5, seed=9), "triton")
+    with pytest.raises(ValueError, match="q_TIJ: got torch.float64, expected float32"):
+        dense_indexer_loss(*indexer, *attention, *ranges, scale=SCALE, impl="triton")
+    indexer, attention = make_inputs(3, 5, attention=(1, 1, 257))
+    with pytest.raises(ValueError, match="heads of 257 channels, expected at most 256"):
+        dense_indexer_loss(*indexer, *attention, *ranges, scale=SCALE, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_equals_eager_in_float64_at_the_models_size(dtype: torch.dtype) -> None:
+    inputs = make_inputs(1027, 2053, indexer=(16, 64), attention=(32, 4, 128), dtype=dtype)
+    # Of 34 million products a few lie so close to 0 that relu's kink falls to the other side.
+    tolerance = 1e-3 if dtype == torch.float32 else 2.0**-6
+    for ranges in (odd_ranges(1027, 2053, seed=6), document_ranges(500, 27, 500)):
+        assert_equals_float64(*inputs, ranges, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_memory_grows_linearly_up_to_128k() -> None:
+    def peak(length: int) -> int:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device("triton"), dtype=torch.bfloat16)
+
+        indexer = trainable((normal(length, 2, 16), normal(length, 16), normal(length, 2)))
+        attention = normal(length, 2, 16), normal(length, 1, 16)
+        ranges = moved(document_ranges(length), "triton")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kl_TG = dense_indexer_loss(*indexer, *attention, *ranges, scale=SCALE, impl="triton")
+        kl_TG.sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    shorter, longer = peak(65_536), peak(131_072)
+    assert longer <= 2.1 * shorter, f"{shorter} bytes at 64K, {longer} at 128K"
+    assert longer < 2**31, "a matrix of queries by keys would take 32 GiB"
