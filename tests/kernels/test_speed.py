@@ -9,6 +9,7 @@ times its forward. Dense attention is torch SDPA's cuDNN backend, keys repeated 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_keye.kernels.indexer_loss import sparse_indexer_loss
+from megatron_keye.kernels.indexer_loss import dense_indexer_loss, sparse_indexer_loss
 from megatron_keye.kernels.indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.lightning_indexer import lightning_indexer
 from megatron_keye.kernels.sparse_attention import sparse_attention
@@ -205,6 +206,27 @@ def test_sparse_indexer_loss(row: Row, recorder: Recorder) -> None:
     recorder.time("indexer_loss_forward", "triton", lambda: lose(row, target_TGK), **forward)
     backward = gradients_of(lambda: lose(row, target_TGK), row.indexer)
     recorder.time("indexer_loss_backward", "triton", backward, fields=row.fields, flop=3 * flop)
+
+
+def test_dense_indexer_loss(row: Row, recorder: Recorder) -> None:
+    """The warm-up's loss: all products of attention and indexer, and the indexer's gradients."""
+    query_THC, key_SGC = (tensor.detach() for tensor in row.heads[:2])
+    loss = partial(
+        dense_indexer_loss,
+        *row.indexer,
+        query_THC,
+        key_SGC,
+        *causal(row.length),
+        scale=SCALE,
+        impl="triton",
+    )
+    scores_flop = 2 * INDEXER_HEADS * INDEXER_CHANNELS * row.pairs
+    logits_flop = 2 * HEADS * CHANNELS * row.pairs
+    flop = 2 * logits_flop + scores_flop
+    time_beside_dense(recorder, row, "dense_indexer_loss_forward", loss, flop=flop)
+    flop = logits_flop + 4 * scores_flop
+    backward = gradients_of(loss, row.indexer)
+    time_beside_dense(recorder, row, "dense_indexer_loss_backward", backward, flop=flop)
 
 
 def test_whole_layer(row: Row, recorder: Recorder) -> None:
