@@ -244,9 +244,7 @@ def _part(raw: Any) -> Part:
 
 def _seconds(raw: dict[str, Any], key: str) -> float | None:
     """Read one end of a video's window, which qwen-vl-utils spells with "video_" before it."""
-    given = {
-        name: raw[name] for name in (key, f"video_{key}") if raw.get(name) is not None
-    }
+    given = {name: raw[name] for name in (key, f"video_{key}") if raw.get(name) is not None}
     if len(given) > 1:
         raise ValueError(f"got {given}, expected one of them")
     for name, number in given.items():
