@@ -33,7 +33,7 @@ sys.path.append(str(ROOT))  # the tool also runs where the package is not instal
 from launch.recipe import load_recipe, recipe_names  # noqa: E402
 from megatron_keye.checkpoint.file_workers import make_files  # noqa: E402
 from megatron_keye.checkpoint.unfinished import UnfinishedFolder  # noqa: E402
-from megatron_keye.config import RunConfig  # noqa: E402
+from megatron_keye.config import DataConfig, ModelConfig, RunConfig  # noqa: E402
 from megatron_keye.data.prepare import PieceMaker, SampleFile, scan  # noqa: E402
 from megatron_keye.data.probe_cache import ProbeCache  # noqa: E402
 from megatron_keye.data.store_settings import deciding_settings  # noqa: E402
@@ -95,39 +95,71 @@ def main(arguments: list[str]) -> int:
 
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
-    """Make the store and return what it came to."""
-    started = time.perf_counter()
+    """Do what the command line says and return what it came to."""
     run: RunConfig = load_recipe(options.recipe)(num_ranks=1, has_gpu=True)
     run = run.with_overrides(options.set)
     if options.workers < 1 or options.preview < 0:
         raise ValueError("--workers and --preview: expected 1 or more, and 0 or more")
-    settings = deciding_settings(load_tokenizer(run.data.tokenizer), run.data, run.model)
-    file = scan(options.input)
-    folder = UnfinishedFolder(options.out, json.dumps([str(file.path), file.digest, settings]))
-    maker = PieceMaker(
-        file=file,
-        config=run.data,
-        model=run.model,
-        probes=ProbeCache(folder.path / "probes"),
+    report = make_store(
+        options.input,
+        options.out,
+        run.data,
+        run.model,
+        num_workers=options.workers,
+        skips_bad=options.on_bad_sample == "skip",
     )
-    num_left = make_pieces(maker, folder, options.workers)
-    if options.on_bad_sample == "refuse":
+    if options.preview:
+        from megatron_keye.data.preview import write_preview
+
+        write_preview(options.out, run.data, run.model, options.preview)
+    return report | {"row_tokens": run.data.row_tokens}
+
+
+def make_store(
+    samples: Path,
+    out: Path,
+    config: DataConfig,
+    model: ModelConfig,
+    *,
+    num_workers: int,
+    skips_bad: bool,
+) -> dict[str, Any]:
+    """Make a store, or go on with what a killed attempt left.
+
+    Args:
+        samples: JSON lines.
+        out: The store; must not exist.
+        config: Budgets, tokenizer and loss tokens.
+        model: Ids of placeholders, patch and merge size.
+        num_workers: Processes.
+        skips_bad: Whether samples of no use are left out.
+
+    Returns:
+        Totals, seconds, and samples_per_second of what was left to do.
+
+    Raises:
+        ValueError: For an unreadable file, a store that is there, or, unless they are skipped,
+            samples of no use, naming them.
+    """
+    started = time.perf_counter()
+    settings = deciding_settings(load_tokenizer(config.tokenizer), config, model)
+    file = scan(samples)
+    folder = UnfinishedFolder(out, json.dumps([str(file.path), file.digest, settings]))
+    probes = ProbeCache(folder.path / "probes")
+    maker = PieceMaker(file=file, config=config, model=model, probes=probes)
+    num_made = make_pieces(maker, folder, num_workers)
+    if not skips_bad:
         refuse(file, folder)
     attributes = {
         "settings": settings,
         "sample_file": str(file.path),
         "sample_file_digest": file.digest,
         # Seen from the store, so that both can move together.
-        "media_base": os.path.relpath(file.path.resolve().parent, options.out.resolve().parent),
+        "media_base": os.path.relpath(file.path.resolve().parent, out.resolve().parent),
     }
     totals = finish(file, folder, attributes)
     seconds = time.perf_counter() - started
-    if options.preview:
-        from megatron_keye.data.preview import write_preview
-
-        write_preview(options.out, run.data, run.model, options.preview)
-    totals["row_tokens"] = run.data.row_tokens
-    return totals | {"seconds": seconds, "samples_per_second": num_left / seconds}
+    return totals | {"seconds": seconds, "samples_per_second": num_made / seconds}
 
 
 def make_pieces(maker: PieceMaker, folder: UnfinishedFolder, num_workers: int) -> int:

@@ -9,7 +9,6 @@ import pytest
 
 from megatron_keye.config import DataConfig, FrameConfig
 from megatron_keye.data import IGNORED_LABEL, PackedRow, RowLoader, Sample, pack
-from megatron_keye.data.packing import fill_row
 from tests.support.clips import tiny_model
 
 MODEL = tiny_model()
@@ -60,21 +59,10 @@ def test_rows_hold_documents_and_one_of_padding(lengths: list[int]) -> None:
         assert row.token_ids[start:stop].tolist() == list(range(1, stop - start + 1))
 
 
-def test_rows_take_samples_in_order_until_one_does_not_fit() -> None:
-    stream = [made_sample(length) for length in (6, 6, 5, 1)]
-    assert [len(sample.token_ids) for sample in fill_row(stream, 16)] == [6, 6]
-    assert fill_row([made_sample(16), made_sample(99)], 16), "a full row asked for more"
-
-
 def test_labels_that_cross_documents_are_refused() -> None:
     sample = dataclasses.replace(made_sample(4), labels=np.arange(4))
     with pytest.raises(AssertionError, match="crosses"):
         pack([sample], 8, pad_token_id=0)
-
-
-def test_samples_longer_than_a_row_are_named() -> None:
-    with pytest.raises(ValueError, match="long one: is 17 .* data.row_tokens = 16; raise"):
-        fill_row([made_sample(17, "long one")], 16)
 
 
 @pytest.mark.parametrize("shuffles", [False, True])
@@ -124,7 +112,7 @@ def test_a_refused_sample_leaves_the_position_alone(config: DataConfig) -> None:
     loader = RowLoader(dataclasses.replace(config, row_tokens=15), MODEL, seed=5)
     with pytest.raises(ValueError, match=r"samples.jsonl:\d: is \d+ tokens long"):
         loader.next_rows(20)
-    assert loader.state_dict()["position"] == 0 == loader.state_dict()["epoch"]
+    assert loader.state_dict() == RowLoader(config, MODEL, seed=5).state_dict()
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(config: DataConfig) -> None:
