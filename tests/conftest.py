@@ -1,9 +1,14 @@
 """What all tests share."""
 
 import pytest
+from hypothesis import settings
 
 from tests.support.tiny import tiny_run
 from tests.support.train import Trained, train
+
+# Busy machines are slow at times, and a failure has to come again in the same place.
+settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ class SampleStore:
         """What the store says of itself: totals, settings, sample file."""
         self.digest: str = attributes["digest"]
         self.num_samples: int = attributes["num_samples"]
-        self._base = path.resolve().parent / attributes["media_base"]
+        self._base = (path.resolve().parent / attributes["media_base"]).resolve()
         self._tokens, self._pictures = _array(group, "tokens"), _array(group, "pictures/table")
         self._seconds = _array(group, "pictures/seconds")
         self._lines = _whole(group, "samples/lines")
