@@ -6,6 +6,7 @@ ranks, and the state is a few counts and the samples that wait to be packed.
 
 import logging
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from megatron_keye.data.row import PackedRow, Sample
 from megatron_keye.data.source import ConversationFile, SampleSource
 from megatron_keye.data.store_settings import deciding_settings
 from megatron_keye.data.tokens import END_OF_TEXT, Tokenizer, load_tokenizer
+
+# A store reads faster the more is asked of it at once; this many take about 100 MB meanwhile.
+_TOKENS_PER_READ = 1 << 22
 
 _logger = logging.getLogger(__name__)
 
@@ -88,7 +92,10 @@ class RowLoader:
         """
         num_drawn, waiting = list(self._blend.num_drawn), self._window.waiting
         try:
-            return [self._next_row() for _ in range(count)]
+            chosen = [
+                self._window.fill_row(self._config.row_tokens, self._draw) for _ in range(count)
+            ]
+            return self._pack(chosen)
         except ValueError:
             self._blend.num_drawn = num_drawn
             self._window = PackingWindow(self._config.packing_window, waiting)
@@ -139,10 +146,18 @@ class RowLoader:
         self._blend.num_drawn = list(state["num_drawn"])
         self._num_skipped = state["num_skipped"]
 
-    def _next_row(self) -> PackedRow:
-        taken = self._window.fill_row(self._config.row_tokens, self._draw)
-        samples = self._load(taken)
-        return pack(samples, self._config.row_tokens, pad_token_id=self._pad_token_id)
+    def _pack(self, chosen: list[list[Waiting]]) -> list[PackedRow]:
+        """Load the samples of some rows and lay them out."""
+        row_tokens = self._config.row_tokens
+        rows_per_read = max(1, _TOKENS_PER_READ // row_tokens)
+        packed = []
+        for first in range(0, len(chosen), rows_per_read):
+            rows = chosen[first : first + rows_per_read]
+            samples = iter(self._load([sample for row in rows for sample in row]))
+            for row in rows:
+                of_row = list(islice(samples, len(row)))
+                packed.append(pack(of_row, row_tokens, pad_token_id=self._pad_token_id))
+        return packed
 
     def _draw(self) -> Waiting:
         """Draw the next sample that is of use."""
@@ -175,7 +190,7 @@ class RowLoader:
         return Waiting(source=source, index=index, num_tokens=num_tokens)
 
     def _load(self, taken: list[Waiting]) -> list[Sample]:
-        """Load the samples of a row, all of one source at once."""
+        """Load samples, all of one source at once."""
         places = defaultdict(list)
         for place, sample in enumerate(taken):
             places[sample.source].append(place)

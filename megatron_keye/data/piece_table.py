@@ -39,11 +39,9 @@ class PieceTable:
     """Tokens of each sample."""
     picture_counts: list[int] = field(default_factory=list)
     """Pictures of each sample."""
-    pictures: list[tuple[int, int, int, int, int]] = field(default_factory=list)
-    """Of each picture: its medium, its frame, patches down and across, and the position of its
-    first placeholder in its sample."""
-    times: list[float] = field(default_factory=list)
-    """When each picture is shown, in seconds; NaN for an image."""
+    pictures: list[tuple[float, ...]] = field(default_factory=list)
+    """Of each picture: its medium, its frame, patches down and across, the position of its first
+    placeholder in its sample, and when it is shown, in seconds, NaN for an image."""
     media: list[Medium] = field(default_factory=list)
     """Files, numbered as `pictures` does."""
     _numbers: dict[tuple[str, bool], int] = field(default_factory=dict)
@@ -64,8 +62,8 @@ class PieceTable:
         for number, picture, start in zip(
             numbers, sample.pictures, sample.picture_starts, strict=True
         ):
-            self.pictures.append((number, picture.frame, *picture.grid, start))
-            self.times.append(np.nan if picture.seconds is None else picture.seconds)
+            seconds = np.nan if picture.seconds is None else picture.seconds
+            self.pictures.append((number, picture.frame, *picture.grid, start, seconds))
 
     def _number(self, picture: Picture, names: Mapping[str, str], probes: ProbeCache) -> int:
         """Return the number of a picture's file, looking at a new file once."""
@@ -97,8 +95,7 @@ class PieceTable:
             samples=np.array(
                 [self.line_numbers, self.lengths, self.picture_counts], dtype=np.int64
             ),
-            pictures=np.array(self.pictures, dtype=np.int32).reshape(-1, 5),
-            times=np.array(self.times, dtype=np.float64),
+            pictures=np.array(self.pictures, dtype=np.float64).reshape(-1, 6),
             media=np.frombuffer(json.dumps(media).encode(), dtype=np.uint8),
         )
         return stream.getvalue()
@@ -109,14 +106,12 @@ class PieceTable:
         with np.load(io.BytesIO(content)) as arrays:
             lines, lengths, counts = arrays["samples"].tolist()
             pictures = [tuple(row) for row in arrays["pictures"].tolist()]
-            times = arrays["times"].tolist()
             media = json.loads(arrays["media"].tobytes())
         return cls(
             line_numbers=lines,
             lengths=lengths,
             picture_counts=counts,
             pictures=pictures,
-            times=times,
             media=[
                 Medium(**described | {"content_key": bytes.fromhex(described["content_key"])})
                 for described in media

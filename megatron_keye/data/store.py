@@ -42,8 +42,7 @@ class SampleStore:
         self.digest: str = attributes["digest"]
         self.num_samples: int = attributes["num_samples"]
         self._base = (path.resolve().parent / attributes["media_base"]).resolve()
-        self._tokens, self._pictures = _array(group, "tokens"), _array(group, "pictures/table")
-        self._seconds = _array(group, "pictures/seconds")
+        self._tokens, self._pictures = _array(group, "tokens"), _array(group, "pictures")
         self._lines = _whole(group, "samples/lines")
         self._token_bounds = _whole(group, "samples/token_bounds")
         self._picture_bounds = _whole(group, "samples/picture_bounds")
@@ -85,27 +84,26 @@ class SampleStore:
         """
         tokens = _gather(self._tokens, self._token_bounds, indices)
         pictures = _gather(self._pictures, self._picture_bounds, indices)
-        seconds = _gather(self._seconds, self._picture_bounds, indices)
         return [
             Sample(
                 name=self.name(index),
                 token_ids=pairs[:, 0].astype(np.int64),
                 labels=pairs[:, 1].astype(np.int64),
-                pictures=tuple(map(self._picture, rows.tolist(), times.tolist())),
-                picture_starts=tuple(rows[:, 4].tolist()),
+                pictures=tuple(map(self._picture, rows.tolist())),
+                picture_starts=tuple(rows[:, 4].astype(np.int64).tolist()),
             )
-            for index, pairs, rows, times in zip(indices, tokens, pictures, seconds, strict=True)
+            for index, pairs, rows in zip(indices, tokens, pictures, strict=True)
         ]
 
-    def _picture(self, row: list[int], seconds: float) -> Picture:
-        medium, frame, down, across, _ = row
+    def _picture(self, row: list[float]) -> Picture:
+        medium, frame, down, across = map(int, row[:4])
         is_video = bool(self._is_video[medium])
         return Picture(
             media=self._media_path(medium),
             frame=frame,
             grid=(down, across),
             is_video=is_video,
-            seconds=seconds if is_video else None,
+            seconds=row[5] if is_video else None,
         )
 
     def _find_medium(self, medium: int) -> str:

@@ -33,9 +33,9 @@ _ARRAYS: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
     "samples/lines": ("int64", ()),
     # The distinct files that each sample shows, between its media_bounds.
     "samples/media": ("int32", ()),
-    # Of each picture: medium, frame, patches down and across, first placeholder in its sample.
-    "pictures/table": ("int32", (5,)),
-    "pictures/seconds": ("float64", ()),
+    # Of each picture: medium, frame, patches down and across, first placeholder in its sample,
+    # and when it is shown, in seconds. One array, since every array costs a read.
+    "pictures": ("float64", (6,)),
     "media/name_bounds": ("int64", ()),
     "media/names": ("uint8", ()),
     "media/is_video": ("bool", ()),
@@ -106,19 +106,19 @@ class _StoreWriter:
                 count = 2 * min(_CHUNK_LENGTH, num_tokens - start)
                 self._append("tokens", np.fromfile(stream, dtype="<i4", count=count))
             table = PieceTable.from_bytes(stream.read())
-        pictures = np.array(table.pictures, dtype=np.int32).reshape(-1, 5)
+        pictures = np.array(table.pictures, dtype=np.float64).reshape(-1, 6)
         numbers = np.array([self._number(medium) for medium in table.media], dtype=np.int32)
-        pictures[:, 0] = numbers[pictures[:, 0]]
+        media = numbers[pictures[:, 0].astype(np.int64)]
+        pictures[:, 0] = media
         ends = np.cumsum(table.picture_counts)
-        shown = [np.unique(part) for part in np.split(pictures[:, 0], ends[:-1])]
+        shown = [np.unique(part) for part in np.split(media, ends[:-1])]
         if ends.size:
             self._append("samples/media", np.concatenate(shown))
         self._arrays["samples/media_bounds"].append_lengths([len(part) for part in shown])
         self._arrays["samples/token_bounds"].append_lengths(table.lengths)
         self._arrays["samples/picture_bounds"].append_lengths(table.picture_counts)
         self._append("samples/lines", table.line_numbers)
-        self._append("pictures/table", pictures)
-        self._append("pictures/seconds", table.times)
+        self._append("pictures", pictures)
 
     def finish(self) -> None:
         """Append the files and write what is left in memory."""
