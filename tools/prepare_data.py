@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,8 @@ def show(options: argparse.Namespace, report: dict[str, Any]) -> None:
     table.add_row("longest sample", f"{report['longest']:,} tokens")
     table.add_row("images and frames", f"{report['num_pictures']:,}")
     table.add_row("media files", f"{report['num_media']:,}")
-    table.add_row("video", f"{report['video_seconds'] / 3600:,.2f} hours")
+    hours = timedelta(seconds=round(report["video_seconds"]))
+    table.add_row("video (h:mm:ss)", str(hours))
     table.add_row("left out", f"{report['num_refused']:,}")
     table.add_row("time", f"{report['seconds']:,.1f} s")
     table.add_row("rate", f"{report['samples_per_second']:,.0f} samples/s")
