@@ -4,6 +4,7 @@ A store remembers them, because under other settings its tokens would no longer 
 that reads the sample file itself.
 """
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def deciding_settings(
     frames = {
         f"data.frames.{f.name}": getattr(config.frames, f.name) for f in fields(config.frames)
     }
-    return frames | {
+    settings = frames | {
         "data.tokenizer": f"vocabulary {tokenizer.digest}",
         "data.loss_tokens": config.loss_tokens,
         "model.vision.patch_size": model.vision.patch_size,
@@ -32,6 +33,9 @@ def deciding_settings(
         "model.vision_start_token_id": model.vision_start_token_id,
         "model.vision_end_token_id": model.vision_end_token_id,
     }
+    # As the store gives them back, where a tuple has become a list.
+    read_back: dict[str, Any] = json.loads(json.dumps(settings))
+    return read_back
 
 
 def check_settings(store: Path, prepared: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -141,7 +141,13 @@ class _StoreWriter:
         if key not in self._numbers:
             self._numbers[key] = len(self.media)
             self.media.append(medium)
-        return self._numbers[key]
+        number = self._numbers[key]
+        if self.media[number].content_key != medium.content_key:
+            raise ValueError(
+                f"{medium.name}: changed while the store was made, expected the same file for all "
+                "samples; remove the folder that ends in .partial and prepare again"
+            )
+        return number
 
 
 def write_store(
@@ -159,6 +165,9 @@ def write_store(
     Returns:
         Totals: num_samples, num_tokens, num_pictures, longest, num_media, video_seconds and
         num_refused.
+
+    Raises:
+        ValueError: Naming a file that was another one for later pieces than for earlier ones.
     """
     writer = _StoreWriter(folder)
     refused: list[str] = []

@@ -285,6 +285,20 @@ def test_changed_media_are_refused_by_name(samples: Path) -> None:
         opened(out).measure(1)
 
 
+def test_media_that_change_meanwhile_are_refused(
+    samples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, image = samples.parent / "out", samples.parent / "i.png"
+    small_pieces(monkeypatch, 2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(PieceMaker, "fill", dying_after(3, []))
+        prepared(samples, out)
+    Image.new("RGB", (84, 56)).save(image)
+    with pytest.raises(ValueError, match=r"i.png: changed while the store was made"):
+        prepared(samples, out)
+    assert not out.exists()
+
+
 def test_store_and_media_move_together(samples: Path, tmp_path_factory: Any) -> None:
     prepared(samples, samples.parent / "stores" / "out")
     there = tmp_path_factory.mktemp("elsewhere") / "data"

@@ -96,7 +96,7 @@ def test_wrong_arguments_are_sentences(
 @pytest.mark.slow
 def test_a_killed_tool_goes_on_where_it_was(samples: Path) -> None:
     text = line("<video>What?", videos=["v.mp4"])
-    samples.write_text("\n".join(f"{text}\n{line(f'Why {n}?')}" for n in range(2_000)))
+    samples.write_text("\n".join(f"{text}\n{line(f'Why {n}?')}" for n in range(600)))
     out = samples.parent / "out"
     command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), str(samples)]
     command += ["--out", str(out), "--recipe", "keye_tiny", "--workers", "2"]
@@ -104,7 +104,7 @@ def test_a_killed_tool_goes_on_where_it_was(samples: Path) -> None:
     try:
         whole = out.with_name("out.partial")
         until = time.monotonic() + 120
-        while len(list(whole.glob("piece-*"))) < 5:
+        while len(list(whole.glob("piece-*"))) < 3:
             assert time.monotonic() < until and process.poll() is None, "no piece was finished"
             time.sleep(0.005)
     finally:
@@ -114,7 +114,7 @@ def test_a_killed_tool_goes_on_where_it_was(samples: Path) -> None:
     ended = subprocess.run(
         [*command, "--workers", "1"], check=True, capture_output=True, text=True, timeout=120
     )
-    assert "4,000" in ended.stdout
+    assert "1,200" in ended.stdout
     assert not whole.exists()
     run = load_recipe("keye_tiny")(num_ranks=1, has_gpu=True)
     settings = ["data.row_tokens=4096", "data.shuffles=false"]
