@@ -15,7 +15,7 @@ _POLL_SECONDS = 0.2
 # Workers are copies of one process that has imported torch and what makes files; seconds each.
 _PRELOADED = ["megatron_keye.checkpoint.to_hf", "megatron_keye.checkpoint.to_native"]
 Advance = Callable[[int], None]
-"""Takes the number of bytes written since the last call."""
+"""Takes how much was done since the last call: bytes, or whatever the maker counts."""
 
 
 class FileMaker(Protocol):
@@ -40,7 +40,7 @@ def make_files(
         names: Their names.
         folder: Where they go.
         num_workers: Processes; 1 works in this one.
-        advance: Hears of bytes written.
+        advance: Hears of what was done.
 
     Raises:
         ValueError: What a process found wrong with the data.
@@ -88,8 +88,8 @@ def _hand_out(workers: list[_Worker], waiting: list[str], advance: Advance) -> N
         for pipe in wait(list(busy), timeout=_POLL_SECONDS):
             worker = busy[pipe]
             match _receive(worker.pipe):
-                case int(num_bytes):
-                    advance(num_bytes)
+                case int(amount):
+                    advance(amount)
                 case None if waiting:
                     worker.pipe.send(waiting.pop())
                 case None:
@@ -97,19 +97,19 @@ def _hand_out(workers: list[_Worker], waiting: list[str], advance: Advance) -> N
 
 
 def _receive(pipe: Connection) -> int | None:
-    """Return bytes written, or None for a finished file; raise what went wrong over there."""
+    """Return how much was done, or None for a finished file; raise what went wrong over there."""
     try:
         kind, content = pipe.recv()
     except (EOFError, ConnectionError):
         raise RuntimeError(
-            "a conversion process was killed, perhaps for want of memory; run the same command "
+            "a worker process was killed, perhaps for want of memory; run the same command "
             "again to continue, with fewer --workers"
         ) from None
     if kind == "wrong":
         raise ValueError(content)
     if kind == "failed":
-        raise RuntimeError(f"a conversion process failed:\n{content}")
-    return int(content) if kind == "bytes" else None
+        raise RuntimeError(f"a worker process failed:\n{content}")
+    return int(content) if kind == "advance" else None
 
 
 def _serve(pipe: Connection, maker: FileMaker, folder: UnfinishedFolder) -> None:
@@ -120,7 +120,7 @@ def _serve(pipe: Connection, maker: FileMaker, folder: UnfinishedFolder) -> None
             except EOFError:
                 return
             try:
-                _make(maker, name, folder, lambda n: pipe.send(("bytes", n)))
+                _make(maker, name, folder, lambda n: pipe.send(("advance", n)))
                 answer = ("done", "")
             except ValueError as error:
                 answer = ("wrong", str(error))

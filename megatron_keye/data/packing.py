@@ -1,46 +1,89 @@
-"""Samples laid end to end in rows of fixed length.
+"""Samples laid end to end in rows of fixed length, each filled from a few that wait.
 
-Packing is greedy and in order, so a row is a pure function of where in the sample stream it
-starts, and a position is all that a resumed run needs.
+A row starts with the sample that has waited longest and takes the longest that still fits, so
+that little is padded and nothing waits for ever.
 """
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right, insort
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_keye.data.row import IGNORED_LABEL, PackedRow, Sample
 
 
-def fill_row(samples: Iterable[Sample], row_tokens: int) -> list[Sample]:
-    """Take samples off a stream until the next one does not fit into the row.
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """A sample that has been drawn but stands in no row yet."""
 
-    Args:
-        samples: The stream; the sample that does not fit is read but not taken.
-        row_tokens: Length of the row.
+    source: int
+    """Number of the source it comes from."""
+    index: int
+    """Its index in that source."""
+    num_tokens: int
+    """Its length."""
 
-    Returns:
-        The samples of one row in stream order; empty only if the stream is.
 
-    Raises:
-        ValueError: For a sample longer than a whole row, naming it, its length and the row's.
-    """
-    taken: list[Sample] = []
-    room = row_tokens
-    for sample in samples:
-        length = len(sample.token_ids)
-        if length > row_tokens:
-            raise ValueError(
-                f"{sample.name}: is {length} tokens long, expected at most data.row_tokens = "
-                f"{row_tokens}; raise data.row_tokens, or lower data.frames.frames_per_second, "
-                "data.frames.max_tokens_per_frame or data.frames.max_tokens_per_video"
-            )
-        if length > room:
-            break
-        taken.append(sample)
-        room -= length
-        if not room:
-            break
-    return taken
+class PackingWindow:
+    """Samples that wait for a row."""
+
+    def __init__(self, size: int, waiting: Iterable[Waiting] = ()) -> None:
+        """Take what waits already.
+
+        Args:
+            size: Samples to choose from; 1 packs in the order of the stream.
+            waiting: The samples that wait, in the order they were drawn.
+        """
+        self._size = size
+        self._num_added = 0
+        self._by_arrival: dict[int, Waiting] = {}
+        # Negative arrivals put the oldest of equally long samples last, where the search ends.
+        self._by_length: list[tuple[int, int]] = []
+        for sample in waiting:
+            self._add(sample)
+
+    @property
+    def waiting(self) -> list[Waiting]:
+        """What waits, in the order it was drawn."""
+        return list(self._by_arrival.values())
+
+    def fill_row(self, row_tokens: int, draw: Callable[[], Waiting]) -> list[Waiting]:
+        """Choose the samples of one row.
+
+        Args:
+            row_tokens: Length of the row; no sample is longer.
+            draw: Returns the next sample of the stream.
+
+        Returns:
+            At least one sample, together at most `row_tokens` long, in the order of the row.
+        """
+        taken: list[Waiting] = []
+        room = row_tokens
+        while room:
+            while len(self._by_arrival) < self._size:
+                self._add(draw())
+            place = self._place_within(room) if taken else self._place_of_oldest()
+            if place < 0:
+                break
+            _, negative_arrival = self._by_length.pop(place)
+            taken.append(self._by_arrival.pop(-negative_arrival))
+            room -= taken[-1].num_tokens
+        assert room >= 0, f"samples are {-room} tokens longer than a row of {row_tokens}"
+        return taken
+
+    def _add(self, sample: Waiting) -> None:
+        self._by_arrival[self._num_added] = sample
+        insort(self._by_length, (sample.num_tokens, -self._num_added))
+        self._num_added += 1
+
+    def _place_within(self, room: int) -> int:
+        """Return where the longest sample of at most `room` tokens stands; -1 without one."""
+        return bisect_right(self._by_length, (room, 0)) - 1
+
+    def _place_of_oldest(self) -> int:
+        arrival, sample = next(iter(self._by_arrival.items()))
+        return bisect_right(self._by_length, (sample.num_tokens, -arrival)) - 1
 
 
 def pack(samples: Sequence[Sample], row_tokens: int, *, pad_token_id: int) -> PackedRow:
@@ -49,7 +92,7 @@ def pack(samples: Sequence[Sample], row_tokens: int, *, pad_token_id: int) -> Pa
     Labels stay inside their document: a sample's last position has none.
 
     Args:
-        samples: Samples that fit together, as `fill_row` takes them.
+        samples: Samples that fit together, as a window gives them.
         row_tokens: Length of the row.
         pad_token_id: Token of the padding document.
 

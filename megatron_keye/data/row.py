@@ -25,6 +25,8 @@ class Picture:
     """Patches down and across after resizing, multiples of the merge size."""
     is_video: bool
     """Whether `media` is decoded as a video or as an image."""
+    seconds: float | None = None
+    """When a video shows the frame; None for an image."""
 
     @property
     def num_patches(self) -> int:

@@ -3,6 +3,7 @@
 Needs the containers of the media but none of their pixels, so every rank can afford it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +16,16 @@ from megatron_keye.data.image import probe_image
 from megatron_keye.data.media import resolve_media
 from megatron_keye.data.row import IGNORED_LABEL, Picture, Sample
 from megatron_keye.data.tokens import TURN_END, TURN_START, Tokenizer
-from megatron_keye.data.video import probe
+from megatron_keye.data.video import VideoInfo, probe
 
 
 def make_sample(
-    conversation: Conversation, tokenizer: Tokenizer, config: DataConfig, model: ModelConfig
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    model: ModelConfig,
+    *,
+    probe_video: Callable[[Path], VideoInfo] = probe,
 ) -> Sample:
     """Tokenize one conversation.
 
@@ -34,12 +40,19 @@ def make_sample(
         tokenizer: Vocabulary with ChatML's control tokens.
         config: Budgets and loss tokens.
         model: Ids of placeholders, patch and merge size.
+        probe_video: Says what a video's container holds; raises what `probe` does.
 
     Raises:
         ValueError: Naming file and line: a medium that is missing or unreadable, text that spells
             a placeholder, or nothing to predict.
     """
-    writer = _Writer(tokenizer=tokenizer, config=config, model=model, base=conversation.base)
+    writer = _Writer(
+        tokenizer=tokenizer,
+        config=config,
+        model=model,
+        base=conversation.base,
+        probe_video=probe_video,
+    )
     try:
         for message in conversation.messages:
             writer.write_message(message)
@@ -56,6 +69,7 @@ class _Writer:
     config: DataConfig
     model: ModelConfig
     base: Path
+    probe_video: Callable[[Path], VideoInfo]
     token_ids: list[int] = field(default_factory=list)
     is_target: list[bool] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
@@ -117,7 +131,7 @@ class _Writer:
             self._write_picture(Picture(media=str(path), frame=0, grid=grid, is_video=False))
             return
         plan = plan_video(
-            probe(path),
+            self.probe_video(path),
             self.config.frames,
             self.model.vision,
             start_seconds=part.start_seconds,
@@ -126,7 +140,9 @@ class _Writer:
         for index, seconds in zip(plan.frame_indices.tolist(), plan.times.tolist(), strict=True):
             self._write_text(f"<{seconds:.1f} seconds>", is_answer=False)
             self._write_picture(
-                Picture(media=str(path), frame=index, grid=plan.grid, is_video=True)
+                Picture(
+                    media=str(path), frame=index, grid=plan.grid, is_video=True, seconds=seconds
+                )
             )
 
     def _write_picture(self, picture: Picture) -> None:

@@ -5,6 +5,8 @@ of an installed package, or a whole tokenizer out of a local folder.
 """
 
 import base64
+import hashlib
+import json
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
@@ -46,6 +48,10 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int:
         """One more than the largest id."""
 
+    @property
+    def digest(self) -> str:
+        """Changes when any text could get other ids."""
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text; control tokens spelt out in it stay plain text."""
 
@@ -83,7 +89,9 @@ class _QwenTokenizer:
     def __init__(self) -> None:
         path = resolve_media(_VOCABULARY, Path())
         ranks = {}
-        for line in path.read_bytes().splitlines():
+        content = path.read_bytes()
+        self.digest = _digest([content, repr((_PATTERN, _CONTROLS, _MARKUP)).encode()])
+        for line in content.splitlines():
             token, _, rank = line.partition(b" ")
             ranks[base64.b64decode(token)] = int(rank)
         if len(ranks) != _NUM_RANKS:
@@ -133,6 +141,9 @@ class _FolderTokenizer:
             ) from error
         self._folder = folder
         self._ids: dict[str, int] = self._tokenizer.get_vocab()
+        rules = getattr(self._tokenizer, "backend_tokenizer", None)
+        described = rules.to_str() if rules is not None else json.dumps(sorted(self._ids.items()))
+        self.digest = _digest([described.encode()])
 
     @property
     def vocab_size(self) -> int:
@@ -147,6 +158,13 @@ class _FolderTokenizer:
 
     def control_id(self, name: str) -> int:
         return _known(self._ids.get(name), name, self._folder)
+
+
+def _digest(contents: list[bytes]) -> str:
+    whole = hashlib.blake2b(digest_size=16)
+    for content in contents:
+        whole.update(content)
+    return whole.hexdigest()
 
 
 def _known(token: int | None, name: str, tokenizer: str) -> int:

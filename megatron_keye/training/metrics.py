@@ -47,6 +47,8 @@ class StepMetrics:
     """Decoding of pictures and both passes of the ViT, on the busiest rank that encodes."""
     pictures: int
     """Images and frames that were decoded and encoded."""
+    padding_share: float
+    """Part of the packed rows that is padding."""
 
     def scalars(self) -> dict[str, float]:
         """Return all figures as floats by name."""
@@ -60,6 +62,7 @@ def collect_metrics(
     *,
     loss_tokens: int,
     queries: int,
+    tokens: int,
     outcome: StepOutcome,
     learning_rate: float,
     seconds: dict[str, float],
@@ -73,6 +76,7 @@ def collect_metrics(
         run: Sizes and degrees.
         loss_tokens: Tokens of the global batch that have a label.
         queries: Real tokens of the global batch.
+        tokens: All tokens of the global batch, padding too.
         outcome: Of the optimizer.
         learning_rate: Of the step.
         seconds: This rank's time in the "step", as "decoder" and for "vision".
@@ -96,6 +100,7 @@ def collect_metrics(
         decoder_seconds=times["decoder"],
         vision_seconds=times["vision"],
         pictures=round(sums["pictures"]),
+        padding_share=1 - queries / tokens,
     )
 
 

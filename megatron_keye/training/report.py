@@ -79,6 +79,18 @@ class Report:
         if not self._console.is_terminal:
             self._console.out(f"step {step}/{self._last_step}  {figures}", highlight=False)
 
+    def show_skipped(self, step: int, num_skipped: int, reasons: list[str]) -> None:
+        """Record which samples were left out.
+
+        Args:
+            step: Steps done.
+            num_skipped: Samples left out since the run began.
+            reasons: A sentence for each that this step would have come to.
+        """
+        self._events.add_scalar("data/skipped_samples", num_skipped, step)
+        if reasons:
+            self._events.add_text("data/skipped", "\n\n".join(reasons), step)
+
 
 def write_summary(run: RunConfig, summary: dict[str, Any]) -> None:
     """Write what a run came to into its folder."""

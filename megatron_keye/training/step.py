@@ -96,6 +96,7 @@ class TrainingStep:
             self._run,
             loss_tokens=counts.loss_tokens,
             queries=counts.queries,
+            tokens=counts.tokens,
             outcome=outcome,
             learning_rate=rate,
             seconds={

@@ -14,6 +14,7 @@ from megatron_keye.model import build_model
 from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import Process
 from megatron_keye.parallel.random import seed_rank
+from megatron_keye.training.agreement import check_same_rows
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
@@ -89,8 +90,10 @@ class Trainer:
         folder = Path()
         for number in range(self._progress.step, last):
             metrics = self._train_one(number)
+            skipped = self._loader.take_skipped()
             if report is not None:
                 report.show(number + 1, metrics)
+                report.show_skipped(number + 1, self._loader.num_skipped, skipped)
             interval = self._run.training.checkpoint.interval_steps
             if number + 1 == last or (interval and (number + 1) % interval == 0):
                 folder = self._save()
@@ -98,6 +101,8 @@ class Trainer:
 
     def _train_one(self, number: int) -> StepMetrics:
         rows = self._loader.next_rows(self._run.training.rows_per_step)
+        if self._run.data.on_bad_sample == "skip":
+            check_same_rows(rows, self._process.device)
         self._media |= {picture.media for row in rows for picture in row.pictures}
         metrics = self._step(rows, number)
         if number == 0:
@@ -143,6 +148,8 @@ class Trainer:
             "device": _device_name(self._process.device),
             "video": sorted(self._media),
             "decoded_frames": sum(m.pictures for m in metrics),
+            "padding_share": sum(m.padding_share for m in metrics) / len(metrics),
+            "skipped_samples": self._loader.num_skipped,
             "checkpoint": checkpoint,
         }
 

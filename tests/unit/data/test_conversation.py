@@ -98,6 +98,32 @@ def test_three_spellings_are_one_sample(tmp_path: Path) -> None:
     assert [picture.is_video for picture in by_parts.pictures] == [False, True, True, True]
 
 
+def test_spellings_of_other_trainers_are_one_sample(tmp_path: Path) -> None:
+    make_clip(tmp_path / "v.mp4", 30)
+    Image.new("RGB", (56, 28)).save(tmp_path / "i.png")
+    turns = [{"role": "system", "content": "S"}, user("<video>A<image>B"), ANSWER]
+    swift = {"messages": turns, "images": [{"path": "i.png"}], "videos": ["v.mp4"]}
+    spoken = [{"from": "human", "value": "<video>A<image>B"}, {"from": "gpt", "value": "Yes."}]
+    factory = {"conversations": spoken, "system": "S", "images": ["i.png"], "videos": ["v.mp4"]}
+    said = [{"from": "system", "value": "S"}, *spoken]
+    qwen = {"id": 3, "conversations": said, "image": "i.png", "video": ["v.mp4"]}
+    parts = [
+        {"type": "video", "video": f"file://{tmp_path}/v.mp4", "video_start": 0, "video_end": 9},
+        {"type": "text", "text": "A"},
+        {"type": "image", "image": "i.png"},
+        {"type": "text", "text": "B"},
+    ]
+    first, *others = [
+        sample_of(record, tmp_path)
+        for record in (swift, factory, qwen, {"messages": [turns[0], user(parts), ANSWER]})
+    ]
+    assert [picture.is_video for picture in first.pictures] == [True, True, True, False]
+    for other in others:
+        np.testing.assert_array_equal(first.token_ids, other.token_ids)
+        np.testing.assert_array_equal(first.labels, other.labels)
+        assert first.pictures == other.pictures
+
+
 def test_markers_without_lists_are_plain_text() -> None:
     sample = sample_of({"messages": [user("<image> is HTML"), ANSWER]})
     assert not sample.pictures and "<image> is HTML" in text_of(sample)
@@ -126,6 +152,16 @@ def test_user_text_cannot_close_its_turn() -> None:
         ({"messages": [user("<image>")], "images": []}, "more <image> markers"),
         ({"messages": [user("x")], "videos": ["v.mp4"]}, "names 1 more than"),
         ({"messages": [user("x")], "videos": "v.mp4"}, "list of file names"),
+        ({"messages": [user("x")], "videos": [["a.png", "b.png"]]}, "list of file names"),
+        ({"messages": [user("x"), ANSWER], "tools": "[]"}, "'tools'.*would be ignored"),
+        ({"messages": [user("x"), ANSWER | {"loss": False}]}, "'loss': False.*would be ignored"),
+        ({"messages": [user("<image>")], "image": "https://a/b.png"}, "no file name.*download"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "got role 'tool'"),
+        ({"conversations": [{"from": "human"}]}, "got content None"),
+        (
+            {"messages": [user([{"type": "video", "video": "v", "end": 1, "video_end": 2}])]},
+            "expected one of them",
+        ),
         ({"messages": [user("x")]}, "no assistant message"),
         ({"messages": [user([{"type": "video", "video": "gone.mp4"}]), ANSWER]}, "is not there"),
         ({"messages": [user([{"type": "image", "image": "x.jsonl"}]), ANSWER]}, "as an image"),

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megatron_keye.config import DataConfig, FrameConfig
 from megatron_keye.data import IGNORED_LABEL, PackedRow, RowLoader, Sample, pack
-from megatron_keye.data.packing import fill_row
 from tests.support.clips import tiny_model
+from tools.prepare_data import make_store
 
 MODEL = tiny_model()
 RECIPE_SAMPLES = Path(__file__).parents[3] / "launch" / "recipes" / "keye_tiny.jsonl"
@@ -60,21 +63,10 @@ def test_rows_hold_documents_and_one_of_padding(lengths: list[int]) -> None:
         assert row.token_ids[start:stop].tolist() == list(range(1, stop - start + 1))
 
 
-def test_rows_take_samples_in_order_until_one_does_not_fit() -> None:
-    stream = [made_sample(length) for length in (6, 6, 5, 1)]
-    assert [len(sample.token_ids) for sample in fill_row(stream, 16)] == [6, 6]
-    assert fill_row([made_sample(16), made_sample(99)], 16), "a full row asked for more"
-
-
 def test_labels_that_cross_documents_are_refused() -> None:
     sample = dataclasses.replace(made_sample(4), labels=np.arange(4))
     with pytest.raises(AssertionError, match="crosses"):
         pack([sample], 8, pad_token_id=0)
-
-
-def test_samples_longer_than_a_row_are_named() -> None:
-    with pytest.raises(ValueError, match="long one: is 17 .* data.row_tokens = 16; raise"):
-        fill_row([made_sample(17, "long one")], 16)
 
 
 @pytest.mark.parametrize("shuffles", [False, True])
@@ -124,13 +116,123 @@ def test_a_refused_sample_leaves_the_position_alone(config: DataConfig) -> None:
     loader = RowLoader(dataclasses.replace(config, row_tokens=15), MODEL, seed=5)
     with pytest.raises(ValueError, match=r"samples.jsonl:\d: is \d+ tokens long"):
         loader.next_rows(20)
-    assert loader.state_dict()["position"] == 0 == loader.state_dict()["epoch"]
+    assert loader.state_dict() == RowLoader(config, MODEL, seed=5).state_dict()
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(config: DataConfig) -> None:
     decoder = dataclasses.replace(MODEL.decoder, vocab_size=151_668)
     with pytest.raises(ValueError, match="vocab_size: got 151668, expected at least the 151669"):
         RowLoader(config, dataclasses.replace(MODEL, decoder=decoder), seed=0)
+
+
+@pytest.fixture(scope="module")
+def blends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return sources: a file, the store made of it, and blends of a store with another file.
+
+    Two samples of the file are bad: one shows a video that is missing, one is very long.
+    """
+    folder = tmp_path_factory.mktemp("blends")
+    for name, num_samples in (("a", 9), ("b", 5)):
+        lines = [
+            {"messages": [{"role": "assistant", "content": f"{name} {'word ' * (7 * n % 23)}"}]}
+            for n in range(num_samples)
+        ]
+        lines[3]["messages"][0]["content"] = "long " * 500
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+        if name == "a":
+            arguments = (folder / "a.jsonl", folder / "a.zarr", SKIPPING, MODEL)
+            make_store(*arguments, num_workers=1, skips_bad=False)
+    file, store = str(folder / "a.jsonl"), str(folder / "a.zarr")
+    bad = str(folder / "b.jsonl")
+    text = (folder / "b.jsonl").read_text().splitlines()
+    text[1] = '{"messages": [{"role": "assistant", "content": "<video>"}], "videos": ["gone"]}'
+    (folder / "b.jsonl").write_text("\n".join(text))
+    return {"file": file, "store": store, "blend": f"{store}=0.7,{bad}=0.3"}
+
+
+SKIPPING = DataConfig(samples="", row_tokens=60, on_bad_sample="skip")
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    source=st.sampled_from(["file", "store", "blend"]),
+    window=st.integers(1, 7),
+    stop=st.integers(0, 20),
+    num_ranks=st.sampled_from([1, 2, 3, 4, 6]),
+    seed=st.integers(0, 2),
+)
+def test_any_stop_resumes_exactly_on_any_number_of_ranks(
+    blends: dict[str, str], source: str, window: int, stop: int, num_ranks: int, seed: int
+) -> None:
+    config = dataclasses.replace(SKIPPING, samples=blends[source], packing_window=window)
+    unbroken = RowLoader(config, MODEL, seed)
+    before = unbroken.next_rows(stop)
+    state = json.dumps(unbroken.state_dict())
+    expected = unbroken.next_rows(12)
+    shares = []
+    for rank in range(num_ranks):
+        loader = RowLoader(config, MODEL, seed)
+        loader.load_state_dict(json.loads(state))
+        rows = [row for _ in range(12 // num_ranks) for row in loader.next_rows(num_ranks)]
+        shares.append(rows[rank::num_ranks])
+        assert loader.state_dict() == unbroken.state_dict()
+        assert loader.num_skipped == unbroken.num_skipped
+    assert same([row for turn in zip(*shares, strict=True) for row in turn], expected)
+    in_rows = [name for row in before + expected for name in row.sample_names]
+    assert not any(name.endswith((":2", ":4")) for name in in_rows if "b.jsonl" in name)
+
+
+def test_a_file_and_its_store_give_the_same_rows(blends: dict[str, str]) -> None:
+    config = dataclasses.replace(SKIPPING, packing_window=3)
+    rows = [
+        RowLoader(dataclasses.replace(config, samples=blends[name]), MODEL, seed=1).next_rows(25)
+        for name in ("file", "store")
+    ]
+    assert same(*rows)
+
+
+def test_a_window_loses_and_repeats_nothing(blends: dict[str, str]) -> None:
+    config = dataclasses.replace(SKIPPING, samples=blends["store"], packing_window=4)
+    loader = RowLoader(config, MODEL, seed=1)
+    names = [name for row in loader.next_rows(60) for name in row.sample_names]
+    waiting = len(loader.state_dict()["waiting"])
+    num_epochs, rest = divmod(sum(loader.state_dict()["num_drawn"]), 9)
+    assert num_epochs > 10 and waiting <= 4
+    # One of the nine is longer than a row.
+    assert len(set(names)) == 8
+    counts = [names.count(name) for name in set(names)]
+    assert num_epochs - waiting <= min(counts) and max(counts) <= num_epochs + (rest > 0)
+    assert len(names) + waiting + loader.num_skipped == sum(loader.state_dict()["num_drawn"])
+
+
+def test_skipped_samples_are_counted_and_named(
+    blends: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = dataclasses.replace(SKIPPING, samples=blends["blend"], shuffles=False)
+    loader = RowLoader(config, MODEL, seed=1)
+    with caplog.at_level(logging.WARNING):
+        while loader.num_skipped < 3:
+            loader.next_rows(1)
+    reasons = loader.take_skipped()
+    assert len(reasons) == loader.num_skipped == len(caplog.messages) == 3
+    assert sum("gone is not there" in r or "gone: " in r for r in reasons) == 1
+    assert sum("tokens long, expected at most data.row_tokens = 60" in r for r in reasons) == 2
+    assert loader.take_skipped() == []
+
+
+def test_a_source_of_bad_samples_alone_ends_the_run(blends: dict[str, str]) -> None:
+    config = dataclasses.replace(SKIPPING, samples=blends["store"], row_tokens=4)
+    with pytest.raises(ValueError, match="9 samples in a row were skipped.*tokens long"):
+        RowLoader(config, MODEL, seed=1).next_rows(1)
+
+
+def test_state_of_another_blend_is_refused(blends: dict[str, str]) -> None:
+    config = dataclasses.replace(SKIPPING, samples=blends["blend"])
+    state = RowLoader(config, MODEL, seed=1).state_dict()
+    for samples in (blends["store"], blends["blend"].replace("0.7", "0.6")):
+        other = dataclasses.replace(config, samples=samples)
+        with pytest.raises(ValueError, match=r"data.samples: got .*weights \[0.7, 0.3\] as when"):
+            RowLoader(other, MODEL, seed=1).load_state_dict(state)
 
 
 def test_the_recipe_samples_are_real() -> None:
