@@ -109,6 +109,8 @@ def quieten(rank: int) -> None:
     """Keep libraries' notes out of the progress display; errors still come through."""
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR)
+    # What this package says of files and choices is said by the rank that it happens on.
+    logging.getLogger("megatron_keye").setLevel(logging.INFO)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 

@@ -4,18 +4,31 @@ Memory is bounded by one chunk, whatever the video's length.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_keye.config.megatron import weight_dtype
 from megatron_keye.config.run import RunConfig
+from megatron_keye.data.decode_service import DecodeStatistics
 from megatron_keye.data.row import PackedRow, Picture
 from megatron_keye.parallel.plan import StepPlan
 
-LoadPatches = Callable[[Sequence[Picture]], Tensor]
-"""From pictures to their patches, float32 [P, channels, patch, patch], on the CPU."""
+
+class PatchSource(Protocol):
+    """Gives the patches of chunks in the order in which they were announced."""
+
+    def start_step(self, chunks: Sequence[Sequence[Picture]]) -> None:
+        """Announce the pictures of each chunk of a step."""
+
+    def take(self) -> Tensor:
+        """Return the next chunk's patches, float32 [P, channels, patch, patch], on any device."""
+
+    def statistics(self) -> DecodeStatistics:
+        """Return what was counted since the last call."""
 
 
 class ChunkEncoder:
@@ -25,51 +38,62 @@ class ChunkEncoder:
         self,
         run: RunConfig,
         vision: torch.nn.Module,
-        load_patches: LoadPatches,
+        source: PatchSource,
         device: torch.device,
+        rank: int,
     ) -> None:
         """Take what stays the same over steps.
 
         Args:
             run: Sizes and precision.
             vision: ViT and projector, in their data-parallel wrapper.
-            load_patches: Decodes pictures into patches.
+            source: Decodes pictures into patches.
             device: Where the ViT runs.
+            rank: This rank, whose chunks the plan names.
         """
-        self._vision, self._load_patches, self._device = vision, load_patches, device
+        self._vision, self._source, self._device = vision, source, device
+        self._rank = rank
         self._dtype = weight_dtype(run)
         self._inputs: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
         self._plan = StepPlan(chunks=(), shipments=())
         self._rows: list[PackedRow] = []
+        self._due: deque[int] = deque()
         self.num_pictures = 0
         """Pictures decoded in this step."""
         self.seconds = 0.0
         """Time spent on this step's chunks."""
+        self.wait_seconds = 0.0
+        """The part of it in which decoded chunks were waited for."""
 
     def start_step(self, plan: StepPlan, rows: list[PackedRow]) -> None:
         """Take the plan and the rows of the next step."""
         self._plan, self._rows = plan, rows
         self._inputs.clear()
-        self.num_pictures, self.seconds = 0, 0.0
+        self.num_pictures, self.seconds, self.wait_seconds = 0, 0.0, 0.0
+        self._due = deque(plan.chunks_of(self._rank))
+        self._source.start_step([self._pictures(chunk) for chunk in self._due])
 
     @torch.no_grad()
     def encode(self, chunk: int) -> Tensor:
-        """Decode and encode a chunk, keeping its patches on the CPU for the backward pass.
+        """Encode a decoded chunk, keeping its patches on the CPU for the backward pass.
 
         Args:
-            chunk: Index in the plan.
+            chunk: Index in the plan; this rank's chunks come in the plan's order.
 
         Returns:
             Features [M, D].
         """
         started = time.perf_counter()
-        pictures = [
-            self._rows[slot.row].pictures[slot.index] for slot in self._plan.chunks[chunk].pictures
-        ]
-        patches = self._load_patches(pictures).to(self._dtype)
-        self._inputs[chunk] = patches, [picture.grid for picture in pictures]
+        due = self._due.popleft()
+        assert due == chunk, "chunks are encoded in the order of decoding"
+        pictures = self._pictures(chunk)
+        grids = [picture.grid for picture in pictures]
+        patches = self._source.take()
+        self.wait_seconds += time.perf_counter() - started
+        patches = patches.to(self._dtype)
+        self._inputs[chunk] = patches.cpu(), grids
         self.num_pictures += len(pictures)
-        features_MD = self._forward(*self._inputs[chunk])
+        features_MD = self._forward(patches, grids)
         self.seconds += time.perf_counter() - started
         return features_MD
 
@@ -84,6 +108,15 @@ class ChunkEncoder:
         features_MD = self._forward(*self._inputs.pop(chunk))
         torch.autograd.backward(features_MD, gradient_MD.to(features_MD.dtype))
         self.seconds += time.perf_counter() - started
+
+    def statistics(self) -> DecodeStatistics:
+        """Return what was decoded since the last call."""
+        return self._source.statistics()
+
+    def _pictures(self, chunk: int) -> list[Picture]:
+        """Look up the pictures of a chunk."""
+        slots = self._plan.chunks[chunk].pictures
+        return [self._rows[slot.row].pictures[slot.index] for slot in slots]
 
     def _forward(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         features: Tensor = self._vision(patches.to(self._device), grids)

@@ -14,10 +14,10 @@ from megatron_keye.parallel.grid import Grid
 from megatron_keye.parallel.plan import plan_step
 from megatron_keye.parallel.schedule import run_step
 from megatron_keye.parallel.transport import FeatureTransport
-from megatron_keye.training.chunk_encoder import ChunkEncoder, LoadPatches
+from megatron_keye.training.chunk_encoder import ChunkEncoder, PatchSource
 from megatron_keye.training.decode import Decoding, returns_gradients
 from megatron_keye.training.learning_rate import learning_rate
-from megatron_keye.training.metrics import StepMetrics, collect_metrics
+from megatron_keye.training.metrics import StepMetrics, collect_metrics, decode_sums
 from megatron_keye.training.microbatch import num_real_queries, picture_slots
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.router_load import RouterLoad
@@ -47,7 +47,7 @@ class TrainingStep:
         model: KeyeModel,
         optimizer: JointOptimizer,
         *,
-        load_patches: LoadPatches,
+        source: PatchSource | None,
         device: torch.device,
     ) -> None:
         """Take what stays the same over steps.
@@ -57,7 +57,7 @@ class TrainingStep:
             grid: Groups of this rank.
             model: What this rank owns.
             optimizer: Its optimizers.
-            load_patches: Decodes pictures into patches, on ranks that encode.
+            source: Decodes pictures into patches, on ranks that encode; None on others.
             device: Where this rank computes.
         """
         self._run, self._grid, self._model, self._optimizer = run, grid, model, optimizer
@@ -65,9 +65,10 @@ class TrainingStep:
         self._decode = Decoding(run, grid, model.chunks, device) if model.chunks else None
         self._decoder_seconds = 0.0
         self._router_load = RouterLoad(run.model.decoder, model.chunks, device)
-        self._encoder = (
-            ChunkEncoder(run, model.vision, load_patches, device) if model.vision else None
-        )
+        self._encoder: ChunkEncoder | None = None
+        if model.vision is not None:
+            assert source is not None, "a rank that encodes needs pictures"
+            self._encoder = ChunkEncoder(run, model.vision, source, device, grid.rank)
 
     def __call__(self, rows: list[PackedRow], step: int) -> StepMetrics:
         """Train on one global batch.
@@ -102,6 +103,7 @@ class TrainingStep:
                 "step": time.perf_counter() - started,
                 "decoder": self._decoder_seconds,
                 "vision": self._encoder.seconds if self._encoder is not None else 0.0,
+                "vision_wait": self._encoder.wait_seconds if self._encoder is not None else 0.0,
             },
             device=self._device,
         )
@@ -133,6 +135,8 @@ class TrainingStep:
         )
         if self._encoder is not None:
             meter.add("pictures", torch.tensor(self._encoder.num_pictures, device=self._device))
+            for name, sum_ in decode_sums(self._encoder.statistics()).items():
+                meter.add(name, torch.tensor(sum_, dtype=torch.float64, device=self._device))
 
     def _decode_rows(
         self,

@@ -1,15 +1,17 @@
 """The whole of a run: build, resume, step, save, summarise."""
 
-from functools import partial
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_keye.checkpoint import store
+from megatron_keye.config.backends import decode_backend
 from megatron_keye.config.run import RunConfig
+from megatron_keye.data.decode_service import DecodeService
+from megatron_keye.data.frame_decoder import make_decoder
 from megatron_keye.data.loader import RowLoader
-from megatron_keye.data.patches import load_patches
 from megatron_keye.model import build_model
 from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import Process
@@ -18,6 +20,8 @@ from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
 from megatron_keye.training.step import TrainingStep
+
+_logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -46,12 +50,13 @@ class Trainer:
             uses_transformer_engine=uses_transformer_engine,
         )
         self._optimizer = JointOptimizer(run, self._model, self._grid)
+        self._decode_service = self._start_decoding() if self._model.vision else None
         self._step = TrainingStep(
             run,
             self._grid,
             self._model,
             self._optimizer,
-            load_patches=partial(load_patches, vision=run.model.vision),
+            source=self._decode_service,
             device=process.device,
         )
         self._progress = store.Progress(step=0, updates=0, data=self._loader.state_dict())
@@ -65,6 +70,13 @@ class Trainer:
         Returns:
             The summary that rank 0 also writes to summary.json.
         """
+        try:
+            return self._train()
+        finally:
+            if self._decode_service is not None:
+                self._decode_service.close()
+
+    def _train(self) -> dict[str, Any]:
         training = self._run.training
         last = min(training.stop_after_step or training.steps, training.steps)
         if self._progress.step >= last:
@@ -76,6 +88,17 @@ class Trainer:
         write_summary(self._run, summary)
         show_summary(summary)
         return summary
+
+    def _start_decoding(self) -> DecodeService:
+        """Start the thread that decodes for this rank's encoder."""
+        decode, device = self._run.data.decode, self._process.device
+        backend = decode_backend(decode.backend, has_gpu=device.type == "cuda")
+        if self._process.rank == self._grid.vision_ranks[0]:
+            _logger.info(
+                "decoding video with %s (data.decode.backend=%s)", backend, decode.backend
+            )
+        decoder = make_decoder(backend, device, decode.num_threads)
+        return DecodeService(decoder, self._run.model.vision, decode)
 
     def _already_ended(self, last: int) -> dict[str, Any]:
         """Show what the finished run came to; a job that is queued again must not fail."""

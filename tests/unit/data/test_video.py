@@ -95,9 +95,9 @@ def test_decoding_starts_at_the_keyframe_before(
     path = make_clip(tmp_path / "clip.mp4", options=B_FRAMES)
     starts, decode = [], video._decode
 
-    def recorded(info: Any, wanted: list[int], start: int) -> Any:
+    def recorded(info: Any, wanted: list[int], start: int, *more: Any) -> Any:
         starts.append((start, len(wanted)))
-        return decode(info, wanted, start)
+        return decode(info, wanted, start, *more)
 
     monkeypatch.setattr(video, "_decode", recorded)
     assert numbers(path, [30, 40]) == [30, 40]
