@@ -92,7 +92,8 @@ def probe(path: Path) -> VideoInfo:
 
     Raises:
         ValueError: Naming the file, for one that is missing, empty, no video, without
-            presentation times, turned by an oblique angle, or visibly cut short. A cut Matroska
+            presentation times, an AVI with B-frames, turned by an oblique angle, or visibly cut
+            short. A cut Matroska
             or MPEG-TS file cannot be told from a shorter whole one and is accepted as that.
     """
     if not path.is_file():
@@ -176,6 +177,12 @@ def _demux(path: Path, container: InputContainer, stream: VideoStream) -> _Frame
         raise ValueError(
             f"{path}: {num_untimed} of {num_untimed + len(shown)} frames have no presentation "
             "time, expected one on each; remux it (ffmpeg -fflags +genpts -i IN -c copy OUT.mp4)"
+        )
+    out_of_order = stream.codec_context.has_b_frames or len(shown) < num_packets
+    if container.format.name == "avi" and out_of_order:
+        raise ValueError(
+            f"{path}: is an AVI whose frames are not stored in the order of showing, expected "
+            "another container, since AVI does not tell that order; re-encode it, e.g. to MP4"
         )
     ordered = sorted(shown)
     keyframes = [index for index, timestamp in enumerate(ordered) if shown[timestamp]]

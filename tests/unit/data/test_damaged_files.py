@@ -151,7 +151,8 @@ def test_damaged_files_are_refused_or_read_exactly(
         how = DAMAGES[number % len(DAMAGES)]
         damaged = damage(content, how, generator)
         outcomes[number, how] = reader(Case(str(path), damaged, how == "cut"))
-    wrong = {case: outcome for case, outcome in outcomes.items() if outcome not in ("error", "exact")}
+    wrong = {
+        case: outcome for case, outcome in outcomes.items() if outcome not in ("error", "exact")
+    }
     assert not wrong, f"{kind}: {wrong}"
     assert "error" in outcomes.values(), "no case was damaged enough to tell"
-
