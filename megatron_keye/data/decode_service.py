@@ -61,10 +61,9 @@ class DecodeService:
         self._working_since = 0.0
         self._counts = DecodeStatistics()
         self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
-        self._thread.start()
 
     def __enter__(self) -> Self:
-        """Return the service, which works already."""
+        """Return the service, whose thread starts with the first step."""
         return self
 
     def __exit__(
@@ -82,6 +81,8 @@ class DecodeService:
         Args:
             chunks: In the order in which they will be taken.
         """
+        if self._thread.ident is None:
+            self._thread.start()
         with self._changed:
             self._announced.append(chunks)
             self._num_due += len(chunks)
@@ -127,7 +128,8 @@ class DecodeService:
             self._is_closing = True
             self._ready.clear()
             self._changed.notify_all()
-        self._thread.join(_CLOSING_SECONDS)
+        if self._thread.ident is not None:
+            self._thread.join(_CLOSING_SECONDS)
         if not self._thread.is_alive():
             self._decoder.close()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from megatron_keye.data.probe import VideoInfo, opened_video, probe
@@ -111,21 +112,28 @@ def _decode(
         stream.codec_context.thread_count = num_threads
         if start:
             container.seek(int(info.timestamps[start]), stream=stream, backward=True)
+        # One for all frames: setting it up takes as long as converting a frame does.
+        converter = VideoReformatter()
         for frame in container.decode(stream):
             if frame.pts is None or frame.is_corrupt:
                 continue
             index = index_of.pop(frame.pts, None)
             if index is not None:
-                yield index, _upright(frame, info)
+                yield index, _upright(frame, info, converter, num_threads)
             if frame.pts >= last:
                 return
 
 
-def _upright(frame: av.VideoFrame, info: VideoInfo) -> NDArray[np.uint8]:
+def _upright(
+    frame: av.VideoFrame, info: VideoInfo, converter: VideoReformatter, num_threads: int
+) -> NDArray[np.uint8]:
     """Convert to RGB as it is shown: uint8 [height, width, 3]."""
     sideways = info.rotation % 180 != 0
     height, width = (info.width, info.height) if sideways else (info.height, info.width)
-    pixels = frame.to_ndarray(format="rgb24", height=height, width=width)
+    converted = converter.reformat(
+        frame, format="rgb24", height=height, width=width, threads=num_threads
+    )
+    pixels = np.asarray(converted.to_ndarray(), dtype=np.uint8)
     if info.is_mirrored:
         pixels = pixels[:, ::-1]
     return np.rot90(pixels, info.rotation // 90)

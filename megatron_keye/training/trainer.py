@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -92,13 +92,18 @@ class Trainer:
     def _start_decoding(self) -> DecodeService:
         """Start the thread that decodes for this rank's encoder."""
         decode, device = self._run.data.decode, self._process.device
-        backend = decode_backend(decode.backend, has_gpu=device.type == "cuda")
+        backend = self._decode_backend()
         if self._process.rank == self._grid.vision_ranks[0]:
             _logger.info(
                 "decoding video with %s (data.decode.backend=%s)", backend, decode.backend
             )
         decoder = make_decoder(backend, device, decode.num_threads)
         return DecodeService(decoder, self._run.model.vision, decode)
+
+    def _decode_backend(self) -> Literal["pyav", "dali"]:
+        """Return what decodes video on the ranks that encode."""
+        wanted, has_gpu = self._run.data.decode.backend, self._process.device.type == "cuda"
+        return decode_backend(wanted, has_gpu=has_gpu)
 
     def _already_ended(self, last: int) -> dict[str, Any]:
         """Show what the finished run came to; a job that is queued again must not fail."""
@@ -165,6 +170,7 @@ class Trainer:
             },
             "device": _device_name(self._process.device),
             "video": sorted(self._media),
+            "video_decoder": self._decode_backend(),
             "decoded_frames": sum(m.pictures for m in metrics),
             "checkpoint": checkpoint,
         }
