@@ -25,7 +25,7 @@ class PatchSource(Protocol):
         """Announce the pictures of each chunk of a step."""
 
     def take(self) -> Tensor:
-        """Return the next chunk's patches, float32 [P, channels, patch, patch], on any device."""
+        """Return the next chunk's input of `vision`, P patches long, on any device."""
 
     def statistics(self) -> DecodeStatistics:
         """Return what was counted since the last call."""
@@ -46,8 +46,8 @@ class ChunkEncoder:
 
         Args:
             run: Sizes and precision.
-            vision: ViT and projector, in their data-parallel wrapper.
-            source: Decodes pictures into patches.
+            vision: ViT and projector in their data-parallel wrapper, or the projector alone.
+            source: Turns pictures into the input of `vision`.
             device: Where the ViT runs.
             rank: This rank, whose chunks the plan names.
         """

@@ -68,7 +68,10 @@ class TrainingStep:
         self._encoder: ChunkEncoder | None = None
         if model.vision is not None:
             assert source is not None, "a rank that encodes needs pictures"
-            self._encoder = ChunkEncoder(run, model.vision, source, device, grid.rank)
+            # The source then gives what the ViT made, and only the projector is left to run.
+            projects_only = bool(run.data.feature_cache)
+            vision = model.vision.module.projector if projects_only else model.vision
+            self._encoder = ChunkEncoder(run, vision, source, device, grid.rank)
 
     def __call__(self, rows: list[PackedRow], step: int) -> StepMetrics:
         """Train on one global batch.

@@ -16,6 +16,8 @@ from megatron_keye.model import build_model
 from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import Process
 from megatron_keye.parallel.random import seed_rank
+from megatron_keye.training.cached_features import CachedFeatures
+from megatron_keye.training.chunk_encoder import PatchSource
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
@@ -56,7 +58,7 @@ class Trainer:
             self._grid,
             self._model,
             self._optimizer,
-            source=self._decode_service,
+            source=self._source(),
             device=process.device,
         )
         self._progress = store.Progress(step=0, updates=0, data=self._loader.state_dict())
@@ -99,6 +101,19 @@ class Trainer:
             )
         decoder = make_decoder(backend, device, decode.num_threads)
         return DecodeService(decoder, self._run.model.vision, decode)
+
+    def _source(self) -> PatchSource | None:
+        """Return where the encoder's input comes from; None on a rank without one."""
+        vision, decoding = self._model.vision, self._decode_service
+        if vision is None or decoding is None or not self._run.data.feature_cache:
+            return decoding
+        return CachedFeatures(
+            self._run,
+            vision.module.encoder,
+            decoding,
+            decoder_name=self._decode_backend(),
+            device=self._process.device,
+        )
 
     def _decode_backend(self) -> Literal["pyav", "dali"]:
         """Return what decodes video on the ranks that encode."""
