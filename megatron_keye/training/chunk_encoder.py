@@ -58,6 +58,7 @@ class ChunkEncoder:
         self._plan = StepPlan(chunks=(), shipments=())
         self._rows: list[PackedRow] = []
         self._due: deque[int] = deque()
+        self._announced: deque[list[list[Picture]]] = deque()
         self.num_pictures = 0
         """Pictures decoded in this step."""
         self.seconds = 0.0
@@ -65,13 +66,28 @@ class ChunkEncoder:
         self.wait_seconds = 0.0
         """The part of it in which decoded chunks were waited for."""
 
+    def announce(self, plan: StepPlan, rows: list[PackedRow]) -> None:
+        """Let the source work on a later step already.
+
+        Args:
+            plan: The next step's that was not announced yet.
+            rows: Its rows.
+        """
+        chunks = [_pictures(plan, rows, chunk) for chunk in plan.chunks_of(self._rank)]
+        self._announced.append(chunks)
+        self._source.start_step(chunks)
+
     def start_step(self, plan: StepPlan, rows: list[PackedRow]) -> None:
         """Take the plan and the rows of the next step."""
         self._plan, self._rows = plan, rows
         self._inputs.clear()
         self.num_pictures, self.seconds, self.wait_seconds = 0, 0.0, 0.0
         self._due = deque(plan.chunks_of(self._rank))
-        self._source.start_step([self._pictures(chunk) for chunk in self._due])
+        if not self._announced:
+            self.announce(plan, rows)
+        announced = self._announced.popleft()
+        chunks = [_pictures(plan, rows, chunk) for chunk in self._due]
+        assert announced == chunks, "steps run in the order in which they were announced"
 
     @torch.no_grad()
     def encode(self, chunk: int) -> Tensor:
@@ -86,7 +102,7 @@ class ChunkEncoder:
         started = time.perf_counter()
         due = self._due.popleft()
         assert due == chunk, "chunks are encoded in the order of decoding"
-        pictures = self._pictures(chunk)
+        pictures = _pictures(self._plan, self._rows, chunk)
         grids = [picture.grid for picture in pictures]
         patches = self._source.take()
         self.wait_seconds += time.perf_counter() - started
@@ -113,11 +129,11 @@ class ChunkEncoder:
         """Return what was decoded since the last call."""
         return self._source.statistics()
 
-    def _pictures(self, chunk: int) -> list[Picture]:
-        """Look up the pictures of a chunk."""
-        slots = self._plan.chunks[chunk].pictures
-        return [self._rows[slot.row].pictures[slot.index] for slot in slots]
-
     def _forward(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         features: Tensor = self._vision(patches.to(self._device), grids)
         return features
+
+
+def _pictures(plan: StepPlan, rows: list[PackedRow], chunk: int) -> list[Picture]:
+    """Look up the pictures of a chunk."""
+    return [rows[slot.row].pictures[slot.index] for slot in plan.chunks[chunk].pictures]

@@ -11,7 +11,7 @@ from megatron_keye.data.row import PackedRow
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.model import KeyeModel
 from megatron_keye.parallel.grid import Grid
-from megatron_keye.parallel.plan import plan_step
+from megatron_keye.parallel.plan import StepPlan, plan_step
 from megatron_keye.parallel.schedule import run_step
 from megatron_keye.parallel.transport import FeatureTransport
 from megatron_keye.training.chunk_encoder import ChunkEncoder, PatchSource
@@ -111,14 +111,26 @@ class TrainingStep:
             device=self._device,
         )
 
-    def _encode_and_decode(self, rows: list[PackedRow], meter: RowMeter, counts: _Counts) -> None:
-        run = self._run
-        plan = plan_step(
-            picture_slots(rows, run.model.vision.merge_size),
-            row_tokens=run.data.row_tokens,
-            parallel=run.parallel,
+    def announce(self, rows: list[PackedRow]) -> None:
+        """Let this rank decode the pictures of a step before it runs.
+
+        Args:
+            rows: Of the next step that was not announced yet; steps then run in this order.
+        """
+        if self._encoder is not None:
+            self._encoder.announce(self._plan(rows), rows)
+
+    def _plan(self, rows: list[PackedRow]) -> StepPlan:
+        return plan_step(
+            picture_slots(rows, self._run.model.vision.merge_size),
+            row_tokens=self._run.data.row_tokens,
+            parallel=self._run.parallel,
             grid=self._grid,
         )
+
+    def _encode_and_decode(self, rows: list[PackedRow], meter: RowMeter, counts: _Counts) -> None:
+        run = self._run
+        plan = self._plan(rows)
         transport = FeatureTransport(
             plan,
             self._grid,

@@ -12,6 +12,7 @@ from megatron_keye.config.run import RunConfig
 from megatron_keye.data.decode_service import DecodeService
 from megatron_keye.data.frame_decoder import make_decoder
 from megatron_keye.data.loader import RowLoader
+from megatron_keye.data.row import PackedRow
 from megatron_keye.model import build_model
 from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import Process
@@ -22,6 +23,9 @@ from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
 from megatron_keye.training.step import TrainingStep
+
+_Rows = tuple[list[PackedRow], dict[str, int | str]]
+"""Rows of a step, and where the loader stands behind them."""
 
 _logger = logging.getLogger(__name__)
 
@@ -64,6 +68,7 @@ class Trainer:
         self._progress = store.Progress(step=0, updates=0, data=self._loader.state_dict())
         self._metrics: list[StepMetrics] = []
         self._media: set[str] = set()
+        self._upcoming: _Rows | None = None
         self._resume()
 
     def train(self) -> dict[str, Any]:
@@ -131,7 +136,7 @@ class Trainer:
         """Run the remaining steps and return the folder of the last checkpoint."""
         folder = Path()
         for number in range(self._progress.step, last):
-            metrics = self._train_one(number)
+            metrics = self._train_one(number, is_last=number + 1 == last)
             if report is not None:
                 report.show(number + 1, metrics)
             interval = self._run.training.checkpoint.interval_steps
@@ -139,17 +144,25 @@ class Trainer:
                 folder = self._save()
         return folder
 
-    def _train_one(self, number: int) -> StepMetrics:
-        rows = self._loader.next_rows(self._run.training.rows_per_step)
+    def _train_one(self, number: int, *, is_last: bool) -> StepMetrics:
+        rows, state = self._upcoming or self._fetch()
+        # Decoding works on the next step while this one runs.
+        self._upcoming = None if is_last else self._fetch()
         self._media |= {picture.media for row in rows for picture in row.pictures}
         metrics = self._step(rows, number)
         if number == 0:
             self._progress.first_loss = metrics.loss
         self._progress.step = number + 1
         self._progress.updates += metrics.was_applied
-        self._progress.data = self._loader.state_dict()
+        self._progress.data = state
         self._metrics.append(metrics)
         return metrics
+
+    def _fetch(self) -> _Rows:
+        """Take the rows of one more step, and announce what is to be decoded for them."""
+        rows = self._loader.next_rows(self._run.training.rows_per_step)
+        self._step.announce(rows)
+        return rows, self._loader.state_dict()
 
     def _save(self) -> Path:
         return store.save(self._run, self._model, self._optimizer, self._grid, self._progress)
