@@ -109,6 +109,9 @@ def quieten(rank: int) -> None:
     """Keep libraries' notes out of the progress display; errors still come through."""
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR)
+    # What is said of files and of how they are decoded comes from the rank that it happens on.
+    logging.getLogger("megatron_keye.data").setLevel(logging.WARNING)
+    logging.getLogger("megatron_keye.training").setLevel(logging.INFO)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 

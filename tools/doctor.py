@@ -36,8 +36,7 @@ OPTIONAL = {
     "zarr": ("stores of prepared data", "data is prepared anew in each run"),
     "tensorboard": ("event files of a run", "no curves, only the log"),
 }
-# The distribution's name carries the CUDA release.
-ALIASES = {"nvidia-dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120")}
+ALIASES = {"nvidia-dali": backends.DALI_NAMES}
 EXTENSION_BUILD = "MEGATRON_KEYE_BUILD_CUDA=1 pip install --no-build-isolation --no-deps -e ."
 IMPORT_SECONDS = 180
 

@@ -1,6 +1,6 @@
 """What a run is: frozen dataclasses, checked when they are made."""
 
-from megatron_keye.config.data import DataConfig, FrameConfig
+from megatron_keye.config.data import DataConfig, DecodeConfig, FrameConfig
 from megatron_keye.config.model import (
     DecoderConfig,
     ExpertsConfig,
@@ -19,6 +19,7 @@ from megatron_keye.config.training import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DecodeConfig",
     "DecoderConfig",
     "DecoderParallel",
     "ExpertsConfig",

@@ -7,7 +7,9 @@ Standard library only.
 
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Literal
 
+from megatron_keye.config.data import DecodeBackend
 from megatron_keye.config.training import LinearLayers
 
 TRANSFORMER_ENGINE_INSTALL = (
@@ -17,6 +19,9 @@ APEX_INSTALL = (
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation "
     "git+https://github.com/NVIDIA/apex"
 )
+DALI_INSTALL = 'pip install "nvidia-dali-cuda130==2.4.*"'
+# The distribution's name carries the CUDA release.
+DALI_NAMES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 # The core library by the CUDA release it was built for.
 _CORE_NAMES = ("transformer-engine-cu13", "transformer-engine-cu12")
 _TORCH_NAME = "transformer-engine-torch"
@@ -94,6 +99,26 @@ def takes_transformer_engine(wanted: LinearLayers, *, has_gpu: bool) -> bool:
             f"or 'auto'; to install it: {TRANSFORMER_ENGINE_INSTALL}"
         )
     return version is not None
+
+
+def decode_backend(wanted: DecodeBackend, *, has_gpu: bool) -> Literal["pyav", "dali"]:
+    """Decide what decodes video on a rank that encodes it.
+
+    Args:
+        wanted: The run's data.decode.backend.
+        has_gpu: Whether the run is on GPUs.
+
+    Raises:
+        ValueError: DALI is asked for and can't be had.
+    """
+    is_installed = any(_find(name) is not None for name in DALI_NAMES)
+    if wanted == "dali" and not (has_gpu and is_installed):
+        raise ValueError(
+            f"data.decode.backend: got 'dali' "
+            f"{'where DALI is not installed' if has_gpu else 'without a GPU'}, expected 'pyav' or "
+            f"'auto'; to install it: {DALI_INSTALL}"
+        )
+    return "dali" if wanted != "pyav" and has_gpu and is_installed else "pyav"
 
 
 def transformer_engine_cuda() -> int | None:

@@ -8,6 +8,7 @@ from megatron_keye.config.check import check
 
 LossTokens = Literal["assistant", "text"]
 BadSamplePolicy = Literal["refuse", "skip"]
+DecodeBackend = Literal["auto", "pyav", "dali"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,32 @@ class WeightedSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How a rank that encodes turns files into pixels, ahead of its encoder."""
+
+    backend: DecodeBackend = "auto"
+    """"dali" decodes video on the GPU of the rank that encodes it, "pyav" on its CPU. "auto" takes
+    dali where that rank has a GPU and DALI is installed, pyav otherwise."""
+    num_threads: int = 0
+    """pyav: threads for one file, 0 for one a core. dali: pieces of a file decoded side by side, 0
+    for 4, which a GPU with several decoders keeps busy."""
+    max_ahead_chunks: int = 4
+    """Chunks that wait decoded for the encoder at most."""
+    max_ahead_mebibytes: int = 1024
+    """Memory that they take at most, on the device for dali; one chunk is always let through."""
+    timeout_seconds: float = 120.0
+    """Longest that a file may take to give its next frame, its opening included."""
+
+    def __post_init__(self) -> None:
+        backends = ("auto", "pyav", "dali")
+        check(self.backend in backends, "data.decode.backend", self.backend, f"one of {backends}")
+        check(self.num_threads >= 0, "data.decode.num_threads", self.num_threads, "0 or more")
+        for name in ("max_ahead_chunks", "max_ahead_mebibytes", "timeout_seconds"):
+            number = getattr(self, name)
+            check(number > 0, f"data.decode.{name}", number, "a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Samples, tokens and the packed rows made of them."""
 
@@ -79,6 +106,11 @@ class DataConfig:
     """Whether samples come in a new, seeded order in each epoch."""
     frames: FrameConfig = field(default_factory=FrameConfig)
     """Frame rate and pixel budgets."""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """Decoder, and how far it works ahead."""
+    feature_cache: str = ""
+    """Folder that keeps what a frozen ViT made of each picture, before the projector, for later
+    epochs and runs; "" keeps nothing. A bf16 frame of 256 tokens takes 2.3 MB in the release."""
     sources: tuple[WeightedSource, ...] = field(init=False, repr=False)
     """What `samples` names, weights adding up to 1."""
 

@@ -56,7 +56,7 @@ class DecoderParallel:
             )
 
     def layers_per_stage(self, num_layers: int) -> list[int]:
-        """Return how many of `num_layers` decoder layers each stage holds, all its chunks together.
+        """Return how many of `num_layers` decoder layers each stage holds in all its chunks.
 
         Raises:
             ValueError: When the layers cannot be dealt out so, naming the field to change.

@@ -74,6 +74,14 @@ class RunConfig:
             f"a multiple of {share}, so that tensor x context ranks get equal parts",
         )
 
+        check(
+            not self.data.feature_cache or "vision" not in self.training.trained_parts,
+            "data.feature_cache",
+            self.data.feature_cache,
+            "'' since vision learns in this run, and its features change with every step; or "
+            "freeze it with training.frozen",
+        )
+
     def _check_divides(self, count: int, axis: str, what: str) -> None:
         degree = getattr(self.parallel.decoder, axis)
         check(

@@ -1,7 +1,7 @@
-"""From files to packed rows and patches, on the CPU.
+"""From files to packed rows and patches.
 
 A sample goes conversation -> sample -> row on every rank, from containers alone; pixels go
-video or image -> patches only where they are encoded.
+video or image -> patches only where they are encoded, on the CPU or on the GPU.
 """
 
 from megatron_keye.data.conversation import Conversation, read_conversations
@@ -9,7 +9,6 @@ from megatron_keye.data.frames import VideoPlan, frame_grid, image_grid, plan_vi
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.data.media import resolve_media
 from megatron_keye.data.packing import pack
-from megatron_keye.data.patches import load_patches
 from megatron_keye.data.row import IGNORED_LABEL, PackedRow, Picture, Sample
 from megatron_keye.data.sample import make_sample
 from megatron_keye.data.tokens import Tokenizer, load_tokenizer
@@ -28,7 +27,6 @@ __all__ = [
     "decode_frames",
     "frame_grid",
     "image_grid",
-    "load_patches",
     "load_tokenizer",
     "make_sample",
     "pack",

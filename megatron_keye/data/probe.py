@@ -17,6 +17,9 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from megatron_keye.data import bitstream
+from megatron_keye.data.gpu_rules import packet_obstacle, stream_obstacle, timeline_obstacle
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class VideoInfo:
@@ -31,6 +34,13 @@ class VideoInfo:
     """The same in the stream's own units, by which a decoded frame is recognised [frames]."""
     keyframes: NDArray[np.int64]
     """Indices, in presentation order, of the frames where decoding can start."""
+    entry_points: NDArray[np.int64]
+    """Those of them from which each later frame comes out clean even in a decoder that has seen
+    nothing before; frames shown before one, but stored after it, don't."""
+    color_space: int
+    """FFmpeg's number of the rule by which luma and colour differences become RGB."""
+    gpu_obstacle: str
+    """Why a GPU would not decode this file rightly, "" when nothing speaks against it."""
     height: int
     """Pixels down, as shown."""
     width: int
@@ -82,7 +92,8 @@ def probe(path: Path) -> VideoInfo:
 
     Raises:
         ValueError: Naming the file, for one that is missing, empty, no video, without
-            presentation times, turned by an oblique angle, or visibly cut short. A cut Matroska
+            presentation times, an AVI with B-frames, turned by an oblique angle, or visibly cut
+            short. A cut Matroska
             or MPEG-TS file cannot be told from a shorter whole one and is accepted as that.
     """
     if not path.is_file():
@@ -98,25 +109,30 @@ def _probe(path: Path, modified_nanoseconds: int, size_bytes: int) -> VideoInfo:
         start_seconds = max(0.0, (container.start_time or 0) / av.time_base)
         height, width = stream.height, stream.width
         rotation, is_mirrored = _orientation(path, stream)
-        timestamps, keyframes = _demux(path, container, stream)
+        frames = _demux(path, container, stream)
         index_end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         if index_end > size_bytes:
             raise ValueError(
                 f"{path}: is cut short at {size_bytes} bytes, expected at least {index_end}; "
                 "copy it again"
             )
-        times = timestamps.astype(np.float64) * np.float64(stream.time_base) - start_seconds
-    if not len(timestamps) or not height or not width:
+        times = frames.timestamps * np.float64(stream.time_base) - start_seconds
+        color_space = stream.codec_context.colorspace
+        obstacle = stream_obstacle(stream) or frames.obstacle
+    if not len(times) or not height or not width:
         raise ValueError(f"{path}: holds no video frames, expected at least one; copy it again")
-    for array in (times, timestamps, keyframes):
+    for array in (times, frames.timestamps, frames.keyframes, frames.entry_points):
         array.setflags(write=False)
     if rotation % 180:
         height, width = width, height
     return VideoInfo(
         path=path,
         times=times,
-        timestamps=timestamps,
-        keyframes=keyframes,
+        timestamps=frames.timestamps,
+        keyframes=frames.keyframes,
+        entry_points=frames.entry_points,
+        color_space=color_space,
+        gpu_obstacle=obstacle,
         height=height,
         width=width,
         rotation=rotation,
@@ -124,30 +140,59 @@ def _probe(path: Path, modified_nanoseconds: int, size_bytes: int) -> VideoInfo:
     )
 
 
-def _demux(
-    path: Path, container: InputContainer, stream: VideoStream
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the sorted timestamps of all shown frames and the indices of the keyframes."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Frames:
+    """What the packets of a stream tell; fields as in `VideoInfo`."""
+
+    timestamps: NDArray[np.int64]
+    keyframes: NDArray[np.int64]
+    entry_points: NDArray[np.int64]
+    obstacle: str
+
+
+def _demux(path: Path, container: InputContainer, stream: VideoStream) -> _Frames:
+    """Read all packets and put the frames that are shown into their order."""
+    codec, extradata = stream.codec_context.name, bytes(stream.codec_context.extradata or b"")
     shown: dict[int, bool] = {}
-    num_untimed = 0
+    entries: set[int] = set()
+    num_packets = num_untimed = 0
+    obstacle = ""
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise ValueError(f"{path}: is cut short or damaged inside a frame; copy it again")
+        if packet.size == 0:
+            continue
+        num_packets += 1
+        obstacle = obstacle or packet_obstacle(packet, codec, extradata)
         # Packets flagged "discard" lie outside the edit list: decoded, but never shown.
-        if packet.size == 0 or packet.is_discard or _is_hidden(packet, stream):
+        if packet.is_discard or _is_hidden(packet, stream):
             continue
         if packet.pts is None:
             num_untimed += 1
-        else:
-            shown[packet.pts] = shown.get(packet.pts, False) or packet.is_keyframe
+            continue
+        shown[packet.pts] = shown.get(packet.pts, False) or packet.is_keyframe
+        if packet.is_keyframe and bitstream.stands_alone(codec, bytes(packet), extradata):
+            entries.add(packet.pts)
     if num_untimed:
         raise ValueError(
             f"{path}: {num_untimed} of {num_untimed + len(shown)} frames have no presentation "
             "time, expected one on each; remux it (ffmpeg -fflags +genpts -i IN -c copy OUT.mp4)"
         )
+    out_of_order = stream.codec_context.has_b_frames or len(shown) < num_packets
+    if container.format.name == "avi" and out_of_order:
+        raise ValueError(
+            f"{path}: is an AVI whose frames are not stored in the order of showing, expected "
+            "another container, since AVI does not tell that order; re-encode it, e.g. to MP4"
+        )
     ordered = sorted(shown)
     keyframes = [index for index, timestamp in enumerate(ordered) if shown[timestamp]]
-    return np.array(ordered, dtype=np.int64), np.array(keyframes, dtype=np.int64)
+    starts = [index for index in keyframes if ordered[index] in entries]
+    return _Frames(
+        timestamps=np.array(ordered, dtype=np.int64),
+        keyframes=np.array(keyframes, dtype=np.int64),
+        entry_points=np.array(starts, dtype=np.int64),
+        obstacle=obstacle or timeline_obstacle(starts, len(ordered), num_packets),
+    )
 
 
 def _is_hidden(packet: "av.Packet[VideoStream]", stream: VideoStream) -> bool:

@@ -1,6 +1,6 @@
 """Frames of a video by index, in presentation order, exactly.
 
-The one place that decodes video on the CPU; a decoder on the GPU takes the same path and indices.
+The one place that decodes video on the CPU; `dali.py` takes the same path and indices to the GPU.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from megatron_keye.data.probe import VideoInfo, opened_video, probe
 
-__all__ = ["VideoInfo", "decode_frames", "iterate_frames", "probe"]
+__all__ = ["VideoInfo", "check_indices", "decode_frames", "iterate_frames", "probe"]
 
 
 def decode_frames(path: Path, frame_indices: Sequence[int]) -> NDArray[np.uint8]:
@@ -39,8 +40,24 @@ def decode_frames(path: Path, frame_indices: Sequence[int]) -> NDArray[np.uint8]
     return frames
 
 
+def check_indices(info: VideoInfo, frame_indices: Iterable[int]) -> list[int]:
+    """Return the distinct indices in ascending order.
+
+    Raises:
+        ValueError: Naming the file, for an index that is negative or past its end.
+    """
+    wanted = sorted({int(index) for index in frame_indices})
+    for index in wanted[:1] + wanted[-1:]:
+        if not 0 <= index < info.num_frames:
+            raise ValueError(
+                f"{info.path}: frame {index} was asked for, expected 0 to {info.num_frames - 1}; "
+                "plan the frames from probe() of this very file"
+            )
+    return wanted
+
+
 def iterate_frames(
-    path: Path, frame_indices: Iterable[int]
+    path: Path, frame_indices: Iterable[int], *, num_threads: int = 0
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Yield (index, frame) once for each distinct index, in presentation order.
 
@@ -51,6 +68,7 @@ def iterate_frames(
     Args:
         path: Video file.
         frame_indices: Indices into `probe(path).times`, in any order, repeats allowed.
+        num_threads: Threads that decode; 0 for one a core.
 
     Returns:
         Pairs of index and uint8 RGB [height, width, 3], upright.
@@ -59,17 +77,11 @@ def iterate_frames(
         ValueError: As `decode_frames`, when the pair that is missing would be next.
     """
     info = probe(path)
-    wanted = sorted({int(index) for index in frame_indices})
-    for index in wanted[:1] + wanted[-1:]:
-        if not 0 <= index < info.num_frames:
-            raise ValueError(
-                f"{path}: frame {index} was asked for, expected 0 to {info.num_frames - 1}; plan "
-                "the frames from probe() of this very file"
-            )
+    wanted = check_indices(info, frame_indices)
     missing = set(wanted)
     # Some streams flag entry points that give no clean frame; from the top all frames come.
     for start in dict.fromkeys((_keyframe_before(info, wanted), 0)):
-        for pair in _decode(info, sorted(missing), start):
+        for pair in _decode(info, sorted(missing), start, num_threads):
             missing.discard(pair[0])
             yield pair
     if missing:
@@ -88,7 +100,7 @@ def _keyframe_before(info: VideoInfo, wanted: list[int]) -> int:
 
 
 def _decode(
-    info: VideoInfo, wanted: list[int], start: int
+    info: VideoInfo, wanted: list[int], start: int, num_threads: int
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Decode once from frame `start` on and yield the wanted frames that come out clean."""
     if not wanted:
@@ -97,23 +109,31 @@ def _decode(
     last = int(info.timestamps[wanted[-1]])
     with opened_video(info.path) as (container, stream):
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = num_threads
         if start:
             container.seek(int(info.timestamps[start]), stream=stream, backward=True)
+        # One for all frames: setting it up takes as long as converting a frame does.
+        converter = VideoReformatter()
         for frame in container.decode(stream):
             if frame.pts is None or frame.is_corrupt:
                 continue
             index = index_of.pop(frame.pts, None)
             if index is not None:
-                yield index, _upright(frame, info)
+                yield index, _upright(frame, info, converter, num_threads)
             if frame.pts >= last:
                 return
 
 
-def _upright(frame: av.VideoFrame, info: VideoInfo) -> NDArray[np.uint8]:
+def _upright(
+    frame: av.VideoFrame, info: VideoInfo, converter: VideoReformatter, num_threads: int
+) -> NDArray[np.uint8]:
     """Convert to RGB as it is shown: uint8 [height, width, 3]."""
     sideways = info.rotation % 180 != 0
     height, width = (info.width, info.height) if sideways else (info.height, info.width)
-    pixels = frame.to_ndarray(format="rgb24", height=height, width=width)
+    converted = converter.reformat(
+        frame, format="rgb24", height=height, width=width, threads=num_threads
+    )
+    pixels = np.asarray(converted.to_ndarray(), dtype=np.uint8)
     if info.is_mirrored:
         pixels = pixels[:, ::-1]
     return np.rot90(pixels, info.rotation // 90)

@@ -4,18 +4,31 @@ Memory is bounded by one chunk, whatever the video's length.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_keye.config.megatron import weight_dtype
 from megatron_keye.config.run import RunConfig
+from megatron_keye.data.decode_service import DecodeStatistics
 from megatron_keye.data.row import PackedRow, Picture
 from megatron_keye.parallel.plan import StepPlan
 
-LoadPatches = Callable[[Sequence[Picture]], Tensor]
-"""From pictures to their patches, float32 [P, channels, patch, patch], on the CPU."""
+
+class PatchSource(Protocol):
+    """Gives the patches of chunks in the order in which they were announced."""
+
+    def start_step(self, chunks: Sequence[Sequence[Picture]]) -> None:
+        """Announce the pictures of each chunk of a step."""
+
+    def take(self) -> Tensor:
+        """Return the next chunk's input of `vision`, P patches long, on any device."""
+
+    def statistics(self) -> DecodeStatistics:
+        """Return what was counted since the last call."""
 
 
 class ChunkEncoder:
@@ -25,51 +38,78 @@ class ChunkEncoder:
         self,
         run: RunConfig,
         vision: torch.nn.Module,
-        load_patches: LoadPatches,
+        source: PatchSource,
         device: torch.device,
+        rank: int,
     ) -> None:
         """Take what stays the same over steps.
 
         Args:
             run: Sizes and precision.
-            vision: ViT and projector, in their data-parallel wrapper.
-            load_patches: Decodes pictures into patches.
+            vision: ViT and projector in their data-parallel wrapper, or the projector alone.
+            source: Turns pictures into the input of `vision`.
             device: Where the ViT runs.
+            rank: This rank, whose chunks the plan names.
         """
-        self._vision, self._load_patches, self._device = vision, load_patches, device
+        self._vision, self._source, self._device = vision, source, device
+        self._rank = rank
         self._dtype = weight_dtype(run)
         self._inputs: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
         self._plan = StepPlan(chunks=(), shipments=())
         self._rows: list[PackedRow] = []
+        self._due: deque[int] = deque()
+        self._announced: deque[list[list[Picture]]] = deque()
         self.num_pictures = 0
         """Pictures decoded in this step."""
         self.seconds = 0.0
         """Time spent on this step's chunks."""
+        self.wait_seconds = 0.0
+        """The part of it in which decoded chunks were waited for."""
+
+    def announce(self, plan: StepPlan, rows: list[PackedRow]) -> None:
+        """Let the source work on a later step already.
+
+        Args:
+            plan: The next step's that was not announced yet.
+            rows: Its rows.
+        """
+        chunks = [_pictures(plan, rows, chunk) for chunk in plan.chunks_of(self._rank)]
+        self._announced.append(chunks)
+        self._source.start_step(chunks)
 
     def start_step(self, plan: StepPlan, rows: list[PackedRow]) -> None:
         """Take the plan and the rows of the next step."""
         self._plan, self._rows = plan, rows
         self._inputs.clear()
-        self.num_pictures, self.seconds = 0, 0.0
+        self.num_pictures, self.seconds, self.wait_seconds = 0, 0.0, 0.0
+        self._due = deque(plan.chunks_of(self._rank))
+        if not self._announced:
+            self.announce(plan, rows)
+        announced = self._announced.popleft()
+        chunks = [_pictures(plan, rows, chunk) for chunk in self._due]
+        assert announced == chunks, "steps run in the order in which they were announced"
 
     @torch.no_grad()
     def encode(self, chunk: int) -> Tensor:
-        """Decode and encode a chunk, keeping its patches on the CPU for the backward pass.
+        """Encode a decoded chunk, keeping its patches on the CPU for the backward pass.
 
         Args:
-            chunk: Index in the plan.
+            chunk: Index in the plan; this rank's chunks come in the plan's order.
 
         Returns:
             Features [M, D].
         """
         started = time.perf_counter()
-        pictures = [
-            self._rows[slot.row].pictures[slot.index] for slot in self._plan.chunks[chunk].pictures
-        ]
-        patches = self._load_patches(pictures).to(self._dtype)
-        self._inputs[chunk] = patches, [picture.grid for picture in pictures]
+        due = self._due.popleft()
+        assert due == chunk, "chunks are encoded in the order of decoding"
+        pictures = _pictures(self._plan, self._rows, chunk)
+        grids = [picture.grid for picture in pictures]
+        patches = self._source.take()
+        self.wait_seconds += time.perf_counter() - started
+        patches = patches.to(self._dtype)
+        self._inputs[chunk] = patches.cpu(), grids
         self.num_pictures += len(pictures)
-        features_MD = self._forward(*self._inputs[chunk])
+        features_MD = self._forward(patches, grids)
         self.seconds += time.perf_counter() - started
         return features_MD
 
@@ -85,6 +125,15 @@ class ChunkEncoder:
         torch.autograd.backward(features_MD, gradient_MD.to(features_MD.dtype))
         self.seconds += time.perf_counter() - started
 
+    def statistics(self) -> DecodeStatistics:
+        """Return what was decoded since the last call."""
+        return self._source.statistics()
+
     def _forward(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         features: Tensor = self._vision(patches.to(self._device), grids)
         return features
+
+
+def _pictures(plan: StepPlan, rows: list[PackedRow], chunk: int) -> list[Picture]:
+    """Look up the pictures of a chunk."""
+    return [rows[slot.row].pictures[slot.index] for slot in plan.chunks[chunk].pictures]

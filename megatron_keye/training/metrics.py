@@ -10,11 +10,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_keye.config.run import RunConfig
+from megatron_keye.data.decode_service import DecodeStatistics
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.training.optimizer import StepOutcome
 from megatron_keye.training.router_load import RouterLoad
 
-_SUMS = ("language_loss", "indexer_kl", "recall", "recall_queries", "pictures")
+_SUMS = (
+    "language_loss",
+    "indexer_kl",
+    "recall",
+    "recall_queries",
+    "pictures",
+    "decoded_per_second",
+    "ready_chunks",
+    "taken_chunks",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +54,14 @@ class StepMetrics:
     decoder_seconds: float
     """Decoding, waits for features and other stages included, on the slowest decoder rank."""
     vision_seconds: float
-    """Decoding of pictures and both passes of the ViT, on the busiest rank that encodes."""
+    """Both passes of the ViT and waits for decoded pictures, on the busiest rank that encodes."""
+    vision_wait_seconds: float
+    """Wait for decoded pictures, on the rank that waited longest."""
+    decoded_per_second: float
+    """Images and frames decoded in a second of decoding, all ranks together."""
+    decode_queue: float
+    """Decoded chunks that were ready when the encoder came for one, on average; 0 means that
+    decoding is what it waits for."""
     pictures: int
     """Images and frames that were decoded and encoded."""
     padding_share: float
@@ -79,7 +96,8 @@ def collect_metrics(
         tokens: All tokens of the global batch, padding too.
         outcome: Of the optimizer.
         learning_rate: Of the step.
-        seconds: This rank's time in the "step", as "decoder" and for "vision".
+        seconds: This rank's time in the "step", as "decoder" and for "vision", of that in
+            "vision_wait".
         device: Where the message is put together.
     """
     sums, times, counts_LE = _exchange(meter, router_load, seconds, device)
@@ -99,9 +117,22 @@ def collect_metrics(
         step_seconds=times["step"],
         decoder_seconds=times["decoder"],
         vision_seconds=times["vision"],
+        vision_wait_seconds=times["vision_wait"],
+        decoded_per_second=sums["decoded_per_second"],
+        decode_queue=sums["ready_chunks"] / max(1.0, sums["taken_chunks"]),
         pictures=round(sums["pictures"]),
         padding_share=1 - queries / tokens,
     )
+
+
+def decode_sums(statistics: DecodeStatistics) -> dict[str, float]:
+    """Return what a rank that encodes contributes about its decoding, by the names of sums."""
+    busy = statistics.busy_seconds
+    return {
+        "decoded_per_second": statistics.pictures / busy if busy else 0.0,
+        "ready_chunks": float(statistics.ready_chunks),
+        "taken_chunks": float(statistics.takes),
+    }
 
 
 def _exchange(

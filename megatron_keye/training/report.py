@@ -71,7 +71,8 @@ class Report:
         figures = (
             f"loss {metrics.loss:.4f}  {metrics.tokens_per_second:,.0f} tokens/s  "
             f"step {metrics.step_seconds:.2f} s  "
-            f"decoder {metrics.decoder_seconds:.2f} s  vision {metrics.vision_seconds:.2f} s"
+            f"decoder {metrics.decoder_seconds:.2f} s  vision {metrics.vision_seconds:.2f} s "
+            f"(waits {metrics.vision_wait_seconds:.2f})"
         )
         if not metrics.was_applied:
             figures += "  skipped: gradient not finite"

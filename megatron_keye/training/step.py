@@ -11,13 +11,13 @@ from megatron_keye.data.row import PackedRow
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.model import KeyeModel
 from megatron_keye.parallel.grid import Grid
-from megatron_keye.parallel.plan import plan_step
+from megatron_keye.parallel.plan import StepPlan, plan_step
 from megatron_keye.parallel.schedule import run_step
 from megatron_keye.parallel.transport import FeatureTransport
-from megatron_keye.training.chunk_encoder import ChunkEncoder, LoadPatches
+from megatron_keye.training.chunk_encoder import ChunkEncoder, PatchSource
 from megatron_keye.training.decode import Decoding, returns_gradients
 from megatron_keye.training.learning_rate import learning_rate
-from megatron_keye.training.metrics import StepMetrics, collect_metrics
+from megatron_keye.training.metrics import StepMetrics, collect_metrics, decode_sums
 from megatron_keye.training.microbatch import num_real_queries, picture_slots
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.router_load import RouterLoad
@@ -47,7 +47,7 @@ class TrainingStep:
         model: KeyeModel,
         optimizer: JointOptimizer,
         *,
-        load_patches: LoadPatches,
+        source: PatchSource | None,
         device: torch.device,
     ) -> None:
         """Take what stays the same over steps.
@@ -57,7 +57,7 @@ class TrainingStep:
             grid: Groups of this rank.
             model: What this rank owns.
             optimizer: Its optimizers.
-            load_patches: Decodes pictures into patches, on ranks that encode.
+            source: Decodes pictures into patches, on ranks that encode; None on others.
             device: Where this rank computes.
         """
         self._run, self._grid, self._model, self._optimizer = run, grid, model, optimizer
@@ -65,9 +65,13 @@ class TrainingStep:
         self._decode = Decoding(run, grid, model.chunks, device) if model.chunks else None
         self._decoder_seconds = 0.0
         self._router_load = RouterLoad(run.model.decoder, model.chunks, device)
-        self._encoder = (
-            ChunkEncoder(run, model.vision, load_patches, device) if model.vision else None
-        )
+        self._encoder: ChunkEncoder | None = None
+        if model.vision is not None:
+            assert source is not None, "a rank that encodes needs pictures"
+            # The source then gives what the ViT made, and only the projector is left to run.
+            projects_only = bool(run.data.feature_cache)
+            vision = model.vision.module.projector if projects_only else model.vision
+            self._encoder = ChunkEncoder(run, vision, source, device, grid.rank)
 
     def __call__(self, rows: list[PackedRow], step: int) -> StepMetrics:
         """Train on one global batch.
@@ -103,18 +107,31 @@ class TrainingStep:
                 "step": time.perf_counter() - started,
                 "decoder": self._decoder_seconds,
                 "vision": self._encoder.seconds if self._encoder is not None else 0.0,
+                "vision_wait": self._encoder.wait_seconds if self._encoder is not None else 0.0,
             },
             device=self._device,
         )
 
-    def _encode_and_decode(self, rows: list[PackedRow], meter: RowMeter, counts: _Counts) -> None:
-        run = self._run
-        plan = plan_step(
-            picture_slots(rows, run.model.vision.merge_size),
-            row_tokens=run.data.row_tokens,
-            parallel=run.parallel,
+    def announce(self, rows: list[PackedRow]) -> None:
+        """Let this rank decode the pictures of a step before it runs.
+
+        Args:
+            rows: Of the next step that was not announced yet; steps then run in this order.
+        """
+        if self._encoder is not None:
+            self._encoder.announce(self._plan(rows), rows)
+
+    def _plan(self, rows: list[PackedRow]) -> StepPlan:
+        return plan_step(
+            picture_slots(rows, self._run.model.vision.merge_size),
+            row_tokens=self._run.data.row_tokens,
+            parallel=self._run.parallel,
             grid=self._grid,
         )
+
+    def _encode_and_decode(self, rows: list[PackedRow], meter: RowMeter, counts: _Counts) -> None:
+        run = self._run
+        plan = self._plan(rows)
         transport = FeatureTransport(
             plan,
             self._grid,
@@ -134,6 +151,8 @@ class TrainingStep:
         )
         if self._encoder is not None:
             meter.add("pictures", torch.tensor(self._encoder.num_pictures, device=self._device))
+            for name, sum_ in decode_sums(self._encoder.statistics()).items():
+                meter.add(name, torch.tensor(sum_, dtype=torch.float64, device=self._device))
 
     def _decode_rows(
         self,

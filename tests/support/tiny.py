@@ -1,5 +1,8 @@
 """A model and rows small enough to train in a test, with every part of the real one."""
 
+from collections import deque
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from megatron_keye.config import (
     VisionConfig,
     VisionParallel,
 )
+from megatron_keye.data.decode_service import DecodeStatistics
 from megatron_keye.data.row import IGNORED_LABEL, PackedRow, Picture
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
@@ -148,7 +152,23 @@ def text_rows(step: int) -> list[PackedRow]:
     return [packed_row(100 + 10 * step + row, (40, ()), (20, ())) for row in range(4)]
 
 
-def synthetic_patches(pictures: list[Picture]) -> Tensor:
+class SyntheticPatches:
+    """Stands for the decode service, without files."""
+
+    def __init__(self) -> None:
+        self._chunks: deque[Sequence[Picture]] = deque()
+
+    def start_step(self, chunks: Sequence[Sequence[Picture]]) -> None:
+        self._chunks.extend(chunks)
+
+    def take(self) -> Tensor:
+        return synthetic_patches(self._chunks.popleft())
+
+    def statistics(self) -> DecodeStatistics:
+        return DecodeStatistics()
+
+
+def synthetic_patches(pictures: Sequence[Picture]) -> Tensor:
     """Make each picture's patches from its name, as a decoder would from its file."""
     parts = []
     for picture in pictures:

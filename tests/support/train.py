@@ -21,7 +21,7 @@ from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.step import TrainingStep
 from tests.support.ranks import run_on_ranks
-from tests.support.tiny import mixed_rows, synthetic_patches
+from tests.support.tiny import SyntheticPatches, mixed_rows
 
 LOSS_TOLERANCE = 2e-5
 """Relative, of losses and gradient norms after a few updates in float32."""
@@ -108,7 +108,7 @@ def _train_on_rank(
     engine = run.training.linear_layers == "transformer_engine"
     model = build_model(run, grid, device, uses_transformer_engine=engine)
     optimizer = JointOptimizer(run, model, grid)
-    step = TrainingStep(run, grid, model, optimizer, load_patches=synthetic_patches, device=device)
+    step = TrainingStep(run, grid, model, optimizer, source=SyntheticPatches(), device=device)
     progress = store.Progress(step=0, updates=0, data={})
     if load_from is not None:
         progress = store.load(load_from, run, model, optimizer, grid)

@@ -1,0 +1,76 @@
+"""Which videos a GPU decodes exactly; all others are decoded on the CPU, and the log says why.
+
+The decoder behind DALI returns wrong frames rather than an error in each case that is told apart
+here: it pairs frames with times by counting, converts colours by one rule, and assumes progressive
+8-bit pictures of even size.
+"""
+
+from collections.abc import Sequence
+
+import av
+from av.video.stream import VideoStream
+
+from megatron_keye.data import bitstream
+
+CODECS = ("h264", "hevc", "vp9")
+PIXEL_FORMATS = ("yuv420p", "yuvj420p")
+COLOR_SPACES = {1: "BT.709", 2: "unspecified", 5: "BT.601 (625 lines)", 6: "BT.601 (525 lines)"}
+"""By FFmpeg's number; unspecified ones are converted as BT.601, as FFmpeg does."""
+SIDES = range(144, 4097, 2)
+"""Sizes that the decoders of all three codecs take, on the oldest GPUs that matter here."""
+MAX_FRAMES_BETWEEN_ENTRIES = 1500
+"""A piece of a file is decoded from the entry point before it, anew for each piece."""
+
+_PROGRESSIVE = (0, 1)
+
+
+def stream_obstacle(stream: VideoStream) -> str:
+    """Return what in the stream's description speaks against the GPU, "" for nothing."""
+    context = stream.codec_context
+    if context.name not in CODECS:
+        return f"its codec is {context.name}, expected one of {', '.join(CODECS)}"
+    if context.pix_fmt not in PIXEL_FORMATS:
+        return f"its pixels are {context.pix_fmt}, expected one of {', '.join(PIXEL_FORMATS)}"
+    if context.field_order not in _PROGRESSIVE:
+        return "it is interlaced"
+    if context.colorspace not in COLOR_SPACES:
+        return f"its colour space is FFmpeg's {context.colorspace}, expected one of {COLOR_SPACES}"
+    if not (context.height in SIDES and context.width in SIDES):
+        return (
+            f"it has {context.width} x {context.height} pixels, expected even sides of "
+            f"{SIDES[0]} to {SIDES[-1]}"
+        )
+    return ""
+
+
+def packet_obstacle(packet: "av.Packet[VideoStream]", codec: str, extradata: bytes) -> str:
+    """Return what in one packet speaks against the GPU, "" for nothing."""
+    if packet.has_sidedata("new_extradata"):
+        announced = bytes(packet.get_sidedata("new_extradata"))
+        if announced != extradata:
+            return "its parameters change inside"
+    if codec == "vp9" and bitstream.shows_earlier_frame(bytes(packet)):
+        return "it shows frames again that were decoded earlier"
+    return ""
+
+
+def timeline_obstacle(entry_points: Sequence[int], num_frames: int, num_packets: int) -> str:
+    """Return what in the order of frames speaks against the GPU, "" for nothing.
+
+    Args:
+        entry_points: As in `VideoInfo`.
+        num_frames: Frames that are shown.
+        num_packets: Packets in the stream, whether shown or not.
+    """
+    if num_frames != num_packets:
+        return f"it has {num_packets} packets for {num_frames} frames that are shown"
+    if not entry_points or entry_points[0] != 0:
+        return "its first frame does not stand alone"
+    ends = [*entry_points[1:], num_frames]
+    longest = max(end - start for start, end in zip(entry_points, ends, strict=True))
+    if longest > MAX_FRAMES_BETWEEN_ENTRIES:
+        return (
+            f"it can't be entered within {longest} frames, expected an entry point within "
+            f"{MAX_FRAMES_BETWEEN_ENTRIES}"
+        )
+    return ""

@@ -1,0 +1,94 @@
+"""Lets a frozen ViT see each picture once: what it made is taken from disk the next time.
+
+The features in front of the projector are kept, so that a projector that learns sees the same
+input as without the cache, and its own weights need not be in any name.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megatron_keye.config.megatron import weight_dtype
+from megatron_keye.config.run import RunConfig
+from megatron_keye.data.decode_service import DecodeService, DecodeStatistics
+from megatron_keye.data.feature_store import FeatureStore
+from megatron_keye.data.row import Picture
+
+
+class CachedFeatures:
+    """A source of ViT features instead of patches; the encoder then only projects.
+
+    Args:
+        run: A run whose vision is frozen and whose data.feature_cache is set.
+        encoder: The ViT; its weights are looked at when the first step starts.
+        decoding: Gives the patches of what is not kept yet.
+        decoder_name: What decodes; another decoder's pixels differ a little.
+        device: Where the ViT runs.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        encoder: nn.Module,
+        decoding: DecodeService,
+        *,
+        decoder_name: str,
+        device: torch.device,
+    ) -> None:
+        self._run, self._encoder, self._decoding = run, encoder, decoding
+        self._decoder_name, self._device = decoder_name, device
+        self._dtype = weight_dtype(run)
+        self._store: FeatureStore | None = None
+        self._due: deque[tuple[Sequence[Picture], bool]] = deque()
+
+    def start_step(self, chunks: Sequence[Sequence[Picture]]) -> None:
+        """Announce the chunks of one more step; only those not kept in full are decoded."""
+        store = self._open()
+        due = [(chunk, all(map(store.has, chunk))) for chunk in chunks]
+        self._due.extend(due)
+        self._decoding.start_step([chunk for chunk, is_kept in due if not is_kept])
+
+    @torch.no_grad()
+    def take(self) -> Tensor:
+        """Return the features [P, W] of the next chunk, reading them or making and keeping them.
+
+        Raises:
+            ValueError: As `DecodeService.take`; also for kept features that are damaged.
+        """
+        store = self._open()
+        pictures, is_kept = self._due.popleft()
+        if is_kept:
+            return torch.cat([store.read(picture) for picture in pictures])
+        patches = self._decoding.take().to(self._device, self._dtype)
+        features_PW: Tensor = self._encoder(patches, [picture.grid for picture in pictures])
+        parts = features_PW.split([picture.num_patches for picture in pictures])
+        for picture, part in zip(pictures, parts, strict=True):
+            store.write(picture, part)
+        return features_PW
+
+    def statistics(self) -> DecodeStatistics:
+        """Return what was decoded since the last call; kept pictures are not."""
+        return self._decoding.statistics()
+
+    def _open(self) -> FeatureStore:
+        """Open the store of these weights, which are known once training starts."""
+        if self._store is None:
+            maker = f"{weights_digest(self._encoder)}-{self._decoder_name}"
+            width = self._run.model.vision.hidden_size
+            folder = Path(self._run.data.feature_cache)
+            self._store = FeatureStore(folder, maker, width, self._dtype)
+        return self._store
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return a digest of a module's weights: names, types, shapes and bits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in sorted(module.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        bits = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(bits.numpy().tobytes())
+    return digest.hexdigest()

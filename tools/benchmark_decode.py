@@ -1,0 +1,295 @@
+"""Times video decoding on one GPU, with DALI and with PyAV on all cores, in the same process.
+
+    python -m tools.benchmark_decode --out results.jsonl
+
+Clips of moving texture are made first, with an entry point every 30 frames. Decoding counts
+every frame until it is an upright RGB tensor; "patches" takes 2 of 24 frames a second, as training
+does, resizes and cuts them, and counts the frames that were passed over, too. Every case prints a
+line and writes a JSON line; one that fails or runs out of time is told, and the next one runs.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_keye.config import VisionConfig
+from megatron_keye.config.backends import DALI_NAMES, installed_version
+from megatron_keye.data import Picture, probe
+from megatron_keye.data.chunk_patches import decode_chunks
+from megatron_keye.data.frame_decoder import FrameDecoder, make_decoder
+
+SIZES = {"720p": (720, 1280), "1080p": (1080, 1920)}
+ENCODERS = {
+    "h264": ("libx264", {"preset": "veryfast", "g": "30", "x264-params": "scenecut=0"}),
+    "hevc": (
+        "libx265",
+        {"preset": "ultrafast", "g": "30", "x265-params": "log-level=none:open-gop=0:bframes=3"},
+    ),
+}
+ENCODED_FRAMES = 60
+SAMPLED_EVERY = 12
+PICTURES_OF_CHUNK = 8
+GRID = (24, 42)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video that was made for the run."""
+
+    codec: str
+    size: str
+    num_frames: int
+    path: Path
+
+
+def main() -> None:
+    """Make the clips and time every case."""
+    arguments = parse_arguments()
+    fields = describe()
+    print(json.dumps(fields), flush=True)
+    if not torch.cuda.is_available():
+        print("no CUDA device: PyAV alone is timed", flush=True)
+    has_dali = torch.cuda.is_available() and any(map(installed_version, DALI_NAMES))
+    hung = 0
+    with tempfile.TemporaryDirectory() as folder:
+        clips = make_clips(Path(folder), arguments)
+        for clip in clips:
+            info = probe(clip.path)
+            megabits = clip.path.stat().st_size * 8 / info.times[-1] / 1e6
+            print(
+                f"{clip.codec} {clip.size}: {info.num_frames} frames, {megabits:.1f} Mbit/s, "
+                f"{len(info.entry_points)} entry points, {info.gpu_obstacle or 'fit for the GPU'}"
+            )
+        for clip in clips:
+            for case in cases_of(clip, arguments.streams if has_dali else []):
+                hung += not run_case(case, clip, fields, arguments)
+        if hung:
+            # Threads that hang would keep the process.
+            sys.stdout.flush()
+            os._exit(1)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--codecs", nargs="+", default=list(ENCODERS), choices=ENCODERS)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--frames", type=int, default=480, help="frames of a clip")
+    parser.add_argument("--seconds", type=float, default=1.0, help="least time of a case")
+    parser.add_argument("--timeout", type=float, default=40.0, help="most seconds of a case")
+    parser.add_argument("--out", type=Path, help="file that JSON lines are added to")
+    return parser.parse_args()
+
+
+def describe() -> dict[str, Any]:
+    """Return the fields that all lines share."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    dali = next((version for name in DALI_NAMES if (version := installed_version(name))), None)
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "dali": dali,
+        "av": av.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+        "command": f"python -m tools.benchmark_decode {' '.join(sys.argv[1:])}".strip(),
+    }
+
+
+def make_clips(folder: Path, arguments: argparse.Namespace) -> list[Clip]:
+    """Encode all clips side by side."""
+    started = time.perf_counter()
+    clips = [
+        Clip(codec, size, arguments.frames, folder / f"{codec}-{size}.mp4")
+        for codec in arguments.codecs
+        for size in arguments.sizes
+    ]
+    with ThreadPoolExecutor(len(clips)) as pool:
+        list(pool.map(encode, clips))
+    print(f"made {len(clips)} clips in {time.perf_counter() - started:.1f} s", flush=True)
+    return clips
+
+
+def encode(clip: Clip) -> None:
+    """Encode a texture that moves across the picture, and repeat its packets to full length."""
+    height, width = SIZES[clip.size]
+    encoder, options = ENCODERS[clip.codec]
+    texture = make_texture(height, width)
+    with av.open(str(clip.path), "w") as container:
+        stream: Any = container.add_stream(encoder, rate=24, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        packets: list[Any] = []
+        for number in range(ENCODED_FRAMES):
+            down, across = number, 2 * number
+            planes = np.empty((height * 3 // 2, width), dtype=np.uint8)
+            planes[:height] = texture[down : down + height, across : across + width]
+            planes[height:] = texture[across : across + height // 2, down : down + width]
+            frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+            frame.pts, frame.time_base = number, Fraction(1, 24)
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        for start in range(0, clip.num_frames, ENCODED_FRAMES):
+            for packet in packets:
+                copy = av.Packet(bytes(packet))
+                copy.pts, copy.dts = packet.pts + start, packet.dts + start
+                copy.time_base, copy.stream = Fraction(1, 24), stream
+                copy.is_keyframe = packet.is_keyframe
+                container.mux(copy)
+
+
+def make_texture(height: int, width: int) -> NDArray[np.uint8]:
+    """Make blocks of random shades with a little noise, larger than the picture."""
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(16, 235, (height // 16 + 10, width // 16 + 10), dtype=np.uint8)
+    texture = np.kron(coarse, np.ones((16, 16), dtype=np.uint8))
+    return texture + generator.integers(0, 4, texture.shape, dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the result."""
+
+    op: str
+    impl: Literal["dali", "pyav"]
+    streams: int
+    """Pieces, or whole files, that are decoded side by side."""
+    num_threads: int
+    """What the decoder is made with."""
+    one_pass: Callable[[FrameDecoder], int]
+    """Decodes once and returns how many frames of video were passed through."""
+
+
+def cases_of(clip: Clip, streams: list[int]) -> list[Case]:
+    """Return the cases of a clip; for PyAV, all cores on one file and a file a core."""
+    cores = len(os.sched_getaffinity(0))
+    one, many = partial(decode, clip=clip), partial(decode_many, clip=clip, times=cores)
+    sampled = partial(patches, clip=clip)
+    return [
+        *(Case("decode", "dali", count, count, one) for count in streams),
+        Case("decode", "pyav", 1, 0, one),
+        Case("decode", "pyav", cores, 1, many),
+        *(Case("patches", "dali", count, count, sampled) for count in streams[-1:]),
+        Case("patches", "pyav", 1, 0, sampled),
+    ]
+
+
+def decode(decoder: FrameDecoder, clip: Clip) -> int:
+    """Decode every frame."""
+    count = sum(1 for _ in decoder.frames(clip.path, range(clip.num_frames)))
+    assert count == clip.num_frames, f"{count} frames came of {clip.num_frames}"
+    return count
+
+
+def decode_many(decoder: FrameDecoder, clip: Clip, times: int) -> int:
+    """Decode the clip `times` times side by side, a core each."""
+    with ThreadPoolExecutor(times) as pool:
+        return sum(pool.map(lambda _: decode(decoder, clip), range(times)))
+
+
+def patches(decoder: FrameDecoder, clip: Clip) -> int:
+    """Make the patches that training makes of 2 frames a second."""
+    pictures = [
+        Picture(media=str(clip.path), frame=frame, grid=GRID, is_video=True)
+        for frame in range(0, clip.num_frames, SAMPLED_EVERY)
+    ]
+    chunks = [
+        pictures[place : place + PICTURES_OF_CHUNK]
+        for place in range(0, len(pictures), PICTURES_OF_CHUNK)
+    ]
+    vision = VisionConfig(num_layers=1, hidden_size=16, intermediate_size=16, num_heads=2)
+    with closing(decode_chunks(chunks, decoder, vision)) as decoded:
+        for _ in decoded:
+            pass
+    return clip.num_frames
+
+
+def run_case(
+    case: Case, clip: Clip, fields: dict[str, Any], arguments: argparse.Namespace
+) -> bool:
+    """Time a case in a thread, tell what came of it, and return whether the thread ended."""
+    outcome: dict[str, Any] = {}
+    thread = threading.Thread(target=measure, args=(case, arguments.seconds, outcome), daemon=True)
+    thread.start()
+    thread.join(arguments.timeout)
+    if thread.is_alive():
+        outcome = {"error": f"still running after {arguments.timeout:g} s"}
+    line = {
+        "op": case.op,
+        "impl": case.impl,
+        "codec": clip.codec,
+        "size": clip.size,
+        "streams": case.streams,
+        **outcome,
+        **fields,
+    }
+    if arguments.out is not None:
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    figures = outcome.get("error") or (
+        f"{outcome['frames_per_s']:8.0f} frames/s, {outcome['frames']} frames, GPU memory "
+        f"{outcome['gpu_mebibytes']} MiB more"
+    )
+    print(f"{case.op:8} {case.impl:5} {clip.codec} {clip.size:5} x{case.streams:<3} {figures}")
+    sys.stdout.flush()
+    return not thread.is_alive()
+
+
+def measure(case: Case, seconds: float, outcome: dict[str, Any]) -> None:
+    """Run passes until `seconds` are over, after one that warms up; the thread's whole life."""
+    try:
+        before = used_gpu_bytes()
+        warm_up = time.perf_counter()
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        decoder = make_decoder(case.impl, device, case.num_threads)
+        case.one_pass(decoder)
+        started = time.perf_counter()
+        frames = 0
+        while time.perf_counter() - started < seconds:
+            frames += case.one_pass(decoder)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        taken = time.perf_counter() - started
+        outcome["frames_per_s"] = round(frames / taken, 1)
+        outcome["frames"], outcome["seconds"] = frames, round(taken, 3)
+        outcome["first_pass_s"] = round(started - warm_up, 3)
+        outcome["gpu_mebibytes"] = (used_gpu_bytes() - before) >> 20
+        decoder.close()
+    except Exception as error:
+        traceback.print_exc()
+        outcome["error"] = f"{type(error).__name__}: {error}"
+
+
+def used_gpu_bytes() -> int:
+    """Return the memory of the GPU that is taken, by whatever."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+if __name__ == "__main__":
+    main()
