@@ -88,6 +88,9 @@ class TrainingConfig:
     where it is installed, Megatron-Core's own otherwise; checkpoints are the same for both."""
     seed: int = 1234
     """Seeds weights, sample order and everything else that is random."""
+    records_timeline: bool = False
+    """Whether every rank writes down when each phase of each step ran, to timeline/ in the run's
+    folder; tools/profile_throughput.py draws it. Ranks meet before each step then."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

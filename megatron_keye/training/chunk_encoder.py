@@ -13,6 +13,7 @@ from megatron_keye.config.megatron import weight_dtype
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.row import PackedRow, Picture
 from megatron_keye.parallel.plan import StepPlan
+from megatron_keye.parallel.recorder import Recorder
 
 LoadPatches = Callable[[Sequence[Picture]], Tensor]
 """From pictures to their patches, float32 [P, channels, patch, patch], on the CPU."""
@@ -39,16 +40,17 @@ class ChunkEncoder:
         self._vision, self._load_patches, self._device = vision, load_patches, device
         self._dtype = weight_dtype(run)
         self._inputs: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
-        self._plan = StepPlan(chunks=(), shipments=())
+        self._plan = StepPlan(chunks=(), shipments=(), exchanges=())
+        self._recorder = Recorder()
         self._rows: list[PackedRow] = []
         self.num_pictures = 0
         """Pictures decoded in this step."""
         self.seconds = 0.0
         """Time spent on this step's chunks."""
 
-    def start_step(self, plan: StepPlan, rows: list[PackedRow]) -> None:
-        """Take the plan and the rows of the next step."""
-        self._plan, self._rows = plan, rows
+    def start_step(self, plan: StepPlan, rows: list[PackedRow], recorder: Recorder) -> None:
+        """Take the plan and the rows of the next step, and what notes its phases."""
+        self._plan, self._rows, self._recorder = plan, rows, recorder
         self._inputs.clear()
         self.num_pictures, self.seconds = 0, 0.0
 
@@ -63,13 +65,16 @@ class ChunkEncoder:
             Features [M, D].
         """
         started = time.perf_counter()
+        label, decoding = f"chunk {chunk}", self._recorder.begin()
         pictures = [
             self._rows[slot.row].pictures[slot.index] for slot in self._plan.chunks[chunk].pictures
         ]
         patches = self._load_patches(pictures).to(self._dtype)
         self._inputs[chunk] = patches, [picture.grid for picture in pictures]
         self.num_pictures += len(pictures)
-        features_MD = self._forward(*self._inputs[chunk])
+        self._recorder.end("decode", label, decoding)
+        with self._recorder.phase("encode", label):
+            features_MD = self._forward(*self._inputs[chunk])
         self.seconds += time.perf_counter() - started
         return features_MD
 
@@ -81,8 +86,9 @@ class ChunkEncoder:
             gradient_MD: [M, D], gradient of the chunk's features.
         """
         started = time.perf_counter()
-        features_MD = self._forward(*self._inputs.pop(chunk))
-        torch.autograd.backward(features_MD, gradient_MD.to(features_MD.dtype))
+        with self._recorder.phase("vision", f"chunk {chunk}"):
+            features_MD = self._forward(*self._inputs.pop(chunk))
+            torch.autograd.backward(features_MD, gradient_MD.to(features_MD.dtype))
         self.seconds += time.perf_counter() - started
 
     def _forward(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from megatron_keye.config.megatron import weight_dtype
 from megatron_keye.config.run import RunConfig
@@ -11,14 +12,19 @@ from megatron_keye.data.row import PackedRow
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.model import KeyeModel
 from megatron_keye.parallel.grid import Grid
-from megatron_keye.parallel.plan import plan_step
+from megatron_keye.parallel.recorder import Recorder, StepRecorder
 from megatron_keye.parallel.schedule import run_step
 from megatron_keye.parallel.transport import FeatureTransport
 from megatron_keye.training.chunk_encoder import ChunkEncoder, LoadPatches
-from megatron_keye.training.decode import Decoding, returns_gradients
+from megatron_keye.training.decode import Decoding
 from megatron_keye.training.learning_rate import learning_rate
 from megatron_keye.training.metrics import StepMetrics, collect_metrics
-from megatron_keye.training.microbatch import num_real_queries, picture_slots
+from megatron_keye.training.microbatch import (
+    balance_rows,
+    num_real_queries,
+    plan_rows,
+    returns_gradients,
+)
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.router_load import RouterLoad
 
@@ -64,6 +70,8 @@ class TrainingStep:
         self._device = device
         self._decode = Decoding(run, grid, model.chunks, device) if model.chunks else None
         self._decoder_seconds = 0.0
+        self.recorder: StepRecorder | None = None
+        """The last step's phases, where the run records them."""
         self._router_load = RouterLoad(run.model.decoder, model.chunks, device)
         self._encoder = (
             ChunkEncoder(run, model.vision, load_patches, device) if model.vision else None
@@ -79,15 +87,18 @@ class TrainingStep:
         Returns:
             What was measured, the same on every rank.
         """
+        rows = balance_rows(rows, self._run)
+        recorder = self._start_recorder()
         started = time.perf_counter()
         meter = RowMeter()
         counts = _count(rows)
         self._optimizer.zero_gradients()
         self._router_load.reset()
-        self._encode_and_decode(rows, meter, counts)
-        self._optimizer.finish_gradients(counts.divisor)
+        self._encode_and_decode(rows, meter, counts, recorder)
         rate = learning_rate(step, self._run.training.steps, self._run.training.optimizer)
-        outcome = self._optimizer.step(rate)
+        with recorder.phase("optimizer"):
+            self._optimizer.finish_gradients(counts.divisor)
+            outcome = self._optimizer.step(rate)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         return collect_metrics(
@@ -106,29 +117,35 @@ class TrainingStep:
             device=self._device,
         )
 
-    def _encode_and_decode(self, rows: list[PackedRow], meter: RowMeter, counts: _Counts) -> None:
+    def _start_recorder(self) -> Recorder:
+        """Return what notes this step's phases, on a clock that starts on all ranks together."""
+        if not self._run.training.records_timeline:
+            return Recorder()
+        dist.barrier()
+        self.recorder = StepRecorder(self._device)
+        return self.recorder
+
+    def _encode_and_decode(
+        self, rows: list[PackedRow], meter: RowMeter, counts: _Counts, recorder: Recorder
+    ) -> None:
         run = self._run
-        plan = plan_step(
-            picture_slots(rows, run.model.vision.merge_size),
-            row_tokens=run.data.row_tokens,
-            parallel=run.parallel,
-            grid=self._grid,
-        )
+        plan = plan_rows(rows, run)
         transport = FeatureTransport(
             plan,
             self._grid,
+            recorder,
             width=run.model.decoder.hidden_size,
             dtype=weight_dtype(run),
             device=self._device,
         )
         if self._encoder is not None:
-            self._encoder.start_step(plan, rows)
+            self._encoder.start_step(plan, rows, recorder)
         run_step(
             plan,
             self._grid,
             transport,
             encoder=self._encoder,
-            decode=lambda: self._decode_rows(rows, transport, meter, counts),
+            decode=lambda: self._decode_rows(rows, transport, meter, recorder, counts),
             returns_gradients=returns_gradients(run),
         )
         if self._encoder is not None:
@@ -139,6 +156,7 @@ class TrainingStep:
         rows: list[PackedRow],
         transport: FeatureTransport,
         meter: RowMeter,
+        recorder: Recorder,
         counts: _Counts,
     ) -> None:
         assert self._decode is not None, "only decoder ranks decode"
@@ -148,6 +166,7 @@ class TrainingStep:
             rows,
             transport,
             meter,
+            recorder,
             # All gradients are divided by the loss tokens at the end; these factors turn the
             # other losses into means over queries and over tokens.
             indexer_loss_weight=weight * counts.divisor / max(1, counts.queries),
