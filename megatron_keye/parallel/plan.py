@@ -138,7 +138,24 @@ def plan_step(
     Returns:
         The same plan on every rank.
     """
-    chunks = list(_chunks(pictures, parallel, cost))
+    return plan_messages(
+        list(balanced_chunks(pictures, parallel, cost)),
+        num_rows=num_rows,
+        row_tokens=row_tokens,
+        parallel=parallel,
+        returns_gradients=returns_gradients,
+    )
+
+
+def plan_messages(
+    chunks: Sequence[Chunk],
+    *,
+    num_rows: int,
+    row_tokens: int,
+    parallel: ParallelConfig,
+    returns_gradients: bool,
+) -> StepPlan:
+    """Plan what is sent, given who encodes what; the arguments are those of `plan_step`."""
     owners = _RowOwners(row_tokens, parallel)
     shipments: list[Shipment] = []
     for number, chunk in enumerate(chunks):
@@ -152,7 +169,7 @@ def plan_step(
     return StepPlan(chunks=tuple(chunks), shipments=tuple(shipments), exchanges=tuple(exchanges))
 
 
-def _chunks(
+def balanced_chunks(
     pictures: Sequence[PictureSlot], parallel: ParallelConfig, cost: VisionCost
 ) -> Iterator[Chunk]:
     """Cut and assign the pictures that are needed at the same time, group after group.

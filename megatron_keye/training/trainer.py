@@ -18,6 +18,7 @@ from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
 from megatron_keye.training.step import TrainingStep
+from megatron_keye.training.timeline import write_step
 
 
 class Trainer:
@@ -100,6 +101,8 @@ class Trainer:
         rows = self._loader.next_rows(self._run.training.rows_per_step)
         self._media |= {picture.media for row in rows for picture in row.pictures}
         metrics = self._step(rows, number)
+        if self._step.recorder is not None:
+            write_step(self._run, self._process, number, self._step.recorder)
         if number == 0:
             self._progress.first_loss = metrics.loss
         self._progress.step = number + 1
