@@ -3,6 +3,7 @@
 Pure functions of sizes, so that every rank comes to the same answer by itself.
 """
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -95,10 +96,13 @@ def assign_longest_first(costs: Sequence[float], load: dict[int, float]) -> list
         The rank of each chunk.
     """
     owners = [0] * len(costs)
+    idlest = [(held, rank) for rank, held in load.items()]
+    heapq.heapify(idlest)
     for chunk in sorted(range(len(costs)), key=lambda c: (-costs[c], c)):
-        rank = min(load, key=lambda candidate: (load[candidate], candidate))
+        held, rank = idlest[0]
         owners[chunk] = rank
-        load[rank] += costs[chunk]
+        load[rank] = held + costs[chunk]
+        heapq.heapreplace(idlest, (load[rank], rank))
     return owners
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -236,14 +237,15 @@ def _ship(
 
 def _rows_of(chunk: Chunk) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
     """Yield each row that a chunk feeds, with its rows of features and their row positions."""
-    offsets = np.cumsum([0, *(picture.num_tokens for picture in chunk.pictures)])
-    for row in dict.fromkeys(picture.row for picture in chunk.pictures):
-        feature_rows, positions = [], []
-        for picture, offset in zip(chunk.pictures, offsets[:-1], strict=True):
-            if picture.row == row:
-                feature_rows.append(offset + np.arange(picture.num_tokens))
-                positions.append(picture.start + np.arange(picture.num_tokens))
-        yield row, np.concatenate(feature_rows), np.concatenate(positions)
+    offset = 0
+    for row, group in groupby(chunk.pictures, key=lambda picture: picture.row):
+        pictures = list(group)
+        counts = np.array([picture.num_tokens for picture in pictures])
+        starts = np.array([picture.start for picture in pictures])
+        before = np.cumsum(counts) - counts
+        places = np.arange(counts.sum())
+        yield row, offset + places, places + np.repeat(starts - before, counts)
+        offset += len(places)
 
 
 def _first_stage_rank(parallel: ParallelConfig, data: int, owner: int) -> int:

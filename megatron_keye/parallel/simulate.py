@@ -246,9 +246,10 @@ class _Step:
             label = f"micro-batch {step.micro_batch}, chunk {step.chunk}"
             yield _Work(name, label, self.costs.decoder(place, step))
             self.clock.happen((step.is_forward, part, step.micro_batch, peers))
-            is_returned = not step.is_forward and part == 0 and self.is_dedicated
-            if is_returned and self.plan.arrivals(rank, step.micro_batch):
-                self._start_through(rank, Exchange("gradients", step.micro_batch))
+            gradients = Exchange("gradients", step.micro_batch)
+            is_returned = not step.is_forward and part == 0 and gradients in self.order
+            if is_returned and self.is_dedicated and self.plan.arrivals(rank, step.micro_batch):
+                self._start_through(rank, gradients)
 
     def _features(self, rank: int, micro_batch: int) -> _Rank:
         exchange = Exchange("features", micro_batch)

@@ -257,7 +257,13 @@ class Forecast:
 
 def _slots(rows: Sequence[RowShape]) -> list[PictureSlot]:
     return [
-        replace(slot, row=number, index=index)
+        PictureSlot(
+            row=number,
+            index=index,
+            start=slot.start,
+            num_patches=slot.num_patches,
+            num_tokens=slot.num_tokens,
+        )
         for number, row in enumerate(rows)
         for index, slot in enumerate(row.pictures)
     ]
