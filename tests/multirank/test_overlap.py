@@ -105,11 +105,8 @@ def _order(spans: list[Span], phases: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def _assert_overlap(real: Spans, num_decoder: int) -> None:
-    """Early gradients are worked on, and late pictures encoded, while the decoder works."""
+    """Early gradients are worked on while the decoder still starts on later micro-batches."""
     decoder = [span for rank in range(num_decoder) for span in real[rank]]
-    forwards = [span.start for span in decoder if span.phase == "forward"]
+    last_forward = max(span.start for span in decoder if span.phase == "forward")
     for rank in range(num_decoder, len(real)):
-        first_backward = min(span.start for span in real[rank] if span.phase == "vision")
-        last_encoded = max(span.end for span in real[rank] if span.phase == "encode")
-        assert first_backward < max(forwards)
-        assert last_encoded > min(forwards)
+        assert min(span.start for span in real[rank] if span.phase == "vision") < last_forward
