@@ -87,6 +87,7 @@ def train(options: argparse.Namespace) -> int:
         "training.records_timeline=true",
         f"training.steps={options.steps}",
         "training.checkpoint.resume=none",
+        "training.checkpoint.saves_last=false",
     ]
     command = ["bash", str(ROOT / "launch/local.sh"), "--ranks", str(options.ranks)]
     command += [options.recipe, *(part for one in settings for part in ("--set", one))]

@@ -44,7 +44,9 @@ class CheckpointConfig:
     """When and where the state is saved, and what a run starts from."""
 
     interval_steps: int = 0
-    """Save after every so many steps; the last step is always saved. 0: only the last."""
+    """Save after every so many steps; 0: only the last."""
+    saves_last: bool = True
+    """Whether the last step is saved whatever the interval; measurements need no checkpoint."""
     keep: int = 2
     """Newest checkpoints kept; 0 keeps all."""
     resume: str = "none"

@@ -85,15 +85,16 @@ class Trainer:
             show_summary(summary, note=f"step {last} is done; raise training.steps to go on")
         return summary
 
-    def _train_to(self, last: int, report: Report | None) -> Path:
-        """Run the remaining steps and return the folder of the last checkpoint."""
-        folder = Path()
+    def _train_to(self, last: int, report: Report | None) -> Path | None:
+        """Run the remaining steps and return the last checkpoint's folder, None without one."""
+        folder = None
         for number in range(self._progress.step, last):
             metrics = self._train_one(number)
             if report is not None:
                 report.show(number + 1, metrics)
-            interval = self._run.training.checkpoint.interval_steps
-            if number + 1 == last or (interval and (number + 1) % interval == 0):
+            settings = self._run.training.checkpoint
+            is_due = settings.interval_steps and (number + 1) % settings.interval_steps == 0
+            if is_due or (number + 1 == last and settings.saves_last):
                 folder = self._save()
         return folder
 
