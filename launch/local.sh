@@ -54,7 +54,9 @@ with socket.socket() as s:
     print(s.getsockname()[1])')"
 export MASTER_PORT
 export PYTHONSAFEPATH=1              # a folder named kernels/ must not shadow a package
-export CUDA_DEVICE_MAX_CONNECTIONS=1 # orders tensor-parallel communication before the matmuls
+# 1 orders tensor-parallel communication before the matmuls. Without tensor parallelism 8 lets
+# vision ranks compute behind a message that still waits for the decoder.
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 unset PYTHONDONTWRITEBYTECODE        # bytecode saves most of the import time of the next run
 # Ranks share the cores; more than 8 threads a rank only get in each other's way.
 threads=$(( $(nproc) / ranks ))
@@ -111,6 +113,9 @@ while (( ${#running[@]} > 0 )); do
     status=0
     wait "$pid" || status=$?
     if (( status != 0 )); then
+      # A rank that was killed could not say anything itself.
+      (( status <= 128 )) \
+        || echo "launch/local.sh: process $pid was ended by signal $(( status - 128 ))" >&2
       end_ranks
       exit "$status"
     fi

@@ -3,12 +3,18 @@
 Rank numbers are those that launch/local.sh, torchrun and srun give out.
 
     python tools/plan_grid.py keye_30b_a3b [--ranks 64] [--set SECTION.FIELD=VALUE] [--json]
+    python tools/plan_grid.py keye_tiny --batch SAMPLES:STEP [--suggest]
+
+--batch shows who encodes what in one step, and how long each rank is expected to idle; SAMPLES may
+be left out for the recipe's own. --suggest plays several numbers of vision ranks on that step.
+Expected times are counted operations over assumed speeds of a device.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -54,6 +60,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--ranks", type=int, default=1, help="ranks that the recipe may choose its degrees for"
     )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--batch", metavar="SAMPLES:STEP", help="plan this step, from 0")
+    parser.add_argument(
+        "--suggest", action="store_true", help="how many vision ranks suit the step of --batch"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser.parse_args(arguments)
 
@@ -63,7 +73,12 @@ def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     try:
         run = load_recipe(options.recipe)(num_ranks=options.ranks, has_gpu=True)
-        plan = make_plan(run.with_overrides(options.set))
+        run = run.with_overrides(options.set)
+        plan = make_plan(run)
+        if options.suggest and options.batch is None:
+            raise ValueError("--suggest: got no --batch, expected --batch SAMPLES:STEP beside it")
+        if options.batch is not None:
+            plan["step"] = plan_batch(run, options.batch, suggests=options.suggest)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return USER_ERROR
@@ -84,6 +99,57 @@ def make_plan(run: RunConfig) -> dict[str, Any]:
             len(stage_layers(run, stage)) for stage in range(run.parallel.decoder.pipeline)
         ],
         "ranks": [vars(rank) for rank in plan_ranks(run)],
+    }
+
+
+def plan_batch(run: RunConfig, batch: str, *, suggests: bool) -> dict[str, Any]:
+    """Return the plan of one step and what it is expected to come to.
+
+    Args:
+        run: The run.
+        batch: SAMPLES:STEP.
+        suggests: Whether other numbers of vision ranks are tried.
+
+    Raises:
+        ValueError: For a batch that is not SAMPLES:STEP, or samples that cannot be read.
+    """
+    samples, colon, number = batch.rpartition(":")
+    if not colon or not number.isdigit():
+        raise ValueError(f"--batch: got {batch!r}, expected SAMPLES:STEP with a step from 0")
+    # Late, since Megatron-Core and torch take seconds to import and the grid needs neither.
+    warnings.filterwarnings("ignore")
+    from megatron_keye.data.loader import RowLoader
+    from megatron_keye.training import forecast
+
+    data = replace(run.data, samples=samples or run.data.samples)
+    loader = RowLoader(data, run.model, run.training.seed)
+    for _ in range(int(number) + 1):
+        read = loader.next_rows(run.training.rows_per_step)
+    rows = forecast.balance_shapes([forecast.shape_of(row, run) for row in read], run)
+    plan, speeds = forecast.plan_balanced(rows, run), forecast.Speeds()
+    played = forecast.Forecast(rows, run, speeds).play(plan)
+    tried = forecast.try_vision_ranks(rows, run, speeds) if suggests else []
+    return {
+        "step": int(number),
+        "pictures": sum(len(chunk.pictures) for chunk in plan.chunks),
+        "ranks": [
+            {
+                "chunks": len(plan.chunks_of(rank)),
+                "patches": sum(plan.chunks[chunk].num_patches for chunk in plan.chunks_of(rank)),
+                "idle_share": played.idle_share(rank),
+            }
+            for rank in played.spans
+        ],
+        "idle_share": played.mean_idle_share,
+        "exchanges": [f"{e.kind} {e.micro_batch}" for e in plan.exchanges],
+        "suggestions": [
+            {
+                "vision_ranks": number_of_ranks,
+                "relative_seconds": step.seconds / played.seconds,
+                "idle_share": step.mean_idle_share,
+            }
+            for number_of_ranks, step in tried
+        ],
     }
 
 
@@ -172,6 +238,29 @@ def describe(plan: dict[str, Any]) -> str:
             f"  rank {rank['rank']:>4}  {rank['role']:<19} {place:<46} "
             f"{rank['parameters']:>15,} parameters, {layers}"
         )
+    return "\n".join(lines) + "\n" + describe_step(plan.get("step"))
+
+
+def describe_step(step: dict[str, Any] | None) -> str:
+    """Return the plan of a step as text; nothing when there is none."""
+    if step is None:
+        return ""
+    mean = step["idle_share"]
+    lines = ["", f"  step {step['step']}: {step['pictures']} pictures, idle {mean:.1%} on average"]
+    for rank, work in enumerate(step["ranks"]):
+        lines.append(
+            f"  rank {rank:>4}  encodes {work['patches']:>9,} patches in {work['chunks']:>4} "
+            f"chunks, idle {work['idle_share']:>6.1%}"
+        )
+    lines.append(f"  exchanges in order: {', '.join(step['exchanges']) or 'none'}")
+    for tried in step["suggestions"]:
+        lines.append(
+            f"  with {tried['vision_ranks']:>4} vision ranks: "
+            f"{tried['relative_seconds']:.2f}x the time, idle {tried['idle_share']:.1%}"
+        )
+    if step["suggestions"]:
+        best = step["suggestions"][0]["vision_ranks"]
+        lines.append(f"  fewest rank-seconds: parallel.vision.num_ranks={best}, dedicated")
     return "\n".join(lines) + "\n"
 
 

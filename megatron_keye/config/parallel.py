@@ -114,6 +114,9 @@ class VisionParallel:
     chunk_patches: int = 8_192
     """Most patches that are encoded at once; bounds memory whatever the video's length. A single
     frame above it makes a chunk of its own."""
+    attention_break_even_patches: int = 0
+    """Patches of a frame whose attention takes as long as the rest of the ViT, by which work is
+    balanced; tools/profile_throughput.py --fit-vision measures it. 0: counted from the sizes."""
 
     def __post_init__(self) -> None:
         check(
@@ -141,6 +144,12 @@ class VisionParallel:
             "parallel.vision.chunk_patches",
             self.chunk_patches,
             "1 or more",
+        )
+        check(
+            self.attention_break_even_patches >= 0,
+            "parallel.vision.attention_break_even_patches",
+            self.attention_break_even_patches,
+            "0 or more",
         )
 
 

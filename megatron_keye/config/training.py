@@ -44,7 +44,9 @@ class CheckpointConfig:
     """When and where the state is saved, and what a run starts from."""
 
     interval_steps: int = 0
-    """Save after every so many steps; the last step is always saved. 0: only the last."""
+    """Save after every so many steps; 0: only the last."""
+    saves_last: bool = True
+    """Whether the last step is saved whatever the interval; measurements need no checkpoint."""
     keep: int = 2
     """Newest checkpoints kept; 0 keeps all."""
     resume: str = "none"
@@ -88,6 +90,9 @@ class TrainingConfig:
     where it is installed, Megatron-Core's own otherwise; checkpoints are the same for both."""
     seed: int = 1234
     """Seeds weights, sample order and everything else that is random."""
+    records_timeline: bool = False
+    """Whether every rank writes down when each phase of each step ran, to timeline/ in the run's
+    folder; tools/profile_throughput.py draws it. Ranks meet before each step then."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -5,6 +5,7 @@ first, numbered with tensor fastest, then context, data, pipeline; dedicated vis
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,16 +44,14 @@ class Grid:
     """The vision grid's groups; None on a rank that does not encode."""
     transport_ranks: tuple[int, ...]
     """Ranks that encode or hold embeddings, ascending: between these features travel."""
-    features: dist.ProcessGroup
-    """The transport ranks, for features on their way to the decoder."""
-    gradients: dist.ProcessGroup
-    """The same ranks, for gradients on their way back. Apart from `features`, since exchanges of
-    one group start in the same order on all ranks, and the two directions pass each other."""
+    transport: dist.ProcessGroup
+    """The transport ranks. One group for both directions: all exchanges of a step have one order
+    (`parallel/order.py`), which a second group could only break."""
 
     @property
     def vision_ranks(self) -> range:
         """The ranks that encode."""
-        return _vision_ranks(self.parallel)
+        return vision_ranks(self.parallel)
 
     def place(self, rank: int | None = None) -> DecoderPlace:
         """Return where `rank` (this process by default) stands in the decoder grid."""
@@ -68,6 +67,14 @@ def decoder_place(degrees: DecoderParallel, rank: int) -> DecoderPlace:
     return DecoderPlace(tensor=tensor, context=context, data=data, pipeline=pipeline)
 
 
+def vision_ranks(parallel: ParallelConfig) -> range:
+    """Return the ranks that encode."""
+    num_decoder = parallel.decoder.num_ranks
+    if parallel.vision.placement == "dedicated":
+        return range(num_decoder, num_decoder + parallel.vision.num_ranks)
+    return range(num_decoder)
+
+
 def build_grid(parallel: ParallelConfig) -> Grid:
     """Make every process group of the job. All ranks must call it, after init_process_group.
 
@@ -81,7 +88,7 @@ def build_grid(parallel: ParallelConfig) -> Grid:
     # initialize_model_parallel would have made.
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
-    rank, encoding = dist.get_rank(), _vision_ranks(parallel)
+    rank, encoding = dist.get_rank(), vision_ranks(parallel)
     decoder = _decoder_groups(parallel.decoder)
     vision = _vision_groups(len(encoding), encoding.start)
     first_stage = parallel.decoder.num_ranks // parallel.decoder.pipeline
@@ -92,16 +99,8 @@ def build_grid(parallel: ParallelConfig) -> Grid:
         decoder=decoder if rank < parallel.decoder.num_ranks else None,
         vision=vision if rank in encoding else None,
         transport_ranks=tuple(transport_ranks),
-        features=_connected_group(transport_ranks),
-        gradients=_connected_group(transport_ranks),
+        transport=_connected_group(transport_ranks),
     )
-
-
-def _vision_ranks(parallel: ParallelConfig) -> range:
-    num_decoder = parallel.decoder.num_ranks
-    if parallel.vision.placement == "dedicated":
-        return range(num_decoder, num_decoder + parallel.vision.num_ranks)
-    return range(num_decoder)
 
 
 def _connected_group(ranks: list[int]) -> dist.ProcessGroup:
@@ -110,11 +109,25 @@ def _connected_group(ranks: list[int]) -> dist.ProcessGroup:
     NCCL connects two ranks when they first have something for each other, and holds both until
     then; in the middle of a step one of them may be waiting for something else.
     """
-    group: dist.ProcessGroup = dist.new_group(ranks)
+    group: dist.ProcessGroup = dist.new_group(ranks, pg_options=_few_blocks())
     if dist.get_rank() in ranks:
         greetings = torch.zeros(len(ranks), device=torch.cuda.current_device())
         dist.all_to_all_single(torch.empty_like(greetings), greetings, group=group)
     return group
+
+
+def _few_blocks() -> Any:
+    """Keep waiting exchanges small on a GPU.
+
+    A vision rank starts an exchange long before the decoder meets it, and until then NCCL's kernel
+    spins on multiprocessors that encoding could use. Eight blocks still carry a row's features in
+    milliseconds.
+    """
+    if dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = 8
+    return options
 
 
 def _decoder_groups(degrees: DecoderParallel) -> ProcessGroupCollection:

@@ -4,15 +4,21 @@ Every rank computes it alone from sizes known before any pixel is decoded, so th
 ask another what to expect, and both ends of each message agree on its length.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_keye.config.parallel import ParallelConfig
+from megatron_keye.parallel.balance import assign_longest_first, cut_frames, groups_by_need
 from megatron_keye.parallel.context import owned_positions
-from megatron_keye.parallel.grid import Grid, decoder_place
+from megatron_keye.parallel.cost import VisionCost
+from megatron_keye.parallel.grid import decoder_place, vision_ranks
+from megatron_keye.parallel.order import Exchange, transport_order
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,11 @@ class Chunk:
         """Patches of all its pictures."""
         return sum(picture.num_patches for picture in self.pictures)
 
+    @property
+    def num_tokens(self) -> int:
+        """Merged tokens M of all its pictures."""
+        return sum(picture.num_tokens for picture in self.pictures)
+
 
 @dataclass(frozen=True)
 class Shipment:
@@ -73,12 +84,9 @@ class StepPlan:
     chunks: tuple[Chunk, ...]
     """In the order in which the decoder needs them."""
     shipments: tuple[Shipment, ...]
-    """In the order in which they are sent."""
-
-    @property
-    def micro_batches(self) -> list[int]:
-        """Micro-batches in which anything is sent, ascending."""
-        return sorted({shipment.micro_batch for shipment in self.shipments})
+    """By chunk, row and owner; a shipment's tag is its place."""
+    exchanges: tuple[Exchange, ...]
+    """What carries them, in the order in which every transport rank starts them."""
 
     def chunks_of(self, vision_rank: int) -> list[int]:
         """Return the indices of the chunks that a vision rank encodes."""
@@ -86,66 +94,110 @@ class StepPlan:
 
     def shipments_of(self, chunk: int) -> list[Shipment]:
         """Return what is sent when a chunk is encoded."""
-        return [shipment for shipment in self.shipments if shipment.chunk == chunk]
+        return self._by_chunk.get(chunk, [])
+
+    def departures(self, source: int, micro_batch: int) -> list[Shipment]:
+        """Return what a vision rank sends for a micro-batch."""
+        return self._by_source.get((source, micro_batch), [])
 
     def arrivals(self, destination: int, micro_batch: int) -> list[Shipment]:
         """Return what a decoder rank waits for before it starts a micro-batch."""
-        return [
-            shipment
-            for shipment in self.shipments
-            if shipment.destination == destination and shipment.micro_batch == micro_batch
-        ]
+        return self._by_destination.get((destination, micro_batch), [])
+
+    @cached_property
+    def _by_chunk(self) -> dict[int, list[Shipment]]:
+        return _grouped((s.chunk, s) for s in self.shipments)
+
+    @cached_property
+    def _by_source(self) -> dict[tuple[int, int], list[Shipment]]:
+        return _grouped(((s.source, s.micro_batch), s) for s in self.shipments)
+
+    @cached_property
+    def _by_destination(self) -> dict[tuple[int, int], list[Shipment]]:
+        return _grouped(((s.destination, s.micro_batch), s) for s in self.shipments)
 
 
 def plan_step(
-    pictures: Sequence[PictureSlot], *, row_tokens: int, parallel: ParallelConfig, grid: Grid
+    pictures: Sequence[PictureSlot],
+    *,
+    num_rows: int,
+    row_tokens: int,
+    parallel: ParallelConfig,
+    cost: VisionCost,
+    returns_gradients: bool,
 ) -> StepPlan:
     """Plan one step.
 
     Args:
         pictures: All pictures of the global batch, rows ascending.
+        num_rows: Rows of the global batch; row r is micro-batch r // data of replica r % data.
         row_tokens: Length S of a row.
         parallel: Degrees and the chunk limit.
-        grid: Tells which ranks encode.
+        cost: Of a frame.
+        returns_gradients: Whether anything in front of the decoder learns.
 
     Returns:
         The same plan on every rank.
     """
-    chunks = _assign(_cut(pictures, parallel, len(grid.vision_ranks)), grid.vision_ranks)
+    return plan_messages(
+        list(balanced_chunks(pictures, parallel, cost)),
+        num_rows=num_rows,
+        row_tokens=row_tokens,
+        parallel=parallel,
+        returns_gradients=returns_gradients,
+    )
+
+
+def plan_messages(
+    chunks: Sequence[Chunk],
+    *,
+    num_rows: int,
+    row_tokens: int,
+    parallel: ParallelConfig,
+    returns_gradients: bool,
+) -> StepPlan:
+    """Plan what is sent, given who encodes what; the arguments are those of `plan_step`."""
     owners = _RowOwners(row_tokens, parallel)
     shipments: list[Shipment] = []
     for number, chunk in enumerate(chunks):
         shipments += _ship(number, chunk, owners, parallel, first_tag=len(shipments))
-    return StepPlan(chunks=tuple(chunks), shipments=tuple(shipments))
+    exchanges = transport_order(
+        parallel,
+        num_rows // parallel.decoder.data,
+        {shipment.micro_batch for shipment in shipments},
+        returns_gradients=returns_gradients,
+    )
+    return StepPlan(chunks=tuple(chunks), shipments=tuple(shipments), exchanges=tuple(exchanges))
 
 
-def _cut(
-    pictures: Sequence[PictureSlot], parallel: ParallelConfig, num_ranks: int
-) -> list[list[PictureSlot]]:
-    """Fill chunks in order, up to the limit and to a fair share; no picture is split."""
-    total = sum(picture.num_patches for picture in pictures)
-    limit = min(parallel.vision.chunk_patches, -(-total // num_ranks))
-    chunks: list[list[PictureSlot]] = []
-    filled = limit
-    for picture in pictures:
-        if filled + picture.num_patches > limit:
-            chunks.append([])
-            filled = 0
-        chunks[-1].append(picture)
-        filled += picture.num_patches
-    return chunks
+def balanced_chunks(
+    pictures: Sequence[PictureSlot], parallel: ParallelConfig, cost: VisionCost
+) -> Iterator[Chunk]:
+    """Cut and assign the pictures that are needed at the same time, group after group.
+
+    Vision ranks of their own work a micro-batch ahead of the decoder, so each micro-batch is
+    spread over all of them. Colocated, nothing is decoded before all is encoded.
+    """
+    is_dedicated = parallel.vision.placement == "dedicated"
+    need = [p.row // parallel.decoder.data if is_dedicated else 0 for p in pictures]
+    load = dict.fromkeys(vision_ranks(parallel), 0.0)
+    for _, group in groups_by_need(need):
+        frames = [pictures[place].num_patches for place in group]
+        cuts = cut_frames(
+            frames, chunk_patches=parallel.vision.chunk_patches, num_ranks=len(load), cost=cost
+        )
+        costs = [sum(cost.of_frame(frames[frame]) for frame in cut) for cut in cuts]
+        owners = assign_longest_first(costs, load)
+        for rank, cut in zip(owners, cuts, strict=True):
+            held = pictures[group.start + cut.start : group.start + cut.stop]
+            yield Chunk(vision_rank=rank, pictures=tuple(held))
 
 
-def _assign(chunks: list[list[PictureSlot]], vision_ranks: Sequence[int]) -> list[Chunk]:
-    """Give each chunk, in order, to the vision rank that has the fewest patches so far."""
-    load = dict.fromkeys(vision_ranks, 0)
-    assigned = []
-    for pictures in chunks:
-        rank = min(vision_ranks, key=lambda candidate: (load[candidate], candidate))
-        chunk = Chunk(vision_rank=rank, pictures=tuple(pictures))
-        load[rank] += chunk.num_patches
-        assigned.append(chunk)
-    return assigned
+def _grouped[K](shipments: Iterable[tuple[K, Shipment]]) -> dict[K, list[Shipment]]:
+    groups = defaultdict(list)
+    for key, shipment in shipments:
+        groups[key].append(shipment)
+    return groups
 
 
 class _RowOwners:
@@ -185,14 +237,15 @@ def _ship(
 
 def _rows_of(chunk: Chunk) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
     """Yield each row that a chunk feeds, with its rows of features and their row positions."""
-    offsets = np.cumsum([0, *(picture.num_tokens for picture in chunk.pictures)])
-    for row in dict.fromkeys(picture.row for picture in chunk.pictures):
-        feature_rows, positions = [], []
-        for picture, offset in zip(chunk.pictures, offsets[:-1], strict=True):
-            if picture.row == row:
-                feature_rows.append(offset + np.arange(picture.num_tokens))
-                positions.append(picture.start + np.arange(picture.num_tokens))
-        yield row, np.concatenate(feature_rows), np.concatenate(positions)
+    offset = 0
+    for row, group in groupby(chunk.pictures, key=lambda picture: picture.row):
+        pictures = list(group)
+        counts = np.array([picture.num_tokens for picture in pictures])
+        starts = np.array([picture.start for picture in pictures])
+        before = np.cumsum(counts) - counts
+        places = np.arange(counts.sum())
+        yield row, offset + places, places + np.repeat(starts - before, counts)
+        offset += len(places)
 
 
 def _first_stage_rank(parallel: ParallelConfig, data: int, owner: int) -> int:

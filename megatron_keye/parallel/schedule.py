@@ -1,16 +1,21 @@
-"""The order of one heterogeneous step: encode and send, decode, return, encode again backward.
+"""The order of one heterogeneous step on each kind of rank.
 
-What is computed is handed in, so that the order can be read, and later overlapped, in one place.
+What is computed is handed in, so that the order can be read, and simulated, in one place.
 """
 
+from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from megatron_keye.parallel.grid import Grid
 from megatron_keye.parallel.plan import StepPlan
 from megatron_keye.parallel.transport import FeatureTransport
+
+_ENOUGH_AHEAD = 2
+"""Micro-batches whose features wait for the decoder before a vision rank turns to gradients: one
+that the decoder takes next, one for while a gradient is worked on."""
 
 
 class Encoder(Protocol):
@@ -35,8 +40,8 @@ def run_step(
     """Run this rank's share of a step.
 
     Vision ranks keep no activations between the two passes: the backward pass computes the chunk
-    again. Decoder ranks send a micro-batch's gradients as soon as its backward pass is done, from
-    within `decode`.
+    again. On ranks of their own they encode ahead of the decoder and work on gradients while it
+    goes on; on the decoder's ranks all is encoded before and all gradients are taken after.
 
     Args:
         plan: The step's plan.
@@ -46,21 +51,66 @@ def run_step(
         decode: Runs the decoder's pipeline schedule, forward and backward.
         returns_gradients: Whether anything in front of the decoder learns.
     """
+    mine = plan.chunks_of(grid.rank)
     if grid.rank not in grid.transport_ranks:
         decode()
         return
-    mine = plan.chunks_of(grid.rank)
-    if encoder is not None:
-        for chunk in mine:
-            transport.send_features(chunk, encoder.encode(chunk))
-        transport.finish_features()
-    if grid.decoder is not None:
-        decode()
-        transport.finish_features()
-    if returns_gradients:
-        transport.finish_gradients()
+    transport.start()
+    if grid.decoder is None:
+        assert encoder is not None, "a rank that does not decode encodes"
+        _encode_beside_the_decoder(mine, transport, encoder, returns_gradients=returns_gradients)
+    else:
         for chunk in mine:
             assert encoder is not None, "chunks are planned for ranks that encode"
-            num_tokens = sum(picture.num_tokens for picture in plan.chunks[chunk].pictures)
-            encoder.backward(chunk, transport.take_gradients(chunk, num_tokens))
-    transport.finish(gradients_returned=returns_gradients)
+            transport.send_features(chunk, encoder.encode(chunk))
+        decode()
+        transport.finish_decoding()
+        for chunk in mine if returns_gradients else []:
+            assert encoder is not None, "chunks are planned for ranks that encode"
+            encoder.backward(chunk, transport.take_gradients(chunk))
+    transport.finish()
+
+
+def next_work(
+    *, num_to_encode: int, num_to_return: int, num_ahead: int, has_gradients: bool
+) -> Literal["encode", "return", "nothing"]:
+    """Decide what a vision rank of its own does next; it waits only when nothing else is left.
+
+    Args:
+        num_to_encode: Chunks that it still has to encode.
+        num_to_return: Chunks whose backward it still has to run.
+        num_ahead: Micro-batches whose features wait for the decoder.
+        has_gradients: Whether the gradient of the next chunk to return is there.
+    """
+    if num_to_encode == 0:
+        return "return" if num_to_return else "nothing"
+    if num_to_return and has_gradients and num_ahead >= _ENOUGH_AHEAD:
+        return "return"
+    return "encode"
+
+
+def _encode_beside_the_decoder(
+    mine: list[int], transport: FeatureTransport, encoder: Encoder, *, returns_gradients: bool
+) -> None:
+    """Encode and run backward by need.
+
+    Timing decides only how the two interleave. Chunks are encoded in order, and their gradients
+    are added up in order, so that a step's result does not depend on timing.
+    """
+    to_encode, to_return = deque(mine), deque(mine if returns_gradients else [])
+    while True:
+        # A chunk that is still to be encoded has no gradient; encoding keeps ahead by itself.
+        work = next_work(
+            num_to_encode=len(to_encode),
+            num_to_return=len(to_return),
+            num_ahead=transport.num_ahead(),
+            has_gradients=bool(to_return) and transport.has_gradients(to_return[0]),
+        )
+        if work == "nothing":
+            return
+        if work == "encode":
+            chunk = to_encode.popleft()
+            transport.send_features(chunk, encoder.encode(chunk))
+        else:
+            chunk = to_return.popleft()
+            encoder.backward(chunk, transport.take_gradients(chunk))

@@ -3,130 +3,82 @@
 One uneven all-to-all a micro-batch and direction, whose counts both ends take from the plan, so
 only owned rows travel and any ratio of ranks is an ordinary case. Single messages would not do:
 NCCL runs those of one group in order and sets up each pair of ranks with both present, so ranks
-that are at different points of their schedules wait for each other for ever.
+that are at different points of their schedules wait for each other for ever. All ranks start the
+exchanges in the plan's order, which `parallel/order.py` shows to be free of deadlock.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_keye.parallel.grid import Grid
+from megatron_keye.parallel.order import Exchange
 from megatron_keye.parallel.plan import Shipment, StepPlan
+from megatron_keye.parallel.recorder import Recorder
 
 
-class _Direction:
-    """The all-to-alls of one direction, in the order of micro-batches on every rank."""
+@dataclass
+class _State:
+    """What this rank does in one exchange."""
 
-    def __init__(
-        self,
-        plan: StepPlan,
-        grid: Grid,
-        group: dist.ProcessGroup,
-        *,
-        source: Callable[[Shipment], int],
-        destination: Callable[[Shipment], int],
-        empty: Tensor,
-    ) -> None:
-        self._plan, self._ranks, self._group, self._rank = (
-            plan,
-            grid.transport_ranks,
-            group,
-            grid.rank,
-        )
-        self._source, self._destination, self._empty = source, destination, empty
-        self._outgoing: dict[int, Tensor] = {}
-        self._incoming: dict[int, tuple[Tensor, dist.Work, list[Shipment]]] = {}
-        self._arrived: dict[int, Tensor] = {}
-        self._started: list[tuple[dist.Work, Tensor]] = []
-        self._waiting = list(plan.micro_batches)
+    sent: list[Shipment]
+    """By the group's ranks, then by tag, as on the other side."""
+    taken: list[Shipment]
+    """Likewise."""
+    num_sent: list[int]
+    """Rows to each rank of the group."""
+    num_taken: list[int]
+    """Rows from each."""
+    outgoing: dict[int, Tensor] = field(default_factory=dict)
+    """Rows by tag, until it starts."""
+    work: dist.Work | None = None
+    """Set when it has started."""
+    buffers: tuple[Tensor, Tensor] | None = None
+    """Sent and received rows while they travel."""
+    arrived: dict[int, Tensor] = field(default_factory=dict)
+    """Received rows by tag, until they are taken."""
 
-    def put(self, shipment: Shipment, rows: Tensor) -> None:
-        """Keep rows until their micro-batch's turn."""
-        self._outgoing[shipment.tag] = rows.to(self._empty.dtype)
-
-    def exchange_through(self, micro_batch: int) -> None:
-        """Start the exchanges of all micro-batches up to this one, without waiting."""
-        while self._waiting and self._waiting[0] <= micro_batch:
-            self._exchange(self._waiting.pop(0))
-
-    def exchange_rest(self) -> None:
-        """Start the exchanges that are left."""
-        if self._waiting:
-            self.exchange_through(self._waiting[-1])
-
-    def take(self, shipment: Shipment) -> Tensor:
-        """Wait for the rows of a shipment to this rank and hand them over."""
-        self.exchange_through(shipment.micro_batch)
-        if shipment.tag not in self._arrived:
-            buffer, work, shipments = self._incoming.pop(shipment.micro_batch)
-            work.wait()
-            parts = buffer.split([len(s.positions) for s in shipments])
-            self._arrived |= {s.tag: part for s, part in zip(shipments, parts, strict=True)}
-        return self._arrived.pop(shipment.tag)
-
-    def finish(self) -> None:
-        """Wait until what was sent has left, and check that all of the plan was sent and taken."""
-        for work, _ in self._started:
-            work.wait()
-        left = [*self._waiting, *self._outgoing, *self._incoming, *self._arrived]
-        assert not left, f"rank {self._rank}: messages {left} of the plan were never exchanged"
-
-    def _exchange(self, micro_batch: int) -> None:
-        mine = [s for s in self._plan.shipments if s.micro_batch == micro_batch]
-        sent = [[s for s in mine if self._goes(s, self._rank, r)] for r in self._ranks]
-        taken = [[s for s in mine if self._goes(s, r, self._rank)] for r in self._ranks]
-        parts = [self._outgoing.pop(s.tag) for to_one in sent for s in to_one]
-        counts = [[sum(len(s.positions) for s in part) for part in side] for side in (sent, taken)]
-        buffer = self._empty.new_empty(sum(counts[1]), self._empty.shape[1])
-        outgoing = torch.cat([self._empty, *parts])
-        work = dist.all_to_all_single(
-            buffer, outgoing, counts[1], counts[0], group=self._group, async_op=True
-        )
-        self._started.append((work, outgoing))
-        shipments = [s for from_one in taken for s in from_one]
-        if shipments:
-            self._incoming[micro_batch] = (buffer, work, shipments)
-
-    def _goes(self, shipment: Shipment, source: int, destination: int) -> bool:
-        return self._source(shipment) == source and self._destination(shipment) == destination
+    @property
+    def is_done(self) -> bool:
+        """Whether all rows have travelled."""
+        return self.work is not None and self.work.is_completed()
 
 
 class FeatureTransport:
     """The messages of one step. Make a new one for each step."""
 
     def __init__(
-        self, plan: StepPlan, grid: Grid, *, width: int, dtype: torch.dtype, device: torch.device
+        self,
+        plan: StepPlan,
+        grid: Grid,
+        recorder: Recorder,
+        *,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        """Prepare both directions.
+        """Prepare all exchanges.
 
         Args:
             plan: The step's plan.
-            grid: Groups of the two directions, and this rank.
+            grid: The transport group, and this rank.
+            recorder: Notes when this rank sends and waits.
             width: Width D of a feature.
             dtype: Type in which features and gradients travel.
             device: Where buffers live.
         """
-        self._plan, self._grid, self._device = plan, grid, device
-        self._unsent = plan.chunks_of(grid.rank)
+        self._plan, self._grid, self._recorder, self._device = plan, grid, recorder, device
         self._empty = torch.empty(0, width, dtype=dtype, device=device)
-        self._features = _Direction(
-            plan,
-            grid,
-            grid.features,
-            source=lambda s: s.source,
-            destination=lambda s: s.destination,
-            empty=self._empty,
-        )
-        self._gradients = _Direction(
-            plan,
-            grid,
-            grid.gradients,
-            source=lambda s: s.destination,
-            destination=lambda s: s.source,
-            empty=self._empty,
-        )
+        self._states = {exchange: self._state(exchange) for exchange in plan.exchanges}
+        self._order = list(plan.exchanges) if grid.rank in grid.transport_ranks else []
+        self._num_started = 0
+        self._num_allowed = self._allowed_at_first()
+
+    def start(self) -> None:
+        """Start what needs nothing of this rank, such as a first micro-batch without its part."""
+        self._start_ready()
 
     def send_features(self, chunk: int, features_MD: Tensor) -> None:
         """Send a chunk's features to their owners, without waiting.
@@ -137,17 +89,17 @@ class FeatureTransport:
             chunk: Index of the chunk in the plan; a rank sends its chunks in order.
             features_MD: [M, D], all merged tokens of the chunk.
         """
-        for shipment in self._plan.shipments_of(chunk):
-            rows = torch.from_numpy(shipment.feature_rows).to(self._device)
-            self._features.put(shipment, features_MD.detach().index_select(0, rows))
-        self._unsent.remove(chunk)
-        needed = [s.micro_batch for c in self._unsent for s in self._plan.shipments_of(c)]
-        if needed:
-            self._features.exchange_through(min(needed) - 1)
+        with self._recorder.phase("send", f"chunk {chunk}"):
+            for shipment in self._plan.shipments_of(chunk):
+                rows = torch.from_numpy(shipment.feature_rows).to(self._device)
+                part = features_MD.detach().index_select(0, rows).to(self._empty.dtype)
+                self._states[_features(shipment)].outgoing[shipment.tag] = part
+            self._start_ready()
 
-    def finish_features(self) -> None:
-        """Tell that this rank has no more features to send."""
-        self._features.exchange_rest()
+    def num_ahead(self) -> int:
+        """Return how many micro-batches' features this rank has sent that are still under way."""
+        started = self._order[: self._num_started]
+        return sum(e.kind == "features" and not self._states[e].is_done for e in started)
 
     def take_features(self, micro_batch: int) -> Tensor:
         """Wait for the features that this rank owns in a micro-batch.
@@ -155,12 +107,15 @@ class FeatureTransport:
         Returns:
             [M, D] in the order of their positions; [0, D] where the micro-batch has none here.
         """
-        self._features.exchange_through(micro_batch)
         arrivals = self._plan.arrivals(self._grid.rank, micro_batch)
+        exchange = Exchange("features", micro_batch)
+        if exchange in self._states:
+            self._allow_through(exchange)
         if not arrivals:
             return self._empty.clone()
-        parts = [self._features.take(shipment) for shipment in arrivals]
-        return torch.cat(parts).index_select(0, self._order(arrivals))
+        with self._recorder.phase("wait", f"features {micro_batch}"):
+            parts = [self._take(exchange, shipment) for shipment in arrivals]
+            return torch.cat(parts).index_select(0, self._row_order(arrivals))
 
     def return_gradients(self, micro_batch: int, gradients_MD: Tensor) -> None:
         """Send the gradients of a micro-batch's features back, without waiting.
@@ -169,43 +124,151 @@ class FeatureTransport:
             micro_batch: The micro-batch; a rank returns its micro-batches in order.
             gradients_MD: [M, D] in the order in which `take_features` gave the features.
         """
-        arrivals = self._plan.arrivals(self._grid.rank, micro_batch)
-        arrived = torch.empty_like(gradients_MD).index_copy(0, self._order(arrivals), gradients_MD)
-        parts = arrived.split([len(shipment.positions) for shipment in arrivals])
-        for shipment, part in zip(arrivals, parts, strict=True):
-            self._gradients.put(shipment, part)
-        self._gradients.exchange_through(micro_batch)
+        with self._recorder.phase("return", f"micro-batch {micro_batch}"):
+            arrivals = self._plan.arrivals(self._grid.rank, micro_batch)
+            order = self._row_order(arrivals)
+            arrived = torch.empty_like(gradients_MD).index_copy(0, order, gradients_MD)
+            parts = arrived.to(self._empty.dtype).split([len(s.positions) for s in arrivals])
+            exchange = Exchange("gradients", micro_batch)
+            for shipment, part in zip(arrivals, parts, strict=True):
+                self._states[exchange].outgoing[shipment.tag] = part
+            if self._grid.parallel.vision.placement == "dedicated":
+                self._allow_through(exchange)
 
-    def finish_gradients(self) -> None:
-        """Tell that this rank has no more gradients to return."""
-        self._gradients.exchange_rest()
+    def finish_decoding(self) -> None:
+        """Tell that this rank neither takes features nor returns gradients any more."""
+        self._num_allowed = len(self._order)
+        self._start_ready()
 
-    def take_gradients(self, chunk: int, num_tokens: int) -> Tensor:
+    def has_gradients(self, chunk: int) -> bool:
+        """Tell, without waiting, whether the gradient of a chunk's features is there."""
+        exchanges = {_gradients(shipment) for shipment in self._plan.shipments_of(chunk)}
+        return all(self._states[exchange].is_done for exchange in exchanges)
+
+    def take_gradients(self, chunk: int) -> Tensor:
         """Wait for the gradient of a chunk's features.
 
         Args:
             chunk: Index of the chunk in the plan.
-            num_tokens: Merged tokens M of the chunk.
 
         Returns:
             [M, D].
         """
+        num_tokens = self._plan.chunks[chunk].num_tokens
         gradient = self._empty.new_zeros(num_tokens, self._empty.shape[1])
-        for shipment in self._plan.shipments_of(chunk):
-            rows = torch.from_numpy(shipment.feature_rows).to(self._device)
-            gradient.index_copy_(0, rows, self._gradients.take(shipment))
+        with self._recorder.phase("wait", f"gradient of chunk {chunk}"):
+            for shipment in self._plan.shipments_of(chunk):
+                rows = torch.from_numpy(shipment.feature_rows).to(self._device)
+                gradient.index_copy_(0, rows, self._take(_gradients(shipment), shipment))
         return gradient
 
-    def finish(self, *, gradients_returned: bool) -> None:
-        """Wait until what this rank sent has left, and check that the whole plan was carried out.
+    def finish(self) -> None:
+        """Wait until what this rank sent has left, and check that the whole plan was done."""
+        left = self._order[self._num_started :]
+        assert not left, f"rank {self._grid.rank}: {left} of the plan never started"
+        for exchange in self._order:
+            state = self._states[exchange]
+            assert state.work is not None, "it has started"
+            state.work.wait()
+            is_taken = not state.arrived and not (state.taken and state.buffers is not None)
+            assert is_taken, f"rank {self._grid.rank}: {exchange} was not taken"
 
-        Args:
-            gradients_returned: Whether gradients were part of it.
+    def _state(self, exchange: Exchange) -> _State:
+        departures = self._plan.departures(self._grid.rank, exchange.micro_batch)
+        arrivals = self._plan.arrivals(self._grid.rank, exchange.micro_batch)
+        targets = _by_rank(departures, [s.destination for s in departures])
+        origins = _by_rank(arrivals, [s.source for s in arrivals])
+        if exchange.kind == "gradients":
+            targets, origins = origins, targets
+        ranks = self._grid.transport_ranks
+        return _State(
+            sent=[s for to_one in targets.values() for s in to_one],
+            taken=[s for from_one in origins.values() for s in from_one],
+            num_sent=[_num_rows(targets.get(rank, [])) for rank in ranks],
+            num_taken=[_num_rows(origins.get(rank, [])) for rank in ranks],
+        )
+
+    def _allowed_at_first(self) -> int:
+        """Return how many exchanges this rank starts as soon as it has its part of them.
+
+        A rank that only encodes starts each when it can. A first-stage rank starts those of its
+        own schedule where it meets them, so that nothing waits on its device meanwhile.
         """
-        self._features.finish()
-        if gradients_returned:
-            self._gradients.finish()
+        if self._grid.decoder is None:
+            return len(self._order)
+        if self._grid.parallel.vision.placement == "dedicated":
+            return 0
+        return sum(exchange.kind == "features" for exchange in self._order)
 
-    def _order(self, arrivals: list[Shipment]) -> Tensor:
+    def _allow_through(self, exchange: Exchange) -> None:
+        """Start all exchanges up to this one, which the schedule has come to."""
+        place = self._order.index(exchange) + 1
+        self._num_allowed = max(self._num_allowed, place)
+        self._start_ready()
+        assert self._num_started >= place, (
+            f"rank {self._grid.rank} came to {exchange} before it had its part of "
+            f"{self._order[self._num_started]}, which stands earlier in the plan's order"
+        )
+
+    def _start_ready(self) -> None:
+        while self._num_started < self._num_allowed:
+            state = self._states[self._order[self._num_started]]
+            if len(state.outgoing) < len(state.sent):
+                return
+            self._let_go_of_sent()
+            self._start(state)
+            self._num_started += 1
+
+    def _start(self, state: _State) -> None:
+        outgoing = torch.cat([self._empty, *(state.outgoing.pop(s.tag) for s in state.sent)])
+        incoming = self._empty.new_empty(sum(state.num_taken), self._empty.shape[1])
+        state.buffers = outgoing, incoming
+        state.work = dist.all_to_all_single(
+            incoming,
+            outgoing,
+            state.num_taken,
+            state.num_sent,
+            group=self._grid.transport,
+            async_op=True,
+        )
+
+    def _let_go_of_sent(self) -> None:
+        """Free what has left, so that a step's features never lie on a vision rank together."""
+        for exchange in self._order[: self._num_started]:
+            state = self._states[exchange]
+            if state.buffers is not None and not state.taken and state.is_done:
+                state.buffers = None
+
+    def _take(self, exchange: Exchange, shipment: Shipment) -> Tensor:
+        state = self._states[exchange]
+        if state.buffers is not None:
+            assert state.work is not None, "buffers are there from the start on"
+            state.work.wait()
+            parts = state.buffers[1].split([len(s.positions) for s in state.taken])
+            state.arrived = {s.tag: part for s, part in zip(state.taken, parts, strict=True)}
+            state.buffers = None
+        return state.arrived.pop(shipment.tag)
+
+    def _row_order(self, arrivals: list[Shipment]) -> Tensor:
         positions = torch.cat([torch.from_numpy(s.positions) for s in arrivals])
         return positions.argsort().to(self._device)
+
+
+def _features(shipment: Shipment) -> Exchange:
+    return Exchange("features", shipment.micro_batch)
+
+
+def _gradients(shipment: Shipment) -> Exchange:
+    return Exchange("gradients", shipment.micro_batch)
+
+
+def _by_rank(shipments: list[Shipment], ranks: list[int]) -> dict[int, list[Shipment]]:
+    """Sort shipments, which come by tag, to the ranks at their other end, ascending."""
+    groups: dict[int, list[Shipment]] = {rank: [] for rank in sorted(set(ranks))}
+    for shipment, rank in zip(shipments, ranks, strict=True):
+        groups[rank].append(shipment)
+    return groups
+
+
+def _num_rows(shipments: list[Shipment]) -> int:
+    return sum(len(shipment.positions) for shipment in shipments)

@@ -16,6 +16,7 @@ from megatron_keye.config.run import RunConfig
 from megatron_keye.data.decode_service import DecodeStatistics
 from megatron_keye.data.row import PackedRow, Picture
 from megatron_keye.parallel.plan import StepPlan
+from megatron_keye.parallel.recorder import Recorder
 
 
 class PatchSource(Protocol):
@@ -55,7 +56,8 @@ class ChunkEncoder:
         self._rank = rank
         self._dtype = weight_dtype(run)
         self._inputs: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
-        self._plan = StepPlan(chunks=(), shipments=())
+        self._plan = StepPlan(chunks=(), shipments=(), exchanges=())
+        self._recorder = Recorder()
         self._rows: list[PackedRow] = []
         self._due: deque[int] = deque()
         self._announced: deque[list[list[Picture]]] = deque()
@@ -77,9 +79,9 @@ class ChunkEncoder:
         self._announced.append(chunks)
         self._source.start_step(chunks)
 
-    def start_step(self, plan: StepPlan, rows: list[PackedRow]) -> None:
-        """Take the plan and the rows of the next step."""
-        self._plan, self._rows = plan, rows
+    def start_step(self, plan: StepPlan, rows: list[PackedRow], recorder: Recorder) -> None:
+        """Take the plan and the rows of the next step, and what notes its phases."""
+        self._plan, self._rows, self._recorder = plan, rows, recorder
         self._inputs.clear()
         self.num_pictures, self.seconds, self.wait_seconds = 0, 0.0, 0.0
         self._due = deque(plan.chunks_of(self._rank))
@@ -102,14 +104,17 @@ class ChunkEncoder:
         started = time.perf_counter()
         due = self._due.popleft()
         assert due == chunk, "chunks are encoded in the order of decoding"
+        label, decoding = f"chunk {chunk}", self._recorder.begin()
         pictures = _pictures(self._plan, self._rows, chunk)
         grids = [picture.grid for picture in pictures]
         patches = self._source.take()
+        self._recorder.end("decode", label, decoding)
         self.wait_seconds += time.perf_counter() - started
         patches = patches.to(self._dtype)
         self._inputs[chunk] = patches.cpu(), grids
         self.num_pictures += len(pictures)
-        features_MD = self._forward(patches, grids)
+        with self._recorder.phase("encode", label):
+            features_MD = self._forward(patches, grids)
         self.seconds += time.perf_counter() - started
         return features_MD
 
@@ -121,8 +126,9 @@ class ChunkEncoder:
             gradient_MD: [M, D], gradient of the chunk's features.
         """
         started = time.perf_counter()
-        features_MD = self._forward(*self._inputs.pop(chunk))
-        torch.autograd.backward(features_MD, gradient_MD.to(features_MD.dtype))
+        with self._recorder.phase("vision", f"chunk {chunk}"):
+            features_MD = self._forward(*self._inputs.pop(chunk))
+            torch.autograd.backward(features_MD, gradient_MD.to(features_MD.dtype))
         self.seconds += time.perf_counter() - started
 
     def statistics(self) -> DecodeStatistics:

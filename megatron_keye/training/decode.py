@@ -21,8 +21,9 @@ from megatron_keye.data.row import PackedRow
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.model import DecoderChunk
 from megatron_keye.parallel.grid import Grid
+from megatron_keye.parallel.recorder import Recorder
 from megatron_keye.parallel.transport import FeatureTransport
-from megatron_keye.training.microbatch import cut_row
+from megatron_keye.training.microbatch import cut_row, returns_gradients
 
 
 class Decoding:
@@ -58,6 +59,7 @@ class Decoding:
         rows: list[PackedRow],
         transport: FeatureTransport,
         meter: RowMeter,
+        recorder: Recorder,
         *,
         indexer_loss_weight: float,
         balance_loss_scale: float,
@@ -68,6 +70,7 @@ class Decoding:
             rows: All rows of the global batch.
             transport: Brings features and takes their gradients.
             meter: Takes "language_loss" and what layers report.
+            recorder: Notes when passes run.
             indexer_loss_weight: What one query's KL weighs beside one token's language loss.
             balance_loss_scale: Factor on the router's balancing loss, which Megatron sums over
                 the tokens of all micro-batches.
@@ -79,6 +82,7 @@ class Decoding:
             self._forward,
             transport=transport,
             meter=meter,
+            recorder=recorder,
             indexer_loss_weight=indexer_loss_weight,
         )
         self._schedule(
@@ -104,19 +108,23 @@ class Decoding:
         *,
         transport: FeatureTransport,
         meter: RowMeter,
+        recorder: Recorder,
         indexer_loss_weight: float,
     ) -> tuple[Tensor, Any]:
         """Run one chunk on one micro-batch; called by Megatron's schedule."""
         micro_batch, row, batch = next(batches)
         chunk: DecoderChunk = wrapped.module
         features_MD = self._features(transport, micro_batch) if chunk.pre_process else None
-        output = wrapped(
-            batch,
-            features_MD,
-            indexer_loss_weight=indexer_loss_weight,
-            meter=meter,
-            where=f"rank {self._rank}, row of {', '.join(row.sample_names) or 'padding'}",
-        )
+        label = f"micro-batch {micro_batch}, chunk {self._chunks.index(wrapped)}"
+        with recorder.phase("forward", label):
+            output = wrapped(
+                batch,
+                features_MD,
+                indexer_loss_weight=indexer_loss_weight,
+                meter=meter,
+                where=f"rank {self._rank}, row of {', '.join(row.sample_names) or 'padding'}",
+            )
+        recorder.backward_of(output, label)
         return output, partial(self._report, meter=meter)
 
     def _features(self, transport: FeatureTransport, micro_batch: int) -> Tensor:
@@ -137,8 +145,3 @@ class Decoding:
         if self._place.tensor == 0:
             meter.add("language_loss", loss_sum)
         return loss_sum, torch.zeros((), dtype=torch.int, device=loss_sum.device), None
-
-
-def returns_gradients(run: RunConfig) -> bool:
-    """Tell whether anything in front of the decoder learns from the features' gradients."""
-    return bool({"vision", "projector"} & set(run.training.trained_parts))

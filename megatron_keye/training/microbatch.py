@@ -1,4 +1,4 @@
-"""Cuts a packed row into what one decoder rank works on.
+"""Turns the rows of a global batch into what ranks work on: their order, the plan, tensors.
 
 Data and decoder meet here: rows know their documents and pictures, the decoder its position rule,
 and the grid which tokens are this rank's.
@@ -11,26 +11,107 @@ from megatron_keye.config.run import RunConfig
 from megatron_keye.data.batch import Batch
 from megatron_keye.data.row import IGNORED_LABEL, PackedRow
 from megatron_keye.decoder.positions import position_ids
+from megatron_keye.parallel.balance import RowCost, order_rows
 from megatron_keye.parallel.context import gathered_order, owned_positions
+from megatron_keye.parallel.cost import attention_flops, vision_cost
 from megatron_keye.parallel.grid import DecoderPlace
-from megatron_keye.parallel.plan import PictureSlot
+from megatron_keye.parallel.plan import PictureSlot, StepPlan, plan_step
 
 
-def picture_slots(rows: list[PackedRow], merge_size: int) -> list[PictureSlot]:
-    """List all pictures of a global batch for the plan, by micro-batch order of their rows."""
-    return [
-        PictureSlot(
-            row=number,
-            index=index,
-            start=start,
-            num_patches=picture.num_patches,
-            num_tokens=picture.num_tokens(merge_size),
+def balance_rows(rows: list[PackedRow], run: RunConfig) -> list[PackedRow]:
+    """Return the rows in the order that spreads their cost over replicas and micro-batches.
+
+    The loss is a sum over the global batch, so their order changes rounding alone.
+    """
+    cost = vision_cost(run.model.vision, run.parallel.vision)
+    costs = [
+        RowCost(
+            attention=attention_flops(
+                np.diff(row.document_bounds), run.model.decoder, run.training.phase
+            ),
+            vision=sum(cost.of_frame(picture.num_patches) for picture in row.pictures),
         )
-        for number, row in enumerate(rows)
-        for index, (picture, start) in enumerate(
-            zip(row.pictures, row.picture_starts, strict=True)
-        )
+        for row in rows
     ]
+    return [rows[place] for place in order_rows(costs, run.parallel.decoder.data)]
+
+
+def plan_rows(rows: list[PackedRow], run: RunConfig) -> StepPlan:
+    """Plan the step of a global batch.
+
+    Args:
+        rows: In the order in which they are decoded.
+        run: Sizes and degrees.
+
+    Raises:
+        ValueError: When a row's placeholders are not where its pictures go.
+    """
+    return plan_step(
+        picture_slots(rows, run),
+        num_rows=len(rows),
+        row_tokens=run.data.row_tokens,
+        parallel=run.parallel,
+        cost=vision_cost(run.model.vision, run.parallel.vision),
+        returns_gradients=returns_gradients(run),
+    )
+
+
+def returns_gradients(run: RunConfig) -> bool:
+    """Tell whether anything in front of the decoder learns from the features' gradients."""
+    return bool({"vision", "projector"} & set(run.training.trained_parts))
+
+
+def picture_slots(rows: list[PackedRow], run: RunConfig) -> list[PictureSlot]:
+    """List all pictures of a global batch for the plan, by micro-batch order of their rows.
+
+    Raises:
+        ValueError: When a row's placeholders are not where its pictures go. All ranks see all
+            rows, so all of them stop before any message.
+    """
+    slots = []
+    for number, row in enumerate(rows):
+        of_row = [
+            PictureSlot(
+                row=number,
+                index=index,
+                start=start,
+                num_patches=picture.num_patches,
+                num_tokens=picture.num_tokens(run.model.vision.merge_size),
+            )
+            for index, (picture, start) in enumerate(
+                zip(row.pictures, row.picture_starts, strict=True)
+            )
+        ]
+        _check_placeholders(number, row, of_row, run)
+        slots += of_row
+    return slots
+
+
+def _check_placeholders(
+    number: int, row: PackedRow, slots: list[PictureSlot], run: RunConfig
+) -> None:
+    """Raise at the first position where placeholders and pictures disagree.
+
+    Equal counts would not do: features at the wrong tokens train on nonsense without any sign.
+    """
+    edges = np.zeros(len(row.token_ids) + 1, dtype=np.int64)
+    np.add.at(edges, [slot.start for slot in slots], 1)
+    np.add.at(edges, [slot.start + slot.num_tokens for slot in slots], -1)
+    is_planned = np.cumsum(edges[:-1]) > 0
+    is_placeholder = np.isin(row.token_ids, run.model.vision_token_ids)
+    wrong = np.flatnonzero(is_planned != is_placeholder)
+    if len(wrong) == 0:
+        return
+    position = int(wrong[0])
+    document = int(np.searchsorted(row.document_bounds, position, side="right")) - 1
+    names = row.sample_names
+    replica = number % run.parallel.decoder.data
+    raise ValueError(
+        f"{names[document] if document < len(names) else 'padding'}: position {position} of row "
+        f"{number}, for replica {replica} of the decoder, is "
+        f"{'a placeholder without' if is_placeholder[position] else 'no placeholder but has'} a "
+        "picture's feature; pictures and placeholders of the sample must come in the same places"
+    )
 
 
 def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:

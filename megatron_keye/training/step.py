@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from megatron_keye.config.megatron import weight_dtype
 from megatron_keye.config.run import RunConfig
@@ -11,14 +12,19 @@ from megatron_keye.data.row import PackedRow
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.model import KeyeModel
 from megatron_keye.parallel.grid import Grid
-from megatron_keye.parallel.plan import StepPlan, plan_step
+from megatron_keye.parallel.recorder import Recorder, StepRecorder
 from megatron_keye.parallel.schedule import run_step
 from megatron_keye.parallel.transport import FeatureTransport
 from megatron_keye.training.chunk_encoder import ChunkEncoder, PatchSource
-from megatron_keye.training.decode import Decoding, returns_gradients
+from megatron_keye.training.decode import Decoding
 from megatron_keye.training.learning_rate import learning_rate
 from megatron_keye.training.metrics import StepMetrics, collect_metrics, decode_sums
-from megatron_keye.training.microbatch import num_real_queries, picture_slots
+from megatron_keye.training.microbatch import (
+    balance_rows,
+    num_real_queries,
+    plan_rows,
+    returns_gradients,
+)
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.router_load import RouterLoad
 
@@ -64,6 +70,8 @@ class TrainingStep:
         self._device = device
         self._decode = Decoding(run, grid, model.chunks, device) if model.chunks else None
         self._decoder_seconds = 0.0
+        self.recorder: StepRecorder | None = None
+        """The last step's phases, where the run records them."""
         self._router_load = RouterLoad(run.model.decoder, model.chunks, device)
         self._encoder: ChunkEncoder | None = None
         if model.vision is not None:
@@ -83,15 +91,18 @@ class TrainingStep:
         Returns:
             What was measured, the same on every rank.
         """
+        rows = balance_rows(rows, self._run)
+        recorder = self._start_recorder()
         started = time.perf_counter()
         meter = RowMeter()
         counts = _count(rows)
         self._optimizer.zero_gradients()
         self._router_load.reset()
-        self._encode_and_decode(rows, meter, counts)
-        self._optimizer.finish_gradients(counts.divisor)
+        self._encode_and_decode(rows, meter, counts, recorder)
         rate = learning_rate(step, self._run.training.steps, self._run.training.optimizer)
-        outcome = self._optimizer.step(rate)
+        with recorder.phase("optimizer"):
+            self._optimizer.finish_gradients(counts.divisor)
+            outcome = self._optimizer.step(rate)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         return collect_metrics(
@@ -119,34 +130,38 @@ class TrainingStep:
             rows: Of the next step that was not announced yet; steps then run in this order.
         """
         if self._encoder is not None:
-            self._encoder.announce(self._plan(rows), rows)
+            rows = balance_rows(rows, self._run)
+            self._encoder.announce(plan_rows(rows, self._run), rows)
 
-    def _plan(self, rows: list[PackedRow]) -> StepPlan:
-        return plan_step(
-            picture_slots(rows, self._run.model.vision.merge_size),
-            row_tokens=self._run.data.row_tokens,
-            parallel=self._run.parallel,
-            grid=self._grid,
-        )
+    def _start_recorder(self) -> Recorder:
+        """Return what notes this step's phases, on a clock that starts on all ranks together."""
+        if not self._run.training.records_timeline:
+            return Recorder()
+        dist.barrier()
+        self.recorder = StepRecorder(self._device)
+        return self.recorder
 
-    def _encode_and_decode(self, rows: list[PackedRow], meter: RowMeter, counts: _Counts) -> None:
+    def _encode_and_decode(
+        self, rows: list[PackedRow], meter: RowMeter, counts: _Counts, recorder: Recorder
+    ) -> None:
         run = self._run
-        plan = self._plan(rows)
+        plan = plan_rows(rows, run)
         transport = FeatureTransport(
             plan,
             self._grid,
+            recorder,
             width=run.model.decoder.hidden_size,
             dtype=weight_dtype(run),
             device=self._device,
         )
         if self._encoder is not None:
-            self._encoder.start_step(plan, rows)
+            self._encoder.start_step(plan, rows, recorder)
         run_step(
             plan,
             self._grid,
             transport,
             encoder=self._encoder,
-            decode=lambda: self._decode_rows(rows, transport, meter, counts),
+            decode=lambda: self._decode_rows(rows, transport, meter, recorder, counts),
             returns_gradients=returns_gradients(run),
         )
         if self._encoder is not None:
@@ -159,6 +174,7 @@ class TrainingStep:
         rows: list[PackedRow],
         transport: FeatureTransport,
         meter: RowMeter,
+        recorder: Recorder,
         counts: _Counts,
     ) -> None:
         assert self._decode is not None, "only decoder ranks decode"
@@ -168,6 +184,7 @@ class TrainingStep:
             rows,
             transport,
             meter,
+            recorder,
             # All gradients are divided by the loss tokens at the end; these factors turn the
             # other losses into means over queries and over tokens.
             indexer_loss_weight=weight * counts.divisor / max(1, counts.queries),

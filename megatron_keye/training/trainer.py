@@ -24,6 +24,7 @@ from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
 from megatron_keye.training.step import TrainingStep
+from megatron_keye.training.timeline import write_step
 
 _Rows = tuple[list[PackedRow], dict[str, int | str]]
 """Rows of a step, and where the loader stands behind them."""
@@ -133,17 +134,18 @@ class Trainer:
             show_summary(summary, note=f"step {last} is done; raise training.steps to go on")
         return summary
 
-    def _train_to(self, last: int, report: Report | None) -> Path:
-        """Run the remaining steps and return the folder of the last checkpoint."""
-        folder = Path()
+    def _train_to(self, last: int, report: Report | None) -> Path | None:
+        """Run the remaining steps and return the last checkpoint's folder, None without one."""
+        folder = None
         for number in range(self._progress.step, last):
             metrics = self._train_one(number, is_last=number + 1 == last)
             skipped = self._loader.take_skipped()
             if report is not None:
                 report.show(number + 1, metrics)
                 report.show_skipped(number + 1, self._loader.num_skipped, skipped)
-            interval = self._run.training.checkpoint.interval_steps
-            if number + 1 == last or (interval and (number + 1) % interval == 0):
+            settings = self._run.training.checkpoint
+            is_due = settings.interval_steps and (number + 1) % settings.interval_steps == 0
+            if is_due or (number + 1 == last and settings.saves_last):
                 folder = self._save()
         return folder
 
@@ -153,6 +155,8 @@ class Trainer:
         self._upcoming = None if is_last else self._fetch()
         self._media |= {picture.media for row in rows for picture in row.pictures}
         metrics = self._step(rows, number)
+        if self._step.recorder is not None:
+            write_step(self._run, self._process, number, self._step.recorder)
         if number == 0:
             self._progress.first_loss = metrics.loss
         self._progress.step = number + 1

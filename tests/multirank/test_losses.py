@@ -4,11 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_keye.config import IndexerConfig, OptimizerConfig
+from megatron_keye.config import IndexerConfig, OptimizerConfig, RunConfig
 from megatron_keye.data.row import PackedRow
+from megatron_keye.decoder.row import RowMeter
+from megatron_keye.parallel.grid import DecoderPlace
+from megatron_keye.training.microbatch import cut_row
+from tests.support.ranks import run_on_ranks
 from tests.support.tiny import ROW_TOKENS, mixed_rows, text_rows, tiny_model, tiny_run
-from tests.support.train import WEIGHT_TOLERANCE, train
+from tests.support.train import WEIGHT_TOLERANCE, build_step, let_go, train
 
 PLAIN = OptimizerConfig(learning_rate=1e-2, clip_gradient_norm=0.0, weight_decay=0.0, epsilon=1e-4)
 """No clipping and no decay, by which one loss could touch another's weights."""
@@ -60,6 +66,32 @@ def test_frozen_decoder_still_trains_the_projector() -> None:
     fresh = train(tiny_run(training=training), [])
     changed = trained.changed(fresh)
     assert changed and all("projector" in name for name in changed)
+
+
+def test_frozen_weights_cost_no_backward_products() -> None:
+    frozen = ("vision", "decoder", "indexer")
+    learning, still = (
+        run_on_ranks(1, _backward_flops, tiny_run(training={"frozen": parts}).to_json())[0]
+        for parts in ((), frozen)
+    )
+    # Two products of a matrix backward become one; attention's stay.
+    assert still < 0.65 * learning
+
+
+def _backward_flops(run_json: str) -> float:
+    """Count matrix products of one row's decoder beyond those of its forward pass."""
+    run = RunConfig.from_json(run_json)
+    _, model, _, step = build_step(run)
+    row = mixed_rows(0)[1]
+    with FlopCounterMode(display=False) as both:
+        step([row], 0)
+    batch = cut_row(row, run, DecoderPlace(tensor=0, context=0, data=0, pipeline=0))
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        model.chunks[0](
+            batch, torch.empty(0, 32), indexer_loss_weight=0.0, meter=RowMeter(), where=""
+        )
+    let_go(model)
+    return both.get_total_flops() - forward.get_total_flops()
 
 
 def test_frozen_vision_gets_no_gradients_and_the_rest_trains() -> None:

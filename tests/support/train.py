@@ -14,8 +14,8 @@ from megatron_keye.checkpoint import store
 from megatron_keye.checkpoint.state import weight_state
 from megatron_keye.config import RunConfig
 from megatron_keye.data.row import PackedRow
-from megatron_keye.model import build_model
-from megatron_keye.parallel.grid import build_grid
+from megatron_keye.model import KeyeModel, build_model
+from megatron_keye.parallel.grid import Grid, build_grid
 from megatron_keye.parallel.random import seed_rank
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
@@ -102,13 +102,7 @@ def _train_on_rank(
     run = RunConfig.from_json(run_json)
     if save_to is not None:
         run = replace(run, output_dir=str(save_to))
-    grid = build_grid(run.parallel)
-    seed_rank(run.training.seed, grid)
-    device = torch.device("cpu" if run.device == "cpu" else torch.cuda.current_device())
-    engine = run.training.linear_layers == "transformer_engine"
-    model = build_model(run, grid, device, uses_transformer_engine=engine)
-    optimizer = JointOptimizer(run, model, grid)
-    step = TrainingStep(run, grid, model, optimizer, source=SyntheticPatches(), device=device)
+    grid, model, optimizer, step = build_step(run)
     progress = store.Progress(step=0, updates=0, data={})
     if load_from is not None:
         progress = store.load(load_from, run, model, optimizer, grid)
@@ -119,11 +113,30 @@ def _train_on_rank(
     if save_to is not None:
         store.save(run, model, optimizer, grid, progress)
     owned = list(_owned_weights(weight_state(model, grid)))
-    for wrapped in model.wrapped():
-        # Autograd's hooks hold the wrapper in a cycle through C++, which no collector sees; its
-        # groups would keep their threads.
-        vars(wrapped).clear()
+    let_go(model)
     return metrics, owned
+
+
+def build_step(run: RunConfig) -> tuple[Grid, KeyeModel, JointOptimizer, TrainingStep]:
+    """Build what one rank trains with; call `let_go` at the end."""
+    grid = build_grid(run.parallel)
+    seed_rank(run.training.seed, grid)
+    device = torch.device("cpu" if run.device == "cpu" else torch.cuda.current_device())
+    engine = run.training.linear_layers == "transformer_engine"
+    model = build_model(run, grid, device, uses_transformer_engine=engine)
+    optimizer = JointOptimizer(run, model, grid)
+    step = TrainingStep(run, grid, model, optimizer, source=SyntheticPatches(), device=device)
+    return grid, model, optimizer, step
+
+
+def let_go(model: KeyeModel) -> None:
+    """Free a model's groups.
+
+    Autograd's hooks hold the wrapper in a cycle through C++, which no collector sees; its groups
+    would keep their threads.
+    """
+    for wrapped in model.wrapped():
+        vars(wrapped).clear()
 
 
 def _owned_weights(state: dict[str, Any]) -> Iterator[tuple[str, Any, Any, Tensor]]:

@@ -1,14 +1,12 @@
 """Every feature goes to exactly the rank that owns its position, whatever the grid."""
 
-from types import SimpleNamespace
-from typing import cast
-
 import numpy as np
 import pytest
 
 from megatron_keye.config import DecoderParallel, ParallelConfig, VisionParallel
 from megatron_keye.parallel.context import gathered_order, owned_positions
-from megatron_keye.parallel.grid import Grid, decoder_place
+from megatron_keye.parallel.cost import VisionCost
+from megatron_keye.parallel.grid import decoder_place
 from megatron_keye.parallel.plan import PictureSlot, StepPlan, plan_step
 
 ROW = 48
@@ -23,13 +21,6 @@ PARALLELS = [
         vision=VisionParallel(placement="dedicated", num_ranks=2, chunk_patches=30),
     ),
 ]
-
-
-def grid_of(parallel: ParallelConfig) -> Grid:
-    """Stand in for a grid where only the ranks that encode are asked for."""
-    decoder, vision = parallel.decoder.num_ranks, parallel.vision.num_ranks
-    ranks = range(decoder, decoder + vision) if vision else range(decoder)
-    return cast(Grid, SimpleNamespace(vision_ranks=ranks))
 
 
 def pictures(num_rows: int) -> list[PictureSlot]:
@@ -49,7 +40,15 @@ def pictures(num_rows: int) -> list[PictureSlot]:
 
 
 def plan_for(parallel: ParallelConfig, slots: list[PictureSlot]) -> StepPlan:
-    return plan_step(slots, row_tokens=ROW, parallel=parallel, grid=grid_of(parallel))
+    num_rows = 2 * parallel.decoder.data
+    return plan_step(
+        slots,
+        num_rows=num_rows,
+        row_tokens=ROW,
+        parallel=parallel,
+        cost=VisionCost(1000),
+        returns_gradients=True,
+    )
 
 
 @pytest.mark.parametrize("parallel", PARALLELS, ids=ParallelConfig.describe)

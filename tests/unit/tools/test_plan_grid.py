@@ -79,3 +79,26 @@ def test_a_wrong_setting_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> 
 def test_the_full_size_recipe_fits_its_ranks(ranks: int) -> None:
     run = load_recipe("keye_30b_a3b")(num_ranks=ranks, has_gpu=True)
     run.check_num_ranks(ranks)
+
+
+def test_a_step_is_planned_with_its_idle_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_grid.main(["keye_tiny", "--ranks", "4", "--batch", ":1", "--suggest"]) == 0
+    text = capsys.readouterr().out
+    assert "step 1: " in text and "exchanges in order: features 0, gradients 0" in text
+    assert "fewest rank-seconds: parallel.vision.num_ranks=" in text
+    plan_grid.main(["keye_tiny", "--ranks", "4", "--batch", ":1", "--json"])
+    step = json.loads(capsys.readouterr().out)["step"]
+    by_decoder = [rank["patches"] for rank in step["ranks"][:2]]
+    by_vision = [rank["patches"] for rank in step["ranks"][2:]]
+    assert by_decoder == [0, 0] and min(by_vision) > 0.5 * max(by_vision)
+    assert all(0 <= rank["idle_share"] <= 1 for rank in step["ranks"])
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--batch", "nostep"], ["--suggest"], ["--batch", "no.jsonl:0"]]
+)
+def test_a_wrong_batch_is_one_sentence(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan_grid.main(["keye_tiny", "--ranks", "4", *wrong]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,112 @@
+"""Vision and decoder work at the same time, as the simulator foretells from the same plan."""
+
+from typing import Any
+
+import pytest
+
+from megatron_keye.config import RunConfig
+from megatron_keye.data.row import PackedRow
+from megatron_keye.parallel.grid import DecoderPlace, decoder_place
+from megatron_keye.parallel.order import Pass
+from megatron_keye.parallel.plan import StepPlan
+from megatron_keye.parallel.recorder import Phase, Span
+from megatron_keye.parallel.simulate import Simulated, StepCosts, simulate
+from megatron_keye.training.microbatch import balance_rows, plan_rows
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import packed_row, tiny_run
+from tests.support.train import build_step, let_go
+
+TIME_TOLERANCE = 0.15
+"""Relative, of a step: what no phase covers, on ranks that share two cores."""
+IDLE_TOLERANCE = 0.1
+"""Absolute, of a rank's idle share."""
+ROWS = 8
+Spans = dict[int, list[Span]]
+
+
+def record(run: RunConfig, rows: list[PackedRow]) -> Spans:
+    """Train two steps on all ranks and return the second one's phases but the optimizer's."""
+    answers = run_on_ranks(run.parallel.num_ranks, _record_on_rank, run.to_json(), rows)
+    return {
+        rank: [span for span in spans if span.phase != "optimizer"]
+        for rank, spans in enumerate(answers)
+    }
+
+
+def _record_on_rank(run_json: str, rows: list[PackedRow]) -> Any:
+    _, model, _, step = build_step(RunConfig.from_json(run_json))
+    for number in range(2):
+        step(rows, number)
+    assert step.recorder is not None
+    let_go(model)
+    return step.recorder.spans()
+
+
+def video_rows() -> list[PackedRow]:
+    return [packed_row(seed, (12, ((4, 6), (4, 6), (4, 6)))) for seed in range(ROWS)]
+
+
+def recording_run(**degrees: int) -> RunConfig:
+    training = {"rows_per_step": ROWS, "records_timeline": True}
+    return tiny_run(training=training, chunk_patches=72, **degrees)
+
+
+def seconds(spans: list[Span], phases: tuple[Phase, ...], label: str) -> float:
+    return sum(s.end - s.start for s in spans if s.phase in phases and s.label == label)
+
+
+def replay(plan: StepPlan, run: RunConfig, spans: Spans) -> Simulated:
+    """Simulate the step with the recorded phases as its costs."""
+
+    def vision(chunk: int, *phases: Phase) -> float:
+        return seconds(spans[plan.chunks[chunk].vision_rank], phases, f"chunk {chunk}")
+
+    def decoder(place: DecoderPlace, step: Pass) -> float:
+        rank = next(
+            rank
+            for rank in range(run.parallel.decoder.num_ranks)
+            if decoder_place(run.parallel.decoder, rank) == place
+        )
+        phase: Phase = "forward" if step.is_forward else "backward"
+        return seconds(
+            spans[rank], (phase,), f"micro-batch {step.micro_batch}, chunk {step.chunk}"
+        )
+
+    costs = StepCosts(
+        encode=lambda chunk: vision(chunk, "decode", "encode", "send"),
+        vision_backward=lambda chunk: vision(chunk, "vision"),
+        decoder=decoder,
+        exchange=lambda _: 0.0,
+    )
+    return simulate(plan, run.parallel, ROWS // run.parallel.decoder.data, costs)
+
+
+@pytest.mark.parametrize(
+    "degrees", [{"vision_ranks": 1}, {"pipeline": 2, "vision_ranks": 2}], ids=["two", "four"]
+)
+def test_a_real_step_runs_as_simulated(degrees: dict[str, int]) -> None:
+    run, rows = recording_run(**degrees), video_rows()
+    real = record(run, rows)
+    plan = plan_rows(balance_rows(rows, run), run)
+    simulated = replay(plan, run, real)
+    ends = max(span.end for spans in real.values() for span in spans)
+    assert simulated.seconds == pytest.approx(ends, rel=TIME_TOLERANCE)
+    for rank, spans in real.items():
+        busy = sum(span.end - span.start for span in simulated.spans[rank])
+        assert simulated.idle_share(rank) == pytest.approx(1 - busy / ends, abs=IDLE_TOLERANCE)
+        for phases in (("forward", "backward"), ("encode",), ("vision",)):
+            assert _order(spans, phases) == _order(simulated.spans[rank], phases)
+    _assert_overlap(real, run.parallel.decoder.num_ranks)
+
+
+def _order(spans: list[Span], phases: tuple[str, ...]) -> list[tuple[str, str]]:
+    chosen = [span for span in spans if span.phase in phases]
+    return [(span.phase, span.label) for span in sorted(chosen, key=lambda span: span.start)]
+
+
+def _assert_overlap(real: Spans, num_decoder: int) -> None:
+    """Early gradients are worked on while the decoder still starts on later micro-batches."""
+    decoder = [span for rank in range(num_decoder) for span in real[rank]]
+    last_forward = max(span.start for span in decoder if span.phase == "forward")
+    for rank in range(num_decoder, len(real)):
+        assert min(span.start for span in real[rank] if span.phase == "vision") < last_forward

