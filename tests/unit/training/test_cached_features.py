@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from megatron_keye.data import Picture
 from megatron_keye.data.decode_service import DecodeService
 from megatron_keye.data.feature_store import FeatureStore
 from megatron_keye.data.frame_decoder import PyavDecoder
+from megatron_keye.data.row import PackedRow
 from megatron_keye.parallel.plan import Chunk, PictureSlot, StepPlan
+from megatron_keye.parallel.recorder import Recorder
 from megatron_keye.training.cached_features import CachedFeatures, weights_digest
 from megatron_keye.training.chunk_encoder import ChunkEncoder
 from megatron_keye.vision import VisionTower
@@ -124,7 +127,8 @@ def test_the_projector_learns_as_without_the_cache(
                 if uses_cache
                 else ChunkEncoder(run, vision, service, CPU, rank=0)
             )
-            encoder.start_step(plan, [Row(chunk) for chunk in chunks])  # type: ignore[arg-type]
+            rows = cast("list[PackedRow]", [Row(chunk) for chunk in chunks])
+            encoder.start_step(plan, rows, Recorder())
             features = [encoder.encode(number) for number in range(len(chunks))]
             for number, made in enumerate(features):
                 encoder.backward(number, torch.ones_like(made))
