@@ -17,8 +17,8 @@ from megatron_keye.kernels.primitives import load_rows
 
 TILE_QUERIES = 128
 """Queries whose ranges are joined: what none of them sees is skipped. Blocks divide it."""
-CHUNK_BYTES = 2**29
-"""Bytes of one chunk's gradient of the scores; 2,048 rows of 128K keys."""
+CHUNK_BYTES = 2**28
+"""Bytes of one chunk's gradient of the scores: 1,024 rows of 128K keys, no slower than more."""
 FLOAT32_BLOCKS = Blocks(rows=32, keys=32, warps=4, stages=1)
 _MOST_CHANNELS = 256
 
