@@ -191,7 +191,7 @@ def _find_slots(
 ) -> tl.tensor:
     """Return page and place of each key, and which of them exist."""
     page = tl.load(pages + key // PAGE, is_key, other=-1)
-    return page.to(tl.int64), key % PAGE, (page >= 0) & (page < num_pages)
+    return page.to(tl.int64), (key % PAGE).to(tl.int64), (page >= 0) & (page < num_pages)
 
 
 @triton.jit
@@ -291,7 +291,7 @@ def _attend_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    group, num_groups = tl.program_id(1), tl.num_programs(1)
+    group, num_groups = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     part, num_parts = tl.program_id(2), tl.num_programs(2)
     head = tl.arange(0, PADDED_HEADS)
     is_head = head < HEADS
