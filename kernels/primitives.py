@@ -6,6 +6,21 @@ scores.
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def fast_log2(value: tl.tensor) -> tl.tensor:
+    """Return the hardware's logarithm, which the interpreter lacks; tl.log2 has 20 instructions.
+
+    Its absolute error is 2^-22 for values between 0.5 and 2, its relative one 2^-22 elsewhere.
+    """
+    if _INTERPRETED:
+        return tl.log2(value)
+    else:
+        return libdevice.fast_log2f(value)
 
 
 @triton.jit

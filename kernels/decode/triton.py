@@ -9,7 +9,6 @@ L places of a page, N pages of a sequence, X parts of a selection.
 """
 
 import math
-from importlib import import_module
 
 import torch
 import triton
@@ -17,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_keye.kernels.decode.reference import PagedCache
+from megatron_keye.kernels.decode.triton_select import choose_parts, select_from_parts
 from megatron_keye.kernels.launch import Blocks, adjacent_channels, check_triton, padded
 from megatron_keye.kernels.primitives import load_rows
-from megatron_keye.kernels.select_top_k import select_top_k
 
 SCORE_BLOCKS = Blocks(rows=16, keys=128, warps=4, stages=2)
 ATTEND_BLOCKS = Blocks(rows=16, keys=64, warps=4, stages=2)
@@ -48,10 +47,7 @@ def sparse_decode(
     out_BTHC = torch.empty_like(query_BTHC, memory_format=torch.contiguous_format)
     if num_rows == 0 or cache.pages_BN.numel() == 0 or len(cache.keys_PLGC) == 0:
         return out_BTHC.zero_(), indices_BTK.fill_(-1)
-    scores_TS, end_T = _score(q_BTIJ, gate_BTI, cache)
-    is_built = import_module("megatron_keye.kernels.select_top_k.cuda").is_built()
-    name = "cuda" if q_BTIJ.is_cuda and is_built else "triton"
-    indices_TK = select_top_k(scores_TS, torch.zeros_like(end_T), end_T, k, impl=name)
+    indices_TK = select_from_parts(*_score(q_BTIJ, gate_BTI, cache, k), k)
     _attend(query_BTHC, cache, indices_TK, out_BTHC, scale=scale)
     return out_BTHC, indices_TK.view(indices_BTK.shape)
 
@@ -88,13 +84,21 @@ def _checked(
     return q_BTIJ.contiguous(), query_BTHC.contiguous(), cache
 
 
-def _score(q_BTIJ: Tensor, gate_BTI: Tensor, cache: PagedCache) -> tuple[Tensor, Tensor]:
-    """Return scores [B * T, S], unspecified past a query's end, and end_T, those ends [B * T]."""
+def _score(
+    q_BTIJ: Tensor, gate_BTI: Tensor, cache: PagedCache, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scores [B * T, S], unspecified past a query's end, and what bounds the selection.
+
+    That is end_T [B * T], one past each query's last key, and end_TX [B * T, X], the same within
+    each part of its row.
+    """
     num_sequences, num_queries, num_heads, num_channels = q_BTIJ.shape
     (num_pages, page_size), capacity = cache.index_keys_PLJ.shape[:2], cache.pages_BN.shape[1]
     num_keys = capacity * page_size
     scores_TS = q_BTIJ.new_empty((num_sequences * num_queries, num_keys), dtype=torch.float32)
     end_T = cache.lengths_B.new_empty(num_sequences * num_queries)
+    num_parts = choose_parts(len(end_T), num_keys, k)
+    end_TX = end_T.new_empty((len(end_T), num_parts))
     _score_kernel[(triton.cdiv(num_keys, SCORE_BLOCKS.keys), num_sequences)](
         q_BTIJ,
         gate_BTI,
@@ -103,6 +107,7 @@ def _score(q_BTIJ: Tensor, gate_BTI: Tensor, cache: PagedCache) -> tuple[Tensor,
         cache.lengths_B,
         scores_TS,
         end_T,
+        end_TX,
         num_keys,
         num_pages,
         num_channels**-0.5,
@@ -115,11 +120,12 @@ def _score(q_BTIJ: Tensor, gate_BTI: Tensor, cache: PagedCache) -> tuple[Tensor,
         CHANNELS=num_channels,
         PADDED_CHANNELS=padded(num_channels),
         PAGE=page_size,
+        PARTS=num_parts,
         BLOCK_S=SCORE_BLOCKS.keys,
         num_warps=SCORE_BLOCKS.warps,
         num_stages=SCORE_BLOCKS.stages,
     )
-    return scores_TS, end_T
+    return scores_TS, end_T, end_TX
 
 
 def _attend(
@@ -185,7 +191,7 @@ def _find_slots(
 ) -> tl.tensor:
     """Return page and place of each key, and which of them exist."""
     page = tl.load(pages + key // PAGE, is_key, other=-1)
-    return page.to(tl.int64), key % PAGE, (page >= 0) & (page < num_pages)
+    return page.to(tl.int64), (key % PAGE).to(tl.int64), (page >= 0) & (page < num_pages)
 
 
 @triton.jit
@@ -197,6 +203,7 @@ def _score_kernel(
     lengths: tl.tensor,
     scores: tl.tensor,
     ends: tl.tensor,
+    part_ends: tl.tensor,
     num_keys: int,
     num_pages: int,
     scale: float,
@@ -212,6 +219,7 @@ def _score_kernel(
     CHANNELS: tl.constexpr,
     PADDED_CHANNELS: tl.constexpr,
     PAGE: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
     sequence = tl.program_id(1).to(tl.int64)
@@ -220,7 +228,11 @@ def _score_kernel(
     if first == 0:
         for query in range(QUERIES):
             end = tl.maximum(length - (QUERIES - 1 - query), 0)
-            tl.store(ends + sequence * QUERIES + query, end)
+            row = sequence * QUERIES + query
+            tl.store(ends + row, end)
+            part = tl.arange(0, PARTS)
+            part_end = tl.minimum(end - part * (num_keys // PARTS), num_keys // PARTS)
+            tl.store(part_ends + row * PARTS + part, tl.maximum(part_end, 0))
     if first < length:
         key = first + tl.arange(0, BLOCK_S)
         is_key = key < length
@@ -279,7 +291,7 @@ def _attend_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    group, num_groups = tl.program_id(1), tl.num_programs(1)
+    group, num_groups = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     part, num_parts = tl.program_id(2), tl.num_programs(2)
     head = tl.arange(0, PADDED_HEADS)
     is_head = head < HEADS

@@ -48,11 +48,13 @@ class _DenseLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dkl_TG: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = DenseInputs(*ctx.saved_tensors[:7])
+        # Read once: under activation recomputation they can't be read again.
+        saved = ctx.saved_tensors
+        inputs, found = DenseInputs(*saved[:7]), saved[7:]
         if ctx.is_empty:
             gradients = tuple(torch.zeros_like(tensor) for tensor in inputs[:3])
         else:
             gradients = dense_divergence_backward(
-                dkl_TG.contiguous(), inputs, *ctx.saved_tensors[7:], scale=ctx.scale
+                dkl_TG.contiguous(), inputs, *found, scale=ctx.scale
             )
         return (*gradients, *(None,) * 5)

@@ -24,9 +24,10 @@ from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
     sum_weights,
 )
 from megatron_keye.kernels.launch import Blocks
-from megatron_keye.kernels.primitives import load_rows, score_tile
+from megatron_keye.kernels.primitives import fast_log2, load_rows, score_tile
 
-VALUE_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=2)
+VALUE_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=3)
+LN_2 = tl.constexpr(math.log(2))
 
 
 def dense_divergence(
@@ -62,7 +63,7 @@ def dense_divergence(
             last,
             num_keys,
             scale * math.log2(math.e),
-            inputs.q_TIJ.shape[2] ** -0.5,
+            inputs.q_TIJ.shape[2] ** -0.5 * math.log2(math.e),
             **inputs.constants(),
             **launch_constants(blocks),
         )
@@ -99,7 +100,7 @@ def _value_kernel(
     last: int,
     num_keys: int,
     scale_log2: float,
-    score_scale: float,
+    score_scale_log2: float,
     GROUPS: tl.constexpr,
     HEADS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -124,7 +125,7 @@ def _value_kernel(
             INDEXER_CHANNELS,
             PADDED_INDEXER_CHANNELS,
         )
-        scores = score_scale * score_tile(
+        scores = score_scale_log2 * score_tile(
             q + query * q_stride_t,
             gate + query * gate_stride_t,
             k_tile,
@@ -143,8 +144,8 @@ def _value_kernel(
         visible = tl.where(is_visible, scores, -float("inf"))
         top = tl.max(visible, 1)
         top = tl.where(top > -float("inf"), top, 0.0)
-        total = tl.sum(tl.exp(visible - top[:, None]), 1)
-        tl.store(score_lse + row, top + tl.log(total), is_query)
+        total = tl.sum(tl.exp2(visible - top[:, None]), 1)
+        tl.store(score_lse + row, (top + tl.log2(total)) * LN_2, is_query)
         share = tl.full([BLOCK_T], 1.0 / HEADS, tl.float32)
         for group in range(GROUPS):
             key_tile = load_rows(
@@ -170,11 +171,10 @@ def _value_kernel(
                 CHANNELS,
                 PADDED_CHANNELS,
             )
-            # 0 log 0 is 0.
-            is_wanted = is_visible & (target > 0)
-            log_target = tl.log(tl.where(is_wanted, target, 1.0))
-            divergence = tl.where(is_wanted, target * (log_target - scores), 0.0)
-            tl.store(terms + row * GROUPS + group, tl.sum(divergence, 1), is_query)
+            target = tl.where(is_visible, target, 0.0)
+            # 0 log 0 is 0; no target that counts lies below the smallest normal number.
+            divergence = target * (fast_log2(tl.maximum(target, 1.2e-38)) - scores)
+            tl.store(terms + row * GROUPS + group, tl.sum(divergence, 1) * LN_2, is_query)
     else:
         nothing = tl.zeros([BLOCK_T], tl.float32)
         tl.store(score_lse + row, nothing - float("inf"), is_query)

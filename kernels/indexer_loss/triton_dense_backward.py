@@ -23,8 +23,8 @@ from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
 from megatron_keye.kernels.launch import Blocks
 from megatron_keye.kernels.primitives import load_rows, store_rows
 
-QUERY_BLOCKS = Blocks(rows=128, keys=64, warps=4, stages=3)
-KEY_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=3)
+QUERY_BLOCKS = Blocks(rows=64, keys=64, warps=4, stages=3, registers=128)
+KEY_BLOCKS = Blocks(rows=64, keys=64, warps=4, stages=3, registers=168)
 _WIDEST_BLOCK = 128
 """Keys of the widest block; a row of the scores' gradient is a multiple of it."""
 

@@ -21,7 +21,7 @@ from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
 from megatron_keye.kernels.launch import Blocks
 from megatron_keye.kernels.primitives import load_rows
 
-LSE_BLOCKS = Blocks(rows=128, keys=128, warps=8, stages=3)
+LSE_BLOCKS = Blocks(rows=128, keys=64, warps=4, stages=2, registers=168)
 
 
 def attention_lse(inputs: DenseInputs, spans_B4: Tensor, *, scale: float) -> Tensor:

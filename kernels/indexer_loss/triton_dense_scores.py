@@ -23,7 +23,8 @@ from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
 from megatron_keye.kernels.launch import Blocks
 from megatron_keye.kernels.primitives import load_rows, score_tile
 
-SCORE_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=2)
+LOG2_E = tl.constexpr(math.log2(math.e))
+SCORE_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=3)
 """Its keys are at least those of the blocks that read what it wrote."""
 
 
@@ -58,7 +59,7 @@ def write_score_gradient(
         num_keys,
         dscores_TS.stride(0),
         scale * math.log2(math.e),
-        inputs.q_TIJ.shape[2] ** -0.5,
+        inputs.q_TIJ.shape[2] ** -0.5 * math.log2(math.e),
         **inputs.constants(),
         **launch_constants(blocks),
     )
@@ -92,7 +93,7 @@ def _score_gradient_kernel(
     num_keys: int,
     dscores_stride_t: int,
     scale_log2: float,
-    score_scale: float,
+    score_scale_log2: float,
     GROUPS: tl.constexpr,
     HEADS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -116,7 +117,7 @@ def _score_gradient_kernel(
             INDEXER_CHANNELS,
             PADDED_INDEXER_CHANNELS,
         )
-        scores = score_scale * score_tile(
+        scores = score_scale_log2 * score_tile(
             q + query * q_stride_t,
             gate + query * gate_stride_t,
             k_tile,
@@ -134,8 +135,8 @@ def _score_gradient_kernel(
         factor = tl.zeros([BLOCK_T], tl.float32)
         for group in tl.static_range(GROUPS):
             factor += tl.load(dkl_rows + group + local * GROUPS, is_query, other=0.0)
-        row_lse = tl.load(score_lse + query + local, is_query, other=float("inf"))
-        dscore = factor[:, None] * tl.exp(scores - row_lse[:, None])
+        row_lse = tl.load(score_lse + query + local, is_query, other=float("inf")) * LOG2_E
+        dscore = factor[:, None] * tl.exp2(scores - row_lse[:, None])
         for group in range(GROUPS):
             key_tile = load_rows(
                 key_heads + key * key_stride_s + group * key_stride_g,

@@ -17,8 +17,8 @@ from megatron_keye.kernels.primitives import load_rows
 
 TILE_QUERIES = 128
 """Queries whose ranges are joined: what none of them sees is skipped. Blocks divide it."""
-CHUNK_BYTES = 2**29
-"""Bytes of one chunk's gradient of the scores; 2,048 rows of 128K keys."""
+CHUNK_BYTES = 2**28
+"""Bytes of one chunk's gradient of the scores: 1,024 rows of 128K keys, no slower than more."""
 FLOAT32_BLOCKS = Blocks(rows=32, keys=32, warps=4, stages=1)
 _MOST_CHANNELS = 256
 
@@ -49,7 +49,7 @@ class DenseInputs(NamedTuple):
                 f"dense_indexer_loss: got heads of {most} channels, expected at most "
                 f"{_MOST_CHANNELS} with impl 'triton'; take impl='eager'"
             )
-        heads = {n: adjacent_channels(t) for n, t in floats.items() if n != "gate_TI"}
+        heads = {name: _near_rows(tensor) for name, tensor in floats.items()}
         ranges = {n: named[n].contiguous() for n in ("key_start_T", "key_end_T")}
         return self._replace(**heads, **ranges)
 
@@ -91,6 +91,13 @@ class DenseInputs(NamedTuple):
         """Return the cut of the work: `tuned`, or the one for float32 if any input is that."""
         is_wide = any(tensor.dtype == torch.float32 for tensor in (self.q_TIJ, self.query_THC))
         return FLOAT32_BLOCKS if is_wide else tuned
+
+
+def _near_rows(tensor: Tensor) -> Tensor:
+    """Return `tensor` with offsets within a tile that fit int32, copied only when they do not."""
+    tensor = adjacent_channels(tensor)
+    extents = [TILE_QUERIES * tensor.stride(0), tensor.shape[1] * tensor.stride(1)]
+    return tensor if max(extents) < 2**31 else tensor.contiguous()
 
 
 def span_tiles(key_start_T: Tensor, key_end_T: Tensor, num_keys: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Tests of the decode over a paged cache."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -98,13 +100,19 @@ class Case:
     ("impl", "dtype", "tolerance"),
     [("eager", torch.float64, 1e-12), ("triton", torch.float32, 1e-5)],
 )
+@pytest.mark.parametrize("k", [4, 9])
 def test_decode_equals_loops(
-    impl: str, dtype: torch.dtype, tolerance: float, num_queries: int, fill_new_with_nan: None
+    impl: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    num_queries: int,
+    k: int,
+    fill_new_with_nan: None,
 ) -> None:
     case = Case(num_queries=num_queries, dtype=dtype)
-    out_BTHC, indices_BTK = case.decode(9, impl)
+    out_BTHC, indices_BTK = case.decode(k, impl)
     for sequence in range(len(LENGTHS)):
-        out, selected = case.by_loops(sequence, 9)
+        out, selected = case.by_loops(sequence, k)
         np.testing.assert_array_equal(indices_BTK[sequence].numpy(), selected)
         assert_close(out_BTHC[sequence], out, tolerance)
     assert not out_BTHC[0].any(), "an empty sequence gives zero"
@@ -135,6 +143,42 @@ def test_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         outputs.append(case.decode(50, "triton")[0])
     assert_close(outputs[0], outputs[1], 1e-6)
     assert_close(outputs[0][1], case.by_loops(1, 50)[0], 1e-5)
+
+
+def few_values(scores_TS: Tensor) -> Tensor:
+    """Return scores of which most are tied, with both zeros and -inf among them."""
+    rounded_TS = scores_TS.round()
+    return torch.where(
+        scores_TS < -1.5, -torch.inf, torch.where(rounded_TS == 0, -0.0, rounded_TS)
+    )
+
+
+@pytest.mark.parametrize("k", [3, 9, 40])
+@pytest.mark.parametrize("change", [torch.clone, few_values, torch.zeros_like])
+def test_selecting_from_parts_equals_selecting_from_rows(
+    change: Callable[[Tensor], Tensor], k: int
+) -> None:
+    from megatron_keye.kernels.decode.triton_select import select_from_parts
+
+    num_keys, num_parts = 64, 4
+    scores_TS = change(make_tensor(8, num_keys, seed=1, dtype=torch.float32))
+    end_T = torch.tensor([0, 1, 16, 17, 30, 40, 63, num_keys])
+    scores_TS = scores_TS.masked_fill(torch.arange(num_keys) >= end_T[:, None], torch.nan)
+    size = num_keys // num_parts
+    end_TX = (end_T[:, None] - size * torch.arange(num_parts)).clamp(0, size)
+    on_device = moved((scores_TS, end_T, end_TX), "triton")
+    expected = loop_top_k(scores_TS.double().numpy(), torch.zeros_like(end_T), end_T, k)
+    got_TK = select_from_parts(*on_device, k)
+    np.testing.assert_array_equal(got_TK.cpu().numpy(), expected)
+
+
+def test_long_rows_are_cut_into_parts_while_that_helps() -> None:
+    from megatron_keye.kernels.decode.triton_select import choose_parts
+
+    assert choose_parts(1, 131_072, 2048) == 8, "one row"
+    assert choose_parts(32, 131_072, 2048) == 4, "as many programs as multiprocessors"
+    assert choose_parts(1, 4096, 2048) == 1, "few more keys than are selected"
+    assert choose_parts(1, 131_071, 16) == 1, "parts have equal sizes"
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
