@@ -4,8 +4,9 @@
 
 No GPU is needed: the plan is the one that training makes, the times are counted operations over
 assumed speeds (--vision-tflops, --decoder-tflops). Compared with the balanced schedule are the ViT
-on the first pipeline stage, and pictures dealt out by documents with rows as they come. Dedicated
-vision ranks stand beside the decoder; rank-seconds make different numbers of ranks comparable.
+on the first pipeline stage, and pictures dealt out by documents, as data parallelism over samples
+does, or by their number, with rows as they come. Dedicated vision ranks stand beside the decoder;
+rank-seconds make different numbers of ranks comparable.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from megatron_keye.training.forecast import (  # noqa: E402
     Speeds,
     balance_shapes,
     plan_balanced,
-    plan_by_rows,
+    plan_dealt,
     try_vision_ranks,
 )
 
@@ -143,7 +144,8 @@ def play_all(rows: list[RowShape], run: RunConfig, speeds: Speeds) -> dict[str, 
     return {
         "colocated, balanced": forecast.play(plan_balanced(balanced, run)),
         "dedicated, balanced": try_vision_ranks(balanced, run, speeds)[0][1],
-        "colocated, pictures by document": plain.play(plan_by_rows(rows, run)),
+        "colocated, pictures by document": plain.play(plan_dealt(rows, run, deal="documents")),
+        "colocated, pictures by count": plain.play(plan_dealt(rows, run, deal="counts")),
         "ViT on the first stage": plain.play_on_first_stage(),
     }
 

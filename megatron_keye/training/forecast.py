@@ -6,6 +6,8 @@ of events is not: it is the plan's own.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
@@ -86,17 +88,29 @@ def plan_balanced(rows: Sequence[RowShape], run: RunConfig) -> StepPlan:
     )
 
 
-def plan_by_rows(rows: Sequence[RowShape], run: RunConfig) -> StepPlan:
-    """Return the plan of plain data parallelism: each vision rank takes whole documents in turn.
+def plan_dealt(
+    rows: Sequence[RowShape], run: RunConfig, *, deal: Literal["documents", "counts"]
+) -> StepPlan:
+    """Return a plan that does not look at costs, to compare with.
 
-    It stands for what is common elsewhere, where a sample's pictures stay together.
+    Args:
+        rows: In the order in which they are decoded.
+        run: Sizes and degrees.
+        deal: "documents": whole documents in turn, as data parallelism over samples does.
+            "counts": as many neighbouring pictures to each rank.
     """
     ranks = vision_ranks(run.parallel)
+    if deal == "documents":
+        shares = _pictures_by_document(rows)
+    else:
+        slots = _slots(rows)
+        bounds = np.linspace(0, len(slots), len(ranks) + 1).astype(int).tolist()
+        shares = [slots[start:end] for start, end in pairwise(bounds) if start < end]
     chunks: list[Chunk] = []
-    for number, document in enumerate(_pictures_by_document(rows)):
-        rank = ranks[number % len(ranks)]
+    for number, share in enumerate(shares):
         held: list[PictureSlot] = []
-        for slot in document:
+        rank = ranks[number % len(ranks)]
+        for slot in share:
             patches = sum(picture.num_patches for picture in held) + slot.num_patches
             if held and patches > run.parallel.vision.chunk_patches:
                 chunks.append(Chunk(vision_rank=rank, pictures=tuple(held)))
