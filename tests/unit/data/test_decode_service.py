@@ -55,20 +55,11 @@ def service(decoder: Any, **config: Any) -> DecodeService:
     return DecodeService(decoder, VISION, DecodeConfig(**config))
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 5.0) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.002)
-
-
-def settled(decoder: GatedDecoder) -> int:
-    """Return how many frames were given once no more come."""
-    given = -1
-    while given != decoder.given:
-        given = decoder.given
-        time.sleep(0.05)
-    return given
 
 
 def test_patches_are_those_of_decoding_in_place(tmp_path: Path) -> None:
@@ -96,7 +87,11 @@ def test_it_works_ahead_no_further_than_its_limits(config: dict[str, int], ahead
         decoding.start_step(chunks_of("clip.mp4", 20))
         decoding.start_step(chunks_of("clip.mp4", 20))
         for taken in range(40):
-            assert settled(decoder) == 2 * min(40, taken + ahead) if taken < 3 else True
+            due = 2 * min(40, taken + ahead)
+            wait_until(lambda due=due: decoder.given >= due)
+            if taken < 3:
+                time.sleep(0.05)
+                assert decoder.given == due, "it went further than its limits"
             first = decoding.take()[0, 0, 0, 0].item()
             assert first == pytest.approx(2 * (taken % 20) / 127.5 - 1)
 
@@ -148,23 +143,23 @@ def test_a_real_files_error_is_told_as_it_is(tmp_path: Path) -> None:
 
 def test_a_file_that_hangs_is_named() -> None:
     decoder = GatedDecoder()
-    with service(decoder, timeout_seconds=0.2) as decoding:
+    with service(decoder, timeout_seconds=1.0) as decoding:
         decoding.start_step(chunks_of("slow.mp4", 1))
         decoding.take()
         decoder.gate.clear()
         decoding.start_step(chunks_of("slow.mp4", 1))
         started = time.monotonic()
-        with pytest.raises(ValueError, match=r"slow\.mp4: gave no frame for 0\.2 s"):
+        with pytest.raises(ValueError, match=r"slow\.mp4: gave no frame for 1 s"):
             decoding.take()
-        assert 0.1 < time.monotonic() - started < 2
+        assert time.monotonic() - started > 0.5, "the limit was not waited for"
         decoder.gate.set()
 
 
 def test_waiting_for_the_encoder_is_no_hang() -> None:
-    with service(GatedDecoder(), timeout_seconds=0.05, max_ahead_chunks=1) as decoding:
+    with service(GatedDecoder(), timeout_seconds=0.5, max_ahead_chunks=1) as decoding:
         decoding.start_step(chunks_of("clip.mp4", 3))
-        for _ in range(3):
-            time.sleep(0.1)
+        for _ in range(2):
+            time.sleep(0.6)
             decoding.take()
 
 
@@ -184,8 +179,7 @@ def test_statistics_tell_what_was_decoded_and_who_waited() -> None:
     decoder = GatedDecoder()
     with service(decoder, max_ahead_chunks=3) as decoding:
         decoding.start_step(chunks_of("clip.mp4", 3))
-        wait_until(lambda: decoder.given == 6)
-        settled(decoder)
+        wait_until(lambda: len(decoding._ready) == 3)
         for _ in range(3):
             decoding.take()
         counted = decoding.statistics()
