@@ -1,18 +1,28 @@
 """The schedule keeps its promises on a realistic mix of lengths."""
 
-import pytest
+import numpy as np
 
 from launch.recipe import load_recipe
-from tools.simulate_schedule import Speeds, compare, draw_rows, np, with_grid
+from megatron_keye.training.forecast import (
+    Forecast,
+    Speeds,
+    balance_shapes,
+    plan_balanced,
+    plan_dealt,
+)
+from tools.simulate_schedule import draw_rows, with_grid
 
 
-@pytest.mark.slow
 def test_balance_pays_and_ranks_hardly_idle_at_64_ranks() -> None:
     run = with_grid(load_recipe("keye_30b_a3b")(num_ranks=64, has_gpu=True), 64)
-    results = {result["schedule"]: result for result in compare(run, 1, Speeds())}
-    assert results["colocated, balanced"]["idle_share"] <= 0.08
-    assert results["colocated, pictures by document"]["rank_seconds_over_balanced"] >= 1.2
-    assert results["ViT on the first stage"]["rank_seconds_over_balanced"] > 1.1
+    rows = draw_rows(np.random.default_rng(0), run.training.rows_per_step, run.data.row_tokens)
+    balanced = balance_shapes(rows, run)
+    ours = Forecast(balanced, run, Speeds()).play(plan_balanced(balanced, run))
+    plain = Forecast(rows, run, Speeds())
+    assert ours.mean_idle_share <= 0.08
+    assert plain.play(plan_dealt(rows, run, deal="documents")).seconds >= 1.2 * ours.seconds
+    assert plain.play(plan_dealt(rows, run, deal="counts")).seconds >= 1.1 * ours.seconds
+    assert plain.play_on_first_stage().seconds >= 1.1 * ours.seconds
 
 
 def test_rows_are_full_and_pictures_lie_inside_documents() -> None:
