@@ -18,7 +18,7 @@ from megatron_keye.kernels.sparse_attention import sparse_attention
 from tests.support.numerics import document_ranges, make_tensor, moved, trainable
 
 SCALE = 0.3
-LENGTH = 20
+LENGTH = 12
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -38,7 +38,7 @@ def run_layer(
 ) -> tuple[Tensor, Tensor]:
     """Return a number that depends on every operator, and the selection, also shown to `show`."""
     q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, value_SGC = inputs
-    ranges = moved(document_ranges(8, LENGTH - 8), impl)
+    ranges = moved(document_ranges(4, LENGTH - 4), impl)
     detached = q_TIJ.detach(), k_SJ.detach(), gate_TI.detach()
     indices_TK = lightning_indexer(*detached, *ranges, 5, impl=impl)
     if show is not None:

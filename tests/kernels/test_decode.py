@@ -23,8 +23,8 @@ from tests.support.numerics import (
 
 SCALE = 0.3
 PAGE = 8
-LENGTHS = (0, 1, 2, 7, 8, 41, 56)
-"""None, fewer than the queries, fewer than k, up to a page's end, and all that the table holds."""
+LENGTHS = (0, 2, 8, 41, 56)
+"""None, fewer than the queries, up to a page's end, within a page, all that the table holds."""
 NUM_PAGES = 7
 
 
@@ -95,12 +95,11 @@ class Case:
         return loop_attention(*heads, keys, SCALE)[0], selected
 
 
-@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize(("num_queries", "k"), [(1, 9), (3, 4)])
 @pytest.mark.parametrize(
     ("impl", "dtype", "tolerance"),
     [("eager", torch.float64, 1e-12), ("triton", torch.float32, 1e-5)],
 )
-@pytest.mark.parametrize("k", [4, 9])
 def test_decode_equals_loops(
     impl: str,
     dtype: torch.dtype,
@@ -153,16 +152,17 @@ def few_values(scores_TS: Tensor) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("k", [3, 9, 40])
-@pytest.mark.parametrize("change", [torch.clone, few_values, torch.zeros_like])
+@pytest.mark.parametrize(
+    ("change", "k"), [(torch.clone, 40), (few_values, 9), (torch.zeros_like, 3)]
+)
 def test_selecting_from_parts_equals_selecting_from_rows(
     change: Callable[[Tensor], Tensor], k: int
 ) -> None:
     from megatron_keye.kernels.decode.triton_select import select_from_parts
 
     num_keys, num_parts = 64, 4
-    scores_TS = change(make_tensor(8, num_keys, seed=1, dtype=torch.float32))
-    end_T = torch.tensor([0, 1, 16, 17, 30, 40, 63, num_keys])
+    scores_TS = change(make_tensor(5, num_keys, seed=1, dtype=torch.float32))
+    end_T = torch.tensor([0, 17, 30, 40, num_keys])
     scores_TS = scores_TS.masked_fill(torch.arange(num_keys) >= end_T[:, None], torch.nan)
     size = num_keys // num_parts
     end_TX = (end_T[:, None] - size * torch.arange(num_parts)).clamp(0, size)
@@ -198,7 +198,7 @@ def test_a_key_without_a_page_ranks_last_and_is_not_attended(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_strides_do_not_matter(impl: str) -> None:
-    case = Case(num_queries=2, lengths=(5, 40), dtype=torch.float32)
+    case = Case(num_queries=2, lengths=(5, 20), dtype=torch.float32)
     plain_BTHC, plain_BTK = case.decode(9, impl)
     case.cache = PagedCache(*(t.mT.contiguous().mT for t in case.cache[:4]), case.cache.lengths_B)
     case.q_BTIJ, case.gate_BTI, case.query_BTHC = (

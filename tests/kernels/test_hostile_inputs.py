@@ -152,20 +152,22 @@ def test_keys_past_two_to_the_31_elements() -> None:
     start_T = torch.zeros(NUM_QUERIES, dtype=torch.int64, device=device("triton"))
     ranges = start_T, start_T + num_keys
 
-    def everything(k_SJ: Tensor, k_SGC: Tensor) -> list[Tensor]:
-        indexer = q_TIJ, k_SJ, gate_TI
+    def score(k_SJ: Tensor) -> list[Tensor]:
         return [
-            indexer_scores(*indexer, *ranges, impl="triton"),
-            selected_indexer_scores(*indexer, indices_TK, impl="triton"),
-            sparse_attention(q_THC, k_SGC, k_SGC, indices_TK, scale=SCALE, impl="triton")[0],
-            dense_indexer_loss(*indexer, q_THC, k_SGC, *ranges, scale=SCALE, impl="triton"),
+            indexer_scores(q_TIJ, k_SJ, gate_TI, *ranges, impl="triton"),
+            selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK, impl="triton"),
         ]
 
-    near = everything(k_SJ, k_SGC)
-    far_SJ = far_apart(k_SJ, stride)
-    far = everything(far_SJ, k_SGC)
-    del far_SJ
-    far[2:] = everything(k_SJ, far_apart(k_SGC, stride))[2:]
+    def attend(k_SGC: Tensor) -> list[Tensor]:
+        heads = q_THC, k_SGC, k_SGC
+        rest = q_THC, k_SGC, *ranges
+        return [
+            sparse_attention(*heads, indices_TK, scale=SCALE, impl="triton")[0],
+            dense_indexer_loss(q_TIJ, k_SJ, gate_TI, *rest, scale=SCALE, impl="triton"),
+        ]
+
+    near = [*score(k_SJ), *attend(k_SGC)]
+    far = [*score(far_apart(k_SJ, stride)), *attend(far_apart(k_SGC, stride))]
     for actual, expected in zip(far, near, strict=True):
         assert torch.equal(actual, expected), "the same bits wherever the rows lie"
 
