@@ -216,10 +216,11 @@ def test_no_sequences_no_pages(impl: str) -> None:
     case.cache = case.cache._replace(pages_BN=case.cache.pages_BN[:, :0])
     out_BTHC, indices_BTK = case.decode(4, impl)
     assert not out_BTHC.any() and (indices_BTK == -1).all(), "a table without pages"
-    none = [t[:0] for t in (case.q_BTIJ, case.gate_BTI, case.query_BTHC)]
+    none = moved((case.q_BTIJ[:0], case.gate_BTI[:0], case.query_BTHC[:0]), impl)
     cache = case.cache._replace(
         pages_BN=case.cache.pages_BN[:0], lengths_B=case.cache.lengths_B[:0]
     )
+    cache = PagedCache(*moved(tuple(cache), impl))
     out_BTHC, indices_BTK = sparse_decode(*none, cache, 4, scale=SCALE, impl=impl)
     assert out_BTHC.shape[0] == indices_BTK.shape[0] == 0, "no sequences"
 

@@ -154,14 +154,20 @@ def select(row: Row) -> Tensor:
     return lightning_indexer(*row.indexer, *causal(row.length), TOP_K, impl="triton")
 
 
-def attend(row: Row, *, with_target: bool) -> tuple[Tensor, Tensor | None]:
+def attend(
+    row: Row, *, with_target: bool, indices_TK: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    if indices_TK is None:
+        indices_TK = row.indices_TK
     return sparse_attention(
-        *row.heads, row.indices_TK, scale=SCALE, with_target=with_target, impl="triton"
+        *row.heads, indices_TK, scale=SCALE, with_target=with_target, impl="triton"
     )
 
 
-def lose(row: Row, target_TGK: Tensor) -> Tensor:
-    scores_TK = selected_indexer_scores(*row.indexer, row.indices_TK, impl="triton")
+def lose(row: Row, target_TGK: Tensor, indices_TK: Tensor | None = None) -> Tensor:
+    if indices_TK is None:
+        indices_TK = row.indices_TK
+    scores_TK = selected_indexer_scores(*row.indexer, indices_TK, impl="triton")
     return sparse_indexer_loss(scores_TK, target_TGK, impl="triton")
 
 
@@ -176,7 +182,8 @@ def test_lightning_indexer(row: Row, recorder: Recorder) -> None:
 
 def test_union_lists(row: Row, recorder: Recorder) -> None:
     def build() -> object:
-        return union_lists(row.indices_TK, row.length)
+        # A selection's lists are remembered with the tensor; another one is merged again.
+        return union_lists(row.indices_TK.detach(), row.length)
 
     recorder.time("union_lists", "triton", build, fields=row.fields)
 
@@ -233,10 +240,12 @@ def test_whole_layer(row: Row, recorder: Recorder) -> None:
     """Select, attend, lose and both backward passes, as the decoder does without its linears."""
 
     def layer() -> tuple[Tensor, ...]:
-        select(row)  # random tokens have no locality, so the named selection goes on from here
-        out_THC, target_TGK = attend(row, with_target=True)
+        select(row)
+        # Random tokens have no locality, so the named selection goes on; its unions, merged anew.
+        indices_TK = row.indices_TK.detach()
+        out_THC, target_TGK = attend(row, with_target=True, indices_TK=indices_TK)
         assert target_TGK is not None
-        outputs = out_THC, lose(row, target_TGK)
+        outputs = out_THC, lose(row, target_TGK, indices_TK)
         grads = tuple(torch.ones_like(output) for output in outputs)
         return torch.autograd.grad(outputs, (*row.heads, *row.indexer), grads)
 
