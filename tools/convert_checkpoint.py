@@ -17,19 +17,25 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self
 
-import torch
-from rich.console import Console
-from rich.progress import (
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # the tool also runs where only a script's own folder is known
+
+from megatron_keye.checkpoint import worker_origin  # noqa: E402
+
+if __name__ == "__main__":
+    # Before the imports below: torch takes seconds, and workers import it on another core.
+    worker_origin.start_early()
+
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import (  # noqa: E402
     BarColumn,
     DownloadColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.progress import Progress as Bar
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # the tool also runs where only a script's own folder is known
+from rich.progress import Progress as Bar  # noqa: E402
 
 from launch.recipe import load_recipe, recipe_names  # noqa: E402
 from megatron_keye.checkpoint import convert  # noqa: E402

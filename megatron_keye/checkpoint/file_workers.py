@@ -1,6 +1,5 @@
 """Lets several processes fill the files of a folder, one file each at a time."""
 
-import multiprocessing
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,11 +8,10 @@ from typing import Any, BinaryIO, Protocol
 
 import torch
 
+from megatron_keye.checkpoint import worker_origin
 from megatron_keye.checkpoint.unfinished import UnfinishedFolder
 
 _POLL_SECONDS = 0.2
-# Workers are copies of one process that has imported torch and what makes files; seconds each.
-_PRELOADED = ["megatron_keye.checkpoint.to_hf", "megatron_keye.checkpoint.to_native"]
 Advance = Callable[[int], None]
 """Takes how much was done since the last call: bytes, or whatever the maker counts."""
 
@@ -65,8 +63,7 @@ class _Worker:
     """One process; it ends when this end of the pipe closes, so also when we are killed."""
 
     def __init__(self, maker: FileMaker, folder: UnfinishedFolder) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context = worker_origin.context()
         self.pipe, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there, maker, folder), daemon=True)
         self._process.start()
