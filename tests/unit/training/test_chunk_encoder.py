@@ -5,6 +5,7 @@ import torch
 
 from megatron_keye.data.row import PackedRow
 from megatron_keye.parallel.plan import Chunk, PictureSlot, StepPlan
+from megatron_keye.parallel.recorder import Recorder
 from megatron_keye.training.chunk_encoder import ChunkEncoder
 from megatron_keye.vision import VisionTower
 from tests.support.tiny import SyntheticPatches, packed_row, tiny_run
@@ -23,7 +24,7 @@ def step(seed: int) -> tuple[StepPlan, list[PackedRow]]:
         )
     ]
     chunks = tuple(Chunk(vision_rank=int(slot.index == 1), pictures=(slot,)) for slot in slots)
-    return StepPlan(chunks=chunks, shipments=()), [row]
+    return StepPlan(chunks=chunks, shipments=(), exchanges=()), [row]
 
 
 def make_encoder() -> ChunkEncoder:
@@ -39,7 +40,7 @@ def test_announcing_ahead_changes_no_feature() -> None:
     ahead.announce(*steps[1])
     for number, (plan, rows) in enumerate(steps):
         for encoder in (plain, ahead):
-            encoder.start_step(plan, rows)
+            encoder.start_step(plan, rows, Recorder())
         for chunk in plan.chunks_of(0):
             assert torch.equal(plain.encode(chunk), ahead.encode(chunk))
         assert plain.num_pictures == ahead.num_pictures == 2, f"step {number}"
@@ -49,4 +50,4 @@ def test_another_step_than_the_announced_one_is_noticed() -> None:
     encoder = make_encoder()
     encoder.announce(*step(1))
     with pytest.raises(AssertionError, match="order in which they were announced"):
-        encoder.start_step(*step(2))
+        encoder.start_step(*step(2), Recorder())
