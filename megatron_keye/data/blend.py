@@ -5,7 +5,6 @@ state there is.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +40,8 @@ class Blend:
         """Samples that each source has given; may be set, to continue anywhere."""
         self._sizes, self._weights, self._seed = sizes, weights, seed
         self._shuffles = shuffles
-        self._order = lru_cache(len(sizes))(self._make_order)
+        # One order a source, so that a small source's many epochs never push out a large one's.
+        self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
 
     def draw(self) -> tuple[int, int]:
         """Return the next source and the index of a sample in it, and move on."""
@@ -50,8 +50,12 @@ class Blend:
         self.num_drawn[source] += 1
         return source, int(self._order(source, epoch)[place]) if self._shuffles else place
 
-    def _make_order(self, source: int, epoch: int) -> NDArray[np.int64]:
+    def _order(self, source: int, epoch: int) -> NDArray[np.int64]:
         """Return the order of one epoch of one source: 8 bytes a sample."""
-        # The first source takes no number of its own, so that one alone keeps its order.
-        generator = np.random.default_rng((self._seed, epoch, *([source] if source else [])))
-        return generator.permutation(self._sizes[source])
+        kept_epoch, order = self._orders.get(source, (-1, None))
+        if order is None or kept_epoch != epoch:
+            # The first source takes no number of its own, so that one alone keeps its order.
+            generator = np.random.default_rng((self._seed, epoch, *([source] if source else [])))
+            order = generator.permutation(self._sizes[source])
+            self._orders[source] = epoch, order
+        return order
