@@ -122,6 +122,13 @@ class RowLoader:
             ValueError: When it belongs to other samples, weights or another seed, or names the
                 sample that waited to be packed and has become unreadable.
         """
+        missing = sorted(self.state_dict().keys() - state.keys())
+        if missing:
+            raise ValueError(
+                f"data.samples: the checkpoint's place in the data lacks {', '.join(missing)}, "
+                "expected one that this version saved; begin a run from its weights with "
+                "training.checkpoint.weights, or start afresh with training.checkpoint.resume=none"
+            )
         check(
             state["weights"] == self._weights,
             "data.samples",

@@ -110,6 +110,8 @@ def test_state_of_other_samples_or_seed_is_refused(config: DataConfig) -> None:
     path.write_text(path.read_text().replace("answer 3", "answer 4"))
     with pytest.raises(ValueError, match=r"data.samples: .*samples.jsonl has content"):
         RowLoader(config, MODEL, seed=5).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"lacks num_drawn, .*training.checkpoint.weights"):
+        RowLoader(config, MODEL, seed=5).load_state_dict({"epoch": 0, "position": 3, "seed": 5})
 
 
 def test_a_refused_sample_leaves_the_position_alone(config: DataConfig) -> None:
