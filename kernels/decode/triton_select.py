@@ -6,14 +6,12 @@ are among the best of its parts, and parts keep their order, so ties still go to
 Shape letters: T rows, S keys, K selected keys, X parts of a row, Y keys selected from a part.
 """
 
-from importlib import import_module
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_keye.kernels.select_top_k import select_top_k
+from megatron_keye.kernels.select_top_k import fastest_impl, select_top_k
 
 MOST_PROGRAMS = 128
 """Rows and parts that select at once; an H100 has 132 multiprocessors."""
@@ -46,8 +44,7 @@ def select_from_parts(scores_TS: Tensor, end_T: Tensor, end_TX: Tensor, k: int) 
         end_TX: int64, the same counted from the beginning of each part, within it.
         k: K.
     """
-    is_built = import_module("megatron_keye.kernels.select_top_k.cuda").is_built()
-    impl = "cuda" if scores_TS.is_cuda and is_built else "triton"
+    impl = fastest_impl(scores_TS)
     (num_rows, num_parts), num_keys = end_TX.shape, scores_TS.shape[1]
     zero_T = torch.zeros_like(end_TX).flatten()
     if num_parts == 1:

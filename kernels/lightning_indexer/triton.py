@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_keye.kernels.indexer_scores.triton import indexer_scores
+from megatron_keye.kernels.select_top_k import fastest_impl
 
 CHUNK_BYTES = 2**30
 """Bytes of float32 scores at once; tests shrink it."""
@@ -48,9 +49,7 @@ def lightning_indexer(
 
 
 def _selection(on: Tensor) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
-    """Return the extension's selection where it is built, else Triton's; they agree bit by bit."""
-    cuda = import_module("megatron_keye.kernels.select_top_k.cuda")
-    name = "cuda" if on.is_cuda and cuda.is_built() else "triton"
-    implementation = import_module(f"megatron_keye.kernels.select_top_k.{name}")
+    """Return the fastest selection itself, without the public function's checks of each chunk."""
+    implementation = import_module(f"megatron_keye.kernels.select_top_k.{fastest_impl(on)}")
     select: Callable[[Tensor, Tensor, Tensor, int], Tensor] = implementation.select_top_k
     return select

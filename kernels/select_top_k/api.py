@@ -23,6 +23,15 @@ IMPLEMENTATIONS = ("eager", "cuda", "triton")
 """What exists; the first is the default. "cuda" needs the compiled extension and a GPU."""
 
 
+def fastest_impl(scores: Tensor) -> str:
+    """Return the fastest exact implementation where `scores` lie that reads nothing back.
+
+    Both give the same keys, so callers on a GPU need not tell which of them ran.
+    """
+    is_built: bool = import_module("megatron_keye.kernels.select_top_k.cuda").is_built()
+    return "cuda" if scores.is_cuda and is_built else "triton"
+
+
 def select_top_k(
     scores_TS: Tensor,
     key_start_T: Tensor,

@@ -10,7 +10,6 @@ times its forward. Dense attention is torch SDPA's cuDNN backend, keys repeated 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_keye.kernels.indexer_loss import dense_indexer_loss, sparse_indexer_loss
 from megatron_keye.kernels.indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.lightning_indexer import lightning_indexer
+from megatron_keye.kernels.select_top_k import fastest_impl
 from megatron_keye.kernels.sparse_attention import sparse_attention
 from megatron_keye.kernels.union_lists import union_lists
 from tests.support.benchmark import Recorder, gradients_of
@@ -172,8 +172,7 @@ def lose(row: Row, target_TGK: Tensor, indices_TK: Tensor | None = None) -> Tens
 
 
 def test_lightning_indexer(row: Row, recorder: Recorder) -> None:
-    is_built = import_module("megatron_keye.kernels.select_top_k.cuda").is_built()
-    impl = "triton+cuda" if is_built else "triton"
+    impl = "triton+cuda" if fastest_impl(row.indexer[0]) == "cuda" else "triton"
     flop = 2 * INDEXER_HEADS * INDEXER_CHANNELS * row.pairs
     time_beside_dense(
         recorder, row, "lightning_indexer", lambda: select(row), flop=flop, impl=impl
