@@ -13,7 +13,6 @@ import numpy as np
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.row import PackedRow
-from megatron_keye.parallel.balance import RowCost, order_rows
 from megatron_keye.parallel.cost import (
     VisionCost,
     attention_flops,
@@ -23,9 +22,14 @@ from megatron_keye.parallel.cost import (
 )
 from megatron_keye.parallel.grid import DecoderPlace, vision_ranks
 from megatron_keye.parallel.order import Exchange, Pass
-from megatron_keye.parallel.plan import Chunk, PictureSlot, StepPlan, plan_messages, plan_step
+from megatron_keye.parallel.plan import Chunk, PictureSlot, StepPlan, plan_messages
 from megatron_keye.parallel.simulate import Simulated, StepCosts, simulate
-from megatron_keye.training.microbatch import picture_slots, returns_gradients
+from megatron_keye.training.microbatch import (
+    balanced_order,
+    picture_slots,
+    plan_slots,
+    returns_gradients,
+)
 
 _TRIED_FACTORS = (0.8, 1.0, 1.25, 1.6)
 """Numbers of vision ranks that are played, as parts of the even share."""
@@ -65,27 +69,13 @@ def shape_of(row: PackedRow, run: RunConfig) -> RowShape:
 
 def balance_shapes(rows: Sequence[RowShape], run: RunConfig) -> list[RowShape]:
     """Return the rows in the order in which training takes them."""
-    cost = vision_cost(run.model.vision, run.parallel.vision)
-    costs = [
-        RowCost(
-            attention=attention_flops(row.document_lengths, run.model.decoder, run.training.phase),
-            vision=sum(cost.of_frame(picture.num_patches) for picture in row.pictures),
-        )
-        for row in rows
-    ]
-    return [rows[place] for place in order_rows(costs, run.parallel.decoder.data)]
+    sizes = [(row.document_lengths, [p.num_patches for p in row.pictures]) for row in rows]
+    return [rows[place] for place in balanced_order(sizes, run)]
 
 
 def plan_balanced(rows: Sequence[RowShape], run: RunConfig) -> StepPlan:
     """Return the plan that training makes for rows in this order."""
-    return plan_step(
-        _slots(rows),
-        num_rows=len(rows),
-        row_tokens=run.data.row_tokens,
-        parallel=run.parallel,
-        cost=vision_cost(run.model.vision, run.parallel.vision),
-        returns_gradients=returns_gradients(run),
-    )
+    return plan_slots(_slots(rows), len(rows), run)
 
 
 def plan_dealt(
@@ -248,8 +238,8 @@ class Forecast:
         return flops / (self._speeds.decoder_tflops * 1e12)
 
     def _pass_seconds(self, place: DecoderPlace, step: Pass) -> float:
-        degrees = self._run.parallel.decoder
-        layers = self._run.model.decoder.num_layers / (degrees.pipeline * degrees.chunks_per_stage)
+        degrees, num_layers = self._run.parallel.decoder, self._run.model.decoder.num_layers
+        layers = len(degrees.chunk_layers(num_layers, place.pipeline, step.chunk))
         row = self._decoder_seconds[step.micro_batch * degrees.data + place.data]
         forward = row * layers / (degrees.tensor * degrees.context)
         return forward if step.is_forward else forward * (self.decoder_passes - 1)

@@ -4,6 +4,8 @@ Data and decoder meet here: rows know their documents and pictures, the decoder 
 and the grid which tokens are this rank's.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -23,17 +25,31 @@ def balance_rows(rows: list[PackedRow], run: RunConfig) -> list[PackedRow]:
 
     The loss is a sum over the global batch, so their order changes rounding alone.
     """
+    sizes = [
+        (np.diff(row.document_bounds).tolist(), [p.num_patches for p in row.pictures])
+        for row in rows
+    ]
+    return [rows[place] for place in balanced_order(sizes, run)]
+
+
+def balanced_order(
+    sizes: Sequence[tuple[Sequence[int], Sequence[int]]], run: RunConfig
+) -> list[int]:
+    """Return the order of `balance_rows`, from sizes alone.
+
+    Args:
+        sizes: Of each row, the tokens of its documents and the patches of its pictures.
+        run: Sizes and degrees.
+    """
     cost = vision_cost(run.model.vision, run.parallel.vision)
     costs = [
         RowCost(
-            attention=attention_flops(
-                np.diff(row.document_bounds), run.model.decoder, run.training.phase
-            ),
-            vision=sum(cost.of_frame(picture.num_patches) for picture in row.pictures),
+            attention=attention_flops(lengths, run.model.decoder, run.training.phase),
+            vision=sum(map(cost.of_frame, patches)),
         )
-        for row in rows
+        for lengths, patches in sizes
     ]
-    return [rows[place] for place in order_rows(costs, run.parallel.decoder.data)]
+    return order_rows(costs, run.parallel.decoder.data)
 
 
 def plan_rows(rows: list[PackedRow], run: RunConfig) -> StepPlan:
@@ -46,9 +62,20 @@ def plan_rows(rows: list[PackedRow], run: RunConfig) -> StepPlan:
     Raises:
         ValueError: When a row's placeholders are not where its pictures go.
     """
+    return plan_slots(picture_slots(rows, run), len(rows), run)
+
+
+def plan_slots(slots: Sequence[PictureSlot], num_rows: int, run: RunConfig) -> StepPlan:
+    """Return the plan of `plan_rows`, from the places of pictures alone.
+
+    Args:
+        slots: All pictures of the global batch, rows ascending.
+        num_rows: Rows of the global batch.
+        run: Sizes and degrees.
+    """
     return plan_step(
-        picture_slots(rows, run),
-        num_rows=len(rows),
+        slots,
+        num_rows=num_rows,
         row_tokens=run.data.row_tokens,
         parallel=run.parallel,
         cost=vision_cost(run.model.vision, run.parallel.vision),

@@ -1,6 +1,7 @@
 """One training step, from packed rows to updated weights."""
 
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from megatron_keye.data.row import PackedRow
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.model import KeyeModel
 from megatron_keye.parallel.grid import Grid
+from megatron_keye.parallel.plan import StepPlan
 from megatron_keye.parallel.recorder import Recorder, StepRecorder
 from megatron_keye.parallel.schedule import run_step
 from megatron_keye.parallel.transport import FeatureTransport
@@ -43,6 +45,16 @@ class _Counts:
         return self.loss_tokens or max(1, self.queries)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """One global batch as it will be worked on; planning takes seconds on hundreds of ranks."""
+
+    rows: list[PackedRow]
+    """In the order in which they are decoded."""
+    plan: StepPlan
+    """Of these rows."""
+
+
 class TrainingStep:
     """Plans, encodes, decodes, returns gradients and updates; the same on every kind of rank."""
 
@@ -72,6 +84,7 @@ class TrainingStep:
         self._decoder_seconds = 0.0
         self.recorder: StepRecorder | None = None
         """The last step's phases, where the run records them."""
+        self._announced: deque[tuple[list[PackedRow], _Planned]] = deque()
         self._router_load = RouterLoad(run.model.decoder, model.chunks, device)
         self._encoder: ChunkEncoder | None = None
         if model.vision is not None:
@@ -91,14 +104,14 @@ class TrainingStep:
         Returns:
             What was measured, the same on every rank.
         """
-        rows = balance_rows(rows, self._run)
         recorder = self._start_recorder()
         started = time.perf_counter()
+        planned = self._take_planned(rows)
         meter = RowMeter()
         counts = _count(rows)
         self._optimizer.zero_gradients()
         self._router_load.reset()
-        self._encode_and_decode(rows, meter, counts, recorder)
+        self._encode_and_decode(planned, meter, counts, recorder)
         rate = learning_rate(step, self._run.training.steps, self._run.training.optimizer)
         with recorder.phase("optimizer"):
             self._optimizer.finish_gradients(counts.divisor)
@@ -130,8 +143,21 @@ class TrainingStep:
             rows: Of the next step that was not announced yet; steps then run in this order.
         """
         if self._encoder is not None:
-            rows = balance_rows(rows, self._run)
-            self._encoder.announce(plan_rows(rows, self._run), rows)
+            planned = self._plan(rows)
+            self._announced.append((rows, planned))
+            self._encoder.announce(planned.plan, planned.rows)
+
+    def _take_planned(self, rows: list[PackedRow]) -> _Planned:
+        """Return what was planned when these rows were announced, or plan them now."""
+        if not self._announced:
+            return self._plan(rows)
+        announced, planned = self._announced.popleft()
+        assert announced is rows, "steps run in the order in which they were announced"
+        return planned
+
+    def _plan(self, rows: list[PackedRow]) -> _Planned:
+        balanced = balance_rows(rows, self._run)
+        return _Planned(rows=balanced, plan=plan_rows(balanced, self._run))
 
     def _start_recorder(self) -> Recorder:
         """Return what notes this step's phases, on a clock that starts on all ranks together."""
@@ -142,10 +168,9 @@ class TrainingStep:
         return self.recorder
 
     def _encode_and_decode(
-        self, rows: list[PackedRow], meter: RowMeter, counts: _Counts, recorder: Recorder
+        self, planned: _Planned, meter: RowMeter, counts: _Counts, recorder: Recorder
     ) -> None:
-        run = self._run
-        plan = plan_rows(rows, run)
+        run, rows, plan = self._run, planned.rows, planned.plan
         transport = FeatureTransport(
             plan,
             self._grid,

@@ -5,11 +5,13 @@ import numpy as np
 from launch.recipe import load_recipe
 from megatron_keye.training.forecast import (
     Forecast,
+    RowShape,
     Speeds,
     balance_shapes,
     plan_balanced,
     plan_dealt,
 )
+from tests.support.tiny import tiny_run
 from tools.simulate_schedule import draw_rows, with_grid
 
 
@@ -32,3 +34,11 @@ def test_rows_are_full_and_pictures_lie_inside_documents() -> None:
         ends = [picture.start + picture.num_tokens for picture in row.pictures]
         starts = [picture.start for picture in row.pictures]
         assert all(end < start for end, start in zip(ends, starts[1:], strict=False))
+
+
+def test_a_stage_of_more_layers_works_longer() -> None:
+    run = tiny_run(pipeline=2, first_stage_layers=1)
+    rows = [RowShape(document_lengths=(run.data.row_tokens,), pictures=())] * 4
+    played = Forecast(rows, run, Speeds()).play(plan_balanced(rows, run))
+    first, last = (sum(span.end - span.start for span in played.spans[rank]) for rank in range(2))
+    assert np.isclose(last, 3 * first)
