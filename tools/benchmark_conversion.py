@@ -35,6 +35,7 @@ from megatron_keye.config import RunConfig  # noqa: E402
 
 CONVERTER = ROOT / "tools" / "convert_checkpoint.py"
 GIGABYTE = 1_000_000_000
+ONE_STAGE = "parallel.decoder.pipeline=1"  # any number of layers divides by it
 _POLL_SECONDS = 0.05
 
 
@@ -69,7 +70,7 @@ def measure(folder: Path, gigabytes: float, workers: int) -> dict[str, Any]:
     """
     run = sized_run(gigabytes)
     size = write_synthetic(folder / "hf", run.model)
-    settings = [f"model.decoder.num_layers={run.model.decoder.num_layers}", *_one_stage()]
+    settings = [f"model.decoder.num_layers={run.model.decoder.num_layers}", ONE_STAGE]
     recipe = ["--recipe", run.name, *(part for each in settings for part in ("--set", each))]
     steps = {
         "hf_to_native": ["--hf", f"{folder}/hf", "--out", f"{folder}/native", *recipe],
@@ -98,7 +99,7 @@ def measure(folder: Path, gigabytes: float, workers: int) -> dict[str, Any]:
 def sized_run(gigabytes: float) -> RunConfig:
     """Return the full-size recipe with as many layers as make up the size in bf16."""
     run: RunConfig = load_recipe("keye_30b_a3b")(num_ranks=1, has_gpu=True)
-    run = run.with_overrides(_one_stage())
+    run = run.with_overrides([ONE_STAGE])
     for num_layers in range(1, run.model.decoder.num_layers + 1):
         decoder = replace(run.model.decoder, num_layers=num_layers)
         sized = replace(run, model=replace(run.model, decoder=decoder))
@@ -106,11 +107,6 @@ def sized_run(gigabytes: float) -> RunConfig:
         if num_bytes >= gigabytes * GIGABYTE:
             break
     return sized
-
-
-def _one_stage() -> list[str]:
-    """Return the setting by which any number of layers divides."""
-    return ["parallel.decoder.pipeline=1"]
 
 
 def _watch(command: list[str]) -> tuple[float, int]:

@@ -1,7 +1,7 @@
 """Pixels as the vision encoder takes them: resized, normalised, cut into patches.
 
-On whichever device the pixels are; what the CPU and a GPU make of the same pixels differs by 1 of
-255 at most.
+On whichever device the pixels are. What the CPU and an H100 make of the same pixels differs by 2
+of 255 at most.
 """
 
 import torch
