@@ -4,14 +4,19 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include "lightning_indexer/lightning_indexer.h"
 #include "select_top_k/select_top_k.h"
 
 TORCH_LIBRARY(megatron_keye, m) {
+  m.def(
+      "lightning_indexer(Tensor q_TIJ, Tensor k_SJ, Tensor gate_TI, Tensor key_start_T, "
+      "Tensor key_end_T, int k, int scratch_bytes) -> Tensor");
   m.def(
       "select_top_k(Tensor scores_TS, Tensor key_start_T, Tensor key_end_T, int k) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(megatron_keye, CUDA, m) {
+  m.impl("lightning_indexer", &megatron_keye::lightning_indexer);
   m.impl("select_top_k", &megatron_keye::select_top_k);
 }
 

@@ -137,7 +137,8 @@ def _scores_kernel(
             q_tile = tl.load(q_rows + head * q_stride_i, in_q, other=0.0)
             weight = tl.load(gate_rows + head * gate_stride_i, is_query, other=0.0).to(tl.float32)
             dots = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            sums += weight[:, None] * tl.maximum(dots, 0.0)
+            # The bits of weight * maximum(dots, 0), which runs at half this rate on Hopper.
+            sums += (0.5 * weight)[:, None] * (dots + tl.abs(dots))
         sums = tl.where(in_range, sums * scale, -float("inf"))
         tl.store(out_tile, sums, in_out)
     elif FILL:

@@ -19,10 +19,11 @@ from megatron_keye.kernels.arguments import (
     choose_impl,
     default_impl,
 )
-from megatron_keye.kernels.lightning_indexer import reference
+from megatron_keye.kernels.lightning_indexer import cuda, reference
 
-IMPLEMENTATIONS = ("eager", "triton")
-"""What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
+IMPLEMENTATIONS = ("eager", "triton", "cuda")
+"""What exists. The default is "cuda" where it is built and takes the call, else "triton" on a GPU
+in the types that it takes, else "eager"."""
 
 
 def lightning_indexer(
@@ -49,9 +50,11 @@ def lightning_indexer(
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
         k: Keys K to select, 1 or more; may exceed S.
-        impl: One of IMPLEMENTATIONS, or None for the default. "triton" reads nothing back to the
-            host: it can't refuse NaN and ranks it below -inf. It selects with the extension
-            where that is built, with Triton otherwise; both give the same keys.
+        impl: One of IMPLEMENTATIONS, or None for the default. "triton" and "cuda" read nothing
+            back to the host: they can't refuse NaN and rank it below -inf. "triton" selects with
+            the extension where that is built, with Triton otherwise; both give the same keys.
+            "cuda" takes bfloat16, J = 64, up to 16 heads, S up to 262144 and k up to 2048, on a
+            GPU of compute capability 9.0, and never writes the scores.
 
     Returns:
         indices_TK, int32: ascending in each row, then -1 up to K.
@@ -59,22 +62,24 @@ def lightning_indexer(
     Raises:
         ValueError: On shapes, types or devices that do not fit, k below 1, a NaN score inside
             a range (eager only), or an unknown `impl`.
+        RuntimeError: When "cuda" is asked for and its extension is not built.
 
     Source: arXiv 2606.10651, lightning indexer and token selection.
     """
-    default = default_impl(q_TIJ, k_SJ, gate_TI)
-    chosen = choose_impl("lightning_indexer", impl, IMPLEMENTATIONS, default)
     check_shapes(q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI)
     check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
     check_key_ranges(q_TIJ, key_start_T, key_end_T)
     if k < 1:
         raise ValueError(f"k: got {k}, expected 1 or more; set model.decoder.indexer.top_k")
+    default = "cuda" if cuda.suits(q_TIJ, k_SJ, k) else default_impl(q_TIJ, k_SJ, gate_TI)
+    chosen = choose_impl("lightning_indexer", impl, IMPLEMENTATIONS, default)
+    inputs = q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T, k
+    if chosen == "cuda":
+        return cuda.lightning_indexer(*inputs)
     if chosen == "triton":
         # Loaded on demand: everything else must import where Triton cannot compile.
         triton = import_module("megatron_keye.kernels.lightning_indexer.triton")
-        indices_TK: Tensor = triton.lightning_indexer(
-            q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T, k
-        )
+        indices_TK: Tensor = triton.lightning_indexer(*inputs)
         return indices_TK
-    return reference.lightning_indexer(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T, k)
+    return reference.lightning_indexer(*inputs)

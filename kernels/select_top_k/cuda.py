@@ -4,22 +4,10 @@ Imported only when that implementation is asked for, so that everything else wor
 compiler. The contract stands in api.py, the device code in csrc/select_top_k/.
 """
 
-import importlib
-
 import torch
 from torch import Tensor
 
-_BUILD_COMMAND = "MEGATRON_KEYE_BUILD_CUDA=1 pip install --no-build-isolation --no-deps -e ."
-
-
-def _load_extension() -> str | None:
-    """Register the operators of megatron_keye._C; return the reason when that is impossible."""
-    try:
-        importlib.import_module("megatron_keye._C")
-    except ImportError as error:
-        return str(error)
-    torch.library.register_fake("megatron_keye::select_top_k", _fake_select_top_k)
-    return None
+from megatron_keye.kernels.extension import check_built, missing_reason
 
 
 def _fake_select_top_k(
@@ -29,12 +17,13 @@ def _fake_select_top_k(
     return scores_TS.new_empty((scores_TS.shape[0], k), dtype=torch.int32)
 
 
-_MISSING_REASON = _load_extension()
+if missing_reason() is None:
+    torch.library.register_fake("megatron_keye::select_top_k", _fake_select_top_k)
 
 
 def is_built() -> bool:
     """Return whether the extension is installed and loads."""
-    return _MISSING_REASON is None
+    return missing_reason() is None
 
 
 def select_top_k(scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, k: int) -> Tensor:
@@ -59,11 +48,7 @@ def select_top_k(scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, k: i
         TypeError: A tensor has another dtype.
         ValueError: A tensor has another shape, or k is less than 1.
     """
-    if _MISSING_REASON is not None:
-        raise RuntimeError(
-            f"select_top_k: impl 'cuda' needs the extension megatron_keye._C, which does not load "
-            f"({_MISSING_REASON}); build it with `{_BUILD_COMMAND}`, or take another impl"
-        )
+    check_built("select_top_k")
     _check_arguments(scores_TS, key_start_T, key_end_T, k)
     indices_TK: Tensor = torch.ops.megatron_keye.select_top_k(scores_TS, key_start_T, key_end_T, k)
     return indices_TK

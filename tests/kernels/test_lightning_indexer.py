@@ -97,3 +97,12 @@ def test_a_misfit_is_named() -> None:
     q_TIJ[5] = torch.nan
     with pytest.raises(ValueError, match="got NaN inside a query's range"):
         lightning_indexer(q_TIJ, k_SJ, gate_TI, *ranges, K)
+
+
+def test_cuda_refuses_what_it_cannot_run() -> None:
+    from megatron_keye.kernels.extension import missing_reason
+
+    inputs, ranges = make_inputs(torch.bfloat16), document_ranges(NUM_QUERIES)
+    error = ValueError if missing_reason() is None else RuntimeError
+    with pytest.raises(error, match="lightning_indexer: .*take"):
+        lightning_indexer(*inputs, *ranges, K, impl="cuda")

@@ -1,0 +1,186 @@
+// Host side of the lightning indexer: checks the tensors, cuts the queries into chunks, launches.
+// No check here reads device memory.
+
+#include "lightning_indexer/lightning_indexer.h"
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include <algorithm>
+
+#include "lightning_indexer/params.h"
+#include "support/check.h"
+
+namespace megatron_keye {
+
+namespace {
+
+using namespace indexer;
+
+constexpr int64_t kCandidateBytes = kHalves * kHalfCandidates * sizeof(Candidate);
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+void check_arguments(const at::Tensor& q_TIJ, const at::Tensor& k_SJ, const at::Tensor& gate_TI,
+                     const at::Tensor& key_start_T, const at::Tensor& key_end_T, int64_t k) {
+  check_cuda(q_TIJ, "q_TIJ");
+  check_num_dims(q_TIJ, "q_TIJ", 3);
+  check_num_dims(k_SJ, "k_SJ", 2);
+  check_num_dims(gate_TI, "gate_TI", 2);
+  check_dtype(q_TIJ, "q_TIJ", at::kBFloat16);
+  check_dtype(k_SJ, "k_SJ", at::kBFloat16);
+  check_dtype(gate_TI, "gate_TI", at::kFloat);
+  check_size(q_TIJ, "q_TIJ", 2, kChannels);
+  check_size(k_SJ, "k_SJ", 1, kChannels);
+  check_size(gate_TI, "gate_TI", 0, q_TIJ.size(0));
+  check_size(gate_TI, "gate_TI", 1, q_TIJ.size(1));
+  for (const auto& [bound_T, name] :
+       {std::pair{key_start_T, "key_start_T"}, std::pair{key_end_T, "key_end_T"}}) {
+    check_dtype(bound_T, name, at::kLong);
+    check_num_dims(bound_T, name, 1);
+    check_size(bound_T, name, 0, q_TIJ.size(0));
+  }
+  for (const auto& [tensor, name] :
+       {std::pair{q_TIJ, "q_TIJ"}, std::pair{k_SJ, "k_SJ"}, std::pair{gate_TI, "gate_TI"},
+        std::pair{key_start_T, "key_start_T"}, std::pair{key_end_T, "key_end_T"}}) {
+    check_same_device(tensor, name, q_TIJ, "q_TIJ");
+    TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(),
+                      ", expected a contiguous tensor");
+  }
+  const int64_t num_heads = q_TIJ.size(1);
+  TORCH_CHECK_VALUE(num_heads >= 1 && num_heads <= kMostHeads, "q_TIJ: got ", num_heads,
+                    " heads, expected 1 to ", kMostHeads);
+  TORCH_CHECK_VALUE(k_SJ.size(0) <= kMostKeys, "k_SJ: got ", k_SJ.size(0),
+                    " keys, expected at most ", kMostKeys);
+  TORCH_CHECK_VALUE(k >= 1 && k <= kMostSelected, "k: got ", k, ", expected 1 to ",
+                    kMostSelected);
+}
+
+// Queries of one chunk, as many whole waves of thread blocks as the scratch memory holds.
+int64_t rows_of_chunk(int64_t row_bytes, int64_t scratch_bytes) {
+  int multiprocessors = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
+                                        c10::cuda::current_device()));
+  const int64_t fitting = std::max<int64_t>(scratch_bytes / row_bytes, kBlockRows);
+  const int64_t wave = int64_t{kBlockRows} * multiprocessors;
+  const int64_t multiple = fitting >= wave ? wave : kBlockRows;
+  return fitting / multiple * multiple;
+}
+
+// What all chunks share, and the memory that each uses in turn for one thing after the other.
+struct Workspace {
+  ScoreParams scores;
+  SelectParams select;
+  const __nv_bfloat16* keys;
+  const __nv_bfloat16* sampled_keys;
+  int num_keys;
+  int num_sampled;
+  void* scratch;
+  int64_t scratch_bytes;
+};
+
+void score(Workspace& work, Scores which) {
+  const bool is_sampled = which == Scores::kSampled;
+  work.scores.k = is_sampled ? work.sampled_keys : work.keys;
+  work.scores.num_scored = is_sampled ? work.num_sampled : work.num_keys;
+  work.scores.score_stride = work.select.score_stride =
+      round_up(work.scores.num_scored, kTileKeys);
+  work.scores.rows = work.select.rows;
+  launch_scores(which, work.scores);
+}
+
+// Selects for rows whose candidates do not do, as many at once as the scratch memory holds. How
+// many there are only the device knows, so launches without any row end at once.
+void select_failed(Workspace& work) {
+  const int num_rows = work.select.rows.num_rows;
+  const int first_row = work.select.rows.first_row;
+  const int64_t row_bytes = round_up(work.num_keys, kTileKeys) * sizeof(float);
+  const auto fitting = static_cast<int>(work.scratch_bytes / row_bytes / kBlockRows * kBlockRows);
+  work.select.rows.rows = work.select.failed;
+  work.select.rows.num_listed = work.select.num_failed;
+  for (int first = 0; first < num_rows; first += fitting) {
+    work.select.rows.first_row = first;
+    work.select.rows.num_rows = std::min(fitting, num_rows - first);
+    score(work, Scores::kListed);
+    launch_select_listed(work.select);
+  }
+  work.select.rows.rows = nullptr;
+  work.select.rows.first_row = first_row;
+  work.select.rows.num_rows = num_rows;
+}
+
+}  // namespace
+
+at::Tensor lightning_indexer(const at::Tensor& q_TIJ, const at::Tensor& k_SJ,
+                             const at::Tensor& gate_TI, const at::Tensor& key_start_T,
+                             const at::Tensor& key_end_T, int64_t k, int64_t scratch_bytes) {
+  check_arguments(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T, k);
+  const c10::cuda::CUDAGuard guard(q_TIJ.device());
+  const int64_t num_queries = q_TIJ.size(0);
+  const int64_t num_keys = k_SJ.size(0);
+  const int64_t num_sampled = num_sampled_keys(static_cast<int>(num_keys));
+  at::Tensor indices_TK = at::empty({num_queries, k}, q_TIJ.options().dtype(at::kInt));
+  if (num_queries == 0) {
+    return indices_TK;
+  }
+  const int64_t sampled_bytes = round_up(num_sampled, kTileKeys) * sizeof(float);
+  const int64_t row_bytes = std::max(kCandidateBytes, sampled_bytes);
+  const int64_t num_rows = std::min(rows_of_chunk(row_bytes, scratch_bytes),
+                                    round_up(num_queries, kBlockRows));
+  const int64_t listed_bytes = kBlockRows * round_up(num_keys, kTileKeys) * sizeof(float);
+  const int64_t bytes = std::max(num_rows * row_bytes, listed_bytes);
+  at::Tensor scratch = at::empty({bytes}, q_TIJ.options().dtype(at::kByte));
+  at::Tensor sample_SJ = at::empty({num_sampled, kChannels}, k_SJ.options());
+  at::Tensor thresholds_T = at::empty({num_rows}, gate_TI.options());
+  at::Tensor counts_T = at::empty({num_rows * kHalves}, indices_TK.options());
+  at::Tensor failed_T = at::empty({num_rows}, indices_TK.options());
+  at::Tensor num_failed = at::empty({1}, indices_TK.options());
+
+  Workspace work{};
+  work.keys = reinterpret_cast<const __nv_bfloat16*>(k_SJ.const_data_ptr());
+  auto* const sample = reinterpret_cast<__nv_bfloat16*>(sample_SJ.mutable_data_ptr());
+  work.sampled_keys = sample;
+  work.num_keys = static_cast<int>(num_keys);
+  work.num_sampled = static_cast<int>(num_sampled);
+  work.scratch_bytes = bytes;
+  auto* const scores = static_cast<float*>(scratch.mutable_data_ptr());
+  auto* const candidates = static_cast<Candidate*>(scratch.mutable_data_ptr());
+  work.scores = {.q = reinterpret_cast<const __nv_bfloat16*>(q_TIJ.const_data_ptr()),
+                 .gate = gate_TI.const_data_ptr<float>(),
+                 .num_heads = static_cast<int>(q_TIJ.size(1)),
+                 .scores = scores,
+                 .thresholds = thresholds_T.const_data_ptr<float>(),
+                 .candidates = candidates,
+                 .num_candidates = counts_T.mutable_data_ptr<int>()};
+  work.select = {.rows = {.key_start = key_start_T.const_data_ptr<int64_t>(),
+                          .key_end = key_end_T.const_data_ptr<int64_t>(),
+                          .num_keys = work.num_keys},
+                 .k = static_cast<int>(k),
+                 .scores = scores,
+                 .thresholds = thresholds_T.mutable_data_ptr<float>(),
+                 .candidates = candidates,
+                 .num_candidates = counts_T.const_data_ptr<int>(),
+                 .indices = indices_TK.mutable_data_ptr<int>(),
+                 .failed = failed_T.mutable_data_ptr<int>(),
+                 .num_failed = num_failed.mutable_data_ptr<int>()};
+  if (num_sampled > 0) {
+    launch_sample_keys(work.keys, work.num_sampled, sample);
+  }
+  // The first chunk is the odd one: in a causal sequence its rows are the shortest.
+  for (int64_t last = (num_queries - 1) % num_rows + 1, first = 0; first < num_queries;
+       first = last, last += num_rows) {
+    work.select.rows.first_row = static_cast<int>(first);
+    work.select.rows.num_rows = static_cast<int>(last - first);
+    num_failed.zero_();
+    score(work, Scores::kSampled);
+    launch_find_thresholds(work.select);
+    score(work, Scores::kCandidates);
+    launch_select_candidates(work.select);
+    select_failed(work);
+  }
+  return indices_TK;
+}
+
+}  // namespace megatron_keye

@@ -1,0 +1,114 @@
+// Selection by the lightning indexer: one thread block a row.
+// A sample of a row's scores gives a threshold that about k keys and a safe margin pass. Of those
+// that did, the exact k are found in shared memory. Rows of which too few or too many passed are
+// listed; their scores are written and selected from like those of any other matrix.
+
+#include "lightning_indexer/params.h"
+#include "lightning_indexer/rows.cuh"
+#include "select_top_k/row.cuh"
+#include "support/launch.h"
+
+namespace megatron_keye::indexer {
+
+namespace {
+
+constexpr int kUnsampled = 4096;  // rows of at most so many keys fit as candidates, all of them
+static_assert(kUnsampled + kHalves * kTileKeys <= kHalves * kHalfCandidates, "in each half, too");
+static_assert(kHalves * kHalfCandidates == top_k::kCandidates, "the buffer holds both halves");
+static_assert(kMostKeys == top_k::kMostMarkedKeys, "a bit a key");
+static_assert(kMostSelected <= top_k::kCandidates / 2, "or the margin is too small");
+
+__global__ void __launch_bounds__(top_k::kThreads) find_thresholds_kernel(SelectParams params) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<top_k::Shared*>(shared_bytes);
+  const int place = static_cast<int>(blockIdx.x);
+  const KeyRange range = range_of(params.rows, query_at(params.rows, place));
+  float threshold = __int_as_float(0x7FFFFFFF);  // a row that takes all its keys needs no scores
+  if (range.size() > params.k) {
+    threshold = __int_as_float(0xFF800000);  // -inf
+    const KeyRange sampled = sampled_range(range);
+    const float stride = static_cast<float>(range.size()) / static_cast<float>(sampled.size());
+    const uint32_t rank = top_k::sample_rank(params.k, stride);
+    if (range.size() > kUnsampled && rank < static_cast<uint32_t>(sampled.size())) {
+      const top_k::Row row{.scores = params.scores + place * params.score_stride,
+                           .start = sampled.start,
+                           .end = sampled.end};
+      // The lower digits may be missing, which lets a few more pass.
+      threshold = top_k::score_of(top_k::find_cut(shared, row, rank).threshold);
+    }
+  }
+  if (threadIdx.x == 0) {
+    params.thresholds[place] = threshold;
+  }
+}
+
+__global__ void __launch_bounds__(top_k::kThreads) select_candidates_kernel(SelectParams params) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<top_k::Shared*>(shared_bytes);
+  const int place = static_cast<int>(blockIdx.x);
+  const int query = query_at(params.rows, place);
+  const KeyRange range = range_of(params.rows, query);
+  int* const indices = params.indices + int64_t{query} * params.k;
+  if (range.size() <= params.k) {
+    top_k::take_all(range.start, range.end, params.k, indices);
+    return;
+  }
+  const int* const counts = params.num_candidates + place * kHalves;
+  const int num_candidates = counts[0] + counts[1];
+  if (num_candidates < params.k || max(counts[0], counts[1]) > kHalfCandidates) {
+    if (threadIdx.x == 0) {
+      params.failed[atomicAdd(params.num_failed, 1)] = query;
+    }
+    return;
+  }
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) {
+    const Candidate* const candidates =
+        params.candidates + (int64_t{place} * kHalves + half) * kHalfCandidates;
+    const int first = half == 0 ? 0 : counts[0];
+    for (int i = threadIdx.x; i < counts[half]; i += top_k::kThreads) {
+      shared.candidates[first + i] = top_k::ordered_key(candidates[i].score);
+      shared.places[first + i] = candidates[i].key - range.start;
+    }
+  }
+  __syncthreads();
+  const top_k::Cut cut =
+      top_k::find_cut_in_buffer(shared, shared.candidates, num_candidates, params.k);
+  top_k::write_buffered(shared, cut, num_candidates, range.size(), range.start, indices);
+}
+
+__global__ void __launch_bounds__(top_k::kThreads) select_listed_kernel(SelectParams params) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<top_k::Shared*>(shared_bytes);
+  const int place = static_cast<int>(blockIdx.x);
+  const int query = query_at(params.rows, place);
+  if (query < 0) {
+    return;
+  }
+  const KeyRange range = range_of(params.rows, query);
+  const top_k::Row row{.scores = params.scores + place * params.score_stride,
+                       .start = range.start,
+                       .end = range.end};
+  top_k::select_row(shared, row, params.k, params.indices + int64_t{query} * params.k);
+}
+
+void launch_rows(void (*kernel)(SelectParams), const SelectParams& params) {
+  launch(kernel, dim3(params.rows.num_rows), dim3(top_k::kThreads),
+         static_cast<int>(sizeof(top_k::Shared)), params);
+}
+
+}  // namespace
+
+void launch_find_thresholds(const SelectParams& params) {
+  launch_rows(find_thresholds_kernel, params);
+}
+
+void launch_select_candidates(const SelectParams& params) {
+  launch_rows(select_candidates_kernel, params);
+}
+
+void launch_select_listed(const SelectParams& params) {
+  launch_rows(select_listed_kernel, params);
+}
+
+}  // namespace megatron_keye::indexer

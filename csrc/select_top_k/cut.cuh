@@ -1,0 +1,245 @@
+// The cut of a row: its k-th largest score, found digit by digit from the most significant bits.
+// A row is too long to sort (up to a million keys for 2,048 places), so keys are counted. Only
+// counts decide, so the order in which threads arrive cannot change the result.
+// One thread block works on one row; every function takes all of its threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace megatron_keye::top_k {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kDigits = 3;               // 11 + 11 + 10 bits
+constexpr int kBins = 2048;              // of the wider digits
+constexpr int kBinsPerThread = kBins / kThreads;
+constexpr int kCopies = 4;               // of each bin, next to one another: in different banks
+constexpr int kCandidates = 5120;        // keys that fit the buffer; 3 blocks share an SM
+constexpr int kVector = 4;               // floats of one load
+
+struct Shared {
+  uint4 histogram[kBins];  // one word per copy
+  uint32_t candidates[kCandidates];
+  uint32_t places[kCandidates];  // of the candidates, from the row's first key
+  uint32_t warp_sums[kWarps];
+  uint32_t num_candidates;
+  uint32_t digit;           // of the k-th largest key
+  uint32_t num_above;       // candidates with a larger digit
+  uint32_t num_same;        // candidates with that digit
+};
+
+struct Row {
+  const float* scores;
+  int start;  // first key
+  int end;    // one past the last key
+};
+
+// The keys at and above `threshold` that are taken.
+struct Cut {
+  uint32_t threshold;
+  uint32_t num_ties;  // how many of the keys equal to the threshold, after masking, are taken
+  uint32_t num_same;  // how many such keys there are
+  uint32_t mask;      // bits of a key that are compared
+
+  __device__ __forceinline__ bool is_above(uint32_t key) const { return (key & mask) > threshold; }
+  __device__ __forceinline__ bool is_equal(uint32_t key) const {
+    return (key & mask) == threshold;
+  }
+};
+
+// Order-preserving map to unsigned: -0.0 equals +0.0, every NaN is below -inf.
+__device__ __forceinline__ uint32_t ordered_key(float score) {
+  if (score != score) {
+    return 0u;
+  }
+  const uint32_t bits = score == 0.0f ? 0u : __float_as_uint(score);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// The score of an ordered key; a key of 0 gives a NaN.
+__device__ __forceinline__ float score_of(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
+}
+
+// Four neighbouring keys from an aligned position on; bit i of the result says that keys[i] lies
+// inside the row. Rows and ranges may begin anywhere, so the ends are read one by one.
+__device__ __forceinline__ uint32_t load_keys(const Row& row, int64_t position,
+                                              uint32_t (&keys)[kVector]) {
+  if (position >= row.start && position + kVector <= row.end) {
+    const float4 scores = __ldg(reinterpret_cast<const float4*>(row.scores + position));
+    keys[0] = ordered_key(scores.x);
+    keys[1] = ordered_key(scores.y);
+    keys[2] = ordered_key(scores.z);
+    keys[3] = ordered_key(scores.w);
+    return 0xFu;
+  }
+  uint32_t inside = 0;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    keys[i] = 0u;
+    if (position + i >= row.start && position + i < row.end) {
+      keys[i] = ordered_key(__ldg(row.scores + position + i));
+      inside |= 1u << i;
+    }
+  }
+  return inside;
+}
+
+// The last position at or before the row's first key where a vector load is aligned.
+__device__ __forceinline__ int64_t aligned_start(const Row& row) {
+  const auto address = reinterpret_cast<uintptr_t>(row.scores + row.start);
+  return row.start - static_cast<int64_t>(address / sizeof(float) % kVector);
+}
+
+template <typename Visit>
+__device__ __forceinline__ void for_each_key(const Row& row, Visit visit) {
+  const int64_t begin = aligned_start(row) + static_cast<int64_t>(threadIdx.x) * kVector;
+#pragma unroll 4
+  for (int64_t position = begin; position < row.end; position += kThreads * kVector) {
+    uint32_t keys[kVector];
+    const uint32_t inside = load_keys(row, position, keys);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if (inside >> i & 1u) {
+        visit(keys[i]);
+      }
+    }
+  }
+}
+
+template <typename Visit>
+__device__ __forceinline__ void for_each_buffered(const uint32_t* keys, uint32_t num_keys,
+                                                  Visit visit) {
+  for (uint32_t i = threadIdx.x; i < num_keys; i += kThreads) {
+    visit(keys[i]);
+  }
+}
+
+// Sum of `value` over the threads before this one; `total` over all. All threads take part.
+__device__ __forceinline__ uint32_t sum_before(uint32_t value, uint32_t* warp_sums,
+                                               uint32_t& total) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  uint32_t inclusive = value;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, inclusive, distance);
+    inclusive += lane >= distance ? other : 0u;
+  }
+  if (lane == 31) {
+    warp_sums[warp] = inclusive;
+  }
+  __syncthreads();
+  const uint32_t warp_sum = lane < kWarps ? warp_sums[lane] : 0u;
+  const uint32_t before = __reduce_add_sync(0xFFFFFFFFu, lane < warp ? warp_sum : 0u);
+  total = __reduce_add_sync(0xFFFFFFFFu, warp_sum);
+  __syncthreads();  // warp_sums may be written again
+  return before + inclusive - value;
+}
+
+__device__ __forceinline__ void count(Shared& shared, uint32_t digit) {
+  // Scores crowd into few bins; four copies cut the threads of a warp that meet to a quarter.
+  auto* words = reinterpret_cast<uint32_t*>(shared.histogram);
+  atomicAdd(words + digit * kCopies + threadIdx.x % kCopies, 1u);
+}
+
+// Finds the bin of the `wanted`-th largest counted key; writes digit, num_above, num_same.
+__device__ __forceinline__ void find_digit(Shared& shared, uint32_t wanted) {
+  uint32_t counts[kBinsPerThread];
+  uint32_t sum = 0;
+  const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;
+#pragma unroll
+  for (int i = 0; i < kBinsPerThread; ++i) {
+    const uint4 copies = shared.histogram[top - i];
+    counts[i] = copies.x + copies.y + copies.z + copies.w;
+    sum += counts[i];
+  }
+  uint32_t total;
+  uint32_t above = sum_before(sum, shared.warp_sums, total);
+#pragma unroll
+  for (int i = 0; i < kBinsPerThread; ++i) {
+    if (above < wanted && wanted <= above + counts[i]) {
+      shared.digit = top - i;
+      shared.num_above = above;
+      shared.num_same = counts[i];
+    }
+    above += counts[i];
+  }
+  __syncthreads();
+}
+
+// Counts one more digit of the keys that agree so far and moves the cut there. Returns, the same
+// for all threads, whether the digits below cannot change what is taken.
+template <typename ForEach>
+__device__ __forceinline__ bool fix_digit(Shared& shared, Cut& cut, int step, ForEach for_each) {
+  const int shift = step == 0 ? 21 : step == 1 ? 10 : 0;
+  const uint32_t digit_mask = step + 1 < kDigits ? 0x7FFu : 0x3FFu;
+  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
+    shared.histogram[bin] = make_uint4(0u, 0u, 0u, 0u);
+  }
+  __syncthreads();
+  for_each([&](uint32_t key) {
+    if (cut.is_equal(key)) {
+      count(shared, key >> shift & digit_mask);
+    }
+  });
+  __syncthreads();
+  find_digit(shared, cut.num_ties);
+  cut.threshold |= shared.digit << shift;
+  cut.mask |= digit_mask << shift;
+  cut.num_ties -= shared.num_above;
+  cut.num_same = shared.num_same;
+  __syncthreads();  // digit and counts are read before they are written again
+  return cut.num_same == cut.num_ties;
+}
+
+// Where to cut the first `num_keys` words of a buffer in shared memory so that `wanted` stay.
+__device__ inline Cut find_cut_in_buffer(Shared& shared, const uint32_t* keys, uint32_t num_keys,
+                                         uint32_t wanted) {
+  Cut cut{.threshold = 0u, .num_ties = wanted, .num_same = 0u, .mask = 0u};
+#pragma unroll 1
+  for (int step = 0; step < kDigits; ++step) {
+    if (fix_digit(shared, cut, step,
+                  [&](auto visit) { for_each_buffered(keys, num_keys, visit); })) {
+      break;
+    }
+  }
+  return cut;
+}
+
+// Where to cut the row so that exactly k keys stay; the row has more than k. Reads the row once a
+// digit until the keys that are still alike fit into the buffer.
+__device__ inline Cut find_cut(Shared& shared, const Row& row, uint32_t k) {
+  Cut cut{.threshold = 0u, .num_ties = k, .num_same = 0u, .mask = 0u};
+  bool is_buffered = false;
+#pragma unroll 1
+  for (int step = 0; step < kDigits; ++step) {
+    const bool is_found =
+        is_buffered
+            ? fix_digit(shared, cut, step,
+                        [&](auto visit) {
+                          for_each_buffered(shared.candidates, shared.num_candidates, visit);
+                        })
+            : fix_digit(shared, cut, step, [&](auto visit) { for_each_key(row, visit); });
+    if (is_found) {
+      break;
+    }
+    if (!is_buffered && cut.num_same <= kCandidates) {
+      if (threadIdx.x == 0) {
+        shared.num_candidates = 0u;
+      }
+      __syncthreads();
+      for_each_key(row, [&](uint32_t key) {
+        if (cut.is_equal(key)) {
+          shared.candidates[atomicAdd(&shared.num_candidates, 1u)] = key;
+        }
+      });
+      is_buffered = true;
+      __syncthreads();
+    }
+  }
+  return cut;
+}
+
+}  // namespace megatron_keye::top_k

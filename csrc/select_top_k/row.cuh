@@ -1,0 +1,113 @@
+// Selects from one row: exact and deterministic, by one thread block.
+// Long rows are read once. A sample of the row gives a threshold that about k and a safe margin
+// pass; one read moves what passes into shared memory, where the exact cut is found. When too few
+// or too many pass, which is counted, the row takes the way of the short ones:
+// three reads. One counts the first digit, one moves the keys that share it into shared memory,
+// where the other digits are counted, one writes. When more keys share it than fit there, the
+// next digit is counted from global memory too: slower, never wrong.
+#pragma once
+
+#include "select_top_k/emit.cuh"
+
+namespace megatron_keye::top_k {
+
+constexpr int kMinSampled = 16384;  // shorter rows are not worth a sample
+constexpr int kSampleSize = 8192;   // at most; fits the buffer and the places beside it
+
+// Which place of a sample marks a threshold that about `wanted` keys and a margin of five standard
+// deviations pass, when one key in `stride` is sampled.
+__device__ __forceinline__ uint32_t sample_rank(uint32_t wanted, float stride) {
+  const float expected = static_cast<float>(wanted) / stride;
+  return static_cast<uint32_t>(expected + 5.0f * sqrtf(expected) + 5.0f);
+}
+
+// A threshold that `wanted` keys and a margin pass; 0 if the sample is too small to tell.
+__device__ inline uint32_t sample_threshold(Shared& shared, const Row& row, uint32_t wanted) {
+  static_assert(kSampleSize <= 2 * kCandidates, "the sample lies in the buffer and the places");
+  static_assert(offsetof(Shared, places) ==
+                    offsetof(Shared, candidates) + sizeof(Shared::candidates),
+                "which follow one another");
+  const uint32_t num_keys = row.end - row.start;
+  const uint32_t stride = (num_keys + kSampleSize - 1) / kSampleSize;
+  const uint32_t num_sampled = num_keys / (kVector * stride) * kVector;
+  const uint32_t rank = sample_rank(wanted, static_cast<float>(stride));
+  if (rank >= num_sampled) {
+    return 0u;
+  }
+  uint32_t* sample = shared.candidates;
+  for (uint32_t i = threadIdx.x; i < num_sampled; i += kThreads) {
+    // Neighbours share a sector of memory; which of a stretch's are taken follows no period.
+    const uint32_t group = i / kVector;
+    const uint32_t turn = (group * 2654435761u >> 8) % stride;
+    const uint32_t place = (group * stride + turn) * kVector + i % kVector;
+    sample[i] = ordered_key(__ldg(row.scores + row.start + place));
+  }
+  __syncthreads();
+  const Cut cut = find_cut_in_buffer(shared, sample, num_sampled, rank);
+  __syncthreads();  // the buffer may be written again
+  return cut.threshold;  // of a cut that was found early, its lower bits are 0: more pass
+}
+
+// Selects with one read of the row; returns false, the same for all threads, when that fails.
+__device__ inline bool select_in_one_read(Shared& shared, const Row& row, uint32_t k,
+                                          int32_t* indices) {
+  const uint32_t num_keys = row.end - row.start;
+  if (num_keys < kMinSampled || num_keys > kMostMarkedKeys || k > kCandidates / 2) {
+    return false;
+  }
+  const uint32_t threshold = sample_threshold(shared, row, k);
+  if (threshold == 0u) {
+    return false;
+  }
+  if (threadIdx.x == 0) {
+    shared.num_candidates = 0u;
+  }
+  __syncthreads();
+  const int64_t begin = aligned_start(row) + static_cast<int64_t>(threadIdx.x) * kVector;
+#pragma unroll 4
+  for (int64_t position = begin; position < row.end; position += kThreads * kVector) {
+    uint32_t keys[kVector];
+    const uint32_t inside = load_keys(row, position, keys);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      if ((inside >> i & 1u) && keys[i] >= threshold) {
+        const uint32_t slot = atomicAdd(&shared.num_candidates, 1u);
+        if (slot < kCandidates) {
+          shared.candidates[slot] = keys[i];
+          shared.places[slot] = static_cast<uint32_t>(position + i - row.start);
+        }
+      }
+    }
+  }
+  __syncthreads();
+  const uint32_t num_candidates = shared.num_candidates;
+  if (num_candidates < k || num_candidates > kCandidates) {
+    __syncthreads();  // the count is read before the other way writes it
+    return false;
+  }
+  const Cut cut = find_cut_in_buffer(shared, shared.candidates, num_candidates, k);
+  write_buffered(shared, cut, num_candidates, row.end - row.start, row.start, indices);
+  return true;
+}
+
+// Writes the keys of a row that holds no more than k, and -1 behind them.
+__device__ __forceinline__ void take_all(int start, int end, int k, int32_t* indices) {
+  for (int slot = threadIdx.x; slot < k; slot += kThreads) {
+    indices[slot] = slot < end - start ? start + slot : -1;
+  }
+}
+
+// Writes the row's k highest keys, all of them and then -1 when it holds no more than k.
+__device__ inline void select_row(Shared& shared, const Row& row, int k, int32_t* indices) {
+  if (row.end - row.start <= k) {
+    take_all(row.start, row.end, k, indices);
+    return;
+  }
+  const auto wanted = static_cast<uint32_t>(k);
+  if (!select_in_one_read(shared, row, wanted, indices)) {
+    const Cut cut = find_cut(shared, row, wanted);
+    write_row(shared, row, cut, wanted, indices);
+  }
+}
+
+}  // namespace megatron_keye::top_k

@@ -1,0 +1,102 @@
+"""Binding of the CUDA lightning indexer: scores and selection in one, for Hopper.
+
+The contract stands in api.py, the device code in csrc/lightning_indexer/. A sample of each row's
+scores gives a threshold, only scores that reach it are kept, and the exact selection is made among
+them: the matrix of scores is never written. Rows for which the sample misjudged are done over.
+
+Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selected keys.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_keye.kernels.extension import check_built, missing_reason
+
+CHANNELS = 64
+MOST_HEADS = 16
+MOST_KEYS = 262144
+MOST_SELECTED = 2048
+_CAPABILITY = (9, 0)
+
+SCRATCH_BYTES = 2**30
+"""Candidates, or scores of rows done over, that exist at once; tests shrink it."""
+
+
+def _fake_lightning_indexer(
+    q_TIJ: Tensor,
+    k_SJ: Tensor,
+    gate_TI: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    k: int,
+    scratch_bytes: int,
+) -> Tensor:
+    """Shape and dtype of the result, for tracing."""
+    return q_TIJ.new_empty((q_TIJ.shape[0], k), dtype=torch.int32)
+
+
+if missing_reason() is None:
+    torch.library.register_fake("megatron_keye::lightning_indexer", _fake_lightning_indexer)
+
+
+def obstacle(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> str | None:
+    """Return what the kernels do not take of such a call, as "got ..., expected ...", or None.
+
+    Args:
+        q_TIJ: Indexer queries.
+        k_SJ: Keys, of the same type and device.
+        k: Keys to select.
+    """
+    _, num_heads, num_channels = q_TIJ.shape
+    got_and_expected = [
+        (not q_TIJ.is_cuda, f"a tensor on {q_TIJ.device}", "a GPU"),
+        (q_TIJ.dtype != torch.bfloat16, str(q_TIJ.dtype), "torch.bfloat16"),
+        (num_channels != CHANNELS, f"J = {num_channels}", f"{CHANNELS}"),
+        (not 1 <= num_heads <= MOST_HEADS, f"I = {num_heads}", f"1 to {MOST_HEADS}"),
+        (k_SJ.shape[0] > MOST_KEYS, f"S = {k_SJ.shape[0]}", f"at most {MOST_KEYS}"),
+        (k > MOST_SELECTED, f"k = {k}", f"at most {MOST_SELECTED}"),
+    ]
+    for is_obstacle, got, expected in got_and_expected:
+        if is_obstacle:
+            return f"got {got}, expected {expected}"
+    capability = torch.cuda.get_device_capability(q_TIJ.device)
+    if capability != _CAPABILITY:
+        return f"got a GPU of compute capability {capability}, expected {_CAPABILITY}"
+    return None
+
+
+def suits(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> bool:
+    """Return whether the extension is there and takes such a call; arguments as `obstacle`."""
+    return q_TIJ.is_cuda and missing_reason() is None and obstacle(q_TIJ, k_SJ, k) is None
+
+
+@torch.no_grad()
+def lightning_indexer(
+    q_TIJ: Tensor,
+    k_SJ: Tensor,
+    gate_TI: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    k: int,
+) -> Tensor:
+    """Return indices_TK; see api.lightning_indexer. NaN scores rank below -inf.
+
+    Raises:
+        RuntimeError: The extension is not built.
+        ValueError: The kernels do not take such tensors.
+    """
+    check_built("lightning_indexer")
+    # Refused here, since exceptions thrown by the extension can't be relied on.
+    found = obstacle(q_TIJ, k_SJ, k)
+    if found is not None:
+        raise ValueError(f"lightning_indexer: {found} with impl 'cuda'; take impl='triton'")
+    indices_TK: Tensor = torch.ops.megatron_keye.lightning_indexer(
+        q_TIJ.contiguous(),
+        k_SJ.contiguous(),
+        gate_TI.float().contiguous(),
+        key_start_T.contiguous(),
+        key_end_T.contiguous(),
+        k,
+        SCRATCH_BYTES,
+    )
+    return indices_TK
