@@ -95,9 +95,12 @@ def cuda_extension() -> dict[str, Any]:
         for pattern in ("*.cpp", "*/*.cpp", "*/*.cu")
         for path in (ROOT / "csrc").glob(pattern)
     )
+    # Kernels that use Hopper's own instructions exist only in code for this target.
+    has_hopper = DEFAULT_ARCH in os.environ["TORCH_CUDA_ARCH_LIST"]
     extension = CUDAExtension(
         name="megatron_keye._C",
         sources=sources,
+        define_macros=[("MEGATRON_KEYE_SM90A", None)] if has_hopper else [],
         include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={
             "cxx": ["-O3", "-std=c++20"],

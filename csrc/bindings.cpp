@@ -11,18 +11,19 @@ TORCH_LIBRARY(megatron_keye, m) {
   m.def(
       "lightning_indexer(Tensor q_TIJ, Tensor k_SJ, Tensor gate_TI, Tensor key_start_T, "
       "Tensor key_end_T, int k, int scratch_bytes) -> Tensor");
-  m.def(
-      "select_top_k(Tensor scores_TS, Tensor key_start_T, Tensor key_end_T, int k) -> Tensor");
+  m.def("select_top_k(Tensor scores_TS, Tensor key_start_T, Tensor key_end_T, int k) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(megatron_keye, CUDA, m) {
+#ifdef MEGATRON_KEYE_SM90A
   m.impl("lightning_indexer", &megatron_keye::lightning_indexer);
+#endif
   m.impl("select_top_k", &megatron_keye::select_top_k);
 }
 
 // An empty Python module: importing it loads the registrations above.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", "CUDA operators of megatron_keye.", -1, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "CUDA operators of megatron_keye.",
+                                   -1, nullptr};
   return PyModule_Create(&definition);
 }

@@ -1,13 +1,12 @@
 // Host side of the lightning indexer: checks the tensors, cuts the queries into chunks, launches.
 // No check here reads device memory.
 
-#include "lightning_indexer/lightning_indexer.h"
-
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 
 #include <algorithm>
 
+#include "lightning_indexer/lightning_indexer.h"
 #include "lightning_indexer/params.h"
 #include "support/check.h"
 
@@ -17,7 +16,8 @@ namespace {
 
 using namespace indexer;
 
-constexpr int64_t kCandidateBytes = kHalves * kHalfCandidates * sizeof(Candidate);
+constexpr int64_t kKeptBytes = kRowFloats * sizeof(float);
+static_assert(kKeptBytes >= kHalves * kHalfCandidates * sizeof(Candidate));
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -54,17 +54,20 @@ void check_arguments(const at::Tensor& q_TIJ, const at::Tensor& k_SJ, const at::
                     " heads, expected 1 to ", kMostHeads);
   TORCH_CHECK_VALUE(k_SJ.size(0) <= kMostKeys, "k_SJ: got ", k_SJ.size(0),
                     " keys, expected at most ", kMostKeys);
-  TORCH_CHECK_VALUE(k >= 1 && k <= kMostSelected, "k: got ", k, ", expected 1 to ",
-                    kMostSelected);
+  TORCH_CHECK_VALUE(k >= 1 && k <= kMostSelected, "k: got ", k, ", expected 1 to ", kMostSelected);
+}
+
+int count_multiprocessors() {
+  int count = 0;
+  C10_CUDA_CHECK(
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, c10::cuda::current_device()));
+  return count;
 }
 
 // Queries of one chunk, as many whole waves of thread blocks as the scratch memory holds.
-int64_t rows_of_chunk(int64_t row_bytes, int64_t scratch_bytes) {
-  int multiprocessors = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
-                                        c10::cuda::current_device()));
+int64_t rows_of_chunk(int64_t row_bytes, int64_t scratch_bytes, int num_multiprocessors) {
   const int64_t fitting = std::max<int64_t>(scratch_bytes / row_bytes, kBlockRows);
-  const int64_t wave = int64_t{kBlockRows} * multiprocessors;
+  const int64_t wave = int64_t{kBlockRows} * num_multiprocessors;
   const int64_t multiple = fitting >= wave ? wave : kBlockRows;
   return fitting / multiple * multiple;
 }
@@ -77,7 +80,6 @@ struct Workspace {
   const __nv_bfloat16* sampled_keys;
   int num_keys;
   int num_sampled;
-  void* scratch;
   int64_t scratch_bytes;
 };
 
@@ -86,7 +88,7 @@ void score(Workspace& work, Scores which) {
   work.scores.k = is_sampled ? work.sampled_keys : work.keys;
   work.scores.num_scored = is_sampled ? work.num_sampled : work.num_keys;
   work.scores.score_stride = work.select.score_stride =
-      round_up(work.scores.num_scored, kTileKeys);
+      which == Scores::kCandidates ? kRowFloats : round_up(work.scores.num_scored, kTileKeys);
   work.scores.rows = work.select.rows;
   launch_scores(which, work.scores);
 }
@@ -126,8 +128,9 @@ at::Tensor lightning_indexer(const at::Tensor& q_TIJ, const at::Tensor& k_SJ,
     return indices_TK;
   }
   const int64_t sampled_bytes = round_up(num_sampled, kTileKeys) * sizeof(float);
-  const int64_t row_bytes = std::max(kCandidateBytes, sampled_bytes);
-  const int64_t num_rows = std::min(rows_of_chunk(row_bytes, scratch_bytes),
+  const int64_t row_bytes = std::max(kKeptBytes, sampled_bytes);
+  const int num_multiprocessors = count_multiprocessors();
+  const int64_t num_rows = std::min(rows_of_chunk(row_bytes, scratch_bytes, num_multiprocessors),
                                     round_up(num_queries, kBlockRows));
   const int64_t listed_bytes = kBlockRows * round_up(num_keys, kTileKeys) * sizeof(float);
   const int64_t bytes = std::max(num_rows * row_bytes, listed_bytes);
@@ -146,13 +149,12 @@ at::Tensor lightning_indexer(const at::Tensor& q_TIJ, const at::Tensor& k_SJ,
   work.num_sampled = static_cast<int>(num_sampled);
   work.scratch_bytes = bytes;
   auto* const scores = static_cast<float*>(scratch.mutable_data_ptr());
-  auto* const candidates = static_cast<Candidate*>(scratch.mutable_data_ptr());
   work.scores = {.q = reinterpret_cast<const __nv_bfloat16*>(q_TIJ.const_data_ptr()),
                  .gate = gate_TI.const_data_ptr<float>(),
                  .num_heads = static_cast<int>(q_TIJ.size(1)),
+                 .num_multiprocessors = num_multiprocessors,
                  .scores = scores,
                  .thresholds = thresholds_T.const_data_ptr<float>(),
-                 .candidates = candidates,
                  .num_candidates = counts_T.mutable_data_ptr<int>()};
   work.select = {.rows = {.key_start = key_start_T.const_data_ptr<int64_t>(),
                           .key_end = key_end_T.const_data_ptr<int64_t>(),
@@ -160,7 +162,6 @@ at::Tensor lightning_indexer(const at::Tensor& q_TIJ, const at::Tensor& k_SJ,
                  .k = static_cast<int>(k),
                  .scores = scores,
                  .thresholds = thresholds_T.mutable_data_ptr<float>(),
-                 .candidates = candidates,
                  .num_candidates = counts_T.const_data_ptr<int>(),
                  .indices = indices_TK.mutable_data_ptr<int>(),
                  .failed = failed_T.mutable_data_ptr<int>(),

@@ -9,15 +9,17 @@ namespace megatron_keye::indexer {
 
 constexpr int kChannels = 64;
 constexpr int kMostHeads = 16;
-constexpr int kBlockRows = 64;       // queries that one thread block scores
-constexpr int kTileKeys = 128;       // keys that a warpgroup scores at once
-constexpr int kHalves = 2;           // warpgroups of a block; each keeps its own candidates
+constexpr int kBlockRows = 64;  // queries that one thread block scores
+constexpr int kTileKeys = 128;  // keys that a warpgroup scores at once
+constexpr int kHalves = 2;      // warpgroups of a block; each keeps its own candidates
 constexpr int kHalfCandidates = 2560;
-constexpr int kSampledFrom = 16;     // keys of which one is sampled
-constexpr int kMostKeys = 262144;    // of a row
+constexpr int kRowFloats = 16384;  // of scratch memory for a query: candidates or scores
+constexpr int kAllScores = -1;     // in place of a row's number of candidates
+constexpr int kSampledFrom = 16;   // keys of which one is sampled
+constexpr int kMostKeys = 262144;  // of a row
 constexpr int kMostSelected = 2048;
 
-struct Candidate {
+struct alignas(8) Candidate {
   float score;
   int key;
 };
@@ -41,25 +43,25 @@ struct ScoreParams {
   const float* gate;       // [T, I], contiguous
   int num_heads;           // I
   int num_scored;          // keys in k
-  // Either all scores of a block's range are written, to scores[row of the launch, key] ...
-  float* scores;
-  int64_t score_stride;
-  // ... or those that reach the row's threshold, to [row of the launch, half, place].
+  int num_multiprocessors;
+  float* scores;         // [row of the launch, .]
+  int64_t score_stride;  // in elements
+  // kCandidates keeps [half, kHalfCandidates] in a row of kRowFloats, or where all keys that a
+  // block's queries see fit there, their scores, from a key on.
   const float* thresholds;  // [row of the launch]; NaN for a row that needs none
-  Candidate* candidates;
-  int* num_candidates;      // [row of the launch, half]; above kHalfCandidates if too many
+  int* num_candidates;      // [row of the launch, half], more than kHalfCandidates if too many;
+                            // or kAllScores and the first key
 };
 
 struct SelectParams {
   Rows rows;
-  int k;                        // K
-  const float* scores;          // as above, or of the sampled keys
+  int k;                // K
+  const float* scores;  // as above
   int64_t score_stride;
   float* thresholds;
-  const Candidate* candidates;
   const int* num_candidates;
-  int* indices;                 // [T, K]
-  int* failed;                  // rows whose candidates are too few or too many
+  int* indices;  // [T, K]
+  int* failed;   // rows whose candidates are too few or too many
   int* num_failed;
 };
 

@@ -7,7 +7,8 @@
 //
 // The matrix of scores is 34 GB at 128K tokens, so it is not written: a pair is kept only where it
 // reaches its query's threshold, which about k and a margin do. A query's row belongs to four
-// threads of each warpgroup, so that candidates get their places without atomics.
+// threads of each warpgroup, so that candidates get their places without atomics. Blocks whose
+// queries see few keys, of which most would pass, keep all scores.
 
 #include "lightning_indexer/params.h"
 #include "lightning_indexer/rows.cuh"
@@ -25,7 +26,7 @@ constexpr int kStages = 2;
 constexpr int kPieces = kSwizzleBytes / 16;  // of a row
 constexpr int kSums = 64;                    // scores of a tile that a thread holds
 constexpr int kHeads = kMostHeads;           // scored; those that q lacks are 0
-constexpr int kListedSplits = 8;             // blocks that share the keys of listed rows
+constexpr int kMostSplits = 8;               // blocks that share their queries' keys
 
 constexpr int kTileBytes = kTileKeys * kSwizzleBytes;
 constexpr int kHeadBytes = kBlockRows * kSwizzleBytes;
@@ -39,6 +40,8 @@ struct Shared {
   KeyRange all;                 // keys that each of them sees
 };
 
+constexpr int kRowCandidates = kRowFloats * sizeof(float) / sizeof(Candidate);
+
 // The tiles of keys that a warpgroup scores: every kHalves-th from `first` on, before `last`.
 struct Tiles {
   int first;
@@ -47,7 +50,8 @@ struct Tiles {
 
 // Of a thread's two queries, 8 apart: the first one's row of the block.
 __device__ __forceinline__ int owned_row() {
-  return static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
+  return static_cast<int>(threadIdx.x) % kWarpgroup / 32 * 16 +
+         static_cast<int>(threadIdx.x) % 32 / 4;
 }
 
 // Of one of a thread's sums: which of its two queries, and which key of the tile.
@@ -163,8 +167,24 @@ __device__ __forceinline__ void fold_head(float (&sums)[kSums], const float (&do
   }
 }
 
+// Writes all scores of a tile, those outside a query's range included.
+__device__ __forceinline__ void write_scores(const ScoreParams& params, const float (&sums)[kSums],
+                                             int first_column, int row) {
+  const int64_t place = int64_t{blockIdx.x} * kBlockRows + row;
+  float* const scores = params.scores + place * params.score_stride + first_column;
+#pragma unroll
+  for (int i = 0; i < kSums; i += 2) {
+    if (place + owner(i) * 8 < params.rows.num_rows) {
+      float* const target = scores + owner(i) * 8 * params.score_stride + key_of(i);
+      *reinterpret_cast<float2*>(target) = make_float2(sums[i], sums[i + 1]);
+    }
+  }
+}
+
 // Keeps what reaches the thresholds of a thread's two queries.
 struct Gate {
+  bool keeps_all = false;  // the block's keys are so few that all of their scores fit
+  int first_key = 0;       // whose score then comes first
   float threshold[2];
   int num_kept[2];  // by the four threads of the row
 
@@ -182,24 +202,55 @@ struct Gate {
     return threshold[0] == threshold[0] || threshold[1] == threshold[1];
   }
 
+  __device__ __forceinline__ void start(const Shared& shared) {
+    first_key = shared.any.start / kTileKeys * kTileKeys;
+    keeps_all = shared.any.end - first_key <= kRowFloats;
+  }
+
   __device__ __forceinline__ void take(const ScoreParams& params, const Shared& shared,
-                                       float (&sums)[kSums], int first_key, int row) {
-    if (first_key < shared.all.start || first_key + kTileKeys > shared.all.end) {
+                                       float (&sums)[kSums], int tile_key, int row) {
+    if (keeps_all) {
+      write_scores(params, sums, tile_key - first_key, row);
+    } else {
+      keep(params, shared, sums, tile_key, row);
+    }
+  }
+
+  __device__ __forceinline__ void finish(const ScoreParams& params, int row) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int place = static_cast<int>(blockIdx.x) * kBlockRows + row + 8 * i;
+      const int half = static_cast<int>(threadIdx.x) / kWarpgroup;
+      if (threadIdx.x % 4 == 0 && place < params.rows.num_rows) {
+        const int all[kHalves] = {kAllScores, first_key};
+        params.num_candidates[place * kHalves + half] = keeps_all ? all[half] : num_kept[i];
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void keep(const ScoreParams& params, const Shared& shared,
+                                       float (&sums)[kSums], int tile_key, int row) {
+    if (tile_key < shared.all.start || tile_key + kTileKeys > shared.all.end) {
       const KeyRange range[2] = {shared.ranges[row], shared.ranges[row + 8]};
 #pragma unroll
       for (int i = 0; i < kSums; ++i) {
-        const int key = first_key + key_of(i);
+        const int key = tile_key + key_of(i);
         if (key < range[owner(i)].start || key >= range[owner(i)].end) {
           sums[i] = not_a_number();
         }
       }
     }
+    const int half = static_cast<int>(threadIdx.x) / kWarpgroup;
     int passes[2] = {0, 0};
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       passes[owner(i)] += sums[i] >= threshold[owner(i)] ? 1 : 0;
     }
-    Candidate* next[2];
+    // Offsets from one address, since a pointer for each row costs twice the instructions.
+    auto* const kept = reinterpret_cast<Candidate*>(params.scores +
+                                                    int64_t{blockIdx.x} * kBlockRows * kRowFloats);
+    uint32_t next[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int lane = static_cast<int>(threadIdx.x) % 4;
@@ -209,7 +260,8 @@ struct Gate {
         const int other = __shfl_up_sync(0xFFFFFFFFu, inclusive, distance, 4);
         inclusive += lane >= distance ? other : 0;
       }
-      next[i] = kept(params, row + 8 * i) + num_kept[i] + inclusive - passes[i];
+      const int first = (row + 8 * i) * kRowCandidates + half * kHalfCandidates;
+      next[i] = first + num_kept[i] + inclusive - passes[i];
       num_kept[i] += __shfl_sync(0xFFFFFFFFu, inclusive, 3, 4);
       if (num_kept[i] > kHalfCandidates) {
         threshold[i] = not_a_number();  // too many: the row is listed, nothing more is kept
@@ -218,48 +270,26 @@ struct Gate {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       if (sums[i] >= threshold[owner(i)]) {
-        *next[owner(i)]++ = {.score = sums[i], .key = first_key + key_of(i)};
+        kept[next[owner(i)]++] = {.score = sums[i], .key = tile_key + key_of(i)};
       }
     }
-  }
-
-  __device__ __forceinline__ void finish(const ScoreParams& params, int row) const {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int place = static_cast<int>(blockIdx.x) * kBlockRows + row + 8 * i;
-      if (threadIdx.x % 4 == 0 && place < params.rows.num_rows) {
-        params.num_candidates[place * kHalves + threadIdx.x / kWarpgroup] = num_kept[i];
-      }
-    }
-  }
-
- private:
-  static __device__ __forceinline__ Candidate* kept(const ScoreParams& params, int row) {
-    const int64_t place = int64_t{blockIdx.x} * kBlockRows + row;
-    return params.candidates + (place * kHalves + threadIdx.x / kWarpgroup) * kHalfCandidates;
   }
 };
 
-// Writes all scores of a tile, those outside a query's range included.
+// Keeps all scores, at their keys' places.
 struct Writer {
-  bool is_real[2];
+  bool has_query;
 
   __device__ __forceinline__ Writer(const ScoreParams& params, int place)
-      : is_real{query_at(params.rows, place) >= 0, query_at(params.rows, place + 8) >= 0} {}
+      : has_query(query_at(params.rows, place) >= 0) {}
 
-  __device__ __forceinline__ bool is_needed() const { return is_real[0]; }
+  __device__ __forceinline__ bool is_needed() const { return has_query; }
+
+  __device__ __forceinline__ void start(const Shared&) const {}
 
   __device__ __forceinline__ void take(const ScoreParams& params, const Shared&,
-                                       const float (&sums)[kSums], int first_key, int row) const {
-    const int64_t place = int64_t{blockIdx.x} * kBlockRows + row;
-    float* const scores = params.scores + place * params.score_stride + first_key;
-#pragma unroll
-    for (int i = 0; i < kSums; i += 2) {
-      if (is_real[owner(i)]) {
-        float* const target = scores + owner(i) * 8 * params.score_stride + key_of(i);
-        *reinterpret_cast<float2*>(target) = make_float2(sums[i], sums[i + 1]);
-      }
-    }
+                                       const float (&sums)[kSums], int tile_key, int row) const {
+    write_scores(params, sums, tile_key, row);
   }
 
   __device__ __forceinline__ void finish(const ScoreParams&, int) const {}
@@ -267,6 +297,7 @@ struct Writer {
 
 template <Scores kWhich, typename Sink>
 __global__ void __launch_bounds__(kThreads, 1) score_kernel(const ScoreParams params) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // built for others too, but never launched there
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int row = owned_row();
@@ -278,6 +309,7 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(const ScoreParams pa
   find_ranges<kWhich>(params, shared);
   load_queries(params, shared);
   const Tiles tiles = find_tiles(shared);
+  sink.start(shared);
   const int half = static_cast<int>(threadIdx.x) / kWarpgroup;
   const uint32_t stages = shared_address(shared.tiles[half]);
   const uint32_t heads = shared_address(shared.queries);
@@ -319,6 +351,7 @@ __global__ void __launch_bounds__(kThreads, 1) score_kernel(const ScoreParams pa
   }
   wait_for_copies<0>();
   sink.finish(params, row);
+#endif
 }
 
 __global__ void sample_keys_kernel(const uint4* k, int num_sampled, uint4* sample) {
@@ -329,8 +362,9 @@ __global__ void sample_keys_kernel(const uint4* k, int num_sampled, uint4* sampl
 }
 
 template <Scores kWhich, typename Sink>
-void launch_kernel(const ScoreParams& params, int splits) {
+void launch_kernel(const ScoreParams& params, bool may_split) {
   const int blocks = (params.rows.num_rows + kBlockRows - 1) / kBlockRows;
+  const int splits = may_split ? min(2 * params.num_multiprocessors / blocks + 1, kMostSplits) : 1;
   launch(score_kernel<kWhich, Sink>, dim3(blocks, splits), dim3(kThreads),
          static_cast<int>(sizeof(Shared)), params);
 }
@@ -349,11 +383,12 @@ void launch_sample_keys(const __nv_bfloat16* k, int num_sampled, __nv_bfloat16* 
 void launch_scores(Scores which, const ScoreParams& params) {
   switch (which) {
     case Scores::kSampled:
-      return launch_kernel<Scores::kSampled, Writer>(params, 1);
+      return launch_kernel<Scores::kSampled, Writer>(params, true);
     case Scores::kCandidates:
-      return launch_kernel<Scores::kCandidates, Gate>(params, 1);
+      // The candidates of a row lie where one block puts them; scores have their places.
+      return launch_kernel<Scores::kCandidates, Gate>(params, params.num_scored <= kRowFloats);
     case Scores::kListed:
-      return launch_kernel<Scores::kListed, Writer>(params, kListedSplits);
+      return launch_kernel<Scores::kListed, Writer>(params, true);
   }
 }
 

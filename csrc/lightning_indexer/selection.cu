@@ -27,14 +27,18 @@ __global__ void __launch_bounds__(top_k::kThreads) find_thresholds_kernel(Select
   if (range.size() > params.k) {
     threshold = __int_as_float(0xFF800000);  // -inf
     const KeyRange sampled = sampled_range(range);
-    const float stride = static_cast<float>(range.size()) / static_cast<float>(sampled.size());
+    const int step = (sampled.size() + top_k::kMostBuffered - 1) / top_k::kMostBuffered;
+    const int num_sampled = sampled.size() / max(step, 1);
+    const float stride = static_cast<float>(range.size()) / static_cast<float>(num_sampled);
     const uint32_t rank = top_k::sample_rank(params.k, stride);
-    if (range.size() > kUnsampled && rank < static_cast<uint32_t>(sampled.size())) {
-      const top_k::Row row{.scores = params.scores + place * params.score_stride,
-                           .start = sampled.start,
-                           .end = sampled.end};
-      // The lower digits may be missing, which lets a few more pass.
-      threshold = top_k::score_of(top_k::find_cut(shared, row, rank).threshold);
+    if (range.size() > kUnsampled && rank < static_cast<uint32_t>(num_sampled)) {
+      const float* const scores = params.scores + place * params.score_stride + sampled.start;
+      for (int i = threadIdx.x; i < num_sampled; i += top_k::kThreads) {
+        shared.candidates[i] = top_k::ordered_key(scores[i * step]);
+      }
+      __syncthreads();
+      threshold =
+          top_k::score_of(top_k::sampled_threshold(shared, shared.candidates, num_sampled, rank));
     }
   }
   if (threadIdx.x == 0) {
@@ -54,6 +58,12 @@ __global__ void __launch_bounds__(top_k::kThreads) select_candidates_kernel(Sele
     return;
   }
   const int* const counts = params.num_candidates + place * kHalves;
+  const float* const kept = params.scores + int64_t{place} * kRowFloats;
+  if (counts[0] == kAllScores) {
+    const top_k::Row row{.scores = kept - counts[1], .start = range.start, .end = range.end};
+    top_k::select_row(shared, row, params.k, indices);
+    return;
+  }
   const int num_candidates = counts[0] + counts[1];
   if (num_candidates < params.k || max(counts[0], counts[1]) > kHalfCandidates) {
     if (threadIdx.x == 0) {
@@ -63,8 +73,8 @@ __global__ void __launch_bounds__(top_k::kThreads) select_candidates_kernel(Sele
   }
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
-    const Candidate* const candidates =
-        params.candidates + (int64_t{place} * kHalves + half) * kHalfCandidates;
+    const auto* const candidates =
+        reinterpret_cast<const Candidate*>(kept) + half * kHalfCandidates;
     const int first = half == 0 ? 0 : counts[0];
     for (int i = threadIdx.x; i < counts[half]; i += top_k::kThreads) {
       shared.candidates[first + i] = top_k::ordered_key(candidates[i].score);

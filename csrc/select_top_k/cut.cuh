@@ -11,22 +11,24 @@ namespace megatron_keye::top_k {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kDigits = 3;               // 11 + 11 + 10 bits
-constexpr int kBins = 2048;              // of the wider digits
+constexpr int kDigitBits = 11;
+constexpr int kBins = 1 << kDigitBits;
 constexpr int kBinsPerThread = kBins / kThreads;
-constexpr int kCopies = 4;               // of each bin, next to one another: in different banks
-constexpr int kCandidates = 5120;        // keys that fit the buffer; 3 blocks share an SM
-constexpr int kVector = 4;               // floats of one load
+constexpr int kCopies = 4;         // of each bin, next to one another: in different banks
+constexpr int kCandidates = 5120;  // keys that fit the buffer; 3 blocks share an SM
+constexpr int kVector = 4;         // floats of one load
 
 struct Shared {
   uint4 histogram[kBins];  // one word per copy
   uint32_t candidates[kCandidates];
   uint32_t places[kCandidates];  // of the candidates, from the row's first key
   uint32_t warp_sums[kWarps];
+  uint32_t lows[kWarps];
+  uint32_t highs[kWarps];
   uint32_t num_candidates;
-  uint32_t digit;           // of the k-th largest key
-  uint32_t num_above;       // candidates with a larger digit
-  uint32_t num_same;        // candidates with that digit
+  uint32_t digit;      // of the k-th largest key
+  uint32_t num_above;  // candidates with a larger digit
+  uint32_t num_same;   // candidates with that digit
 };
 
 struct Row {
@@ -35,16 +37,21 @@ struct Row {
   int end;    // one past the last key
 };
 
-// The keys at and above `threshold` that are taken.
+// The keys at and above `threshold` that are taken. Keys are compared as what they exceed `base`
+// by, without the bits that `mask` leaves out; none is less than `base`.
 struct Cut {
-  uint32_t threshold;
-  uint32_t num_ties;  // how many of the keys equal to the threshold, after masking, are taken
-  uint32_t num_same;  // how many such keys there are
-  uint32_t mask;      // bits of a key that are compared
+  uint32_t num_ties;       // how many of the keys equal to the threshold are taken
+  uint32_t num_same = 0u;  // how many such keys there are
+  uint32_t base = 0u;
+  uint32_t threshold = 0u;
+  uint32_t mask = 0u;
 
-  __device__ __forceinline__ bool is_above(uint32_t key) const { return (key & mask) > threshold; }
+  __device__ __forceinline__ uint32_t compared(uint32_t key) const { return (key - base) & mask; }
+  __device__ __forceinline__ bool is_above(uint32_t key) const {
+    return compared(key) > threshold;
+  }
   __device__ __forceinline__ bool is_equal(uint32_t key) const {
-    return (key & mask) == threshold;
+    return compared(key) == threshold;
   }
 };
 
@@ -169,19 +176,19 @@ __device__ __forceinline__ void find_digit(Shared& shared, uint32_t wanted) {
   __syncthreads();
 }
 
-// Counts one more digit of the keys that agree so far and moves the cut there. Returns, the same
-// for all threads, whether the digits below cannot change what is taken.
+// Counts the digit from bit `shift` up to bit `end` of the keys that agree so far, and moves the
+// cut there. Returns, the same for all threads, whether lower digits cannot change what is taken.
 template <typename ForEach>
-__device__ __forceinline__ bool fix_digit(Shared& shared, Cut& cut, int step, ForEach for_each) {
-  const int shift = step == 0 ? 21 : step == 1 ? 10 : 0;
-  const uint32_t digit_mask = step + 1 < kDigits ? 0x7FFu : 0x3FFu;
+__device__ __forceinline__ bool fix_digit(Shared& shared, Cut& cut, int shift, int end,
+                                          ForEach for_each) {
+  const uint32_t digit_mask = (1u << (end - shift)) - 1u;
   for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
     shared.histogram[bin] = make_uint4(0u, 0u, 0u, 0u);
   }
   __syncthreads();
   for_each([&](uint32_t key) {
     if (cut.is_equal(key)) {
-      count(shared, key >> shift & digit_mask);
+      count(shared, (key - cut.base) >> shift & digit_mask);
     }
   });
   __syncthreads();
@@ -194,16 +201,36 @@ __device__ __forceinline__ bool fix_digit(Shared& shared, Cut& cut, int step, Fo
   return cut.num_same == cut.num_ties;
 }
 
-// Where to cut the first `num_keys` words of a buffer in shared memory so that `wanted` stay.
+// Where to cut the first `num_keys` words of a buffer in shared memory so that `wanted` stay; with
+// `most_digits`, that or somewhat lower. Digits are of what keys exceed the smallest by, so that
+// keys that are close together still fall into different bins.
 __device__ inline Cut find_cut_in_buffer(Shared& shared, const uint32_t* keys, uint32_t num_keys,
-                                         uint32_t wanted) {
-  Cut cut{.threshold = 0u, .num_ties = wanted, .num_same = 0u, .mask = 0u};
+                                         uint32_t wanted, int most_digits = 3) {
+  uint32_t low = 0xFFFFFFFFu;
+  uint32_t high = 0u;
+  for_each_buffered(keys, num_keys, [&](uint32_t key) {
+    low = min(low, key);
+    high = max(high, key);
+  });
+  low = __reduce_min_sync(0xFFFFFFFFu, low);
+  high = __reduce_max_sync(0xFFFFFFFFu, high);
+  if (threadIdx.x % 32 == 0) {
+    shared.lows[threadIdx.x / 32] = low;
+    shared.highs[threadIdx.x / 32] = high;
+  }
+  __syncthreads();
+  low = __reduce_min_sync(0xFFFFFFFFu, shared.lows[threadIdx.x % kWarps]);
+  high = __reduce_max_sync(0xFFFFFFFFu, shared.highs[threadIdx.x % kWarps]);
+  Cut cut{.num_ties = wanted, .num_same = num_keys, .base = low};
+  int end = 32 - __clz(static_cast<int>(high - low));
 #pragma unroll 1
-  for (int step = 0; step < kDigits; ++step) {
-    if (fix_digit(shared, cut, step,
+  for (int digit = 0; digit < most_digits && end > 0; ++digit) {
+    const int shift = max(end - kDigitBits, 0);
+    if (fix_digit(shared, cut, shift, end,
                   [&](auto visit) { for_each_buffered(keys, num_keys, visit); })) {
       break;
     }
+    end = shift;
   }
   return cut;
 }
@@ -211,17 +238,18 @@ __device__ inline Cut find_cut_in_buffer(Shared& shared, const uint32_t* keys, u
 // Where to cut the row so that exactly k keys stay; the row has more than k. Reads the row once a
 // digit until the keys that are still alike fit into the buffer.
 __device__ inline Cut find_cut(Shared& shared, const Row& row, uint32_t k) {
-  Cut cut{.threshold = 0u, .num_ties = k, .num_same = 0u, .mask = 0u};
+  Cut cut{.num_ties = k};
   bool is_buffered = false;
 #pragma unroll 1
-  for (int step = 0; step < kDigits; ++step) {
+  for (int end = 32; end > 0; end = max(end - kDigitBits, 0)) {
+    const int shift = max(end - kDigitBits, 0);
     const bool is_found =
         is_buffered
-            ? fix_digit(shared, cut, step,
+            ? fix_digit(shared, cut, shift, end,
                         [&](auto visit) {
                           for_each_buffered(shared.candidates, shared.num_candidates, visit);
                         })
-            : fix_digit(shared, cut, step, [&](auto visit) { for_each_key(row, visit); });
+            : fix_digit(shared, cut, shift, end, [&](auto visit) { for_each_key(row, visit); });
     if (is_found) {
       break;
     }

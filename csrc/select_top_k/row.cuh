@@ -2,17 +2,23 @@
 // Long rows are read once. A sample of the row gives a threshold that about k and a safe margin
 // pass; one read moves what passes into shared memory, where the exact cut is found. When too few
 // or too many pass, which is counted, the row takes the way of the short ones:
-// three reads. One counts the first digit, one moves the keys that share it into shared memory,
-// where the other digits are counted, one writes. When more keys share it than fit there, the
-// next digit is counted from global memory too: slower, never wrong.
+// If all its keys fit into shared memory, the cut is found there. Else three reads: one counts the
+// first digit, one moves the keys that share it into shared memory, where the other digits are
+// counted, one writes. When more keys share it than fit there, the next digit is counted from
+// global memory too: slower, never wrong.
 #pragma once
 
 #include "select_top_k/emit.cuh"
 
 namespace megatron_keye::top_k {
 
-constexpr int kMinSampled = 16384;  // shorter rows are not worth a sample
-constexpr int kSampleSize = 8192;   // at most; fits the buffer and the places beside it
+constexpr int kMostBuffered = 2 * kCandidates;  // keys that fit the buffer and places beside it
+constexpr int kMinSampled = 16384;              // shorter rows are not worth a sample
+constexpr int kSampleSize = 8192;               // at most
+static_assert(kSampleSize <= kMostBuffered, "the sample lies in the buffer and the places");
+static_assert(offsetof(Shared, places) ==
+                  offsetof(Shared, candidates) + sizeof(Shared::candidates),
+              "which follow one another");
 
 // Which place of a sample marks a threshold that about `wanted` keys and a margin of five standard
 // deviations pass, when one key in `stride` is sampled.
@@ -21,12 +27,17 @@ __device__ __forceinline__ uint32_t sample_rank(uint32_t wanted, float stride) {
   return static_cast<uint32_t>(expected + 5.0f * sqrtf(expected) + 5.0f);
 }
 
+// The key of that rank in a buffer in shared memory, or somewhat less; the buffer may be written
+// again afterwards.
+__device__ __forceinline__ uint32_t sampled_threshold(Shared& shared, const uint32_t* sample,
+                                                      uint32_t num_sampled, uint32_t rank) {
+  constexpr int kDigits = 2;  // one would tell apart hardly more than powers of two
+  const Cut cut = find_cut_in_buffer(shared, sample, num_sampled, rank, kDigits);
+  return cut.base + cut.threshold;
+}
+
 // A threshold that `wanted` keys and a margin pass; 0 if the sample is too small to tell.
 __device__ inline uint32_t sample_threshold(Shared& shared, const Row& row, uint32_t wanted) {
-  static_assert(kSampleSize <= 2 * kCandidates, "the sample lies in the buffer and the places");
-  static_assert(offsetof(Shared, places) ==
-                    offsetof(Shared, candidates) + sizeof(Shared::candidates),
-                "which follow one another");
   const uint32_t num_keys = row.end - row.start;
   const uint32_t stride = (num_keys + kSampleSize - 1) / kSampleSize;
   const uint32_t num_sampled = num_keys / (kVector * stride) * kVector;
@@ -43,9 +54,7 @@ __device__ inline uint32_t sample_threshold(Shared& shared, const Row& row, uint
     sample[i] = ordered_key(__ldg(row.scores + row.start + place));
   }
   __syncthreads();
-  const Cut cut = find_cut_in_buffer(shared, sample, num_sampled, rank);
-  __syncthreads();  // the buffer may be written again
-  return cut.threshold;  // of a cut that was found early, its lower bits are 0: more pass
+  return sampled_threshold(shared, sample, num_sampled, rank);
 }
 
 // Selects with one read of the row; returns false, the same for all threads, when that fails.
@@ -90,6 +99,15 @@ __device__ inline bool select_in_one_read(Shared& shared, const Row& row, uint32
   return true;
 }
 
+// As find_cut, for a row that fits into shared memory.
+__device__ inline Cut find_cut_of_short(Shared& shared, const Row& row, uint32_t k) {
+  for (int place = threadIdx.x; place < row.end - row.start; place += kThreads) {
+    shared.candidates[place] = ordered_key(__ldg(row.scores + row.start + place));
+  }
+  __syncthreads();
+  return find_cut_in_buffer(shared, shared.candidates, row.end - row.start, k);
+}
+
 // Writes the keys of a row that holds no more than k, and -1 behind them.
 __device__ __forceinline__ void take_all(int start, int end, int k, int32_t* indices) {
   for (int slot = threadIdx.x; slot < k; slot += kThreads) {
@@ -104,10 +122,12 @@ __device__ inline void select_row(Shared& shared, const Row& row, int k, int32_t
     return;
   }
   const auto wanted = static_cast<uint32_t>(k);
-  if (!select_in_one_read(shared, row, wanted, indices)) {
-    const Cut cut = find_cut(shared, row, wanted);
-    write_row(shared, row, cut, wanted, indices);
+  if (select_in_one_read(shared, row, wanted, indices)) {
+    return;
   }
+  const Cut cut = row.end - row.start <= kMostBuffered ? find_cut_of_short(shared, row, wanted)
+                                                       : find_cut(shared, row, wanted);
+  write_row(shared, row, cut, wanted, indices);
 }
 
 }  // namespace megatron_keye::top_k

@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(top_k::kThreads) select_top_k_kernel(SelectTop
 }  // namespace
 
 void launch_select_top_k(const SelectTopKParams& params) {
-  launch(select_top_k_kernel, dim3(static_cast<unsigned>(params.num_rows)),
-         dim3(top_k::kThreads), static_cast<int>(sizeof(top_k::Shared)), params);
+  launch(select_top_k_kernel, dim3(static_cast<unsigned>(params.num_rows)), dim3(top_k::kThreads),
+         static_cast<int>(sizeof(top_k::Shared)), params);
 }
 
 }  // namespace megatron_keye

@@ -6,7 +6,7 @@
 
 namespace megatron_keye::hopper {
 
-constexpr int kWarpgroup = 128;    // threads that issue one matrix product together
+constexpr int kWarpgroup = 128;     // threads that issue one matrix product together
 constexpr int kSwizzleBytes = 128;  // of one row of a tile: 64 16-bit channels
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -65,29 +65,14 @@ __device__ __forceinline__ void commit_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Waits until at most kPending commits are unfinished, of which `out` is none. Naming it keeps the
-// compiler from reading it earlier.
+// Waits until at most kPending commits are unfinished, of which `out` is none.
 template <int kPending>
 __device__ __forceinline__ void wait_for_products(float (&out)[64]) {
-  asm volatile("wgmma.wait_group.sync.aligned %64;"
-               : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3]),
-                 "+f"(out[4]), "+f"(out[5]), "+f"(out[6]), "+f"(out[7]),
-                 "+f"(out[8]), "+f"(out[9]), "+f"(out[10]), "+f"(out[11]),
-                 "+f"(out[12]), "+f"(out[13]), "+f"(out[14]), "+f"(out[15]),
-                 "+f"(out[16]), "+f"(out[17]), "+f"(out[18]), "+f"(out[19]),
-                 "+f"(out[20]), "+f"(out[21]), "+f"(out[22]), "+f"(out[23]),
-                 "+f"(out[24]), "+f"(out[25]), "+f"(out[26]), "+f"(out[27]),
-                 "+f"(out[28]), "+f"(out[29]), "+f"(out[30]), "+f"(out[31]),
-                 "+f"(out[32]), "+f"(out[33]), "+f"(out[34]), "+f"(out[35]),
-                 "+f"(out[36]), "+f"(out[37]), "+f"(out[38]), "+f"(out[39]),
-                 "+f"(out[40]), "+f"(out[41]), "+f"(out[42]), "+f"(out[43]),
-                 "+f"(out[44]), "+f"(out[45]), "+f"(out[46]), "+f"(out[47]),
-                 "+f"(out[48]), "+f"(out[49]), "+f"(out[50]), "+f"(out[51]),
-                 "+f"(out[52]), "+f"(out[53]), "+f"(out[54]), "+f"(out[55]),
-                 "+f"(out[56]), "+f"(out[57]), "+f"(out[58]), "+f"(out[59]),
-                 "+f"(out[60]), "+f"(out[61]), "+f"(out[62]), "+f"(out[63])
-               : "n"(kPending)
-               : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kPending) : "memory");
+#pragma unroll
+  for (float& each : out) {
+    asm volatile("" : "+f"(each) : : "memory");  // else the compiler may read it earlier
+  }
 }
 
 // out[64, 128] (+)= a[64, 16] b[128, 16]^T, bf16 in and float32 out, for the whole warpgroup.
@@ -110,21 +95,16 @@ __device__ __forceinline__ void multiply_64x128x16(float (&out)[64], uint64_t a,
       "%56, %57, %58, %59, %60, %61, %62, %63"
       "}, %64, %65, is_added, 1, 1, 0, 0;\n"
       "}\n"
-      : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3]),
-        "+f"(out[4]), "+f"(out[5]), "+f"(out[6]), "+f"(out[7]),
-        "+f"(out[8]), "+f"(out[9]), "+f"(out[10]), "+f"(out[11]),
-        "+f"(out[12]), "+f"(out[13]), "+f"(out[14]), "+f"(out[15]),
-        "+f"(out[16]), "+f"(out[17]), "+f"(out[18]), "+f"(out[19]),
-        "+f"(out[20]), "+f"(out[21]), "+f"(out[22]), "+f"(out[23]),
-        "+f"(out[24]), "+f"(out[25]), "+f"(out[26]), "+f"(out[27]),
-        "+f"(out[28]), "+f"(out[29]), "+f"(out[30]), "+f"(out[31]),
-        "+f"(out[32]), "+f"(out[33]), "+f"(out[34]), "+f"(out[35]),
-        "+f"(out[36]), "+f"(out[37]), "+f"(out[38]), "+f"(out[39]),
-        "+f"(out[40]), "+f"(out[41]), "+f"(out[42]), "+f"(out[43]),
-        "+f"(out[44]), "+f"(out[45]), "+f"(out[46]), "+f"(out[47]),
-        "+f"(out[48]), "+f"(out[49]), "+f"(out[50]), "+f"(out[51]),
-        "+f"(out[52]), "+f"(out[53]), "+f"(out[54]), "+f"(out[55]),
-        "+f"(out[56]), "+f"(out[57]), "+f"(out[58]), "+f"(out[59]),
+      : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3]), "+f"(out[4]), "+f"(out[5]),
+        "+f"(out[6]), "+f"(out[7]), "+f"(out[8]), "+f"(out[9]), "+f"(out[10]), "+f"(out[11]),
+        "+f"(out[12]), "+f"(out[13]), "+f"(out[14]), "+f"(out[15]), "+f"(out[16]), "+f"(out[17]),
+        "+f"(out[18]), "+f"(out[19]), "+f"(out[20]), "+f"(out[21]), "+f"(out[22]), "+f"(out[23]),
+        "+f"(out[24]), "+f"(out[25]), "+f"(out[26]), "+f"(out[27]), "+f"(out[28]), "+f"(out[29]),
+        "+f"(out[30]), "+f"(out[31]), "+f"(out[32]), "+f"(out[33]), "+f"(out[34]), "+f"(out[35]),
+        "+f"(out[36]), "+f"(out[37]), "+f"(out[38]), "+f"(out[39]), "+f"(out[40]), "+f"(out[41]),
+        "+f"(out[42]), "+f"(out[43]), "+f"(out[44]), "+f"(out[45]), "+f"(out[46]), "+f"(out[47]),
+        "+f"(out[48]), "+f"(out[49]), "+f"(out[50]), "+f"(out[51]), "+f"(out[52]), "+f"(out[53]),
+        "+f"(out[54]), "+f"(out[55]), "+f"(out[56]), "+f"(out[57]), "+f"(out[58]), "+f"(out[59]),
         "+f"(out[60]), "+f"(out[61]), "+f"(out[62]), "+f"(out[63])
       : "l"(a), "l"(b), "r"(static_cast<int>(is_added)));
 }

@@ -17,6 +17,7 @@ MOST_HEADS = 16
 MOST_KEYS = 262144
 MOST_SELECTED = 2048
 _CAPABILITY = (9, 0)
+_NAME = "megatron_keye::lightning_indexer"
 
 SCRATCH_BYTES = 2**30
 """Candidates, or scores of rows done over, that exist at once; tests shrink it."""
@@ -36,7 +37,7 @@ def _fake_lightning_indexer(
 
 
 if missing_reason() is None:
-    torch.library.register_fake("megatron_keye::lightning_indexer", _fake_lightning_indexer)
+    torch.library.register_fake(_NAME, _fake_lightning_indexer)
 
 
 def obstacle(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> str | None:
@@ -62,6 +63,8 @@ def obstacle(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> str | None:
     capability = torch.cuda.get_device_capability(q_TIJ.device)
     if capability != _CAPABILITY:
         return f"got a GPU of compute capability {capability}, expected {_CAPABILITY}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(_NAME, "CUDA"):
+        return "got an extension built without TORCH_CUDA_ARCH_LIST=9.0a, expected it with that"
     return None
 
 
