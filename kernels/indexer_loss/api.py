@@ -71,6 +71,7 @@ def dense_indexer_loss(
     key_SGC: Tensor,
     key_start_T: Tensor,
     key_end_T: Tensor,
+    attention_lse_TH: Tensor | None = None,
     *,
     scale: float,
     impl: str | None = None,
@@ -91,6 +92,8 @@ def dense_indexer_loss(
         key_start_T: int64, first key that a query may see, at least 0.
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
+        attention_lse_TH: From `dense_attention_with_lse` of the same queries, keys, ranges and
+            scale; saves "triton" a pass over all their logits ("eager" does without).
         scale: Factor of the attention's logits, usually C^-0.5.
         impl: One of DENSE_IMPLEMENTATIONS, or None for the default. "triton" takes heads of up to
             256 channels and is deterministic, gradients included.
@@ -113,9 +116,12 @@ def dense_indexer_loss(
     check_same_dtype(query_THC=query_THC, key_SGC=key_SGC)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
     check_key_ranges(q_TIJ, key_start_T, key_end_T)
+    if attention_lse_TH is not None:
+        check_shapes(query_THC=query_THC, attention_lse_TH=attention_lse_TH)
+        check_dtypes(FLOAT_DTYPES[:2], attention_lse_TH=attention_lse_TH)
     inputs = q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, key_start_T, key_end_T
     if chosen == "triton":
         autograd = import_module("megatron_keye.kernels.indexer_loss.autograd_dense")
-        kl_TG: Tensor = autograd.dense_indexer_loss(inputs, scale=scale)
+        kl_TG: Tensor = autograd.dense_indexer_loss(inputs, attention_lse_TH, scale=scale)
         return kl_TG
     return reference.dense_indexer_loss(*inputs, scale=scale)

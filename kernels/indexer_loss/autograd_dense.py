@@ -7,6 +7,7 @@ Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query h
 G key-value heads, C channels of a head, B tiles of queries.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -19,16 +20,18 @@ from megatron_keye.kernels.indexer_loss.triton_dense_lse import attention_lse
 from megatron_keye.kernels.indexer_loss.triton_dense_tiles import DenseInputs, span_tiles
 
 
-def dense_indexer_loss(tensors: tuple[Tensor, ...], *, scale: float) -> Tensor:
+def dense_indexer_loss(
+    tensors: tuple[Tensor, ...], attention_lse_TH: Tensor | None, *, scale: float
+) -> Tensor:
     """Return kl_TG; see api.dense_indexer_loss, whose order the tensors have."""
-    kl_TG: Tensor = _DenseLoss.apply(*DenseInputs(*tensors).checked(), scale)
+    kl_TG: Tensor = _DenseLoss.apply(*DenseInputs(*tensors).checked(), attention_lse_TH, scale)
     return kl_TG
 
 
 class _DenseLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs_and_scale: Any) -> Tensor:
-        *tensors, scale = inputs_and_scale
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, known_TH, scale = arguments
         inputs = DenseInputs(*tensors)
         num_queries, num_keys = inputs.sizes()
         ctx.scale, ctx.is_empty = scale, num_queries == 0 or num_keys == 0
@@ -40,7 +43,10 @@ class _DenseLoss(torch.autograd.Function):
                 device=inputs.q_TIJ.device,
             )
         spans_B4 = span_tiles(inputs.key_start_T, inputs.key_end_T, num_keys)
-        lse_TH = attention_lse(inputs, spans_B4, scale=scale)
+        if known_TH is None:
+            lse_TH = attention_lse(inputs, spans_B4, scale=scale)
+        else:
+            lse_TH = (known_TH.float() * math.log2(math.e)).contiguous()
         kl_TG, score_lse_T = dense_divergence(inputs, spans_B4, lse_TH, scale=scale)
         ctx.save_for_backward(*inputs, spans_B4, lse_TH, score_lse_T)
         return kl_TG
@@ -57,4 +63,4 @@ class _DenseLoss(torch.autograd.Function):
             gradients = dense_divergence_backward(
                 dkl_TG.contiguous(), inputs, *found, scale=ctx.scale
             )
-        return (*gradients, *(None,) * 5)
+        return (*gradients, *(None,) * 6)

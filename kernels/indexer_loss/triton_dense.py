@@ -38,7 +38,7 @@ def dense_divergence(
     Args:
         inputs: From `checked`.
         spans_B4: From `span_tiles`.
-        lse_TH: From `attention_lse`.
+        lse_TH: From `attention_lse`, or the same numbers known before; contiguous.
         scale: Factor of the attention's logits.
     """
     blocks = inputs.blocks(VALUE_BLOCKS)

@@ -21,7 +21,7 @@ from megatron_keye.decoder.norm import RMSNorm
 from megatron_keye.decoder.positions import rotate
 from megatron_keye.decoder.recall import measure_recall
 from megatron_keye.decoder.row import DecoderRow
-from megatron_keye.kernels.dense_attention import dense_attention
+from megatron_keye.kernels.dense_attention import dense_attention, dense_attention_with_lse
 from megatron_keye.kernels.indexer_loss import dense_indexer_loss, sparse_indexer_loss
 from megatron_keye.kernels.indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.lightning_indexer import lightning_indexer
@@ -203,7 +203,17 @@ class SparseSelfAttention(MegatronModule):
         return self._attach(out_THC, kl_TG, row)
 
     def _warm_up_indexer(self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow) -> Tensor:
-        out_THC = self._attend_densely(heads, row)
+        # Nothing but indexers learns, and the residual stream takes gradients to them: the
+        # backward pass of the attention, the dearest part of a long row, would be for nothing.
+        with torch.no_grad():
+            out_THC, lse_TH = dense_attention_with_lse(
+                heads.q_THC,
+                heads.k_SGC,
+                heads.v_SGC,
+                row.key_start_T,
+                row.key_end_T,
+                scale=self.head_dim**-0.5,
+            )
         if not torch.is_grad_enabled():
             return out_THC
         kl_TG = dense_indexer_loss(
@@ -214,6 +224,7 @@ class SparseSelfAttention(MegatronModule):
             heads.k_SGC.detach(),
             row.key_start_T,
             row.key_end_T,
+            lse_TH,
             scale=self.head_dim**-0.5,
         )
         return self._attach(out_THC, kl_TG, row)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_keye.kernels.indexer_loss import dense_indexer_loss
+from megatron_keye.kernels.dense_attention import dense_attention_with_lse
+from megatron_keye.kernels.indexer_loss import autograd_dense, dense_indexer_loss
 from tests.support.numerics import (
     assert_close,
     assert_norm_close,
@@ -102,6 +103,37 @@ def test_16_bit_inputs_span_several_tiles_and_blocks(
     inputs = make_inputs(140, 150, indexer=(1, 16), attention=(1, 1, 16), dtype=dtype)
     ranges = document_ranges(70, 3, 67)
     assert_equals_float64(*inputs, ranges, tolerance)
+
+
+def test_a_known_lse_takes_the_place_of_its_pass(
+    monkeypatch: pytest.MonkeyPatch, fill_new_with_nan: None
+) -> None:
+    indexer, attention = make_inputs(33, 40)
+    ranges = moved(odd_ranges(33, 40, seed=7), "triton")
+    found = loss_and_gradients(indexer, attention, ranges)
+    _, lse_TH = dense_attention_with_lse(
+        *attention, attention[1], *ranges, scale=SCALE, impl="eager"
+    )
+    monkeypatch.delattr(autograd_dense, "attention_lse")
+    inputs = trainable(indexer)
+    known_TG = dense_indexer_loss(*inputs, *attention, *ranges, lse_TH, scale=SCALE, impl="triton")
+    for actual, expected in zip(
+        [known_TG.detach(), *gradients(known_TG, *inputs)], found, strict=True
+    ):
+        assert_close(actual, expected, 2e-6)
+    is_empty_T = ranges[0] >= ranges[1]
+    assert is_empty_T.any() and not known_TG[is_empty_T].any(), "no keys, no loss"
+
+
+def test_a_misfit_of_the_known_lse_is_named() -> None:
+    indexer, attention = make_inputs(33, 40)
+    ranges = moved(odd_ranges(33, 40, seed=7), "triton")
+    lse_TH = attention[0][:, :3, 0]
+    with pytest.raises(ValueError, match="attention_lse_TH: got H = 3"):
+        dense_indexer_loss(*indexer, *attention, *ranges, lse_TH, scale=SCALE)
+    lse_TH = attention[0][:, :, 0].bfloat16()
+    with pytest.raises(ValueError, match="attention_lse_TH: got .*bfloat16"):
+        dense_indexer_loss(*indexer, *attention, *ranges, lse_TH, scale=SCALE)
 
 
 def test_small_upstream_gradients_survive_float16() -> None:
