@@ -200,7 +200,7 @@ class SparseSelfAttention(MegatronModule):
         )
         kl_TG = sparse_indexer_loss(scores_TK, target_TGK)
         measure_recall(heads.q_THC, heads.k_SGC, indices_TK, row)
-        return self._attach(out_THC, kl_TG, row)
+        return attach_loss(out_THC, self._add_up(kl_TG, row) * row.indexer_loss_weight)
 
     def _warm_up_indexer(self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow) -> Tensor:
         # Nothing but indexers learns, and the residual stream takes gradients to them: the
@@ -216,7 +216,7 @@ class SparseSelfAttention(MegatronModule):
             )
         if not torch.is_grad_enabled():
             return out_THC
-        kl_TG = dense_indexer_loss(
+        loss, kl_TG = dense_indexer_loss(
             indexer.q_TIJ,
             indexer.k_SJ,
             indexer.gate_TI,
@@ -224,15 +224,17 @@ class SparseSelfAttention(MegatronModule):
             heads.k_SGC.detach(),
             row.key_start_T,
             row.key_end_T,
+            row.is_real_T.double() * row.indexer_loss_weight,
             lse_TH,
             scale=self.head_dim**-0.5,
         )
-        return self._attach(out_THC, kl_TG, row)
+        self._add_up(kl_TG, row)
+        return attach_loss(out_THC, loss)
 
-    def _attach(self, out_THC: Tensor, kl_TG: Tensor, row: DecoderRow) -> Tensor:
-        """Add up the KL over real queries and this rank's groups, as the paper's formula does."""
+    def _add_up(self, kl_TG: Tensor, row: DecoderRow) -> Tensor:
+        """Report and return the KL of real queries and this rank's groups, the paper's formula."""
         kl_G = (kl_TG * row.is_real_T[:, None]).sum(dim=0)
         row.meter.show("indexer_kl", self.layer_number, kl_G)
         kl = kl_G.sum()
         row.meter.add("indexer_kl", kl)
-        return attach_loss(out_THC, kl * row.indexer_loss_weight)
+        return kl

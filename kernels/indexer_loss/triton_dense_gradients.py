@@ -1,8 +1,8 @@
-"""The warm-up's loss in Triton, backward: the gradient of the scores, and what it gives.
+"""What the gradient of the indexer's scores gives its queries, gates and keys, in Triton.
 
-Three kernels share the work, a chunk of rows at a time: one writes the scores' gradient of its
-tile, one adds it up over keys for the indexer's queries and gates, one over queries for its keys.
-Each sum has one owner and one order, so the gradients are the same bits at every call.
+Two kernels share the work, a chunk of rows at a time: one adds the scores' gradient up over keys
+for the indexer's queries and gates, one over queries for its keys. Each sum has one owner and one
+order, so the gradients are the same bits at every call.
 
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query heads,
 G key-value heads, C channels of a head, B tiles of queries.
@@ -13,57 +13,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_keye.kernels.indexer_loss.triton_dense_scores import write_score_gradient
 from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
     DenseInputs,
     is_spanned,
     launch_constants,
-    query_chunks,
 )
 from megatron_keye.kernels.launch import Blocks
 from megatron_keye.kernels.primitives import load_rows, store_rows
 
 QUERY_BLOCKS = Blocks(rows=64, keys=64, warps=4, stages=3, registers=128)
 KEY_BLOCKS = Blocks(rows=64, keys=64, warps=4, stages=3, registers=168)
-_WIDEST_BLOCK = 128
-"""Keys of the widest block; a row of the scores' gradient is a multiple of it."""
 
 
-def dense_divergence_backward(
-    dkl_TG: Tensor,
-    inputs: DenseInputs,
-    spans_B4: Tensor,
-    lse_TH: Tensor,
-    score_lse_T: Tensor,
-    *,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq_TIJ, dk_SJ and dgate_TI in the types of their inputs.
+class Gradients:
+    """Gradients of the indexer, filled a chunk of rows at a time."""
 
-    Args:
-        dkl_TG: Gradient of the loss, float32, contiguous.
-        inputs: As in `dense_divergence`.
-        spans_B4: Likewise.
-        lse_TH: Likewise.
-        score_lse_T: From `dense_divergence`.
-        scale: Factor of the attention's logits.
-    """
-    num_queries, num_keys = inputs.sizes()
-    dq_TIJ = torch.empty_like(inputs.q_TIJ, memory_format=torch.contiguous_format)
-    dgate_TI = torch.empty_like(inputs.gate_TI, memory_format=torch.contiguous_format)
-    dk_SJ = torch.zeros(inputs.k_SJ.shape, dtype=torch.float32, device=inputs.k_SJ.device)
-    width = triton.cdiv(num_keys, _WIDEST_BLOCK) * _WIDEST_BLOCK
-    # Not float16: a probability among 128K keys is too small for it.
-    is_wide = inputs.q_TIJ.dtype == torch.float32
-    dtype = torch.float32 if is_wide else torch.bfloat16
-    for first, last in query_chunks(num_queries, num_keys):
-        dscores_TS = dkl_TG.new_empty((last - first, width), dtype=dtype)
-        write_score_gradient(
-            dscores_TS, dkl_TG, inputs, spans_B4, lse_TH, score_lse_T, first, scale=scale
-        )
-        _add_over_keys(dq_TIJ, dgate_TI, dscores_TS, inputs, spans_B4, first)
-        _add_over_queries(dk_SJ, dscores_TS, inputs, spans_B4, first)
-    return dq_TIJ, dk_SJ.to(inputs.k_SJ.dtype), dgate_TI
+    def __init__(self, inputs: DenseInputs) -> None:
+        """Make room; chunks then come in any order, each once."""
+        contiguous = torch.contiguous_format
+        self.dq_TIJ = torch.empty_like(inputs.q_TIJ, memory_format=contiguous)
+        """Type of the queries."""
+        self.dk_SJ = torch.zeros(inputs.k_SJ.shape, dtype=torch.float32, device=inputs.k_SJ.device)
+        """float32, a sum over chunks."""
+        self.dgate_TI = torch.empty_like(inputs.gate_TI, memory_format=contiguous)
+        """Type of the gates."""
+
+    def add(self, dscores_TS: Tensor, inputs: DenseInputs, spans_B4: Tensor, first: int) -> None:
+        """Take the scores' gradient of the chunk that begins at query `first`."""
+        _add_over_keys(self.dq_TIJ, self.dgate_TI, dscores_TS, inputs, spans_B4, first)
+        _add_over_queries(self.dk_SJ, dscores_TS, inputs, spans_B4, first)
 
 
 def _add_over_keys(
