@@ -18,6 +18,8 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_fla
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _logger = logging.getLogger(__name__)
+_CUDNN_VERSION = 91501
+"""First whose results are right for lengths that 128 does not divide (pytorch issue 169849)."""
 _CUDNN_TOKENS = 4096
 """Of the shortest document for cuDNN, which plans anew for every length it has not seen yet."""
 _Ranges = tuple[weakref.ref[Tensor], int, int, int]
@@ -59,7 +61,7 @@ def takes(q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor) -> bool:
     if q_THC.device.type == "cpu":
         return True
     asked = _asked(*(tensor.transpose(0, 1)[None] for tensor in (q_THC, k_SGC, v_SGC)))
-    return can_use_cudnn_attention(asked) or can_use_flash_attention(asked)
+    return _cudnn_takes(asked) or can_use_flash_attention(asked)
 
 
 def dense_attention(
@@ -94,7 +96,7 @@ def _attend(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, scale: float) -> lis
         return list(attend(*heads, is_causal=True, scale=scale))
     asked = _asked(*heads)
     is_short = q_BHTC.shape[2] < _CUDNN_TOKENS and can_use_flash_attention(asked)
-    if can_use_cudnn_attention(asked) and not is_short:
+    if _cudnn_takes(asked) and not is_short:
         _log_operator("cuDNN")
         attend = operators._scaled_dot_product_cudnn_attention
         return list(attend(*heads, None, True, is_causal=True, scale=scale)[:2])
@@ -105,6 +107,11 @@ def _attend(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, scale: float) -> lis
 
 def _asked(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> SDPAParams:
     return SDPAParams(q_BHTC, k_BGTC, v_BGTC, None, 0.0, True, True)
+
+
+def _cudnn_takes(asked: SDPAParams) -> bool:
+    version = torch.backends.cudnn.version() or 0
+    return version >= _CUDNN_VERSION and can_use_cudnn_attention(asked)
 
 
 @functools.cache
