@@ -120,7 +120,8 @@ def score_tile(
             q_rows + head * q_stride_i, local * q_stride_t, is_query, CHANNELS, PADDED_CHANNELS
         )
         gate_places = gate_rows + head * gate_stride_i + local * gate_stride_t
-        weight = tl.load(gate_places, is_query, other=0.0).to(tl.float32)
+        half_weight = 0.5 * tl.load(gate_places, is_query, other=0.0).to(tl.float32)
         dots = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        scores += weight[:, None] * tl.maximum(dots, 0.0)
+        # x + |x| is 2 relu(x), to the bit, at twice the rate that Hopper has for a maximum.
+        scores += half_weight[:, None] * (dots + tl.abs(dots))
     return scores

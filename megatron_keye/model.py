@@ -106,7 +106,7 @@ class DecoderChunk(MegatronModule):
         indexer_loss_weight: float,
         meter: RowMeter,
         where: str,
-        phase: Phase | None = None,
+        phase: Phase,
     ) -> Tensor:
         """Run this chunk's layers on one row.
 
@@ -116,7 +116,7 @@ class DecoderChunk(MegatronModule):
             indexer_loss_weight: What one query's KL weighs beside one token's language loss.
             meter: Where layers report.
             where: Rank and samples, for messages.
-            phase: Which attention and which indexer loss run; None for the run's own phase.
+            phase: Which attention and which indexer loss run.
 
         Returns:
             The sum of the language loss over this rank's labels from the last chunk, a scalar;
@@ -129,9 +129,7 @@ class DecoderChunk(MegatronModule):
         hidden_SBD = self.block(
             hidden_SBD,
             attention_mask=None,
-            packed_seq_params=self._row(
-                batch, indexer_loss_weight, meter, phase or self.run.training.phase
-            ),
+            packed_seq_params=self._row(batch, indexer_loss_weight, meter, phase),
         )
         return self._loss(hidden_SBD, batch) if self.post_process else hidden_SBD
 

@@ -1,8 +1,12 @@
 """Grouped-query attention over every key of each query's range.
 
-Re-exports the operator's public function.
+Re-exports the operator's public functions.
 """
 
-from megatron_keye.kernels.dense_attention.api import IMPLEMENTATIONS, dense_attention
+from megatron_keye.kernels.dense_attention.api import (
+    IMPLEMENTATIONS,
+    dense_attention,
+    dense_attention_with_lse,
+)
 
-__all__ = ["IMPLEMENTATIONS", "dense_attention"]
+__all__ = ["IMPLEMENTATIONS", "dense_attention", "dense_attention_with_lse"]

@@ -18,7 +18,7 @@ from megatron_keye.kernels.arguments import (
 from megatron_keye.kernels.dense_attention import reference, sdpa
 
 IMPLEMENTATIONS = ("eager", "sdpa")
-"""What exists; "sdpa" is the default on a GPU for rows that it takes, "eager" otherwise."""
+"""What exists; "sdpa" is the default on a GPU for what it takes, "eager" otherwise."""
 
 
 def dense_attention(
@@ -31,6 +31,22 @@ def dense_attention(
     scale: float,
     impl: str | None = None,
 ) -> Tensor:
+    """Return the output alone of `dense_attention_with_lse`, which says all about both."""
+    return dense_attention_with_lse(
+        q_THC, k_SGC, v_SGC, key_start_T, key_end_T, scale=scale, impl=impl
+    )[0]
+
+
+def dense_attention_with_lse(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    *,
+    scale: float,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attend with every head of a query to all keys of that query's range.
 
     Query head h uses key-value head h // (H / G). Differentiable in `q_THC`, `k_SGC` and
@@ -44,30 +60,40 @@ def dense_attention(
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
         scale: Factor of the logits, usually C^-0.5.
-        impl: One of IMPLEMENTATIONS, or None for the default. "sdpa" is torch's own attention;
-            it takes rows of whole causal documents, T = S, and sums gradients in its own order.
-            To tell such rows, the ranges are read back to the host once.
+        impl: One of IMPLEMENTATIONS, or None for the default. "sdpa" is torch's own attention,
+            cuDNN's or FlashAttention; it takes rows of whole causal documents, T = S, on a GPU
+            in 16 bits and with heads of a multiple of 8 channels, and sums gradients in its own
+            order. To tell such rows, the ranges are read back to the host once.
 
     Returns:
-        out_THC, type of `q_THC`.
+        out_THC, type of `q_THC`, and lse_TH without a gradient, float32 (float64 for float64
+        inputs): natural logarithm of each head's sum of exponentials of the scaled logits, +inf
+        for a query with an empty range, so that exp(logit - lse) is its weight everywhere. In 16
+        bits "sdpa" gives it to about 1e-4.
 
     Raises:
-        ValueError: On shapes, types or devices that do not fit, ranges that "sdpa" does
-            not take, or an unknown `impl`.
+        ValueError: On shapes, types or devices that do not fit, inputs that "sdpa" does not
+            take, or an unknown `impl`.
     """
     sizes = check_shapes(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
     check_groups(sizes["H"], sizes["G"])
     check_same_dtype(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
     check_key_ranges(q_THC, key_start_T, key_end_T)
-    num_keys, lengths = k_SGC.shape[0], list[int]()
-    if impl == "sdpa" or (impl is None and q_THC.is_cuda):
-        lengths = sdpa.document_lengths(key_start_T, key_end_T, num_keys)
+    lengths = list[int]()
+    suits_sdpa = sdpa.takes(q_THC, k_SGC, v_SGC)
+    if impl == "sdpa" or (impl is None and q_THC.is_cuda and suits_sdpa):
+        lengths = sdpa.document_lengths(key_start_T, key_end_T, k_SGC.shape[0])
     chosen = choose_impl("dense_attention", impl, IMPLEMENTATIONS, "sdpa" if lengths else "eager")
-    if chosen == "sdpa":
-        if not lengths:
-            raise ValueError(
-                "key_start_T, key_end_T: got other ranges than causal documents that fill the "
-                "row, expected those with impl 'sdpa'; take impl='eager'"
-            )
-        return sdpa.dense_attention(q_THC, k_SGC, v_SGC, lengths, scale=scale)
-    return reference.dense_attention(q_THC, k_SGC, v_SGC, key_start_T, key_end_T, scale=scale)
+    if chosen == "eager":
+        return reference.dense_attention(q_THC, k_SGC, v_SGC, key_start_T, key_end_T, scale=scale)
+    if not lengths:
+        raise ValueError(
+            "key_start_T, key_end_T: got other ranges than causal documents that fill the "
+            "row, expected those with impl 'sdpa'; take impl='eager'"
+        )
+    if not suits_sdpa:
+        raise ValueError(
+            f"q_THC: got {q_THC.dtype} with C = {q_THC.shape[2]}, which neither cuDNN nor "
+            "FlashAttention takes here with impl 'sdpa'; take impl='eager'"
+        )
+    return sdpa.dense_attention(q_THC, k_SGC, v_SGC, lengths, scale=scale)

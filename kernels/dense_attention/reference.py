@@ -25,16 +25,16 @@ def dense_attention(
     key_end_T: Tensor,
     *,
     scale: float,
-) -> Tensor:
-    """Return out_THC; see api.dense_attention."""
+) -> tuple[Tensor, Tensor]:
+    """Return out_THC and lse_TH; see api.dense_attention_with_lse."""
     dtype = accumulation_dtype(q_THC)
-    (out_THC,) = map_row_chunks(
+    out_THC, lse_TH = map_row_chunks(
         functools.partial(_attend_rows, scale=scale),
         (q_THC, key_start_T, key_end_T),
         (k_SGC.to(dtype), v_SGC.to(dtype)),
         bytes_per_row=3 * q_THC.shape[1] * k_SGC.shape[0] * dtype.itemsize,
     )
-    return out_THC
+    return out_THC, lse_TH.detach()
 
 
 def attention_weights(
@@ -48,9 +48,13 @@ def attention_weights(
         in_range_TS: bool, which keys a query sees.
         scale: Factor of the logits.
     """
+    return masked_softmax(_logits(q_THC, k_SGC, scale), in_range_TS[:, None, None, :])
+
+
+def _logits(q_THC: Tensor, k_SGC: Tensor, scale: float) -> Tensor:
+    """Return the scaled logits [T, G, H, S] in the type of `k_SGC`."""
     q_TGHC = q_THC.to(k_SGC.dtype).unflatten(1, (k_SGC.shape[1], -1))
-    logits_TGHS = torch.einsum("tghc,sgc->tghs", q_TGHC, k_SGC) * scale
-    return masked_softmax(logits_TGHS, in_range_TS[:, None, None, :])
+    return torch.einsum("tghc,sgc->tghs", q_TGHC, k_SGC) * scale
 
 
 def _attend_rows(
@@ -61,9 +65,11 @@ def _attend_rows(
     v_SGC: Tensor,
     *,
     scale: float,
-) -> tuple[Tensor]:
-    """Return out_THC of one chunk of rows; keys come in the accumulation type."""
-    in_range_TS = keys_in_range(key_start_T, key_end_T, k_SGC.shape[0])
-    weights_TGHS = attention_weights(q_THC, k_SGC, in_range_TS, scale=scale)
-    out_TGHC = torch.einsum("tghs,sgc->tghc", weights_TGHS, v_SGC)
-    return (out_TGHC.flatten(1, 2).to(q_THC.dtype),)
+) -> tuple[Tensor, Tensor]:
+    """Return out_THC and lse_TH of one chunk of rows; keys come in the accumulation type."""
+    mask_TGHS = keys_in_range(key_start_T, key_end_T, k_SGC.shape[0])[:, None, None, :]
+    logits_TGHS = _logits(q_THC, k_SGC, scale)
+    out_TGHC = torch.einsum("tghs,sgc->tghc", masked_softmax(logits_TGHS, mask_TGHS), v_SGC)
+    lse_TGH = logits_TGHS.detach().masked_fill(~mask_TGHS, -torch.inf).logsumexp(dim=3)
+    lse_TGH.masked_fill_(lse_TGH.isneginf(), torch.inf)
+    return out_TGHC.flatten(1, 2).to(q_THC.dtype), lse_TGH.flatten(1, 2)

@@ -1,19 +1,27 @@
-"""Dense attention through torch's scaled_dot_product_attention, where the ranges allow it.
+"""Dense attention through the operators behind torch's scaled_dot_product_attention.
 
-torch's fast backends know a causal document, not a range for each query. A row that consists of
-causal documents is cut into them; any other row has no such form.
+Those know a causal document, not a range for each query: a row that consists of causal documents
+is cut into them, any other row has no such form. They are called by name because the public
+function gives no log-sum-exp, and chooses by an order that other parts of a program may change.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head, B is 1.
 """
 
+import functools
+import logging
 import weakref
 from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
+_logger = logging.getLogger(__name__)
+_CUDNN_VERSION = 91501
+"""First whose results are right for lengths that 128 does not divide (pytorch issue 169849)."""
+_CUDNN_TOKENS = 4096
+"""Of the shortest document for cuDNN, which plans anew for every length it has not seen yet."""
 _Ranges = tuple[weakref.ref[Tensor], int, int, int]
 _remembered: MutableMapping[Tensor, tuple[_Ranges, list[int]]] = WeakTensorKeyDictionary()
 """Ends of ranges -> (starts and versions, lengths of documents): all layers of a row ask again."""
@@ -48,10 +56,18 @@ def document_lengths(key_start_T: Tensor, key_end_T: Tensor, num_keys: int) -> l
     return lengths
 
 
+def takes(q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor) -> bool:
+    """Return whether one of the operators takes such a document, and may be used."""
+    if q_THC.device.type == "cpu":
+        return True
+    asked = _asked(*(tensor.transpose(0, 1)[None] for tensor in (q_THC, k_SGC, v_SGC)))
+    return _cudnn_takes(asked) or can_use_flash_attention(asked)
+
+
 def dense_attention(
     q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor, lengths: list[int], *, scale: float
-) -> Tensor:
-    """Return out_THC; see api.dense_attention.
+) -> tuple[Tensor, Tensor]:
+    """Return out_THC and lse_TH; see api.dense_attention_with_lse.
 
     Args:
         q_THC: Queries.
@@ -60,13 +76,45 @@ def dense_attention(
         lengths: Of the documents, in order; they add up to T.
         scale: Factor of the logits.
     """
-    pieces = []
+    outs_THC, lses_TH = [], []
     for q, k, v in zip(
         q_THC.split(lengths), k_SGC.split(lengths), v_SGC.split(lengths), strict=True
     ):
         q_BHTC, k_BGTC, v_BGTC = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-        out_BHTC = scaled_dot_product_attention(
-            q_BHTC, k_BGTC, v_BGTC, is_causal=True, scale=scale, enable_gqa=True
-        )
-        pieces.append(out_BHTC[0].transpose(0, 1))
-    return torch.cat(pieces)
+        out_BHTC, lse = _attend(q_BHTC, k_BGTC, v_BGTC, scale)
+        outs_THC.append(out_BHTC[0].transpose(0, 1))
+        # cuDNN's has one more dimension, of size 1.
+        lses_TH.append(lse.reshape(q_BHTC.shape[1:3]).T)
+    return torch.cat(outs_THC), torch.cat(lses_TH).detach()
+
+
+def _attend(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, scale: float) -> list[Tensor]:
+    """Return out_BHTC and the natural log-sum-exp of one causal document."""
+    heads, operators = (q_BHTC, k_BGTC, v_BGTC), torch.ops.aten
+    if q_BHTC.device.type == "cpu":
+        attend = operators._scaled_dot_product_flash_attention_for_cpu
+        return list(attend(*heads, is_causal=True, scale=scale))
+    asked = _asked(*heads)
+    is_short = q_BHTC.shape[2] < _CUDNN_TOKENS and can_use_flash_attention(asked)
+    if _cudnn_takes(asked) and not is_short:
+        _log_operator("cuDNN")
+        attend = operators._scaled_dot_product_cudnn_attention
+        return list(attend(*heads, None, True, is_causal=True, scale=scale)[:2])
+    _log_operator("FlashAttention")
+    attend = operators._scaled_dot_product_flash_attention
+    return list(attend(*heads, is_causal=True, scale=scale)[:2])
+
+
+def _asked(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> SDPAParams:
+    return SDPAParams(q_BHTC, k_BGTC, v_BGTC, None, 0.0, True, True)
+
+
+def _cudnn_takes(asked: SDPAParams) -> bool:
+    version = torch.backends.cudnn.version() or 0
+    return version >= _CUDNN_VERSION and can_use_cudnn_attention(asked)
+
+
+@functools.cache
+def _log_operator(name: str) -> None:
+    """Name what runs once a process: at 128K cuDNN takes 254 ms, FlashAttention 435."""
+    _logger.info("dense_attention: torch's %s runs", name)

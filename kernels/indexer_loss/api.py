@@ -1,8 +1,7 @@
 """Public functions of the indexer's losses: contract, checks and choice of implementation.
 
 Two functions, one a training phase: the warm-up teaches the indexer from all keys, the sparse
-phase from the selected ones. Values are per query and group, so that the caller masks padding,
-weighs and sums.
+phase from the selected ones.
 
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query heads,
 G key-value heads, C channels of a head, K selected keys.
@@ -71,16 +70,21 @@ def dense_indexer_loss(
     key_SGC: Tensor,
     key_start_T: Tensor,
     key_end_T: Tensor,
+    weight_T: Tensor,
+    attention_lse_TH: Tensor | None = None,
     *,
     scale: float,
     impl: str | None = None,
-) -> Tensor:
-    """Return KL(dense attention of a group || softmax of the indexer's scores), over the range.
+) -> tuple[Tensor, Tensor]:
+    """Return a weighted sum of KL(dense attention of a group || softmax of the indexer's scores).
 
-    The target is each head's dense softmax over the query's range, averaged over the H / G heads
-    of the group; `query_THC` and `key_SGC` get no gradient. Differentiable in `q_TIJ`, `k_SJ` and
-    `gate_TI`, with memory linear in the row's length. All inputs must be finite. A query with an
-    empty range has loss 0.
+    Both are over a query's range. The attention is the mean of the softmax of the group's H / G
+    heads; `query_THC` and `key_SGC` get no gradient. The sum is differentiable in `q_TIJ`, `k_SJ`
+    and `gate_TI`, with memory linear in the row's length. All inputs must be finite. A query with
+    an empty range has loss 0.
+
+    The weights come in because "triton" makes the gradients in the forward pass: both need the
+    same products, and those of keys add up over weighted queries.
 
     Args:
         q_TIJ: Indexer queries, any float type.
@@ -91,12 +95,16 @@ def dense_indexer_loss(
         key_start_T: int64, first key that a query may see, at least 0.
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
+        weight_T: What a query's divergences weigh in the sum, any float type, finite.
+        attention_lse_TH: From `dense_attention_with_lse` of the same queries, keys, ranges and
+            scale; saves "triton" a pass over all their logits ("eager" does without).
         scale: Factor of the attention's logits, usually C^-0.5.
         impl: One of DENSE_IMPLEMENTATIONS, or None for the default. "triton" takes heads of up to
             256 channels and is deterministic, gradients included.
 
     Returns:
-        kl_TG, float32 (float64 for float64 inputs), in nats.
+        The sum over queries and groups, a scalar, and kl_TG without a gradient and unweighted;
+        float32 (float64 for float64 inputs), in nats.
 
     Raises:
         ValueError: On shapes, types or devices that do not fit, or an unknown `impl`.
@@ -113,9 +121,14 @@ def dense_indexer_loss(
     check_same_dtype(query_THC=query_THC, key_SGC=key_SGC)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
     check_key_ranges(q_TIJ, key_start_T, key_end_T)
+    check_shapes(q_TIJ=q_TIJ, weight_T=weight_T)
+    check_dtypes(FLOAT_DTYPES, weight_T=weight_T)
+    if attention_lse_TH is not None:
+        check_shapes(query_THC=query_THC, attention_lse_TH=attention_lse_TH)
+        check_dtypes(FLOAT_DTYPES[:2], attention_lse_TH=attention_lse_TH)
     inputs = q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, key_start_T, key_end_T
     if chosen == "triton":
         autograd = import_module("megatron_keye.kernels.indexer_loss.autograd_dense")
-        kl_TG: Tensor = autograd.dense_indexer_loss(inputs, scale=scale)
-        return kl_TG
-    return reference.dense_indexer_loss(*inputs, scale=scale)
+        loss, kl_TG = autograd.dense_indexer_loss(inputs, weight_T, attention_lse_TH, scale=scale)
+        return loss, kl_TG
+    return reference.dense_indexer_loss(*inputs, weight_T, scale=scale)

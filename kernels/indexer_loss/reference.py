@@ -40,10 +40,11 @@ def dense_indexer_loss(
     key_SGC: Tensor,
     key_start_T: Tensor,
     key_end_T: Tensor,
+    weight_T: Tensor,
     *,
     scale: float,
-) -> Tensor:
-    """Return kl_TG; see api.dense_indexer_loss."""
+) -> tuple[Tensor, Tensor]:
+    """Return loss and kl_TG; see api.dense_indexer_loss."""
     dtype = accumulation_dtype(q_TIJ, k_SJ, gate_TI, query_THC, key_SGC)
     num_matrices = q_TIJ.shape[1] + query_THC.shape[1]
     (kl_TG,) = map_row_chunks(
@@ -52,7 +53,7 @@ def dense_indexer_loss(
         (k_SJ.to(dtype), key_SGC.detach().to(dtype)),
         bytes_per_row=3 * num_matrices * k_SJ.shape[0] * dtype.itemsize,
     )
-    return kl_TG
+    return (weight_T.detach().to(dtype)[:, None] * kl_TG).sum(), kl_TG.detach()
 
 
 def _divergence_rows(

@@ -1,8 +1,9 @@
-"""The warm-up's loss in Triton, forward: the value, tile by tile.
+"""The warm-up's loss in Triton: the value and the gradient of the scores, tile by tile.
 
 A program takes one tile of queries and keys, adds up the heads' weights and the indexer's scores
-in registers, and leaves a few numbers for each of its queries. Queries are streamed, a group's
-keys stay: its heads share them. Rows come in chunks whose queries stay in the L2 cache.
+in registers, leaves a few numbers for each of its queries and, where something learns, the tile's
+gradient. Queries are streamed, a group's keys stay: its heads share them. Rows come in chunks
+whose queries stay in the L2 cache.
 
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query heads,
 G key-value heads, C channels of a head, B tiles of queries, N blocks of keys.
@@ -15,7 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_keye.kernels.indexer_loss.triton_dense_gradients import Gradients
+from megatron_keye.kernels.indexer_loss.triton_dense_scores import score_lse
 from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
+    LN_2,
+    LOG2_E,
+    WIDEST_BLOCK,
     DenseInputs,
     is_spanned,
     launch_constants,
@@ -26,56 +32,91 @@ from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
 from megatron_keye.kernels.launch import Blocks
 from megatron_keye.kernels.primitives import fast_log2, load_rows, score_tile
 
-VALUE_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=3)
-LN_2 = tl.constexpr(math.log(2))
+LOSS_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=3)
+"""Its keys are at least those of the blocks that read the gradient which it wrote."""
 
 
 def dense_divergence(
-    inputs: DenseInputs, spans_B4: Tensor, lse_TH: Tensor, *, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return kl_TG, and float32 log-sum-exp of the indexer's scores [T], +inf without any key.
+    inputs: DenseInputs,
+    weight_T: Tensor,
+    spans_B4: Tensor,
+    lse_TH: Tensor,
+    *,
+    scale: float,
+    with_gradients: bool,
+) -> tuple[Tensor, Gradients | None]:
+    """Return kl_TG and the gradients of its weighted sum.
+
+    The gradient of the scores is the one matrix of queries by keys that is written down, a chunk
+    of rows at a time: making it anew for each sum over it would cost twice the target's work.
 
     Args:
         inputs: From `checked`.
+        weight_T: float32, what each query's loss weighs in the sum; contiguous.
         spans_B4: From `span_tiles`.
-        lse_TH: From `attention_lse`.
+        lse_TH: From `attention_lse`, or the same numbers known before; contiguous.
         scale: Factor of the attention's logits.
+        with_gradients: Whether gradients are wanted.
     """
-    blocks = inputs.blocks(VALUE_BLOCKS)
     num_queries, num_keys = inputs.sizes()
     num_groups = inputs.key_SGC.shape[1]
-    num_blocks = triton.cdiv(num_keys, blocks.keys)
     kl_TG = lse_TH.new_empty((num_queries, num_groups))
-    score_lse_T = lse_TH.new_empty(num_queries)
+    gradients = Gradients(inputs) if with_gradients else None
+    width = triton.cdiv(num_keys, WIDEST_BLOCK) * WIDEST_BLOCK
+    # Not float16: a probability among 128K keys is too small for it.
+    is_wide = inputs.q_TIJ.dtype == torch.float32
+    dtype = torch.float32 if is_wide else torch.bfloat16
     for first, last in query_chunks(num_queries, num_keys):
-        terms_NTG = lse_TH.new_empty((num_blocks, last - first, num_groups))
-        lse_NT = lse_TH.new_empty((num_blocks, last - first))
-        _value_kernel[(triton.cdiv(last - first, blocks.rows), num_blocks)](
-            *inputs.score_arguments(),
-            *inputs.attention_arguments(),
-            inputs.key_start_T,
-            inputs.key_end_T,
-            spans_B4,
-            lse_TH,
-            terms_NTG,
-            lse_NT,
-            first,
-            last,
-            num_keys,
-            scale * math.log2(math.e),
-            inputs.q_TIJ.shape[2] ** -0.5 * math.log2(math.e),
-            **inputs.constants(),
-            **launch_constants(blocks),
+        dscores_TS = lse_TH.new_empty((last - first if gradients else 0, width), dtype=dtype)
+        kl_TG[first:last] = _chunk_divergence(
+            inputs, weight_T, spans_B4, lse_TH, dscores_TS, first, last, scale=scale
         )
-        lse_T = torch.logsumexp(lse_NT, dim=0)
-        has_keys_T = lse_T > -torch.inf
-        kl_TG[first:last] = terms_NTG.sum(0) + lse_T.where(has_keys_T, 0)[:, None]
-        score_lse_T[first:last] = lse_T.where(has_keys_T, torch.inf)
-    return kl_TG, score_lse_T
+        if gradients is not None:
+            gradients.add(dscores_TS, inputs, spans_B4, first)
+    return kl_TG, gradients
+
+
+def _chunk_divergence(
+    inputs: DenseInputs,
+    weight_T: Tensor,
+    spans_B4: Tensor,
+    lse_TH: Tensor,
+    dscores_TS: Tensor,
+    first: int,
+    last: int,
+    *,
+    scale: float,
+) -> Tensor:
+    """Return kl_TG of one chunk; write where a tile's span reaches, if `dscores_TS` has rows."""
+    blocks = inputs.blocks(LOSS_BLOCKS)
+    num_blocks = triton.cdiv(inputs.sizes()[1], blocks.keys)
+    terms_NTG = lse_TH.new_empty((num_blocks, last - first, inputs.key_SGC.shape[1]))
+    _loss_kernel[(triton.cdiv(last - first, blocks.rows), num_blocks)](
+        *inputs.score_arguments(),
+        *inputs.attention_arguments(),
+        inputs.key_start_T,
+        inputs.key_end_T,
+        spans_B4,
+        lse_TH,
+        score_lse(inputs, spans_B4, first, last),
+        weight_T,
+        terms_NTG,
+        dscores_TS,
+        first,
+        last,
+        inputs.sizes()[1],
+        dscores_TS.stride(0),
+        scale * math.log2(math.e),
+        inputs.q_TIJ.shape[2] ** -0.5 * math.log2(math.e),
+        **inputs.constants(),
+        **launch_constants(blocks),
+        WITH_GRADIENT=len(dscores_TS) > 0,
+    )
+    return terms_NTG.sum(0)
 
 
 @triton.jit
-def _value_kernel(
+def _loss_kernel(
     q: tl.tensor,
     k: tl.tensor,
     gate: tl.tensor,
@@ -94,11 +135,14 @@ def _value_kernel(
     key_end: tl.tensor,
     spans: tl.tensor,
     lse: tl.tensor,
-    terms: tl.tensor,
     score_lse: tl.tensor,
+    weight: tl.tensor,
+    terms: tl.tensor,
+    dscores: tl.tensor,
     first: int,
     last: int,
     num_keys: int,
+    dscores_stride_t: int,
     scale_log2: float,
     score_scale_log2: float,
     GROUPS: tl.constexpr,
@@ -111,6 +155,7 @@ def _value_kernel(
     TILE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
 ) -> None:
     query = first + tl.program_id(0).to(tl.int64) * BLOCK_T
     key = tl.program_id(1).to(tl.int64) * BLOCK_S
@@ -139,13 +184,11 @@ def _value_kernel(
             INDEXER_CHANNELS,
             PADDED_INDEXER_CHANNELS,
         )
+        row_lse = tl.load(score_lse + (query - first) + local, is_query, other=float("inf"))
+        scores -= row_lse[:, None] * LOG2_E
         start, end = load_ranges(key_start + query, key_end + query, local, is_query, key)
         is_visible = (place[None, :] >= start[:, None]) & (place[None, :] < end[:, None])
-        visible = tl.where(is_visible, scores, -float("inf"))
-        top = tl.max(visible, 1)
-        top = tl.where(top > -float("inf"), top, 0.0)
-        total = tl.sum(tl.exp2(visible - top[:, None]), 1)
-        tl.store(score_lse + row, (top + tl.log2(total)) * LN_2, is_query)
+        total = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
         share = tl.full([BLOCK_T], 1.0 / HEADS, tl.float32)
         for group in range(GROUPS):
             key_tile = load_rows(
@@ -171,12 +214,20 @@ def _value_kernel(
                 CHANNELS,
                 PADDED_CHANNELS,
             )
-            target = tl.where(is_visible, target, 0.0)
+            if WITH_GRADIENT:
+                total += target
             # 0 log 0 is 0; no target that counts lies below the smallest normal number.
             divergence = target * (fast_log2(tl.maximum(target, 1.2e-38)) - scores)
+            # Only now: whatever lies outside the ranges, inf and NaN too, is dropped at once.
+            divergence = tl.where(is_visible, divergence, 0.0)
             tl.store(terms + row * GROUPS + group, tl.sum(divergence, 1) * LN_2, is_query)
+        if WITH_GRADIENT:
+            factor = tl.load(weight + query + local, is_query, other=0.0)
+            dscore = factor[:, None] * (GROUPS * tl.exp2(scores) - total)
+            dscore = tl.where(is_visible, dscore, 0.0).to(dscores.dtype.element_ty)
+            corner = dscores + (query - first) * dscores_stride_t + key
+            places = corner + local[:, None] * dscores_stride_t + place[None, :]
+            tl.store(places, dscore, is_query[:, None])
     else:
-        nothing = tl.zeros([BLOCK_T], tl.float32)
-        tl.store(score_lse + row, nothing - float("inf"), is_query)
         for group in range(GROUPS):
-            tl.store(terms + row * GROUPS + group, nothing, is_query)
+            tl.store(terms + row * GROUPS + group, tl.zeros([BLOCK_T], tl.float32), is_query)

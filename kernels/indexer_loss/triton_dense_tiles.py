@@ -4,6 +4,7 @@ Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query h
 G key-value heads, C channels of a head, B tiles of queries.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,6 +21,10 @@ TILE_QUERIES = 128
 CHUNK_BYTES = 2**28
 """Bytes of one chunk's gradient of the scores: 1,024 rows of 128K keys, no slower than more."""
 FLOAT32_BLOCKS = Blocks(rows=32, keys=32, warps=4, stages=1)
+WIDEST_BLOCK = 128
+"""Keys of the widest block; a row of the scores' gradient is a multiple of it."""
+LN_2 = tl.constexpr(math.log(2))
+LOG2_E = tl.constexpr(math.log2(math.e))
 _MOST_CHANNELS = 256
 
 

@@ -73,7 +73,13 @@ class RunConfig:
             self.data.row_tokens,
             f"a multiple of {share}, so that tensor x context ranks get equal parts",
         )
-
+        check(
+            self.training.dense_up_to < self.data.row_tokens,
+            "training.dense_up_to",
+            self.training.dense_up_to,
+            f"less than data.row_tokens = {self.data.row_tokens}, or no row would teach the "
+            'indexer; for that, take training.phase="dense"',
+        )
         check(
             not self.data.feature_cache or "vision" not in self.training.trained_parts,
             "data.feature_cache",

@@ -75,6 +75,10 @@ class TrainingConfig:
     phase: Phase = "sparse"
     """"dense": plain attention, no indexer. "indexer_warmup": plain attention, only the indexer
     learns, from all keys. "sparse": attention over the selected keys, everything learns."""
+    dense_up_to: int = 0
+    """In the sparse phase, rows whose longest document has at most so many tokens (padding counts
+    as a document) attend densely and their indexer rests; 0 for none, since only the user knows
+    whether longer rows are left to teach the indexer."""
     indexer_loss_weight: float = 1.0
     """Weight lambda of the indexer's KL loss, a mean over queries and a sum over layers and
     key-value groups, beside the mean language loss. It reaches no parameter but the indexer's."""
@@ -103,11 +107,26 @@ class TrainingConfig:
         check(self.rows_per_step > 0, "training.rows_per_step", self.rows_per_step, "1 or more")
         phases = ("dense", "indexer_warmup", "sparse")
         check(self.phase in phases, "training.phase", self.phase, f"one of {phases}")
+        check(self.dense_up_to >= 0, "training.dense_up_to", self.dense_up_to, "0 or more")
+        check(
+            self.dense_up_to == 0 or self.phase == "sparse",
+            "training.dense_up_to",
+            self.dense_up_to,
+            '0 unless training.phase is "sparse"',
+        )
         precisions = ("fp64", "fp32", "bf16")
         check(self.precision in precisions, "training.precision", self.precision, f"{precisions}")
         unknown = [part for part in self.frozen if part not in PARTS]
         check(not unknown, "training.frozen", self.frozen, f"parts out of {PARTS}")
         check(bool(self.trained_parts), "training.frozen", self.frozen, "a part that still learns")
+
+    def row_phase(self, longest_document: int) -> Phase:
+        """Return the phase in which a row runs.
+
+        Args:
+            longest_document: Tokens of the row's longest document, 1 or more.
+        """
+        return "dense" if longest_document <= self.dense_up_to else self.phase
 
     @property
     def trained_parts(self) -> tuple[Part, ...]:

@@ -81,3 +81,8 @@ class PackedRow:
     def num_loss_tokens(self) -> int:
         """Positions that have a label."""
         return int((self.labels != IGNORED_LABEL).sum())
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document, padding included."""
+        return int(np.diff(self.document_bounds).max())

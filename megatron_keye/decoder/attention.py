@@ -21,7 +21,7 @@ from megatron_keye.decoder.norm import RMSNorm
 from megatron_keye.decoder.positions import rotate
 from megatron_keye.decoder.recall import measure_recall
 from megatron_keye.decoder.row import DecoderRow
-from megatron_keye.kernels.dense_attention import dense_attention
+from megatron_keye.kernels.dense_attention import dense_attention, dense_attention_with_lse
 from megatron_keye.kernels.indexer_loss import dense_indexer_loss, sparse_indexer_loss
 from megatron_keye.kernels.indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.lightning_indexer import lightning_indexer
@@ -200,13 +200,23 @@ class SparseSelfAttention(MegatronModule):
         )
         kl_TG = sparse_indexer_loss(scores_TK, target_TGK)
         measure_recall(heads.q_THC, heads.k_SGC, indices_TK, row)
-        return self._attach(out_THC, kl_TG, row)
+        return attach_loss(out_THC, self._add_up(kl_TG, row) * row.indexer_loss_weight)
 
     def _warm_up_indexer(self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow) -> Tensor:
-        out_THC = self._attend_densely(heads, row)
+        # Nothing but indexers learns, and the residual stream takes gradients to them: the
+        # backward pass of the attention, the dearest part of a long row, would be for nothing.
+        with torch.no_grad():
+            out_THC, lse_TH = dense_attention_with_lse(
+                heads.q_THC,
+                heads.k_SGC,
+                heads.v_SGC,
+                row.key_start_T,
+                row.key_end_T,
+                scale=self.head_dim**-0.5,
+            )
         if not torch.is_grad_enabled():
             return out_THC
-        kl_TG = dense_indexer_loss(
+        loss, kl_TG = dense_indexer_loss(
             indexer.q_TIJ,
             indexer.k_SJ,
             indexer.gate_TI,
@@ -214,14 +224,17 @@ class SparseSelfAttention(MegatronModule):
             heads.k_SGC.detach(),
             row.key_start_T,
             row.key_end_T,
+            row.is_real_T.double() * row.indexer_loss_weight,
+            lse_TH,
             scale=self.head_dim**-0.5,
         )
-        return self._attach(out_THC, kl_TG, row)
+        self._add_up(kl_TG, row)
+        return attach_loss(out_THC, loss)
 
-    def _attach(self, out_THC: Tensor, kl_TG: Tensor, row: DecoderRow) -> Tensor:
-        """Add up the KL over real queries and this rank's groups, as the paper's formula does."""
+    def _add_up(self, kl_TG: Tensor, row: DecoderRow) -> Tensor:
+        """Report and return the KL of real queries and this rank's groups, the paper's formula."""
         kl_G = (kl_TG * row.is_real_T[:, None]).sum(dim=0)
         row.meter.show("indexer_kl", self.layer_number, kl_G)
         kl = kl_G.sum()
         row.meter.add("indexer_kl", kl)
-        return attach_loss(out_THC, kl * row.indexer_loss_weight)
+        return kl

@@ -123,6 +123,7 @@ class Decoding:
                 indexer_loss_weight=indexer_loss_weight,
                 meter=meter,
                 where=f"rank {self._rank}, row of {', '.join(row.sample_names) or 'padding'}",
+                phase=self._run.training.row_phase(row.longest_document),
             )
         recorder.backward_of(output, label)
         return output, partial(self._report, meter=meter)

@@ -234,7 +234,8 @@ class Forecast:
         """Return one layer's forward pass of a row, on one device."""
         decoder = self._run.model.decoder
         flops = self._run.data.row_tokens * token_flops(decoder)
-        flops += attention_flops(row.document_lengths, decoder, self._run.training.phase)
+        phase = self._run.training.row_phase(max(row.document_lengths))
+        flops += attention_flops(row.document_lengths, decoder, phase)
         return flops / (self._speeds.decoder_tflops * 1e12)
 
     def _pass_seconds(self, place: DecoderPlace, step: Pass) -> float:

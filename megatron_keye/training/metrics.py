@@ -34,11 +34,11 @@ class StepMetrics:
     loss: float
     """Language loss, mean over the tokens that have one, in nats."""
     indexer_kl: float
-    """KL of the attention against the indexer, mean over queries, groups and layers, in nats; NaN
-    in the dense phase."""
+    """KL of the attention against the indexer, mean over queries, groups and layers, in nats; over
+    rows that do not attend densely, NaN without any."""
     indexer_recall: float
-    """Share of dense attention mass on the selected keys, over sampled queries; NaN unless
-    sparse."""
+    """Share of dense attention mass on the selected keys, over sampled queries of sparse
+    rows; NaN without any."""
     router_load: float
     """Tokens of the busiest expert over the mean, averaged over layers; 1 is even."""
     gradient_norm: float
@@ -79,6 +79,7 @@ def collect_metrics(
     *,
     loss_tokens: int,
     queries: int,
+    indexer_queries: int,
     tokens: int,
     outcome: StepOutcome,
     learning_rate: float,
@@ -93,6 +94,7 @@ def collect_metrics(
         run: Sizes and degrees.
         loss_tokens: Tokens of the global batch that have a label.
         queries: Real tokens of the global batch.
+        indexer_queries: Those of them whose rows have an indexer loss.
         tokens: All tokens of the global batch, padding too.
         outcome: Of the optimizer.
         learning_rate: Of the step.
@@ -102,12 +104,11 @@ def collect_metrics(
     """
     sums, times, counts_LE = _exchange(meter, router_load, seconds, device)
     decoder = run.model.decoder
-    kl_terms = queries * decoder.num_kv_heads * decoder.num_layers
-    has_kl = run.training.phase != "dense" and queries > 0
+    kl_terms = indexer_queries * decoder.num_kv_heads * decoder.num_layers
     nan = float("nan")
     return StepMetrics(
         loss=sums["language_loss"] / loss_tokens if loss_tokens else nan,
-        indexer_kl=sums["indexer_kl"] / kl_terms if has_kl else nan,
+        indexer_kl=sums["indexer_kl"] / kl_terms if kl_terms else nan,
         indexer_recall=sums["recall"] / sums["recall_queries"] if sums["recall_queries"] else nan,
         router_load=float((counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1)).mean()),
         gradient_norm=outcome.gradient_norm,

@@ -44,7 +44,9 @@ def balanced_order(
     cost = vision_cost(run.model.vision, run.parallel.vision)
     costs = [
         RowCost(
-            attention=attention_flops(lengths, run.model.decoder, run.training.phase),
+            attention=attention_flops(
+                lengths, run.model.decoder, run.training.row_phase(max(lengths))
+            ),
             vision=sum(map(cost.of_frame, patches)),
         )
         for lengths, patches in sizes
@@ -176,3 +178,10 @@ def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:
 def num_real_queries(rows: list[PackedRow]) -> int:
     """Return the positions of a global batch that are not padding."""
     return int(np.sum([row.num_real_tokens for row in rows]))
+
+
+def num_indexer_queries(rows: list[PackedRow], run: RunConfig) -> int:
+    """Return those of them that teach the indexer."""
+    return num_real_queries(
+        [row for row in rows if run.training.row_phase(row.longest_document) != "dense"]
+    )

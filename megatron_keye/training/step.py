@@ -23,6 +23,7 @@ from megatron_keye.training.learning_rate import learning_rate
 from megatron_keye.training.metrics import StepMetrics, collect_metrics, decode_sums
 from megatron_keye.training.microbatch import (
     balance_rows,
+    num_indexer_queries,
     num_real_queries,
     plan_rows,
     returns_gradients,
@@ -37,6 +38,7 @@ class _Counts:
 
     loss_tokens: int
     queries: int
+    indexer_queries: int
     tokens: int
 
     @property
@@ -108,7 +110,7 @@ class TrainingStep:
         started = time.perf_counter()
         planned = self._take_planned(rows)
         meter = RowMeter()
-        counts = _count(rows)
+        counts = _count(rows, self._run)
         self._optimizer.zero_gradients()
         self._router_load.reset()
         self._encode_and_decode(planned, meter, counts, recorder)
@@ -124,6 +126,7 @@ class TrainingStep:
             self._run,
             loss_tokens=counts.loss_tokens,
             queries=counts.queries,
+            indexer_queries=counts.indexer_queries,
             tokens=counts.tokens,
             outcome=outcome,
             learning_rate=rate,
@@ -212,15 +215,16 @@ class TrainingStep:
             recorder,
             # All gradients are divided by the loss tokens at the end; these factors turn the
             # other losses into means over queries and over tokens.
-            indexer_loss_weight=weight * counts.divisor / max(1, counts.queries),
+            indexer_loss_weight=weight * counts.divisor / max(1, counts.indexer_queries),
             balance_loss_scale=counts.divisor / counts.tokens,
         )
         self._decoder_seconds = time.perf_counter() - started
 
 
-def _count(rows: list[PackedRow]) -> _Counts:
+def _count(rows: list[PackedRow], run: RunConfig) -> _Counts:
     return _Counts(
         loss_tokens=sum(row.num_loss_tokens for row in rows),
         queries=num_real_queries(rows),
+        indexer_queries=num_indexer_queries(rows, run),
         tokens=sum(len(row.token_ids) for row in rows),
     )

@@ -48,10 +48,11 @@ def run_layer(
     )
     scores_TK = selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK, impl=impl)
     sparse_TG = sparse_indexer_loss(scores_TK, target_TGK, impl=impl)
-    dense_TG = dense_indexer_loss(
-        q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, *ranges, scale=SCALE, impl=impl
+    weight_T = torch.ones(LENGTH, device=q_TIJ.device)
+    dense, _ = dense_indexer_loss(
+        q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, *ranges, weight_T, scale=SCALE, impl=impl
     )
-    return out_THC.square().sum() + sparse_TG.sum() + dense_TG.sum(), indices_TK
+    return out_THC.square().sum() + sparse_TG.sum() + dense, indices_TK
 
 
 @pytest.mark.slow

@@ -6,9 +6,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_keye.kernels import row_chunks
-from megatron_keye.kernels.dense_attention import dense_attention
+from megatron_keye.kernels.dense_attention import dense_attention, dense_attention_with_lse
 from tests.support.numerics import (
     assert_close,
+    assert_norm_close,
     document_ranges,
     gradients,
     loop_attention,
@@ -68,6 +69,81 @@ def test_sdpa_equals_eager_on_documents() -> None:
             gradients(sdpa_THC, *inputs), gradients(eager_THC, *inputs), strict=True
         ):
             assert_close(actual, expected, 1e-12)
+
+
+def loop_lse(q_THC: Tensor, k_SGC: Tensor, ranges: tuple[Tensor, Tensor]) -> Tensor:
+    """Return lse_TH, a query and a head at a time."""
+    lse_TH = torch.full(q_THC.shape[:2], torch.inf, dtype=q_THC.dtype)
+    per_group = q_THC.shape[1] // k_SGC.shape[1]
+    for query, keys in enumerate(ranges_listed(*ranges)):
+        for head in range(q_THC.shape[1] if keys else 0):
+            logits_S = SCALE * k_SGC[keys, head // per_group] @ q_THC[query, head]
+            lse_TH[query, head] = logits_S.exp().sum().log()
+    return lse_TH
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-4)]
+)
+def test_lse_equals_loops(dtype: torch.dtype, tolerance: float) -> None:
+    q_THC, k_SGC, v_SGC = make_inputs(dtype)
+    odd = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=9)
+    out_THC, lse_TH = dense_attention_with_lse(
+        q_THC.requires_grad_(), k_SGC, v_SGC, *odd, scale=SCALE
+    )
+    assert lse_TH.dtype == torch.promote_types(dtype, torch.float32), "type"
+    assert out_THC.requires_grad and not lse_TH.requires_grad, "the output alone has gradients"
+    q_THC = q_THC.detach()
+    wanted_TH = loop_lse(q_THC.double(), k_SGC.double(), odd)
+    is_empty_T = odd[0] >= odd[1]
+    assert is_empty_T.any() and (lse_TH[is_empty_T] == torch.inf).all(), "+inf without keys"
+    assert_close(lse_TH[~is_empty_T], wanted_TH[~is_empty_T], tolerance)
+    k_SGC, v_SGC = k_SGC[:NUM_QUERIES], v_SGC[:NUM_QUERIES]
+    for lengths in ((NUM_QUERIES,), (1, 20, 42)):
+        ranges = document_ranges(*lengths)
+        _, lse_TH = dense_attention_with_lse(
+            q_THC, k_SGC, v_SGC, *ranges, scale=SCALE, impl="sdpa"
+        )
+        assert lse_TH.dtype == torch.promote_types(dtype, torch.float32), "type of sdpa"
+        assert_close(lse_TH, loop_lse(q_THC.double(), k_SGC.double(), ranges), tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("lengths", [(1, 127, 400), (4097,), (4500, 30, 4200)])
+def test_a_gpus_operators_equal_eager_on_documents(lengths: tuple[int, ...]) -> None:
+    """Documents on both sides of where cuDNN begins, of lengths that no tile divides."""
+    length = sum(lengths)
+    shapes = [(length, 8, 128), (length, 2, 128), (length, 2, 128)]
+    inputs = trainable(
+        tuple(
+            make_tensor(*shape, seed=seed, dtype=torch.bfloat16).cuda()
+            for seed, shape in enumerate(shapes)
+        )
+    )
+    ranges = tuple(bound.cuda() for bound in document_ranges(*lengths))
+    got, wanted = (
+        dense_attention_with_lse(*tensors, *ranges, scale=128**-0.5, impl=impl)
+        for tensors, impl in ((inputs, "sdpa"), ([t.float() for t in inputs], "eager"))
+    )
+    assert_close(got[0].float(), wanted[0], 2e-2)
+    assert_close(got[1], wanted[1], 1e-4)
+    for actual, expected in zip(
+        gradients(got[0], *inputs), gradients(wanted[0], *inputs), strict=True
+    ):
+        assert_norm_close(actual, expected, 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_sdpa_refuses_what_no_operator_takes() -> None:
+    q_THC, k_SGC, v_SGC = (tensor.cuda().float() for tensor in make_inputs())
+    same = q_THC, k_SGC[:NUM_QUERIES], v_SGC[:NUM_QUERIES]
+    ranges = tuple(bound.cuda() for bound in document_ranges(NUM_QUERIES))
+    with pytest.raises(ValueError, match="neither cuDNN nor FlashAttention takes"):
+        dense_attention(*same, *ranges, scale=SCALE, impl="sdpa")
+    eager_THC = dense_attention(*same, *ranges, scale=SCALE, impl="eager")
+    assert torch.equal(dense_attention(*same, *ranges, scale=SCALE), eager_THC), "the default"
 
 
 def test_sdpa_refuses_other_ranges() -> None:

@@ -160,10 +160,10 @@ def test_keys_past_two_to_the_31_elements() -> None:
 
     def attend(k_SGC: Tensor) -> list[Tensor]:
         heads = q_THC, k_SGC, k_SGC
-        rest = q_THC, k_SGC, *ranges
+        rest = q_THC, k_SGC, *ranges, torch.ones(len(q_THC), device=q_THC.device)
         return [
             sparse_attention(*heads, indices_TK, scale=SCALE, impl="triton")[0],
-            dense_indexer_loss(q_TIJ, k_SJ, gate_TI, *rest, scale=SCALE, impl="triton"),
+            dense_indexer_loss(q_TIJ, k_SJ, gate_TI, *rest, scale=SCALE, impl="triton")[1],
         ]
 
     near = [*score(k_SJ), *attend(k_SGC)]

@@ -48,6 +48,11 @@ def make_attention(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     )
 
 
+def weights(num_queries: int) -> Tensor:
+    """Return weight_T of a fixed weighting of queries."""
+    return make_tensor(num_queries, seed=98)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-4)]
 )
@@ -55,9 +60,11 @@ def test_dense_loss_equals_loops(dtype: torch.dtype, tolerance: float) -> None:
     indexer, (query_THC, key_SGC) = make_indexer(dtype), make_attention(dtype)
     ranges = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=6)
     keys = ranges_listed(*ranges)
-    kl_TG = dense_indexer_loss(*indexer, query_THC, key_SGC, *ranges, scale=SCALE)
+    weight_T = weights(NUM_QUERIES)
+    loss, kl_TG = dense_indexer_loss(*indexer, query_THC, key_SGC, *ranges, weight_T, scale=SCALE)
     _, target = loop_attention(query_THC, key_SGC, key_SGC, keys, SCALE)
-    assert kl_TG.dtype == torch.promote_types(dtype, torch.float32), "loss type"
+    assert loss.dtype == kl_TG.dtype == torch.promote_types(dtype, torch.float32), "types"
+    assert_close(loss, (weight_T[:, None] * kl_TG).sum(), 1e-5)
     assert_close(kl_TG, loop_divergence(target, loop_scores(*indexer, *ranges), keys), tolerance)
 
 
@@ -98,10 +105,14 @@ def test_selecting_everything_gives_the_dense_loss() -> None:
     indices_TK = select_top_k(any_scores_TS, *ranges, NUM_KEYS)
     _, target_TGK = sparse_attention(query_THC, key_SGC, key_SGC, indices_TK, scale=SCALE)
     sparse_TG = sparse_indexer_loss(selected_indexer_scores(*indexer, indices_TK), target_TGK)
-    dense_TG = dense_indexer_loss(*indexer, query_THC, key_SGC, *ranges, scale=SCALE)
+    weight_T = weights(NUM_QUERIES)
+    dense, dense_TG = dense_indexer_loss(
+        *indexer, query_THC, key_SGC, *ranges, weight_T, scale=SCALE
+    )
     assert_close(sparse_TG, dense_TG, 1e-12)
+    sparse = (weight_T[:, None] * sparse_TG).sum()
     for actual, expected in zip(
-        gradients(sparse_TG, *indexer), gradients(dense_TG, *indexer), strict=True
+        *(torch.autograd.grad(loss, indexer) for loss in (sparse, dense)), strict=True
     ):
         assert_close(actual, expected, 1e-12)
 
@@ -113,9 +124,8 @@ def test_gradients_equal_finite_differences() -> None:
     start_T, end_T = torch.tensor([0, 2, 3, 0, 6]), torch.tensor([7, 5, 3, 1, 7])
 
     def dense(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor) -> Tensor:
-        return dense_indexer_loss(
-            q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, start_T, end_T, scale=SCALE
-        )
+        rest = query_THC, key_SGC, start_T, end_T, weights(5)
+        return dense_indexer_loss(q_TIJ, k_SJ, gate_TI, *rest, scale=SCALE)[0]
 
     indices_TK = odd_selection(5, 7, 4, seed=9)
     _, target_TGK = sparse_attention(query_THC, key_SGC, key_SGC, indices_TK, scale=SCALE)
@@ -155,7 +165,10 @@ def test_only_the_indexer_learns() -> None:
     indexer = trainable(make_indexer())
     attention = trainable(make_attention())
     ranges = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=13)
-    dense_indexer_loss(*indexer, *attention, *ranges, scale=SCALE).sum().backward()
+    weight_T = weights(NUM_QUERIES).requires_grad_()
+    loss, kl_TG = dense_indexer_loss(*indexer, *attention, *ranges, weight_T, scale=SCALE)
+    loss.backward()
+    assert weight_T.grad is None and not kl_TG.requires_grad, "weights and report are detached"
     is_empty_T = ranges[0] >= ranges[1]
     for tensor in indexer:
         assert tensor.grad is not None and tensor.grad.isfinite().all(), "finite gradients"
@@ -174,8 +187,10 @@ def test_results_are_invariant_to_the_chunk_size(monkeypatch: pytest.MonkeyPatch
     ranges = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=15)
 
     def everything() -> list[Tensor]:
-        kl_TG = dense_indexer_loss(*indexer, *attention, *ranges, scale=SCALE)
-        return [kl_TG, *gradients(kl_TG, *indexer)]
+        loss, kl_TG = dense_indexer_loss(
+            *indexer, *attention, *ranges, weights(NUM_QUERIES), scale=SCALE
+        )
+        return [kl_TG, *torch.autograd.grad(loss, indexer)]
 
     whole = everything()
     monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 100_000)
@@ -202,10 +217,8 @@ def test_memory_of_the_dense_loss_grows_linearly() -> None:
         k_SJ, gate_TI = make_tensor(length, 4, seed=17), make_tensor(length, 2, seed=18)
         indexer = trainable((q_TIJ, k_SJ, gate_TI))
         query_THC, key_SGC = make_tensor(length, 2, 4, seed=19), make_tensor(length, 1, 4, seed=20)
-        ranges = document_ranges(length)
-        return saved_elements(
-            lambda: dense_indexer_loss(*indexer, query_THC, key_SGC, *ranges, scale=SCALE)
-        )
+        rest = query_THC, key_SGC, *document_ranges(length), weights(length)
+        return saved_elements(lambda: dense_indexer_loss(*indexer, *rest, scale=SCALE)[0])
 
     assert kept(512) <= 2.1 * kept(256), "twice the length, twice the memory"
 
@@ -213,16 +226,16 @@ def test_memory_of_the_dense_loss_grows_linearly() -> None:
 def test_packed_documents_do_not_see_each_other() -> None:
     q_TIJ, k_SJ, gate_TI = make_indexer()
     query_THC, key_SGC = make_attention()
-    both_TG = dense_indexer_loss(
-        q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, *document_ranges(20, 43), scale=SCALE
-    )
-    alone_TG = dense_indexer_loss(
+    rest = query_THC, key_SGC, *document_ranges(20, 43), weights(NUM_QUERIES)
+    _, both_TG = dense_indexer_loss(q_TIJ, k_SJ, gate_TI, *rest, scale=SCALE)
+    _, alone_TG = dense_indexer_loss(
         q_TIJ[20:],
         k_SJ[20:63],
         gate_TI[20:],
         query_THC[20:],
         key_SGC[20:63],
         *document_ranges(43),
+        weights(43),
         scale=SCALE,
     )
     assert_close(both_TG[20:], alone_TG, 1e-12)
@@ -237,4 +250,6 @@ def test_a_misfit_is_named() -> None:
     indexer, (query_THC, key_SGC) = make_indexer(), make_attention()
     ranges = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=19)
     with pytest.raises(ValueError, match="key_SGC: got S = 99"):
-        dense_indexer_loss(*indexer, query_THC, key_SGC[1:], *ranges, scale=SCALE)
+        dense_indexer_loss(
+            *indexer, query_THC, key_SGC[1:], *ranges, weights(NUM_QUERIES), scale=SCALE
+        )

@@ -4,13 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_keye.kernels.indexer_loss import dense_indexer_loss
+from megatron_keye.kernels.dense_attention import dense_attention_with_lse
+from megatron_keye.kernels.indexer_loss import (
+    autograd_dense,
+    dense_indexer_loss,
+    triton_dense,
+)
 from tests.support.numerics import (
     assert_close,
     assert_norm_close,
     device,
     document_ranges,
-    gradients,
     make_tensor,
     moved,
     odd_ranges,
@@ -46,20 +50,30 @@ def make_inputs(
 
 
 def loss_and_gradients(
-    indexer: Inputs, attention: Attention, ranges: tuple[Tensor, Tensor], impl: str = "triton"
+    indexer: Inputs,
+    attention: Attention,
+    ranges: tuple[Tensor, Tensor],
+    impl: str = "triton",
+    lse_TH: Tensor | None = None,
 ) -> list[Tensor]:
-    """Return kl_TG, dq_TIJ, dk_SJ and dgate_TI; in float64 with impl "eager"."""
+    """Return kl_TG, dq_TIJ, dk_SJ and dgate_TI of a fixed weighting; in float64 with "eager"."""
     dtype = torch.float64 if impl == "eager" else indexer[0].dtype
     q_TIJ, k_SJ, gate_TI = (tensor.detach().to(dtype) for tensor in indexer)
     inputs = trainable((q_TIJ, k_SJ, gate_TI))
-    kl_TG = dense_indexer_loss(
+    (weight_T,) = moved((make_tensor(len(q_TIJ), seed=98),), "triton")
+    loss, kl_TG = dense_indexer_loss(
         *inputs,
         *(tensor.to(dtype) for tensor in attention),
         *moved(ranges, "triton"),
+        weight_T,
+        lse_TH,
         scale=SCALE,
         impl=impl,
     )
-    return [kl_TG.detach(), *gradients(kl_TG, *inputs)]
+    assert loss.dtype == kl_TG.dtype == torch.promote_types(dtype, torch.float32), "types"
+    assert_close(loss.detach(), (weight_T[:, None] * kl_TG).sum(), 1e-5)
+    # Any other upstream gradient than 1 shows whether it is used.
+    return [kl_TG, *torch.autograd.grad(-2.5 * loss, inputs)]
 
 
 def assert_equals_float64(
@@ -104,18 +118,68 @@ def test_16_bit_inputs_span_several_tiles_and_blocks(
     assert_equals_float64(*inputs, ranges, tolerance)
 
 
+def test_a_known_lse_takes_the_place_of_its_pass(
+    monkeypatch: pytest.MonkeyPatch, fill_new_with_nan: None
+) -> None:
+    indexer, attention = make_inputs(33, 40)
+    ranges = moved(odd_ranges(33, 40, seed=7), "triton")
+    found = loss_and_gradients(indexer, attention, ranges)
+    _, lse_TH = dense_attention_with_lse(
+        *attention, attention[1], *ranges, scale=SCALE, impl="eager"
+    )
+    monkeypatch.delattr(autograd_dense, "attention_lse")
+    known = loss_and_gradients(indexer, attention, ranges, lse_TH=lse_TH)
+    for actual, expected in zip(known, found, strict=True):
+        assert_close(actual, expected, 2e-6)
+    is_empty_T = ranges[0] >= ranges[1]
+    assert is_empty_T.any() and not known[0][is_empty_T].any(), "no keys, no loss"
+
+
+def test_nothing_that_learns_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    indexer, attention = make_inputs(33, 40)
+    ranges = odd_ranges(33, 40, seed=7)
+    kl_TG, *_ = loss_and_gradients(indexer, attention, ranges)
+    monkeypatch.delattr(triton_dense, "Gradients")
+    arguments = (*attention, *moved((*ranges, torch.ones(33)), "triton"))
+    for inputs in (indexer, trainable(indexer)):
+        with torch.no_grad():
+            loss, alone_TG = dense_indexer_loss(*inputs, *arguments, scale=SCALE, impl="triton")
+        assert not loss.requires_grad and torch.equal(alone_TG, kl_TG), "the same bits"
+    with pytest.raises(NameError, match="Gradients"):
+        dense_indexer_loss(*trainable(indexer), *arguments, scale=SCALE, impl="triton")
+
+
+def test_a_misfit_of_what_is_known_is_named() -> None:
+    indexer, attention = make_inputs(33, 40)
+    ranges = moved(odd_ranges(33, 40, seed=7), "triton")
+    weight_T = attention[0][:, 0, 0]
+    lse_TH = attention[0][:, :3, 0]
+    with pytest.raises(ValueError, match="attention_lse_TH: got H = 3"):
+        dense_indexer_loss(*indexer, *attention, *ranges, weight_T, lse_TH, scale=SCALE)
+    lse_TH = attention[0][:, :, 0].bfloat16()
+    with pytest.raises(ValueError, match="attention_lse_TH: got .*bfloat16"):
+        dense_indexer_loss(*indexer, *attention, *ranges, weight_T, lse_TH, scale=SCALE)
+    with pytest.raises(ValueError, match="weight_T: got T = 32"):
+        dense_indexer_loss(*indexer, *attention, *ranges, weight_T[1:], scale=SCALE)
+
+
 def test_small_upstream_gradients_survive_float16() -> None:
     indexer, attention = make_inputs(
         20, 40, indexer=(1, 16), attention=(1, 1, 16), dtype=torch.float16
     )
     q_TIJ, k_SJ, gate_TI = trainable(indexer)
-    ranges = moved((torch.zeros(20, dtype=torch.int64), torch.full((20,), 40)), "triton")
-    kl_TG = dense_indexer_loss(
-        q_TIJ, k_SJ, 1e3 * gate_TI, *attention, *ranges, scale=SCALE, impl="triton"
+    ranges = torch.zeros(20, dtype=torch.int64), torch.full((20,), 40), torch.ones(20)
+    loss, _ = dense_indexer_loss(
+        q_TIJ,
+        k_SJ,
+        1e3 * gate_TI,
+        *attention,
+        *moved(ranges, "triton"),
+        scale=SCALE,
+        impl="triton",
     )
     whole, small = (
-        torch.autograd.grad(kl_TG, k_SJ, torch.full_like(kl_TG, factor), retain_graph=True)[0]
-        for factor in (1.0, 1e-5)
+        torch.autograd.grad(factor * loss, k_SJ, retain_graph=True)[0] for factor in (1.0, 1e-5)
     )
     assert_norm_close(small.double() * 1e5, whole, 2e-2)
 
@@ -191,14 +255,17 @@ def test_chunks_and_strides_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> No
 def test_only_the_indexer_learns_and_calls_repeat_bit_by_bit() -> None:
     indexer, attention = make_inputs(20, 20, attention=(1, 1, 8))
     inputs, (query_THC, key_SGC) = trainable(indexer), trainable(attention)
-    ranges = moved(document_ranges(20), "triton")
+    rest = moved((*document_ranges(20), torch.ones(20)), "triton")
+    rest[2].requires_grad_()
 
     def once() -> tuple[Tensor, ...]:
-        kl_TG = dense_indexer_loss(
-            *inputs, query_THC, key_SGC, *ranges, scale=SCALE, impl="triton"
+        loss, kl_TG = dense_indexer_loss(
+            *inputs, query_THC, key_SGC, *rest, scale=SCALE, impl="triton"
         )
-        kl_TG.sum().backward()
-        assert query_THC.grad is None and key_SGC.grad is None, "the attention is detached"
+        assert not kl_TG.requires_grad, "a report"
+        loss.backward()
+        for tensor in (query_THC, key_SGC, rest[2]):
+            assert tensor.grad is None, "attention and weights are detached"
         found = tuple(tensor.grad for tensor in inputs)
         for tensor in inputs:
             tensor.grad = None
@@ -210,7 +277,7 @@ def test_only_the_indexer_learns_and_calls_repeat_bit_by_bit() -> None:
 
 def test_triton_refuses_what_it_cannot_do() -> None:
     indexer, attention = make_inputs(3, 5, dtype=torch.float64)
-    ranges = moved(odd_ranges(3, 5, seed=9), "triton")
+    ranges = moved((*odd_ranges(3, 5, seed=9), torch.ones(3)), "triton")
     with pytest.raises(ValueError, match="q_TIJ: got torch.float64, expected float32"):
         dense_indexer_loss(*indexer, *attention, *ranges, scale=SCALE, impl="triton")
     indexer, attention = make_inputs(3, 5, attention=(1, 1, 257))
@@ -238,11 +305,11 @@ def test_memory_grows_linearly_up_to_128k() -> None:
 
         indexer = trainable((normal(length, 2, 16), normal(length, 16), normal(length, 2)))
         attention = normal(length, 2, 16), normal(length, 1, 16)
-        ranges = moved(document_ranges(length), "triton")
+        ranges = moved((*document_ranges(length), torch.ones(length)), "triton")
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        kl_TG = dense_indexer_loss(*indexer, *attention, *ranges, scale=SCALE, impl="triton")
-        kl_TG.sum().backward()
+        loss, _ = dense_indexer_loss(*indexer, *attention, *ranges, scale=SCALE, impl="triton")
+        loss.backward()
         return torch.cuda.max_memory_allocated() - before
 
     shorter, longer = peak(65_536), peak(131_072)

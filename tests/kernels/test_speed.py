@@ -9,7 +9,6 @@ times its forward. Dense attention is torch SDPA's cuDNN backend, keys repeated 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_keye.kernels.dense_attention import dense_attention, dense_attention_with_lse
 from megatron_keye.kernels.indexer_loss import dense_indexer_loss, sparse_indexer_loss
 from megatron_keye.kernels.indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.lightning_indexer import cuda, lightning_indexer
@@ -31,6 +31,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.benchmark]
 HEADS, GROUPS, CHANNELS = 32, 4, 128
 INDEXER_HEADS, INDEXER_CHANNELS = 16, 64
 TOP_K = 2048
+CROSSOVER = 32768
+"""Tokens up to which the README says that dense attention is faster."""
 SCALE = CHANNELS**-0.5
 ROWS = [
     (8192, "local"),
@@ -220,25 +222,50 @@ def test_sparse_indexer_loss(row: Row, recorder: Recorder) -> None:
     recorder.time("indexer_loss_backward", "triton", backward, fields=row.fields, flop=3 * flop)
 
 
-def test_dense_indexer_loss(row: Row, recorder: Recorder) -> None:
-    """The warm-up's loss: all products of attention and indexer, and the indexer's gradients."""
-    query_THC, key_SGC = (tensor.detach() for tensor in row.heads[:2])
-    loss = partial(
-        dense_indexer_loss,
-        *row.indexer,
-        query_THC,
-        key_SGC,
-        *causal(row.length),
-        scale=SCALE,
-        impl="triton",
-    )
+@pytest.mark.parametrize("lse_given", [False, True])
+def test_dense_indexer_loss(row: Row, recorder: Recorder, lse_given: bool) -> None:
+    """The warm-up's loss with its gradients, which the forward pass makes.
+
+    With "+lse" the attention's log-sum-exp is known, as the decoder hands it over.
+    """
+    query_THC, key_SGC, value_SGC = (tensor.detach() for tensor in row.heads)
+    ranges = causal(row.length)
+    lse_TH = dense_attention_with_lse(query_THC, key_SGC, value_SGC, *ranges, scale=SCALE)[1]
+    weight_T = torch.ones(row.length, device="cuda")
+
+    def loss() -> tuple[Tensor, ...]:
+        total, _ = dense_indexer_loss(
+            *row.indexer,
+            query_THC,
+            key_SGC,
+            *ranges,
+            weight_T,
+            lse_TH if lse_given else None,
+            scale=SCALE,
+            impl="triton",
+        )
+        return torch.autograd.grad(total, row.indexer)
+
     scores_flop = 2 * INDEXER_HEADS * INDEXER_CHANNELS * row.pairs
     logits_flop = 2 * HEADS * CHANNELS * row.pairs
-    flop = 2 * logits_flop + scores_flop
-    time_beside_dense(recorder, row, "dense_indexer_loss_forward", loss, flop=flop)
-    flop = logits_flop + 4 * scores_flop
-    backward = gradients_of(loss, row.indexer)
-    time_beside_dense(recorder, row, "dense_indexer_loss_backward", backward, flop=flop)
+    # Scores twice, their products with dscores twice, and again for the mask of each.
+    flop = (1 if lse_given else 2) * logits_flop + 6 * scores_flop
+    impl = "triton+lse" if lse_given else "triton"
+    time_beside_dense(recorder, row, "dense_indexer_loss", loss, flop=flop, impl=impl)
+
+
+def test_dense_layer_up_to_the_crossover(row: Row, recorder: Recorder) -> None:
+    """What a row of short documents runs with `training.dense_up_to` at the crossover."""
+    if row.length > CROSSOVER:
+        pytest.skip(f"rows above {CROSSOVER} tokens attend sparsely")
+
+    def layer() -> tuple[Tensor, ...]:
+        out_THC = dense_attention(*row.heads, *causal(row.length), scale=SCALE, impl="sdpa")
+        return torch.autograd.grad(out_THC, row.heads, torch.ones_like(out_THC))
+
+    flop = 14 * HEADS * CHANNELS * row.pairs
+    both = ("forward", "backward")
+    time_beside_dense(recorder, row, "dense_layer", layer, flop=flop, passes=both, impl="sdpa")
 
 
 def test_whole_layer(row: Row, recorder: Recorder) -> None:

@@ -74,6 +74,17 @@ def test_every_phase_trains_as_one_rank(phase: str) -> None:
     assert_same_training(got, expected)
 
 
+@pytest.mark.parametrize(
+    "degrees",
+    [{"pipeline": 2, "chunks_per_stage": 2, "data": 2}, {"tensor": 2, "context": 2}],
+    ids=["pipeline x data", "tensor x context"],
+)
+def test_dense_rows_beside_sparse_ones_train_as_one_rank(degrees: dict[str, int]) -> None:
+    training = {"dense_up_to": 34}
+    expected = train(tiny_run(training=training))
+    assert_same_training(train(tiny_run(**degrees, training=training)), expected)
+
+
 def test_text_alone_trains_beside_idle_vision_ranks() -> None:
     batches = [text_rows(0), mixed_rows(1), text_rows(2)]
     expected = train(tiny_run(), batches)

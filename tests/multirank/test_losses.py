@@ -1,5 +1,6 @@
 """Which loss trains what: language loss and indexer loss never mix."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from megatron_keye.parallel.grid import DecoderPlace
 from megatron_keye.training.microbatch import cut_row
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import ROW_TOKENS, mixed_rows, text_rows, tiny_model, tiny_run
-from tests.support.train import WEIGHT_TOLERANCE, build_step, let_go, train
+from tests.support.train import WEIGHT_TOLERANCE, Trained, build_step, let_go, train
 
 PLAIN = OptimizerConfig(learning_rate=1e-2, clip_gradient_norm=0.0, weight_decay=0.0, epsilon=1e-4)
 """No clipping and no decay, by which one loss could touch another's weights."""
@@ -60,6 +61,29 @@ def test_warm_up_trains_the_indexer_alone_and_lowers_its_loss() -> None:
     assert trained.metrics[-1].indexer_kl < 0.8 * trained.metrics[0].indexer_kl
 
 
+def test_rows_of_short_documents_attend_densely_and_their_indexer_rests() -> None:
+    rows = mixed_rows(0)
+    assert [row.longest_document for row in rows] == [35, 35, 21, 34]
+
+    def trained(rows: list[PackedRow], **training: object) -> Trained:
+        options = {"optimizer": PLAIN, "rows_per_step": len(rows), **training}
+        return train(tiny_run(training=options), [rows])
+
+    short, dense = trained(rows[2:], dense_up_to=34), trained(rows[2:], phase="dense")
+    changed = short.changed(dense)
+    assert not changed, "the very weights of the dense phase, the indexer's too"
+    assert short.metrics[0].loss == dense.metrics[0].loss
+    assert math.isnan(short.metrics[0].indexer_kl) and math.isnan(short.metrics[0].indexer_recall)
+    mixed, long = trained(rows, dense_up_to=34), trained(rows[:2])
+    assert mixed.metrics[0].indexer_kl == pytest.approx(long.metrics[0].indexer_kl, rel=1e-6)
+    assert mixed.metrics[0].indexer_recall == long.metrics[0].indexer_recall
+    for name, weight in long.weights.items():
+        if "indexer" in name:
+            # The balancing loss and the language loss have other divisors; the indexer's has not.
+            worst = float((mixed.weights[name] - weight).abs().max())
+            assert worst <= WEIGHT_TOLERANCE, f"{name} differs by {worst:.2e}"
+
+
 def test_frozen_decoder_still_trains_the_projector() -> None:
     training = {"optimizer": PLAIN, "frozen": ("vision", "decoder", "indexer")}
     trained = train(tiny_run(vision_ranks=1, training=training))
@@ -88,7 +112,12 @@ def _backward_flops(run_json: str) -> float:
     batch = cut_row(row, run, DecoderPlace(tensor=0, context=0, data=0, pipeline=0))
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
         model.chunks[0](
-            batch, torch.empty(0, 32), indexer_loss_weight=0.0, meter=RowMeter(), where=""
+            batch,
+            torch.empty(0, 32),
+            indexer_loss_weight=0.0,
+            meter=RowMeter(),
+            where="",
+            phase="sparse",
         )
     let_go(model)
     return both.get_total_flops() - forward.get_total_flops()

@@ -91,6 +91,12 @@ def test_a_wrong_override_is_told_in_one_sentence(override: str, says: str) -> N
         (["model.decoder.head_dim=20"], "whose sum is head_dim / 2"),
         (["training.frozen=vision,projector,decoder,indexer"], "a part that still learns"),
         (["training.phase=indexer_warmup", "training.frozen=indexer"], "a part that still"),
+        (["training.dense_up_to=-1"], "training.dense_up_to: got -1, expected 0 or more"),
+        (
+            ["training.dense_up_to=9", "training.phase=dense"],
+            '0 unless training.phase is "sparse"',
+        ),
+        (["training.dense_up_to=64"], "less than data.row_tokens = 64"),
         (["data.frames.min_tokens_per_frame=999"], "data.frames.min_tokens_per_frame"),
         (["training.optimizer.min_learning_rate=9"], "min_learning_rate"),
     ],
@@ -154,3 +160,11 @@ def test_layers_are_dealt_to_stages_and_chunks(
         for stage in range(decoder.pipeline)
     ]
     assert got == expected
+
+
+def test_rows_of_short_documents_alone_are_dense_up_to_the_setting() -> None:
+    training = tiny_run(training={"dense_up_to": 34}).training
+    assert [training.row_phase(longest) for longest in (1, 34, 35)] == ["dense", "dense", "sparse"]
+    assert tiny_run().training.row_phase(1) == "sparse", "no row by default"
+    for phase in ("dense", "indexer_warmup"):
+        assert tiny_run(training={"phase": phase}).training.row_phase(1) == phase

@@ -5,7 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_keye.training.microbatch import balance_rows, picture_slots, plan_rows
+from megatron_keye.parallel.cost import attention_flops
+from megatron_keye.training.forecast import balance_shapes, shape_of
+from megatron_keye.training.microbatch import (
+    balance_rows,
+    balanced_order,
+    num_indexer_queries,
+    num_real_queries,
+    picture_slots,
+    plan_rows,
+)
 from tests.support.tiny import VIDEO, mixed_rows, tiny_run
 
 
@@ -46,3 +55,36 @@ def test_all_ranks_make_one_plan() -> None:
         )
         assert np.array_equal(mine.feature_rows, theirs.feature_rows)
         assert np.array_equal(mine.positions, theirs.positions)
+
+
+def test_rows_that_attend_densely_teach_no_indexer() -> None:
+    rows = mixed_rows(0)
+    assert [row.longest_document for row in rows] == [35, 35, 21, 34]
+    real = [row.num_real_tokens for row in rows]
+    for dense_up_to, teach in ((0, real), (33, [*real[:2], real[3]]), (34, real[:2]), (35, [])):
+        run = tiny_run(training={"dense_up_to": dense_up_to})
+        assert num_indexer_queries(rows, run) == sum(teach)
+    for phase, queries in (("dense", 0), ("indexer_warmup", num_real_queries(rows))):
+        assert num_indexer_queries(rows, tiny_run(training={"phase": phase})) == queries
+
+
+def test_a_rows_cost_is_that_of_the_attention_it_gets() -> None:
+    decoder = tiny_run().model.decoder
+    lengths = [[40, 24], [34, 30]]
+    dense, sparse = (
+        [attention_flops(each, decoder, phase) for each in lengths]
+        for phase in ("dense", "sparse")
+    )
+    assert dense[1] > sparse[0] > sparse[1], "the setting decides which of the two costs more"
+    sizes = [(each, []) for each in lengths]
+    for dense_up_to, order in ((0, [0, 1]), (34, [1, 0])):
+        run = tiny_run(training={"dense_up_to": dense_up_to, "rows_per_step": 2})
+        assert balanced_order(sizes, run) == order, "the dearer one first"
+
+
+def test_the_forecast_takes_rows_in_trainings_order() -> None:
+    run = tiny_run(training={"dense_up_to": 34})
+    rows = balance_rows(mixed_rows(0), run)
+    assert balance_shapes([shape_of(row, run) for row in mixed_rows(0)], run) == [
+        shape_of(row, run) for row in rows
+    ]

@@ -1,8 +1,8 @@
-"""The warm-up's loss in Triton, backward: the gradient of the scores, and what it gives.
+"""What the gradient of the indexer's scores gives its queries, gates and keys, in Triton.
 
-Three kernels share the work, a chunk of rows at a time: one writes the scores' gradient of its
-tile, one adds it up over keys for the indexer's queries and gates, one over queries for its keys.
-Each sum has one owner and one order, so the gradients are the same bits at every call.
+Two kernels share the work, a chunk of rows at a time: one adds the scores' gradient up over keys
+for the indexer's queries and gates, one over queries for its keys. Each sum has one owner and one
+order, so the gradients are the same bits at every call.
 
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query heads,
 G key-value heads, C channels of a head, B tiles of queries.
@@ -13,57 +13,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_keye.kernels.indexer_loss.triton_dense_scores import write_score_gradient
 from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
     DenseInputs,
     is_spanned,
     launch_constants,
-    query_chunks,
 )
 from megatron_keye.kernels.launch import Blocks
 from megatron_keye.kernels.primitives import load_rows, store_rows
 
-QUERY_BLOCKS = Blocks(rows=64, keys=64, warps=4, stages=3, registers=128)
+QUERY_BLOCKS = Blocks(rows=64, keys=64, warps=4, stages=3, registers=168)
+HEADS_EACH = 2
+"""Heads of a program that adds up over keys; a block of the scores' gradient serves them all."""
 KEY_BLOCKS = Blocks(rows=64, keys=64, warps=4, stages=3, registers=168)
-_WIDEST_BLOCK = 128
-"""Keys of the widest block; a row of the scores' gradient is a multiple of it."""
 
 
-def dense_divergence_backward(
-    dkl_TG: Tensor,
-    inputs: DenseInputs,
-    spans_B4: Tensor,
-    lse_TH: Tensor,
-    score_lse_T: Tensor,
-    *,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq_TIJ, dk_SJ and dgate_TI in the types of their inputs.
+class Gradients:
+    """Gradients of the indexer, filled a chunk of rows at a time."""
 
-    Args:
-        dkl_TG: Gradient of the loss, float32, contiguous.
-        inputs: As in `dense_divergence`.
-        spans_B4: Likewise.
-        lse_TH: Likewise.
-        score_lse_T: From `dense_divergence`.
-        scale: Factor of the attention's logits.
-    """
-    num_queries, num_keys = inputs.sizes()
-    dq_TIJ = torch.empty_like(inputs.q_TIJ, memory_format=torch.contiguous_format)
-    dgate_TI = torch.empty_like(inputs.gate_TI, memory_format=torch.contiguous_format)
-    dk_SJ = torch.zeros(inputs.k_SJ.shape, dtype=torch.float32, device=inputs.k_SJ.device)
-    width = triton.cdiv(num_keys, _WIDEST_BLOCK) * _WIDEST_BLOCK
-    # Not float16: a probability among 128K keys is too small for it.
-    is_wide = inputs.q_TIJ.dtype == torch.float32
-    dtype = torch.float32 if is_wide else torch.bfloat16
-    for first, last in query_chunks(num_queries, num_keys):
-        dscores_TS = dkl_TG.new_empty((last - first, width), dtype=dtype)
-        write_score_gradient(
-            dscores_TS, dkl_TG, inputs, spans_B4, lse_TH, score_lse_T, first, scale=scale
-        )
-        _add_over_keys(dq_TIJ, dgate_TI, dscores_TS, inputs, spans_B4, first)
-        _add_over_queries(dk_SJ, dscores_TS, inputs, spans_B4, first)
-    return dq_TIJ, dk_SJ.to(inputs.k_SJ.dtype), dgate_TI
+    def __init__(self, inputs: DenseInputs) -> None:
+        """Make room; chunks then come in any order, each once."""
+        contiguous = torch.contiguous_format
+        self.dq_TIJ = torch.empty_like(inputs.q_TIJ, memory_format=contiguous)
+        """Type of the queries."""
+        self.dk_SJ = torch.zeros(inputs.k_SJ.shape, dtype=torch.float32, device=inputs.k_SJ.device)
+        """float32, a sum over chunks."""
+        self.dgate_TI = torch.empty_like(inputs.gate_TI, memory_format=contiguous)
+        """Type of the gates."""
+
+    def add(self, dscores_TS: Tensor, inputs: DenseInputs, spans_B4: Tensor, first: int) -> None:
+        """Take the scores' gradient of the chunk that begins at query `first`."""
+        _add_over_keys(self.dq_TIJ, self.dgate_TI, dscores_TS, inputs, spans_B4, first)
+        _add_over_queries(self.dk_SJ, dscores_TS, inputs, spans_B4, first)
 
 
 def _add_over_keys(
@@ -77,7 +57,9 @@ def _add_over_keys(
     """Write the rows of dq and dgate that belong to the chunk."""
     blocks = inputs.blocks(QUERY_BLOCKS)
     num_rows, (_, num_keys) = len(dscores_TS), inputs.sizes()
-    _query_gradient_kernel[(inputs.q_TIJ.shape[1], triton.cdiv(num_rows, blocks.rows))](
+    num_heads = inputs.q_TIJ.shape[1]
+    heads_each = HEADS_EACH if num_heads % HEADS_EACH == 0 else 1
+    _query_gradient_kernel[(num_heads // heads_each, triton.cdiv(num_rows, blocks.rows))](
         *inputs.score_arguments(),
         spans_B4,
         dscores_TS,
@@ -88,6 +70,7 @@ def _add_over_keys(
         num_keys,
         dscores_TS.stride(0),
         inputs.q_TIJ.shape[2] ** -0.5,
+        HEADS_EACH=heads_each,
         **inputs.indexer_constants(),
         **launch_constants(blocks),
     )
@@ -140,6 +123,7 @@ def _query_gradient_kernel(
     num_keys: int,
     dscores_stride_t: int,
     score_scale: float,
+    HEADS_EACH: tl.constexpr,
     INDEXER_HEADS: tl.constexpr,
     INDEXER_CHANNELS: tl.constexpr,
     PADDED_INDEXER_CHANNELS: tl.constexpr,
@@ -147,20 +131,23 @@ def _query_gradient_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
-    head = tl.program_id(0)
+    first_head = tl.program_id(0) * HEADS_EACH
     query = first + tl.program_id(1).to(tl.int64) * BLOCK_T
     local, place = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)
     is_query = local < last - query
-    q_tile = load_rows(
-        q + query * q_stride_t + head * q_stride_i,
-        local * q_stride_t,
-        is_query,
-        INDEXER_CHANNELS,
-        PADDED_INDEXER_CHANNELS,
-    )
+    q_tiles, sums = tl.tuple([]), tl.tuple([])
+    for each in tl.static_range(HEADS_EACH):
+        q_tile = load_rows(
+            q + query * q_stride_t + (first_head + each) * q_stride_i,
+            local * q_stride_t,
+            is_query,
+            INDEXER_CHANNELS,
+            PADDED_INDEXER_CHANNELS,
+        )
+        q_tiles = q_tiles + (q_tile,)
+        sums = sums + (tl.zeros([BLOCK_T, PADDED_INDEXER_CHANNELS], tl.float32),)
     corner = dscores + (query - first) * dscores_stride_t
     offset = local[:, None] * dscores_stride_t + place[None, :]
-    sums = tl.zeros([BLOCK_T, PADDED_INDEXER_CHANNELS], tl.float32)
     span = spans + query // TILE * 4
     for key in range(tl.load(span) // BLOCK_S * BLOCK_S, tl.load(span + 1), BLOCK_S):
         k_tile = load_rows(
@@ -171,24 +158,31 @@ def _query_gradient_kernel(
             PADDED_INDEXER_CHANNELS,
         )
         dscore = tl.load(corner + key + offset, is_query[:, None], other=0.0)
-        dots = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        passed = tl.where(dots > 0, dscore, 0.0)
-        sums = tl.dot(passed, k_tile.to(passed.dtype), sums, input_precision="ieee")
-    # The gate's gradient, sum of dscore * relu(q . k) over keys, is q times the same sums.
-    sums *= score_scale
-    dweight = tl.sum(q_tile.to(tl.float32) * sums, 1)
-    gate_rows = gate + query * gate_stride_t + head * gate_stride_i
-    weight = tl.load(gate_rows + local * gate_stride_t, is_query, other=0.0).to(tl.float32)
-    row = (query + local) * INDEXER_HEADS + head
-    tl.store(dgate + row, dweight.to(dgate.dtype.element_ty), is_query)
-    store_rows(
-        dq,
-        row * INDEXER_CHANNELS,
-        weight[:, None] * sums,
-        is_query,
-        INDEXER_CHANNELS,
-        PADDED_INDEXER_CHANNELS,
-    )
+        new_sums = tl.tuple([])
+        for each in tl.static_range(HEADS_EACH):
+            dots = tl.dot(q_tiles[each], tl.trans(k_tile), input_precision="ieee")
+            passed = tl.where(dots > 0, dscore, 0.0)
+            new_sums = new_sums + (
+                tl.dot(passed, k_tile.to(passed.dtype), sums[each], input_precision="ieee"),
+            )
+        sums = new_sums
+    for each in tl.static_range(HEADS_EACH):
+        head = first_head + each
+        # The gate's gradient, sum of dscore * relu(q . k) over keys, is q times the same sums.
+        dweighted = sums[each] * score_scale
+        dweight = tl.sum(q_tiles[each].to(tl.float32) * dweighted, 1)
+        gate_rows = gate + query * gate_stride_t + head * gate_stride_i
+        weight = tl.load(gate_rows + local * gate_stride_t, is_query, other=0.0).to(tl.float32)
+        row = (query + local) * INDEXER_HEADS + head
+        tl.store(dgate + row, dweight.to(dgate.dtype.element_ty), is_query)
+        store_rows(
+            dq,
+            row * INDEXER_CHANNELS,
+            weight[:, None] * dweighted,
+            is_query,
+            INDEXER_CHANNELS,
+            PADDED_INDEXER_CHANNELS,
+        )
 
 
 @triton.jit
