@@ -160,6 +160,8 @@ class FeatureTransport:
             for shipment in self._plan.shipments_of(chunk):
                 rows = torch.from_numpy(shipment.feature_rows).to(self._device)
                 gradient.index_copy_(0, rows, self._take(_gradients(shipment), shipment))
+                # A gradient that has come back shows that its features have left.
+                self._let_go(self._states[_features(shipment)])
         return gradient
 
     def finish(self) -> None:
@@ -236,8 +238,18 @@ class FeatureTransport:
         """Free what has left, so that a step's features never lie on a vision rank together."""
         for exchange in self._order[: self._num_started]:
             state = self._states[exchange]
-            if state.buffers is not None and not state.taken and state.is_done:
-                state.buffers = None
+            if state.is_done:
+                self._let_go(state)
+
+    def _let_go(self, state: _State) -> None:
+        """Free the buffers of an exchange that is done, unless rows in them are still to be taken.
+
+        Waiting costs nothing then, and makes torch give up its own hold on the buffers.
+        """
+        if state.buffers is not None and not state.taken:
+            assert state.work is not None, "buffers are there from the start on"
+            state.work.wait()
+            state.buffers = None
 
     def _take(self, exchange: Exchange, shipment: Shipment) -> Tensor:
         state = self._states[exchange]
