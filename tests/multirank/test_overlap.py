@@ -15,7 +15,13 @@ from megatron_keye.parallel.simulate import Simulated, StepCosts, simulate
 from megatron_keye.training.microbatch import balance_rows, plan_rows
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import packed_row, tiny_run
-from tests.support.train import build_step, let_go
+from tests.support.train import (
+    build_step,
+    encoded_ahead,
+    let_go,
+    train_announced,
+    without_work_ahead,
+)
 
 TIME_TOLERANCE = 0.15
 """Relative, of a step: what no phase covers, on ranks that share two cores."""
@@ -132,43 +138,13 @@ def _assert_overlap(real: Spans, num_decoder: int) -> None:
 def test_frozen_vision_ranks_work_a_step_ahead(degrees: dict[str, int]) -> None:
     run, rows = recording_run(**degrees), video_rows()
     run = replace(run, training=replace(run.training, frozen=("vision", "projector")))
-    first, second, figures = two_steps(run, rows)
+    first, second, figures = train_announced(run, rows)
     num_decoder = run.parallel.decoder.num_ranks
     decoder = [span for rank in range(num_decoder) for span in first[rank]]
     decoder_ends = max(span.end for span in decoder if span.phase == "backward")
     for rank in range(num_decoder, run.parallel.num_ranks):
-        assert min(span.start for span in _ahead(first[rank])) < decoder_ends
-        assert not _ahead(second[rank]), "nothing is announced behind the second step"
-    vision = replace(run.parallel.vision, max_ahead_mebibytes=0)
-    still = replace(run, parallel=replace(run.parallel, vision=vision))
-    unhurried, _, expected = two_steps(still, rows)
-    assert not any(_ahead(spans) for spans in unhurried)
+        assert min(span.start for span in encoded_ahead(first[rank])) < decoder_ends
+        assert not encoded_ahead(second[rank]), "nothing is announced behind the second step"
+    unhurried, _, expected = train_announced(without_work_ahead(run), rows)
+    assert not any(encoded_ahead(spans) for spans in unhurried)
     assert figures == expected
-
-
-def _ahead(spans: list[Span]) -> list[Span]:
-    own = [span for span in spans if span.phase == "encode"]
-    return [span for span in own if span.label.startswith("next step's")]
-
-
-def two_steps(run: RunConfig, rows: list[PackedRow]) -> tuple[list[Any], list[Any], Any]:
-    """Train two steps; return both steps' phases by rank, and losses and norms."""
-    answers = run_on_ranks(run.parallel.num_ranks, _two_steps_on_rank, run.to_json(), rows)
-    first, second, figures = zip(*answers, strict=True)
-    return list(first), list(second), figures[0]
-
-
-def _two_steps_on_rank(run_json: str, rows: list[PackedRow]) -> Any:
-    """Train two steps, the second announced before the first runs, as the trainer does."""
-    _, model, _, step = build_step(RunConfig.from_json(run_json))
-    later = list(rows)
-    step.announce(rows)
-    step.announce(later)
-    figures, spans = [], []
-    for number, batch in enumerate((rows, later)):
-        metrics = step(batch, number)
-        assert step.recorder is not None
-        spans.append(step.recorder.spans())
-        figures.append((metrics.loss, metrics.gradient_norm, metrics.pictures))
-    let_go(model)
-    return *spans, figures

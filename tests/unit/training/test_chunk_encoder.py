@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_keye.config import RunConfig
 from megatron_keye.data.row import PackedRow, Picture
 from megatron_keye.parallel.plan import Chunk, PictureSlot, StepPlan
 from megatron_keye.parallel.recorder import Recorder
@@ -29,10 +30,10 @@ def step(seed: int) -> tuple[StepPlan, list[PackedRow]]:
     return StepPlan(chunks=chunks, shipments=(), exchanges=()), [row]
 
 
-def make_encoder() -> ChunkEncoder:
-    tower = VisionTower(RUN.model.vision, RUN.model.decoder.hidden_size)
+def make_encoder(run: RunConfig = RUN) -> ChunkEncoder:
+    tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
     tower.reset_parameters(1)
-    return ChunkEncoder(RUN, tower, SyntheticPatches(), CPU, rank=0)
+    return ChunkEncoder(run, tower, SyntheticPatches(), CPU, rank=0)
 
 
 def test_announcing_ahead_changes_no_feature() -> None:
@@ -58,10 +59,7 @@ def test_another_step_than_the_announced_one_is_noticed() -> None:
 def frozen_encoder(mebibytes: int = 1) -> ChunkEncoder:
     run = tiny_run(vision_ranks=1, training={"frozen": ("vision", "projector")})
     vision = replace(run.parallel.vision, max_ahead_mebibytes=mebibytes)
-    run = replace(run, parallel=replace(run.parallel, vision=vision))
-    tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
-    tower.reset_parameters(1)
-    return ChunkEncoder(run, tower, SyntheticPatches(), CPU, rank=0)
+    return make_encoder(replace(run, parallel=replace(run.parallel, vision=vision)))
 
 
 def test_a_frozen_encoder_works_one_step_ahead_and_gives_the_same() -> None:
