@@ -158,7 +158,8 @@ def load(
         state["random"] = _random_state(grid)
     loaded = dist_checkpointing.load(state, str(folder))
     for name, part in targets.items():
-        copy_loaded(loaded[name], part)
+        # A rank on which nothing learns has no optimizer, and empty parts do not come back.
+        copy_loaded(loaded.get(name, {}), part)
     set_optimizer_steps(optimizer, saved["updates"])
     if keeps_random:
         _restore_random(loaded["random"])

@@ -117,6 +117,9 @@ class VisionParallel:
     attention_break_even_patches: int = 0
     """Patches of a frame whose attention takes as long as the rest of the ViT, by which work is
     balanced; tools/profile_throughput.py --fit-vision measures it. 0: counted from the sizes."""
+    max_ahead_mebibytes: int = 1024
+    """Features of the next step that a vision rank of its own keeps at most while the decoder is
+    at this one, where nothing in front of the decoder learns; 0: it does not work ahead."""
 
     def __post_init__(self) -> None:
         check(
@@ -149,6 +152,12 @@ class VisionParallel:
             self.attention_break_even_patches >= 0,
             "parallel.vision.attention_break_even_patches",
             self.attention_break_even_patches,
+            "0 or more",
+        )
+        check(
+            self.max_ahead_mebibytes >= 0,
+            "parallel.vision.max_ahead_mebibytes",
+            self.max_ahead_mebibytes,
             "0 or more",
         )
 

@@ -27,6 +27,9 @@ class Encoder(Protocol):
     def backward(self, chunk: int, gradient_MD: Tensor) -> None:
         """Take the gradient [M, D] of a chunk's features."""
 
+    def encode_ahead(self) -> bool:
+        """Encode one more chunk of the next step if that is possible, and tell whether it was."""
+
 
 def run_step(
     plan: StepPlan,
@@ -40,8 +43,9 @@ def run_step(
     """Run this rank's share of a step.
 
     Vision ranks keep no activations between the two passes: the backward pass computes the chunk
-    again. On ranks of their own they encode ahead of the decoder and work on gradients while it
-    goes on; on the decoder's ranks all is encoded before and all gradients are taken after.
+    again. On ranks of their own they encode ahead of the decoder, into the next step where nothing
+    of theirs learns, and work on gradients while it goes on; on the decoder's ranks all is encoded
+    before and all gradients are taken after.
 
     Args:
         plan: The step's plan.
@@ -59,6 +63,8 @@ def run_step(
     if grid.decoder is None:
         assert encoder is not None, "a rank that does not decode encodes"
         _encode_beside_the_decoder(mine, transport, encoder, returns_gradients=returns_gradients)
+        while transport.num_ahead() and encoder.encode_ahead():
+            pass
     else:
         for chunk in mine:
             assert encoder is not None, "chunks are planned for ranks that encode"

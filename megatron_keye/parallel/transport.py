@@ -33,8 +33,10 @@ class _State:
     """Rows from each."""
     outgoing: dict[int, Tensor] = field(default_factory=dict)
     """Rows by tag, until it starts."""
+    has_started: bool = False
+    """Whether this rank has started it."""
     work: dist.Work | None = None
-    """Set when it has started."""
+    """Set from its start until it is waited for."""
     buffers: tuple[Tensor, Tensor] | None = None
     """Sent and received rows while they travel."""
     arrived: dict[int, Tensor] = field(default_factory=dict)
@@ -43,7 +45,14 @@ class _State:
     @property
     def is_done(self) -> bool:
         """Whether all rows have travelled."""
-        return self.work is not None and self.work.is_completed()
+        return self.has_started and (self.work is None or self.work.is_completed())
+
+    def wait(self) -> None:
+        """Wait until all rows have travelled, and drop the hold that torch keeps on them."""
+        assert self.has_started, "it has started"
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
 
 
 class FeatureTransport:
@@ -160,6 +169,8 @@ class FeatureTransport:
             for shipment in self._plan.shipments_of(chunk):
                 rows = torch.from_numpy(shipment.feature_rows).to(self._device)
                 gradient.index_copy_(0, rows, self._take(_gradients(shipment), shipment))
+                # A gradient that has come back shows that its features have left.
+                self._let_go(self._states[_features(shipment)])
         return gradient
 
     def finish(self) -> None:
@@ -168,8 +179,7 @@ class FeatureTransport:
         assert not left, f"rank {self._grid.rank}: {left} of the plan never started"
         for exchange in self._order:
             state = self._states[exchange]
-            assert state.work is not None, "it has started"
-            state.work.wait()
+            state.wait()
             is_taken = not state.arrived and not (state.taken and state.buffers is not None)
             assert is_taken, f"rank {self._grid.rank}: {exchange} was not taken"
 
@@ -222,7 +232,7 @@ class FeatureTransport:
     def _start(self, state: _State) -> None:
         outgoing = torch.cat([self._empty, *(state.outgoing.pop(s.tag) for s in state.sent)])
         incoming = self._empty.new_empty(sum(state.num_taken), self._empty.shape[1])
-        state.buffers = outgoing, incoming
+        state.buffers, state.has_started = (outgoing, incoming), True
         state.work = dist.all_to_all_single(
             incoming,
             outgoing,
@@ -236,14 +246,19 @@ class FeatureTransport:
         """Free what has left, so that a step's features never lie on a vision rank together."""
         for exchange in self._order[: self._num_started]:
             state = self._states[exchange]
-            if state.buffers is not None and not state.taken and state.is_done:
-                state.buffers = None
+            if state.is_done:
+                self._let_go(state)
+
+    def _let_go(self, state: _State) -> None:
+        """Free the buffers of an exchange that is done, unless rows in them are to be taken."""
+        if state.buffers is not None and not state.taken:
+            state.wait()
+            state.buffers = None
 
     def _take(self, exchange: Exchange, shipment: Shipment) -> Tensor:
         state = self._states[exchange]
         if state.buffers is not None:
-            assert state.work is not None, "buffers are there from the start on"
-            state.work.wait()
+            state.wait()
             parts = state.buffers[1].split([len(s.positions) for s in state.taken])
             state.arrived = {s.tag: part for s, part in zip(state.taken, parts, strict=True)}
             state.buffers = None

@@ -8,6 +8,7 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +61,15 @@ class CachedFeatures:
             ValueError: As `DecodeService.take`; also for kept features that are damaged.
         """
         store = self._open()
-        pictures, is_kept = self._due.popleft()
+        # What cannot be read or decoded stays due, for the same error when it is asked for again.
+        pictures, is_kept = self._due[0]
         if is_kept:
-            return torch.cat([store.read(picture) for picture in pictures])
+            features_PW = torch.cat([store.read(picture) for picture in pictures])
+            self._due.popleft()
+            return features_PW
         patches = self._decoding.take().to(self._device, self._dtype)
-        features_PW: Tensor = self._encoder(patches, [picture.grid for picture in pictures])
+        self._due.popleft()
+        features_PW = cast(Tensor, self._encoder(patches, [p.grid for p in pictures]))
         parts = features_PW.split([picture.num_patches for picture in pictures])
         for picture, part in zip(pictures, parts, strict=True):
             store.write(picture, part)

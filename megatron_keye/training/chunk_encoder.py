@@ -6,6 +6,7 @@ Memory is bounded by one chunk, whatever the video's length.
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from megatron_keye.data.decode_service import DecodeStatistics
 from megatron_keye.data.row import PackedRow, Picture
 from megatron_keye.parallel.plan import StepPlan
 from megatron_keye.parallel.recorder import Recorder
+from megatron_keye.training.microbatch import returns_gradients
 
 
 class PatchSource(Protocol):
@@ -32,8 +34,18 @@ class PatchSource(Protocol):
         """Return what was counted since the last call."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Due:
+    """One chunk of this rank."""
+
+    pictures: list[Picture]
+    """Its pictures."""
+    num_tokens: int
+    """Merged tokens M that they become."""
+
+
 class ChunkEncoder:
-    """Encodes the chunks of one step on this rank."""
+    """Encodes the chunks of one step on this rank, and of the next one where it may."""
 
     def __init__(
         self,
@@ -54,17 +66,20 @@ class ChunkEncoder:
         """
         self._vision, self._source, self._device = vision, source, device
         self._rank = rank
-        self._dtype = weight_dtype(run)
+        self._dtype, self._width = weight_dtype(run), run.model.decoder.hidden_size
+        self._learns = returns_gradients(run)
         self._inputs: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
-        self._plan = StepPlan(chunks=(), shipments=(), exchanges=())
         self._recorder = Recorder()
-        self._rows: list[PackedRow] = []
-        self._due: deque[int] = deque()
-        self._announced: deque[list[list[Picture]]] = deque()
+        self._due: deque[tuple[int, _Due]] = deque()
+        self._announced: deque[list[_Due]] = deque()
+        self._ahead: deque[Tensor] = deque()
+        vision_parallel = run.parallel.vision
+        works_ahead = vision_parallel.placement == "dedicated" and not self._learns
+        self._ahead_bytes = vision_parallel.max_ahead_mebibytes * 2**20 if works_ahead else 0
         self.num_pictures = 0
-        """Pictures decoded in this step."""
+        """Pictures of this step that are encoded."""
         self.seconds = 0.0
-        """Time spent on this step's chunks."""
+        """Time spent on chunks in this step, those of the next one included."""
         self.wait_seconds = 0.0
         """The part of it in which decoded chunks were waited for."""
 
@@ -75,25 +90,25 @@ class ChunkEncoder:
             plan: The next step's that was not announced yet.
             rows: Its rows.
         """
-        chunks = [_pictures(plan, rows, chunk) for chunk in plan.chunks_of(self._rank)]
-        self._announced.append(chunks)
-        self._source.start_step(chunks)
+        due = [_due(plan, rows, chunk) for chunk in plan.chunks_of(self._rank)]
+        self._announced.append(due)
+        self._source.start_step([chunk.pictures for chunk in due])
 
     def start_step(self, plan: StepPlan, rows: list[PackedRow], recorder: Recorder) -> None:
         """Take the plan and the rows of the next step, and what notes its phases."""
-        self._plan, self._rows, self._recorder = plan, rows, recorder
+        self._recorder = recorder
         self._inputs.clear()
         self.num_pictures, self.seconds, self.wait_seconds = 0, 0.0, 0.0
-        self._due = deque(plan.chunks_of(self._rank))
         if not self._announced:
             self.announce(plan, rows)
-        announced = self._announced.popleft()
-        chunks = [_pictures(plan, rows, chunk) for chunk in self._due]
-        assert announced == chunks, "steps run in the order in which they were announced"
+        chunks = plan.chunks_of(self._rank)
+        self._due = deque(zip(chunks, self._announced.popleft(), strict=True))
+        is_announced = all(due == _due(plan, rows, chunk) for chunk, due in self._due)
+        assert is_announced, "steps run in the order in which they were announced"
 
     @torch.no_grad()
     def encode(self, chunk: int) -> Tensor:
-        """Encode a decoded chunk, keeping its patches on the CPU for the backward pass.
+        """Encode a decoded chunk, keeping its patches on the CPU if a backward pass will come.
 
         Args:
             chunk: Index in the plan; this rank's chunks come in the plan's order.
@@ -101,22 +116,35 @@ class ChunkEncoder:
         Returns:
             Features [M, D].
         """
-        started = time.perf_counter()
-        due = self._due.popleft()
-        assert due == chunk, "chunks are encoded in the order of decoding"
-        label, decoding = f"chunk {chunk}", self._recorder.begin()
-        pictures = _pictures(self._plan, self._rows, chunk)
-        grids = [picture.grid for picture in pictures]
-        patches = self._source.take()
-        self._recorder.end("decode", label, decoding)
-        self.wait_seconds += time.perf_counter() - started
-        patches = patches.to(self._dtype)
-        self._inputs[chunk] = patches.cpu(), grids
-        self.num_pictures += len(pictures)
-        with self._recorder.phase("encode", label):
-            features_MD = self._forward(patches, grids)
-        self.seconds += time.perf_counter() - started
-        return features_MD
+        number, due = self._due.popleft()
+        assert number == chunk, "chunks are encoded in the order of decoding"
+        self.num_pictures += len(due.pictures)
+        if self._ahead:
+            return self._ahead.popleft()
+        return self._encode(due, f"chunk {chunk}", keep_as=chunk if self._learns else None)
+
+    @torch.no_grad()
+    def encode_ahead(self) -> bool:
+        """Encode one more chunk of the next step, for a decoder that is still at this one.
+
+        Features are kept until their step comes: weights that do not learn give them now as then.
+        A file that cannot be decoded is left for its step to report.
+
+        Returns:
+            Whether it did: no step may be announced, or the limit be reached.
+        """
+        if not self._announced or len(self._ahead) == len(self._announced[0]):
+            return False
+        assert not self._due, "this step comes first"
+        due = self._announced[0][len(self._ahead)]
+        held = sum(len(features_MD) for features_MD in self._ahead) + due.num_tokens
+        if held * self._width * self._dtype.itemsize > self._ahead_bytes:
+            return False
+        try:
+            self._ahead.append(self._encode(due, f"next step's chunk {len(self._ahead)}"))
+        except ValueError:
+            return False
+        return True
 
     def backward(self, chunk: int, gradient_MD: Tensor) -> None:
         """Encode a chunk again and add up the gradients of the weights.
@@ -135,11 +163,31 @@ class ChunkEncoder:
         """Return what was decoded since the last call."""
         return self._source.statistics()
 
+    def _encode(self, due: _Due, label: str, keep_as: int | None = None) -> Tensor:
+        """Encode the chunk that is decoded next, and keep its input under a number if need be."""
+        started, decoding = time.perf_counter(), self._recorder.begin()
+        grids = [picture.grid for picture in due.pictures]
+        patches = self._source.take()
+        self._recorder.end("decode", label, decoding)
+        self.wait_seconds += time.perf_counter() - started
+        patches = patches.to(self._dtype)
+        if keep_as is not None:
+            self._inputs[keep_as] = patches.cpu(), grids
+        with self._recorder.phase("encode", label):
+            features_MD = self._forward(patches, grids)
+        if keep_as is None and self._device.type == "cuda":
+            # No copy holds the host, which has to see after each chunk how far the decoder is.
+            torch.cuda.current_stream().synchronize()
+        self.seconds += time.perf_counter() - started
+        return features_MD
+
     def _forward(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:
         features: Tensor = self._vision(patches.to(self._device), grids)
         return features
 
 
-def _pictures(plan: StepPlan, rows: list[PackedRow], chunk: int) -> list[Picture]:
+def _due(plan: StepPlan, rows: list[PackedRow], chunk: int) -> _Due:
     """Look up the pictures of a chunk."""
-    return [rows[slot.row].pictures[slot.index] for slot in plan.chunks[chunk].pictures]
+    planned = plan.chunks[chunk]
+    pictures = [rows[slot.row].pictures[slot.index] for slot in planned.pictures]
+    return _Due(pictures=pictures, num_tokens=planned.num_tokens)

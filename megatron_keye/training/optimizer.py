@@ -5,6 +5,7 @@ norms are put together here.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,18 +76,22 @@ class JointOptimizer:
             module.scale_gradients(1.0 / divisor)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> StepOutcome:
+    def step(
+        self, learning_rate: float, meanwhile: Callable[[], bool] = lambda: False
+    ) -> StepOutcome:
         """Clip by the joint norm and update the weights of both parts, or of none.
 
         Args:
             learning_rate: The step's learning rate.
+            meanwhile: Called again and again while other ranks still make their gradients, until
+                it returns False. It must send nothing.
         """
         optimizers = [o for o in (self.decoder, self.vision) if o is not None]
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.prepare_grads()
-        norm = self._joint_norm()
+        norm = self._joint_norm(meanwhile)
         if not math.isfinite(norm):
             return StepOutcome(gradient_norm=norm, was_applied=False)
         limit = self._run.training.optimizer.clip_gradient_norm
@@ -107,7 +112,7 @@ class JointOptimizer:
             pg_collection=groups,
         )
 
-    def _joint_norm(self) -> float:
+    def _joint_norm(self, meanwhile: Callable[[], bool]) -> float:
         """Combine the norms of both grids, each of which all of its own ranks know."""
         squares = [
             0.0 if optimizer is None else float(optimizer.get_grad_norm()) ** 2
@@ -117,5 +122,9 @@ class JointOptimizer:
         both = torch.tensor(squares, dtype=torch.float64, device=device)
         # A NaN must win over every number, which a maximum does not promise.
         both = both.nan_to_num(nan=math.inf, posinf=math.inf)
-        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        agreed = dist.all_reduce(both, op=dist.ReduceOp.MAX, async_op=True)
+        assert agreed is not None, "an asynchronous message"
+        while not agreed.is_completed() and meanwhile():
+            pass
+        agreed.wait()
         return float(both.sum().sqrt())

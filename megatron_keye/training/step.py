@@ -117,7 +117,10 @@ class TrainingStep:
         rate = learning_rate(step, self._run.training.steps, self._run.training.optimizer)
         with recorder.phase("optimizer"):
             self._optimizer.finish_gradients(counts.divisor)
-            outcome = self._optimizer.step(rate)
+            if self._encoder is None:
+                outcome = self._optimizer.step(rate)
+            else:
+                outcome = self._optimizer.step(rate, self._encoder.encode_ahead)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         return collect_metrics(

@@ -28,19 +28,24 @@ def ranks_of(launcher: int) -> dict[int, psutil.Process]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [1], ids=["vision rank"])
-def test_a_killed_rank_ends_the_job(victim: int, tmp_path: Path) -> None:
-    settings = [f"output_dir={tmp_path}", "device=cpu", "training.steps=1000"]
+def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start a decoder rank and a vision rank for a long run."""
+    settings = [f"output_dir={folder}", "device=cpu", "training.steps=1000"]
     command = ["bash", str(ROOT / "launch/local.sh"), "--ranks", "2", "keye_tiny"]
     command += [part for setting in settings for part in ("--set", setting)]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command,
-        env=os.environ | {"PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1], ids=["vision rank"])
+def test_a_killed_rank_ends_the_job(victim: int, tmp_path: Path) -> None:
+    process = start(tmp_path)
     try:
         assert process.stdout is not None
         assert any(line.startswith("step 1/") for line in process.stdout)
@@ -55,3 +60,47 @@ def test_a_killed_rank_ends_the_job(victim: int, tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGKILL
     assert f"process {ranks[victim].pid} was ended by signal 9" in errors
     assert not any(child.is_running() for child in ranks.values())
+
+
+FAULT = """
+import os
+if os.environ.get("RANK") == "{rank}":
+    from {module} import {owner}
+    working = {owner}.{method}
+    def failing(self, *arguments, **more):
+        failing.calls += 1
+        if failing.calls > {calls}:
+            raise RuntimeError("a deliberate fault")
+        return working(self, *arguments, **more)
+    failing.calls = 0
+    {owner}.{method} = failing
+"""
+"""Python imports it at its start, as sitecustomize."""
+DECODER = {"rank": 0, "module": "megatron_keye.training.decode", "owner": "Decoding"}
+VISION = {"rank": 1, "module": "megatron_keye.training.chunk_encoder", "owner": "ChunkEncoder"}
+FAULTS = {
+    "decoder rank": DECODER | {"method": "_features", "calls": 3},
+    "vision rank": VISION | {"method": "backward", "calls": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_rank_that_raises_ends_the_job_with_its_error(
+    fault: dict[str, object], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAULT.format(**fault))
+    process = start(tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    try:
+        assert process.stdout is not None
+        assert any(line.startswith("step 1/") for line in process.stdout)
+        passed = time.monotonic()
+        _, errors = process.communicate(timeout=3 * SECONDS_TO_END)
+        # The fault comes within the second or third step.
+        assert time.monotonic() - passed < 2 * SECONDS_TO_END
+    finally:
+        process.terminate()
+        process.wait(timeout=SECONDS_TO_END)
+    assert process.returncode == 1
+    assert errors.count("Traceback") == 1, errors
+    assert "RuntimeError: a deliberate fault" in errors

@@ -71,6 +71,18 @@ def test_a_stopped_run_resumes_as_if_unbroken(unbroken: Path, tmp_path: Path) ->
     assert "step 4 is done" in third.stdout
 
 
+@pytest.mark.slow
+def test_a_run_with_frozen_vision_resumes_what_it_worked_ahead(tmp_path: Path) -> None:
+    frozen = (*SMALL, "training.frozen=vision,projector")
+    for folder, more in (("whole", ()), ("parts", ("training.stop_after_step=2",))):
+        (tmp_path / folder).mkdir()
+        result = launch(tmp_path / folder, *frozen, *more, ranks=2)
+        assert result.returncode == 0, result.stderr
+    result = launch(tmp_path / "parts", *frozen, "training.checkpoint.resume=auto", ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
 USER_ERRORS = {
     "unknown recipe": ({"recipe": "keye_tini", "ranks": 2}, (), "did you mean keye_tiny"),
     "unknown field": ({"ranks": 2}, ("training.stepz=3",), "did you mean steps"),

@@ -5,7 +5,15 @@ import torch
 
 from megatron_keye.config.backends import transformer_engine_version
 from tests.support.tiny import mixed_rows, text_rows, tiny_run
-from tests.support.train import Trained, assert_same_training, train
+from tests.support.train import (
+    LOSS_TOLERANCE,
+    Trained,
+    assert_same_training,
+    encoded_ahead,
+    train,
+    train_announced,
+    without_work_ahead,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,6 +53,19 @@ def test_text_alone_trains_beside_an_idle_vision_gpu() -> None:
     batches = [text_rows(0), mixed_rows(1)]
     expected = train(tiny_run(device="cuda"), batches)
     assert_same_training(train(tiny_run(device="cuda", vision_ranks=1), batches), expected)
+
+
+@needs_two
+def test_a_frozen_vision_gpu_works_a_step_ahead() -> None:
+    training = {"frozen": ("vision", "projector"), "records_timeline": True}
+    run = tiny_run(device="cuda", vision_ranks=1, training=training)
+    first, _, figures = train_announced(run, mixed_rows(0))
+    decoder_ends = max(span.end for span in first[0] if span.phase == "backward")
+    assert min(span.start for span in encoded_ahead(first[1])) < decoder_ends
+    _, _, expected = train_announced(without_work_ahead(run), mixed_rows(0))
+    for mine, theirs in zip(figures, expected, strict=True):
+        # Kernels that add up in any order keep it from being equal to the last bit.
+        assert mine == pytest.approx(theirs, rel=LOSS_TOLERANCE)
 
 
 @pytest.mark.skipif(transformer_engine_version() is None, reason="no Transformer Engine")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.support.tiny import mixed_rows, text_rows, tiny_run
+from megatron_keye.data.row import PackedRow
+from tests.support.tiny import mixed_rows, packed_row, text_rows, tiny_run
 from tests.support.train import Trained, assert_same_training, train
 
 TWO_RANKS = {
@@ -91,7 +92,78 @@ def test_text_alone_trains_beside_idle_vision_ranks() -> None:
     assert_same_training(train(tiny_run(vision_ranks=2), batches), expected)
 
 
-def test_more_vision_ranks_than_pictures_train_as_one() -> None:
-    rows = [mixed_rows(0)[0], *text_rows(0)[:3]]
-    expected = train(tiny_run(), [rows])
-    assert_same_training(train(tiny_run(vision_ranks=3, chunk_patches=10_000), [rows]), expected)
+@pytest.mark.parametrize(
+    "degrees",
+    [{"vision_ranks": 3}, {"data": 2, "vision_ranks": 2}],
+    ids=["one decoder", "two data"],
+)
+def test_more_vision_ranks_than_pictures_train_as_one(degrees: dict[str, int]) -> None:
+    batches = [one_picture(step) for step in range(2)]
+    expected = train(tiny_run(), batches)
+    assert_same_training(train(tiny_run(**degrees), batches), expected)
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [{"pipeline": 2, "vision_ranks": 2}, {"tensor": 2, "data": 2}],
+    ids=["dedicated", "colocated"],
+)
+def test_one_huge_video_beside_text_trains_as_one(degrees: dict[str, int]) -> None:
+    batches = [one_huge_video(step) for step in range(2)]
+    expected = train(tiny_run(), batches)
+    assert_same_training(train(tiny_run(**degrees), batches), expected)
+
+
+@pytest.mark.parametrize(
+    "degrees", [{"pipeline": 2}, {"pipeline": 2, "vision_ranks": 1}, {"tensor": 2}]
+)
+def test_the_projector_alone_trains_as_on_one_rank(degrees: dict[str, int]) -> None:
+    """Text alone then gives a micro-batch without any gradient."""
+    training = {"frozen": ("vision", "decoder", "indexer")}
+    expected = train(tiny_run(training=training))
+    assert_same_training(train(tiny_run(training=training, **degrees)), expected)
+
+
+EIGHT_RANKS = {
+    "one decoder, seven vision": {"vision_ranks": 7},
+    "uneven pipeline of three, five vision": {
+        "pipeline": 3,
+        "first_stage_layers": 2,
+        "vision_ranks": 5,
+    },
+    "tensor, context, data, colocated": {"tensor": 2, "context": 2, "data": 2},
+    "interleaved pipeline, tensor, expert, four vision": {
+        "pipeline": 2,
+        "chunks_per_stage": 2,
+        "tensor": 2,
+        "expert": 2,
+        "vision_ranks": 4,
+    },
+    "pipeline, context, data, expert, colocated": {
+        "pipeline": 2,
+        "context": 2,
+        "data": 2,
+        "expert": 4,
+    },
+}
+
+
+@pytest.mark.slow
+def test_eight_ranks_train_as_one_on_every_mix_of_rows() -> None:
+    batches = [one_huge_video(0), mixed_rows(1), text_rows(2), one_picture(3)]
+    expected = train(tiny_run(), batches)
+    for name, degrees in EIGHT_RANKS.items():
+        run = tiny_run(**degrees)
+        assert run.parallel.num_ranks == 8, name
+        assert_same_training(train(run, batches), expected)
+
+
+def one_huge_video(step: int) -> list[PackedRow]:
+    """Return a global batch whose one row is all video, and whose others are text alone."""
+    video = packed_row(50 + step, (1, ((6, 6),) * 5))
+    return [*text_rows(step)[:2], video, text_rows(step)[3]]
+
+
+def one_picture(step: int) -> list[PackedRow]:
+    """Return a global batch with a single picture."""
+    return [packed_row(70 + step, (12, ((2, 4),))), *text_rows(step)[:3]]

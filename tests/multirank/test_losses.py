@@ -102,6 +102,29 @@ def test_frozen_weights_cost_no_backward_products() -> None:
     assert still < 0.65 * learning
 
 
+def test_a_frozen_decoder_has_no_weight_gradients_and_no_room_for_them() -> None:
+    run = tiny_run(vision_ranks=1, training={"frozen": ("vision", "decoder", "indexer")})
+    decoder, vision = run_on_ranks(2, _gradients_after_a_step, run.to_json())
+    assert decoder == {}
+    assert vision and all(name.startswith("projector.") for name in vision)
+    assert all(norm > 0 for norm in vision.values())
+
+
+def _gradients_after_a_step(run_json: str) -> dict[str, float]:
+    """Return the norms of the gradients that this rank's weights have, made or summed."""
+    _, model, _, step = build_step(RunConfig.from_json(run_json))
+    step(mixed_rows(0), 0)
+    norms = {}
+    for wrapped in model.wrapped():
+        for name, weight in wrapped.module.named_parameters():
+            gradient = getattr(weight, "main_grad", weight.grad)
+            if gradient is not None:
+                norms[name] = float(gradient.norm())
+        assert bool(wrapped.buffers) == any(w.requires_grad for w in wrapped.parameters())
+    let_go(model)
+    return norms
+
+
 def _backward_flops(run_json: str) -> float:
     """Count matrix products of one row's decoder beyond those of its forward pass."""
     run = RunConfig.from_json(run_json)

@@ -1,5 +1,6 @@
 """Vision and decoder work at the same time, as the simulator foretells from the same plan."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,13 @@ from megatron_keye.parallel.simulate import Simulated, StepCosts, simulate
 from megatron_keye.training.microbatch import balance_rows, plan_rows
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import packed_row, tiny_run
-from tests.support.train import build_step, let_go
+from tests.support.train import (
+    build_step,
+    encoded_ahead,
+    let_go,
+    train_announced,
+    without_work_ahead,
+)
 
 TIME_TOLERANCE = 0.15
 """Relative, of a step: what no phase covers, on ranks that share two cores."""
@@ -123,3 +130,21 @@ def _assert_overlap(real: Spans, num_decoder: int) -> None:
     last_forward = max(span.start for span in decoder if span.phase == "forward")
     for rank in range(num_decoder, len(real)):
         assert min(span.start for span in real[rank] if span.phase == "vision") < last_forward
+
+
+@pytest.mark.parametrize(
+    "degrees", [{"vision_ranks": 1}, {"pipeline": 2, "vision_ranks": 2}], ids=["two", "four"]
+)
+def test_frozen_vision_ranks_work_a_step_ahead(degrees: dict[str, int]) -> None:
+    run, rows = recording_run(**degrees), video_rows()
+    run = replace(run, training=replace(run.training, frozen=("vision", "projector")))
+    first, second, figures = train_announced(run, rows)
+    num_decoder = run.parallel.decoder.num_ranks
+    decoder = [span for rank in range(num_decoder) for span in first[rank]]
+    decoder_ends = max(span.end for span in decoder if span.phase == "backward")
+    for rank in range(num_decoder, run.parallel.num_ranks):
+        assert min(span.start for span in encoded_ahead(first[rank])) < decoder_ends
+        assert not encoded_ahead(second[rank]), "nothing is announced behind the second step"
+    unhurried, _, expected = train_announced(without_work_ahead(run), rows)
+    assert not any(encoded_ahead(spans) for spans in unhurried)
+    assert figures == expected

@@ -17,6 +17,7 @@ from megatron_keye.data.row import PackedRow
 from megatron_keye.model import KeyeModel, build_model
 from megatron_keye.parallel.grid import Grid, build_grid
 from megatron_keye.parallel.random import seed_rank
+from megatron_keye.parallel.recorder import Span
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.step import TrainingStep
@@ -115,6 +116,49 @@ def _train_on_rank(
     owned = list(_owned_weights(weight_state(model, grid)))
     let_go(model)
     return metrics, owned
+
+
+def train_announced(
+    run: RunConfig, rows: list[PackedRow]
+) -> tuple[list[list[Span]], list[list[Span]], list[tuple[float, ...]]]:
+    """Train two steps on the same rows, announced before the first runs, as the trainer does.
+
+    Returns:
+        The phases of the first step by rank, those of the second, and for each step its loss,
+        gradient norm and number of pictures.
+    """
+    arguments = (run.to_json(), rows)
+    ranks = run.parallel.num_ranks
+    answers = run_on_ranks(ranks, _train_announced_on_rank, *arguments, device=run.device)
+    first, second, figures = zip(*answers, strict=True)
+    return list(first), list(second), figures[0]
+
+
+def _train_announced_on_rank(run_json: str, rows: list[PackedRow]) -> Any:
+    _, model, _, step = build_step(RunConfig.from_json(run_json))
+    batches = rows, list(rows)
+    for batch in batches:
+        step.announce(batch)
+    figures, spans = [], []
+    for number, batch in enumerate(batches):
+        metrics = step(batch, number)
+        assert step.recorder is not None, "the run records its timeline"
+        spans.append(step.recorder.spans())
+        figures.append((metrics.loss, metrics.gradient_norm, metrics.pictures))
+    let_go(model)
+    return *spans, figures
+
+
+def encoded_ahead(spans: list[Span]) -> list[Span]:
+    """Return the phases in which a rank encoded chunks of the next step."""
+    own = [span for span in spans if span.phase == "encode"]
+    return [span for span in own if span.label.startswith("next step's")]
+
+
+def without_work_ahead(run: RunConfig) -> RunConfig:
+    """Return the run with vision ranks that wait for the next step."""
+    vision = replace(run.parallel.vision, max_ahead_mebibytes=0)
+    return replace(run, parallel=replace(run.parallel, vision=vision))
 
 
 def build_step(run: RunConfig) -> tuple[Grid, KeyeModel, JointOptimizer, TrainingStep]:

@@ -215,3 +215,17 @@ def test_any_bit_of_a_weight_counts() -> None:
     with torch.no_grad():
         module.weight[1, 2] = -module.weight[1, 2]
     assert weights_digest(module) != before
+
+
+def test_a_broken_file_is_told_as_often_as_its_chunk_is_asked_for(
+    tmp_path: Path, chunks: list[list[Picture]]
+) -> None:
+    run = run_with_cache(tmp_path / "cache")
+    (tmp_path / "broken.mp4").write_bytes(b"this is no video")
+    broken = replace(chunks[0][0], media=str(tmp_path / "broken.mp4"))
+    with DecodeService(PyavDecoder(), run.model.vision, run.data.decode) as service:
+        cached = CachedFeatures(run, tower(run).encoder, service, decoder_name="pyav", device=CPU)
+        cached.start_step([[broken], *chunks])
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"broken\.mp4"):
+                cached.take()

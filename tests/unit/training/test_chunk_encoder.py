@@ -1,9 +1,12 @@
 """Chunks of steps that were announced ahead come out as those of steps that were not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from megatron_keye.data.row import PackedRow
+from megatron_keye.config import RunConfig
+from megatron_keye.data.row import PackedRow, Picture
 from megatron_keye.parallel.plan import Chunk, PictureSlot, StepPlan
 from megatron_keye.parallel.recorder import Recorder
 from megatron_keye.training.chunk_encoder import ChunkEncoder
@@ -27,10 +30,10 @@ def step(seed: int) -> tuple[StepPlan, list[PackedRow]]:
     return StepPlan(chunks=chunks, shipments=(), exchanges=()), [row]
 
 
-def make_encoder() -> ChunkEncoder:
-    tower = VisionTower(RUN.model.vision, RUN.model.decoder.hidden_size)
+def make_encoder(run: RunConfig = RUN) -> ChunkEncoder:
+    tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
     tower.reset_parameters(1)
-    return ChunkEncoder(RUN, tower, SyntheticPatches(), CPU, rank=0)
+    return ChunkEncoder(run, tower, SyntheticPatches(), CPU, rank=0)
 
 
 def test_announcing_ahead_changes_no_feature() -> None:
@@ -51,3 +54,55 @@ def test_another_step_than_the_announced_one_is_noticed() -> None:
     encoder.announce(*step(1))
     with pytest.raises(AssertionError, match="order in which they were announced"):
         encoder.start_step(*step(2), Recorder())
+
+
+def frozen_encoder(mebibytes: int = 1) -> ChunkEncoder:
+    run = tiny_run(vision_ranks=1, training={"frozen": ("vision", "projector")})
+    vision = replace(run.parallel.vision, max_ahead_mebibytes=mebibytes)
+    return make_encoder(replace(run, parallel=replace(run.parallel, vision=vision)))
+
+
+def test_a_frozen_encoder_works_one_step_ahead_and_gives_the_same() -> None:
+    steps = [step(seed) for seed in (1, 2, 3)]
+    plain, ahead = make_encoder(), frozen_encoder()
+    ahead.announce(*steps[0])
+    for number, (plan, rows) in enumerate(steps):
+        for later in steps[number + 1 : number + 2]:
+            ahead.announce(*later)
+        for encoder in (plain, ahead):
+            encoder.start_step(plan, rows, Recorder())
+        for chunk in plan.chunks_of(0):
+            assert torch.equal(plain.encode(chunk), ahead.encode(chunk))
+        # Two chunks of this rank in the next step, none behind the last one.
+        assert [ahead.encode_ahead() for _ in range(3)] == [number < 2, number < 2, False]
+        assert plain.num_pictures == ahead.num_pictures == 2
+
+
+@pytest.mark.parametrize(("mebibytes", "num_ahead"), [(0, 0), (1, 2), (2, 3)])
+def test_working_ahead_keeps_its_limit(mebibytes: int, num_ahead: int) -> None:
+    # A float32 feature of width 32 is 128 bytes: 4000 of them are half a mebibyte and less.
+    picture = Picture(media="a", frame=0, grid=(4, 4000), is_video=True)
+    slots = [PictureSlot(0, index, 0, 16_000, 4000) for index in range(3)]
+    chunks = tuple(Chunk(vision_rank=0, pictures=(slot,)) for slot in slots)
+    plan = StepPlan(chunks=chunks, shipments=(), exchanges=())
+    rows = [replace(packed_row(1, (5, ())), pictures=(picture,) * 3)]
+    encoder = frozen_encoder(mebibytes)
+    encoder.announce(plan, rows)
+    assert [encoder.encode_ahead() for _ in range(4)] == [True] * num_ahead + [False] * (
+        4 - num_ahead
+    )
+
+
+def test_a_broken_file_of_the_next_step_is_told_when_its_step_comes() -> None:
+    class Broken(SyntheticPatches):
+        def take(self) -> torch.Tensor:
+            raise ValueError("broken.mp4")
+
+    encoder = frozen_encoder()
+    encoder._source = Broken()
+    plan, rows = step(1)
+    encoder.announce(plan, rows)
+    assert not encoder.encode_ahead()
+    encoder.start_step(plan, rows, Recorder())
+    with pytest.raises(ValueError, match=r"broken\.mp4"):
+        encoder.encode(0)

@@ -1,0 +1,50 @@
+"""Vision ranks hold no more of what travels than is still to be worked on."""
+
+import gc
+
+import torch
+
+from megatron_keye.config import RunConfig
+from megatron_keye.data.row import PackedRow
+from megatron_keye.parallel.grid import build_grid
+from megatron_keye.parallel.recorder import Recorder
+from megatron_keye.parallel.transport import FeatureTransport
+from megatron_keye.training.microbatch import plan_rows
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import packed_row, tiny_run
+
+WIDTH = 5
+"""Of the features, and of no other tensor in the process."""
+
+
+def test_features_are_freed_when_their_gradient_is_back() -> None:
+    run = tiny_run(vision_ranks=1, chunk_patches=1000, training={"rows_per_step": 1})
+    rows = [packed_row(0, (12, ((4, 6), (4, 6))))]
+    assert run_on_ranks(2, _rows_held, run.to_json(), rows)[1] == {"sent": 12, "returned": 0}
+
+
+def _rows_held(run_json: str, rows: list[PackedRow]) -> dict[str, int]:
+    """Carry one micro-batch there and back; count a vision rank's rows of features on the way."""
+    run = RunConfig.from_json(run_json)
+    grid, plan, cpu = build_grid(run.parallel), plan_rows(rows, run), torch.device("cpu")
+    transport = FeatureTransport(
+        plan, grid, Recorder(), width=WIDTH, dtype=torch.float32, device=cpu
+    )
+    transport.start()
+    held = {}
+    if grid.rank == 0:
+        transport.return_gradients(0, transport.take_features(0))
+        transport.finish_decoding()
+    else:
+        transport.send_features(0, torch.ones(plan.chunks[0].num_tokens, WIDTH))
+        held["sent"] = _count_rows(skip=12)
+        transport.take_gradients(0)
+        held["returned"] = _count_rows()
+    transport.finish()
+    return held
+
+
+def _count_rows(skip: int = 0) -> int:
+    """Count rows in all tensors of that width, less `skip` that an exchange will fill."""
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.dim() == 2]
+    return sum(len(t) for t in tensors if t.shape[1] == WIDTH) - skip
