@@ -5,6 +5,7 @@ facts that containers tell wrongly or not at all.
 """
 
 _H264_IDR = 5
+_H264_PARAMETERS = 7
 _HEVC_ENTRY = range(16, 22)
 _HEVC_PICTURES = range(32)
 _VP9_SUPERFRAME = 0b110
@@ -28,6 +29,11 @@ def stands_alone(codec: str, packet: bytes, extradata: bytes) -> bool:
         pictures = [kind for kind in kinds if kind in _HEVC_PICTURES]
         return bool(pictures) and pictures[0] in _HEVC_ENTRY
     return True
+
+
+def holds_parameters(packet: bytes, extradata: bytes) -> bool:
+    """Tell whether an H.264 packet brings a sequence parameter set; arguments as above."""
+    return any(packet[start] & 31 == _H264_PARAMETERS for start in _units(packet, extradata, 4))
 
 
 def shows_earlier_frame(packet: bytes) -> bool:
