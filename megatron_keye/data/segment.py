@@ -18,7 +18,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from megatron_keye.data.bitstream import holds_parameters
+from megatron_keye.data.bitstream import holds_parameters, layer_if_unreferenced
 from megatron_keye.data.piece import Piece
 from megatron_keye.data.probe import VideoInfo, opened_video
 from megatron_keye.data.sps import Uncropped, uncrop
@@ -54,6 +54,7 @@ class SegmentCutter:
         self._info, self._container, self._stream = info, container, stream
         self._lock = threading.Lock()
         self._is_open = True
+        self._extradata = bytes(stream.codec_context.extradata or b"")
         self._uncropped = _uncropped(stream)
 
     def cut(self, piece: Piece) -> Segment:
@@ -84,28 +85,43 @@ class SegmentCutter:
 
     def _brings_parameters(self, packets: _Packets) -> bool:
         """Tell whether packets say themselves how their pictures are cropped."""
-        extradata = bytes(self._stream.codec_context.extradata or b"")
-        return any(holds_parameters(bytes(packet), extradata) for packet in packets)
+        return any(holds_parameters(bytes(packet), self._extradata) for packet in packets)
 
     def _read(self, piece: Piece) -> tuple[_Packets, NDArray[np.int64], tuple[int, ...]]:
         """Return the packets of all runs, when each is shown, and when the wanted frames are."""
+        timestamps = self._info.timestamps
         packets: _Packets = []
         ranks: list[NDArray[np.int64]] = []
         places: list[int] = []
         for run in piece.runs:
-            needed = self._info.timestamps[run.start : run.stop]
-            of_run = _packets(self._container, self._stream, needed)
+            of_run = _packets(self._container, self._stream, timestamps[run.start : run.stop])
             if not of_run:
                 raise ValueError(
                     f"{self._info.path}: frames {run.start} to {run.stop - 1} are no longer where "
                     "they were, expected the file that was probed; restore it"
                 )
+            wanted = [int(timestamps[index]) for index in piece.indices if index in run]
+            of_run = self._without_unneeded(of_run, set(wanted))
             times = np.array([packet.pts for packet in of_run], dtype=np.int64)
-            first = len(packets)
-            ranks.append(first + np.argsort(np.argsort(times)))
-            places += [first + index - run.start for index in piece.indices if index in run]
+            shown = np.argsort(times)
+            places += (len(packets) + np.searchsorted(times[shown], wanted)).tolist()
+            ranks.append(len(packets) + np.argsort(shown))
             packets += of_run
         return packets, np.concatenate(ranks), tuple(places)
+
+    def _without_unneeded(self, packets: _Packets, wanted: set[int]) -> _Packets:
+        """Leave out frames that are neither wanted nor referred to by any other."""
+        if len(packets) == len(wanted):
+            return packets
+        codec = self._stream.codec_context.name
+        told = [layer_if_unreferenced(codec, bytes(p), self._extradata) for p in packets]
+        highest = max(layer for layer, _ in told)
+        # The second frame keeps this run's entry point apart from the next run's.
+        return [
+            packet
+            for place, (packet, layer_and_use) in enumerate(zip(packets, told, strict=True))
+            if place < 2 or packet.pts in wanted or layer_and_use != (highest, True)
+        ]
 
 
 @contextmanager
