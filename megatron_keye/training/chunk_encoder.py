@@ -25,6 +25,9 @@ class PatchSource(Protocol):
     def start_step(self, chunks: Sequence[Sequence[Picture]]) -> None:
         """Announce the pictures of each chunk of a step."""
 
+    def wait_until_decoded(self) -> dict[str, str]:
+        """Wait for the next step as a whole; return which of its files failed, and why."""
+
     def take(self) -> Tensor:
         """Return the next chunk's input of `vision`, P patches long, on any device."""
 
@@ -67,6 +70,7 @@ class ChunkEncoder:
         """Time spent on this step's chunks."""
         self.wait_seconds = 0.0
         """The part of it in which decoded chunks were waited for."""
+        self._agreeing_seconds = 0.0
 
     def announce(self, plan: StepPlan, rows: list[PackedRow]) -> None:
         """Let the source work on a later step already.
@@ -79,14 +83,25 @@ class ChunkEncoder:
         self._announced.append(chunks)
         self._source.start_step(chunks)
 
+    def wait_until_decoded(self) -> dict[str, str]:
+        """Wait until the next step, announced before, is decoded as a whole.
+
+        Returns:
+            Its files that could not be decoded, and why; their pictures are grey.
+        """
+        started = time.perf_counter()
+        failed = self._source.wait_until_decoded()
+        self._agreeing_seconds = time.perf_counter() - started
+        return failed
+
     def start_step(self, plan: StepPlan, rows: list[PackedRow], recorder: Recorder) -> None:
-        """Take the plan and the rows of the next step, and what notes its phases."""
+        """Take the plan and the rows of the next step announced, and what notes its phases."""
         self._plan, self._rows, self._recorder = plan, rows, recorder
         self._inputs.clear()
-        self.num_pictures, self.seconds, self.wait_seconds = 0, 0.0, 0.0
+        self.num_pictures = 0
+        self.seconds = self.wait_seconds = self._agreeing_seconds
+        self._agreeing_seconds = 0.0
         self._due = deque(plan.chunks_of(self._rank))
-        if not self._announced:
-            self.announce(plan, rows)
         announced = self._announced.popleft()
         chunks = [_pictures(plan, rows, chunk) for chunk in self._due]
         assert announced == chunks, "steps run in the order in which they were announced"
