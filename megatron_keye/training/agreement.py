@@ -59,12 +59,22 @@ def damaged_samples(rows: list[PackedRow], failed: Mapping[str, str]) -> Damaged
     """
     damaged: Damaged = {}
     for place, row in enumerate(rows):
-        for picture, start in zip(row.pictures, row.picture_starts, strict=True):
+        for picture, document in zip(row.pictures, _documents_of_pictures(row), strict=True):
             if picture.media in failed:
-                document = int(np.searchsorted(row.document_bounds, start, side="right")) - 1
                 reason = f"{row.sample_names[document]}: {failed[picture.media]}"
                 damaged.setdefault((place, document), reason)
     return damaged
+
+
+def count_with_pictures(rows: list[PackedRow]) -> int:
+    """Return how many samples have a picture."""
+    return sum(len(set(_documents_of_pictures(row))) for row in rows)
+
+
+def _documents_of_pictures(row: PackedRow) -> list[int]:
+    starts = np.asarray(row.picture_starts, dtype=np.int64)
+    documents = np.searchsorted(row.document_bounds, starts, side="right") - 1
+    return [int(document) for document in documents]
 
 
 def agree_on_damaged(damaged: Damaged, device: torch.device) -> Damaged:

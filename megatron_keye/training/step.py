@@ -19,6 +19,7 @@ from megatron_keye.parallel.schedule import run_step
 from megatron_keye.parallel.transport import FeatureTransport
 from megatron_keye.training.agreement import (
     agree_on_damaged,
+    count_with_pictures,
     damaged_samples,
     without_labels,
 )
@@ -34,6 +35,9 @@ from megatron_keye.training.microbatch import (
 )
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.router_load import RouterLoad
+
+_MOST_HOLLOW_STEPS = 10
+"""Steps in a row without a picture that decodes, after which it is no accident."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class TrainingStep:
         """The last step's phases, where the run records them."""
         self.damaged: list[str] = []
         """Why samples of the last step taught nothing, a sentence for each, equal on all ranks."""
+        self._num_hollow_steps = 0
         self._announced: deque[tuple[list[PackedRow], _Planned]] = deque()
         self._router_load = RouterLoad(run.model.decoder, model.chunks, device)
         self._encoder: ChunkEncoder | None = None
@@ -173,7 +178,21 @@ class TrainingStep:
         mine = damaged_samples(planned.rows, failed)
         damaged = agree_on_damaged(mine, self._device)
         self.damaged = list(damaged.values())
+        self._check_some_decode(count_with_pictures(planned.rows))
         return replace(planned, rows=without_labels(planned.rows, damaged))
+
+    def _check_some_decode(self, num_pictured: int) -> None:
+        """Refuse to go on for long when no picture at all decodes, as on a broken device."""
+        if num_pictured > len(self.damaged):
+            self._num_hollow_steps = 0
+        elif num_pictured:
+            self._num_hollow_steps += 1
+        if self._num_hollow_steps > _MOST_HOLLOW_STEPS:
+            raise ValueError(
+                f"data.on_bad_sample=skip: no picture decoded in {self._num_hollow_steps} steps "
+                "in a row, expected media that can be read on the ranks that encode; the last "
+                f"reason was {self.damaged[-1]}"
+            )
 
     def _plan(self, rows: list[PackedRow]) -> _Planned:
         balanced = balance_rows(rows, self._run)
