@@ -7,6 +7,7 @@ reports, the hardware hides; `probe` finds what the container shows of it.
 """
 
 import logging
+import math
 import queue
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -28,8 +29,9 @@ from megatron_keye.data.video import VideoInfo, check_indices, probe
 
 DEFAULT_STREAMS = 8
 """Pieces decoded side by side; each takes a decoder of the GPU, of which an H100 has seven."""
-PIECE_BYTES = 256 * 2**20
-"""Wanted pixels of one piece at most; DALI gives them all at once."""
+PIECE_BYTES = 512 * 2**20
+"""Wanted pixels of one piece at most, which DALI gives all at once; they are held twice meanwhile.
+At 2 of 24 frames a second a piece holds a tenth of it."""
 PIECE_FRAMES = range(60, 241)
 """Frames decoded for one piece. DALI's beginning, which allocates memory for each piece, takes as
 long as 20 to 30 frames of 720p; longer pieces would leave decoders idle at a video's end."""
@@ -101,13 +103,18 @@ class DaliDecoder:
         """Divide the wanted frames so that all streams have work and beginnings are few."""
         if not wanted:
             return []
-        share = (wanted[-1] - wanted[0]) // self._num_streams + 1
+        span = wanted[-1] - wanted[0] + 1
+        max_wanted = max(1, PIECE_BYTES // (3 * info.height * info.width))
+        longest = min(PIECE_FRAMES.stop - 1, max_wanted * span // len(wanted))
+        # As many pieces as streams, or a multiple of that, so that all streams end together.
+        num_rounds = math.ceil(span / (self._num_streams * longest))
+        share = math.ceil(span / (self._num_streams * num_rounds))
         return plan_pieces(
             info.entry_points,
             info.num_frames,
             wanted,
-            max_wanted=max(1, PIECE_BYTES // (3 * info.height * info.width)),
-            max_decoded=min(max(share, PIECE_FRAMES.start), PIECE_FRAMES.stop - 1),
+            max_wanted=max_wanted,
+            max_decoded=max(share, PIECE_FRAMES.start),
         )
 
     def _decode(
