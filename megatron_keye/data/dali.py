@@ -7,6 +7,7 @@ reports, the hardware hides; `probe` finds what the container shows of it.
 """
 
 import logging
+import math
 import queue
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,15 +21,22 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
-from megatron_keye.data.color import to_space_of
+from megatron_keye.data.color import BT709, to_space_of
 from megatron_keye.data.frame_decoder import PyavDecoder
-from megatron_keye.data.segment import Segment, cut_segments
+from megatron_keye.data.piece import Piece, plan_pieces
+from megatron_keye.data.segment import Segment, SegmentCutter, opened_cutter
 from megatron_keye.data.video import VideoInfo, check_indices, probe
 
-DEFAULT_STREAMS = 4
+DEFAULT_STREAMS = 8
 """Pieces decoded side by side; each takes a decoder of the GPU, of which an H100 has seven."""
-PIECE_BYTES = 256 * 2**20
-"""Decoded pixels of one piece at most; its frames are converted together."""
+PIECE_BYTES = 512 * 2**20
+"""Wanted pixels of one piece at most, which DALI gives all at once; they are held twice meanwhile.
+At 2 of 24 frames a second a piece holds a tenth of it."""
+PIECE_FRAMES = range(60, 241)
+"""Frames decoded for one piece. DALI's beginning, which allocates memory for each piece, takes as
+long as 20 to 30 frames of 720p; longer pieces would leave decoders idle at a video's end."""
+_CONVERTED_BYTES = 32 * 2**20
+"""Pixels whose colours are converted at once, through floats."""
 
 _logger = logging.getLogger(__name__)
 
@@ -67,17 +75,19 @@ class DaliDecoder:
             for index, frame in self._on_cpu.frames(path, wanted):
                 yield index, frame.to(self._device)
             return
-        started: deque[tuple[Segment, Future[Tensor]]] = deque()
-        try:
-            for segment in cut_segments(info, wanted, _frames_of_piece(info)):
-                started.append((segment, self._pool.submit(self._decode, info, segment)))
-                if len(started) == self._num_streams:
-                    yield from self._finish(info, *started.popleft())
-            while started:
-                yield from self._finish(info, *started.popleft())
-        finally:
-            for _, future in started:
-                future.cancel()
+        started: deque[Future[tuple[Piece, Tensor]]] = deque()
+        with opened_cutter(info) as cutter:
+            try:
+                for piece in self._pieces(info, wanted):
+                    started.append(self._pool.submit(self._decode, info, cutter, piece))
+                    # One is being taken and one waits its turn, so that no stream is idle.
+                    if len(started) > self._num_streams + 1:
+                        yield from self._finish(started.popleft())
+                while started:
+                    yield from self._finish(started.popleft())
+            finally:
+                for future in started:
+                    future.cancel()
 
     def close(self) -> None:
         """End the threads after what they are at."""
@@ -89,50 +99,82 @@ class DaliDecoder:
             self._told.add(info.gpu_obstacle)
             _logger.warning("%s: decoded on the CPU, since %s", info.path, info.gpu_obstacle)
 
-    def _decode(self, info: VideoInfo, segment: Segment) -> Tensor:
-        """Decode one piece: uint8 [frames, height, width, 3] as stored, ready for any stream."""
+    def _pieces(self, info: VideoInfo, wanted: list[int]) -> list[Piece]:
+        """Divide the wanted frames so that all streams have work and beginnings are few."""
+        if not wanted:
+            return []
+        span = wanted[-1] - wanted[0] + 1
+        max_wanted = max(1, PIECE_BYTES // (3 * info.height * info.width))
+        longest = min(PIECE_FRAMES.stop - 1, max_wanted * span // len(wanted))
+        # As many pieces as streams, or a multiple of that, so that all streams end together.
+        num_rounds = math.ceil(span / (self._num_streams * longest))
+        share = math.ceil(span / (self._num_streams * num_rounds))
+        return plan_pieces(
+            info.entry_points,
+            info.num_frames,
+            wanted,
+            max_wanted=max_wanted,
+            max_decoded=max(share, PIECE_FRAMES.start),
+        )
+
+    def _decode(
+        self, info: VideoInfo, cutter: SegmentCutter, piece: Piece
+    ) -> tuple[Piece, Tensor]:
+        """Decode one piece: uint8 [frames, height, width, 3], upright, ready for any stream."""
+        segment = cutter.cut(piece)
         try:
             decoder = self._idle.get_nowait()
         except queue.Empty:
             decoder = _PieceDecoder(self._device)
         try:
-            frames = decoder(segment)
+            with torch.cuda.stream(decoder.stream):
+                frames = _as_shown(decoder(segment), segment, info)
+            decoder.stream.synchronize()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             # The pipeline that failed is not used again.
             raise ValueError(
-                f"{info.path}: DALI could not decode frames {segment.indices[0]} to "
-                f"{segment.indices[-1]} ({' '.join(str(error).split())}), expected an undamaged "
+                f"{info.path}: DALI could not decode frames {piece.indices[0]} to "
+                f"{piece.indices[-1]} ({' '.join(str(error).split())}), expected an undamaged "
                 "video; copy it again, or decode with data.decode.backend=pyav"
             ) from error
         self._idle.put(decoder)
-        return frames
+        return piece, frames
 
-    def _finish(
-        self, info: VideoInfo, segment: Segment, future: Future[Tensor]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Turn a piece's frames upright, on the stream of whoever takes them."""
-        frames = future.result()
+    def _finish(self, future: Future[tuple[Piece, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        """Hand a piece's frames to the stream of whoever takes them."""
+        piece, frames = future.result()
         # Their memory belongs to the stream that filled it; it must outlast what reads it here.
         frames.record_stream(torch.cuda.current_stream(self._device))
-        height, width = info.height, info.width
-        stored = (width, height) if info.rotation % 180 else (height, width)
-        if tuple(frames.shape[1:3]) != stored:
-            raise ValueError(
-                f"{info.path}: DALI gave frames of {tuple(frames.shape[1:3])}, expected {stored}; "
-                "decode it with data.decode.backend=pyav"
-            )
-        for index, frame in zip(segment.indices, frames, strict=True):
-            pixels = to_space_of(frame, info.color_space)
-            if info.is_mirrored:
-                pixels = pixels.flip(1)
-            yield index, torch.rot90(pixels, info.rotation // 90)
+        yield from zip(piece.indices, frames.unbind(), strict=True)
+
+
+def _as_shown(frames: Tensor, segment: Segment, info: VideoInfo) -> Tensor:
+    """Crop decoded frames, put their colours right and turn them upright."""
+    if tuple(frames.shape[1:3]) != (segment.height, segment.width):
+        raise ValueError(
+            f"{info.path}: DALI gave frames of {tuple(frames.shape[1:3])}, expected "
+            f"{(segment.height, segment.width)}; decode it with data.decode.backend=pyav"
+        )
+    height, width = info.height, info.width
+    if info.rotation % 180:
+        height, width = width, height
+    frames = frames[:, :height, :width]
+    if info.color_space == BT709:
+        for part in frames.split(max(1, _CONVERTED_BYTES // frames[0].numel())):
+            part.copy_(to_space_of(part, info.color_space))
+    if info.is_mirrored:
+        frames = frames.flip(2)
+    quarters = info.rotation // 90
+    return torch.rot90(frames, quarters, (1, 2)) if quarters else frames
 
 
 class _PieceDecoder:
     """A pipeline that takes one container at a time; one thread uses it at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)
         self._pipeline = Pipeline(
             batch_size=1, num_threads=1, device_id=device.index, prefetch_queue_depth=1
         )
@@ -145,17 +187,11 @@ class _PieceDecoder:
         self._pipeline.build()
 
     def __call__(self, segment: Segment) -> Tensor:
-        """Return the wanted frames of a piece, complete."""
+        """Return a piece's wanted frames as stored, complete on the current stream."""
         self._pipeline.feed_input("container", [np.frombuffer(segment.container, dtype=np.uint8)])
         self._pipeline.feed_input("places", [np.array(segment.places, dtype=np.int32)])
         (decoded,) = self._pipeline.run()
         batch = decoded[0]
-        with torch.cuda.stream(self._stream):
-            frames = torch.empty(batch.shape(), dtype=torch.uint8, device=self._stream.device)
-            feed_ndarray(batch, frames, cuda_stream=self._stream)
-        self._stream.synchronize()
+        frames = torch.empty(batch.shape(), dtype=torch.uint8, device=self.stream.device)
+        feed_ndarray(batch, frames, cuda_stream=torch.cuda.current_stream(self.stream.device))
         return frames
-
-
-def _frames_of_piece(info: VideoInfo) -> int:
-    return max(1, PIECE_BYTES // (3 * info.height * info.width))

@@ -46,15 +46,28 @@ class DecodeService:
         decoder: Gives the frames of videos; closed together with the service.
         vision: Patch and merge size.
         config: Limits.
+        skips_bad: Whether pictures of files that cannot be decoded come out grey. Ranks then agree
+            before a step on what failed, so whole steps are decoded ahead whatever the limits, and
+            wait in main memory, a byte for each value.
     """
 
-    def __init__(self, decoder: FrameDecoder, vision: VisionConfig, config: DecodeConfig) -> None:
+    def __init__(
+        self,
+        decoder: FrameDecoder,
+        vision: VisionConfig,
+        config: DecodeConfig,
+        *,
+        skips_bad: bool = False,
+    ) -> None:
         self._decoder, self._vision, self._config = decoder, vision, config
+        self._skips_bad = skips_bad
         self._changed = threading.Condition()
         # All below is read and written while `_changed` is held.
         self._announced: deque[Sequence[Sequence[Picture]]] = deque()
         self._ready: deque[Tensor] = deque()
         self._num_due = 0
+        self._failed: dict[str, str] = {}
+        self._finished: deque[dict[str, str]] = deque()
         self._error: Exception | None = None
         self._is_closing = False
         self._working_on = ""
@@ -88,6 +101,25 @@ class DecodeService:
             self._num_due += len(chunks)
             self._changed.notify_all()
 
+    def wait_until_decoded(self) -> dict[str, str]:
+        """Wait until the next step that was announced is decoded as a whole.
+
+        Only with `skips_bad`; to be asked once for each step, before its chunks are taken.
+
+        Returns:
+            The files of the step that could not be decoded, and why.
+
+        Raises:
+            ValueError: As `take`, for a file that hangs.
+        """
+        assert self._skips_bad, "without skipping, steps are not decoded as a whole"
+        with self._changed:
+            while not self._finished:
+                if self._error is not None:
+                    raise self._error
+                self._changed.wait(self._seconds_left())
+            return self._finished.popleft()
+
     def take(self) -> Tensor:
         """Return the patches of the next chunk, waiting for them if need be.
 
@@ -108,6 +140,8 @@ class DecodeService:
             patches = self._ready.popleft()
             self._num_due -= 1
             self._changed.notify_all()
+        if self._skips_bad:
+            return _as_values(patches.to(self._decoder.device))
         if patches.device.type == "cuda":
             # Filled on the thread's stream; it must outlast what this stream does with it.
             patches.record_stream(torch.cuda.current_stream(patches.device))
@@ -172,13 +206,20 @@ class DecodeService:
 
     def _decode_announced(self) -> None:
         while (chunks := self._next_step()) is not None:
-            with closing(
-                decode_chunks(chunks, self._decoder, self._vision, watch=self._watch)
-            ) as decoded:
+            patches = decode_chunks(
+                chunks,
+                self._decoder,
+                self._vision,
+                watch=self._watch,
+                on_failure=self._note_failure if self._skips_bad else None,
+            )
+            with closing(patches) as decoded:
                 for pictures in chunks:
                     if not self._has_room_for(pictures):
                         return
                     self._decode_one(decoded, len(pictures))
+            if self._skips_bad:
+                self._finish_step()
 
     def _next_step(self) -> Sequence[Sequence[Picture]] | None:
         """Wait for the next step; None when closed."""
@@ -194,7 +235,8 @@ class DecodeService:
             held = sum(patches.nbytes for patches in self._ready)
             limit = self._config.max_ahead_mebibytes * 2**20
             has_place = len(self._ready) < self._config.max_ahead_chunks
-            return not self._ready or (has_place and held + size <= limit)
+            is_within = has_place and held + size <= limit
+            return self._skips_bad or not self._ready or is_within
 
         with self._changed:
             self._changed.wait_for(lambda: self._is_closing or fits())
@@ -203,12 +245,26 @@ class DecodeService:
     def _decode_one(self, decoded: Iterator[Tensor], num_pictures: int) -> None:
         started = time.monotonic()
         patches = next(decoded)
+        if self._skips_bad:
+            patches = _as_bytes(patches).cpu()
         if patches.device.type == "cuda":
             torch.cuda.current_stream(patches.device).synchronize()
         with self._changed:
             self._working_on = ""
             self._count(pictures=num_pictures, busy_seconds=time.monotonic() - started)
             self._ready.append(patches)
+            self._changed.notify_all()
+
+    def _note_failure(self, media: str, error: ValueError) -> None:
+        """Note that a file of the step in work cannot be decoded."""
+        with self._changed:
+            self._failed[media] = str(error)
+
+    def _finish_step(self) -> None:
+        """Let whoever waits for the step in work know what failed."""
+        with self._changed:
+            self._finished.append(self._failed)
+            self._failed = {}
             self._changed.notify_all()
 
     def _watch(self, media: str) -> None:
@@ -219,3 +275,13 @@ class DecodeService:
             self._working_on, self._working_since = media, time.monotonic()
             # Whoever waits must learn of the new limit.
             self._changed.notify_all()
+
+
+def _as_bytes(patches: Tensor) -> Tensor:
+    """Return the pixels that patches were made of, exactly."""
+    return patches.add(1.0).mul_(127.5).round_().to(torch.uint8)
+
+
+def _as_values(pixels: Tensor) -> Tensor:
+    """Return what `make_patches` makes of pixels, bit for bit."""
+    return pixels.float().div_(127.5).sub_(1.0)

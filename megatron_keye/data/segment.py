@@ -6,7 +6,9 @@ each piece begins where decoding can start and is timed anew.
 """
 
 import io
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -16,16 +18,22 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from megatron_keye.data.bitstream import holds_parameters, layer_if_unreferenced
+from megatron_keye.data.piece import Piece
 from megatron_keye.data.probe import VideoInfo, opened_video
+from megatron_keye.data.sps import Uncropped, uncrop
+
+type _Packets = "list[av.Packet[VideoStream]]"
 
 # WebM for VP9, which MP4 gives a header that parsers need not expect.
 _FORMATS = {"h264": "mp4", "hevc": "mp4", "vp9": "webm"}
 _MILLISECOND = Fraction(1, 1000)
+_MACROBLOCK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One piece: a container whose first packet is the only one where decoding starts."""
+    """One piece: a container whose first packet is the only one that it calls a keyframe."""
 
     container: bytes
     """The whole of a small MP4 or WebM file."""
@@ -33,61 +41,121 @@ class Segment:
     """Frames wanted from it, as indices into the original file, ascending."""
     places: tuple[int, ...]
     """The same frames counted in the piece's own order of presentation."""
+    height: int
+    """Rows that it decodes to; those beyond the picture's, at the bottom, are to be cropped."""
+    width: int
+    """Columns that it decodes to; those beyond the picture's, at the right, are to be cropped."""
 
 
-def cut_segments(info: VideoInfo, wanted: Sequence[int], max_frames: int) -> Iterator[Segment]:
-    """Cut the pieces that hold the wanted frames, one at a time.
+class SegmentCutter:
+    """Cuts pieces of one open file, from any thread, one at a time."""
+
+    def __init__(self, info: VideoInfo, container: InputContainer, stream: VideoStream) -> None:
+        self._info, self._container, self._stream = info, container, stream
+        self._lock = threading.Lock()
+        self._is_open = True
+        self._extradata = bytes(stream.codec_context.extradata or b"")
+        self._uncropped = _uncropped(stream)
+
+    def cut(self, piece: Piece) -> Segment:
+        """Return the segment that holds a piece's frames.
+
+        Raises:
+            ValueError: Naming the file, when it no longer holds what `probe` saw.
+        """
+        with self._lock:
+            if not self._is_open:
+                raise ValueError(f"{self._info.path}: was closed before it was cut")
+            packets, ranks, places = self._read(piece)
+            uncropped = self._uncropped
+            if uncropped is not None and self._brings_parameters(packets):
+                uncropped = None
+            return Segment(
+                container=_remux(self._stream, packets, ranks, uncropped),
+                indices=piece.indices,
+                places=places,
+                height=uncropped.height if uncropped else self._stream.height,
+                width=uncropped.width if uncropped else self._stream.width,
+            )
+
+    def close(self) -> None:
+        """Wait for the piece that is being cut; no other one is."""
+        with self._lock:
+            self._is_open = False
+
+    def _brings_parameters(self, packets: _Packets) -> bool:
+        """Tell whether packets say themselves how their pictures are cropped."""
+        return any(holds_parameters(bytes(packet), self._extradata) for packet in packets)
+
+    def _read(self, piece: Piece) -> tuple[_Packets, NDArray[np.int64], tuple[int, ...]]:
+        """Return the packets of all runs, when each is shown, and when the wanted frames are."""
+        timestamps = self._info.timestamps
+        packets: _Packets = []
+        ranks: list[NDArray[np.int64]] = []
+        places: list[int] = []
+        for run in piece.runs:
+            of_run = _packets(self._container, self._stream, timestamps[run.start : run.stop])
+            if not of_run:
+                raise ValueError(
+                    f"{self._info.path}: frames {run.start} to {run.stop - 1} are no longer where "
+                    "they were, expected the file that was probed; restore it"
+                )
+            wanted = [int(timestamps[index]) for index in piece.indices if index in run]
+            of_run = self._without_unneeded(of_run, set(wanted))
+            times = np.array([packet.pts for packet in of_run], dtype=np.int64)
+            shown = np.argsort(times)
+            places += (len(packets) + np.searchsorted(times[shown], wanted)).tolist()
+            ranks.append(len(packets) + np.argsort(shown))
+            packets += of_run
+        return packets, np.concatenate(ranks), tuple(places)
+
+    def _without_unneeded(self, packets: _Packets, wanted: set[int]) -> _Packets:
+        """Leave out frames that are neither wanted nor referred to by any other."""
+        if len(packets) == len(wanted):
+            return packets
+        codec = self._stream.codec_context.name
+        told = [layer_if_unreferenced(codec, bytes(p), self._extradata) for p in packets]
+        highest = max(layer for layer, _ in told)
+        # The second frame keeps this run's entry point apart from the next run's.
+        return [
+            packet
+            for place, (packet, layer_and_use) in enumerate(zip(packets, told, strict=True))
+            if place < 2 or packet.pts in wanted or layer_and_use != (highest, True)
+        ]
+
+
+@contextmanager
+def opened_cutter(info: VideoInfo) -> Iterator[SegmentCutter]:
+    """Open a video to be cut.
 
     Args:
         info: A video without `gpu_obstacle`.
-        wanted: Indices into `info.times`, ascending, without repeats.
-        max_frames: Most wanted frames of one piece.
-
-    Returns:
-        Pieces, together with all wanted frames in order.
 
     Raises:
-        ValueError: Naming the file, when it no longer holds what `probe` saw.
+        ValueError: Naming the file that cannot be read.
     """
-    entries = np.searchsorted(info.entry_points, np.asarray(wanted), side="right") - 1
     with opened_video(info.path) as (container, stream):
-        start = 0
-        while start < len(wanted):
-            stop = start + 1
-            while stop < min(start + max_frames, len(wanted)) and entries[stop] == entries[start]:
-                stop += 1
-            entry = int(info.entry_points[entries[start]])
-            yield _cut(info, container, stream, entry, tuple(wanted[start:stop]))
-            start = stop
+        cutter = SegmentCutter(info, container, stream)
+        try:
+            yield cutter
+        finally:
+            cutter.close()
 
 
-def _cut(
-    info: VideoInfo,
-    container: InputContainer,
-    stream: VideoStream,
-    entry: int,
-    indices: tuple[int, ...],
-) -> Segment:
-    """Cut from frame `entry` to the last of `indices`."""
-    needed = info.timestamps[entry : indices[-1] + 1]
-    packets = _packets(container, stream, needed)
-    if not packets:
-        raise ValueError(
-            f"{info.path}: frames {entry} to {indices[-1]} are no longer where they were, "
-            "expected the file that was probed; restore it"
-        )
-    times = np.array([packet.pts for packet in packets], dtype=np.int64)
-    ranks = np.argsort(np.argsort(times))
-    return Segment(
-        container=_remux(stream, packets, ranks),
-        indices=indices,
-        places=tuple(index - entry for index in indices),
-    )
+def _uncropped(stream: VideoStream) -> Uncropped | None:
+    """Return how to keep a stream's cropping from DALI, None where it has none to speak of."""
+    if stream.codec_context.name != "h264":
+        return None
+    found = uncrop(bytes(stream.codec_context.extradata or b""))
+    if found is None:
+        return None
+    beyond = (found.height - stream.height, found.width - stream.width)
+    return found if all(side in range(_MACROBLOCK) for side in beyond) else None
 
 
 def _packets(
     container: InputContainer, stream: VideoStream, needed: NDArray[np.int64]
-) -> "list[av.Packet[VideoStream]]":
+) -> _Packets:
     """Return the packets from the first needed frame on until all are there, or none."""
     first = int(needed[0])
     for target in (first, None):
@@ -97,7 +165,7 @@ def _packets(
         else:
             container.seek(target, stream=stream, backward=True)
         missing = set(needed.tolist())
-        packets: list[av.Packet[VideoStream]] = []
+        packets: _Packets = []
         for packet in container.demux(stream):
             if packet.size == 0 or packet.pts is None or not (packets or packet.pts == first):
                 continue
@@ -111,18 +179,23 @@ def _packets(
 
 
 def _remux(
-    template: VideoStream, packets: "Sequence[av.Packet[VideoStream]]", ranks: NDArray[np.int64]
+    template: VideoStream,
+    packets: _Packets,
+    ranks: NDArray[np.int64],
+    uncropped: Uncropped | None,
 ) -> bytes:
     """Write packets into a container, timed by their rank so that none comes before its turn."""
     delay = int(np.max(np.arange(len(ranks)) - ranks, initial=0))
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=_FORMATS[template.codec_context.name]) as target:
         stream = target.add_stream_from_template(template)
+        if uncropped is not None:
+            stream.codec_context.extradata = uncropped.extradata
+            stream.height, stream.width = uncropped.height, uncropped.width
         stream.time_base = _MILLISECOND
         for place, (packet, rank) in enumerate(zip(packets, ranks.tolist(), strict=True)):
-            copy = av.Packet(bytes(packet))
-            copy.pts, copy.dts, copy.duration = rank + delay, place, 1
-            copy.time_base, copy.stream = _MILLISECOND, stream
-            copy.is_keyframe = place == 0
-            target.mux(copy)
+            packet.pts, packet.dts, packet.duration = rank + delay, place, 1
+            packet.time_base, packet.stream = _MILLISECOND, stream
+            packet.is_keyframe = place == 0
+            target.mux(packet)
     return buffer.getvalue()

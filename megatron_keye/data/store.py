@@ -4,7 +4,7 @@ Bounds and the list of media stay in memory, 40 bytes a sample and about 120 a f
 read a whole row at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from megatron_keye.data.store_settings import check_settings
 from megatron_keye.data.store_writer import FORMAT
 
 _PATHS_KEPT = 65_536
+_CHUNKS_PER_READ = 64
+"""A shard at most, of which 32 MB are in memory then."""
 
 
 class SampleStore:
@@ -152,15 +154,34 @@ def _whole(group: zarr.Group, name: str) -> NDArray[Any]:
 
 
 def _gather(array: Any, bounds: NDArray[np.int64], indices: Sequence[int]) -> list[NDArray[Any]]:
-    """Read the rows of several samples in one request, and return them apart."""
-    order = np.argsort(indices, kind="stable")
-    sorted_indices = np.asarray(indices)[order]
-    starts, stops = bounds[sorted_indices], bounds[sorted_indices + 1]
-    places = [np.arange(start, stop) for start, stop in zip(starts, stops, strict=True)]
-    positions = np.concatenate(places)
-    values = array.oindex[positions] if len(positions) else np.empty((0, *array.shape[1:]))
-    parts = np.split(values, np.cumsum(stops - starts)[:-1])
-    found: list[NDArray[Any]] = [parts[0]] * len(parts)
-    for place, part in zip(order.tolist(), parts, strict=True):
-        found[place] = part
+    """Read the rows of several samples, neighbours in one request, and return them apart.
+
+    Requests are slices: zarr would sort millions of single positions, and longer than it reads.
+    """
+    found: list[NDArray[Any]] = [np.empty(0)] * len(indices)
+    for places in _neighbours(bounds, indices, array.chunks[0]):
+        first = int(bounds[indices[places[0]]])
+        values = array[first : int(bounds[indices[places[-1]] + 1])]
+        for place in places:
+            start, stop = bounds[indices[place] : indices[place] + 2] - first
+            # A copy, so that what lies between samples is let go.
+            found[place] = values[start:stop].copy()
     return found
+
+
+def _neighbours(
+    bounds: NDArray[np.int64], indices: Sequence[int], chunk_length: int
+) -> Iterator[list[int]]:
+    """Group the places of samples, ascending, whose rows lie in the same or the next chunk."""
+    group: list[int] = []
+    for place in np.argsort(indices, kind="stable").tolist():
+        start, stop = bounds[indices[place] : indices[place] + 2].tolist()
+        if group:
+            first, end = int(bounds[indices[group[0]]]), int(bounds[indices[group[-1]] + 1])
+            is_near = start // chunk_length <= end // chunk_length + 1
+            if not is_near or stop - first > _CHUNKS_PER_READ * chunk_length:
+                yield group
+                group = []
+        group.append(place)
+    if group:
+        yield group

@@ -45,6 +45,7 @@ class CachedFeatures:
         self._dtype = weight_dtype(run)
         self._store: FeatureStore | None = None
         self._due: deque[tuple[Sequence[Picture], bool]] = deque()
+        self._failed: dict[str, str] = {}
 
     def start_step(self, chunks: Sequence[Sequence[Picture]]) -> None:
         """Announce the chunks of one more step; only those not kept in full are decoded."""
@@ -52,6 +53,11 @@ class CachedFeatures:
         due = [(chunk, all(map(store.has, chunk))) for chunk in chunks]
         self._due.extend(due)
         self._decoding.start_step([chunk for chunk, is_kept in due if not is_kept])
+
+    def wait_until_decoded(self) -> dict[str, str]:
+        """Return which files of the next step could not be decoded, as `DecodeService` does."""
+        self._failed = self._decoding.wait_until_decoded()
+        return self._failed
 
     @torch.no_grad()
     def take(self) -> Tensor:
@@ -72,7 +78,8 @@ class CachedFeatures:
         features_PW = cast(Tensor, self._encoder(patches, [p.grid for p in pictures]))
         parts = features_PW.split([picture.num_patches for picture in pictures])
         for picture, part in zip(pictures, parts, strict=True):
-            store.write(picture, part)
+            if picture.media not in self._failed:
+                store.write(picture, part)
         return features_PW
 
     def statistics(self) -> DecodeStatistics:

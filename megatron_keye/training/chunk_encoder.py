@@ -27,6 +27,9 @@ class PatchSource(Protocol):
     def start_step(self, chunks: Sequence[Sequence[Picture]]) -> None:
         """Announce the pictures of each chunk of a step."""
 
+    def wait_until_decoded(self) -> dict[str, str]:
+        """Wait for the next step as a whole; return which of its files failed, and why."""
+
     def take(self) -> Tensor:
         """Return the next chunk's input of `vision`, P patches long, on any device."""
 
@@ -82,6 +85,7 @@ class ChunkEncoder:
         """Time spent on chunks in this step, those of the next one included."""
         self.wait_seconds = 0.0
         """The part of it in which decoded chunks were waited for."""
+        self._agreeing_seconds = 0.0
 
     def announce(self, plan: StepPlan, rows: list[PackedRow]) -> None:
         """Let the source work on a later step already.
@@ -94,13 +98,24 @@ class ChunkEncoder:
         self._announced.append(due)
         self._source.start_step([chunk.pictures for chunk in due])
 
+    def wait_until_decoded(self) -> dict[str, str]:
+        """Wait until the next step, announced before, is decoded as a whole.
+
+        Returns:
+            Its files that could not be decoded, and why; their pictures are grey.
+        """
+        started = time.perf_counter()
+        failed = self._source.wait_until_decoded()
+        self._agreeing_seconds = time.perf_counter() - started
+        return failed
+
     def start_step(self, plan: StepPlan, rows: list[PackedRow], recorder: Recorder) -> None:
-        """Take the plan and the rows of the next step, and what notes its phases."""
+        """Take the plan and the rows of the next step announced, and what notes its phases."""
         self._recorder = recorder
         self._inputs.clear()
-        self.num_pictures, self.seconds, self.wait_seconds = 0, 0.0, 0.0
-        if not self._announced:
-            self.announce(plan, rows)
+        self.num_pictures = 0
+        self.seconds = self.wait_seconds = self._agreeing_seconds
+        self._agreeing_seconds = 0.0
         chunks = plan.chunks_of(self._rank)
         self._due = deque(zip(chunks, self._announced.popleft(), strict=True))
         is_announced = all(due == _due(plan, rows, chunk) for chunk, due in self._due)

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,12 @@ from megatron_keye.parallel.plan import StepPlan
 from megatron_keye.parallel.recorder import Recorder, StepRecorder
 from megatron_keye.parallel.schedule import run_step
 from megatron_keye.parallel.transport import FeatureTransport
+from megatron_keye.training.agreement import (
+    agree_on_damaged,
+    count_with_pictures,
+    damaged_samples,
+    without_labels,
+)
 from megatron_keye.training.chunk_encoder import ChunkEncoder, PatchSource
 from megatron_keye.training.decode import Decoding
 from megatron_keye.training.learning_rate import learning_rate
@@ -30,6 +36,9 @@ from megatron_keye.training.microbatch import (
 )
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.router_load import RouterLoad
+
+_MOST_HOLLOW_STEPS = 10
+"""Steps in a row without a picture that decodes, after which it is no accident."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,9 @@ class TrainingStep:
         self._decoder_seconds = 0.0
         self.recorder: StepRecorder | None = None
         """The last step's phases, where the run records them."""
+        self.damaged: list[str] = []
+        """Why samples of the last step taught nothing, a sentence for each, equal on all ranks."""
+        self._num_hollow_steps = 0
         self._announced: deque[tuple[list[PackedRow], _Planned]] = deque()
         self._router_load = RouterLoad(run.model.decoder, model.chunks, device)
         self._encoder: ChunkEncoder | None = None
@@ -110,7 +122,9 @@ class TrainingStep:
         started = time.perf_counter()
         planned = self._take_planned(rows)
         meter = RowMeter()
-        counts = _count(rows, self._run)
+        if self._run.data.on_bad_sample == "skip":
+            planned = self._without_damaged(planned)
+        counts = _count(planned.rows, self._run)
         self._optimizer.zero_gradients()
         self._router_load.reset()
         self._encode_and_decode(planned, meter, counts, recorder)
@@ -156,10 +170,35 @@ class TrainingStep:
     def _take_planned(self, rows: list[PackedRow]) -> _Planned:
         """Return what was planned when these rows were announced, or plan them now."""
         if not self._announced:
-            return self._plan(rows)
+            planned = self._plan(rows)
+            if self._encoder is not None:
+                self._encoder.announce(planned.plan, planned.rows)
+            return planned
         announced, planned = self._announced.popleft()
         assert announced is rows, "steps run in the order in which they were announced"
         return planned
+
+    def _without_damaged(self, planned: _Planned) -> _Planned:
+        """Agree on what did not decode, once all of the step is decoded, and leave it out."""
+        failed = self._encoder.wait_until_decoded() if self._encoder is not None else {}
+        mine = damaged_samples(planned.rows, failed)
+        damaged = agree_on_damaged(mine, self._device)
+        self.damaged = list(damaged.values())
+        self._check_some_decode(count_with_pictures(planned.rows))
+        return replace(planned, rows=without_labels(planned.rows, damaged))
+
+    def _check_some_decode(self, num_pictured: int) -> None:
+        """Refuse to go on for long when no picture at all decodes, as on a broken device."""
+        if num_pictured > len(self.damaged):
+            self._num_hollow_steps = 0
+        elif num_pictured:
+            self._num_hollow_steps += 1
+        if self._num_hollow_steps > _MOST_HOLLOW_STEPS:
+            raise ValueError(
+                f"data.on_bad_sample=skip: no picture decoded in {self._num_hollow_steps} steps "
+                "in a row, expected media that can be read on the ranks that encode; the last "
+                f"reason was {self.damaged[-1]}"
+            )
 
     def _plan(self, rows: list[PackedRow]) -> _Planned:
         balanced = balance_rows(rows, self._run)

@@ -70,7 +70,8 @@ class Trainer:
         self._progress = store.Progress(step=0, updates=0, data=self._loader.state_dict())
         self._metrics: list[StepMetrics] = []
         self._media: set[str] = set()
-        self._upcoming: _Rows | None = None
+        self._upcoming: _Rows | ValueError | None = None
+        self._num_damaged = 0
         self._resume()
 
     def train(self) -> dict[str, Any]:
@@ -107,7 +108,8 @@ class Trainer:
                 "decoding video with %s (data.decode.backend=%s)", backend, decode.backend
             )
         decoder = make_decoder(backend, device, decode.num_threads)
-        return DecodeService(decoder, self._run.model.vision, decode)
+        skips_bad = self._run.data.on_bad_sample == "skip"
+        return DecodeService(decoder, self._run.model.vision, decode, skips_bad=skips_bad)
 
     def _source(self) -> PatchSource | None:
         """Return where the encoder's input comes from; None on a rank without one."""
@@ -139,10 +141,10 @@ class Trainer:
         folder = None
         for number in range(self._progress.step, last):
             metrics = self._train_one(number, is_last=number + 1 == last)
-            skipped = self._loader.take_skipped()
+            skipped = self._loader.take_skipped() + self._step.damaged
             if report is not None:
                 report.show(number + 1, metrics)
-                report.show_skipped(number + 1, self._loader.num_skipped, skipped)
+                report.show_skipped(number + 1, self._num_skipped(), skipped)
             settings = self._run.training.checkpoint
             is_due = settings.interval_steps and (number + 1) % settings.interval_steps == 0
             if is_due or (number + 1 == last and settings.saves_last):
@@ -150,7 +152,7 @@ class Trainer:
         return folder
 
     def _train_one(self, number: int, *, is_last: bool) -> StepMetrics:
-        rows, state = self._upcoming or self._fetch()
+        rows, state = self._take_rows()
         # Decoding works on the next step while this one runs.
         self._upcoming = None if is_last else self._fetch()
         self._media |= {picture.media for row in rows for picture in row.pictures}
@@ -161,17 +163,52 @@ class Trainer:
             self._progress.first_loss = metrics.loss
         self._progress.step = number + 1
         self._progress.updates += metrics.was_applied
-        self._progress.data = state
+        self._note_damaged()
+        num_skipped = int(state["num_skipped"]) + self._num_damaged
+        self._progress.data = state | {"num_skipped": num_skipped}
         self._metrics.append(metrics)
         return metrics
 
-    def _fetch(self) -> _Rows:
-        """Take the rows of one more step, and announce what is to be decoded for them."""
-        rows = self._loader.next_rows(self._run.training.rows_per_step)
+    def _take_rows(self) -> _Rows:
+        """Return the rows of the next step.
+
+        Raises:
+            ValueError: Naming the sample that could not be read, now that it is its turn.
+        """
+        fetched = self._upcoming or self._fetch()
+        if isinstance(fetched, ValueError):
+            raise fetched
+        return fetched
+
+    def _fetch(self) -> _Rows | ValueError:
+        """Take the rows of one more step, and announce what is to be decoded for them.
+
+        Returns:
+            What is wrong with a sample instead, since the step before it may still be run.
+        """
+        rows, wrong = None, None
+        try:
+            rows = self._loader.next_rows(self._run.training.rows_per_step)
+        except ValueError as error:
+            wrong = error
         if self._run.data.on_bad_sample == "skip":
             check_same_rows(rows, self._process.device)
+        if rows is None:
+            assert wrong is not None, "there are rows or a reason for none"
+            return wrong
         self._step.announce(rows)
         return rows, self._loader.state_dict()
+
+    def _note_damaged(self) -> None:
+        """Count and tell what did not decode in the last step."""
+        self._num_damaged += len(self._step.damaged)
+        if self._process.rank == 0:
+            for reason in self._step.damaged:
+                _logger.warning("sample skipped: %s", reason)
+
+    def _num_skipped(self) -> int:
+        """Return the samples left out since the run began."""
+        return self._loader.num_skipped + self._num_damaged
 
     def _save(self) -> Path:
         return store.save(self._run, self._model, self._optimizer, self._grid, self._progress)
@@ -210,7 +247,7 @@ class Trainer:
             "video_decoder": self._decode_backend(),
             "decoded_frames": sum(m.pictures for m in metrics),
             "padding_share": sum(m.padding_share for m in metrics) / len(metrics),
-            "skipped_samples": self._loader.num_skipped,
+            "skipped_samples": self._num_skipped(),
             "checkpoint": checkpoint,
         }
 

@@ -114,6 +114,26 @@ def test_a_user_error_is_one_sentence_and_ends_all_ranks(
     assert result.stderr.count("error: ") == 1, result.stderr
 
 
+@pytest.mark.slow
+def test_a_video_that_does_not_decode_is_skipped_where_the_run_says_so(tmp_path: Path) -> None:
+    _make_hollow(tmp_path / "hollow.mp4")
+    make_clip(tmp_path / "good.mp4")
+    lines = "".join(map(_conversation_about, ("hollow.mp4", "good.mp4")))
+    (tmp_path / "mixed.jsonl").write_text(lines)
+    settings = ("data.on_bad_sample=skip", f"data.samples={tmp_path}/mixed.jsonl")
+    steps = ("training.steps=2", "training.rows_per_step=1", "data.row_tokens=1200", "device=cpu")
+    result = launch(tmp_path, *settings, *steps, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert "sample skipped" in result.stderr and "hollow.mp4" in result.stderr
+    summary = json.loads((tmp_path / "keye_tiny" / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["skipped_samples"] >= 2
+    assert 0 < summary["last_loss"] < summary["first_loss"] + 1
+    events = EventAccumulator(str(tmp_path / "keye_tiny" / "events"))
+    events.Reload()
+    counts = [event.value for event in events.Scalars("data/skipped_samples")]
+    assert counts[-1] == summary["skipped_samples"]
+
+
 def _make_hollow(path: Path) -> None:
     """Write a video whose times can be read and whose pictures cannot."""
     make_clip(path)

@@ -63,6 +63,7 @@ def make_clip(
     num_frames: int = 60,
     *,
     scale: int = 1,
+    cut_rows: int = 0,
     color_space: int | None = None,
     codec: str = "libx264",
     milliseconds: Sequence[int] | None = None,
@@ -78,6 +79,7 @@ def make_clip(
         path: File; its suffix chooses the container.
         num_frames: Frames, unless `milliseconds` are given.
         scale: Pixels on a side for each of `numbered_frame`.
+        cut_rows: Rows left out at the bottom.
         color_space: FFmpeg's number of the rule that colours are converted and marked by.
         codec: FFmpeg's name of the encoder.
         milliseconds: Times of a variable frame rate.
@@ -90,7 +92,7 @@ def make_clip(
     times = range(0, 40 * num_frames, 40) if milliseconds is None else milliseconds
     with av.open(str(path), "w", options=muxing or {}) as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
-        stream.width, stream.height = scale * WIDTH, scale * HEIGHT
+        stream.width, stream.height = scale * WIDTH, scale * HEIGHT - cut_rows
         stream.pix_fmt = pixel_format
         stream.codec_context.time_base = stream.time_base = av.AVRational(1, 1000)
         if color_space is not None:
@@ -99,6 +101,7 @@ def make_clip(
             stream.set_display_rotation(rotation, is_mirrored)
         for number, time in enumerate(times):
             pixels = np.kron(numbered_frame(number), np.ones((scale, scale, 1), dtype=np.uint8))
+            pixels = np.ascontiguousarray(pixels[: stream.height])
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             if color_space is not None:
                 frame = frame.reformat(format=pixel_format, dst_colorspace=color_space)

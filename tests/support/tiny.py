@@ -153,13 +153,19 @@ def text_rows(step: int) -> list[PackedRow]:
 
 
 class SyntheticPatches:
-    """Stands for the decode service, without files."""
+    """Stands for the decode service, without files; those named "damaged" fail."""
 
     def __init__(self) -> None:
         self._chunks: deque[Sequence[Picture]] = deque()
+        self._failed: deque[dict[str, str]] = deque()
 
     def start_step(self, chunks: Sequence[Sequence[Picture]]) -> None:
         self._chunks.extend(chunks)
+        media = {picture.media for chunk in chunks for picture in chunk}
+        self._failed.append({name: "is damaged" for name in media if "damaged" in name})
+
+    def wait_until_decoded(self) -> dict[str, str]:
+        return self._failed.popleft()
 
     def take(self) -> Tensor:
         return synthetic_patches(self._chunks.popleft())

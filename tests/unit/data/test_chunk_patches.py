@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,6 +28,16 @@ class CountingDecoder(PyavDecoder):
     def frames(self, path: Path, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         self.asked.append((path.name, list(indices)))
         return super().frames(path, indices)
+
+
+class FailingDecoder(CountingDecoder):
+    """Fails in one file, at one frame."""
+
+    def frames(self, path: Path, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        for index, frame in super().frames(path, indices):
+            if path.name == "bad.mp4" and index == 5:
+                raise ValueError(f"{path}: is damaged")
+            yield index, frame
 
 
 def picture(path: Path, frame: int) -> Picture:
@@ -76,3 +87,37 @@ def test_a_file_is_opened_once_for_chunks_that_follow_each_other(tmp_path: Path)
         ("a.mp4", [12, 20]),
         ("a.mp4", [3, 21, 29]),
     ]
+
+
+def test_pictures_of_a_file_that_fails_are_grey_from_its_chunk_on(tmp_path: Path) -> None:
+    good, bad = (make_clip(tmp_path / f"{name}.mp4", 12) for name in ("good", "bad"))
+    chunks = [
+        [picture(bad, 0), picture(good, 1)],
+        [picture(bad, 4), picture(good, 3), picture(bad, 5)],
+        [picture(good, 6)],
+        [picture(bad, 1), picture(good, 0)],
+    ]
+    told: list[tuple[str, str]] = []
+    decoder = FailingDecoder()
+    decoded = list(
+        decode_chunks(
+            chunks,
+            decoder,
+            VISION,
+            on_failure=lambda media, error: told.append((media, str(error))),
+        )
+    )
+    assert told == [(str(bad), f"{bad}: is damaged")]
+    assert [name for name, _ in decoder.asked].count("bad.mp4") == 1, "it was opened again"
+    for number, (chunk, whole, mine) in enumerate(
+        zip(chunks, decode_chunks(chunks, PyavDecoder(), VISION), decoded, strict=True)
+    ):
+        for planned, expected, got in zip(chunk, whole.split(96), mine.split(96), strict=True):
+            is_grey = planned.media == str(bad) and number > 0
+            assert torch.equal(got, torch.zeros_like(got) if is_grey else expected)
+
+
+def test_a_file_that_fails_ends_decoding_unless_it_may(tmp_path: Path) -> None:
+    bad = make_clip(tmp_path / "bad.mp4", 12)
+    with pytest.raises(ValueError, match=r"bad\.mp4: is damaged"):
+        list(decode_chunks([[picture(bad, 5)]], FailingDecoder(), VISION))

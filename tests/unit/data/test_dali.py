@@ -6,6 +6,7 @@ below 2 of 255; numbers in the pixels prove that it is the right frame.
 
 import importlib.util
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,29 @@ def test_frames_come_by_index(
         assert_close(frames, decode_frames(path, indices))
 
 
+@pytest.mark.parametrize(("suffix", "codec", "options"), CLIPS.values(), ids=CLIPS)
+def test_a_piece_runs_over_entry_points(
+    tmp_path: Path, dali: "DaliDecoder", suffix: str, codec: str, options: dict[str, str]
+) -> None:
+    path = make_clip(tmp_path / f"clip.{suffix}", 120, scale=SCALE, codec=codec, options=options)
+    # All frames; every twelfth, as training does; entry points with much left out between them.
+    for indices in (list(range(120)), list(range(0, 120, 12)), [0, 48, 49, 96], [13, 71, 119]):
+        frames = gpu_frames(dali, path, indices)
+        assert [read_number(shrink(frame, SCALE)) for frame in frames] == indices
+        assert_close(frames, decode_frames(path, indices))
+
+
+@pytest.mark.parametrize("rotation", [0, 90])
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])
+def test_rows_beyond_the_picture_are_cropped(
+    tmp_path: Path, dali: "DaliDecoder", suffix: str, rotation: int
+) -> None:
+    path = make_clip(
+        tmp_path / f"clip.{suffix}", 30, scale=4, cut_rows=8, rotation=rotation, options=X264
+    )
+    assert_close(gpu_frames(dali, path, [0, 13, 29]), decode_frames(path, [0, 13, 29]))
+
+
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
 def test_a_variable_rate_changes_nothing(tmp_path: Path, dali: "DaliDecoder", codec: str) -> None:
     options = X264 if codec == "libx264" else X265
@@ -166,14 +190,16 @@ def test_indices_outside_are_refused(tmp_path: Path, dali: "DaliDecoder") -> Non
 
 def test_dali_itself_refuses_an_index_past_the_end(tmp_path: Path, dali: "DaliDecoder") -> None:
     """The second lock: were ours to fail, no black frame would come."""
-    from dataclasses import replace
-
-    from megatron_keye.data.segment import cut_segments
+    from megatron_keye.data.piece import Piece
+    from megatron_keye.data.segment import opened_cutter
 
     info = probe(make_clip(tmp_path / "clip.mp4", 5, scale=SCALE))
-    (segment,) = cut_segments(info, [4], 1)
-    with pytest.raises(ValueError, match=r"clip.mp4: DALI could not decode"):
-        dali._decode(info, replace(segment, places=(99,)))
+    piece = Piece(indices=(4,), runs=(range(5),))
+    with opened_cutter(info) as cutter:
+        segment = replace(cutter.cut(piece), places=(99,))
+        cutter.cut = lambda _: segment
+        with pytest.raises(ValueError, match=r"clip.mp4: DALI could not decode"):
+            dali._decode(info, cutter, piece)
     assert read_number(shrink(gpu_frames(dali, info.path, [4])[0], SCALE)) == 4
 
 

@@ -20,7 +20,8 @@ import pytest
 from numpy.typing import NDArray
 
 from megatron_keye.data import decode_frames, probe
-from megatron_keye.data.segment import cut_segments
+from megatron_keye.data.piece import plan_pieces
+from megatron_keye.data.segment import opened_cutter
 from megatron_keye.data.video import iterate_frames
 from tests.support.child import Child
 from tests.support.clips import make_clip, read_number
@@ -29,6 +30,7 @@ NUM_FRAMES, FRAME_SECONDS = 12, 0.04
 CASES_A_KIND = 60
 TIMEOUT_SECONDS = 10.0
 X264 = {"bf": "2", "g": "6", "x264-params": "b-adapt=0:scenecut=0"}
+X265 = {"g": "6", "x265-params": "log-level=none:bframes=2"}
 VP9 = {"g": "6", "deadline": "realtime", "cpu-used": "8"}
 KINDS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
     "h264.mp4": ("libx264", X264, {}),
@@ -37,7 +39,9 @@ KINDS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
     "h264.mkv": ("libx264", X264, {}),
     "h264.ts": ("libx264", X264, {}),
     "h264.flv": ("libx264", X264, {}),
-    "hevc.mp4": ("libx265", {"g": "6", "x265-params": "log-level=none:bframes=2"}, {}),
+    "hevc.mp4": ("libx265", X265, {}),
+    "hevc.mkv": ("libx265", X265, {}),
+    "hevc.ts": ("libx265", X265, {}),
     "vp9.webm": ("libvpx-vp9", VP9, {}),
     "vp8.webm": ("libvpx", {"g": "6", "deadline": "realtime"}, {}),
     "mpeg4.avi": ("mpeg4", {"g": "6"}, {}),
@@ -85,8 +89,13 @@ def read(case: Case) -> str:
 def _compare(path: Path, *, is_only_cut: bool) -> str:
     info = probe(path)
     if not info.gpu_obstacle:
-        for _ in cut_segments(info, range(info.num_frames), 5):
-            pass
+        wanted = range(info.num_frames)
+        pieces = plan_pieces(
+            info.entry_points, info.num_frames, wanted, max_wanted=9, max_decoded=9
+        )
+        with opened_cutter(info) as cutter:
+            for piece in pieces:
+                cutter.cut(piece)
     # Threads of FFmpeg make what they can of damage, not always the same; one thread does.
     frames = dict(iterate_frames(path, range(info.num_frames), num_threads=1))
     expected = _plainly_decoded(path, info.height, info.width)
@@ -156,3 +165,16 @@ def test_damaged_files_are_refused_or_read_exactly(
     }
     assert not wrong, f"{kind}: {wrong}"
     assert "error" in outcomes.values(), "no case was damaged enough to tell"
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_an_avi_with_b_frames_is_refused_or_exact_wherever_it_is_cut(
+    tmp_path: Path, reader: Child, codec: str
+) -> None:
+    options = X264 if codec == "libx264" else {"g": "6", "bf": "2"}
+    path = make_clip(tmp_path / "clip.avi", NUM_FRAMES, codec=codec, options=options)
+    content = path.read_bytes()
+    cuts = np.linspace(0, len(content), 40).astype(int).tolist()
+    outcomes = [reader(Case(str(path), content[:cut], True)) for cut in cuts]
+    assert outcomes[-1] == "error", "the whole file was read"
+    assert set(outcomes) <= {"error", "exact"}

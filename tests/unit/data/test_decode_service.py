@@ -51,8 +51,8 @@ def chunks_of(path: Path | str, count: int, first: int = 0) -> list[list[Picture
     return [frames[place : place + 2] for place in range(0, 2 * count, 2)]
 
 
-def service(decoder: Any, **config: Any) -> DecodeService:
-    return DecodeService(decoder, VISION, DecodeConfig(**config))
+def service(decoder: Any, *, skips_bad: bool = False, **config: Any) -> DecodeService:
+    return DecodeService(decoder, VISION, DecodeConfig(**config), skips_bad=skips_bad)
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -131,6 +131,40 @@ def test_an_error_comes_up_at_its_chunk_with_the_files_name() -> None:
         for _ in range(2):
             with pytest.raises(ValueError, match=r"bad\.mp4: is bad"):
                 decoding.take()
+
+
+def test_skipping_tells_before_a_step_what_failed_in_it(tmp_path: Path) -> None:
+    good = make_clip(tmp_path / "good.mp4", 12)
+    steps = [
+        [*chunks_of(good, 3), *chunks_of("bad.mp4", 2)],
+        [],
+        chunks_of(good, 6),
+        chunks_of("worse.mp4", 1),
+    ]
+    with service(PyavDecoder(), skips_bad=True, max_ahead_chunks=1) as decoding:
+        for step in steps:
+            decoding.start_step(step)
+        failed = []
+        for step in steps:
+            failed.append(decoding.wait_until_decoded())
+            for chunk in step:
+                if chunk[0].media == str(good):
+                    (expected,) = decode_chunks([chunk], PyavDecoder(), VISION)
+                    assert torch.equal(decoding.take(), expected), "not bit for bit the same"
+                else:
+                    assert decoding.take().abs().max() < 0.005, "the picture is not grey"
+    assert [list(names) for names in failed] == [["bad.mp4"], [], [], ["worse.mp4"]]
+    assert failed[0]["bad.mp4"].startswith("bad.mp4: is not there")
+
+
+def test_skipping_does_not_wait_for_a_file_that_hangs() -> None:
+    decoder = GatedDecoder()
+    decoder.gate.clear()
+    with service(decoder, skips_bad=True, timeout_seconds=0.5) as decoding:
+        decoding.start_step(chunks_of("slow.mp4", 1))
+        with pytest.raises(ValueError, match=r"slow\.mp4: gave no frame for 0.5 s"):
+            decoding.wait_until_decoded()
+        decoder.gate.set()
 
 
 def test_a_real_files_error_is_told_as_it_is(tmp_path: Path) -> None:

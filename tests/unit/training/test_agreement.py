@@ -5,7 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_keye.training.agreement import check_same_rows
+from megatron_keye.data.row import IGNORED_LABEL
+from megatron_keye.training.agreement import (
+    Damaged,
+    agree_on_damaged,
+    check_same_rows,
+    damaged_samples,
+    without_labels,
+)
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import packed_row
 
@@ -30,3 +37,51 @@ def test_every_rank_hears_of_other_rows(is_other_name: bool) -> None:
     for rank in (0, 1):
         told = run_on_ranks(2, check, rank, is_other_name)
         assert all("skipped on some machines only" in sentence for sentence in told)
+
+
+def check_without_rows(rank_without: int) -> str:
+    rows = None if torch.distributed.get_rank() == rank_without else [packed_row(0, (9, ()))]
+    try:
+        check_same_rows(rows, torch.device("cpu"))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_every_rank_hears_of_one_that_has_no_rows() -> None:
+    assert all("on some machines only" in told for told in run_on_ranks(2, check_without_rows, 1))
+
+
+def agree(of_ranks: list[Damaged]) -> list[tuple[tuple[int, int], str]]:
+    mine = of_ranks[torch.distributed.get_rank()]
+    return list(agree_on_damaged(mine, torch.device("cpu")).items())
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "agreed"),
+    [
+        ([{}, {}], []),
+        ([{}, {(1, 0): "b"}], [((1, 0), "b")]),
+        ([{(1, 0): "mine", (0, 2): "a"}, {(1, 0): "other"}], [((0, 2), "a"), ((1, 0), "mine")]),
+    ],
+)
+def test_ranks_agree_on_what_is_damaged(of_ranks: list[Damaged], agreed: list[object]) -> None:
+    assert run_on_ranks(2, agree, of_ranks) == [agreed, agreed]
+
+
+def test_damage_takes_the_labels_of_its_document_alone() -> None:
+    rows = [
+        packed_row(0, (9, ()), (8, ((4, 4),)), (7, ((2, 2),))),
+        packed_row(1, (5, ((2, 2), (2, 2))), (6, ())),
+    ]
+    damaged = damaged_samples(rows, {"0-1": "is cut", "1-0": "is gone", "elsewhere": "is far"})
+    assert damaged == {(0, 1): "sample 0-1: is cut", (1, 0): "sample 1-0: is gone"}
+    masked = without_labels(rows, damaged)
+    for place, (before, after) in enumerate(zip(rows, masked, strict=True)):
+        assert dataclasses.replace(after, labels=before.labels) == before
+        for document in range(len(before.sample_names)):
+            span = slice(*before.document_bounds[document : document + 2].tolist())
+            is_kept = (place, document) not in damaged
+            expected = before.labels[span] if is_kept else IGNORED_LABEL
+            assert (after.labels[span] == expected).all()
+    assert without_labels(rows, {}) == rows

@@ -111,6 +111,27 @@ def test_what_has_changed_is_made_anew(
     assert take_all(run, encoder, chunks, decoder_name)[1] == 0
 
 
+def test_features_of_a_picture_that_failed_are_not_kept(
+    tmp_path: Path, chunks: list[list[Picture]]
+) -> None:
+    run = run_with_cache(tmp_path / "cache")
+    encoder = tower(run).encoder
+    image = Path(chunks[1][-1].media)
+    content = image.read_bytes()
+    image.write_bytes(content[:100])
+    with DecodeService(
+        PyavDecoder(), run.model.vision, run.data.decode, skips_bad=True
+    ) as service:
+        cached = CachedFeatures(run, encoder, service, decoder_name="pyav", device=CPU)
+        cached.start_step(chunks)
+        assert list(cached.wait_until_decoded()) == [str(image)]
+        assert [len(cached.take()) for _ in chunks] == [48, 56]
+    with pytest.raises(ValueError, match=r"image\.png: cannot be read"):
+        take_all(run, encoder, chunks)
+    image.write_bytes(content)
+    assert take_all(run, encoder, chunks)[1] == 1
+
+
 def test_the_projector_learns_as_without_the_cache(
     tmp_path: Path, chunks: list[list[Picture]]
 ) -> None:
@@ -128,6 +149,7 @@ def test_the_projector_learns_as_without_the_cache(
                 else ChunkEncoder(run, vision, service, CPU, rank=0)
             )
             rows = cast("list[PackedRow]", [Row(chunk) for chunk in chunks])
+            encoder.announce(plan, rows)
             encoder.start_step(plan, rows, Recorder())
             features = [encoder.encode(number) for number in range(len(chunks))]
             for number, made in enumerate(features):

@@ -39,9 +39,10 @@ def make_encoder(run: RunConfig = RUN) -> ChunkEncoder:
 def test_announcing_ahead_changes_no_feature() -> None:
     steps = [step(seed) for seed in (1, 2, 3)]
     plain, ahead = make_encoder(), make_encoder()
-    ahead.announce(*steps[0])
-    ahead.announce(*steps[1])
+    for planned in steps:
+        ahead.announce(*planned)
     for number, (plan, rows) in enumerate(steps):
+        plain.announce(plan, rows)
         for encoder in (plain, ahead):
             encoder.start_step(plan, rows, Recorder())
         for chunk in plan.chunks_of(0):
