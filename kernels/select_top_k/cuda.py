@@ -5,11 +5,14 @@ compiler. The contract stands in api.py, the device code in csrc/select_top_k/.
 """
 
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 _BUILD_COMMAND = "MEGATRON_KEYE_BUILD_CUDA=1 pip install --no-build-isolation --no-deps -e ."
+MOST_KEYS_OF_FEW = 262_144
+"""Keys of a row that `select_top_k_few` takes: what the registers of a cluster hold."""
 
 
 def _load_extension() -> str | None:
@@ -18,13 +21,25 @@ def _load_extension() -> str | None:
         importlib.import_module("megatron_keye._C")
     except ImportError as error:
         return str(error)
-    torch.library.register_fake("megatron_keye::select_top_k", _fake_select_top_k)
+    fakes: dict[str, Callable[..., Tensor]] = {
+        "select_top_k": _fake_select_top_k,
+        "select_top_k_few": _fake_select_top_k_few,
+    }
+    for name, fake in fakes.items():
+        if not hasattr(torch.ops.megatron_keye, name):
+            return f"it was built before {name} was written"
+        torch.library.register_fake(f"megatron_keye::{name}", fake)
     return None
 
 
 def _fake_select_top_k(
     scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, k: int
 ) -> Tensor:
+    """Shape and dtype of the result, for tracing."""
+    return scores_TS.new_empty((scores_TS.shape[0], k), dtype=torch.int32)
+
+
+def _fake_select_top_k_few(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Tensor:
     """Shape and dtype of the result, for tracing."""
     return scores_TS.new_empty((scores_TS.shape[0], k), dtype=torch.int32)
 
@@ -59,17 +74,50 @@ def select_top_k(scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, k: i
         TypeError: A tensor has another dtype.
         ValueError: A tensor has another shape, or k is less than 1.
     """
-    if _MISSING_REASON is not None:
-        raise RuntimeError(
-            f"select_top_k: impl 'cuda' needs the extension megatron_keye._C, which does not load "
-            f"({_MISSING_REASON}); build it with `{_BUILD_COMMAND}`, or take another impl"
-        )
-    _check_arguments(scores_TS, key_start_T, key_end_T, k)
+    _check_built("select_top_k")
+    _check_arguments(scores_TS, k, key_start_T=key_start_T, key_end_T=key_end_T)
     indices_TK: Tensor = torch.ops.megatron_keye.select_top_k(scores_TS, key_start_T, key_end_T, k)
     return indices_TK
 
 
-def _check_arguments(scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, k: int) -> None:
+def select_top_k_few(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Tensor:
+    """Select as `select_top_k` does from key 0 on, eight thread blocks a row: for a few long rows.
+
+    Args:
+        scores_TS: Scores, float32, on a CUDA device; S at most MOST_KEYS_OF_FEW. Copied first
+            unless contiguous.
+        key_end_T: One past the last key that row t may select, int64, same device.
+        k: How many keys a row keeps, at least 1.
+
+    Returns:
+        indices_TK: int32, ascending in each row, -1 behind the last selected key.
+
+    Raises:
+        RuntimeError: The extension is not built, or the tensors are not on one CUDA device.
+        TypeError: A tensor has another dtype.
+        ValueError: A tensor has another shape, rows are too long, or k is less than 1.
+    """
+    _check_built("select_top_k_few")
+    _check_arguments(scores_TS, k, key_end_T=key_end_T)
+    if scores_TS.shape[1] > MOST_KEYS_OF_FEW:
+        raise ValueError(
+            f"scores_TS: got rows of {scores_TS.shape[1]} keys, expected at most "
+            f"{MOST_KEYS_OF_FEW}; take select_top_k"
+        )
+    indices_TK: Tensor = torch.ops.megatron_keye.select_top_k_few(scores_TS, key_end_T, k)
+    return indices_TK
+
+
+def _check_built(operator: str) -> None:
+    """Raise unless the extension is there."""
+    if _MISSING_REASON is not None:
+        raise RuntimeError(
+            f"{operator}: impl 'cuda' needs the extension megatron_keye._C, which does not load "
+            f"({_MISSING_REASON}); build it with `{_BUILD_COMMAND}`, or take another impl"
+        )
+
+
+def _check_arguments(scores_TS: Tensor, k: int, **bounds: Tensor) -> None:
     """Refuse here what the extension would refuse, since its exceptions can't be relied on.
 
     On an H100 machine with torch 2.11.0+cu130 one thrown by the extension ended the process.
@@ -81,7 +129,9 @@ def _check_arguments(scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, 
     if scores_TS.dtype != torch.float32:
         name = str(scores_TS.dtype).removeprefix("torch.")
         raise TypeError(f"scores_TS: got dtype {name}, expected float32")
-    for name, bound_T in (("key_start_T", key_start_T), ("key_end_T", key_end_T)):
+    if scores_TS.ndim != 2:
+        raise ValueError(f"scores_TS: got shape {tuple(scores_TS.shape)}, expected [T, S]")
+    for name, bound_T in bounds.items():
         if bound_T.device != scores_TS.device:
             raise RuntimeError(
                 f"{name}: got a tensor on {bound_T.device}, expected {scores_TS.device}, where "
