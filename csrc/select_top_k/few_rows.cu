@@ -79,7 +79,7 @@ __device__ __forceinline__ void load_keys(const float* scores, int first, int en
   for (int v = 0; v < kVectors; ++v) {
     const int place = first + (v * 32 + lane) * kVector;
     if (is_aligned && place + kVector <= end) {
-      const float4 four = __ldg(reinterpret_cast<const float4*>(scores + place));
+      const float4 four = __ldcg(reinterpret_cast<const float4*>(scores + place));
       keys[v][0] = ordered_key(four.x);
       keys[v][1] = ordered_key(four.y);
       keys[v][2] = ordered_key(four.z);
@@ -88,7 +88,7 @@ __device__ __forceinline__ void load_keys(const float* scores, int first, int en
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      keys[v][i] = place + i < end ? ordered_key(__ldg(scores + place + i)) : 0u;
+      keys[v][i] = place + i < end ? ordered_key(__ldcg(scores + place + i)) : 0u;
     }
   }
 }
@@ -280,16 +280,6 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, kVec
   static_assert(kThreads * kVectors * kVector <= 0x8000, "totals have 16 bits each");
   __shared__ Shared shared;
   cg::cluster_group cluster = cg::this_cluster();
-  const int rank = static_cast<int>(cluster.block_rank());
-  const int64_t t = blockIdx.x / kBlocks;
-  const auto end = static_cast<int>(min(max(params.key_end[t], int64_t{0}), params.num_keys));
-  int32_t* indices = params.indices + t * params.k;
-  if (end <= params.k) {
-    for (int slot = rank * kThreads + threadIdx.x; slot < params.k; slot += kBlocks * kThreads) {
-      indices[slot] = slot < end ? slot : -1;
-    }
-    return;  // all blocks of the cluster
-  }
   for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
     shared.counts[bin] = 0u;
     for (int round = 0; round < kRounds; ++round) {
@@ -299,6 +289,18 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, kVec
   if (threadIdx.x == 0) {
     shared.block_best = 0u;
     shared.row_best = 0u;
+  }
+  cudaGridDependencySynchronize();  // the scores are written
+  cudaTriggerProgrammaticLaunchCompletion();
+  const int rank = static_cast<int>(cluster.block_rank());
+  const int64_t t = blockIdx.x / kBlocks;
+  const auto end = static_cast<int>(min(max(params.key_end[t], int64_t{0}), params.num_keys));
+  int32_t* indices = params.indices + t * params.k;
+  if (end <= params.k) {
+    for (int slot = rank * kThreads + threadIdx.x; slot < params.k; slot += kBlocks * kThreads) {
+      indices[slot] = slot < end ? slot : -1;
+    }
+    return;  // all blocks of the cluster
   }
   const int first = (rank * kWarps + static_cast<int>(threadIdx.x) / 32) * 32 * kVectors * kVector;
   uint32_t keys[kVectors][kVector];
@@ -310,8 +312,9 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, kVec
 
 template <int kVectors>
 void launch_for(const SelectFewParams& params) {
-  launch(select_few_kernel<kVectors>, dim3(static_cast<unsigned>(params.num_rows * kBlocks)),
-         dim3(kThreads), 0, params);
+  launch_overlapping(select_few_kernel<kVectors>,
+                     dim3(static_cast<unsigned>(params.num_rows * kBlocks)), dim3(kThreads),
+                     params);
 }
 
 }  // namespace

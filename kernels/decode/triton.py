@@ -3,6 +3,7 @@
 A single query would leave most of a GPU idle, so its keys are scored by many programs and its
 selected keys are shared out to several, whose outputs the last kernel weighs and adds. A score is
 the same bits as in training: one product of a key and all heads, then the heads in their order.
+On Hopper each kernel starts while the one before it ends, and waits for it before it reads.
 
 Shape letters: B sequences, T new queries of each, S keys, I indexer heads, J indexer channels,
 H query heads, G key-value heads, C channels of a head, K selected keys, P pages of the cache,
@@ -15,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from megatron_keye.kernels.decode.reference import PagedCache
 from megatron_keye.kernels.decode.triton_select import (
@@ -30,6 +32,11 @@ ATTEND_BLOCKS = Blocks(rows=16, keys=64, warps=4, stages=2)
 PROGRAMS = 512
 """Programs of the attention that selections are cut for: about four a multiprocessor."""
 _MOST_HEADS, _MOST_CHANNELS = 64, 256
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Return whether a kernel can be launched while the one before it ends: from Hopper on."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
 
 
 def sparse_decode(
@@ -131,6 +138,7 @@ def score_pages(
         PAGE=page_size,
         PARTS=num_parts,
         BLOCK_S=SCORE_BLOCKS.keys,
+        OVERLAPS=_may_overlap(q_BTIJ),
         num_warps=SCORE_BLOCKS.warps,
         num_stages=SCORE_BLOCKS.stages,
     )
@@ -147,6 +155,7 @@ def _attend(
     wanted = max(1, PROGRAMS // (num_rows * num_groups))
     steps = triton.cdiv(triton.cdiv(num_selected, ATTEND_BLOCKS.keys), wanted)
     num_parts = triton.cdiv(num_selected, steps * ATTEND_BLOCKS.keys)
+    overlaps = _may_overlap(query_BTHC)
     part_TXHC = query_BTHC.new_empty(
         (num_rows, num_parts, num_heads, num_channels), dtype=torch.float32
     )
@@ -174,9 +183,11 @@ def _attend(
         PADDED_HEADS=padded(num_heads // num_groups),
         PAGE=page_size,
         BLOCK_K=ATTEND_BLOCKS.keys,
+        OVERLAPS=overlaps,
         **sizes,
         num_warps=ATTEND_BLOCKS.warps,
         num_stages=ATTEND_BLOCKS.stages,
+        launch_pdl=overlaps,
     )
     _merge_kernel[(num_rows, num_heads)](
         part_TXHC,
@@ -186,7 +197,9 @@ def _attend(
         CHANNELS=num_channels,
         PADDED_CHANNELS=padded(num_channels),
         PADDED_PARTS=padded(num_parts, smallest=1),
+        OVERLAPS=overlaps,
         num_warps=4,
+        launch_pdl=overlaps,
     )
 
 
@@ -258,7 +271,10 @@ def _score_kernel(
     PAGE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
+    if OVERLAPS:
+        gdc_launch_dependents()
     sequence = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK_S
     key = first + tl.arange(0, BLOCK_S)
@@ -330,6 +346,7 @@ def _attend_kernel(
     PADDED_CHANNELS: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     group, num_groups = tl.program_id(1).to(tl.int64), tl.num_programs(1)
@@ -343,6 +360,9 @@ def _attend_kernel(
         CHANNELS,
         PADDED_CHANNELS,
     )
+    if OVERLAPS:
+        gdc_wait()  # for the selection
+        gdc_launch_dependents()
     # Finite, so that a row without any key meets no inf - inf.
     top = tl.full([PADDED_HEADS], -1.0e38, tl.float32)
     total = tl.zeros([PADDED_HEADS], tl.float32)
@@ -384,7 +404,10 @@ def _merge_kernel(
     CHANNELS: tl.constexpr,
     PADDED_CHANNELS: tl.constexpr,
     PADDED_PARTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
+    if OVERLAPS:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     head, num_heads = tl.program_id(1), tl.num_programs(1)
     part = tl.arange(0, PADDED_PARTS)
