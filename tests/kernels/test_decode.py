@@ -193,68 +193,84 @@ def test_long_rows_are_cut_into_parts_while_that_helps() -> None:
 
 
 def assert_decodes_as_trained(
-    heads: int, channels: int, page: int, lengths: tuple[int, ...], k: int, *, is_quantized: bool
+    sizes: tuple[int, int, int],
+    lengths: tuple[int, ...],
+    k: int,
+    *,
+    num_rows: int,
+    dtype: torch.dtype,
+    is_quantized: bool,
 ) -> None:
-    """Score and select with the training's kernels and with the decode's; compare the bits."""
+    """Score and select with the training's kernels and with the decode's; compare the bits.
+
+    Args:
+        sizes: Indexer heads, their channels, and keys of a page.
+        lengths: Keys of each sequence.
+        k: Keys selected.
+        num_rows: Queries that training scores at once; the decode scores the last two of them.
+        dtype: Of queries and keys.
+        is_quantized: Whether the decode's keys are e4m3 and training's what `round_to_fp8` makes.
+    """
     from megatron_keye.kernels.decode.triton import score_pages
 
-    num_queries, num_pages = 2, -(-max(lengths) // page)
-    where, dtype = device("triton"), torch.bfloat16
+    heads, channels, page = sizes
+    where, num_pages = device("triton"), -(-max(lengths) // page)
     generator = torch.Generator().manual_seed(3)
-    pages_BN = torch.randperm(len(lengths) * num_pages, generator=generator).view(-1, num_pages)
-    q_BTIJ = make_tensor(len(lengths), 70, heads, channels, seed=1, dtype=dtype).to(where)
-    keys_BSJ = make_tensor(len(lengths), num_pages * page, channels, seed=2, dtype=dtype).to(where)
-    gate_BTI = make_tensor(len(lengths), 70, heads, seed=3, dtype=torch.float32).to(where)
-    paged, scales_PL, trained_BSJ = keys_BSJ, None, keys_BSJ
+    pages_BN = torch.randperm(len(lengths) * num_pages, generator=generator)
+    pages_BN = pages_BN.view(-1, num_pages).to(where)
+    shapes = (len(lengths), num_rows, heads), (len(lengths), num_pages * page, channels)
+    q_BTIJ = make_tensor(*shapes[0], channels, seed=1, dtype=dtype).to(where)
+    gate_BTI = make_tensor(*shapes[0], seed=3, dtype=torch.float32).to(where)
+    trained_BSJ = keys_BSJ = make_tensor(*shapes[1], seed=2, dtype=dtype).to(where)
+    scales_PL = None
     if is_quantized:
-        paged, scales_BS = quantize(keys_BSJ, impl="triton")
         q_BTIJ, trained_BSJ = (round_to_fp8(t, impl="triton") for t in (q_BTIJ, keys_BSJ))
+        keys_BSJ, scales_BS = quantize(keys_BSJ, impl="triton")
         scales_PL = torch.empty_like(scales_BS).view(-1, page)
-        scales_PL[pages_BN.flatten().to(where)] = scales_BS.view(-1, page)
-    keys_PLJ = torch.empty_like(paged).view(-1, page, channels)
+        scales_PL[pages_BN.flatten()] = scales_BS.view(-1, page)
+    keys_PLJ = torch.empty_like(keys_BSJ).view(-1, page, channels)
     # As bytes, since not every type can be moved by index.
-    bytes_PLX = paged.view(-1, page, channels).view(torch.uint8)
-    keys_PLJ.view(torch.uint8)[pages_BN.flatten().to(where)] = bytes_PLX
-    values_PLGC = torch.zeros(len(keys_PLJ), page, 1, 16, dtype=dtype, device=where)
-    cache = PagedCache(
-        values_PLGC,
-        values_PLGC,
-        keys_PLJ,
-        pages_BN.int().to(where),
-        torch.tensor(lengths, device=where),
-        scales_PL,
-    )
-    last = q_BTIJ[:, -num_queries:], gate_BTI[:, -num_queries:]
-    query_BTHC = values_PLGC.new_zeros(len(lengths), num_queries, 1, 16)
+    bytes_PLX = keys_BSJ.view(-1, page, channels).view(torch.uint8)
+    keys_PLJ.view(torch.uint8)[pages_BN.flatten()] = bytes_PLX
+    heads_PLGC = torch.zeros(len(keys_PLJ), page, 1, 16, dtype=dtype, device=where)
+    lengths_B = torch.tensor(lengths, device=where)
+    cache = PagedCache(heads_PLGC, heads_PLGC, keys_PLJ, pages_BN.int(), lengths_B, scales_PL)
+    last = q_BTIJ[:, -2:].contiguous(), gate_BTI[:, -2:]
+    query_BTHC = heads_PLGC.new_zeros(len(lengths), 2, 1, 16)
     _, selected_BTK = sparse_decode(*last, query_BTHC, cache, k, scale=SCALE, impl="triton")
-    decoded_TS, _, _ = score_pages(last[0].contiguous(), last[1], cache, k)
-    decoded_BTS = decoded_TS.view(len(lengths), num_queries, -1)
+    decoded_BTS = score_pages(*last, cache, k)[0].view(len(lengths), 2, -1)
     for sequence, length in enumerate(lengths):
-        end_T = (torch.arange(70, device=where) - 69 + length).clamp(min=0)
+        end_T = (torch.arange(num_rows, device=where) + 1 - num_rows + length).clamp(min=0)
         row = q_BTIJ[sequence], trained_BSJ[sequence], gate_BTI[sequence]
         ranges = torch.zeros_like(end_T), end_T
         trained_TS = indexer_scores(*row, *ranges, impl="triton")
         trained_TK = lightning_indexer(*row, *ranges, k, impl="triton")
-        assert torch.equal(selected_BTK[sequence], trained_TK[-num_queries:]), "selection"
-        for query in range(-num_queries, 0):
+        assert torch.equal(selected_BTK[sequence], trained_TK[-2:]), f"selection of {length} keys"
+        for query in (-2, -1):
             end = int(end_T[query])
             got_S, wanted_S = decoded_BTS[sequence, query, :end], trained_TS[query, :end]
             assert torch.equal(got_S, wanted_S), f"scores of {length} keys"
 
 
 @pytest.mark.parametrize("is_quantized", [False, True])
-@pytest.mark.parametrize("heads", [3, 16])
-def test_decode_scores_and_selects_as_training_does(heads: int, is_quantized: bool) -> None:
-    assert_decodes_as_trained(heads, 16, 8, (2, 41, 56), 9, is_quantized=is_quantized)
+def test_decode_scores_and_selects_as_training_does(is_quantized: bool) -> None:
+    assert_decodes_as_trained(
+        (5, 16, 8), (1, 41), 9, num_rows=3, dtype=torch.bfloat16, is_quantized=is_quantized
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("is_quantized", [False, True])
 @pytest.mark.parametrize("heads", [5, 16, 64])
-def test_decode_scores_as_training_at_the_models_size(heads: int, is_quantized: bool) -> None:
+def test_decode_scores_as_training_at_the_models_size(
+    heads: int, is_quantized: bool, dtype: torch.dtype
+) -> None:
     lengths = (5, 2048, 20_001, 131_072)
-    assert_decodes_as_trained(heads, 64, 64, lengths, 2048, is_quantized=is_quantized)
+    assert_decodes_as_trained(
+        (heads, 64, 64), lengths, 2048, num_rows=70, dtype=dtype, is_quantized=is_quantized
+    )
 
 
 @pytest.mark.parametrize(
