@@ -261,9 +261,11 @@ def test_decode_scores_and_selects_as_training_does(is_quantized: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("is_quantized", [False, True])
-@pytest.mark.parametrize("heads", [5, 16, 64])
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [(5, torch.bfloat16), (16, torch.bfloat16), (64, torch.bfloat16), (16, torch.float32)],
+)
 def test_decode_scores_as_training_at_the_models_size(
     heads: int, is_quantized: bool, dtype: torch.dtype
 ) -> None:
