@@ -21,4 +21,21 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_byt
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// The same for a kernel that waits by itself (cudaGridDependencySynchronize) for what came before
+// it on the stream: its blocks may start while that ends.
+template <typename... Parameters, typename... Arguments>
+void launch_overlapping(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                        const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = c10::cuda::getCurrentCUDAStream();
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
 }  // namespace megatron_keye

@@ -24,6 +24,7 @@ from megatron_keye.kernels.arguments import (
 )
 from megatron_keye.kernels.decode import reference
 from megatron_keye.kernels.decode.reference import PagedCache
+from megatron_keye.kernels.indexer_quantization.api import VECTOR_DTYPES
 
 IMPLEMENTATIONS = ("eager", "triton")
 """What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
@@ -43,17 +44,19 @@ def sparse_decode(
 
     The new tokens' own keys and values are in the cache already. The last query of a sequence
     sees all of its keys, each earlier one a key fewer; a query without any key gives 0. Scores,
-    selection and attention are those of `lightning_indexer` and `sparse_attention`. Not
-    differentiable.
+    selection and attention are those of `lightning_indexer` and `sparse_attention`; where both
+    run as "triton", scores and selection agree bit for bit. Not differentiable.
 
     Args:
         q_BTIJ: Indexer queries, any float type.
         gate_BTI: Weight of each indexer head, any float type, any sign.
         query_BTHC: Attention queries, any float type; H a multiple of G.
-        cache: Keys and values of the type of `query_BTHC`, indexer keys of the type of `q_BTIJ`.
-            What lies past a sequence's length is never loaded, nor is a page of -1, like every
-            page outside 0 <= page < P; a key below the length without a page ranks last and
-            takes no part in the attention. A length counts at most N * L.
+        cache: Keys and values of the type of `query_BTHC`. Indexer keys of the type of `q_BTIJ`,
+            or e4m3 with their scales, both as `quantize` of `indexer_quantization` returns them;
+            `q_BTIJ` then comes from `round_to_fp8` and is not float16. What lies past a
+            sequence's length is never loaded, nor is a page of -1, like every page outside
+            0 <= page < P; a key below the length without a page ranks last and takes no part in
+            the attention. A length counts at most N * L.
         k: Keys K to select, 1 or more; may exceed the length.
         scale: Factor of the attention's logits, usually C^-0.5.
         impl: One of IMPLEMENTATIONS, or None for the default. "triton" takes up to 64 indexer
@@ -70,7 +73,7 @@ def sparse_decode(
 
     Source: arXiv 2606.10651, lightning indexer and sparse attention.
     """
-    default = default_impl(q_BTIJ, gate_BTI, query_BTHC, *cache[:3])
+    default = default_impl(q_BTIJ, gate_BTI, query_BTHC, *cache[:2])
     chosen = choose_impl("sparse_decode", impl, IMPLEMENTATIONS, default)
     _check(q_BTIJ, gate_BTI, query_BTHC, cache)
     if k < 1:
@@ -87,11 +90,15 @@ def sparse_decode(
 
 def _check(q_BTIJ: Tensor, gate_BTI: Tensor, query_BTHC: Tensor, cache: PagedCache) -> None:
     """Raise unless all tensors fit."""
-    sizes = check_shapes(
-        q_BTIJ=q_BTIJ, gate_BTI=gate_BTI, query_BTHC=query_BTHC, **cache._asdict()
-    )
+    tensors = {name: tensor for name, tensor in cache._asdict().items() if tensor is not None}
+    sizes = check_shapes(q_BTIJ=q_BTIJ, gate_BTI=gate_BTI, query_BTHC=query_BTHC, **tensors)
     check_groups(sizes["H"], sizes["G"])
-    check_same_dtype(q_BTIJ=q_BTIJ, index_keys_PLJ=cache.index_keys_PLJ)
+    if cache.index_scales_PL is None:
+        check_same_dtype(q_BTIJ=q_BTIJ, index_keys_PLJ=cache.index_keys_PLJ)
+    else:
+        check_dtypes(VECTOR_DTYPES, q_BTIJ=q_BTIJ)
+        check_dtypes((torch.float8_e4m3fn,), index_keys_PLJ=cache.index_keys_PLJ)
+        check_dtypes((torch.float32,), index_scales_PL=cache.index_scales_PL)
     check_same_dtype(
         query_BTHC=query_BTHC, keys_PLGC=cache.keys_PLGC, values_PLGC=cache.values_PLGC
     )

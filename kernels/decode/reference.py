@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_keye.kernels.indexer_quantization.reference import dequantize
 from megatron_keye.kernels.indexer_scores.reference import score_range
 from megatron_keye.kernels.precision import accumulation_dtype
 from megatron_keye.kernels.select_top_k.reference import select_top_k
@@ -31,6 +32,8 @@ class PagedCache(NamedTuple):
     """int32: in which page a sequence's keys 0 to L-1, L to 2L-1, ... lie; -1 for none."""
     lengths_B: Tensor
     """int64: keys of each sequence so far, those of its new queries included; 0 for none."""
+    index_scales_PL: Tensor | None = None
+    """float32: one for each indexer key where those are e4m3; else None."""
 
 
 @torch.no_grad()
@@ -51,6 +54,9 @@ def sparse_decode(
     dtype = accumulation_dtype(q_BTIJ, gate_BTI)
     out_BTHC = torch.zeros_like(query_BTHC, memory_format=torch.contiguous_format)
     indices_BTK = cache.pages_BN.new_empty((*q_BTIJ.shape[:2], k), dtype=torch.int32)
+    index_keys_PLJ, scales_PL = cache.index_keys_PLJ, cache.index_scales_PL
+    if scales_PL is not None:
+        index_keys_PLJ = dequantize(index_keys_PLJ, scales_PL, q_BTIJ.dtype)
     for sequence, pages_N in enumerate(cache.pages_BN.long()):
         slot_NL = pages_N[:, None] * page_size + place_L
         is_page_N = (pages_N >= 0) & (pages_N < len(cache.keys_PLGC))
@@ -58,9 +64,7 @@ def sparse_decode(
         length = cache.lengths_B[sequence].clamp(max=len(slot_S))
         slot_S[length:] = -1
         end_T = (length - before_T).clamp(min=0)
-        index_keys_1SJ, is_real_1S = gather_selected(
-            cache.index_keys_PLJ.flatten(0, 1), slot_S[None]
-        )
+        index_keys_1SJ, is_real_1S = gather_selected(index_keys_PLJ.flatten(0, 1), slot_S[None])
         (scores_TS,) = score_range(
             q_BTIJ[sequence], gate_BTI[sequence], zero_T, end_T, index_keys_1SJ[0].to(dtype)
         )

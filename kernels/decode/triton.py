@@ -1,7 +1,9 @@
 """The decode in Triton: scores over the pages, the exact top-k, attention in parts, their sum.
 
 A single query would leave most of a GPU idle, so its keys are scored by many programs and its
-selected keys are shared out to several, whose outputs the last kernel weighs and adds.
+selected keys are shared out to several, whose outputs the last kernel weighs and adds. A score is
+the same bits as in training: one product of a key and all heads, then the heads in their order.
+On Hopper each kernel starts while the one before it ends, and waits for it before it reads.
 
 Shape letters: B sequences, T new queries of each, S keys, I indexer heads, J indexer channels,
 H query heads, G key-value heads, C channels of a head, K selected keys, P pages of the cache,
@@ -14,9 +16,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from megatron_keye.kernels.decode.reference import PagedCache
-from megatron_keye.kernels.decode.triton_select import choose_parts, select_from_parts
+from megatron_keye.kernels.decode.triton_select import (
+    choose_parts,
+    select_from_parts,
+    share_rows,
+)
 from megatron_keye.kernels.launch import Blocks, adjacent_channels, check_triton, padded
 from megatron_keye.kernels.primitives import load_rows
 
@@ -25,6 +32,11 @@ ATTEND_BLOCKS = Blocks(rows=16, keys=64, warps=4, stages=2)
 PROGRAMS = 512
 """Programs of the attention that selections are cut for: about four a multiprocessor."""
 _MOST_HEADS, _MOST_CHANNELS = 64, 256
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Return whether a kernel can be launched while the one before it ends: from Hopper on."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
 
 
 def sparse_decode(
@@ -47,7 +59,7 @@ def sparse_decode(
     out_BTHC = torch.empty_like(query_BTHC, memory_format=torch.contiguous_format)
     if num_rows == 0 or cache.pages_BN.numel() == 0 or len(cache.keys_PLGC) == 0:
         return out_BTHC.zero_(), indices_BTK.fill_(-1)
-    indices_TK = select_from_parts(*_score(q_BTIJ, gate_BTI, cache, k), k)
+    indices_TK = select_from_parts(*score_pages(q_BTIJ, gate_BTI, cache, k), k)
     _attend(query_BTHC, cache, indices_TK, out_BTHC, scale=scale)
     return out_BTHC, indices_TK.view(indices_BTK.shape)
 
@@ -74,17 +86,19 @@ def _checked(
     keys_PLGC, values_PLGC, index_keys_PLJ = map(adjacent_channels, cache[:3])
     if keys_PLGC.stride() != values_PLGC.stride():
         keys_PLGC, values_PLGC = keys_PLGC.contiguous(), values_PLGC.contiguous()
+    scales_PL = cache.index_scales_PL
     cache = PagedCache(
         keys_PLGC,
         values_PLGC,
         index_keys_PLJ,
         adjacent_channels(cache.pages_BN),
         cache.lengths_B.contiguous(),
+        scales_PL if scales_PL is None else adjacent_channels(scales_PL),
     )
     return q_BTIJ.contiguous(), query_BTHC.contiguous(), cache
 
 
-def _score(
+def score_pages(
     q_BTIJ: Tensor, gate_BTI: Tensor, cache: PagedCache, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores [B * T, S], unspecified past a query's end, and what bounds the selection.
@@ -97,12 +111,13 @@ def _score(
     num_keys = capacity * page_size
     scores_TS = q_BTIJ.new_empty((num_sequences * num_queries, num_keys), dtype=torch.float32)
     end_T = cache.lengths_B.new_empty(num_sequences * num_queries)
-    num_parts = choose_parts(len(end_T), num_keys, k)
+    num_parts = 1 if share_rows(scores_TS) else choose_parts(len(end_T), num_keys, k)
     end_TX = end_T.new_empty((len(end_T), num_parts))
     _score_kernel[(triton.cdiv(num_keys, SCORE_BLOCKS.keys), num_sequences)](
         q_BTIJ,
         gate_BTI,
         cache.index_keys_PLJ,
+        cache.index_scales_PL,
         cache.pages_BN,
         cache.lengths_B,
         scores_TS,
@@ -113,6 +128,7 @@ def _score(
         num_channels**-0.5,
         *gate_BTI.stride(),
         *cache.index_keys_PLJ.stride()[:2],
+        0 if cache.index_scales_PL is None else cache.index_scales_PL.stride(0),
         cache.pages_BN.stride(0),
         QUERIES=num_queries,
         HEADS=num_heads,
@@ -122,6 +138,7 @@ def _score(
         PAGE=page_size,
         PARTS=num_parts,
         BLOCK_S=SCORE_BLOCKS.keys,
+        OVERLAPS=_may_overlap(q_BTIJ),
         num_warps=SCORE_BLOCKS.warps,
         num_stages=SCORE_BLOCKS.stages,
     )
@@ -138,6 +155,7 @@ def _attend(
     wanted = max(1, PROGRAMS // (num_rows * num_groups))
     steps = triton.cdiv(triton.cdiv(num_selected, ATTEND_BLOCKS.keys), wanted)
     num_parts = triton.cdiv(num_selected, steps * ATTEND_BLOCKS.keys)
+    overlaps = _may_overlap(query_BTHC)
     part_TXHC = query_BTHC.new_empty(
         (num_rows, num_parts, num_heads, num_channels), dtype=torch.float32
     )
@@ -165,9 +183,11 @@ def _attend(
         PADDED_HEADS=padded(num_heads // num_groups),
         PAGE=page_size,
         BLOCK_K=ATTEND_BLOCKS.keys,
+        OVERLAPS=overlaps,
         **sizes,
         num_warps=ATTEND_BLOCKS.warps,
         num_stages=ATTEND_BLOCKS.stages,
+        launch_pdl=overlaps,
     )
     _merge_kernel[(num_rows, num_heads)](
         part_TXHC,
@@ -177,7 +197,9 @@ def _attend(
         CHANNELS=num_channels,
         PADDED_CHANNELS=padded(num_channels),
         PADDED_PARTS=padded(num_parts, smallest=1),
+        OVERLAPS=overlaps,
         num_warps=4,
+        launch_pdl=overlaps,
     )
 
 
@@ -195,10 +217,37 @@ def _find_slots(
 
 
 @triton.jit
+def _add_heads(
+    score: tl.tensor,
+    dots: tl.tensor,
+    gate_row: tl.tensor,
+    gate_stride_i: tl.tensor,
+    FIRST: tl.constexpr,
+    HEADS: tl.constexpr,
+) -> tl.tensor:
+    """Return score [keys] plus gate * relu(dots), one head after the other from FIRST on.
+
+    A sum over an axis is a tree; training adds the heads in their order, each in one fused step.
+    """
+    HALF: tl.constexpr = dots.shape[1] // 2
+    if HALF > 0:
+        halves = tl.permute(tl.reshape(dots, [dots.shape[0], 2, HALF]), (0, 2, 1))
+        lower, upper = tl.split(halves)
+        score = _add_heads(score, lower, gate_row, gate_stride_i, FIRST, HEADS)
+        score = _add_heads(score, upper, gate_row, gate_stride_i, FIRST + HALF, HEADS)
+    elif FIRST < HEADS:
+        weight = tl.load(gate_row + FIRST * gate_stride_i).to(tl.float32)
+        relu = tl.reshape(tl.maximum(dots, 0.0), score.shape)
+        score = tl.fma(tl.broadcast_to(weight, score.shape), relu, score)
+    return score
+
+
+@triton.jit
 def _score_kernel(
     q: tl.tensor,
     gate: tl.tensor,
     index_keys: tl.tensor,
+    index_scales: tl.tensor | None,
     pages: tl.tensor,
     lengths: tl.tensor,
     scores: tl.tensor,
@@ -212,6 +261,7 @@ def _score_kernel(
     gate_stride_i: int,
     key_stride_p: int,
     key_stride_l: int,
+    scale_stride_p: int,
     page_stride_b: int,
     QUERIES: tl.constexpr,
     HEADS: tl.constexpr,
@@ -221,10 +271,18 @@ def _score_kernel(
     PAGE: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
+    if OVERLAPS:
+        gdc_launch_dependents()
     sequence = tl.program_id(1).to(tl.int64)
-    length = tl.minimum(tl.load(lengths + sequence), num_keys)
     first = tl.program_id(0) * BLOCK_S
+    key = first + tl.arange(0, BLOCK_S)
+    # Asked for together with the length: one wait on memory less.
+    page, place, is_real = _find_slots(
+        pages + sequence * page_stride_b, key, key < num_keys, num_pages, PAGE
+    )
+    length = tl.minimum(tl.load(lengths + sequence), num_keys)
     if first == 0:
         for query in range(QUERIES):
             end = tl.maximum(length - (QUERIES - 1 - query), 0)
@@ -234,18 +292,15 @@ def _score_kernel(
             part_end = tl.minimum(end - part * (num_keys // PARTS), num_keys // PARTS)
             tl.store(part_ends + row * PARTS + part, tl.maximum(part_end, 0))
     if first < length:
-        key = first + tl.arange(0, BLOCK_S)
         is_key = key < length
-        page, place, is_real = _find_slots(
-            pages + sequence * page_stride_b, key, is_key, num_pages, PAGE
-        )
+        is_real = is_real & is_key
         k_tile = load_rows(
             index_keys,
             page * key_stride_p + place * key_stride_l,
             is_real,
             CHANNELS,
             PADDED_CHANNELS,
-        )
+        ).to(q.dtype.element_ty)
         head = tl.arange(0, PADDED_HEADS)
         for query in range(QUERIES):
             row = sequence * QUERIES + query
@@ -257,11 +312,13 @@ def _score_kernel(
                 PADDED_CHANNELS,
             )
             gate_row = gate + sequence * gate_stride_b + query * gate_stride_t
-            weight = tl.load(gate_row + head * gate_stride_i, head < HEADS, other=0.0)
-            # Keys as rows: the sum over heads then stays within four threads.
             dots = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-            score = tl.sum(weight.to(tl.float32)[None, :] * tl.maximum(dots, 0.0), 1) * scale
-            score = tl.where(is_real, score, -float("inf"))
+            score = tl.zeros([BLOCK_S], tl.float32)
+            score = _add_heads(score, dots, gate_row, gate_stride_i, 0, HEADS)
+            if index_scales is not None:
+                # A power of two: exact here as on each channel of the key.
+                score *= tl.load(index_scales + page * scale_stride_p + place, is_real, other=0.0)
+            score = tl.where(is_real, score * scale, -float("inf"))
             tl.store(scores + row * num_keys + key, score, is_key)
 
 
@@ -289,6 +346,7 @@ def _attend_kernel(
     PADDED_CHANNELS: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     group, num_groups = tl.program_id(1).to(tl.int64), tl.num_programs(1)
@@ -302,6 +360,9 @@ def _attend_kernel(
         CHANNELS,
         PADDED_CHANNELS,
     )
+    if OVERLAPS:
+        gdc_wait()  # for the selection
+        gdc_launch_dependents()
     # Finite, so that a row without any key meets no inf - inf.
     top = tl.full([PADDED_HEADS], -1.0e38, tl.float32)
     total = tl.zeros([PADDED_HEADS], tl.float32)
@@ -343,7 +404,10 @@ def _merge_kernel(
     CHANNELS: tl.constexpr,
     PADDED_CHANNELS: tl.constexpr,
     PADDED_PARTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
+    if OVERLAPS:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     head, num_heads = tl.program_id(1), tl.num_programs(1)
     part = tl.arange(0, PADDED_PARTS)

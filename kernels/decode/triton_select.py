@@ -1,6 +1,7 @@
-"""The exact top-k of a few long rows: of parts of each row, then of what the parts selected.
+"""The exact top-k of a few long rows, which one program a row would leave to a few programs.
 
-A program selects from a row; with one row the others would have nothing to do. The best of a row
+With the extension a cluster of thread blocks shares each row. Elsewhere, and for more or longer
+rows, programs select from parts of each row, then from what the parts selected: the best of a row
 are among the best of its parts, and parts keep their order, so ties still go to the lower key.
 
 Shape letters: T rows, S keys, K selected keys, X parts of a row, Y keys selected from a part.
@@ -11,10 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_keye.kernels.select_top_k import fastest_impl, select_top_k
+from megatron_keye.kernels.select_top_k import cuda, fastest_impl, select_top_k
 
 MOST_PROGRAMS = 128
 """Rows and parts that select at once; an H100 has 132 multiprocessors."""
+MOST_SHARED_ROWS = 64
+"""Rows that clusters select from: two waves of them fill an H100."""
+
+
+def share_rows(scores_TS: Tensor) -> bool:
+    """Return whether clusters of the CUDA form select from these rows, whole."""
+    num_rows, num_keys = scores_TS.shape
+    is_taken = num_rows <= MOST_SHARED_ROWS and num_keys <= cuda.MOST_KEYS_OF_FEW
+    return is_taken and fastest_impl(scores_TS) == "cuda"
 
 
 def choose_parts(num_rows: int, num_keys: int, k: int) -> int:
@@ -44,6 +54,8 @@ def select_from_parts(scores_TS: Tensor, end_T: Tensor, end_TX: Tensor, k: int) 
         end_TX: int64, the same counted from the beginning of each part, within it.
         k: K.
     """
+    if share_rows(scores_TS):
+        return cuda.select_top_k_few(scores_TS, end_T, k)
     impl = fastest_impl(scores_TS)
     (num_rows, num_parts), num_keys = end_TX.shape, scores_TS.shape[1]
     zero_T = torch.zeros_like(end_TX).flatten()

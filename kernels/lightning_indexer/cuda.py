@@ -10,14 +10,14 @@ Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selecte
 import torch
 from torch import Tensor
 
-from megatron_keye.kernels.extension import check_built, missing_reason
+from megatron_keye.kernels.extension import check_built, missing_reason, register
 
 CHANNELS = 64
 MOST_HEADS = 16
 MOST_KEYS = 262144
 MOST_SELECTED = 2048
 _CAPABILITY = (9, 0)
-_NAME = "megatron_keye::lightning_indexer"
+_NAME = "lightning_indexer"
 
 SCRATCH_BYTES = 2**30
 """Candidates, or scores of rows done over, that exist at once; tests shrink it."""
@@ -36,8 +36,7 @@ def _fake_lightning_indexer(
     return q_TIJ.new_empty((q_TIJ.shape[0], k), dtype=torch.int32)
 
 
-if missing_reason() is None:
-    torch.library.register_fake(_NAME, _fake_lightning_indexer)
+register(_NAME, _fake_lightning_indexer)
 
 
 def obstacle(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> str | None:
@@ -63,14 +62,14 @@ def obstacle(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> str | None:
     capability = torch.cuda.get_device_capability(q_TIJ.device)
     if capability != _CAPABILITY:
         return f"got a GPU of compute capability {capability}, expected {_CAPABILITY}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(_NAME, "CUDA"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_keye::{_NAME}", "CUDA"):
         return "got an extension built without TORCH_CUDA_ARCH_LIST=9.0a, expected it with that"
     return None
 
 
 def suits(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> bool:
     """Return whether the extension is there and takes such a call; arguments as `obstacle`."""
-    return q_TIJ.is_cuda and missing_reason() is None and obstacle(q_TIJ, k_SJ, k) is None
+    return q_TIJ.is_cuda and missing_reason(_NAME) is None and obstacle(q_TIJ, k_SJ, k) is None
 
 
 @torch.no_grad()
@@ -88,7 +87,7 @@ def lightning_indexer(
         RuntimeError: The extension is not built.
         ValueError: The kernels do not take such tensors.
     """
-    check_built("lightning_indexer")
+    check_built(_NAME)
     # Refused here, since exceptions thrown by the extension can't be relied on.
     found = obstacle(q_TIJ, k_SJ, k)
     if found is not None:

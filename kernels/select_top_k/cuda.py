@@ -7,7 +7,10 @@ compiler. The contract stands in api.py, the device code in csrc/select_top_k/.
 import torch
 from torch import Tensor
 
-from megatron_keye.kernels.extension import check_built, missing_reason
+from megatron_keye.kernels.extension import check_built, missing_reason, register
+
+MOST_KEYS_OF_FEW = 262_144
+"""Keys of a row that `select_top_k_few` takes: what the registers of a cluster hold."""
 
 
 def _fake_select_top_k(
@@ -17,13 +20,19 @@ def _fake_select_top_k(
     return scores_TS.new_empty((scores_TS.shape[0], k), dtype=torch.int32)
 
 
-if missing_reason() is None:
-    torch.library.register_fake("megatron_keye::select_top_k", _fake_select_top_k)
+def _fake_select_top_k_few(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Tensor:
+    """Shape and dtype of the result, for tracing."""
+    return scores_TS.new_empty((scores_TS.shape[0], k), dtype=torch.int32)
+
+
+register("select_top_k", _fake_select_top_k)
+register("select_top_k_few", _fake_select_top_k_few)
 
 
 def is_built() -> bool:
-    """Return whether the extension is installed and loads."""
-    return missing_reason() is None
+    """Return whether the extension is installed, loads and holds both operators."""
+    operators = "select_top_k", "select_top_k_few"
+    return all(missing_reason(operator) is None for operator in operators)
 
 
 def select_top_k(scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, k: int) -> Tensor:
@@ -49,12 +58,40 @@ def select_top_k(scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, k: i
         ValueError: A tensor has another shape, or k is less than 1.
     """
     check_built("select_top_k")
-    _check_arguments(scores_TS, key_start_T, key_end_T, k)
+    _check_arguments(scores_TS, k, key_start_T=key_start_T, key_end_T=key_end_T)
     indices_TK: Tensor = torch.ops.megatron_keye.select_top_k(scores_TS, key_start_T, key_end_T, k)
     return indices_TK
 
 
-def _check_arguments(scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, k: int) -> None:
+def select_top_k_few(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Tensor:
+    """Select as `select_top_k` does from key 0 on, eight thread blocks a row: for a few long rows.
+
+    Args:
+        scores_TS: Scores, float32, on a CUDA device; S at most MOST_KEYS_OF_FEW. Copied first
+            unless contiguous.
+        key_end_T: One past the last key that row t may select, int64, same device.
+        k: How many keys a row keeps, at least 1.
+
+    Returns:
+        indices_TK: int32, ascending in each row, -1 behind the last selected key.
+
+    Raises:
+        RuntimeError: The extension is not built, or the tensors are not on one CUDA device.
+        TypeError: A tensor has another dtype.
+        ValueError: A tensor has another shape, rows are too long, or k is less than 1.
+    """
+    check_built("select_top_k_few")
+    _check_arguments(scores_TS, k, key_end_T=key_end_T)
+    if scores_TS.shape[1] > MOST_KEYS_OF_FEW:
+        raise ValueError(
+            f"scores_TS: got rows of {scores_TS.shape[1]} keys, expected at most "
+            f"{MOST_KEYS_OF_FEW}; take select_top_k"
+        )
+    indices_TK: Tensor = torch.ops.megatron_keye.select_top_k_few(scores_TS, key_end_T, k)
+    return indices_TK
+
+
+def _check_arguments(scores_TS: Tensor, k: int, **bounds: Tensor) -> None:
     """Refuse here what the extension would refuse, since its exceptions can't be relied on.
 
     On an H100 machine with torch 2.11.0+cu130 one thrown by the extension ended the process.
@@ -66,7 +103,9 @@ def _check_arguments(scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, 
     if scores_TS.dtype != torch.float32:
         name = str(scores_TS.dtype).removeprefix("torch.")
         raise TypeError(f"scores_TS: got dtype {name}, expected float32")
-    for name, bound_T in (("key_start_T", key_start_T), ("key_end_T", key_end_T)):
+    if scores_TS.ndim != 2:
+        raise ValueError(f"scores_TS: got shape {tuple(scores_TS.shape)}, expected [T, S]")
+    for name, bound_T in bounds.items():
         if bound_T.device != scores_TS.device:
             raise RuntimeError(
                 f"{name}: got a tensor on {bound_T.device}, expected {scores_TS.device}, where "

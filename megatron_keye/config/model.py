@@ -92,6 +92,10 @@ class IndexerConfig:
     """Channels J of one head; even, a multiple of 4."""
     top_k: int
     """Keys K that a query may attend to; with fewer candidates it takes all of them."""
+    quantization: str = "none"
+    """"fp8" rotates queries and keys by the Hadamard matrix and rounds each to e4m3 with a
+    power-of-two scale, as the released model is served; the gradient passes through the rounding.
+    "none" computes in the model's type, as it was trained."""
 
     def __post_init__(self) -> None:
         check(self.num_heads > 0, "model.decoder.indexer.num_heads", self.num_heads, "1 or more")
@@ -101,6 +105,18 @@ class IndexerConfig:
             "model.decoder.indexer.head_dim",
             self.head_dim,
             "a positive multiple of 4",
+        )
+        check(
+            self.quantization in ("none", "fp8"),
+            "model.decoder.indexer.quantization",
+            self.quantization,
+            "none or fp8",
+        )
+        check(
+            self.quantization == "none" or self.head_dim & (self.head_dim - 1) == 0,
+            "model.decoder.indexer.head_dim",
+            self.head_dim,
+            "a power of two with quantization = fp8",
         )
 
 

@@ -1,7 +1,8 @@
 """The lightning indexer's projections: few narrow query heads, one shared key, one gate a head.
 
 Source: DeepSeek Sparse Attention (DeepSeek-V3.2 report) in the form of the released Keye-VL-2.0
-serving code: query RMSNorm, key LayerNorm, full-width rotary, raw gates.
+serving code: query RMSNorm, key LayerNorm, full-width rotary, 8-bit rounding if asked for, raw
+gates.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from megatron_keye.config.model import IndexerConfig
 from megatron_keye.decoder.positions import rotate
+from megatron_keye.kernels.indexer_quantization import round_to_fp8
 
 _NORM_EPS = 1e-6
 """Fixed in the released model, whatever its other norms use."""
@@ -23,10 +25,11 @@ class Indexer(torch.nn.Module):
 
         Args:
             config: Hidden size, dtype and device of the weights.
-            indexer: Heads and channels.
+            indexer: Heads, channels and whether queries and keys are rounded.
         """
         super().__init__()
         self.num_heads, self.head_dim = indexer.num_heads, indexer.head_dim
+        self.rounds_to_fp8 = indexer.quantization == "fp8"
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         like = {"dtype": config.params_dtype, "device": device}
         num_outputs = self.num_heads * self.head_dim + self.num_heads
@@ -54,9 +57,11 @@ class Indexer(torch.nn.Module):
         )
         q_TIJ = self.q_norm(heads_TX.unflatten(-1, (self.num_heads, self.head_dim)))
         k_TJ = self._normalise_key(self.k_proj(hidden_TD))
-        k_T1J = rotate(k_TJ[:, None], *rotary)
+        q_TIJ, k_TJ = rotate(q_TIJ, *rotary), rotate(k_TJ[:, None], *rotary).squeeze(1)
+        if self.rounds_to_fp8:
+            q_TIJ, k_TJ = round_to_fp8(q_TIJ), round_to_fp8(k_TJ)
         wide = torch.promote_types(gate_TI.dtype, torch.float32)
-        return rotate(q_TIJ, *rotary), k_T1J.squeeze(1), gate_TI.to(wide)
+        return q_TIJ, k_TJ, gate_TI.to(wide)
 
     def _normalise_key(self, k_TJ: Tensor) -> Tensor:
         """LayerNorm in float32 or better, as the released code does."""

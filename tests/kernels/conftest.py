@@ -33,6 +33,22 @@ if not torch.cuda.is_available():
             a, b = (self.cast_impl(x, language.float32) for x in (a, b))
         return _dot(self, a, b, *others)
 
+    _convert = interpreter._convert_float
+    _types = {
+        language.float32: torch.float32,
+        language.bfloat16: torch.bfloat16,
+        language.float8e4nv: torch.float8_e4m3fn,
+    }
+
+    def _convert_rounding(array: Any, source: Any, target: Any, mode: Any) -> Any:
+        """Round to nearest even as a GPU does; the interpreter cuts digits off."""
+        if source not in _types or target not in _types:
+            return _convert(array, source, target, mode)
+        words = torch.frombuffer(bytearray(array.tobytes()), dtype=_types[source])
+        integers = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[_types[target].itemsize]
+        return words.to(_types[target]).view(integers).numpy().reshape(array.shape)
+
+    interpreter._convert_float = _convert_rounding
     interpreter.InterpreterBuilder.create_dot = _dot_of_bfloat16
     interpreter._patch_lang_tensor = _patch_tensor_for_numpy
     # Megatron imported Triton's own functions (tl.max and others) before the setting above.

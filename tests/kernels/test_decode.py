@@ -9,10 +9,14 @@ from torch import Tensor
 
 from megatron_keye.kernels.decode import PagedCache, sparse_decode
 from megatron_keye.kernels.decode.reference import sparse_decode as eager_decode
+from megatron_keye.kernels.indexer_quantization import quantize, round_to_fp8
+from megatron_keye.kernels.indexer_scores import indexer_scores
+from megatron_keye.kernels.lightning_indexer import lightning_indexer
 from megatron_keye.kernels.sparse_attention import sparse_attention
 from tests.support.numerics import (
     assert_close,
     assert_norm_close,
+    device,
     listed,
     loop_attention,
     loop_scores,
@@ -28,6 +32,11 @@ LENGTHS = (0, 2, 8, 41, 56)
 NUM_PAGES = 7
 
 
+def moved_cache(cache: PagedCache, impl: str) -> PagedCache:
+    """Return the cache on the device where `impl` is tested."""
+    return PagedCache(*(t if t is None else t.to(device(impl)) for t in cache))
+
+
 class Case:
     """Inputs of a decode, and the same keys in a row for each sequence."""
 
@@ -38,19 +47,22 @@ class Case:
         heads: int = 6,
         groups: int = 2,
         channels: int = 10,
+        indexer_channels: int = 12,
         page: int = PAGE,
         lengths: tuple[int, ...] = LENGTHS,
         dtype: torch.dtype = torch.float64,
     ) -> None:
         num_sequences, capacity = len(lengths), NUM_PAGES * page
-        self.q_BTIJ = make_tensor(num_sequences, num_queries, 3, 12, seed=1, dtype=dtype)
+        self.q_BTIJ = make_tensor(
+            num_sequences, num_queries, 3, indexer_channels, seed=1, dtype=dtype
+        )
         self.gate_BTI = make_tensor(num_sequences, num_queries, 3, seed=2, dtype=dtype)
         self.query_BTHC = make_tensor(
             num_sequences, num_queries, heads, channels, seed=3, dtype=dtype
         )
         self.k_BSGC = make_tensor(num_sequences, capacity, groups, channels, seed=4, dtype=dtype)
         self.v_BSGC = make_tensor(num_sequences, capacity, groups, channels, seed=5, dtype=dtype)
-        self.k_BSJ = make_tensor(num_sequences, capacity, 12, seed=6, dtype=dtype)
+        self.k_BSJ = make_tensor(num_sequences, capacity, indexer_channels, seed=6, dtype=dtype)
         self.lengths = lengths
         self.cache = self._page(page)
 
@@ -77,9 +89,8 @@ class Case:
     def decode(self, k: int, impl: str) -> tuple[Tensor, Tensor]:
         """Run the operator."""
         tensors = moved((self.q_BTIJ, self.gate_BTI, self.query_BTHC), impl)
-        out_BTHC, indices_BTK = sparse_decode(
-            *tensors, PagedCache(*moved(tuple(self.cache), impl)), k, scale=SCALE, impl=impl
-        )
+        cache = moved_cache(self.cache, impl)
+        out_BTHC, indices_BTK = sparse_decode(*tensors, cache, k, scale=SCALE, impl=impl)
         return out_BTHC.cpu(), indices_BTK.cpu()
 
     def by_loops(self, sequence: int, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -181,6 +192,111 @@ def test_long_rows_are_cut_into_parts_while_that_helps() -> None:
     assert choose_parts(1, 131_071, 16) == 1, "parts have equal sizes"
 
 
+def assert_decodes_as_trained(
+    sizes: tuple[int, int, int],
+    lengths: tuple[int, ...],
+    k: int,
+    *,
+    num_rows: int,
+    dtype: torch.dtype,
+    is_quantized: bool,
+) -> None:
+    """Score and select with the training's kernels and with the decode's; compare the bits.
+
+    Args:
+        sizes: Indexer heads, their channels, and keys of a page.
+        lengths: Keys of each sequence.
+        k: Keys selected.
+        num_rows: Queries that training scores at once; the decode scores the last two of them.
+        dtype: Of queries and keys.
+        is_quantized: Whether the decode's keys are e4m3 and training's what `round_to_fp8` makes.
+    """
+    from megatron_keye.kernels.decode.triton import score_pages
+
+    heads, channels, page = sizes
+    where, num_pages = device("triton"), -(-max(lengths) // page)
+    generator = torch.Generator().manual_seed(3)
+    pages_BN = torch.randperm(len(lengths) * num_pages, generator=generator)
+    pages_BN = pages_BN.view(-1, num_pages).to(where)
+    shapes = (len(lengths), num_rows, heads), (len(lengths), num_pages * page, channels)
+    q_BTIJ = make_tensor(*shapes[0], channels, seed=1, dtype=dtype).to(where)
+    gate_BTI = make_tensor(*shapes[0], seed=3, dtype=torch.float32).to(where)
+    trained_BSJ = keys_BSJ = make_tensor(*shapes[1], seed=2, dtype=dtype).to(where)
+    scales_PL = None
+    if is_quantized:
+        q_BTIJ, trained_BSJ = (round_to_fp8(t, impl="triton") for t in (q_BTIJ, keys_BSJ))
+        keys_BSJ, scales_BS = quantize(keys_BSJ, impl="triton")
+        scales_PL = torch.empty_like(scales_BS).view(-1, page)
+        scales_PL[pages_BN.flatten()] = scales_BS.view(-1, page)
+    keys_PLJ = torch.empty_like(keys_BSJ).view(-1, page, channels)
+    # As bytes, since not every type can be moved by index.
+    bytes_PLX = keys_BSJ.view(-1, page, channels).view(torch.uint8)
+    keys_PLJ.view(torch.uint8)[pages_BN.flatten()] = bytes_PLX
+    heads_PLGC = torch.zeros(len(keys_PLJ), page, 1, 16, dtype=dtype, device=where)
+    lengths_B = torch.tensor(lengths, device=where)
+    cache = PagedCache(heads_PLGC, heads_PLGC, keys_PLJ, pages_BN.int(), lengths_B, scales_PL)
+    last = q_BTIJ[:, -2:].contiguous(), gate_BTI[:, -2:]
+    query_BTHC = heads_PLGC.new_zeros(len(lengths), 2, 1, 16)
+    _, selected_BTK = sparse_decode(*last, query_BTHC, cache, k, scale=SCALE, impl="triton")
+    decoded_BTS = score_pages(*last, cache, k)[0].view(len(lengths), 2, -1)
+    for sequence, length in enumerate(lengths):
+        end_T = (torch.arange(num_rows, device=where) + 1 - num_rows + length).clamp(min=0)
+        row = q_BTIJ[sequence], trained_BSJ[sequence], gate_BTI[sequence]
+        ranges = torch.zeros_like(end_T), end_T
+        trained_TS = indexer_scores(*row, *ranges, impl="triton")
+        trained_TK = lightning_indexer(*row, *ranges, k, impl="triton")
+        assert torch.equal(selected_BTK[sequence], trained_TK[-2:]), f"selection of {length} keys"
+        for query in (-2, -1):
+            end = int(end_T[query])
+            got_S, wanted_S = decoded_BTS[sequence, query, :end], trained_TS[query, :end]
+            assert torch.equal(got_S, wanted_S), f"scores of {length} keys"
+
+
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_decode_scores_and_selects_as_training_does(is_quantized: bool) -> None:
+    assert_decodes_as_trained(
+        (5, 16, 8), (1, 41), 9, num_rows=3, dtype=torch.bfloat16, is_quantized=is_quantized
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("is_quantized", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    [(5, torch.bfloat16), (16, torch.bfloat16), (64, torch.bfloat16), (16, torch.float32)],
+)
+def test_decode_scores_as_training_at_the_models_size(
+    heads: int, is_quantized: bool, dtype: torch.dtype
+) -> None:
+    lengths = (5, 2048, 20_001, 131_072)
+    assert_decodes_as_trained(
+        (heads, 64, 64), lengths, 2048, num_rows=70, dtype=dtype, is_quantized=is_quantized
+    )
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype", "tolerance"),
+    [("eager", torch.float64, 1e-12), ("triton", torch.float32, 1e-5)],
+)
+def test_keys_of_8_bits_give_what_their_numbers_give(
+    impl: str, dtype: torch.dtype, tolerance: float, fill_new_with_nan: None
+) -> None:
+    plain = Case(num_queries=2, dtype=dtype, indexer_channels=16)
+    values_PLJ, scales_PL = quantize(plain.cache.index_keys_PLJ.nan_to_num(), impl="eager")
+    plain.q_BTIJ = round_to_fp8(plain.q_BTIJ, impl="eager")
+    # Unused places hold NaN, as they do in the plain case.
+    is_unused_PL = plain.cache.index_keys_PLJ.isnan().any(dim=-1)
+    scales_PL = scales_PL.masked_fill(is_unused_PL, torch.nan)
+    plain.cache = plain.cache._replace(index_keys_PLJ=values_PLJ, index_scales_PL=scales_PL)
+    plain.k_BSJ = round_to_fp8(plain.k_BSJ, impl="eager")
+    out_BTHC, indices_BTK = plain.decode(9, impl)
+    for sequence in range(len(LENGTHS)):
+        out, selected = plain.by_loops(sequence, 9)
+        np.testing.assert_array_equal(indices_BTK[sequence].numpy(), selected)
+        assert_close(out_BTHC[sequence], out, tolerance)
+
+
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_a_key_without_a_page_ranks_last_and_is_not_attended(impl: str) -> None:
     case = Case(lengths=(30,), dtype=torch.float32)
@@ -220,7 +336,7 @@ def test_no_sequences_no_pages(impl: str) -> None:
     cache = case.cache._replace(
         pages_BN=case.cache.pages_BN[:0], lengths_B=case.cache.lengths_B[:0]
     )
-    cache = PagedCache(*moved(tuple(cache), impl))
+    cache = moved_cache(cache, impl)
     out_BTHC, indices_BTK = sparse_decode(*none, cache, 4, scale=SCALE, impl=impl)
     assert out_BTHC.shape[0] == indices_BTK.shape[0] == 0, "no sequences"
 
@@ -284,4 +400,8 @@ def test_a_misfit_is_named() -> None:
         sparse_decode(*inputs, cache, 4, scale=SCALE)
     with pytest.raises(ValueError, match="index_keys_PLJ: got torch.float32"):
         cache = case.cache._replace(index_keys_PLJ=case.cache.index_keys_PLJ.float())
+        sparse_decode(*inputs, cache, 4, scale=SCALE)
+    with pytest.raises(ValueError, match="index_keys_PLJ: got torch.float64, expected float8"):
+        scales_PL = torch.ones(case.cache.index_keys_PLJ.shape[:2])
+        cache = case.cache._replace(index_scales_PL=scales_PL)
         sparse_decode(*inputs, cache, 4, scale=SCALE)

@@ -103,6 +103,6 @@ def test_cuda_refuses_what_it_cannot_run() -> None:
     from megatron_keye.kernels.extension import missing_reason
 
     inputs, ranges = make_inputs(torch.bfloat16), document_ranges(NUM_QUERIES)
-    error = ValueError if missing_reason() is None else RuntimeError
+    error = ValueError if missing_reason("lightning_indexer") is None else RuntimeError
     with pytest.raises(error, match="lightning_indexer: .*take"):
         lightning_indexer(*inputs, *ranges, K, impl="cuda")

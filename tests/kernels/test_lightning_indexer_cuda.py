@@ -19,7 +19,9 @@ from tests.support.numerics import document_ranges, make_tensor, odd_ranges
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.skipif(missing_reason() is not None, reason="megatron_keye._C is not built"),
+    pytest.mark.skipif(
+        missing_reason("lightning_indexer") is not None, reason="megatron_keye._C is not built"
+    ),
 ]
 
 Inputs = tuple[Tensor, Tensor, Tensor]

@@ -142,6 +142,57 @@ def test_causal_rows_select_only_the_past() -> None:
     assert_selects(scores_TS, start_T, torch.arange(1, 3001, device="cuda"), 256)
 
 
+def hostile_rows(num_keys: int) -> Tensor:
+    """Return rows that each make another part of the search hard."""
+    rows_TS = torch.randn(8, num_keys, device="cuda")
+    rows_TS[1] = rows_TS[1].mul(3).round()  # ties at the cut
+    rows_TS[2] = torch.arange(num_keys, device="cuda")  # the best are neighbours
+    rows_TS[3] = rows_TS[3].where(rows_TS[3] > 2.5, -torch.inf)
+    rows_TS[4] = torch.where(rows_TS[4] > 1, torch.nan, -1000 - rows_TS[4].abs())
+    rows_TS[5] = rows_TS[5].sign() * 0.0  # both zeros, all equal
+    rows_TS[6] = (1 + 1e-5 * rows_TS[6]) * 1e-40  # subnormal
+    rows_TS[7] *= (20 * rows_TS[7]).exp()  # every exponent
+    return rows_TS
+
+
+@pytest.mark.parametrize("k", [*KEPT, 9000])
+@pytest.mark.parametrize("num_keys", [1, 1000, 32768, 32769, 70001, 131072, 131073, 262144])
+def test_clusters_select_what_a_stable_sort_selects(num_keys: int, k: int) -> None:
+    scores_TS = hostile_rows(num_keys)
+    start_T, end_T = full_range(scores_TS)
+    for shorter in (0, 1, num_keys // 3):
+        end_T[:] = num_keys - shorter
+        got_TK = cuda.select_top_k_few(scores_TS, end_T, k)
+        expected_TK = expected_indices(scores_TS, start_T, end_T, k)
+        assert torch.equal(got_TK.cpu(), expected_TK), f"{shorter} keys fewer"
+
+
+def test_clusters_cut_ranges_to_the_row_and_leave_the_rest_alone() -> None:
+    scores_TS = torch.randn(6, 5003, device="cuda")
+    start_T = torch.zeros(6, dtype=torch.int64, device="cuda")
+    end_T = torch.tensor([-3, 0, 64, 65, 5003, 99999], device="cuda")
+    for row, end in enumerate(end_T.tolist()):
+        scores_TS[row, max(end, 0) :] = torch.inf
+    expected_TK = expected_indices(scores_TS, start_T, end_T, 64)
+    assert torch.equal(cuda.select_top_k_few(scores_TS, end_T, 64).cpu(), expected_TK)
+    strided_TS = scores_TS.T.contiguous().T
+    assert torch.equal(cuda.select_top_k_few(strided_TS, end_T, 64).cpu(), expected_TK), "strided"
+
+
+def test_clusters_repeat_their_bits_and_refuse_long_rows() -> None:
+    scores_TS = torch.randn(40, 131072, device="cuda").mul(4).round()
+    end_T = torch.full((40,), 131072, device="cuda")
+    first_TK = cuda.select_top_k_few(scores_TS, end_T, 2048)
+    for _ in range(3):
+        assert torch.equal(first_TK, cuda.select_top_k_few(scores_TS, end_T, 2048)), "differs"
+    with pytest.raises(ValueError, match="got rows of 262145 keys, expected at most 262144"):
+        cuda.select_top_k_few(torch.zeros(1, 262145, device="cuda"), end_T[:1], 2048)
+    no_rows_TK = cuda.select_top_k_few(scores_TS[:0], end_T[:0], 5)
+    assert no_rows_TK.shape == (0, 5), "no rows"
+    no_keys_TK = cuda.select_top_k_few(scores_TS[:, :0], end_T, 5)
+    assert (no_keys_TK == -1).all(), "no keys"
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
 def test_rows_may_begin_at_any_offset_and_stride(offset: int) -> None:
     wide = torch.randn(7, 4999, device="cuda")
@@ -209,3 +260,5 @@ def test_the_registration_satisfies_torch() -> None:
     scores_TS = torch.randn(3, 99, device="cuda")
     operator = torch.ops.megatron_keye.select_top_k.default
     torch.library.opcheck(operator, (scores_TS, *full_range(scores_TS), 8))
+    few = torch.ops.megatron_keye.select_top_k_few.default
+    torch.library.opcheck(few, (scores_TS, full_range(scores_TS)[1], 8))

@@ -68,6 +68,7 @@ def test_a_frozen_encoder_works_one_step_ahead_and_gives_the_same() -> None:
     plain, ahead = make_encoder(), frozen_encoder()
     ahead.announce(*steps[0])
     for number, (plan, rows) in enumerate(steps):
+        plain.announce(plan, rows)
         for later in steps[number + 1 : number + 2]:
             ahead.announce(*later)
         for encoder in (plain, ahead):
