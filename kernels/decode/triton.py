@@ -273,6 +273,7 @@ def _score_kernel(
     BLOCK_S: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ) -> None:
+    scale = tl.cast(scale, tl.float32)  # torch.compile gives float64
     if OVERLAPS:
         gdc_launch_dependents()
     sequence = tl.program_id(1).to(tl.int64)
@@ -348,6 +349,7 @@ def _attend_kernel(
     BLOCK_K: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ) -> None:
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # torch.compile gives float64
     row = tl.program_id(0).to(tl.int64)
     group, num_groups = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     part, num_parts = tl.program_id(2), tl.num_programs(2)

@@ -157,6 +157,8 @@ def _loss_kernel(
     BLOCK_S: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
 ) -> None:
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # torch.compile gives float64
+    score_scale_log2 = tl.cast(score_scale_log2, tl.float32)  # torch.compile gives float64
     query = first + tl.program_id(0).to(tl.int64) * BLOCK_T
     key = tl.program_id(1).to(tl.int64) * BLOCK_S
     local, place = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)

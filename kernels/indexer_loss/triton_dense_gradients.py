@@ -131,6 +131,7 @@ def _query_gradient_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
+    score_scale = tl.cast(score_scale, tl.float32)  # torch.compile gives float64
     first_head = tl.program_id(0) * HEADS_EACH
     query = first + tl.program_id(1).to(tl.int64) * BLOCK_T
     local, place = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)

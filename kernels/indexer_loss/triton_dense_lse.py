@@ -114,6 +114,7 @@ def _lse_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # torch.compile gives float64
     # The last rows of a causal sequence are the longest; started first, they leave no tail.
     block = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     head = tl.program_id(1)

@@ -79,6 +79,7 @@ def _score_lse_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
+    score_scale_log2 = tl.cast(score_scale_log2, tl.float32)  # torch.compile gives float64
     query = first + tl.program_id(0).to(tl.int64) * BLOCK_T
     key = tl.program_id(1).to(tl.int64) * BLOCK_S
     local, place = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)

@@ -70,6 +70,7 @@ def _rotate_kernel(
     ROUND: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ) -> None:
+    factor = tl.cast(factor, tl.float32)  # torch.compile gives float64
     vector = tl.program_id(0).to(tl.int64) * BLOCK_X + tl.arange(0, BLOCK_X)
     place = vector[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     is_real = (vector < num_vectors)[:, None] & (tl.arange(0, CHANNELS) >= 0)[None, :]

@@ -113,6 +113,7 @@ def _scores_kernel(
     BLOCK_S: tl.constexpr,
     FILL: tl.constexpr,
 ) -> None:
+    scale = tl.cast(scale, tl.float32)  # torch.compile gives float64
     query = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     key = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
     channel = tl.arange(0, PADDED_CHANNELS)

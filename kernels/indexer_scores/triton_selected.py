@@ -155,6 +155,7 @@ def _selected_kernel(
     PADDED_CHANNELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
+    scale = tl.cast(scale, tl.float32)  # torch.compile gives float64
     query = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, PADDED_HEADS)
     is_head = head < HEADS
@@ -204,6 +205,7 @@ def _selected_backward_kernel(
     PADDED_CHANNELS: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ) -> None:
+    scale = tl.cast(scale, tl.float32)  # torch.compile gives float64
     ROWS: tl.constexpr = QUERIES * PADDED_HEADS
     tile, query, head, is_row, _ = locate_rows(num_queries, TILE, QUERIES, HEADS, PADDED_HEADS)
     q_offset = query * q_stride_t + head * q_stride_i

@@ -210,6 +210,7 @@ def _forward_kernel(
     PADDED_CHANNELS: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ) -> None:
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # torch.compile gives float64
     tile, query, head, is_row, local = locate_rows(num_queries, TILE, QUERIES, HEADS, PADDED_HEADS)
     bit = 1 << local
     group = tl.program_id(1)
@@ -265,6 +266,7 @@ def _target_kernel(
     PADDED_CHANNELS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # torch.compile gives float64
     query = tl.program_id(0).to(tl.int64)
     group, num_groups = tl.program_id(1), tl.num_programs(1)
     head = tl.arange(0, PADDED_HEADS)

@@ -156,6 +156,8 @@ def _backward_kernel(
     BLOCK_U: tl.constexpr,
     IN_INTEGERS: tl.constexpr,
 ) -> None:
+    scale = tl.cast(scale, tl.float32)  # torch.compile gives float64
+    scale_log2 = tl.cast(scale_log2, tl.float32)  # torch.compile gives float64
     tile, query, head, is_row, local = locate_rows(num_queries, TILE, QUERIES, HEADS, PADDED_HEADS)
     bit = 1 << local
     group, num_groups = tl.program_id(1), tl.num_programs(1)
