@@ -21,9 +21,7 @@ from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
 from megatron_keye.kernels.launch import Blocks
 from megatron_keye.kernels.primitives import load_rows, store_rows
 
-QUERY_BLOCKS = Blocks(rows=64, keys=64, warps=4, stages=3, registers=168)
-HEADS_EACH = 2
-"""Heads of a program that adds up over keys; a block of the scores' gradient serves them all."""
+QUERY_BLOCKS = Blocks(rows=64, keys=64, warps=4, stages=3, registers=128)
 KEY_BLOCKS = Blocks(rows=64, keys=64, warps=4, stages=3, registers=168)
 
 
@@ -57,9 +55,7 @@ def _add_over_keys(
     """Write the rows of dq and dgate that belong to the chunk."""
     blocks = inputs.blocks(QUERY_BLOCKS)
     num_rows, (_, num_keys) = len(dscores_TS), inputs.sizes()
-    num_heads = inputs.q_TIJ.shape[1]
-    heads_each = HEADS_EACH if num_heads % HEADS_EACH == 0 else 1
-    _query_gradient_kernel[(num_heads // heads_each, triton.cdiv(num_rows, blocks.rows))](
+    _query_gradient_kernel[(inputs.q_TIJ.shape[1], triton.cdiv(num_rows, blocks.rows))](
         *inputs.score_arguments(),
         spans_B4,
         dscores_TS,
@@ -70,7 +66,6 @@ def _add_over_keys(
         num_keys,
         dscores_TS.stride(0),
         inputs.q_TIJ.shape[2] ** -0.5,
-        HEADS_EACH=heads_each,
         **inputs.indexer_constants(),
         **launch_constants(blocks),
     )
@@ -123,7 +118,6 @@ def _query_gradient_kernel(
     num_keys: int,
     dscores_stride_t: int,
     score_scale: float,
-    HEADS_EACH: tl.constexpr,
     INDEXER_HEADS: tl.constexpr,
     INDEXER_CHANNELS: tl.constexpr,
     PADDED_INDEXER_CHANNELS: tl.constexpr,
@@ -132,23 +126,20 @@ def _query_gradient_kernel(
     BLOCK_S: tl.constexpr,
 ) -> None:
     score_scale = tl.cast(score_scale, tl.float32)  # torch.compile gives float64
-    first_head = tl.program_id(0) * HEADS_EACH
+    head = tl.program_id(0)
     query = first + tl.program_id(1).to(tl.int64) * BLOCK_T
     local, place = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)
     is_query = local < last - query
-    q_tiles, sums = tl.tuple([]), tl.tuple([])
-    for each in tl.static_range(HEADS_EACH):
-        q_tile = load_rows(
-            q + query * q_stride_t + (first_head + each) * q_stride_i,
-            local * q_stride_t,
-            is_query,
-            INDEXER_CHANNELS,
-            PADDED_INDEXER_CHANNELS,
-        )
-        q_tiles = q_tiles + (q_tile,)
-        sums = sums + (tl.zeros([BLOCK_T, PADDED_INDEXER_CHANNELS], tl.float32),)
+    q_tile = load_rows(
+        q + query * q_stride_t + head * q_stride_i,
+        local * q_stride_t,
+        is_query,
+        INDEXER_CHANNELS,
+        PADDED_INDEXER_CHANNELS,
+    )
     corner = dscores + (query - first) * dscores_stride_t
     offset = local[:, None] * dscores_stride_t + place[None, :]
+    sums = tl.zeros([BLOCK_T, PADDED_INDEXER_CHANNELS], tl.float32)
     span = spans + query // TILE * 4
     for key in range(tl.load(span) // BLOCK_S * BLOCK_S, tl.load(span + 1), BLOCK_S):
         k_tile = load_rows(
@@ -159,31 +150,24 @@ def _query_gradient_kernel(
             PADDED_INDEXER_CHANNELS,
         )
         dscore = tl.load(corner + key + offset, is_query[:, None], other=0.0)
-        new_sums = tl.tuple([])
-        for each in tl.static_range(HEADS_EACH):
-            dots = tl.dot(q_tiles[each], tl.trans(k_tile), input_precision="ieee")
-            passed = tl.where(dots > 0, dscore, 0.0)
-            new_sums = new_sums + (
-                tl.dot(passed, k_tile.to(passed.dtype), sums[each], input_precision="ieee"),
-            )
-        sums = new_sums
-    for each in tl.static_range(HEADS_EACH):
-        head = first_head + each
-        # The gate's gradient, sum of dscore * relu(q . k) over keys, is q times the same sums.
-        dweighted = sums[each] * score_scale
-        dweight = tl.sum(q_tiles[each].to(tl.float32) * dweighted, 1)
-        gate_rows = gate + query * gate_stride_t + head * gate_stride_i
-        weight = tl.load(gate_rows + local * gate_stride_t, is_query, other=0.0).to(tl.float32)
-        row = (query + local) * INDEXER_HEADS + head
-        tl.store(dgate + row, dweight.to(dgate.dtype.element_ty), is_query)
-        store_rows(
-            dq,
-            row * INDEXER_CHANNELS,
-            weight[:, None] * dweighted,
-            is_query,
-            INDEXER_CHANNELS,
-            PADDED_INDEXER_CHANNELS,
-        )
+        dots = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        passed = tl.where(dots > 0, dscore, 0.0)
+        sums = tl.dot(passed, k_tile.to(passed.dtype), sums, input_precision="ieee")
+    # The gate's gradient, sum of dscore * relu(q . k) over keys, is q times the same sums.
+    sums *= score_scale
+    dweight = tl.sum(q_tile.to(tl.float32) * sums, 1)
+    gate_rows = gate + query * gate_stride_t + head * gate_stride_i
+    weight = tl.load(gate_rows + local * gate_stride_t, is_query, other=0.0).to(tl.float32)
+    row = (query + local) * INDEXER_HEADS + head
+    tl.store(dgate + row, dweight.to(dgate.dtype.element_ty), is_query)
+    store_rows(
+        dq,
+        row * INDEXER_CHANNELS,
+        weight[:, None] * sums,
+        is_query,
+        INDEXER_CHANNELS,
+        PADDED_INDEXER_CHANNELS,
+    )
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
 from megatron_keye.kernels.launch import Blocks
 from megatron_keye.kernels.primitives import load_rows, score_tile
 
-SCORE_BLOCKS = Blocks(rows=128, keys=128, warps=8, stages=3)
+SCORE_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=3)
 
 
 def score_lse(inputs: DenseInputs, spans_B4: Tensor, first: int, last: int) -> Tensor:
