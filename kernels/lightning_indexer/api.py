@@ -22,8 +22,8 @@ from megatron_keye.kernels.arguments import (
 from megatron_keye.kernels.lightning_indexer import cuda, reference
 
 IMPLEMENTATIONS = ("eager", "triton", "cuda")
-"""What exists. The default is "cuda" where it is built and takes the call, else "triton" on a GPU
-in the types that it takes, else "eager"."""
+"""What exists. The default is "cuda" for long rows where it is built and takes the call, else
+"triton" on a GPU in the types that it takes, else "eager"."""
 
 
 def lightning_indexer(

@@ -187,9 +187,10 @@ def test_views_and_no_queries_are_fine() -> None:
     assert none_TK.shape == (0, 5), none_TK.shape
 
 
-def test_it_is_the_default_where_it_takes_the_call() -> None:
-    q_TIJ, k_SJ, _ = make_inputs(4, 10)
+def test_it_is_the_default_for_long_rows_that_it_takes() -> None:
+    q_TIJ, k_SJ, _ = make_inputs(4, cuda.PAYS_ABOVE_KEYS + 1)
     assert cuda.suits(q_TIJ, k_SJ, 3) == (torch.cuda.get_device_capability() == (9, 0))
+    assert not cuda.suits(q_TIJ, k_SJ[1:], 3), "a short row"
     assert not cuda.suits(q_TIJ.float(), k_SJ.float(), 3), "float32"
 
 
