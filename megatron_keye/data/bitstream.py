@@ -5,12 +5,13 @@ facts that containers tell wrongly or not at all.
 """
 
 _H264_IDR = 5
-_H264_PARAMETERS = 7
 _H264_SLICES = range(1, 6)
+_SEQUENCE_PARAMETERS = {"h264": 7, "hevc": 33}
+_LENGTH_BYTE = {"h264": 4, "hevc": 21}
+"""Place in a record of the byte that tells how long a unit's length is."""
 _HEVC_UNREFERENCED = range(0, 16, 2)
 _HEVC_ENTRY = range(16, 22)
 _HEVC_PICTURES = range(32)
-_VP9_SUPERFRAME = 0b110
 
 
 def stands_alone(codec: str, packet: bytes, extradata: bytes) -> bool:
@@ -25,17 +26,27 @@ def stands_alone(codec: str, packet: bytes, extradata: bytes) -> bool:
         extradata: The stream's, which tells how units are separated.
     """
     if codec == "h264":
-        return any(packet[start] & 31 == _H264_IDR for start in _units(packet, extradata, 4))
+        return _H264_IDR in (kind for kind, _ in _units(codec, packet, extradata))
     if codec == "hevc":
-        kinds = [packet[start] >> 1 & 63 for start in _units(packet, extradata, 21)]
+        kinds = [kind for kind, _ in _units(codec, packet, extradata)]
         pictures = [kind for kind in kinds if kind in _HEVC_PICTURES]
         return bool(pictures) and pictures[0] in _HEVC_ENTRY
     return True
 
 
-def holds_parameters(packet: bytes, extradata: bytes) -> bool:
-    """Tell whether an H.264 packet brings a sequence parameter set; arguments as above."""
-    return any(packet[start] & 31 == _H264_PARAMETERS for start in _units(packet, extradata, 4))
+def sequence_parameters(codec: str, packet: bytes, extradata: bytes) -> list[bytes]:
+    """Return the sequence parameter sets that a packet brings.
+
+    Args:
+        codec: "h264" or "hevc".
+        packet: The whole packet, or extradata that is no record but units behind start codes.
+        extradata: As above.
+    """
+    return [
+        packet[place].rstrip(b"\0")
+        for kind, place in _units(codec, packet, extradata)
+        if kind == _SEQUENCE_PARAMETERS[codec]
+    ]
 
 
 def layer_if_unreferenced(codec: str, packet: bytes, extradata: bytes) -> tuple[int, bool]:
@@ -48,51 +59,41 @@ def layer_if_unreferenced(codec: str, packet: bytes, extradata: bytes) -> tuple[
     pictures). Arguments as above.
     """
     if codec == "h264":
-        slices = [u for u in _units(packet, extradata, 4) if packet[u] & 31 in _H264_SLICES]
-        return 0, bool(slices) and not any(packet[start] & 0x60 for start in slices)
+        units = _units(codec, packet, extradata)
+        slices = [packet[place.start] for kind, place in units if kind in _H264_SLICES]
+        return 0, bool(slices) and not any(header & 0x60 for header in slices)
     if codec == "hevc":
-        for start in _units(packet, extradata, 21):
-            kind = packet[start] >> 1 & 63
+        for kind, place in _units(codec, packet, extradata):
             if kind in _HEVC_PICTURES:
-                return (packet[start + 1] & 7) - 1, kind in _HEVC_UNREFERENCED
+                return (packet[place.start + 1] & 7) - 1, kind in _HEVC_UNREFERENCED
     return 0, False
 
 
-def shows_earlier_frame(packet: bytes) -> bool:
-    """Tell whether a VP9 packet shows a frame that was decoded before, and none of its own."""
-    start = 0
-    marker = packet[-1]
-    if marker >> 5 == _VP9_SUPERFRAME:
-        num_frames, width = (marker & 7) + 1, (marker >> 3 & 3) + 1
-        index = len(packet) - 2 - num_frames * width
-        if index >= 0 and packet[index] == marker:
-            sizes = packet[index + 1 : -1]
-            parts = [sizes[place : place + width] for place in range(0, len(sizes), width)]
-            # The last frame is the one that is shown.
-            start = sum(int.from_bytes(part, "little") for part in parts[:-1])
-    header = packet[start] if start < len(packet) else 0
-    # Two bits of marker, two of profile, in profile 3 a reserved one, then the flag.
-    return bool(header & (4 if header >> 4 & 3 == 3 else 8))
-
-
-def _units(packet: bytes, extradata: bytes, length_byte: int) -> list[int]:
-    """Return where the units of an H.264 or HEVC packet start, behind length or start code.
+def _units(codec: str, packet: bytes, extradata: bytes) -> list[tuple[int, slice]]:
+    """Return kind and place of each unit of a packet, behind its length or start code.
 
     Args:
+        codec: "h264" or "hevc".
         packet: The whole packet.
         extradata: Begins with 1 where units come after their length, as in MP4 and Matroska.
-        length_byte: Place in the extradata of the byte that tells how long a length is.
     """
-    starts: list[int] = []
+    length_byte = _LENGTH_BYTE[codec]
+    places: list[slice] = []
     if extradata[:1] == b"\1" and len(extradata) > length_byte:
         width = (extradata[length_byte] & 3) + 1
-        place = 0
-        while place + width < len(packet):
-            starts.append(place + width)
-            place += width + int.from_bytes(packet[place : place + width], "big")
-        return starts
-    place = packet.find(b"\0\0\1")
-    while 0 <= place < len(packet) - 3:
-        starts.append(place + 3)
-        place = packet.find(b"\0\0\1", place + 3)
-    return starts
+        start = width
+        while start < len(packet):
+            stop = start + int.from_bytes(packet[start - width : start], "big")
+            places.append(slice(start, stop))
+            start = stop + width
+    else:
+        start = packet.find(b"\0\0\1") + 3
+        while 3 <= start < len(packet):
+            following = packet.find(b"\0\0\1", start)
+            places.append(slice(start, following if following >= 0 else len(packet)))
+            start = following + 3
+    return [(_kind(codec, packet[place.start]), place) for place in places]
+
+
+def _kind(codec: str, header: int) -> int:
+    return header & 31 if codec == "h264" else header >> 1 & 63

@@ -1,8 +1,8 @@
 """Which videos a GPU decodes exactly; all others are decoded on the CPU, and the log says why.
 
 The decoder behind DALI returns wrong frames rather than an error in each case that is told apart
-here: it pairs frames with times by counting, converts colours by one rule, and assumes progressive
-8-bit pictures of even size.
+here: it pairs frames with times by counting, converts colours by one rule, assumes progressive
+8-bit pictures of even size, and mistakes the rows of pictures that are cropped.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import av
 from av.video.stream import VideoStream
 
-from megatron_keye.data import bitstream
+from megatron_keye.data.description import Description, describe
+from megatron_keye.data.vp9 import has_size, shows_earlier_frame
 
 CODECS = ("h264", "hevc", "vp9")
 PIXEL_FORMATS = ("yuv420p", "yuvj420p")
@@ -18,6 +19,8 @@ COLOR_SPACES = {1: "BT.709", 2: "unspecified", 5: "BT.601 (625 lines)", 6: "BT.6
 """By FFmpeg's number; unspecified ones are converted as BT.601, as FFmpeg does."""
 SIDES = range(144, 4097, 2)
 """Sizes that the decoders of all three codecs take, on the oldest GPUs that matter here."""
+VP9_STEP = 8
+"""VP9 stores whole blocks of so many pixels a side, and says nothing of cropping them."""
 MAX_FRAMES_BETWEEN_ENTRIES = 1500
 """A piece of a file is decoded from the entry point before it, anew for each piece."""
 
@@ -40,18 +43,36 @@ def stream_obstacle(stream: VideoStream) -> str:
             f"it has {context.width} x {context.height} pixels, expected even sides of "
             f"{SIDES[0]} to {SIDES[-1]}"
         )
+    if context.name == "vp9" and (context.height % VP9_STEP or context.width % VP9_STEP):
+        return (
+            f"it has {context.width} x {context.height} pixels, expected multiples of {VP9_STEP}"
+        )
+    try:
+        describe(stream)
+    except ValueError as error:
+        return str(error)
     return ""
 
 
-def packet_obstacle(packet: "av.Packet[VideoStream]", codec: str, extradata: bytes) -> str:
-    """Return what in one packet speaks against the GPU, "" for nothing."""
+def packet_obstacle(packet: "av.Packet[VideoStream]", description: Description) -> str:
+    """Return what in one packet speaks against the GPU, "" for nothing.
+
+    Args:
+        packet: Any packet. Parameters are sought in those only that its container calls keyframes;
+            `SegmentCutter` looks into the rest.
+        description: Its stream's.
+    """
     if packet.has_sidedata("new_extradata"):
         announced = bytes(packet.get_sidedata("new_extradata"))
-        if announced != extradata:
+        if announced != description.extradata:
             return "its parameters change inside"
-    if codec == "vp9" and bitstream.shows_earlier_frame(bytes(packet)):
-        return "it shows frames again that were decoded earlier"
-    return ""
+    if description.codec == "vp9":
+        content = bytes(packet)
+        if shows_earlier_frame(content):
+            return "it shows frames again that were decoded earlier"
+        if not has_size(content, packet.stream.width, packet.stream.height):
+            return "its frames have other sizes than its container, or several"
+    return description.obstacle(bytes(packet)) if packet.is_keyframe else ""
 
 
 def timeline_obstacle(entry_points: Sequence[int], num_frames: int, num_packets: int) -> str:

@@ -1,7 +1,8 @@
 """Which frames of a video are decoded together, each piece by a decoder that has seen nothing.
 
-Beginning a piece costs a decoder on the GPU as much as 20 to 30 frames, so pieces run over many
-entry points; what lies between the frames that are wanted is left out where an entry point allows.
+Beginning a piece costs a decoder on the GPU 6 to 11 ms at 720p, as much as 7 frames of H.264, so
+pieces run over many entry points; what lies between the frames that are wanted is left out where
+an entry point allows.
 """
 
 from collections.abc import Iterator, Sequence

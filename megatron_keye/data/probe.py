@@ -18,6 +18,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from megatron_keye.data import bitstream
+from megatron_keye.data.description import describe
 from megatron_keye.data.gpu_rules import packet_obstacle, stream_obstacle, timeline_obstacle
 
 
@@ -118,7 +119,6 @@ def _probe(path: Path, modified_nanoseconds: int, size_bytes: int) -> VideoInfo:
             )
         times = frames.timestamps * np.float64(stream.time_base) - start_seconds
         color_space = stream.codec_context.colorspace
-        obstacle = stream_obstacle(stream) or frames.obstacle
     if not len(times) or not height or not width:
         raise ValueError(f"{path}: holds no video frames, expected at least one; copy it again")
     for array in (times, frames.timestamps, frames.keyframes, frames.entry_points):
@@ -132,7 +132,7 @@ def _probe(path: Path, modified_nanoseconds: int, size_bytes: int) -> VideoInfo:
         keyframes=frames.keyframes,
         entry_points=frames.entry_points,
         color_space=color_space,
-        gpu_obstacle=obstacle,
+        gpu_obstacle=frames.obstacle,
         height=height,
         width=width,
         rotation=rotation,
@@ -156,14 +156,16 @@ def _demux(path: Path, container: InputContainer, stream: VideoStream) -> _Frame
     shown: dict[int, bool] = {}
     entries: set[int] = set()
     num_packets = num_untimed = 0
-    obstacle = ""
+    obstacle = stream_obstacle(stream)
+    description = None if obstacle else describe(stream)
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise ValueError(f"{path}: is cut short or damaged inside a frame; copy it again")
         if packet.size == 0:
             continue
         num_packets += 1
-        obstacle = obstacle or packet_obstacle(packet, codec, extradata)
+        if description is not None and not obstacle:
+            obstacle = packet_obstacle(packet, description)
         # Packets flagged "discard" lie outside the edit list: decoded, but never shown.
         if packet.is_discard or _is_hidden(packet, stream):
             continue

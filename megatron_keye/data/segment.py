@@ -18,17 +18,16 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from megatron_keye.data.bitstream import holds_parameters, layer_if_unreferenced
+from megatron_keye.data.bitstream import layer_if_unreferenced
+from megatron_keye.data.description import Description, describe
 from megatron_keye.data.piece import Piece
 from megatron_keye.data.probe import VideoInfo, opened_video
-from megatron_keye.data.sps import Uncropped, uncrop
 
 type _Packets = "list[av.Packet[VideoStream]]"
 
 # WebM for VP9, which MP4 gives a header that parsers need not expect.
 _FORMATS = {"h264": "mp4", "hevc": "mp4", "vp9": "webm"}
 _MILLISECOND = Fraction(1, 1000)
-_MACROBLOCK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,28 +53,34 @@ class SegmentCutter:
         self._info, self._container, self._stream = info, container, stream
         self._lock = threading.Lock()
         self._is_open = True
-        self._extradata = bytes(stream.codec_context.extradata or b"")
-        self._uncropped = _uncropped(stream)
+        try:
+            self._description = describe(stream)
+        except ValueError as error:
+            raise ValueError(
+                f"{info.path}: {error}, expected the file that was probed; restore it"
+            ) from error
 
     def cut(self, piece: Piece) -> Segment:
         """Return the segment that holds a piece's frames.
 
         Raises:
-            ValueError: Naming the file, when it no longer holds what `probe` saw.
+            ValueError: Naming the file, when it no longer holds what `probe` saw, or holds
+                parameters between its keyframes that a GPU would decode wrongly.
         """
         with self._lock:
             if not self._is_open:
                 raise ValueError(f"{self._info.path}: was closed before it was cut")
             packets, ranks, places = self._read(piece)
-            uncropped = self._uncropped
-            if uncropped is not None and self._brings_parameters(packets):
-                uncropped = None
+            self._check(packets)
+            stored = self._description.parameters
+            height = stored.stored_height if stored else self._stream.height
+            width = stored.stored_width if stored else self._stream.width
             return Segment(
-                container=_remux(self._stream, packets, ranks, uncropped),
+                container=_remux(self._stream, packets, ranks, self._description, (height, width)),
                 indices=piece.indices,
                 places=places,
-                height=uncropped.height if uncropped else self._stream.height,
-                width=uncropped.width if uncropped else self._stream.width,
+                height=height,
+                width=width,
             )
 
     def close(self) -> None:
@@ -83,9 +88,15 @@ class SegmentCutter:
         with self._lock:
             self._is_open = False
 
-    def _brings_parameters(self, packets: _Packets) -> bool:
-        """Tell whether packets say themselves how their pictures are cropped."""
-        return any(holds_parameters(bytes(packet), self._extradata) for packet in packets)
+    def _check(self, packets: _Packets) -> None:
+        """Refuse parameters that `probe`, which looks into keyframes only, did not see."""
+        for packet in packets:
+            obstacle = self._description.obstacle(bytes(packet))
+            if obstacle:
+                raise ValueError(
+                    f"{self._info.path}: can't be decoded on the GPU, since {obstacle}, expected "
+                    "parameters at keyframes only; decode with data.decode.backend=pyav"
+                )
 
     def _read(self, piece: Piece) -> tuple[_Packets, NDArray[np.int64], tuple[int, ...]]:
         """Return the packets of all runs, when each is shown, and when the wanted frames are."""
@@ -113,8 +124,8 @@ class SegmentCutter:
         """Leave out frames that are neither wanted nor referred to by any other."""
         if len(packets) == len(wanted):
             return packets
-        codec = self._stream.codec_context.name
-        told = [layer_if_unreferenced(codec, bytes(p), self._extradata) for p in packets]
+        codec, extradata = self._description.codec, self._description.extradata
+        told = [layer_if_unreferenced(codec, bytes(packet), extradata) for packet in packets]
         highest = max(layer for layer, _ in told)
         # The second frame keeps this run's entry point apart from the next run's.
         return [
@@ -140,17 +151,6 @@ def opened_cutter(info: VideoInfo) -> Iterator[SegmentCutter]:
             yield cutter
         finally:
             cutter.close()
-
-
-def _uncropped(stream: VideoStream) -> Uncropped | None:
-    """Return how to keep a stream's cropping from DALI, None where it has none to speak of."""
-    if stream.codec_context.name != "h264":
-        return None
-    found = uncrop(bytes(stream.codec_context.extradata or b""))
-    if found is None:
-        return None
-    beyond = (found.height - stream.height, found.width - stream.width)
-    return found if all(side in range(_MACROBLOCK) for side in beyond) else None
 
 
 def _packets(
@@ -182,16 +182,20 @@ def _remux(
     template: VideoStream,
     packets: _Packets,
     ranks: NDArray[np.int64],
-    uncropped: Uncropped | None,
+    description: Description,
+    size: tuple[int, int],
 ) -> bytes:
-    """Write packets into a container, timed by their rank so that none comes before its turn."""
+    """Write packets into a container, timed by their rank so that none comes before its turn.
+
+    Pictures are as they are stored, of `size`, (height, width).
+    """
     delay = int(np.max(np.arange(len(ranks)) - ranks, initial=0))
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=_FORMATS[template.codec_context.name]) as target:
         stream = target.add_stream_from_template(template)
-        if uncropped is not None:
-            stream.codec_context.extradata = uncropped.extradata
-            stream.height, stream.width = uncropped.height, uncropped.width
+        if description.uncropped != description.extradata:
+            stream.codec_context.extradata = description.uncropped
+            stream.height, stream.width = size
         stream.time_base = _MILLISECOND
         for place, (packet, rank) in enumerate(zip(packets, ranks.tolist(), strict=True)):
             packet.pts, packet.dts, packet.duration = rank + delay, place, 1

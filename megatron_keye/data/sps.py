@@ -1,67 +1,87 @@
-"""The cropping of H.264 pictures, taken out of a stream's description.
+"""Sizes and cropping of H.264 and HEVC pictures: read, and taken out of what a stream says.
 
-H.264 stores whole macroblocks of 16 x 16, so 1080 rows are 1088 of which the last eight are
-cropped. DALI keeps decoders by the cropped size and looks for them by the stored one, and so makes
-a new one for each piece of such a file, which takes as long as decoding 90 frames. A stream that
-says nothing of cropping is decoded alike; the frames are cropped afterwards.
+Both store whole blocks, so that 1080 rows are often 1088 of which the last eight are cropped. DALI
+takes a decoder that it kept from another stream by the size that is stored, not by the one that is
+shown, and then looks for the colours of a cropped stream in the wrong rows. A stream that says
+nothing of cropping is decoded rightly, so frames are cropped afterwards.
 
-Source: ITU-T H.264, 7.3.2.1.1 (sequence parameter set) and 7.4.1.1 (emulation prevention);
-ISO/IEC 14496-15, 5.3.3.1 (AVCDecoderConfigurationRecord).
+Source: ITU-T H.264, 7.3.2.1.1 and ITU-T H.265, 7.3.2.2.1, 7.3.3 (sequence parameter sets);
+H.264, 7.4.1.1 (emulation prevention).
 """
 
 from dataclasses import dataclass
 
+from megatron_keye.data.bits import ENDS_EARLY, Bits
+
 _MACROBLOCK = 16
+_CHROMA_420 = 1
 _WITH_CHROMA_FORMAT = (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135)
-_SET_START = 6
-"""Bytes of the record in front of its first parameter set, of which there is one usually."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uncropped:
-    """A stream's description without cropping."""
+class SequenceParameters:
+    """A sequence parameter set."""
 
-    extradata: bytes
-    """The record that goes into a container instead of the old one."""
-    height: int
+    unit: bytes
+    """As the stream has it, without start code or length."""
+    uncropped: bytes
+    """The same without cropping."""
+    stored_height: int
     """Rows that are stored."""
-    width: int
+    stored_width: int
     """Columns that are stored."""
+    height: int
+    """Rows that are left of them."""
+    width: int
+    """Columns that are left of them."""
+
+    @property
+    def is_cropped(self) -> bool:
+        """Whether the stream says that pictures are smaller than what is stored."""
+        return self.unit != self.uncropped
 
 
-def uncrop(extradata: bytes) -> Uncropped | None:
-    """Return the description of the same stream with its pictures as they are stored.
+def read_sequence_parameters(codec: str, unit: bytes) -> SequenceParameters:
+    """Read a sequence parameter set of 4:2:0 pictures that are whole frames.
 
     Args:
-        extradata: As MP4 and Matroska keep it, for H.264.
+        codec: "h264" or "hevc".
+        unit: The unit with its header.
 
-    Returns:
-        None where there is nothing to take out, where cropping is not only at the right and at
-        the bottom, and for what is not such a record with one sequence parameter set.
+    Raises:
+        ValueError: Why it can't be read, or that it crops at the left or at the top, worded to
+            follow upon the name of a file.
     """
-    if extradata[:1] != b"\1" or len(extradata) <= _SET_START + 2 or extradata[5] & 31 != 1:
-        return None
-    start = _SET_START + 2
-    end = start + int.from_bytes(extradata[_SET_START:start], "big")
-    try:
-        found = _without_cropping(extradata[start:end])
-    except IndexError:
-        return None
-    if found is None:
-        return None
-    parameters, height, width = found
-    length = len(parameters).to_bytes(2, "big")
-    return Uncropped(
-        extradata=extradata[:_SET_START] + length + parameters + extradata[end:],
-        height=height,
-        width=width,
+    header_size = 1 if codec == "h264" else 2
+    # A 3 behind two zeros is no content: it keeps start codes out of units.
+    reader = Bits(unit[header_size:].replace(b"\0\0\3", b"\0\0"))
+    width, height = _h264_size(reader) if codec == "h264" else _hevc_size(reader)
+    flag = reader.place
+    left = right = top = bottom = 0
+    uncropped = unit
+    if reader.number(1):
+        left, right, top, bottom = (2 * reader.golomb() for _ in range(4))
+        rest = reader.bits[reader.place :].rstrip("0")
+        if not rest:
+            raise ValueError(ENDS_EARLY)
+        kept = reader.bits[:flag] + "0" + rest
+        kept += "0" * (-len(kept) % 8)
+        content = int(kept, 2).to_bytes(len(kept) // 8, "big")
+        uncropped = unit[:header_size] + _guarded(content)
+    if left or top:
+        raise ValueError("its pictures are cropped at the left or at the top")
+    return SequenceParameters(
+        unit=unit,
+        uncropped=uncropped,
+        stored_height=height,
+        stored_width=width,
+        height=height - bottom,
+        width=width - right,
     )
 
 
-def _without_cropping(parameters: bytes) -> tuple[bytes, int, int] | None:
-    """Return (sequence parameter set, height, width) without cropping, None as `uncrop`."""
-    # A 3 behind two zeros is no content: it keeps start codes out of units.
-    reader = _Bits(parameters[1:].replace(b"\0\0\3", b"\0\0"))
+def _h264_size(reader: Bits) -> tuple[int, int]:
+    """Return stored (width, height), and stop in front of the flag that tells of cropping."""
     profile = reader.number(8)
     reader.number(16)
     reader.golomb()
@@ -73,35 +93,47 @@ def _without_cropping(parameters: bytes) -> tuple[bytes, int, int] | None:
     reader.number(1)
     width, height = (_MACROBLOCK * (reader.golomb() + 1) for _ in range(2))
     if not reader.number(1):
-        return None  # Fields, which do not go to the GPU either.
+        raise ValueError("its pictures may be fields, expected whole frames only")
     reader.number(1)
-    flag = reader.place
-    if not reader.number(1):
-        return None
-    left, _, top, _ = (reader.golomb() for _ in range(4))
-    if left or top:
-        return None
-    kept = reader.bits[:flag] + "0" + reader.bits[reader.place : reader.bits.rindex("1") + 1]
-    kept += "0" * (-len(kept) % 8)
-    content = int(kept, 2).to_bytes(len(kept) // 8, "big")
-    return parameters[:1] + _guarded(content), height, width
+    return width, height
 
 
-def _skip_chroma_format(reader: "_Bits") -> None:
+def _hevc_size(reader: Bits) -> tuple[int, int]:
+    """As `_h264_size`."""
+    reader.number(4)
+    num_lower_layers = reader.number(3)
+    reader.number(1)
+    # General profile and level, then which lower temporal layers tell theirs, and those.
+    reader.number(88 + 8)
+    told = [(reader.number(1), reader.number(1)) for _ in range(num_lower_layers)]
+    if told:
+        reader.number(2 * (8 - num_lower_layers))  # Room for eight in all.
+    for has_profile, has_level in told:
+        reader.number(88 * has_profile + 8 * has_level)
+    reader.golomb()
+    _expect_420(reader)
+    return reader.golomb(), reader.golomb()
+
+
+def _skip_chroma_format(reader: Bits) -> None:
     """Read past what the higher profiles say of samples and scaling."""
-    chroma_format = reader.golomb()
-    if chroma_format == 3:
-        reader.number(1)
+    _expect_420(reader)
     reader.golomb()
     reader.golomb()
     reader.number(1)
     if reader.number(1):
-        for matrix in range(8 if chroma_format != 3 else 12):
+        for matrix in range(8):
             if reader.number(1):
                 _skip_scaling_list(reader, 16 if matrix < 6 else 64)
 
 
-def _skip_scaling_list(reader: "_Bits", size: int) -> None:
+def _expect_420(reader: Bits) -> None:
+    chroma_format = reader.golomb()
+    if chroma_format != _CHROMA_420:
+        raise ValueError(f"its chroma format is {chroma_format}, expected {_CHROMA_420} (4:2:0)")
+
+
+def _skip_scaling_list(reader: Bits, size: int) -> None:
     last = following = 8
     for _ in range(size):
         if following:
@@ -109,7 +141,7 @@ def _skip_scaling_list(reader: "_Bits", size: int) -> None:
         last = following or last
 
 
-def _skip_picture_order(reader: "_Bits") -> None:
+def _skip_picture_order(reader: Bits) -> None:
     kind = reader.golomb()
     if kind == 0:
         reader.golomb()
@@ -132,31 +164,3 @@ def _guarded(content: bytes) -> bytes:
         guarded.append(byte)
         zeros = zeros + 1 if byte == 0 else 0
     return bytes(guarded)
-
-
-class _Bits:
-    """Reads bits, most significant first; running past the end raises IndexError."""
-
-    def __init__(self, content: bytes) -> None:
-        self.bits = "".join(f"{byte:08b}" for byte in content)
-        self.place = 0
-
-    def number(self, width: int) -> int:
-        """Read an unsigned number of `width` bits."""
-        if self.place + width > len(self.bits):
-            raise IndexError("the parameter set ends early")
-        self.place += width
-        return int(self.bits[self.place - width : self.place], 2)
-
-    def golomb(self) -> int:
-        """Read an unsigned Exp-Golomb number."""
-        zeros = self.bits.find("1", self.place) - self.place
-        if zeros < 0:
-            raise IndexError("the parameter set ends early")
-        self.place += zeros
-        return self.number(zeros + 1) - 1
-
-    def signed_golomb(self) -> int:
-        """Read a signed Exp-Golomb number: 0, 1, -1, 2, ..."""
-        code = self.golomb()
-        return (code + 1) // 2 if code % 2 else -(code // 2)

@@ -4,7 +4,7 @@ Each frame shows its number as eight large bright or dark blocks, which survive 
 a corner mark that tells which way up it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import av
@@ -64,6 +64,7 @@ def make_clip(
     *,
     scale: int = 1,
     cut_rows: int = 0,
+    cut_columns: int = 0,
     color_space: int | None = None,
     codec: str = "libx264",
     milliseconds: Sequence[int] | None = None,
@@ -80,6 +81,7 @@ def make_clip(
         num_frames: Frames, unless `milliseconds` are given.
         scale: Pixels on a side for each of `numbered_frame`.
         cut_rows: Rows left out at the bottom.
+        cut_columns: Columns left out at the right.
         color_space: FFmpeg's number of the rule that colours are converted and marked by.
         codec: FFmpeg's name of the encoder.
         milliseconds: Times of a variable frame rate.
@@ -92,7 +94,7 @@ def make_clip(
     times = range(0, 40 * num_frames, 40) if milliseconds is None else milliseconds
     with av.open(str(path), "w", options=muxing or {}) as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
-        stream.width, stream.height = scale * WIDTH, scale * HEIGHT - cut_rows
+        stream.width, stream.height = scale * WIDTH - cut_columns, scale * HEIGHT - cut_rows
         stream.pix_fmt = pixel_format
         stream.codec_context.time_base = stream.time_base = av.AVRational(1, 1000)
         if color_space is not None:
@@ -101,13 +103,32 @@ def make_clip(
             stream.set_display_rotation(rotation, is_mirrored)
         for number, time in enumerate(times):
             pixels = np.kron(numbered_frame(number), np.ones((scale, scale, 1), dtype=np.uint8))
-            pixels = np.ascontiguousarray(pixels[: stream.height])
+            pixels = np.ascontiguousarray(pixels[: stream.height, : stream.width])
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             if color_space is not None:
                 frame = frame.reformat(format=pixel_format, dst_colorspace=color_space)
             frame.pts, frame.time_base = time, av.AVRational(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    return path
+
+
+def rewrite(source: Path, path: Path, change: Callable[[int, bytes], bytes]) -> Path:
+    """Copy a clip without decoding.
+
+    Args:
+        source: The clip.
+        path: The copy; its suffix chooses the container.
+        change: Returns a packet's new content, given its place in the file and its old one.
+    """
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for place, packet in enumerate(p for p in old.demux(video=0) if p.size):
+            copy = av.Packet(change(place, bytes(packet)))
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.duration, copy.is_keyframe = packet.duration, packet.is_keyframe
+            copy.stream = stream
+            new.mux(copy)
     return path
 
 

@@ -10,22 +10,57 @@ import torch
 
 from megatron_keye.config.backends import decode_backend
 from megatron_keye.data import probe
-from megatron_keye.data.bitstream import shows_earlier_frame, stands_alone
+from megatron_keye.data.bitstream import stands_alone
 from megatron_keye.data.color import BT709, to_space_of
+from megatron_keye.data.description import describe
 from megatron_keye.data.gpu_rules import timeline_obstacle
-from tests.support.clips import BIG_BUCK_BUNNY, BIKES, make_clip, real_clip
+from megatron_keye.data.vp9 import has_size, shows_earlier_frame
+from tests.support.clips import BIG_BUCK_BUNNY, BIKES, make_clip, real_clip, rewrite
+
+X265 = {"x265-params": "log-level=none"}
 
 
 @pytest.mark.parametrize(
     ("clip", "reason"),
     [
         ({}, ""),
-        ({"codec": "libx265", "options": {"x265-params": "log-level=none"}}, ""),
+        ({"codec": "libx265", "options": X265}, ""),
         ({"codec": "libvpx-vp9", "options": {"deadline": "realtime"}, "suffix": "webm"}, ""),
         ({"milliseconds": [0, 40, 500, 510]}, ""),
         ({"rotation": 90}, ""),
         ({"color_space": 1}, ""),
         ({"pixel_format": "yuvj420p"}, ""),
+        ({"suffix": "ts"}, ""),
+        ({"suffix": "ts", "codec": "libx265", "options": X265}, ""),
+        ({"options": {"x264-params": "repeat-headers=1:annexb=0"}}, ""),
+        ({"cut_rows": 8}, ""),
+        ({"cut_rows": 8, "suffix": "mkv"}, ""),
+        ({"cut_rows": 2, "codec": "libx265", "options": X265}, ""),
+        ({"cut_rows": 2, "cut_columns": 6, "codec": "libx265", "options": X265}, ""),
+        ({"cut_rows": 8, "suffix": "ts"}, "its frames themselves say that 512 x 192 pixels are"),
+        (
+            {"cut_rows": 2, "suffix": "ts", "codec": "libx265", "options": X265},
+            "its frames themselves say that 512 x 192 pixels are",
+        ),
+        (
+            {"cut_rows": 8, "options": {"x264-params": "repeat-headers=1:annexb=0"}},
+            "its frames repeat that its pictures are cropped",
+        ),
+        (
+            {
+                "cut_rows": 2,
+                "codec": "libx265",
+                "options": {"x265-params": "log-level=none:repeat-headers=1"},
+            },
+            "its frames repeat that its pictures are cropped",
+        ),
+        (
+            {"options": {"x264-params": "crop-rect=8,0,0,0"}},
+            "its pictures are cropped at the left",
+        ),
+        ({"options": {"x264-params": "fake-interlaced=1"}}, "its pictures may be fields"),
+        ({"codec": "libvpx-vp9", "cut_rows": 8, "suffix": "webm"}, ""),
+        ({"codec": "libvpx-vp9", "cut_rows": 4, "suffix": "webm"}, "it has 512 x 188 pixels"),
         ({"scale": 1}, "it has 128 x 48 pixels"),
         ({"codec": "mpeg4"}, "its codec is mpeg4"),
         ({"pixel_format": "yuv420p10le"}, "its pixels are yuv420p10le"),
@@ -35,8 +70,8 @@ from tests.support.clips import BIG_BUCK_BUNNY, BIKES, make_clip, real_clip
     ],
 )
 def test_files_are_told_apart(tmp_path: Path, clip: dict[str, Any], reason: str) -> None:
-    clip = {"scale": 3} | clip
-    path = make_clip(tmp_path / f"clip.{clip.pop('suffix', 'mp4')}", 4, **clip)
+    clip = {"scale": 4} | clip
+    path = make_clip(tmp_path / f"clip.{clip.pop('suffix', 'mp4')}", 12, **clip)
     obstacle = probe(path).gpu_obstacle
     assert obstacle.startswith(reason) and bool(obstacle) == bool(reason)
 
@@ -44,6 +79,28 @@ def test_files_are_told_apart(tmp_path: Path, clip: dict[str, Any], reason: str)
 @pytest.mark.parametrize("name", [BIG_BUCK_BUNNY, BIKES])
 def test_ordinary_videos_go_to_the_gpu(name: str) -> None:
     assert probe(real_clip(name)).gpu_obstacle == ""
+
+
+@pytest.mark.parametrize("cut_rows", [0, 2])
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_parameters_that_change_inside_go_to_the_cpu(
+    tmp_path: Path, codec: str, cut_rows: int
+) -> None:
+    options = {"g": "5"} | (X265 if codec == "libx265" else {})
+    first, second = (
+        make_clip(tmp_path / f"{cut}.mp4", 10, scale=4, cut_rows=cut, codec=codec, options=options)
+        for cut in (cut_rows, 6)
+    )
+    with av.open(str(second)) as container:
+        found = describe(container.streams.video[0]).parameters
+    assert found is not None
+    unit = len(found.unit).to_bytes(4, "big") + found.unit
+    path = rewrite(first, tmp_path / "clip.mp4", lambda place, old: unit * (place > 0) + old)
+    assert probe(path).gpu_obstacle.startswith(
+        "its frames repeat that its pictures are cropped"
+        if cut_rows
+        else "its parameters change inside"
+    )
 
 
 def test_a_trimmed_file_goes_to_the_cpu(tmp_path: Path) -> None:
@@ -99,6 +156,42 @@ OWN, EARLIER = b"\x82\x00\x00", b"\x88"
 )
 def test_vp9_packets_that_show_earlier_frames_are_found(packet: bytes, shows: bool) -> None:
     assert shows_earlier_frame(packet) is shows
+
+
+def vp9_header(*fields: tuple[int, int]) -> bytes:
+    """Join (value, bits) into the first 24 bytes of a frame of profile 0."""
+    bits = "1000" + "".join(f"{value:0{width}b}" for value, width in fields)
+    return int(bits.ljust(24 * 8, "0"), 2).to_bytes(24, "big")
+
+
+KEY = ((0, 1), (0, 1), (1, 1), (0, 1), (0x498342, 24), (2, 3), (0, 1))
+PREDICTED = ((0, 1), (1, 1), (1, 1), (0, 1), (0, 2), (1, 8), (0, 12))
+INTRA = ((0, 1), (1, 1), (0, 1), (0, 1), (1, 1), (0, 2), (0x498342, 24), (1, 8))
+SIZE, OTHER = ((383, 16), (143, 16)), ((191, 16), (71, 16))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ((*KEY, *SIZE, (0, 1)), True),
+        ((*KEY, *OTHER, (0, 1)), False),
+        ((*KEY, *SIZE, (1, 1), *SIZE), True),
+        ((*KEY, *SIZE, (1, 1), *OTHER), False),
+        ((*PREDICTED, (0, 1), (1, 1)), True),
+        ((*PREDICTED, (0, 3), *SIZE, (0, 1)), True),
+        ((*PREDICTED, (0, 3), *OTHER, (0, 1)), False),
+        ((*INTRA, *SIZE, (0, 1)), True),
+        ((*INTRA, *OTHER, (0, 1)), False),
+    ],
+)
+def test_vp9_frames_of_another_size_are_found(
+    fields: tuple[tuple[int, int], ...], expected: bool
+) -> None:
+    frame, repeated = vp9_header(*fields), vp9_header(*PREDICTED, (1, 1))
+    assert has_size(frame, 384, 144) is expected
+    both = frame + repeated + b"\xc1\x18\x18\xc1"
+    assert has_size(both, 384, 144) is expected
+    assert not has_size(frame[:2], 384, 144)
 
 
 @pytest.mark.parametrize("extradata", [b"", b"\1" + bytes(3) + b"\xff" + bytes(16) + b"\xff"])

@@ -9,10 +9,11 @@ import pytest
 from numpy.typing import NDArray
 
 from megatron_keye.data import probe
+from megatron_keye.data.description import describe
 from megatron_keye.data.piece import LEAST_SKIPPED, Piece, plan_pieces
 from megatron_keye.data.segment import Segment, opened_cutter
 from megatron_keye.data.video import iterate_frames
-from tests.support.clips import BIG_BUCK_BUNNY, make_clip, read_number, real_clip
+from tests.support.clips import BIG_BUCK_BUNNY, make_clip, read_number, real_clip, rewrite
 
 X264 = {"bf": "3", "g": "12", "x264-params": "b-adapt=0:scenecut=0"}
 OPEN = {"bf": "3", "g": "12", "x264-params": "b-adapt=0:scenecut=0:open-gop=1"}
@@ -187,25 +188,61 @@ def test_a_real_clip_comes_out_bit_for_bit() -> None:
     assert pixels[0] == pixels[1]
 
 
+def planes_of(frame: av.VideoFrame) -> list[NDArray[np.uint8]]:
+    """Return luma and both colour differences as they were decoded."""
+    return [
+        np.frombuffer(plane, dtype=np.uint8).reshape(-1, plane.line_size)[
+            : plane.height, : plane.width
+        ]
+        for plane in frame.planes
+    ]
+
+
+BLOCKS = {"x265-params": "log-level=none:bframes=3:min-cu-size=16:ctu=32", "g": "12"}
+
+
 @pytest.mark.parametrize(
-    ("suffix", "options"),
+    ("suffix", "codec", "options"),
     [
-        ("mp4", X264),
-        ("mkv", X264),
-        ("flv", X264),
-        ("mp4", {"profile": "baseline", "g": "12"}),
-        ("mp4", {"g": "12", "bf": "0"}),
-        ("mp4", {"g": "12", "x264-params": "cqm=jvt:nal-hrd=vbr:vbv-maxrate=900:vbv-bufsize=900"}),
+        ("mp4", "libx264", X264),
+        ("mkv", "libx264", X264),
+        ("flv", "libx264", X264),
+        ("mp4", "libx264", {"profile": "baseline", "g": "12"}),
+        ("mp4", "libx264", {"g": "12", "bf": "0"}),
+        (
+            "mp4",
+            "libx264",
+            {"g": "12", "x264-params": "cqm=jvt:nal-hrd=vbr:vbv-maxrate=900:vbv-bufsize=900"},
+        ),
+        ("mp4", "libx265", BLOCKS),
+        ("mkv", "libx265", BLOCKS),
+        ("mp4", "libx265", {"x265-params": BLOCKS["x265-params"] + ":temporal-layers=3"}),
     ],
 )
-def test_h264_pieces_say_nothing_of_cropping(
-    tmp_path: Path, suffix: str, options: dict[str, str]
+@pytest.mark.parametrize(("cut_rows", "cut_columns"), [(8, 0), (2, 0), (6, 10), (0, 14)])
+def test_pieces_say_nothing_of_cropping(
+    tmp_path: Path,
+    suffix: str,
+    codec: str,
+    options: dict[str, str],
+    cut_rows: int,
+    cut_columns: int,
 ) -> None:
-    path = make_clip(tmp_path / f"clip.{suffix}", scale=3, cut_rows=8, options=options)
+    path = make_clip(
+        tmp_path / f"clip.{suffix}",
+        scale=3,
+        cut_rows=cut_rows,
+        cut_columns=cut_columns,
+        codec=codec,
+        options=options,
+    )
+    info = probe(path)
     (segment,) = cut(path, plan(path, [3, 50]))
-    assert (probe(path).height, segment.height, segment.width) == (136, 144, 384)
+    height, width = 144 - cut_rows, 384 - cut_columns
+    assert (info.height, info.width) == (height, width)
+    assert (segment.height, segment.width) == (144, 384)
     # What a reader learns that decodes nothing: the sample entry, 28 bytes in.
-    entry = segment.container.rindex(b"avc1")
+    entry = segment.container.rindex(b"avc1" if codec == "libx264" else b"hev1")
     sides = np.frombuffer(segment.container, dtype=">u2", count=2, offset=entry + 28)
     assert sides.tolist() == [384, 144]
     pixels = []
@@ -213,24 +250,39 @@ def test_h264_pieces_say_nothing_of_cropping(
         with av.open(source) as container:
             stored = container.streams.video[0].codec_context
             size = stored.height, stored.width
-            frames = [frame.to_ndarray(format="yuv420p") for frame in container.decode(video=0)]
-        pixels.append([frames[place][:136] for place in places])
+            frames = list(container.decode(video=0))
+        pixels.append([plane for place in places for plane in planes_of(frames[place])])
     assert size == (144, 384), "the container still crops"
-    np.testing.assert_array_equal(*pixels)
+    for shown, stored_plane in zip(*pixels, strict=True):
+        np.testing.assert_array_equal(stored_plane[: len(shown), : len(shown[0])], shown)
 
 
-@pytest.mark.parametrize(
-    ("suffix", "options"),
-    [("ts", {}), ("mp4", {"x264-params": "repeat-headers=1:annexb=0"})],
-)
-def test_parameters_inside_the_stream_keep_their_cropping(
-    tmp_path: Path, suffix: str, options: dict[str, str]
+@pytest.mark.parametrize(("codec", "options"), [("libx264", X264), ("libx265", X265)])
+@pytest.mark.parametrize("cut_rows", [0, 2])
+def test_parameters_between_keyframes_are_refused(
+    tmp_path: Path, codec: str, options: dict[str, str], cut_rows: int
 ) -> None:
-    path = make_clip(tmp_path / f"clip.{suffix}", 12, scale=3, cut_rows=8, options=options)
-    (segment,) = cut(path, plan(path, [3]))
-    assert (segment.height, segment.width) == (136, 384)
-    with av.open(io.BytesIO(segment.container)) as container:
-        assert next(container.decode(video=0)).height == 136
+    first, second = (
+        make_clip(tmp_path / f"{rows}.mp4", scale=4, cut_rows=rows, codec=codec, options=options)
+        for rows in (cut_rows, 6)
+    )
+    with av.open(str(second)) as container:
+        found = describe(container.streams.video[0]).parameters
+    assert found is not None
+    unit = len(found.unit).to_bytes(4, "big") + found.unit
+    path = rewrite(first, tmp_path / "clip.mp4", lambda place, old: unit * (place == 2) + old)
+    assert probe(path).gpu_obstacle == "", "the clip does not test the cutter"
+    with pytest.raises(ValueError, match=r"clip\.mp4: can't be decoded on the GPU, since its "):
+        cut(path, plan(path, list(range(12))))
+    assert len(cut(path, plan(path, [30]))) == 1
+
+
+def test_frames_that_repeat_their_parameters_are_cut(tmp_path: Path) -> None:
+    options = X264 | {"x264-params": X264["x264-params"] + ":repeat-headers=1:annexb=0"}
+    path = make_clip(tmp_path / "clip.mp4", options=options)
+    (segment,) = cut(path, plan(path, [3, 50]))
+    numbers = numbers_of(segment)
+    assert [numbers[place] for place in segment.places] == [3, 50]
 
 
 def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
