@@ -75,5 +75,6 @@ def test_with_fewer_keys_than_tokens_the_two_differ(folder: Path, inputs: Arrays
         weights |= {name: weight.numpy() for name, weight in load_file(path).items()}
     write_checkpoint(few, config_with(top_k=LENGTH // 2), weights)
     apart = np.abs(dump_folder(few, inputs)["logits"] - dump_folder(folder, inputs)["logits"])
-    assert apart[: LENGTH // 2].max() == 0, "these queries select all keys"
+    # Not 0: later tokens go to other experts, which then multiply batches of another size.
+    assert apart[: LENGTH // 2].max() < 1e-12, "these queries select all keys"
     assert apart[LENGTH // 2 :].max() > 1e-3
