@@ -21,6 +21,8 @@ SIDES = range(144, 4097, 2)
 """Sizes that the decoders of all three codecs take, on the oldest GPUs that matter here."""
 VP9_STEP = 8
 """VP9 stores whole blocks of so many pixels a side, and says nothing of cropping them."""
+HEVC_STEP = 16
+"""The GPU rounds what HEVC stores up to so many pixels a side, and DALI then mistakes the rows."""
 MAX_FRAMES_BETWEEN_ENTRIES = 1500
 """A piece of a file is decoded from the entry point before it, anew for each piece."""
 
@@ -48,9 +50,13 @@ def stream_obstacle(stream: VideoStream) -> str:
             f"it has {context.width} x {context.height} pixels, expected multiples of {VP9_STEP}"
         )
     try:
-        describe(stream)
+        parameters = describe(stream).parameters
     except ValueError as error:
         return str(error)
+    if context.name == "hevc" and parameters is not None:
+        width, height = parameters.stored_width, parameters.stored_height
+        if height % HEVC_STEP or width % HEVC_STEP:
+            return f"it stores {width} x {height} pixels, expected multiples of {HEVC_STEP}"
     return ""
 
 

@@ -20,6 +20,7 @@ from megatron_keye.data import Picture, decode_frames, probe
 from megatron_keye.data.chunk_patches import decode_chunks
 from megatron_keye.data.decode_service import DecodeService
 from megatron_keye.data.frame_decoder import PyavDecoder
+from megatron_keye.data.gpu_rules import HEVC_STEP, VP9_STEP
 from megatron_keye.data.patches import make_patches
 from tests.support.clips import (
     BIG_BUCK_BUNNY,
@@ -174,17 +175,19 @@ def test_1080_rows_that_are_stored_as_1088_are_right(
 
 
 @pytest.mark.parametrize(
-    ("suffix", "codec", "options"), [("mp4", "libx265", X265), ("webm", "libvpx-vp9", VP9)]
+    ("suffix", "codec", "options", "step"),
+    [("mp4", "libx265", X265, HEVC_STEP), ("webm", "libvpx-vp9", VP9, VP9_STEP)],
 )
-def test_sides_that_are_multiples_of_8_are_right(
-    tmp_path: Path, dali: "DaliDecoder", suffix: str, codec: str, options: dict[str, str]
+def test_sides_that_are_multiples_of_the_step_are_right(
+    tmp_path: Path,
+    dali: "DaliDecoder",
+    suffix: str,
+    codec: str,
+    options: dict[str, str],
+    step: int,
 ) -> None:
-    """Nothing is cropped here, but a GPU may round sizes up, and take a decoder of that size.
-
-    If so, colours are wrong wherever decoders of the rounded size were made before, and the codec
-    is to be restricted to multiples of what is rounded to, in `gpu_rules.py`.
-    """
-    for cut_rows in (0, 8, 16, 24, 32, 40, 0):
+    """Nothing is cropped here, but a GPU may round sizes up, and take a decoder of that size."""
+    for cut_rows in (0, step, 2 * step, 3 * step, 0):
         path = make_clip(
             tmp_path / f"{cut_rows}.{suffix}",
             30,
@@ -193,6 +196,7 @@ def test_sides_that_are_multiples_of_8_are_right(
             codec=codec,
             options=options,
         )
+        assert not probe(path).gpu_obstacle, "the GPU decodes it"
         assert_close(gpu_frames(dali, path, [0, 13, 29]), decode_frames(path, [0, 13, 29]))
 
 

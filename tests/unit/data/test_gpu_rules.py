@@ -37,6 +37,10 @@ X265 = {"x265-params": "log-level=none"}
         ({"cut_rows": 8, "suffix": "mkv"}, ""),
         ({"cut_rows": 2, "codec": "libx265", "options": X265}, ""),
         ({"cut_rows": 2, "cut_columns": 6, "codec": "libx265", "options": X265}, ""),
+        (
+            {"cut_rows": 8, "codec": "libx265", "options": X265},
+            "it stores 512 x 184 pixels, expected multiples of 16",
+        ),
         ({"cut_rows": 8, "suffix": "ts"}, "its frames themselves say that 512 x 192 pixels are"),
         (
             {"cut_rows": 2, "suffix": "ts", "codec": "libx265", "options": X265},
