@@ -36,12 +36,8 @@ void check_arguments(const at::Tensor& q_TIJ, const at::Tensor& k_SJ, const at::
   check_size(k_SJ, "k_SJ", 1, kChannels);
   check_size(gate_TI, "gate_TI", 0, q_TIJ.size(0));
   check_size(gate_TI, "gate_TI", 1, q_TIJ.size(1));
-  for (const auto& [bound_T, name] :
-       {std::pair{key_start_T, "key_start_T"}, std::pair{key_end_T, "key_end_T"}}) {
-    check_dtype(bound_T, name, at::kLong);
-    check_num_dims(bound_T, name, 1);
-    check_size(bound_T, name, 0, q_TIJ.size(0));
-  }
+  check_bound(key_start_T, "key_start_T", q_TIJ, "q_TIJ");
+  check_bound(key_end_T, "key_end_T", q_TIJ, "q_TIJ");
   for (const auto& [tensor, name] :
        {std::pair{q_TIJ, "q_TIJ"}, std::pair{k_SJ, "k_SJ"}, std::pair{gate_TI, "gate_TI"},
         std::pair{key_start_T, "key_start_T"}, std::pair{key_end_T, "key_end_T"}}) {
@@ -95,9 +91,8 @@ void score(Workspace& work, Scores which) {
 
 // Selects for rows whose candidates do not do, as many at once as the scratch memory holds. How
 // many there are only the device knows, so launches without any row end at once.
-void select_failed(Workspace& work) {
+void select_failed(Workspace work) {
   const int num_rows = work.select.rows.num_rows;
-  const int first_row = work.select.rows.first_row;
   const int64_t row_bytes = round_up(work.num_keys, kTileKeys) * sizeof(float);
   const auto fitting = static_cast<int>(work.scratch_bytes / row_bytes / kBlockRows * kBlockRows);
   work.select.rows.rows = work.select.failed;
@@ -108,9 +103,6 @@ void select_failed(Workspace& work) {
     score(work, Scores::kListed);
     launch_select_listed(work.select);
   }
-  work.select.rows.rows = nullptr;
-  work.select.rows.first_row = first_row;
-  work.select.rows.num_rows = num_rows;
 }
 
 }  // namespace

@@ -15,13 +15,6 @@ namespace {
 
 constexpr int64_t kIndexLimit = std::numeric_limits<int32_t>::max();
 
-void check_bound(const at::Tensor& bound_T, const char* name, const at::Tensor& scores_TS) {
-  check_same_device(bound_T, name, scores_TS, "scores_TS");
-  check_dtype(bound_T, name, at::kLong);
-  check_num_dims(bound_T, name, 1);
-  check_size(bound_T, name, 0, scores_TS.size(0));
-}
-
 }  // namespace
 
 at::Tensor select_top_k(const at::Tensor& scores_TS, const at::Tensor& key_start_T,
@@ -29,8 +22,8 @@ at::Tensor select_top_k(const at::Tensor& scores_TS, const at::Tensor& key_start
   check_cuda(scores_TS, "scores_TS");
   check_dtype(scores_TS, "scores_TS", at::kFloat);
   check_num_dims(scores_TS, "scores_TS", 2);
-  check_bound(key_start_T, "key_start_T", scores_TS);
-  check_bound(key_end_T, "key_end_T", scores_TS);
+  check_bound(key_start_T, "key_start_T", scores_TS, "scores_TS");
+  check_bound(key_end_T, "key_end_T", scores_TS, "scores_TS");
   const int64_t num_rows = scores_TS.size(0);
   const int64_t num_keys = scores_TS.size(1);
   TORCH_CHECK_VALUE(k >= 1 && k <= kIndexLimit, "k: got ", k, ", expected 1 to ", kIndexLimit);

@@ -15,10 +15,7 @@ at::Tensor select_top_k_few(const at::Tensor& scores_TS, const at::Tensor& key_e
   check_cuda(scores_TS, "scores_TS");
   check_dtype(scores_TS, "scores_TS", at::kFloat);
   check_num_dims(scores_TS, "scores_TS", 2);
-  check_same_device(key_end_T, "key_end_T", scores_TS, "scores_TS");
-  check_dtype(key_end_T, "key_end_T", at::kLong);
-  check_num_dims(key_end_T, "key_end_T", 1);
-  check_size(key_end_T, "key_end_T", 0, scores_TS.size(0));
+  check_bound(key_end_T, "key_end_T", scores_TS, "scores_TS");
   constexpr int64_t kIndexLimit = std::numeric_limits<int32_t>::max();
   TORCH_CHECK_VALUE(k >= 1 && k <= kIndexLimit, "k: got ", k, ", expected 1 to ", kIndexLimit);
   TORCH_CHECK_VALUE(scores_TS.size(1) <= kMostKeysOfFew, "scores_TS: got rows of ",

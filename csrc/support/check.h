@@ -34,4 +34,13 @@ inline void check_size(const at::Tensor& tensor, const char* name, int64_t dim,
                     " in dimension ", dim, ", expected ", expected);
 }
 
+// A bound of each row's keys: int64 [T] beside `rows`, whose first dimension is T.
+inline void check_bound(const at::Tensor& bound_T, const char* name, const at::Tensor& rows,
+                        const char* rows_name) {
+  check_same_device(bound_T, name, rows, rows_name);
+  check_dtype(bound_T, name, at::kLong);
+  check_num_dims(bound_T, name, 1);
+  check_size(bound_T, name, 0, rows.size(0));
+}
+
 }  // namespace megatron_keye

@@ -6,7 +6,8 @@ facts that containers tell wrongly or not at all.
 
 _H264_IDR = 5
 _H264_SLICES = range(1, 6)
-_SEQUENCE_PARAMETERS = {"h264": 7, "hevc": 33}
+SEQUENCE_PARAMETERS = {"h264": 7, "hevc": 33}
+"""Kind of the units that hold a sequence parameter set."""
 _LENGTH_BYTE = {"h264": 4, "hevc": 21}
 """Place in a record of the byte that tells how long a unit's length is."""
 _HEVC_UNREFERENCED = range(0, 16, 2)
@@ -45,7 +46,7 @@ def sequence_parameters(codec: str, packet: bytes, extradata: bytes) -> list[byt
     return [
         packet[place].rstrip(b"\0")
         for kind, place in _units(codec, packet, extradata)
-        if kind == _SEQUENCE_PARAMETERS[codec]
+        if kind == SEQUENCE_PARAMETERS[codec]
     ]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_keye.config import DecodeConfig, VisionConfig
 from megatron_keye.data.chunk_patches import decode_chunks, patch_bytes
 from megatron_keye.data.frame_decoder import FrameDecoder
+from megatron_keye.data.patches import normalise, to_bytes
 from megatron_keye.data.row import Picture
 
 _CLOSING_SECONDS = 5.0
@@ -141,7 +142,7 @@ class DecodeService:
             self._num_due -= 1
             self._changed.notify_all()
         if self._skips_bad:
-            return _as_values(patches.to(self._decoder.device))
+            return normalise(patches.to(self._decoder.device))
         if patches.device.type == "cuda":
             # Filled on the thread's stream; it must outlast what this stream does with it.
             patches.record_stream(torch.cuda.current_stream(patches.device))
@@ -246,7 +247,7 @@ class DecodeService:
         started = time.monotonic()
         patches = next(decoded)
         if self._skips_bad:
-            patches = _as_bytes(patches).cpu()
+            patches = to_bytes(patches).cpu()
         if patches.device.type == "cuda":
             torch.cuda.current_stream(patches.device).synchronize()
         with self._changed:
@@ -275,13 +276,3 @@ class DecodeService:
             self._working_on, self._working_since = media, time.monotonic()
             # Whoever waits must learn of the new limit.
             self._changed.notify_all()
-
-
-def _as_bytes(patches: Tensor) -> Tensor:
-    """Return the pixels that patches were made of, exactly."""
-    return patches.add(1.0).mul_(127.5).round_().to(torch.uint8)
-
-
-def _as_values(pixels: Tensor) -> Tensor:
-    """Return what `make_patches` makes of pixels, bit for bit."""
-    return pixels.float().div_(127.5).sub_(1.0)

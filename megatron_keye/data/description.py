@@ -11,12 +11,10 @@ from av.video.stream import VideoStream
 from megatron_keye.data import bitstream
 from megatron_keye.data.sps import SequenceParameters, read_sequence_parameters
 
-_WITH_PARAMETERS = ("h264", "hevc")
 _H264_SETS = 5
 """Place in the record of the byte that counts sequence parameter sets, which follow it."""
 _HEVC_ARRAYS = 22
 """Place in the record of the byte that counts arrays of units, which follow it."""
-_HEVC_SEQUENCE_PARAMETERS = 33
 _CUT_SHORT = "its parameters in front are cut short"
 
 
@@ -55,7 +53,7 @@ def describe(stream: VideoStream) -> Description:
     """
     codec = stream.codec_context.name
     extradata = bytes(stream.codec_context.extradata or b"")
-    if codec not in _WITH_PARAMETERS:
+    if codec not in bitstream.SEQUENCE_PARAMETERS:
         return Description(codec=codec, extradata=extradata, parameters=None, uncropped=extradata)
     is_record = extradata[:1] == b"\1"
     if is_record:
@@ -104,7 +102,7 @@ def _hevc_sets(record: bytes) -> list[slice]:
         kind, count = record[place] & 63, int.from_bytes(record[place + 1 : place + 3], "big")
         units = _sized_units(record, place + 3, count)
         place = units[-1].stop if units else place + 3
-        if kind == _HEVC_SEQUENCE_PARAMETERS:
+        if kind == bitstream.SEQUENCE_PARAMETERS["hevc"]:
             found += units
     return found
 

@@ -29,7 +29,17 @@ def make_patches(frames: Tensor, grid: tuple[int, int], patch_size: int) -> Tens
     pixels = _resize(frames.permute(0, 3, 1, 2), (rows * patch_size, columns * patch_size))
     cut = pixels.reshape(len(frames), 3, rows, patch_size, columns, patch_size)
     patches = cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, patch_size, patch_size)
-    return patches.float().div_(127.5).sub_(1.0)
+    return normalise(patches)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Return bytes of any shape as `make_patches` gives them: float32 from -1 to 1."""
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
+def to_bytes(normalised: Tensor) -> Tensor:
+    """Return the bytes that were normalised, exactly."""
+    return normalised.add(1.0).mul_(127.5).round_().to(torch.uint8)
 
 
 def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -21,7 +21,7 @@ from megatron_keye.decoder.norm import RMSNorm
 from megatron_keye.decoder.positions import rotate
 from megatron_keye.decoder.recall import measure_recall
 from megatron_keye.decoder.row import DecoderRow
-from megatron_keye.kernels.dense_attention import dense_attention, dense_attention_with_lse
+from megatron_keye.kernels.dense_attention import dense_attention_with_lse
 from megatron_keye.kernels.indexer_loss import dense_indexer_loss, sparse_indexer_loss
 from megatron_keye.kernels.indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.lightning_indexer import lightning_indexer
@@ -134,7 +134,7 @@ class SparseSelfAttention(MegatronModule):
         row = packed_seq_params
         heads = self._project(hidden_states, row)
         if row.phase == "dense":
-            out_THC = self._attend_densely(heads, row)
+            out_THC, _ = self._attend_densely(heads, row)
         else:
             indexer_heads = self._project_indexer(hidden_states, row)
             if row.phase == "sparse":
@@ -165,8 +165,9 @@ class SparseSelfAttention(MegatronModule):
     def _gather(self, local: Tensor, row: DecoderRow) -> Tensor:
         return gather_row(local, row.gathered_order_S, self.cp_group)
 
-    def _attend_densely(self, heads: _Heads, row: DecoderRow) -> Tensor:
-        return dense_attention(
+    def _attend_densely(self, heads: _Heads, row: DecoderRow) -> tuple[Tensor, Tensor]:
+        """Return out_THC and each head's log-sum-exp lse_TH."""
+        return dense_attention_with_lse(
             heads.q_THC,
             heads.k_SGC,
             heads.v_SGC,
@@ -206,14 +207,7 @@ class SparseSelfAttention(MegatronModule):
         # Nothing but indexers learns, and the residual stream takes gradients to them: the
         # backward pass of the attention, the dearest part of a long row, would be for nothing.
         with torch.no_grad():
-            out_THC, lse_TH = dense_attention_with_lse(
-                heads.q_THC,
-                heads.k_SGC,
-                heads.v_SGC,
-                row.key_start_T,
-                row.key_end_T,
-                scale=self.head_dim**-0.5,
-            )
+            out_THC, lse_TH = self._attend_densely(heads, row)
         if not torch.is_grad_enabled():
             return out_THC
         loss, kl_TG = dense_indexer_loss(
