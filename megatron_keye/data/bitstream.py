@@ -4,6 +4,8 @@ A decoder on the GPU is handed pieces of a file, and counts the frames that it i
 facts that containers tell wrongly or not at all.
 """
 
+from collections.abc import Mapping
+
 _H264_IDR = 5
 _H264_SLICES = range(1, 6)
 SEQUENCE_PARAMETERS = {"h264": 7, "hevc": 33}
@@ -50,6 +52,31 @@ def sequence_parameters(codec: str, packet: bytes, extradata: bytes) -> list[byt
     ]
 
 
+def with_sequence_parameters(
+    codec: str, packet: bytes, extradata: bytes, replacements: Mapping[bytes, bytes]
+) -> bytes:
+    """Return a packet with sequence parameter sets replaced.
+
+    Args:
+        codec: "h264" or "hevc".
+        packet: As in `sequence_parameters`.
+        extradata: As above.
+        replacements: New set by old one; sets that are not in it stay.
+    """
+    width = _length_width(codec, extradata)
+    parts: list[bytes] = []
+    done = 0
+    for kind, place in _units(codec, packet, extradata):
+        unit = packet[place].rstrip(b"\0")
+        if kind != SEQUENCE_PARAMETERS[codec] or unit not in replacements:
+            continue
+        new = replacements[unit]
+        length = len(new).to_bytes(width, "big") if width else b""
+        parts += [packet[done : place.start - width], length, new]
+        done = place.stop
+    return b"".join(parts) + packet[done:]
+
+
 def layer_if_unreferenced(codec: str, packet: bytes, extradata: bytes) -> tuple[int, bool]:
     """Return a frame's temporal layer, and whether no frame of that layer or a lower one needs it.
 
@@ -78,10 +105,9 @@ def _units(codec: str, packet: bytes, extradata: bytes) -> list[tuple[int, slice
         packet: The whole packet.
         extradata: Begins with 1 where units come after their length, as in MP4 and Matroska.
     """
-    length_byte = _LENGTH_BYTE[codec]
+    width = _length_width(codec, extradata)
     places: list[slice] = []
-    if extradata[:1] == b"\1" and len(extradata) > length_byte:
-        width = (extradata[length_byte] & 3) + 1
+    if width:
         start = width
         while start < len(packet):
             stop = start + int.from_bytes(packet[start - width : start], "big")
@@ -94,6 +120,14 @@ def _units(codec: str, packet: bytes, extradata: bytes) -> list[tuple[int, slice
             places.append(slice(start, following if following >= 0 else len(packet)))
             start = following + 3
     return [(_kind(codec, packet[place.start]), place) for place in places]
+
+
+def _length_width(codec: str, extradata: bytes) -> int:
+    """Return how many bytes tell a unit's length, 0 where units come behind start codes."""
+    length_byte = _LENGTH_BYTE[codec]
+    if extradata[:1] != b"\1" or len(extradata) <= length_byte:
+        return 0
+    return (extradata[length_byte] & 3) + 1
 
 
 def _kind(codec: str, header: int) -> int:

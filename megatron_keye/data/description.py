@@ -36,11 +36,16 @@ class Description:
         if self.parameters is None:
             return ""
         brought = bitstream.sequence_parameters(self.codec, packet, self.extradata)
-        if brought and self.parameters.is_cropped:
-            return "its frames repeat that its pictures are cropped"
         if any(unit != self.parameters.unit for unit in brought):
             return "its parameters change inside"
         return ""
+
+    def without_cropping(self, packet: bytes) -> bytes:
+        """Return a packet as a stream with `uncropped` has it; one that has no `obstacle`."""
+        if self.parameters is None or not self.parameters.is_cropped:
+            return packet
+        replacements = {self.parameters.unit: self.parameters.uncropped}
+        return bitstream.with_sequence_parameters(self.codec, packet, self.extradata, replacements)
 
 
 def describe(stream: VideoStream) -> Description:
@@ -48,8 +53,8 @@ def describe(stream: VideoStream) -> Description:
 
     Raises:
         ValueError: Why a GPU can't be given this stream: parameters that are missing, several, or
-            not to be read, another size than the container's, or cropping that can't be taken out.
-            Worded to follow upon the name of a file.
+            not to be read, or another size than the container's. Worded to follow upon the name
+            of a file.
     """
     codec = stream.codec_context.name
     extradata = bytes(stream.codec_context.extradata or b"")
@@ -76,11 +81,8 @@ def describe(stream: VideoStream) -> Description:
         uncropped = extradata[: place.start - 2] + length + parameters.uncropped
         uncropped += extradata[place.stop :]
     else:
-        raise ValueError(
-            f"its frames themselves say that {parameters.stored_width} x "
-            f"{parameters.stored_height} pixels are cropped to {parameters.width} x "
-            f"{parameters.height}, expected that in front of the stream, as in MP4 and Matroska"
-        )
+        replacements = {parameters.unit: parameters.uncropped}
+        uncropped = bitstream.with_sequence_parameters(codec, extradata, extradata, replacements)
     return Description(
         codec=codec, extradata=extradata, parameters=parameters, uncropped=uncropped
     )

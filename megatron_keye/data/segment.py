@@ -197,7 +197,8 @@ def _remux(
             stream.codec_context.extradata = description.uncropped
             stream.height, stream.width = size
         stream.time_base = _MILLISECOND
-        for place, (packet, rank) in enumerate(zip(packets, ranks.tolist(), strict=True)):
+        for place, (read, rank) in enumerate(zip(packets, ranks.tolist(), strict=True)):
+            packet = av.Packet(description.without_cropping(bytes(read)))
             packet.pts, packet.dts, packet.duration = rank + delay, place, 1
             packet.time_base, packet.stream = _MILLISECOND, stream
             packet.is_keyframe = place == 0

@@ -131,7 +131,7 @@ def test_a_piece_runs_over_entry_points(
         assert_close(frames, decode_frames(path, indices))
 
 
-@pytest.mark.parametrize(("suffix", "rotation"), [("mp4", 0), ("mp4", 90), ("mkv", 0)])
+@pytest.mark.parametrize(("suffix", "rotation"), [("mp4", 0), ("mp4", 90), ("mkv", 0), ("ts", 0)])
 @pytest.mark.parametrize(("codec", "options"), [("libx264", X264), ("libx265", BLOCKS)])
 def test_rows_and_columns_beyond_the_picture_are_cropped(
     tmp_path: Path,
@@ -198,20 +198,6 @@ def test_sides_that_are_multiples_of_the_step_are_right(
         )
         assert not probe(path).gpu_obstacle, "the GPU decodes it"
         assert_close(gpu_frames(dali, path, [0, 13, 29]), decode_frames(path, [0, 13, 29]))
-
-
-@pytest.mark.parametrize(("codec", "options"), [("libx264", X264), ("libx265", BLOCKS)])
-def test_cropping_that_cannot_be_taken_out_goes_to_the_cpu(
-    tmp_path: Path, dali: "DaliDecoder", codec: str, options: dict[str, str]
-) -> None:
-    path = make_clip(tmp_path / "clip.ts", 30, scale=4, cut_rows=8, codec=codec, options=options)
-    assert "are cropped to 512 x 184" in probe(path).gpu_obstacle
-    decoded = dict(dali.frames(path, [0, 13, 29]))
-    assert all(frame.is_cuda for frame in decoded.values())
-    np.testing.assert_array_equal(
-        torch.stack([decoded[index] for index in (0, 13, 29)]).cpu().numpy(),
-        decode_frames(path, [0, 13, 29]),
-    )
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
@@ -285,6 +271,7 @@ def test_dali_itself_refuses_an_index_past_the_end(tmp_path: Path, dali: "DaliDe
         ({"scale": SCALE, "pixel_format": "yuv420p10le"}, "yuv420p10le"),
         ({"scale": SCALE, "pixel_format": "yuv444p"}, "yuv444p"),
         ({"scale": SCALE, "codec": "mpeg4"}, "mpeg4"),
+        ({"scale": SCALE, "options": {"x264-params": "crop-rect=8,0,0,0"}}, "at the left"),
     ],
 )
 def test_what_a_gpu_gets_wrong_goes_to_the_cpu(

@@ -41,23 +41,9 @@ X265 = {"x265-params": "log-level=none"}
             {"cut_rows": 8, "codec": "libx265", "options": X265},
             "it stores 512 x 184 pixels, expected multiples of 16",
         ),
-        ({"cut_rows": 8, "suffix": "ts"}, "its frames themselves say that 512 x 192 pixels are"),
-        (
-            {"cut_rows": 2, "suffix": "ts", "codec": "libx265", "options": X265},
-            "its frames themselves say that 512 x 192 pixels are",
-        ),
-        (
-            {"cut_rows": 8, "options": {"x264-params": "repeat-headers=1:annexb=0"}},
-            "its frames repeat that its pictures are cropped",
-        ),
-        (
-            {
-                "cut_rows": 2,
-                "codec": "libx265",
-                "options": {"x265-params": "log-level=none:repeat-headers=1"},
-            },
-            "its frames repeat that its pictures are cropped",
-        ),
+        ({"cut_rows": 8, "suffix": "ts"}, ""),
+        ({"cut_rows": 2, "suffix": "ts", "codec": "libx265", "options": X265}, ""),
+        ({"cut_rows": 8, "options": {"x264-params": "repeat-headers=1:annexb=0"}}, ""),
         (
             {"options": {"x264-params": "crop-rect=8,0,0,0"}},
             "its pictures are cropped at the left",
@@ -100,11 +86,7 @@ def test_parameters_that_change_inside_go_to_the_cpu(
     assert found is not None
     unit = len(found.unit).to_bytes(4, "big") + found.unit
     path = rewrite(first, tmp_path / "clip.mp4", lambda place, old: unit * (place > 0) + old)
-    assert probe(path).gpu_obstacle.startswith(
-        "its frames repeat that its pictures are cropped"
-        if cut_rows
-        else "its parameters change inside"
-    )
+    assert probe(path).gpu_obstacle == "its parameters change inside"
 
 
 def test_a_trimmed_file_goes_to_the_cpu(tmp_path: Path) -> None:

@@ -217,6 +217,11 @@ BLOCKS = {"x265-params": "log-level=none:bframes=3:min-cu-size=16:ctu=32", "g": 
         ("mp4", "libx265", BLOCKS),
         ("mkv", "libx265", BLOCKS),
         ("mp4", "libx265", {"x265-params": BLOCKS["x265-params"] + ":temporal-layers=3"}),
+        # Frames that repeat it, behind lengths and behind start codes.
+        ("mp4", "libx264", {"g": "12", "x264-params": "repeat-headers=1:annexb=0"}),
+        ("mp4", "libx265", {"x265-params": BLOCKS["x265-params"] + ":repeat-headers=1"}),
+        ("ts", "libx264", X264),
+        ("ts", "libx265", BLOCKS),
     ],
 )
 @pytest.mark.parametrize(("cut_rows", "cut_columns"), [(8, 0), (2, 0), (6, 10), (0, 14)])
