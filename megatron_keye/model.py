@@ -80,7 +80,12 @@ class DecoderChunk(MegatronModule):
         num_layers = len(degrees.chunk_layers(decoder.num_layers, stage, index))
         self.block = TransformerBlock(
             config,
-            block_spec(decoder, num_layers, uses_transformer_engine=uses_transformer_engine),
+            block_spec(
+                decoder,
+                num_layers,
+                uses_transformer_engine=uses_transformer_engine,
+                only_indexers_learn=run.training.only_indexers_learn,
+            ),
             pre_process=self.pre_process,
             post_process=self.post_process,
             pg_collection=groups,

@@ -97,6 +97,9 @@ class TrainingConfig:
     records_timeline: bool = False
     """Whether every rank writes down when each phase of each step ran, to timeline/ in the run's
     folder; tools/profile_throughput.py draws it. Ranks meet before each step then."""
+    device_peak_tflops: float = 0.0
+    """What one device could do at best in this precision, in 1e12 operations a second, for the
+    model FLOPs utilization (MFU); 0 looks NVIDIA's bf16 peak up by the device's name."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -114,6 +117,8 @@ class TrainingConfig:
             self.dense_up_to,
             '0 unless training.phase is "sparse"',
         )
+        peak = self.device_peak_tflops
+        check(peak >= 0, "training.device_peak_tflops", peak, "0 or more")
         precisions = ("fp64", "fp32", "bf16")
         check(self.precision in precisions, "training.precision", self.precision, f"{precisions}")
         unknown = [part for part in self.frozen if part not in PARTS]
@@ -137,3 +142,8 @@ class TrainingConfig:
             "sparse": PARTS,
         }
         return tuple(part for part in of_phase[self.phase] if part not in self.frozen)
+
+    @property
+    def only_indexers_learn(self) -> bool:
+        """Whether nothing but the indexers learns, each from its own layer's loss."""
+        return self.trained_parts == ("indexer",)

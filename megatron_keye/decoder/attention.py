@@ -133,16 +133,18 @@ class SparseSelfAttention(MegatronModule):
         """
         row = packed_seq_params
         heads = self._project(hidden_states, row)
+        loss = None
         if row.phase == "dense":
             out_THC, _ = self._attend_densely(heads, row)
         else:
             indexer_heads = self._project_indexer(hidden_states, row)
-            if row.phase == "sparse":
-                out_THC = self._attend_sparsely(heads, indexer_heads, row)
-            else:
-                out_THC = self._warm_up_indexer(heads, indexer_heads, row)
+            attend = self._attend_sparsely if row.phase == "sparse" else self._warm_up_indexer
+            out_THC, loss = attend(heads, indexer_heads, row)
         out_SBX = out_THC.flatten(1)[:, None]
-        return cast(Tensor, self.linear_proj(out_SBX)[0]), None
+        projected_SBD = cast(Tensor, self.linear_proj(out_SBX)[0])
+        if loss is not None:
+            projected_SBD = attach_loss(projected_SBD, loss)
+        return projected_SBD, None
 
     def _project(self, hidden_SBD: Tensor, row: DecoderRow) -> _Heads:
         mixed_SBX = self.linear_qkv(hidden_SBD)[0]
@@ -176,7 +178,10 @@ class SparseSelfAttention(MegatronModule):
             scale=self.head_dim**-0.5,
         )
 
-    def _attend_sparsely(self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow) -> Tensor:
+    def _attend_sparsely(
+        self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return out_THC and the indexer's loss, None where nothing learns."""
         indices_TK = lightning_indexer(
             indexer.q_TIJ.detach(),
             indexer.k_SJ.detach(),
@@ -195,27 +200,27 @@ class SparseSelfAttention(MegatronModule):
             with_target=torch.is_grad_enabled(),
         )
         if not torch.is_grad_enabled():
-            return out_THC
+            return out_THC, None
         scores_TK = selected_indexer_scores(
             indexer.q_TIJ, indexer.k_SJ, indexer.gate_TI, indices_TK
         )
         kl_TG = sparse_indexer_loss(scores_TK, target_TGK)
         measure_recall(heads.q_THC, heads.k_SGC, indices_TK, row)
-        return attach_loss(out_THC, self._add_up(kl_TG, row) * row.indexer_loss_weight)
+        return out_THC, self._add_up(kl_TG, row) * row.indexer_loss_weight
 
-    def _warm_up_indexer(self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow) -> Tensor:
-        # Nothing but indexers learns, and the residual stream takes gradients to them: the
-        # backward pass of the attention, the dearest part of a long row, would be for nothing.
-        with torch.no_grad():
-            out_THC, lse_TH = self._attend_densely(heads, row)
+    def _warm_up_indexer(
+        self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `_attend_sparsely`, from all keys."""
+        out_THC, lse_TH = self._attend_densely(heads, row)
         if not torch.is_grad_enabled():
-            return out_THC
+            return out_THC, None
         loss, kl_TG = dense_indexer_loss(
             indexer.q_TIJ,
             indexer.k_SJ,
             indexer.gate_TI,
-            heads.q_THC.detach(),
-            heads.k_SGC.detach(),
+            heads.q_THC,
+            heads.k_SGC,
             row.key_start_T,
             row.key_end_T,
             row.is_real_T.double() * row.indexer_loss_weight,
@@ -223,7 +228,7 @@ class SparseSelfAttention(MegatronModule):
             scale=self.head_dim**-0.5,
         )
         self._add_up(kl_TG, row)
-        return attach_loss(out_THC, loss)
+        return out_THC, loss
 
     def _add_up(self, kl_TG: Tensor, row: DecoderRow) -> Tensor:
         """Report and return the KL of real queries and this rank's groups, the paper's formula."""

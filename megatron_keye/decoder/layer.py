@@ -24,7 +24,11 @@ from megatron_keye.decoder.router import Router
 
 
 def block_spec(
-    decoder: DecoderConfig, num_layers: int, *, uses_transformer_engine: bool
+    decoder: DecoderConfig,
+    num_layers: int,
+    *,
+    uses_transformer_engine: bool,
+    only_indexers_learn: bool,
 ) -> TransformerBlockSubmodules:
     """Return the spec of `num_layers` equal layers and the final norm.
 
@@ -32,7 +36,10 @@ def block_spec(
         decoder: Sizes.
         num_layers: Layers of one model chunk.
         uses_transformer_engine: Whether linears and experts are Transformer Engine's.
+        only_indexers_learn: Then the residual stream alone takes gradients, to where each layer's
+            loss is attached; attention and experts have no backward pass and keep no activations.
     """
+    norm = partial(RMSNorm, passes_gradients=not only_indexers_learn)
     backend = _backend(uses_transformer_engine)
     attention = ModuleSpec(
         module=SparseSelfAttention,
@@ -50,10 +57,10 @@ def block_spec(
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=experts,
             mlp_bda=get_bias_dropout_add,
         ),

@@ -12,23 +12,34 @@ from torch import Tensor
 class RMSNorm(torch.nn.Module):
     """Divide by the root mean square over the last dimension, then scale by a learned weight."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float,
+        *,
+        passes_gradients: bool = True,
+    ) -> None:
         """Make the weight, all ones.
 
         Args:
             config: Tells the weight's dtype and whether ranks see parts of the sequence.
             hidden_size: Size of the normalised dimension.
             eps: Added to the mean square.
+            passes_gradients: Whether what is normalised learns from what comes of it.
         """
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         ones = torch.ones(hidden_size, dtype=config.params_dtype, device=device)
         self.weight = torch.nn.Parameter(ones)
         self.eps = eps
+        self.passes_gradients = passes_gradients
         # Under sequence parallelism each rank sees a part of the tokens, so Megatron must add up
         # the weight's gradients over the tensor axis.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., hidden_size], in the type of x."""
+        if not self.passes_gradients:
+            x = x.detach()
         return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

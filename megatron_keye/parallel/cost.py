@@ -38,12 +38,25 @@ def vision_cost(vision: VisionConfig, parallel: VisionParallel) -> VisionCost:
 
 def vision_flops(vision: VisionConfig, decoder_width: int) -> float:
     """Return the floating-point operations of one patch's forward pass, attention left out."""
+    return patch_flops(vision) + projector_flops(vision, decoder_width)
+
+
+def patch_flops(vision: VisionConfig) -> float:
+    """Return the ViT's forward operations of one patch, attention left out."""
     width, wide = vision.hidden_size, vision.intermediate_size
     layers = vision.num_layers * (4 * width**2 + 2 * width * wide)
-    embedding = 3 * vision.patch_size**2 * width
-    merged = width * vision.merge_size**2
-    projector = (merged * merged + merged * decoder_width) / vision.merge_size**2
-    return 2.0 * (layers + embedding + projector)
+    return 2.0 * (layers + 3 * vision.patch_size**2 * width)
+
+
+def projector_flops(vision: VisionConfig, decoder_width: int) -> float:
+    """Return the projector's forward operations of one patch, a share of its merged one's."""
+    merged = vision.hidden_size * vision.merge_size**2
+    return 2.0 * merged * (merged + decoder_width) / vision.merge_size**2
+
+
+def frame_attention_flops(vision: VisionConfig, num_patches: int) -> float:
+    """Return the forward operations of attention in one frame, in which all patches meet."""
+    return 4.0 * vision.num_layers * vision.hidden_size * num_patches**2
 
 
 def attention_flops(
@@ -59,25 +72,47 @@ def attention_flops(
         phase: Dense attention meets all pairs; sparse attention the selected ones, but the
             indexer scores all.
     """
+    met = num_pairs(document_lengths, decoder.indexer.top_k if phase == "sparse" else None)
+    flops = pair_flops(decoder) * met
+    if phase != "dense":
+        flops += score_flops(decoder) * num_pairs(document_lengths)
+    return flops
+
+
+def num_pairs(
+    document_lengths: Sequence[int] | NDArray[np.int64], top_k: int | None = None
+) -> float:
+    """Return how many keys all queries of a row meet, each at most `top_k` if that is given."""
     lengths = np.asarray(document_lengths, dtype=np.float64)
-    pairs = float((lengths * (lengths + 1) / 2).sum())
-    attention = 4.0 * decoder.num_heads * decoder.head_dim
-    indexer = 2.0 * decoder.indexer.num_heads * decoder.indexer.head_dim
-    if phase == "dense":
-        return attention * pairs
-    if phase == "indexer_warmup":
-        return (attention + indexer) * pairs
-    top_k = decoder.indexer.top_k
-    short = np.minimum(lengths, top_k)
-    selected = float((short * (short + 1) / 2 + (lengths - short) * top_k).sum())
-    return attention * selected + indexer * pairs
+    short = lengths if top_k is None else np.minimum(lengths, top_k)
+    return float((short * (short + 1) / 2 + (lengths - short) * short).sum())
+
+
+def pair_flops(decoder: DecoderConfig) -> float:
+    """Return the forward operations of attention between a query and a key, in one layer."""
+    return 4.0 * decoder.num_heads * decoder.head_dim
+
+
+def score_flops(decoder: DecoderConfig) -> float:
+    """Return the forward operations of the indexer's score of a pair, in one layer."""
+    return 2.0 * decoder.indexer.num_heads * decoder.indexer.head_dim
 
 
 def token_flops(decoder: DecoderConfig) -> float:
     """Return one layer's forward operations of one token outside its attention to others."""
-    width, indexer = decoder.hidden_size, decoder.indexer
+    return block_flops(decoder) + indexing_flops(decoder)
+
+
+def block_flops(decoder: DecoderConfig) -> float:
+    """Return the part of `token_flops` that a layer without an indexer has, too."""
     heads = (2 * decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim
-    indexing = (indexer.num_heads + 1) * indexer.head_dim + indexer.num_heads
     experts = decoder.experts
     routed = 3 * experts.num_experts_per_token * experts.intermediate_size + experts.num_experts
-    return 2.0 * width * (heads + indexing + routed)
+    return 2.0 * decoder.hidden_size * (heads + routed)
+
+
+def indexing_flops(decoder: DecoderConfig) -> float:
+    """Return the part of `token_flops` that makes the indexer's queries, key and weights."""
+    indexer = decoder.indexer
+    made = (indexer.num_heads + 1) * indexer.head_dim + indexer.num_heads
+    return 2.0 * decoder.hidden_size * made

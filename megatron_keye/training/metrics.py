@@ -14,6 +14,7 @@ from megatron_keye.data.decode_service import DecodeStatistics
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.training.optimizer import StepOutcome
 from megatron_keye.training.router_load import RouterLoad
+from megatron_keye.training.throughput import device_name, peak_tflops
 
 _SUMS = (
     "language_loss",
@@ -49,6 +50,10 @@ class StepMetrics:
     """False when a gradient was not finite and the step was skipped."""
     tokens_per_second: float
     """Real tokens of the global batch by the slowest rank's time."""
+    tflops_per_device: float
+    """1e12 operations of the model's mathematics a second and rank (training/throughput.py)."""
+    mfu: float
+    """The same over what a device could do at best; NaN where that is unknown."""
     step_seconds: float
     """The whole step on the slowest rank."""
     decoder_seconds: float
@@ -81,6 +86,7 @@ def collect_metrics(
     queries: int,
     indexer_queries: int,
     tokens: int,
+    flops: float,
     outcome: StepOutcome,
     learning_rate: float,
     seconds: dict[str, float],
@@ -96,6 +102,7 @@ def collect_metrics(
         queries: Real tokens of the global batch.
         indexer_queries: Those of them whose rows have an indexer loss.
         tokens: All tokens of the global batch, padding too.
+        flops: Operations of the global batch, from `step_flops`.
         outcome: Of the optimizer.
         learning_rate: Of the step.
         seconds: This rank's time in the "step", as "decoder" and for "vision", of that in
@@ -106,6 +113,7 @@ def collect_metrics(
     decoder = run.model.decoder
     kl_terms = indexer_queries * decoder.num_kv_heads * decoder.num_layers
     nan = float("nan")
+    tflops = flops / times["step"] / run.parallel.num_ranks / 1e12
     return StepMetrics(
         loss=sums["language_loss"] / loss_tokens if loss_tokens else nan,
         indexer_kl=sums["indexer_kl"] / kl_terms if kl_terms else nan,
@@ -115,6 +123,8 @@ def collect_metrics(
         learning_rate=learning_rate,
         was_applied=outcome.was_applied,
         tokens_per_second=queries / times["step"],
+        tflops_per_device=tflops,
+        mfu=tflops / peak_tflops(run, device_name(device)),
         step_seconds=times["step"],
         decoder_seconds=times["decoder"],
         vision_seconds=times["vision"],

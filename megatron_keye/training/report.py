@@ -4,6 +4,7 @@ Only rank 0 reports; the other ranks hold the same figures already.
 """
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -68,8 +69,10 @@ class Report:
         """
         for name, value in metrics.scalars().items():
             self._events.add_scalar(f"train/{name}", value, step)
+        mfu = "" if math.isnan(metrics.mfu) else f", MFU {metrics.mfu:.1%}"
         figures = (
             f"loss {metrics.loss:.4f}  {metrics.tokens_per_second:,.0f} tokens/s  "
+            f"{metrics.tflops_per_device:.3g} TFLOP/s a rank{mfu}  "
             f"step {metrics.step_seconds:.2f} s  "
             f"decoder {metrics.decoder_seconds:.2f} s  vision {metrics.vision_seconds:.2f} s "
             f"(waits {metrics.vision_wait_seconds:.2f})"

@@ -36,6 +36,7 @@ from megatron_keye.training.microbatch import (
 )
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.router_load import RouterLoad
+from megatron_keye.training.throughput import step_flops
 
 _MOST_HOLLOW_STEPS = 10
 """Steps in a row without a picture that decodes, after which it is no accident."""
@@ -43,12 +44,13 @@ _MOST_HOLLOW_STEPS = 10
 
 @dataclass(frozen=True)
 class _Counts:
-    """Sizes of one global batch that losses are divided by."""
+    """Sizes of one global batch, most of which losses are divided by."""
 
     loss_tokens: int
     queries: int
     indexer_queries: int
     tokens: int
+    flops: float
 
     @property
     def divisor(self) -> int:
@@ -145,6 +147,7 @@ class TrainingStep:
             queries=counts.queries,
             indexer_queries=counts.indexer_queries,
             tokens=counts.tokens,
+            flops=counts.flops,
             outcome=outcome,
             learning_rate=rate,
             seconds={
@@ -269,4 +272,5 @@ def _count(rows: list[PackedRow], run: RunConfig) -> _Counts:
         queries=num_real_queries(rows),
         indexer_queries=num_indexer_queries(rows, run),
         tokens=sum(len(row.token_ids) for row in rows),
+        flops=step_flops(rows, run),
     )

@@ -1,10 +1,9 @@
 """The whole of a run: build, resume, step, save, summarise."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from megatron_keye.checkpoint import store
 from megatron_keye.config.backends import decode_backend
@@ -24,6 +23,7 @@ from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
 from megatron_keye.training.step import TrainingStep
+from megatron_keye.training.throughput import device_name
 from megatron_keye.training.timeline import write_step
 
 _Rows = tuple[list[PackedRow], dict[str, int | str]]
@@ -231,6 +231,8 @@ class Trainer:
         # The first step also warms up allocators and the video reader.
         timed = metrics[1:] or metrics
         rates = [m.tokens_per_second for m in timed]
+        tflops = [m.tflops_per_device for m in timed]
+        mfu = sum(m.mfu for m in timed) / len(timed)
         is_dedicated = parallel.vision.placement == "dedicated"
         return {
             "run": self._run.name,
@@ -238,11 +240,13 @@ class Trainer:
             "first_loss": self._progress.first_loss,
             "last_loss": metrics[-1].loss,
             "tokens_per_second": sum(rates) / len(rates),
+            "tflops_per_device": sum(tflops) / len(tflops),
+            **({} if math.isnan(mfu) else {"mfu": mfu}),
             "ranks": {
                 "decoder": parallel.decoder.num_ranks,
                 "vision": parallel.vision.num_ranks if is_dedicated else "on the decoder's ranks",
             },
-            "device": _device_name(self._process.device),
+            "device": device_name(self._process.device),
             "video": sorted(self._media),
             "video_decoder": self._decode_backend(),
             "decoded_frames": sum(m.pictures for m in metrics),
@@ -250,7 +254,3 @@ class Trainer:
             "skipped_samples": self._num_skipped(),
             "checkpoint": checkpoint,
         }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
