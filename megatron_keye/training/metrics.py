@@ -3,6 +3,7 @@
 Every rank contributes sums of its own, zeros where it has none, and all learn the result.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.decode_service import DecodeStatistics
+from megatron_keye.data.row import PackedRow
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.training.optimizer import StepOutcome
 from megatron_keye.training.router_load import RouterLoad
-from megatron_keye.training.throughput import device_name, peak_tflops
+from megatron_keye.training.throughput import device_name, peak_tflops, step_flops
 
 _SUMS = (
     "language_loss",
@@ -26,6 +28,42 @@ _SUMS = (
     "ready_chunks",
     "taken_chunks",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchCounts:
+    """Sizes of one global batch, by most of which losses are divided."""
+
+    loss_tokens: int
+    """Tokens that have a label."""
+    queries: int
+    """Real tokens."""
+    indexer_queries: int
+    """Those of them whose rows have an indexer loss."""
+    tokens: int
+    """All tokens, padding too."""
+    flops: float
+    """Operations that the batch asks for."""
+
+    @property
+    def divisor(self) -> int:
+        """What all gradients are divided by; without any label, the other losses still count."""
+        return self.loss_tokens or max(1, self.queries)
+
+
+def count_batch(rows: Sequence[PackedRow], run: RunConfig) -> BatchCounts:
+    """Count the rows of a global batch."""
+    return BatchCounts(
+        loss_tokens=sum(row.num_loss_tokens for row in rows),
+        queries=sum(row.num_real_tokens for row in rows),
+        indexer_queries=sum(
+            row.num_real_tokens
+            for row in rows
+            if run.training.row_phase(row.longest_document) != "dense"
+        ),
+        tokens=sum(len(row.token_ids) for row in rows),
+        flops=step_flops(rows, run),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +120,10 @@ def collect_metrics(
     router_load: RouterLoad,
     run: RunConfig,
     *,
-    loss_tokens: int,
-    queries: int,
-    indexer_queries: int,
-    tokens: int,
-    flops: float,
+    counts: BatchCounts,
     outcome: StepOutcome,
     learning_rate: float,
     seconds: dict[str, float],
-    device: torch.device,
 ) -> StepMetrics:
     """Add up what all ranks measured. All ranks must call it.
 
@@ -98,31 +131,27 @@ def collect_metrics(
         meter: Sums of this rank's rows and layers.
         router_load: Counts of this rank's routers.
         run: Sizes and degrees.
-        loss_tokens: Tokens of the global batch that have a label.
-        queries: Real tokens of the global batch.
-        indexer_queries: Those of them whose rows have an indexer loss.
-        tokens: All tokens of the global batch, padding too.
-        flops: Operations of the global batch, from `step_flops`.
+        counts: Of the global batch.
         outcome: Of the optimizer.
         learning_rate: Of the step.
         seconds: This rank's time in the "step", as "decoder" and for "vision", of that in
             "vision_wait".
-        device: Where the message is put together.
     """
-    sums, times, counts_LE = _exchange(meter, router_load, seconds, device)
+    sums, times, counts_LE = _exchange(meter, router_load, seconds)
+    device = router_load.counts_LE.device
     decoder = run.model.decoder
-    kl_terms = indexer_queries * decoder.num_kv_heads * decoder.num_layers
+    kl_terms = counts.indexer_queries * decoder.num_kv_heads * decoder.num_layers
     nan = float("nan")
-    tflops = flops / times["step"] / run.parallel.num_ranks / 1e12
+    tflops = counts.flops / times["step"] / run.parallel.num_ranks / 1e12
     return StepMetrics(
-        loss=sums["language_loss"] / loss_tokens if loss_tokens else nan,
+        loss=sums["language_loss"] / counts.loss_tokens if counts.loss_tokens else nan,
         indexer_kl=sums["indexer_kl"] / kl_terms if kl_terms else nan,
         indexer_recall=sums["recall"] / sums["recall_queries"] if sums["recall_queries"] else nan,
         router_load=float((counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1)).mean()),
         gradient_norm=outcome.gradient_norm,
         learning_rate=learning_rate,
         was_applied=outcome.was_applied,
-        tokens_per_second=queries / times["step"],
+        tokens_per_second=counts.queries / times["step"],
         tflops_per_device=tflops,
         mfu=tflops / peak_tflops(run, device_name(device)),
         step_seconds=times["step"],
@@ -132,7 +161,7 @@ def collect_metrics(
         decoded_per_second=sums["decoded_per_second"],
         decode_queue=sums["ready_chunks"] / max(1.0, sums["taken_chunks"]),
         pictures=round(sums["pictures"]),
-        padding_share=1 - queries / tokens,
+        padding_share=1 - counts.queries / counts.tokens,
     )
 
 
@@ -147,9 +176,10 @@ def decode_sums(statistics: DecodeStatistics) -> dict[str, float]:
 
 
 def _exchange(
-    meter: RowMeter, router_load: RouterLoad, seconds: dict[str, float], device: torch.device
+    meter: RowMeter, router_load: RouterLoad, seconds: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float], Tensor]:
     """Sum one vector over all ranks: named sums, and router counts; take the longest of times."""
+    device = router_load.counts_LE.device
     zero = torch.zeros((), dtype=torch.float64, device=device)
     named = torch.stack([meter.sums.get(name, zero) for name in _SUMS])
     vector = torch.cat([named, router_load.counts_LE.flatten()])

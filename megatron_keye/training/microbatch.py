@@ -173,15 +173,3 @@ def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:
         gathered_order_S=gathered_order(len(row.token_ids), degrees.context),
         feature_positions_M=is_vision.nonzero().squeeze(1),
     )
-
-
-def num_real_queries(rows: list[PackedRow]) -> int:
-    """Return the positions of a global batch that are not padding."""
-    return int(np.sum([row.num_real_tokens for row in rows]))
-
-
-def num_indexer_queries(rows: list[PackedRow], run: RunConfig) -> int:
-    """Return those of them that teach the indexer."""
-    return num_real_queries(
-        [row for row in rows if run.training.row_phase(row.longest_document) != "dense"]
-    )

@@ -26,36 +26,23 @@ from megatron_keye.training.agreement import (
 from megatron_keye.training.chunk_encoder import ChunkEncoder, PatchSource
 from megatron_keye.training.decode import Decoding
 from megatron_keye.training.learning_rate import learning_rate
-from megatron_keye.training.metrics import StepMetrics, collect_metrics, decode_sums
+from megatron_keye.training.metrics import (
+    BatchCounts,
+    StepMetrics,
+    collect_metrics,
+    count_batch,
+    decode_sums,
+)
 from megatron_keye.training.microbatch import (
     balance_rows,
-    num_indexer_queries,
-    num_real_queries,
     plan_rows,
     returns_gradients,
 )
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.router_load import RouterLoad
-from megatron_keye.training.throughput import step_flops
 
 _MOST_HOLLOW_STEPS = 10
 """Steps in a row without a picture that decodes, after which it is no accident."""
-
-
-@dataclass(frozen=True)
-class _Counts:
-    """Sizes of one global batch, most of which losses are divided by."""
-
-    loss_tokens: int
-    queries: int
-    indexer_queries: int
-    tokens: int
-    flops: float
-
-    @property
-    def divisor(self) -> int:
-        """What all gradients are divided by; without any label, the other losses still count."""
-        return self.loss_tokens or max(1, self.queries)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +113,7 @@ class TrainingStep:
         meter = RowMeter()
         if self._run.data.on_bad_sample == "skip":
             planned = self._without_damaged(planned)
-        counts = _count(planned.rows, self._run)
+        counts = count_batch(planned.rows, self._run)
         self._optimizer.zero_gradients()
         self._router_load.reset()
         self._encode_and_decode(planned, meter, counts, recorder)
@@ -143,11 +130,7 @@ class TrainingStep:
             meter,
             self._router_load,
             self._run,
-            loss_tokens=counts.loss_tokens,
-            queries=counts.queries,
-            indexer_queries=counts.indexer_queries,
-            tokens=counts.tokens,
-            flops=counts.flops,
+            counts=counts,
             outcome=outcome,
             learning_rate=rate,
             seconds={
@@ -156,7 +139,6 @@ class TrainingStep:
                 "vision": self._encoder.seconds if self._encoder is not None else 0.0,
                 "vision_wait": self._encoder.wait_seconds if self._encoder is not None else 0.0,
             },
-            device=self._device,
         )
 
     def announce(self, rows: list[PackedRow]) -> None:
@@ -216,7 +198,7 @@ class TrainingStep:
         return self.recorder
 
     def _encode_and_decode(
-        self, planned: _Planned, meter: RowMeter, counts: _Counts, recorder: Recorder
+        self, planned: _Planned, meter: RowMeter, counts: BatchCounts, recorder: Recorder
     ) -> None:
         run, rows, plan = self._run, planned.rows, planned.plan
         transport = FeatureTransport(
@@ -248,7 +230,7 @@ class TrainingStep:
         transport: FeatureTransport,
         meter: RowMeter,
         recorder: Recorder,
-        counts: _Counts,
+        counts: BatchCounts,
     ) -> None:
         assert self._decode is not None, "only decoder ranks decode"
         started = time.perf_counter()
@@ -264,13 +246,3 @@ class TrainingStep:
             balance_loss_scale=counts.divisor / counts.tokens,
         )
         self._decoder_seconds = time.perf_counter() - started
-
-
-def _count(rows: list[PackedRow], run: RunConfig) -> _Counts:
-    return _Counts(
-        loss_tokens=sum(row.num_loss_tokens for row in rows),
-        queries=num_real_queries(rows),
-        indexer_queries=num_indexer_queries(rows, run),
-        tokens=sum(len(row.token_ids) for row in rows),
-        flops=step_flops(rows, run),
-    )

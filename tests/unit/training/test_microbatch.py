@@ -7,11 +7,10 @@ import pytest
 
 from megatron_keye.parallel.cost import attention_flops
 from megatron_keye.training.forecast import balance_shapes, shape_of
+from megatron_keye.training.metrics import count_batch
 from megatron_keye.training.microbatch import (
     balance_rows,
     balanced_order,
-    num_indexer_queries,
-    num_real_queries,
     picture_slots,
     plan_rows,
 )
@@ -63,9 +62,13 @@ def test_rows_that_attend_densely_teach_no_indexer() -> None:
     real = [row.num_real_tokens for row in rows]
     for dense_up_to, teach in ((0, real), (33, [*real[:2], real[3]]), (34, real[:2]), (35, [])):
         run = tiny_run(training={"dense_up_to": dense_up_to})
-        assert num_indexer_queries(rows, run) == sum(teach)
-    for phase, queries in (("dense", 0), ("indexer_warmup", num_real_queries(rows))):
-        assert num_indexer_queries(rows, tiny_run(training={"phase": phase})) == queries
+        assert count_batch(rows, run).indexer_queries == sum(teach)
+    for phase, queries in (
+        ("dense", 0),
+        ("indexer_warmup", sum(row.num_real_tokens for row in rows)),
+    ):
+        run = tiny_run(training={"phase": phase})
+        assert count_batch(rows, run).indexer_queries == queries
 
 
 def test_a_rows_cost_is_that_of_the_attention_it_gets() -> None:
