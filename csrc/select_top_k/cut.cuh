@@ -99,6 +99,7 @@ __device__ __forceinline__ int64_t aligned_start(const Row& row) {
   return row.start - static_cast<int64_t>(address / sizeof(float) % kVector);
 }
 
+// Calls visit(key, position of its score) for every key of the row.
 template <typename Visit>
 __device__ __forceinline__ void for_each_key(const Row& row, Visit visit) {
   const int64_t begin = aligned_start(row) + static_cast<int64_t>(threadIdx.x) * kVector;
@@ -109,7 +110,7 @@ __device__ __forceinline__ void for_each_key(const Row& row, Visit visit) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       if (inside >> i & 1u) {
-        visit(keys[i]);
+        visit(keys[i], position + i);
       }
     }
   }
@@ -249,7 +250,9 @@ __device__ inline Cut find_cut(Shared& shared, const Row& row, uint32_t k) {
                         [&](auto visit) {
                           for_each_buffered(shared.candidates, shared.num_candidates, visit);
                         })
-            : fix_digit(shared, cut, shift, end, [&](auto visit) { for_each_key(row, visit); });
+            : fix_digit(shared, cut, shift, end, [&](auto visit) {
+                for_each_key(row, [&](uint32_t key, int64_t) { visit(key); });
+              });
     if (is_found) {
       break;
     }
@@ -258,7 +261,7 @@ __device__ inline Cut find_cut(Shared& shared, const Row& row, uint32_t k) {
         shared.num_candidates = 0u;
       }
       __syncthreads();
-      for_each_key(row, [&](uint32_t key) {
+      for_each_key(row, [&](uint32_t key, int64_t) {
         if (cut.is_equal(key)) {
           shared.candidates[atomicAdd(&shared.num_candidates, 1u)] = key;
         }
