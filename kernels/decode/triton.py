@@ -22,7 +22,7 @@ from megatron_keye.kernels.decode.triton_pages import find_slots, may_overlap
 from megatron_keye.kernels.decode.triton_scores import score_pages
 from megatron_keye.kernels.decode.triton_select import select_from_parts
 from megatron_keye.kernels.launch import Blocks, adjacent_channels, check_triton, padded
-from megatron_keye.kernels.primitives import load_rows
+from megatron_keye.kernels.primitives import fold_values, load_rows
 
 ATTEND_BLOCKS = Blocks(rows=16, keys=64, warps=4, stages=2)
 PROGRAMS = 512
@@ -204,13 +204,7 @@ def _attend_kernel(
         value_tile = load_rows(values, offset, is_real, CHANNELS, PADDED_CHANNELS)
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee") * scale_log2
         logits = tl.where(is_real[None, :], logits, -float("inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        weights = tl.exp2(logits - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, 1)
-        sums = sums * shrink[:, None]
-        sums = tl.dot(weights.to(value_tile.dtype), value_tile, sums, input_precision="ieee")
-        top = new_top
+        top, total, sums = fold_values(top, total, sums, logits, value_tile)
     has_keys = total > 0
     sums = sums / tl.where(has_keys, total, 1.0)[:, None]
     part_lse = tl.where(has_keys, top + tl.log2(total), -float("inf"))
