@@ -1,7 +1,7 @@
 """Triton functions that the kernels of several operators share.
 
 Kept to what reads the same in each of them: tiles of rows, the walk over a union, the indexer's
-scores.
+scores, the online softmax.
 """
 
 import triton
@@ -125,3 +125,25 @@ def score_tile(
         # x + |x| is 2 relu(x), to the bit, at twice the rate that Hopper has for a maximum.
         scores += half_weight[:, None] * (dots + tl.abs(dots))
     return scores
+
+
+@triton.jit
+def fold_values(
+    top: tl.tensor,
+    total: tl.tensor,
+    sums: tl.tensor,
+    logits: tl.tensor,
+    value_tile: tl.tensor,
+) -> tl.tensor:
+    """Take more keys into an online softmax: logits [rows, keys] in powers of two, their values.
+
+    Returns each row's largest logit so far, which starts finite so that a row without any key
+    meets no inf - inf, its sum of exponentials below it, and that of its weighted values.
+    """
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    weights = tl.exp2(logits - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, 1)
+    sums = sums * shrink[:, None]
+    sums = tl.dot(weights.to(value_tile.dtype), value_tile, sums, input_precision="ieee")
+    return new_top, total, sums

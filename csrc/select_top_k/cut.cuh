@@ -7,16 +7,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "select_top_k/digits.cuh"
+
 namespace megatron_keye::top_k {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
-constexpr int kDigitBits = 11;
-constexpr int kBins = 1 << kDigitBits;
-constexpr int kBinsPerThread = kBins / kThreads;
 constexpr int kCopies = 4;         // of each bin, next to one another: in different banks
 constexpr int kCandidates = 5120;  // keys that fit the buffer; 3 blocks share an SM
-constexpr int kVector = 4;         // floats of one load
 
 struct Shared {
   uint4 histogram[kBins];  // one word per copy
@@ -26,9 +22,7 @@ struct Shared {
   uint32_t lows[kWarps];
   uint32_t highs[kWarps];
   uint32_t num_candidates;
-  uint32_t digit;      // of the k-th largest key
-  uint32_t num_above;  // candidates with a larger digit
-  uint32_t num_same;   // candidates with that digit
+  FoundDigit found;  // of the k-th largest key
 };
 
 struct Row {
@@ -54,15 +48,6 @@ struct Cut {
     return compared(key) == threshold;
   }
 };
-
-// Order-preserving map to unsigned: -0.0 equals +0.0, every NaN is below -inf.
-__device__ __forceinline__ uint32_t ordered_key(float score) {
-  if (score != score) {
-    return 0u;
-  }
-  const uint32_t bits = score == 0.0f ? 0u : __float_as_uint(score);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 
 // The score of an ordered key; a key of 0 gives a NaN.
 __device__ __forceinline__ float score_of(uint32_t key) {
@@ -99,6 +84,7 @@ __device__ __forceinline__ int64_t aligned_start(const Row& row) {
   return row.start - static_cast<int64_t>(address / sizeof(float) % kVector);
 }
 
+// Calls visit(key, position of its score) for every key of the row.
 template <typename Visit>
 __device__ __forceinline__ void for_each_key(const Row& row, Visit visit) {
   const int64_t begin = aligned_start(row) + static_cast<int64_t>(threadIdx.x) * kVector;
@@ -109,7 +95,7 @@ __device__ __forceinline__ void for_each_key(const Row& row, Visit visit) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       if (inside >> i & 1u) {
-        visit(keys[i]);
+        visit(keys[i], position + i);
       }
     }
   }
@@ -123,57 +109,15 @@ __device__ __forceinline__ void for_each_buffered(const uint32_t* keys, uint32_t
   }
 }
 
-// Sum of `value` over the threads before this one; `total` over all. All threads take part.
-__device__ __forceinline__ uint32_t sum_before(uint32_t value, uint32_t* warp_sums,
-                                               uint32_t& total) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  uint32_t inclusive = value;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, inclusive, distance);
-    inclusive += lane >= distance ? other : 0u;
-  }
-  if (lane == 31) {
-    warp_sums[warp] = inclusive;
-  }
-  __syncthreads();
-  const uint32_t warp_sum = lane < kWarps ? warp_sums[lane] : 0u;
-  const uint32_t before = __reduce_add_sync(0xFFFFFFFFu, lane < warp ? warp_sum : 0u);
-  total = __reduce_add_sync(0xFFFFFFFFu, warp_sum);
-  __syncthreads();  // warp_sums may be written again
-  return before + inclusive - value;
-}
-
 __device__ __forceinline__ void count(Shared& shared, uint32_t digit) {
   // Scores crowd into few bins; four copies cut the threads of a warp that meet to a quarter.
   auto* words = reinterpret_cast<uint32_t*>(shared.histogram);
   atomicAdd(words + digit * kCopies + threadIdx.x % kCopies, 1u);
 }
 
-// Finds the bin of the `wanted`-th largest counted key; writes digit, num_above, num_same.
-__device__ __forceinline__ void find_digit(Shared& shared, uint32_t wanted) {
-  uint32_t counts[kBinsPerThread];
-  uint32_t sum = 0;
-  const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;
-#pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) {
-    const uint4 copies = shared.histogram[top - i];
-    counts[i] = copies.x + copies.y + copies.z + copies.w;
-    sum += counts[i];
-  }
-  uint32_t total;
-  uint32_t above = sum_before(sum, shared.warp_sums, total);
-#pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) {
-    if (above < wanted && wanted <= above + counts[i]) {
-      shared.digit = top - i;
-      shared.num_above = above;
-      shared.num_same = counts[i];
-    }
-    above += counts[i];
-  }
-  __syncthreads();
+__device__ __forceinline__ uint32_t count_of(const Shared& shared, int digit) {
+  const uint4 copies = shared.histogram[digit];
+  return copies.x + copies.y + copies.z + copies.w;
 }
 
 // Counts the digit from bit `shift` up to bit `end` of the keys that agree so far, and moves the
@@ -192,12 +136,13 @@ __device__ __forceinline__ bool fix_digit(Shared& shared, Cut& cut, int shift, i
     }
   });
   __syncthreads();
-  find_digit(shared, cut.num_ties);
-  cut.threshold |= shared.digit << shift;
+  find_digit(shared.found, shared.warp_sums, cut.num_ties,
+             [&](int digit) { return count_of(shared, digit); });
+  cut.threshold |= shared.found.digit << shift;
   cut.mask |= digit_mask << shift;
-  cut.num_ties -= shared.num_above;
-  cut.num_same = shared.num_same;
-  __syncthreads();  // digit and counts are read before they are written again
+  cut.num_ties -= shared.found.num_above;
+  cut.num_same = shared.found.num_same;
+  __syncthreads();  // what was found is read before it is written again
   return cut.num_same == cut.num_ties;
 }
 
@@ -249,7 +194,9 @@ __device__ inline Cut find_cut(Shared& shared, const Row& row, uint32_t k) {
                         [&](auto visit) {
                           for_each_buffered(shared.candidates, shared.num_candidates, visit);
                         })
-            : fix_digit(shared, cut, shift, end, [&](auto visit) { for_each_key(row, visit); });
+            : fix_digit(shared, cut, shift, end, [&](auto visit) {
+                for_each_key(row, [&](uint32_t key, int64_t) { visit(key); });
+              });
     if (is_found) {
       break;
     }
@@ -258,7 +205,7 @@ __device__ inline Cut find_cut(Shared& shared, const Row& row, uint32_t k) {
         shared.num_candidates = 0u;
       }
       __syncthreads();
-      for_each_key(row, [&](uint32_t key) {
+      for_each_key(row, [&](uint32_t key, int64_t) {
         if (cut.is_equal(key)) {
           shared.candidates[atomicAdd(&shared.num_candidates, 1u)] = key;
         }

@@ -26,7 +26,7 @@ struct Marks {
 
   // Calls visit(number of marks before, place) for every mark, in no order.
   template <typename Visit>
-  __device__ __forceinline__ void for_each(uint32_t* warp_sums, Visit visit) const {
+  __device__ __forceinline__ void for_each(uint32_t (&warp_sums)[kWarps], Visit visit) const {
     const uint32_t words_each = (num_words + kThreads - 1) / kThreads;
     const uint32_t first = min(threadIdx.x * words_each, num_words);
     const uint32_t last = min(first + words_each, num_words);
@@ -34,8 +34,8 @@ struct Marks {
     for (uint32_t word = first; word < last; ++word) {
       num_marked += __popc(words[word]);
     }
-    uint32_t total;
-    uint32_t before = sum_before(num_marked, warp_sums, total);
+    uint32_t before = sum_threads(num_marked, warp_sums).before;
+    __syncthreads();  // warp_sums may be written again
     for (uint32_t word = first; word < last; ++word) {
       for (uint32_t bits = words[word]; bits != 0u; bits &= bits - 1u) {
         visit(before++, word * 32 + __ffs(static_cast<int>(bits)) - 1);
@@ -62,11 +62,11 @@ __device__ inline void write_buffered(Shared& shared, const Cut& cut, uint32_t n
     __syncthreads();
     marks.for_each(shared.warp_sums, [&](uint32_t before, uint32_t place) {
       if (before + 1 == cut.num_ties) {
-        shared.digit = place;
+        shared.found.digit = place;
       }
     });
     __syncthreads();
-    last_tie = shared.digit;
+    last_tie = shared.found.digit;
   }
   marks.clear();
   __syncthreads();
@@ -98,10 +98,10 @@ __device__ inline void write_row(Shared& shared, const Row& row, const Cut& cut,
       const uint32_t one = cut.is_above(keys[i]) ? 1u : cut.is_equal(keys[i]) ? 1u << 16 : 0u;
       counts += inside >> i & 1u ? one : 0u;
     }
-    uint32_t total;
-    const uint32_t before = sum_before(counts, shared.warp_sums, total);
-    uint32_t num_above = above_before + (before & 0xFFFFu);
-    uint32_t num_equal = ties_before + (before >> 16);
+    const Sums sums = sum_threads(counts, shared.warp_sums);
+    __syncthreads();  // warp_sums may be written again
+    uint32_t num_above = above_before + (sums.before & 0xFFFFu);
+    uint32_t num_equal = ties_before + (sums.before >> 16);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       if (!(inside >> i & 1u)) {
@@ -115,8 +115,8 @@ __device__ inline void write_row(Shared& shared, const Row& row, const Cut& cut,
       num_above += is_above;
       num_equal += is_equal;
     }
-    above_before += total & 0xFFFFu;
-    ties_before += total >> 16;
+    above_before += sums.total & 0xFFFFu;
+    ties_before += sums.total >> 16;
     if (above_before + min(ties_before, cut.num_ties) == k) {
       return;  // the same for all threads
     }

@@ -12,6 +12,7 @@
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
+#include "select_top_k/digits.cuh"
 #include "select_top_k/few_rows.h"
 #include "support/launch.h"
 
@@ -20,18 +21,11 @@ namespace megatron_keye {
 namespace {
 
 namespace cg = cooperative_groups;
+using namespace top_k;
 
-constexpr int kBlocks = 8;  // of a row: the largest cluster that every GPU grants
-constexpr int kThreads = 512;  // two blocks share a multiprocessor
-constexpr int kWarps = kThreads / 32;
-constexpr int kDigitBits = 11;
-constexpr int kBins = 1 << kDigitBits;
-constexpr int kBinsPerThread = kBins / kThreads;
-constexpr int kRounds = 4;  // one of the threads' best keys, then 11 + 11 + 10 bits
-constexpr int kVector = 4;  // floats of one load
-constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
-
-static_assert(kWarps <= 32, "a warp adds up the sums of all warps");
+constexpr int kBlocks = 8;       // of a row: the largest cluster that every GPU grants
+constexpr int kRounds = 4;       // one of the threads' best keys, then 11 + 11 + 10 bits
+constexpr uint32_t kOfNan = 1u;  // a key; 0 is left for places outside the row
 
 struct Shared {
   uint32_t counts[kBins];           // of this block; 0 between rounds
@@ -40,9 +34,7 @@ struct Shared {
   uint32_t warp_sums[kWarps];
   uint32_t block_best;
   uint32_t row_best;
-  uint32_t digit;      // of the wanted-th largest counted key
-  uint32_t num_above;  // counted keys with a larger digit
-  uint32_t num_same;   // counted keys with that digit
+  FoundDigit found;
 };
 
 // The keys above low + span are taken, and of those from low to low + span the first `num_ties`.
@@ -59,16 +51,6 @@ struct Cut {
   }
 };
 
-// Order-preserving map to unsigned: -0.0 equals +0.0, every NaN is 1, below -inf; 0 is left for
-// places outside the row.
-__device__ __forceinline__ uint32_t ordered_key(float score) {
-  if (score != score) {
-    return 1u;
-  }
-  const uint32_t bits = score == 0.0f ? 0u : __float_as_uint(score);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
 // A warp's keys are neighbours: vector v of a lane begins at first + (v * 32 + lane) * kVector.
 template <int kVectors>
 __device__ __forceinline__ void load_keys(const float* scores, int first, int end,
@@ -80,41 +62,17 @@ __device__ __forceinline__ void load_keys(const float* scores, int first, int en
     const int place = first + (v * 32 + lane) * kVector;
     if (is_aligned && place + kVector <= end) {
       const float4 four = __ldcg(reinterpret_cast<const float4*>(scores + place));
-      keys[v][0] = ordered_key(four.x);
-      keys[v][1] = ordered_key(four.y);
-      keys[v][2] = ordered_key(four.z);
-      keys[v][3] = ordered_key(four.w);
+      keys[v][0] = ordered_key(four.x, kOfNan);
+      keys[v][1] = ordered_key(four.y, kOfNan);
+      keys[v][2] = ordered_key(four.z, kOfNan);
+      keys[v][3] = ordered_key(four.w, kOfNan);
       continue;
     }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      keys[v][i] = place + i < end ? ordered_key(__ldcg(scores + place + i)) : 0u;
+      keys[v][i] = place + i < end ? ordered_key(__ldcg(scores + place + i), kOfNan) : 0u;
     }
   }
-}
-
-// Sums of one word a warp: over the warps before this one, and over all. All threads take part.
-__device__ __forceinline__ uint2 sum_warps(Shared& shared, uint32_t warp_sum) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  if (lane == 0) {
-    shared.warp_sums[warp] = warp_sum;
-  }
-  __syncthreads();
-  const uint32_t other = lane < kWarps ? shared.warp_sums[lane] : 0u;
-  const uint32_t before = __reduce_add_sync(kAllLanes, lane < warp ? other : 0u);
-  const uint32_t total = __reduce_add_sync(kAllLanes, other);
-  return make_uint2(before, total);
-}
-
-__device__ __forceinline__ uint32_t sum_of_lanes_to(uint32_t value) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const uint32_t other = __shfl_up_sync(kAllLanes, value, distance);
-    value += lane >= distance ? other : 0u;
-  }
-  return value;
 }
 
 // Adds this block's counts to those of all blocks, and waits for theirs. Most bins are empty.
@@ -133,31 +91,10 @@ __device__ __forceinline__ void merge_counts(cg::cluster_group& cluster, Shared&
   cluster.sync();
 }
 
-// Finds the bin of the `wanted`-th largest counted key; writes digit, num_above and num_same if
-// there are so many. Returns how many keys were counted.
+// Finds the digit of the `wanted`-th largest key that any block counted in this round.
 __device__ __forceinline__ uint32_t find_digit(Shared& shared, int round, uint32_t wanted) {
-  uint32_t counts[kBinsPerThread];
-  uint32_t sum = 0;
-  const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;
-#pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) {
-    counts[i] = shared.merged[round][top - i];
-    sum += counts[i];
-  }
-  const uint32_t inclusive = sum_of_lanes_to(sum);
-  const uint2 warps = sum_warps(shared, __shfl_sync(kAllLanes, inclusive, 31));
-  uint32_t above = warps.x + inclusive - sum;
-#pragma unroll
-  for (int i = 0; i < kBinsPerThread; ++i) {
-    if (above < wanted && wanted <= above + counts[i]) {
-      shared.digit = top - i;
-      shared.num_above = above;
-      shared.num_same = counts[i];
-    }
-    above += counts[i];
-  }
-  __syncthreads();
-  return warps.y;
+  return top_k::find_digit(shared.found, shared.warp_sums, wanted,
+                           [&](int digit) { return shared.merged[round][digit]; });
 }
 
 // Where to cut the row, which has more than k keys, so that exactly k stay. The counts are 0 and
@@ -183,7 +120,7 @@ __device__ Cut find_cut(cg::cluster_group& cluster, Shared& shared,
   }
   merge_counts(cluster, shared, 0);
   const uint32_t num_best = find_digit(shared, 0, k);
-  const uint32_t bound = num_best >= k ? shared.digit << (32 - kDigitBits) : 0u;
+  const uint32_t bound = num_best >= k ? shared.found.digit << (32 - kDigitBits) : 0u;
 
   uint32_t low = max(bound, 1u);
   int width = shared.row_best == low ? 0 : 32 - __clz(static_cast<int>(shared.row_best - low));
@@ -202,10 +139,10 @@ __device__ Cut find_cut(cg::cluster_group& cluster, Shared& shared,
     }
     merge_counts(cluster, shared, round);
     find_digit(shared, round, cut.num_ties);
-    cut.low += shared.digit << shift;
+    cut.low += shared.found.digit << shift;
     cut.span = (1u << shift) - 1u;
-    cut.num_ties -= shared.num_above;
-    num_same = shared.num_same;
+    cut.num_ties -= shared.found.num_above;
+    num_same = shared.found.num_same;
     width = shift;
   }
   return cut;
@@ -241,14 +178,14 @@ __device__ void write_indices(cg::cluster_group& cluster, Shared& shared, int fi
     warp_sum += __dp4a(above_total[word], 0x01010101u, 0u) << 16;
     warp_sum += __dp4a(ties_total[word], 0x01010101u, 0u);
   }
-  const uint2 warps = sum_warps(shared, warp_sum);
+  const Sums warps = sum_warps(warp_sum, shared.warp_sums);
   const int rank = static_cast<int>(cluster.block_rank());
   if (threadIdx.x < kBlocks) {
-    *cluster.map_shared_rank(&shared.totals[rank], threadIdx.x) = warps.y;
+    *cluster.map_shared_rank(&shared.totals[rank], threadIdx.x) = warps.total;
   }
   cluster.sync();  // the last time that a block looks into another, which may be gone after it
-  uint32_t num_above = warps.x >> 16;
-  uint32_t num_ties = warps.x & 0xFFFFu;
+  uint32_t num_above = warps.before >> 16;
+  uint32_t num_ties = warps.before & 0xFFFFu;
   for (int block = 0; block < rank; ++block) {
     num_above += shared.totals[block] >> 16;
     num_ties += shared.totals[block] & 0xFFFFu;

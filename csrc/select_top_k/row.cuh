@@ -72,22 +72,15 @@ __device__ inline bool select_in_one_read(Shared& shared, const Row& row, uint32
     shared.num_candidates = 0u;
   }
   __syncthreads();
-  const int64_t begin = aligned_start(row) + static_cast<int64_t>(threadIdx.x) * kVector;
-#pragma unroll 4
-  for (int64_t position = begin; position < row.end; position += kThreads * kVector) {
-    uint32_t keys[kVector];
-    const uint32_t inside = load_keys(row, position, keys);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      if ((inside >> i & 1u) && keys[i] >= threshold) {
-        const uint32_t slot = atomicAdd(&shared.num_candidates, 1u);
-        if (slot < kCandidates) {
-          shared.candidates[slot] = keys[i];
-          shared.places[slot] = static_cast<uint32_t>(position + i - row.start);
-        }
+  for_each_key(row, [&](uint32_t key, int64_t position) {
+    if (key >= threshold) {
+      const uint32_t slot = atomicAdd(&shared.num_candidates, 1u);
+      if (slot < kCandidates) {
+        shared.candidates[slot] = key;
+        shared.places[slot] = static_cast<uint32_t>(position - row.start);
       }
     }
-  }
+  });
   __syncthreads();
   const uint32_t num_candidates = shared.num_candidates;
   if (num_candidates < k || num_candidates > kCandidates) {

@@ -1,11 +1,10 @@
 """The decode in Triton: scores over the pages, the exact top-k, attention in parts, their sum.
 
-A single query would leave most of a GPU idle, so its keys are scored by many programs and its
-selected keys are shared out to several, whose outputs the last kernel weighs and adds. A score is
-the same bits as in training: one product of a key and all heads, then the heads in their order.
-On Hopper each kernel starts while the one before it ends, and waits for it before it reads.
+A single query would leave most of a GPU idle, so its selected keys are shared out to several
+programs, whose outputs the last kernel weighs and adds. On Hopper each kernel starts while the
+one before it ends, and waits for it before it reads.
 
-Shape letters: B sequences, T new queries of each, S keys, I indexer heads, J indexer channels,
+Shape letters: B sequences, T new queries of each, I indexer heads, J indexer channels,
 H query heads, G key-value heads, C channels of a head, K selected keys, P pages of the cache,
 L places of a page, N pages of a sequence, X parts of a selection.
 """
@@ -19,24 +18,16 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from megatron_keye.kernels.decode.reference import PagedCache
-from megatron_keye.kernels.decode.triton_select import (
-    choose_parts,
-    select_from_parts,
-    share_rows,
-)
+from megatron_keye.kernels.decode.triton_pages import find_slots, may_overlap
+from megatron_keye.kernels.decode.triton_scores import score_pages
+from megatron_keye.kernels.decode.triton_select import select_from_parts
 from megatron_keye.kernels.launch import Blocks, adjacent_channels, check_triton, padded
-from megatron_keye.kernels.primitives import load_rows
+from megatron_keye.kernels.primitives import fold_values, load_rows
 
-SCORE_BLOCKS = Blocks(rows=16, keys=128, warps=4, stages=2)
 ATTEND_BLOCKS = Blocks(rows=16, keys=64, warps=4, stages=2)
 PROGRAMS = 512
 """Programs of the attention that selections are cut for: about four a multiprocessor."""
 _MOST_HEADS, _MOST_CHANNELS = 64, 256
-
-
-def _may_overlap(tensor: Tensor) -> bool:
-    """Return whether a kernel can be launched while the one before it ends: from Hopper on."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
 
 
 def sparse_decode(
@@ -98,53 +89,6 @@ def _checked(
     return q_BTIJ.contiguous(), query_BTHC.contiguous(), cache
 
 
-def score_pages(
-    q_BTIJ: Tensor, gate_BTI: Tensor, cache: PagedCache, k: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return scores [B * T, S], unspecified past a query's end, and what bounds the selection.
-
-    That is end_T [B * T], one past each query's last key, and end_TX [B * T, X], the same within
-    each part of its row.
-    """
-    num_sequences, num_queries, num_heads, num_channels = q_BTIJ.shape
-    (num_pages, page_size), capacity = cache.index_keys_PLJ.shape[:2], cache.pages_BN.shape[1]
-    num_keys = capacity * page_size
-    scores_TS = q_BTIJ.new_empty((num_sequences * num_queries, num_keys), dtype=torch.float32)
-    end_T = cache.lengths_B.new_empty(num_sequences * num_queries)
-    num_parts = 1 if share_rows(scores_TS) else choose_parts(len(end_T), num_keys, k)
-    end_TX = end_T.new_empty((len(end_T), num_parts))
-    _score_kernel[(triton.cdiv(num_keys, SCORE_BLOCKS.keys), num_sequences)](
-        q_BTIJ,
-        gate_BTI,
-        cache.index_keys_PLJ,
-        cache.index_scales_PL,
-        cache.pages_BN,
-        cache.lengths_B,
-        scores_TS,
-        end_T,
-        end_TX,
-        num_keys,
-        num_pages,
-        num_channels**-0.5,
-        *gate_BTI.stride(),
-        *cache.index_keys_PLJ.stride()[:2],
-        0 if cache.index_scales_PL is None else cache.index_scales_PL.stride(0),
-        cache.pages_BN.stride(0),
-        QUERIES=num_queries,
-        HEADS=num_heads,
-        PADDED_HEADS=padded(num_heads),
-        CHANNELS=num_channels,
-        PADDED_CHANNELS=padded(num_channels),
-        PAGE=page_size,
-        PARTS=num_parts,
-        BLOCK_S=SCORE_BLOCKS.keys,
-        OVERLAPS=_may_overlap(q_BTIJ),
-        num_warps=SCORE_BLOCKS.warps,
-        num_stages=SCORE_BLOCKS.stages,
-    )
-    return scores_TS, end_T, end_TX
-
-
 def _attend(
     query_BTHC: Tensor, cache: PagedCache, indices_TK: Tensor, out_BTHC: Tensor, *, scale: float
 ) -> None:
@@ -155,7 +99,7 @@ def _attend(
     wanted = max(1, PROGRAMS // (num_rows * num_groups))
     steps = triton.cdiv(triton.cdiv(num_selected, ATTEND_BLOCKS.keys), wanted)
     num_parts = triton.cdiv(num_selected, steps * ATTEND_BLOCKS.keys)
-    overlaps = _may_overlap(query_BTHC)
+    overlaps = may_overlap(query_BTHC)
     part_TXHC = query_BTHC.new_empty(
         (num_rows, num_parts, num_heads, num_channels), dtype=torch.float32
     )
@@ -201,126 +145,6 @@ def _attend(
         num_warps=4,
         launch_pdl=overlaps,
     )
-
-
-@triton.jit
-def _find_slots(
-    pages: tl.tensor,
-    key: tl.tensor,
-    is_key: tl.tensor,
-    num_pages: int,
-    PAGE: tl.constexpr,
-) -> tl.tensor:
-    """Return page and place of each key, and which of them exist."""
-    page = tl.load(pages + key // PAGE, is_key, other=-1)
-    return page.to(tl.int64), (key % PAGE).to(tl.int64), (page >= 0) & (page < num_pages)
-
-
-@triton.jit
-def _add_heads(
-    score: tl.tensor,
-    dots: tl.tensor,
-    gate_row: tl.tensor,
-    gate_stride_i: tl.tensor,
-    FIRST: tl.constexpr,
-    HEADS: tl.constexpr,
-) -> tl.tensor:
-    """Return score [keys] plus gate * relu(dots), one head after the other from FIRST on.
-
-    A sum over an axis is a tree; training adds the heads in their order, each in one fused step.
-    """
-    HALF: tl.constexpr = dots.shape[1] // 2
-    if HALF > 0:
-        halves = tl.permute(tl.reshape(dots, [dots.shape[0], 2, HALF]), (0, 2, 1))
-        lower, upper = tl.split(halves)
-        score = _add_heads(score, lower, gate_row, gate_stride_i, FIRST, HEADS)
-        score = _add_heads(score, upper, gate_row, gate_stride_i, FIRST + HALF, HEADS)
-    elif FIRST < HEADS:
-        weight = tl.load(gate_row + FIRST * gate_stride_i).to(tl.float32)
-        relu = tl.reshape(tl.maximum(dots, 0.0), score.shape)
-        score = tl.fma(tl.broadcast_to(weight, score.shape), relu, score)
-    return score
-
-
-@triton.jit
-def _score_kernel(
-    q: tl.tensor,
-    gate: tl.tensor,
-    index_keys: tl.tensor,
-    index_scales: tl.tensor | None,
-    pages: tl.tensor,
-    lengths: tl.tensor,
-    scores: tl.tensor,
-    ends: tl.tensor,
-    part_ends: tl.tensor,
-    num_keys: int,
-    num_pages: int,
-    scale: float,
-    gate_stride_b: int,
-    gate_stride_t: int,
-    gate_stride_i: int,
-    key_stride_p: int,
-    key_stride_l: int,
-    scale_stride_p: int,
-    page_stride_b: int,
-    QUERIES: tl.constexpr,
-    HEADS: tl.constexpr,
-    PADDED_HEADS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PADDED_CHANNELS: tl.constexpr,
-    PAGE: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-) -> None:
-    scale = tl.cast(scale, tl.float32)  # torch.compile gives float64
-    if OVERLAPS:
-        gdc_launch_dependents()
-    sequence = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * BLOCK_S
-    key = first + tl.arange(0, BLOCK_S)
-    # Asked for together with the length: one wait on memory less.
-    page, place, is_real = _find_slots(
-        pages + sequence * page_stride_b, key, key < num_keys, num_pages, PAGE
-    )
-    length = tl.minimum(tl.load(lengths + sequence), num_keys)
-    if first == 0:
-        for query in range(QUERIES):
-            end = tl.maximum(length - (QUERIES - 1 - query), 0)
-            row = sequence * QUERIES + query
-            tl.store(ends + row, end)
-            part = tl.arange(0, PARTS)
-            part_end = tl.minimum(end - part * (num_keys // PARTS), num_keys // PARTS)
-            tl.store(part_ends + row * PARTS + part, tl.maximum(part_end, 0))
-    if first < length:
-        is_key = key < length
-        is_real = is_real & is_key
-        k_tile = load_rows(
-            index_keys,
-            page * key_stride_p + place * key_stride_l,
-            is_real,
-            CHANNELS,
-            PADDED_CHANNELS,
-        ).to(q.dtype.element_ty)
-        head = tl.arange(0, PADDED_HEADS)
-        for query in range(QUERIES):
-            row = sequence * QUERIES + query
-            q_tile = load_rows(
-                q + row * (HEADS * CHANNELS),
-                head * CHANNELS,
-                head < HEADS,
-                CHANNELS,
-                PADDED_CHANNELS,
-            )
-            gate_row = gate + sequence * gate_stride_b + query * gate_stride_t
-            dots = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-            score = tl.zeros([BLOCK_S], tl.float32)
-            score = _add_heads(score, dots, gate_row, gate_stride_i, 0, HEADS)
-            if index_scales is not None:
-                # A power of two: exact here as on each channel of the key.
-                score *= tl.load(index_scales + page * scale_stride_p + place, is_real, other=0.0)
-            score = tl.where(is_real, score * scale, -float("inf"))
-            tl.store(scores + row * num_keys + key, score, is_key)
 
 
 @triton.jit
@@ -372,7 +196,7 @@ def _attend_kernel(
     for start in range(part * part_size, (part + 1) * part_size, BLOCK_K):
         place = start + tl.arange(0, BLOCK_K)
         key = tl.load(indices + row * num_selected + place, place < num_selected, other=-1)
-        page, place, is_real = _find_slots(
+        page, place, is_real = find_slots(
             pages + row // QUERIES * page_stride_b, key, key >= 0, num_pages, PAGE
         )
         offset = page * key_stride_p + place * key_stride_l + group * key_stride_g
@@ -380,13 +204,7 @@ def _attend_kernel(
         value_tile = load_rows(values, offset, is_real, CHANNELS, PADDED_CHANNELS)
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee") * scale_log2
         logits = tl.where(is_real[None, :], logits, -float("inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        weights = tl.exp2(logits - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, 1)
-        sums = sums * shrink[:, None]
-        sums = tl.dot(weights.to(value_tile.dtype), value_tile, sums, input_precision="ieee")
-        top = new_top
+        top, total, sums = fold_values(top, total, sums, logits, value_tile)
     has_keys = total > 0
     sums = sums / tl.where(has_keys, total, 1.0)[:, None]
     part_lse = tl.where(has_keys, top + tl.log2(total), -float("inf"))

@@ -85,7 +85,12 @@ def dense_attention(
         outs_THC.append(out_BHTC[0].transpose(0, 1))
         # cuDNN's has one more dimension, of size 1.
         lses_TH.append(lse.reshape(q_BHTC.shape[1:3]).T)
-    return torch.cat(outs_THC), torch.cat(lses_TH).detach()
+    return _joined(outs_THC), _joined(lses_TH).detach()
+
+
+def _joined(documents: list[Tensor]) -> Tensor:
+    """Return what belongs to the documents as one row; torch.cat would copy even a single one."""
+    return documents[0] if len(documents) == 1 else torch.cat(documents)
 
 
 def _attend(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, scale: float) -> list[Tensor]:

@@ -26,11 +26,12 @@ from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
     is_spanned,
     launch_constants,
     load_ranges,
+    mean_weights,
     query_chunks,
-    sum_weights,
+    score_block,
 )
 from megatron_keye.kernels.launch import Blocks
-from megatron_keye.kernels.primitives import fast_log2, load_rows, score_tile
+from megatron_keye.kernels.primitives import fast_log2
 
 LOSS_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=3)
 """Its keys are at least those of the blocks that read the gradient which it wrote."""
@@ -159,29 +160,20 @@ def _loss_kernel(
 ) -> None:
     scale_log2 = tl.cast(scale_log2, tl.float32)  # torch.compile gives float64
     score_scale_log2 = tl.cast(score_scale_log2, tl.float32)  # torch.compile gives float64
+    indexer = q, k, gate, q_stride_t, q_stride_i, k_stride_s, gate_stride_t, gate_stride_i
+    attention = query_heads, key_heads, query_stride_t, query_stride_h, key_stride_s, key_stride_g
     query = first + tl.program_id(0).to(tl.int64) * BLOCK_T
     key = tl.program_id(1).to(tl.int64) * BLOCK_S
     local, place = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)
     is_query, is_key = local < last - query, place < num_keys - key
     row = tl.program_id(1).to(tl.int64) * (last - first) + query - first + local
     if is_spanned(spans, query, key, TILE, BLOCK_S):
-        k_tile = load_rows(
-            k + key * k_stride_s,
-            place * k_stride_s,
-            is_key,
-            INDEXER_CHANNELS,
-            PADDED_INDEXER_CHANNELS,
-        )
-        scores = score_scale_log2 * score_tile(
-            q + query * q_stride_t,
-            gate + query * gate_stride_t,
-            k_tile,
-            local,
+        scores = score_scale_log2 * score_block(
+            indexer,
+            query,
+            key,
             is_query,
-            q_stride_t,
-            q_stride_i,
-            gate_stride_t,
-            gate_stride_i,
+            is_key,
             INDEXER_HEADS,
             INDEXER_CHANNELS,
             PADDED_INDEXER_CHANNELS,
@@ -191,28 +183,18 @@ def _loss_kernel(
         start, end = load_ranges(key_start + query, key_end + query, local, is_query, key)
         is_visible = (place[None, :] >= start[:, None]) & (place[None, :] < end[:, None])
         total = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
-        share = tl.full([BLOCK_T], 1.0 / HEADS, tl.float32)
         for group in range(GROUPS):
-            key_tile = load_rows(
-                key_heads + key * key_stride_s + group * key_stride_g,
-                place * key_stride_s,
-                is_key,
-                CHANNELS,
-                PADDED_CHANNELS,
-            )
-            target = sum_weights(
-                query_heads + query * query_stride_t + group * HEADS * query_stride_h,
-                lse + (query * GROUPS + group) * HEADS,
-                key_tile,
-                local,
+            target = mean_weights(
+                attention,
+                lse,
+                query,
+                key,
+                group,
                 is_query,
-                tl.zeros([BLOCK_T, BLOCK_S], tl.float32),
-                share,
-                query_stride_t,
-                query_stride_h,
+                is_key,
                 scale_log2,
+                GROUPS,
                 HEADS,
-                GROUPS * HEADS,
                 CHANNELS,
                 PADDED_CHANNELS,
             )

@@ -17,9 +17,9 @@ from megatron_keye.kernels.indexer_loss.triton_dense_tiles import (
     is_spanned,
     launch_constants,
     load_ranges,
+    score_block,
 )
 from megatron_keye.kernels.launch import Blocks
-from megatron_keye.kernels.primitives import load_rows, score_tile
 
 SCORE_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=3)
 
@@ -80,29 +80,19 @@ def _score_lse_kernel(
     BLOCK_S: tl.constexpr,
 ) -> None:
     score_scale_log2 = tl.cast(score_scale_log2, tl.float32)  # torch.compile gives float64
+    indexer = q, k, gate, q_stride_t, q_stride_i, k_stride_s, gate_stride_t, gate_stride_i
     query = first + tl.program_id(0).to(tl.int64) * BLOCK_T
     key = tl.program_id(1).to(tl.int64) * BLOCK_S
     local, place = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)
     is_query = local < last - query
     row = tl.program_id(1).to(tl.int64) * (last - first) + query - first + local
     if is_spanned(spans, query, key, TILE, BLOCK_S):
-        k_tile = load_rows(
-            k + key * k_stride_s,
-            place * k_stride_s,
-            place < num_keys - key,
-            INDEXER_CHANNELS,
-            PADDED_INDEXER_CHANNELS,
-        )
-        scores = score_scale_log2 * score_tile(
-            q + query * q_stride_t,
-            gate + query * gate_stride_t,
-            k_tile,
-            local,
+        scores = score_scale_log2 * score_block(
+            indexer,
+            query,
+            key,
             is_query,
-            q_stride_t,
-            q_stride_i,
-            gate_stride_t,
-            gate_stride_i,
+            place < num_keys - key,
             INDEXER_HEADS,
             INDEXER_CHANNELS,
             PADDED_INDEXER_CHANNELS,

@@ -1,4 +1,4 @@
-"""What the Triton kernels of the warm-up's loss share: inputs, tiles, and the target of a tile.
+"""What the Triton kernels of the warm-up's loss share: inputs, tiles, their scores and targets.
 
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query heads,
 G key-value heads, C channels of a head, B tiles of queries.
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_keye.kernels.launch import Blocks, adjacent_channels, check_triton, padded
-from megatron_keye.kernels.primitives import load_rows
+from megatron_keye.kernels.primitives import load_rows, score_tile
 
 TILE_QUERIES = 128
 """Queries whose ranges are joined: what none of them sees is skipped. Blocks divide it."""
@@ -177,32 +177,75 @@ def is_spanned(
 
 
 @triton.jit
-def sum_weights(
-    query_rows: tl.tensor,
-    lse_rows: tl.tensor,
-    key_tile: tl.tensor,
-    local: tl.tensor,
+def score_block(
+    indexer: tl.tuple,
+    query: tl.tensor,
+    key: tl.tensor,
     is_query: tl.tensor,
-    sums: tl.tensor,
-    factor: tl.tensor,
-    query_stride_t: int,
-    query_stride_h: int,
-    scale_log2: float,
+    is_key: tl.tensor,
     HEADS: tl.constexpr,
-    ALL_HEADS: tl.constexpr,
     CHANNELS: tl.constexpr,
     PADDED_CHANNELS: tl.constexpr,
 ) -> tl.tensor:
-    """Return sums + factor * the weights of a group's heads; any value outside the ranges."""
+    """Return `score_tile` of the block that begins at `query` and `key`.
+
+    `indexer` holds what `DenseInputs.score_arguments` gives a kernel.
+    """
+    q, k, gate, q_stride_t, q_stride_i, k_stride_s, gate_stride_t, gate_stride_i = indexer
+    local, place = tl.arange(0, is_query.shape[0]), tl.arange(0, is_key.shape[0])
+    k_rows, k_offset = k + key * k_stride_s, place * k_stride_s
+    return score_tile(
+        q + query * q_stride_t,
+        gate + query * gate_stride_t,
+        load_rows(k_rows, k_offset, is_key, CHANNELS, PADDED_CHANNELS),
+        local,
+        is_query,
+        q_stride_t,
+        q_stride_i,
+        gate_stride_t,
+        gate_stride_i,
+        HEADS,
+        CHANNELS,
+        PADDED_CHANNELS,
+    )
+
+
+@triton.jit
+def mean_weights(
+    attention: tl.tuple,
+    lse: tl.tensor,
+    query: tl.tensor,
+    key: tl.tensor,
+    group: tl.tensor,
+    is_query: tl.tensor,
+    is_key: tl.tensor,
+    scale_log2: float,
+    GROUPS: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_CHANNELS: tl.constexpr,
+) -> tl.tensor:
+    """Return the mean of a group's weights over its heads, of the block at `query` and `key`.
+
+    `attention` holds what `DenseInputs.attention_arguments` gives a kernel. Outside the ranges
+    any value may come out.
+    """
+    queries, keys, query_stride_t, query_stride_h, key_stride_s, key_stride_g = attention
+    local, place = tl.arange(0, is_query.shape[0]), tl.arange(0, is_key.shape[0])
+    key_rows, key_offset = keys + key * key_stride_s + group * key_stride_g, place * key_stride_s
+    key_tile = load_rows(key_rows, key_offset, is_key, CHANNELS, PADDED_CHANNELS)
+    query_rows = queries + query * query_stride_t + group * HEADS * query_stride_h
+    query_offset = local * query_stride_t
+    lse_rows = lse + (query * GROUPS + group) * HEADS
+    mean = tl.zeros([local.shape[0], place.shape[0]], tl.float32)
+    share = tl.full([local.shape[0]], 1.0 / HEADS, tl.float32)
     for head in range(HEADS):
         query_tile = load_rows(
-            query_rows + head * query_stride_h,
-            local * query_stride_t,
-            is_query,
-            CHANNELS,
-            PADDED_CHANNELS,
+            query_rows + head * query_stride_h, query_offset, is_query, CHANNELS, PADDED_CHANNELS
         )
-        lse = tl.load(lse_rows + head + local * ALL_HEADS, is_query, other=float("inf"))
+        head_lse = tl.load(
+            lse_rows + head + local * (GROUPS * HEADS), is_query, other=float("inf")
+        )
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee")
-        sums += factor[:, None] * tl.exp2(logits * scale_log2 - lse[:, None])
-    return sums
+        mean += share[:, None] * tl.exp2(logits * scale_log2 - head_lse[:, None])
+    return mean

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_keye.kernels.launch import Blocks, adjacent_channels, check_triton, padded
+from megatron_keye.kernels.primitives import load_rows, score_tile
 
 _MOST_CHANNELS = 256
 
@@ -115,32 +116,34 @@ def _scores_kernel(
 ) -> None:
     scale = tl.cast(scale, tl.float32)  # torch.compile gives float64
     query = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    key = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
-    channel = tl.arange(0, PADDED_CHANNELS)
-    is_query, is_key, is_channel = query < num_queries, key < num_keys, channel < CHANNELS
+    first = tl.program_id(0).to(tl.int64) * BLOCK_S
+    place = tl.arange(0, BLOCK_S)
+    is_query, is_key = query < num_queries, place < num_keys - first
+    # Counted from this block's first key, bounds fit 32 bits, which compare at twice the rate.
     start = tl.load(key_start + query, is_query, other=num_keys)
+    start = (tl.minimum(tl.maximum(start, first), first + BLOCK_S) - first).to(tl.int32)
     end = tl.load(key_end + query, is_query, other=0)
-    in_range = (key[None, :] >= start[:, None]) & (key[None, :] < end[:, None])
-    out_tile = out + query[:, None] * out_stride_t + key[None, :]
+    end = (tl.minimum(tl.maximum(end, first), first + BLOCK_S) - first).to(tl.int32)
+    out_tile = out + query[:, None] * out_stride_t + (first + place)[None, :]
     in_out = is_query[:, None] & is_key[None, :]
-    is_needed = tl.max(tl.max(in_range.to(tl.int32), 1), 0) > 0
+    is_needed = tl.max((start < end).to(tl.int32), 0) > 0
     if is_needed:
-        k_tile = tl.load(
-            k + key[:, None] * k_stride_s + channel[None, :],
-            is_key[:, None] & is_channel[None, :],
-            other=0.0,
+        k_tile = load_rows(k, (first + place) * k_stride_s, is_key, CHANNELS, PADDED_CHANNELS)
+        scores = scale * score_tile(
+            q,
+            gate,
+            k_tile,
+            query,
+            is_query,
+            q_stride_t,
+            q_stride_i,
+            gate_stride_t,
+            gate_stride_i,
+            HEADS,
+            CHANNELS,
+            PADDED_CHANNELS,
         )
-        q_rows = q + query[:, None] * q_stride_t + channel[None, :]
-        in_q = is_query[:, None] & is_channel[None, :]
-        gate_rows = gate + query * gate_stride_t
-        sums = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
-        for head in range(HEADS):
-            q_tile = tl.load(q_rows + head * q_stride_i, in_q, other=0.0)
-            weight = tl.load(gate_rows + head * gate_stride_i, is_query, other=0.0).to(tl.float32)
-            dots = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            # The bits of weight * maximum(dots, 0), which runs at half this rate on Hopper.
-            sums += (0.5 * weight)[:, None] * (dots + tl.abs(dots))
-        sums = tl.where(in_range, sums * scale, -float("inf"))
-        tl.store(out_tile, sums, in_out)
+        in_range = (place[None, :] >= start[:, None]) & (place[None, :] < end[:, None])
+        tl.store(out_tile, tl.where(in_range, scores, -float("inf")), in_out)
     elif FILL:
         tl.store(out_tile, tl.full([BLOCK_T, BLOCK_S], -float("inf"), tl.float32), in_out)

@@ -20,7 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_keye.kernels.launch import Blocks, padded
-from megatron_keye.kernels.primitives import load_rows, load_union, locate_rows, store_rows
+from megatron_keye.kernels.primitives import (
+    fold_values,
+    load_rows,
+    load_union,
+    locate_rows,
+    store_rows,
+)
 from megatron_keye.kernels.union_lists import TILE_QUERIES, UnionLists
 
 _MOST_HEADS, _MOST_CHANNELS = 128, 256
@@ -229,13 +235,7 @@ def _forward_kernel(
         v_tile = load_rows(v_group, key * k_stride_s, is_real, CHANNELS, PADDED_CHANNELS)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
         logits = tl.where((word[None, :] & bit[:, None]) != 0, logits, -float("inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        weights = tl.exp2(logits - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, 1)
-        sums = sums * shrink[:, None]
-        sums = tl.dot(weights.to(v_tile.dtype), v_tile, sums, input_precision="ieee")
-        top = new_top
+        top, total, sums = fold_values(top, total, sums, logits, v_tile)
     has_keys = total > 0
     sums = sums / tl.where(has_keys, total, 1.0)[:, None]
     row_lse = tl.where(has_keys, top + tl.log2(total), float("inf"))

@@ -211,7 +211,7 @@ def assert_decodes_as_trained(
         dtype: Of queries and keys.
         is_quantized: Whether the decode's keys are e4m3 and training's what `round_to_fp8` makes.
     """
-    from megatron_keye.kernels.decode.triton import score_pages
+    from megatron_keye.kernels.decode.triton_scores import score_pages
 
     heads, channels, page = sizes
     where, num_pages = device("triton"), -(-max(lengths) // page)

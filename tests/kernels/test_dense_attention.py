@@ -1,12 +1,18 @@
 """Tests of the attention over whole ranges."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_keye.kernels import row_chunks
-from megatron_keye.kernels.dense_attention import dense_attention, dense_attention_with_lse
+from megatron_keye.kernels.dense_attention import (
+    dense_attention,
+    dense_attention_with_lse,
+    sdpa,
+)
 from tests.support.numerics import (
     assert_close,
     assert_norm_close,
@@ -71,6 +77,21 @@ def test_sdpa_equals_eager_on_documents() -> None:
             assert_close(actual, expected, 1e-12)
 
 
+def test_sdpa_copies_no_single_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, made = sdpa._attend, list[Tensor]()
+
+    def attend_and_show(*heads: Any) -> list[Tensor]:
+        made.extend(attend(*heads))
+        return made
+
+    monkeypatch.setattr(sdpa, "_attend", attend_and_show)
+    q_THC, k_SGC, v_SGC = make_inputs()
+    heads, ranges = (q_THC, k_SGC[:NUM_QUERIES], v_SGC[:NUM_QUERIES]), document_ranges(NUM_QUERIES)
+    returned = dense_attention_with_lse(*heads, *ranges, scale=SCALE, impl="sdpa")
+    assert [t.data_ptr() for t in returned] == [t.data_ptr() for t in made], "out and lse"
+    assert returned[0].is_contiguous(), "the next layer flattens heads without a copy"
+
+
 def loop_lse(q_THC: Tensor, k_SGC: Tensor, ranges: tuple[Tensor, Tensor]) -> Tensor:
     """Return lse_TH, a query and a head at a time."""
     lse_TH = torch.full(q_THC.shape[:2], torch.inf, dtype=q_THC.dtype)
@@ -126,6 +147,7 @@ def test_a_gpus_operators_equal_eager_on_documents(lengths: tuple[int, ...]) -> 
         dense_attention_with_lse(*tensors, *ranges, scale=128**-0.5, impl=impl)
         for tensors, impl in ((inputs, "sdpa"), ([t.float() for t in inputs], "eager"))
     )
+    assert got[0].is_contiguous(), "the next layer flattens heads without a copy"
     assert_close(got[0].float(), wanted[0], 2e-2)
     assert_close(got[1], wanted[1], 1e-4)
     for actual, expected in zip(
