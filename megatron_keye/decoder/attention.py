@@ -18,13 +18,13 @@ from megatron_keye.config.model import DecoderConfig
 from megatron_keye.decoder.auxiliary_loss import attach_loss
 from megatron_keye.decoder.indexer import Indexer
 from megatron_keye.decoder.norm import RMSNorm
-from megatron_keye.decoder.positions import rotate
 from megatron_keye.decoder.recall import measure_recall
 from megatron_keye.decoder.row import DecoderRow
 from megatron_keye.kernels.dense_attention import dense_attention_with_lse
 from megatron_keye.kernels.indexer_loss import dense_indexer_loss, sparse_indexer_loss
 from megatron_keye.kernels.indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.lightning_indexer import lightning_indexer
+from megatron_keye.kernels.rotary import rotate
 from megatron_keye.kernels.sparse_attention import sparse_attention
 from megatron_keye.parallel.context import gather_row
 

@@ -10,8 +10,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_keye.config.model import IndexerConfig
-from megatron_keye.decoder.positions import rotate
 from megatron_keye.kernels.indexer_quantization import round_to_fp8
+from megatron_keye.kernels.rotary import rotate
 
 _NORM_EPS = 1e-6
 """Fixed in the released model, whatever its other norms use."""

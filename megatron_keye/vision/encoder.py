@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_keye.config import VisionConfig
+from megatron_keye.kernels.rotary import rotate
 from megatron_keye.vision.grids import Grid, check_grids, split_runs
 from megatron_keye.vision.positions import packed_positions
-from megatron_keye.vision.rotary import rotary_tables, rotate
+from megatron_keye.vision.rotary import rotary_tables
 
 
 class VisionEncoder(nn.Module):

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from megatron_keye.decoder.positions import position_ids, rotary_table, rotate
+from megatron_keye.decoder.positions import position_ids, rotary_table
+from megatron_keye.kernels.rotary import rotate
 
 
 def test_text_alone_counts_up_in_all_three() -> None:

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from megatron_keye.vision.rotary import patch_coordinates, rotary_tables, rotate
+from megatron_keye.kernels.rotary import rotate
+from megatron_keye.vision.rotary import patch_coordinates, rotary_tables
 from tests.support.numerics import assert_close, make_tensor
 
 CPU = torch.device("cpu")

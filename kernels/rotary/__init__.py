@@ -1,0 +1,8 @@
+"""Rotary positions: pairs of channels turned by angles, for decoder, indexer and ViT.
+
+Re-exports the operator's public names.
+"""
+
+from megatron_keye.kernels.rotary.api import IMPLEMENTATIONS, rotate
+
+__all__ = ["IMPLEMENTATIONS", "rotate"]
