@@ -22,6 +22,7 @@ from megatron_keye.kernels.extension import missing_reason
 from megatron_keye.kernels.indexer_loss import dense_indexer_loss, sparse_indexer_loss
 from megatron_keye.kernels.indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.lightning_indexer import cuda, lightning_indexer
+from megatron_keye.kernels.rotary import rotate
 from megatron_keye.kernels.sparse_attention import sparse_attention
 from megatron_keye.kernels.union_lists import union_lists
 from tests.support.benchmark import Recorder, gradients_of
@@ -293,3 +294,25 @@ def test_whole_layer(row: Row, recorder: Recorder) -> None:
     flop = (14 * HEADS * CHANNELS + 8 * INDEXER_HEADS * INDEXER_CHANNELS) * row.num_selected
     both = ("forward", "backward")
     time_beside_dense(recorder, row, "sparse_layer", layer, flop=flop, passes=both)
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "channels"), [(131072, HEADS, CHANNELS), (16384, 16, 72)]
+)
+def test_rotary(recorder: Recorder, length: int, heads: int, channels: int) -> None:
+    """Queries of the decoder at 128K, and of a ViT's chunk."""
+    x_THC = torch.randn(length, heads, channels, device="cuda", dtype=torch.bfloat16)
+    x_THC.requires_grad_()
+    angles_TC = torch.rand(length, channels // 2, device="cuda").repeat(1, 2)
+    tables = angles_TC.cos(), angles_TC.sin()
+    fields = {"shape": {"T": length, "H": heads, "C": channels}, "dtype": "bfloat16"}
+    for op, wrap in (("rotary_forward", None), ("rotary_backward", gradients_of)):
+        peer = None
+        for impl in ("eager", "triton"):
+
+            def forward(impl: str = impl) -> Tensor:
+                return rotate(x_THC, *tables, impl=impl)
+
+            run = forward if wrap is None else wrap(forward, (x_THC,))
+            taken = recorder.time(op, impl, run, fields=fields, peer=peer)
+            peer = ("eager", taken)
