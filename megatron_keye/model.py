@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.enums import ModelType
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -263,6 +264,21 @@ def _wrap(
     config: TransformerConfig,
     groups: ProcessGroupCollection,
 ) -> DistributedDataParallel:
+    replicas = data_parallel_config(run)
+    layout = None
+    if replicas.use_distributed_optimizer:
+        layout = DistributedOptimizer.compute_full_param_layout(
+            [weight for weight in module.parameters() if weight.requires_grad],
+            None,  # One bucket: gradients are not reduced while the backward pass runs.
+            groups.dp_cp.size(),
+            replicas,
+            expert_data_parallel_world_size=groups.expt_dp.size(),
+        )
     return DistributedDataParallel(
-        config, data_parallel_config(run), module, disable_bucketing=True, pg_collection=groups
+        config,
+        replicas,
+        module,
+        disable_bucketing=True,
+        pg_collection=groups,
+        full_param_layout=layout,
     )

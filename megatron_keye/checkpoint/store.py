@@ -22,14 +22,13 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_keye.checkpoint.check_tensors import check_shapes
 from megatron_keye.checkpoint.native_folder import NativeFolder
-from megatron_keye.checkpoint.state import (
-    copy_loaded,
+from megatron_keye.checkpoint.optimizer_state import (
     copy_to_masters,
-    data_of,
-    optimizer_state,
+    saved_optimizer,
     set_optimizer_steps,
-    weight_state,
+    wanted_optimizer,
 )
+from megatron_keye.checkpoint.state import copy_loaded, data_of, weight_state
 from megatron_keye.checkpoint.to_native import native_shapes
 from megatron_keye.config.run import RunConfig
 from megatron_keye.model import KeyeModel
@@ -116,7 +115,7 @@ def save(
     weights = weight_state(model, grid)
     state = {
         "weights": weights,
-        "optimizer": optimizer_state(optimizer, weights),
+        "optimizer": saved_optimizer(optimizer, weights),
         "random": _random_state(grid),
         "progress": {**asdict(progress), "parallel": run.parallel.describe()},
     }
@@ -151,7 +150,8 @@ def load(
     common = dist_checkpointing.load_common_state_dict(str(folder))
     saved = common["progress"]
     weights = weight_state(model, grid)
-    state: dict[str, Any] = {"weights": weights, "optimizer": optimizer_state(optimizer, weights)}
+    wanted = wanted_optimizer(optimizer, weights)
+    state: dict[str, Any] = {"weights": weights, "optimizer": wanted.state}
     targets = {name: data_of(part) for name, part in state.items()}
     keeps_random = saved["parallel"] == run.parallel.describe()
     if keeps_random:
@@ -160,6 +160,7 @@ def load(
     for name, part in targets.items():
         # A rank on which nothing learns has no optimizer, and empty parts do not come back.
         copy_loaded(loaded.get(name, {}), part)
+    wanted.keep()
     set_optimizer_steps(optimizer, saved["updates"])
     if keeps_random:
         _restore_random(loaded["random"])

@@ -106,6 +106,7 @@ def data_parallel_config(run: RunConfig) -> DistributedDataParallelConfig:
     """Translate how gradients are added up over replicas."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
+        use_distributed_optimizer=run.training.distributes_optimizer,
         overlap_grad_reduce=False,
         check_for_nan_in_grad=False,
     )
@@ -123,6 +124,7 @@ def optimizer_config(run: RunConfig) -> MegatronOptimizerConfig:
         adam_beta2=optimizer.beta2,
         adam_eps=optimizer.epsilon,
         clip_grad=0.0,
+        use_distributed_optimizer=run.training.distributes_optimizer,
         bf16=run.training.precision == "bf16",
         params_dtype=weight_dtype(run),
     )

@@ -32,6 +32,10 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     clip_gradient_norm: float = 1.0
     """Largest norm of the gradient over decoder and vision together; 0 turns clipping off."""
+    distributed: bool = True
+    """Whether replicas share the optimizer (Megatron's distributed optimizer, ZeRO-1): each rank
+    keeps moments and master weights of a part, updates that, and weights are gathered. Without,
+    each keeps all. Checkpoints are the same for both; a float64 run never shares."""
 
     def __post_init__(self) -> None:
         rate, low = self.learning_rate, self.min_learning_rate
@@ -142,6 +146,11 @@ class TrainingConfig:
             "sparse": PARTS,
         }
         return tuple(part for part in of_phase[self.phase] if part not in self.frozen)
+
+    @property
+    def distributes_optimizer(self) -> bool:
+        """Whether replicas share the optimizer; Megatron's knows nothing of float64."""
+        return self.optimizer.distributed and self.precision != "fp64"
 
     @property
     def only_indexers_learn(self) -> bool:

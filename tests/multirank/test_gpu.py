@@ -1,10 +1,13 @@
 """The tests of layouts on real GPUs: NCCL instead of gloo, Transformer Engine where installed."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from megatron_keye.config.backends import transformer_engine_version
-from tests.support.tiny import mixed_rows, text_rows, tiny_run
+from tests.support.tiny import mixed_rows, text_rows, tiny_model, tiny_run
 from tests.support.train import (
     LOSS_TOLERANCE,
     Trained,
@@ -66,6 +69,25 @@ def test_a_frozen_vision_gpu_works_a_step_ahead() -> None:
     for mine, theirs in zip(figures, expected, strict=True):
         # Kernels that add up in any order keep it from being equal to the last bit.
         assert mine == pytest.approx(theirs, rel=LOSS_TOLERANCE)
+
+
+@needs_two
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_shared_optimizer_is_saved_and_goes_on(tmp_path: Path, precision: str) -> None:
+    same: dict[str, Any] = {
+        "device": "cuda",
+        "model": tiny_model(num_layers=3),  # Halves of its weights end inside of one.
+        "training": {"precision": precision},
+    }
+    steps = [mixed_rows(step) for step in range(3)]
+    run = tiny_run(data=2, expert=2, **same)
+    unbroken = train(run, steps)
+    train(run, steps[:2], save_to=tmp_path)
+    checkpoint = tmp_path / "tiny" / "checkpoints" / "step-00000002"
+    for degrees in ({"data": 2, "expert": 2}, {}):
+        (got,) = train(tiny_run(**degrees, **same), steps[2:], load_from=checkpoint).metrics
+        relative = LOSS_TOLERANCE if precision == "fp32" else 1e-3
+        assert got.loss == pytest.approx(unbroken.metrics[2].loss, rel=relative)
 
 
 @pytest.mark.skipif(transformer_engine_version() is None, reason="no Transformer Engine")

@@ -1,0 +1,147 @@
+"""What this rank's optimizers keep of each weight: all of it, or the part that it updates.
+
+Megatron's distributed optimizer lays all gradients of a data-parallel group behind one another and
+gives each rank an equal piece, wherever weights begin and end. All but a few weights so belong to
+one rank; the others are put together by the rank that has their beginning. The only file that
+knows how Megatron keeps its optimizers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from megatron_keye.training.optimizer import JointOptimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What this rank keeps of one weight."""
+
+    weight: Tensor
+    """The whole weight, as the model has it."""
+    elements: range
+    """Of the flattened weight, those that this rank updates."""
+    kept: dict[str, Tensor]
+    """Moments and, where the weight is rounded, its master, by name; each has one element for
+    each of `elements`, and shares memory with the optimizer."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank updates all of the weight."""
+        return len(self.elements) == self.weight.numel()
+
+
+def optimizers_of(joint: JointOptimizer) -> Iterator[MegatronOptimizer]:
+    """Yield this rank's optimizers that have something to learn."""
+    for optimizer in (joint.decoder, joint.vision):
+        parts = [optimizer]
+        if isinstance(optimizer, ChainedOptimizer):
+            parts = optimizer.chained_optimizers
+        yield from (part for part in parts if part is not None and not part.is_stub_optimizer)
+
+
+def is_shared(optimizer: MegatronOptimizer) -> bool:
+    """Return whether replicas share an optimizer."""
+    return isinstance(optimizer, DistributedOptimizer)
+
+
+def shards_of(optimizer: MegatronOptimizer) -> Iterator[Shard]:
+    """Yield what one optimizer keeps, making empty moments first."""
+    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    for weight, updated, elements in _updated(optimizer):
+        kept = {name: optimizer.optimizer.state[updated][name] for name in MOMENTS}
+        if updated.dtype != weight.dtype:
+            kept[MASTER] = updated.data
+        yield Shard(weight=weight, elements=elements, kept=kept)
+
+
+def put_together(optimizer: MegatronOptimizer) -> Iterator[Shard]:
+    """Yield whole weights' shards, each on one rank of the data-parallel group.
+
+    All ranks must call it and take everything. What begins here and ends on later ranks is sent by
+    them; memory for that is taken.
+    """
+    shards = list(shards_of(optimizer))
+    yield from (shard for shard in shards if shard.is_whole)
+    if isinstance(optimizer, DistributedOptimizer):
+        by_weight = {id(shard.weight): shard for shard in shards}
+        for weight, holders in _divided(optimizer):
+            shard = by_weight.get(id(weight))
+            if shard is not None:
+                whole = _exchange(shard, holders, optimizer.data_parallel_group)
+                if whole is not None:
+                    yield whole
+
+
+def _updated(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, range]]:
+    """Yield each weight, the tensor that is updated for it or for its part, and which part."""
+    if isinstance(optimizer, DistributedOptimizer):
+        for weight, (group, place) in optimizer.model_param_group_index_map.items():
+            part = optimizer._get_model_param_range_map(weight)["param"]
+            updated = optimizer.optimizer.param_groups[group]["params"][place]
+            yield weight, updated, range(part.start, part.end)
+        return
+    if not hasattr(optimizer, "float16_groups"):
+        pairs = [(weight, weight) for weight in optimizer.get_parameters()]
+    else:
+        groups = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
+        pairs = [pair for group in groups for pair in zip(*group, strict=True)]
+        pairs += [
+            (weight, weight) for group in optimizer.fp32_from_fp32_groups for weight in group
+        ]
+    for weight, updated in pairs:
+        yield weight, updated, range(weight.numel())
+
+
+def _divided(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, dict[int, range]]]:
+    """Yield the weights of which several ranks keep a part, and who keeps which elements.
+
+    Equal on all ranks of the data-parallel group.
+    """
+    num_ranks = optimizer.data_parallel_group.size()
+    for buffer in optimizer.buffers:
+        for weight, (start, stop, bucket_number) in buffer.param_index_map.items():
+            bucket = buffer.buckets[bucket_number]
+            size = bucket.grad_data.numel() // num_ranks
+            first = (start - bucket.offset) // size
+            last = (stop - 1 - bucket.offset) // size
+            bounds = [bucket.offset + rank * size - start for rank in range(first, last + 2)]
+            bounds[0], bounds[-1] = 0, stop - start
+            parts = zip(range(first, last + 1), bounds[:-1], bounds[1:], strict=True)
+            if first < last:
+                yield weight, {rank: range(a, b) for rank, a, b in parts}
+
+
+def _exchange(shard: Shard, holders: dict[int, range], group: dist.ProcessGroup) -> Shard | None:
+    """Give this rank's part of a weight to the first holder, which gets the whole."""
+    first = min(holders)
+    if group.rank() != first:
+        parts = [part.flatten() for part in shard.kept.values()]
+        operations = [dist.P2POp(dist.isend, p, group=group, group_peer=first) for p in parts]
+        _finish(operations)
+        return None
+    kept: dict[str, Tensor] = {}
+    operations = []
+    for name, mine in shard.kept.items():
+        whole = mine.new_empty(shard.weight.numel())
+        whole[: len(shard.elements)] = mine.flatten()
+        operations += [
+            dist.P2POp(dist.irecv, whole[part.start : part.stop], group=group, group_peer=rank)
+            for rank, part in holders.items()
+            if rank != first
+        ]
+        kept[name] = whole
+    _finish(operations)
+    return Shard(weight=shard.weight, elements=range(shard.weight.numel()), kept=kept)
+
+
+def _finish(operations: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()

@@ -1,0 +1,139 @@
+"""Replicas that share the optimizer train as those that each keep all, from one checkpoint."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_keye.checkpoint.optimizer_shards import optimizers_of, put_together, shards_of
+from megatron_keye.config import RunConfig
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import mixed_rows, tiny_model, tiny_run
+from tests.support.train import (
+    Trained,
+    assert_same_metrics,
+    assert_same_training,
+    build_step,
+    let_go,
+    train,
+)
+
+SHARING = {
+    "data": {"data": 2},
+    "data, expert": {"data": 2, "expert": 2},
+    "context": {"context": 2},
+    "vision of its own": {"vision_ranks": 2},
+    "tensor, data": {"tensor": 2, "data": 2},
+    "pipeline, data, expert": {"pipeline": 2, "data": 2, "expert": 2},
+}
+
+UNEVEN = tiny_model(num_layers=3)
+"""Halves of its weights end inside of one."""
+
+
+def without_sharing(run: RunConfig) -> RunConfig:
+    optimizer = replace(run.training.optimizer, distributed=False)
+    return replace(run, training=replace(run.training, optimizer=optimizer))
+
+
+@pytest.mark.parametrize("degrees", SHARING.values(), ids=SHARING)
+def test_sharing_changes_nothing_but_rounding(degrees: dict[str, int]) -> None:
+    run = tiny_run(**degrees)
+    assert_same_training(train(run), train(without_sharing(run)))
+
+
+def test_sharing_masters_changes_nothing_but_rounding() -> None:
+    run = tiny_run(data=2, expert=2, training={"precision": "bf16"})
+    shared, alone = train(run), train(without_sharing(run))
+    for mine, theirs in zip(shared.metrics, alone.metrics, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-3)
+        assert mine.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-2)
+
+
+def _kept(run_json: str) -> dict[str, Any]:
+    """Return how much this rank's optimizers keep, and of how many weights only a part."""
+    _, model, optimizer, step = build_step(RunConfig.from_json(run_json))
+    step(mixed_rows(0), 0)
+    shards = [shard for each in optimizers_of(optimizer) for shard in shards_of(each)]
+    divided = [shard for shard in shards if not shard.is_whole]
+    wholes = [shard for each in optimizers_of(optimizer) for shard in put_together(each)]
+    let_go(model)
+    return {
+        "elements": sum(tensor.numel() for shard in shards for tensor in shard.kept.values()),
+        "kinds": sorted({kind for shard in shards for kind in shard.kept}),
+        "divided": len(divided),
+        "put_together": [id(shard.weight) for shard in wholes if not _is_of(shard, shards)],
+        "weights": len({id(shard.weight) for shard in wholes}),
+    }
+
+
+def _is_of(whole: Any, shards: list[Any]) -> bool:
+    return any(shard.weight is whole.weight and shard.is_whole for shard in shards)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_each_replica_keeps_its_share(precision: str) -> None:
+    run = tiny_run(data=2, expert=2, model=UNEVEN, training={"precision": precision})
+    (alone, _), shared = (
+        run_on_ranks(2, _kept, each.to_json()) for each in (without_sharing(run), run)
+    )
+    kinds = ["exp_avg", "exp_avg_sq"] + ["master"] * (precision == "bf16")
+    assert alone["divided"] == 0
+    # Experts stand on one rank each, so that only the rest is shared.
+    for rank in shared:
+        assert rank["kinds"] == kinds
+        assert rank["elements"] < 0.75 * alone["elements"]
+        assert rank["divided"] >= 1, "no weight is divided, and the test proves less than it says"
+    assert sum(len(rank["put_together"]) for rank in shared) == shared[0]["divided"]
+    # Dense weights once, experts on each rank.
+    num_weights = sum(rank["weights"] for rank in shared)
+    assert alone["weights"] < num_weights < 2 * alone["weights"]
+
+
+def _tensors(checkpoint: str) -> dict[str, torch.Tensor]:
+    held = dist_checkpointing.load_plain_tensors(checkpoint)
+    return {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_checkpoint_is_the_same_whoever_keeps_it(tmp_path: Path, precision: str) -> None:
+    """From sharing replicas to one that keeps all, to other sharing ones, bit for bit."""
+    same: dict[str, Any] = {"model": UNEVEN, "training": {"precision": precision}}
+    runs = [
+        tiny_run(data=2, expert=2, **same),
+        without_sharing(tiny_run(**same)),
+        tiny_run(context=2, vision_ranks=2, **same),
+        without_sharing(tiny_run(data=2, **same)),
+        tiny_run(tensor=2, data=2, expert=2, **same),
+    ]
+    batches = [mixed_rows(0), mixed_rows(1)]
+    saved: list[Path] = []
+    for number, run in enumerate(runs):
+        folder = tmp_path / str(number)
+        train(
+            run, [] if saved else batches, save_to=folder, load_from=saved[-1] if saved else None
+        )
+        saved.append(folder / "tiny" / "checkpoints" / "step-00000002")
+    (expected,) = run_on_ranks(1, _tensors, str(saved[0]))
+    kinds = {key.split(".")[1] for key in expected if key.startswith("optimizer.")}
+    assert kinds == {"exp_avg", "exp_avg_sq"} | ({"master"} if precision == "bf16" else set())
+    assert any(tensor.count_nonzero() for key, tensor in expected.items() if "exp_avg" in key)
+    for checkpoint in saved[1:]:
+        (got,) = run_on_ranks(1, _tensors, str(checkpoint))
+        assert got.keys() == expected.keys()
+        assert not [key for key, tensor in expected.items() if not torch.equal(got[key], tensor)]
+
+
+def test_a_resumed_run_goes_on_as_the_unbroken_one(tmp_path: Path) -> None:
+    run = tiny_run(data=2, expert=2)
+    steps = [mixed_rows(step) for step in range(4)]
+    unbroken = train(run, steps)
+    train(run, steps[:2], save_to=tmp_path)
+    checkpoint = tmp_path / "tiny" / "checkpoints" / "step-00000002"
+    same = train(run, steps[2:], load_from=checkpoint)
+    assert not same.changed(unbroken)
+    alone: Trained = train(without_sharing(tiny_run()), steps[2:], load_from=checkpoint)
+    assert_same_metrics(alone.metrics, unbroken.metrics[2:])
