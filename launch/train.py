@@ -17,7 +17,6 @@ sys.path.append(str(ROOT))  # local.sh keeps the script's own folder off the pat
 
 from launch.recipe import load_recipe, recipe_names  # noqa: E402
 from megatron_keye.config import RunConfig  # noqa: E402
-from megatron_keye.config.backends import share_torchs_cudnn  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron_keye.parallel.process import Process
@@ -62,7 +61,6 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     options = parse_arguments(arguments)
-    share_torchs_cudnn()
     try:
         # Every rank finds the same mistakes up to here, so rank 0 speaks for all.
         import torch

@@ -5,12 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from megatron_keye.config.backends import share_torchs_cudnn
-
-share_torchs_cudnn()  # before Megatron-Core is imported
-
-from tests.support.tiny import tiny_run  # noqa: E402
-from tests.support.train import Trained, train  # noqa: E402
+from tests.support.tiny import tiny_run
+from tests.support.train import Trained, train
 
 # Busy machines are slow at times, and a failure has to come again in the same place.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)

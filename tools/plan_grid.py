@@ -1,4 +1,4 @@
-"""Shows what a recipe asks of a cluster: ranks, stages, and parameters, without a GPU or torch.
+"""Shows what a recipe asks of a cluster: ranks, stages, parameters and memory, without a GPU.
 
 Rank numbers are those that launch/local.sh, torchrun and srun give out.
 
@@ -7,7 +7,8 @@ Rank numbers are those that launch/local.sh, torchrun and srun give out.
 
 --batch shows who encodes what in one step, and how long each rank is expected to idle; SAMPLES may
 be left out for the recipe's own. --suggest plays several numbers of vision ranks on that step.
-Expected times are counted operations over assumed speeds of a device.
+Expected times are counted operations over assumed speeds of a device. Expected memory is that of
+full rows of pictures; a few GiB come on top for CUDA, NCCL and what the allocator cannot use.
 """
 
 import argparse
@@ -30,9 +31,17 @@ from megatron_keye.checkpoint.parameter_shapes import (  # noqa: E402
 )
 from megatron_keye.config import RunConfig  # noqa: E402
 from megatron_keye.config.model import ModelConfig  # noqa: E402
+from megatron_keye.config.training import Part  # noqa: E402
+from megatron_keye.parallel.memory import (  # noqa: E402
+    Held,
+    Memory,
+    decoder_memory,
+    vision_memory,
+)
 
 USER_ERROR = 2
 # What tensor ranks split; norms, router and indexer stand on each of them whole.
+EXPERTS = ".mlp.experts."
 SPLIT_BY_TENSOR = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -50,6 +59,8 @@ class Rank:
     """Decoder layers that it holds, from 0."""
     parameters: int
     """Parameters that it holds."""
+    memory: dict[str, float]
+    """GiB that it is expected to take, by what for."""
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -60,6 +71,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--ranks", type=int, default=1, help="ranks that the recipe may choose its degrees for"
     )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument(
+        "--labels", type=int, help="labelled tokens of a row, for its memory; default: a 64th"
+    )
     parser.add_argument("--batch", metavar="SAMPLES:STEP", help="plan this step, from 0")
     parser.add_argument(
         "--suggest", action="store_true", help="how many vision ranks suit the step of --batch"
@@ -74,7 +88,7 @@ def main(arguments: list[str]) -> int:
     try:
         run = load_recipe(options.recipe)(num_ranks=options.ranks, has_gpu=True)
         run = run.with_overrides(options.set)
-        plan = make_plan(run)
+        plan = make_plan(run, options.labels)
         if options.suggest and options.batch is None:
             raise ValueError("--suggest: got no --batch, expected --batch SAMPLES:STEP beside it")
         if options.batch is not None:
@@ -86,8 +100,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def make_plan(run: RunConfig) -> dict[str, Any]:
-    """Return everything that the tool shows."""
+def make_plan(run: RunConfig, num_labels: int | None = None) -> dict[str, Any]:
+    """Return everything that the tool shows.
+
+    Args:
+        run: The run.
+        num_labels: Labelled tokens of a row; a 64th of it when left out.
+    """
     counts = count_parameters(parameter_shapes(run.model))
     return {
         "recipe": run.name,
@@ -98,7 +117,7 @@ def make_plan(run: RunConfig) -> dict[str, Any]:
         "layers_per_stage": [
             len(stage_layers(run, stage)) for stage in range(run.parallel.decoder.pipeline)
         ],
-        "ranks": [vars(rank) for rank in plan_ranks(run)],
+        "ranks": [vars(rank) for rank in plan_ranks(run, num_labels)],
     }
 
 
@@ -153,21 +172,43 @@ def plan_batch(run: RunConfig, batch: str, *, suggests: bool) -> dict[str, Any]:
     }
 
 
-def plan_ranks(run: RunConfig) -> list[Rank]:
+def plan_ranks(run: RunConfig, num_labels: int | None) -> list[Rank]:
     """Return every rank: the decoder's first, dedicated vision ranks after them."""
     degrees, dedicated = run.parallel.decoder, run.parallel.vision.num_ranks
     role = "decoder" if dedicated else "decoder and vision"
     seeing = vision_parameters(run.model)
+    patches = run.data.row_tokens * run.model.vision.merge_size**2
+    labels = run.data.row_tokens // 64 if num_labels is None else num_labels
+    stages: list[tuple[int, Memory]] = []
+    for stage in range(degrees.pipeline):
+        held = decoder_parameters(run, stage) + ([] if dedicated else seeing)
+        memory = decoder_memory(run, stage, held, num_labels=labels, num_patches=patches)
+        stages.append((_count(held), memory))
     ranks = []
     for rank in range(degrees.num_ranks):
         place = decoder_coordinates(run, rank)
-        held = decoder_parameters(run, place) + (0 if dedicated else seeing)
-        layers = stage_layers(run, place["pipeline"])
-        ranks.append(Rank(rank=rank, role=role, place=place, layers=layers, parameters=held))
-    for number in range(dedicated):
-        rank = degrees.num_ranks + number
+        count, memory = stages[place["pipeline"]]
         ranks.append(
-            Rank(rank=rank, role="vision", place={"data": number}, layers=[], parameters=seeing)
+            Rank(
+                rank=rank,
+                role=role,
+                place=place,
+                layers=stage_layers(run, place["pipeline"]),
+                parameters=count,
+                memory=_gibibytes(memory),
+            )
+        )
+    for number in range(dedicated):
+        memory = vision_memory(run, seeing, num_patches=patches)
+        ranks.append(
+            Rank(
+                rank=degrees.num_ranks + number,
+                role="vision",
+                place={"data": number},
+                layers=[],
+                parameters=_count(seeing),
+                memory=_gibibytes(memory),
+            )
         )
     return ranks
 
@@ -193,36 +234,48 @@ def stage_layers(run: RunConfig, stage: int) -> list[int]:
     return [layer for chunk in chunks for layer in degrees.chunk_layers(num_layers, stage, chunk)]
 
 
-def vision_parameters(model: ModelConfig) -> int:
+def vision_parameters(model: ModelConfig) -> list[Held]:
     """Return the parameters of ViT and projector, which no rank splits."""
     counts = count_parameters(parameter_shapes(model))
-    return counts["vision"] + counts["projector"]
+    seeing: tuple[Part, ...] = ("vision", "projector")
+    return [Held(part=part, is_expert=False, count=counts[part]) for part in seeing]
 
 
-def decoder_parameters(run: RunConfig, place: dict[str, int]) -> int:
-    """Return the decoder's and the indexers' parameters on one rank."""
+def decoder_parameters(run: RunConfig, stage: int) -> list[Held]:
+    """Return the decoder's and the indexers' parameters on one rank of a stage."""
     degrees = run.parallel.decoder
-    held = set(stage_layers(run, place["pipeline"]))
-    total = 0
+    layers = set(stage_layers(run, stage))
+    held: list[Held] = []
     for name, shape in parameter_shapes(run.model).items():
-        count = prod(shape)
-        if part_of(name) in ("vision", "projector"):
+        part = part_of(name)
+        if part in ("vision", "projector"):
             continue
         if not name.startswith("model.layers."):
-            is_first, is_last = place["pipeline"] == 0, place["pipeline"] == degrees.pipeline - 1
+            is_first, is_last = stage == 0, stage == degrees.pipeline - 1
             stands_here = is_first if name.startswith("model.embed_tokens.") else is_last
             split = 1 if name.startswith("model.norm.") else degrees.tensor
-            total += count // split if stands_here else 0
-        elif int(name.split(".")[2]) in held:
-            total += count // _split(name, degrees.tensor, degrees.expert)
-    return total
+        else:
+            stands_here = int(name.split(".")[2]) in layers
+            split = _split(name, degrees.tensor, degrees.expert)
+        if stands_here:
+            is_expert = EXPERTS in name
+            held.append(Held(part=part, is_expert=is_expert, count=prod(shape) // split))
+    return held
 
 
 def _split(name: str, tensor: int, expert: int) -> int:
-    if ".mlp.experts." in name:
+    if EXPERTS in name:
         return expert
     is_projection = name.split(".")[-2] in SPLIT_BY_TENSOR and ".sa_indexer." not in name
     return tensor if is_projection else 1
+
+
+def _count(held: list[Held]) -> int:
+    return sum(each.count for each in held)
+
+
+def _gibibytes(memory: Memory) -> dict[str, float]:
+    return {name: size / 2**30 for name, size in vars(memory).items()}
 
 
 def describe(plan: dict[str, Any]) -> str:
@@ -234,10 +287,14 @@ def describe(plan: dict[str, Any]) -> str:
     for rank in plan["ranks"]:
         place = " ".join(f"{axis} {number}" for axis, number in rank["place"].items())
         layers = f"layers {_ranges(rank['layers'])}" if rank["layers"] else "no layers"
+        size = f"{sum(rank['memory'].values()):>6.1f} GiB"
         lines.append(
             f"  rank {rank['rank']:>4}  {rank['role']:<19} {place:<46} "
-            f"{rank['parameters']:>15,} parameters, {layers}"
+            f"{rank['parameters']:>15,} parameters, {size}, {layers}"
         )
+    fullest = max(plan["ranks"], key=lambda rank: sum(rank["memory"].values()))
+    parts = ", ".join(f"{name} {size:.1f}" for name, size in fullest["memory"].items())
+    lines += ["", f"  expected of rank {fullest['rank']}, the fullest, in GiB: {parts}"]
     return "\n".join(lines) + "\n" + describe_step(plan.get("step"))
 
 

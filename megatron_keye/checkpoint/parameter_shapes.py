@@ -9,6 +9,7 @@ from math import prod
 from typing import Literal
 
 from megatron_keye.config.model import DecoderConfig, ModelConfig, VisionConfig
+from megatron_keye.config.training import PARTS, Part
 
 ExpertLayout = Literal["fused", "per-expert"]
 """One tensor [E, in, out] for all experts of a layer, or tensors [out, in] for each."""
@@ -32,15 +33,15 @@ def parameter_shapes(model: ModelConfig, layout: ExpertLayout = "fused") -> dict
     return shapes
 
 
-def count_parameters(shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """Return the number of parameters of decoder, vision, projector and indexer."""
-    counts = Counter(dict.fromkeys(("decoder", "vision", "projector", "indexer"), 0))
+def count_parameters(shapes: Mapping[str, Shape]) -> dict[Part, int]:
+    """Return the number of parameters of each part."""
+    counts: Counter[Part] = Counter(dict.fromkeys(PARTS, 0))
     for name, shape in shapes.items():
         counts[part_of(name)] += prod(shape)
     return dict(counts)
 
 
-def part_of(name: str) -> str:
+def part_of(name: str) -> Part:
     """Return which part of the model a tensor belongs to."""
     if name.startswith("visual."):
         return "vision"

@@ -5,7 +5,6 @@ installed Transformer Engine raises RuntimeError, and the package index also has
 Standard library only.
 """
 
-import os
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Literal
@@ -25,7 +24,6 @@ DALI_INSTALL = 'pip install "nvidia-dali-cuda130==2.4.*"'
 DALI_NAMES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 # The core library by the CUDA release it was built for.
 _CORE_NAMES = ("transformer-engine-cu13", "transformer-engine-cu12")
-_CUDNN_NAMES = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
 _TORCH_NAME = "transformer-engine-torch"
 
 
@@ -78,17 +76,6 @@ def transformer_engine_version() -> str | None:
             f"{remedy}"
         )
     return next(iter(present.values()))
-
-
-def share_torchs_cudnn() -> None:
-    """Let Transformer Engine load the cuDNN that torch brings, where the user names no other.
-
-    It takes the CUDA toolkit's first, and with an older one in the process torch refuses its own
-    attention. To be called before Megatron-Core, which imports Transformer Engine, is imported.
-    """
-    found = next((dist for name in _CUDNN_NAMES if (dist := _find(name)) is not None), None)
-    if found is not None and not {"CUDNN_HOME", "CUDNN_PATH"} & set(os.environ):
-        os.environ["CUDNN_HOME"] = str(found.locate_file("nvidia/cudnn"))
 
 
 def takes_transformer_engine(wanted: LinearLayers, *, has_gpu: bool) -> bool:
