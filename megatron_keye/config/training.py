@@ -32,7 +32,7 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     clip_gradient_norm: float = 1.0
     """Largest norm of the gradient over decoder and vision together; 0 turns clipping off."""
-    distributed: bool = True
+    distributed: bool = False
     """Whether replicas share the optimizer (Megatron's distributed optimizer, ZeRO-1): each rank
     keeps moments and master weights of a part, updates that, and weights are gathered. Without,
     each keeps all. Checkpoints are the same for both; a float64 run never shares."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -100,17 +100,29 @@ class JointOptimizer:
             if limit > 0 and parameters:
                 clip_grad_by_total_norm_fp32(parameters, limit, norm)
             optimizer.step_with_ready_grads()
+        self._gather_weights()
         return StepOutcome(gradient_norm=norm, was_applied=True)
 
     def _build(
         self, chunks: list[torch.nn.Module], groups: ProcessGroupCollection
     ) -> MegatronOptimizer:
-        return get_megatron_optimizer(
+        optimizer = get_megatron_optimizer(
             optimizer_config(self._run),
             chunks,
             use_gloo_process_groups=False,
             pg_collection=groups,
         )
+        assert isinstance(optimizer, ChainedOptimizer), "one for dense weights, one for experts"
+        for part in optimizer.chained_optimizers:
+            # Each would gather all weights, the other's too.
+            part._defer_param_sync = True
+        return optimizer
+
+    def _gather_weights(self) -> None:
+        """Give every replica what the others updated, where they share the optimizer."""
+        if self._run.training.distributes_optimizer:
+            for module in self._model.wrapped():
+                module.start_param_sync()
 
     def _joint_norm(self, meanwhile: Callable[[], bool]) -> float:
         """Combine the norms of both grids, each of which all of its own ranks know."""

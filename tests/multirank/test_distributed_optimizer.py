@@ -34,20 +34,20 @@ UNEVEN = tiny_model(num_layers=3)
 """Halves of its weights end inside of one."""
 
 
-def without_sharing(run: RunConfig) -> RunConfig:
-    optimizer = replace(run.training.optimizer, distributed=False)
+def sharing(run: RunConfig) -> RunConfig:
+    optimizer = replace(run.training.optimizer, distributed=True)
     return replace(run, training=replace(run.training, optimizer=optimizer))
 
 
 @pytest.mark.parametrize("degrees", SHARING.values(), ids=SHARING)
 def test_sharing_changes_nothing_but_rounding(degrees: dict[str, int]) -> None:
     run = tiny_run(**degrees)
-    assert_same_training(train(run), train(without_sharing(run)))
+    assert_same_training(train(sharing(run)), train(run))
 
 
 def test_sharing_masters_changes_nothing_but_rounding() -> None:
     run = tiny_run(data=2, expert=2, training={"precision": "bf16"})
-    shared, alone = train(run), train(without_sharing(run))
+    shared, alone = train(sharing(run)), train(run)
     for mine, theirs in zip(shared.metrics, alone.metrics, strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-3)
         assert mine.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-2)
@@ -77,9 +77,7 @@ def _is_of(whole: Any, shards: list[Any]) -> bool:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_each_replica_keeps_its_share(precision: str) -> None:
     run = tiny_run(data=2, expert=2, model=UNEVEN, training={"precision": precision})
-    (alone, _), shared = (
-        run_on_ranks(2, _kept, each.to_json()) for each in (without_sharing(run), run)
-    )
+    (alone, _), shared = (run_on_ranks(2, _kept, each.to_json()) for each in (run, sharing(run)))
     kinds = ["exp_avg", "exp_avg_sq"] + ["master"] * (precision == "bf16")
     assert alone["divided"] == 0
     # Experts stand on one rank each, so that only the rest is shared.
@@ -103,11 +101,11 @@ def test_a_checkpoint_is_the_same_whoever_keeps_it(tmp_path: Path, precision: st
     """From sharing replicas to one that keeps all, to other sharing ones, bit for bit."""
     same: dict[str, Any] = {"model": UNEVEN, "training": {"precision": precision}}
     runs = [
-        tiny_run(data=2, expert=2, **same),
-        without_sharing(tiny_run(**same)),
-        tiny_run(context=2, vision_ranks=2, **same),
-        without_sharing(tiny_run(data=2, **same)),
-        tiny_run(tensor=2, data=2, expert=2, **same),
+        sharing(tiny_run(data=2, expert=2, **same)),
+        tiny_run(**same),
+        sharing(tiny_run(context=2, vision_ranks=2, **same)),
+        tiny_run(data=2, **same),
+        sharing(tiny_run(tensor=2, data=2, expert=2, **same)),
     ]
     batches = [mixed_rows(0), mixed_rows(1)]
     saved: list[Path] = []
@@ -128,12 +126,12 @@ def test_a_checkpoint_is_the_same_whoever_keeps_it(tmp_path: Path, precision: st
 
 
 def test_a_resumed_run_goes_on_as_the_unbroken_one(tmp_path: Path) -> None:
-    run = tiny_run(data=2, expert=2)
+    run = sharing(tiny_run(data=2, expert=2))
     steps = [mixed_rows(step) for step in range(4)]
     unbroken = train(run, steps)
     train(run, steps[:2], save_to=tmp_path)
     checkpoint = tmp_path / "tiny" / "checkpoints" / "step-00000002"
     same = train(run, steps[2:], load_from=checkpoint)
     assert not same.changed(unbroken)
-    alone: Trained = train(without_sharing(tiny_run()), steps[2:], load_from=checkpoint)
+    alone: Trained = train(tiny_run(), steps[2:], load_from=checkpoint)
     assert_same_metrics(alone.metrics, unbroken.metrics[2:])

@@ -1,5 +1,6 @@
 """The tests of layouts on real GPUs: NCCL instead of gloo, Transformer Engine where installed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ TWO_GPUS = {
     "data, expert": {"data": 2, "expert": 2},
     "vision of its own": {"vision_ranks": 1},
 }
+SHARING = {name: TWO_GPUS[name] for name in ("tensor and sequence", "context", "data, expert")}
+SHARED = replace(tiny_run().training.optimizer, distributed=True)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,15 @@ def test_one_gpu_trains_as_the_cpu(one_gpu: Trained) -> None:
 @pytest.mark.parametrize("degrees", TWO_GPUS.values(), ids=TWO_GPUS)
 def test_two_gpus_train_as_one(degrees: dict[str, int], one_gpu: Trained) -> None:
     assert_same_training(train(tiny_run(device="cuda", **degrees)), one_gpu)
+
+
+@needs_two
+@pytest.mark.parametrize("degrees", SHARING.values(), ids=SHARING)
+def test_two_gpus_that_share_the_optimizer_train_as_one(
+    degrees: dict[str, int], one_gpu: Trained
+) -> None:
+    training = {"optimizer": SHARED}
+    assert_same_training(train(tiny_run(device="cuda", training=training, **degrees)), one_gpu)
 
 
 @needs_two
@@ -77,7 +89,7 @@ def test_a_shared_optimizer_is_saved_and_goes_on(tmp_path: Path, precision: str)
     same: dict[str, Any] = {
         "device": "cuda",
         "model": tiny_model(num_layers=3),  # Halves of its weights end inside of one.
-        "training": {"precision": precision},
+        "training": {"precision": precision, "optimizer": SHARED},
     }
     steps = [mixed_rows(step) for step in range(3)]
     run = tiny_run(data=2, expert=2, **same)

@@ -16,7 +16,7 @@ COLOCATED = [
     "parallel.decoder.context=2",
     "parallel.decoder.expert=2",
 ]
-ALONE = "training.optimizer.distributed=false"
+SHARED = "training.optimizer.distributed=true"
 
 
 def two_gpus(*settings: str) -> RunConfig:
@@ -56,8 +56,8 @@ def test_a_layer_that_runs_again_takes_what_an_h100_measured() -> None:
 def test_a_run_takes_what_two_h200_measured(
     settings: list[str], decoder: int, vision: int | None
 ) -> None:
-    """Peaks of README's runs, in MiB, in which each replica kept the whole optimizer."""
-    run = two_gpus(*settings, ALONE)
+    """Peaks in MiB of README's runs of commit 9f4363e."""
+    run = two_gpus(*settings)
     assert of_decoder(run, num_labels=100).total / MEBIBYTE == pytest.approx(decoder, rel=0.03)
     if vision is not None:
         patches = run.data.row_tokens * run.model.vision.merge_size**2
@@ -67,7 +67,7 @@ def test_a_run_takes_what_two_h200_measured(
 
 def test_sharing_the_optimizer_leaves_a_share() -> None:
     run = full_size()
-    shared, alone = of_decoder(run), of_decoder(full_size(ALONE))
+    shared, alone = of_decoder(full_size(SHARED)), of_decoder(run)
     assert replace(shared, optimizer=0.0) == replace(alone, optimizer=0.0)
     # Experts, most of all, are shared by 2 x 8 / 8 ranks, the rest by 8 or more.
     assert 0.25 < shared.optimizer / alone.optimizer < 0.4
@@ -78,7 +78,7 @@ def test_frozen_parts_keep_their_weights_alone() -> None:
     memory, learning = of_decoder(run), of_decoder(full_size())
     assert memory.weights == learning.weights
     assert memory.gradients < 0.02 * learning.gradients
-    assert memory.optimizer < 0.05 * learning.optimizer
+    assert memory.optimizer < 0.02 * learning.optimizer
 
 
 def test_earlier_stages_hold_more_micro_batches() -> None:
