@@ -85,14 +85,18 @@ def wanted_optimizer(joint: JointOptimizer, weights: Sharded) -> WantedOptimizer
 
 
 def set_optimizer_steps(joint: JointOptimizer, steps: int) -> None:
-    """Tell the optimizers how many updates their moments have seen."""
+    """Tell the optimizers how many updates their moments have seen.
+
+    torch counts for each weight; fused ones for each group, which they only begin with a step.
+    """
     for optimizer in optimizers_of(joint):
-        for group in optimizer.optimizer.param_groups:
-            if "step" in group:
+        inner = optimizer.optimizer
+        for group in inner.param_groups:
+            if not isinstance(inner, torch.optim.Adam):
                 group["step"] = steps
+                continue
             for parameter in group["params"]:
-                if "step" not in group:
-                    optimizer.optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+                inner.state[parameter]["step"] = torch.tensor(float(steps))
 
 
 @torch.no_grad()

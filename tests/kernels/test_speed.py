@@ -305,7 +305,8 @@ def test_rotary(recorder: Recorder, length: int, heads: int, channels: int) -> N
     x_THC.requires_grad_()
     angles_TC = torch.rand(length, channels // 2, device="cuda").repeat(1, 2)
     tables = angles_TC.cos(), angles_TC.sin()
-    fields = {"shape": {"T": length, "H": heads, "C": channels}, "dtype": "bfloat16"}
+    sizes = {"T": length, "S": length, "H": heads, "C": channels}
+    fields = {"shape": sizes, "dtype": "bfloat16"}
     for op, wrap in (("rotary_forward", None), ("rotary_backward", gradients_of)):
         peer = None
         for impl in ("eager", "triton"):

@@ -135,3 +135,32 @@ def test_a_resumed_run_goes_on_as_the_unbroken_one(tmp_path: Path) -> None:
     assert not same.changed(unbroken)
     alone: Trained = train(tiny_run(), steps[2:], load_from=checkpoint)
     assert_same_metrics(alone.metrics, unbroken.metrics[2:])
+
+
+def test_four_replicas_keep_a_quarter() -> None:
+    run = tiny_run(data=4)
+    shared = run_on_ranks(4, _kept, sharing(run).to_json())
+    whole = run_on_ranks(4, _kept, run.to_json())[0]["elements"]
+    assert sum(rank["elements"] for rank in shared) == whole
+    # Rounded up to 128 elements a buffer and 64 a weight.
+    assert max(rank["elements"] for rank in shared) < 0.3 * whole
+
+
+def _step_with_infinity(run_json: str) -> tuple[bool, bool]:
+    """Return whether a step was applied, and whether it changed a weight."""
+    grid, model, optimizer, step = build_step(RunConfig.from_json(run_json))
+    step(mixed_rows(0), 0)
+    weights = [weight for wrapped in model.wrapped() for weight in wrapped.parameters()]
+    before = [weight.detach().clone() for weight in weights]
+    if grid.rank == 1:
+        shards = (shard for each in optimizers_of(optimizer) for shard in shards_of(each))
+        next(shards).weight.main_grad.fill_(torch.inf)  # type: ignore[attr-defined]
+    outcome = optimizer.step(1e-2)
+    changed = any(not torch.equal(old, new) for old, new in zip(before, weights, strict=True))
+    let_go(model)
+    return outcome.was_applied, changed
+
+
+def test_an_infinite_gradient_on_one_replica_changes_nothing_on_any() -> None:
+    run = sharing(tiny_run(data=2, expert=2, model=UNEVEN))
+    assert run_on_ranks(2, _step_with_infinity, run.to_json()) == [(False, False)] * 2
