@@ -82,22 +82,31 @@ def put_together(optimizer: MegatronOptimizer) -> Iterator[Shard]:
 
 def _updated(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, range]]:
     """Yield each weight, the tensor that is updated for it or for its part, and which part."""
-    if isinstance(optimizer, DistributedOptimizer):
-        for weight, (group, place) in optimizer.model_param_group_index_map.items():
+    for weight, updated in _pairs(optimizer):
+        elements = range(weight.numel())
+        if isinstance(optimizer, DistributedOptimizer):
             part = optimizer._get_model_param_range_map(weight)["param"]
-            updated = optimizer.optimizer.param_groups[group]["params"][place]
-            yield weight, updated, range(part.start, part.end)
-        return
-    if not hasattr(optimizer, "float16_groups"):
-        pairs = [(weight, weight) for weight in optimizer.get_parameters()]
-    else:
-        groups = zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
-        pairs = [pair for group in groups for pair in zip(*group, strict=True)]
-        pairs += [
-            (weight, weight) for group in optimizer.fp32_from_fp32_groups for weight in group
+            elements = range(part.start, part.end)
+        yield weight, updated, elements
+
+
+def _pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each weight of which this rank updates anything with what it updates."""
+    if isinstance(optimizer, DistributedOptimizer):
+        kinds = [
+            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+            (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
         ]
-    for weight, updated in pairs:
-        yield weight, updated, range(weight.numel())
+    elif hasattr(optimizer, "float16_groups"):
+        kinds = [
+            (optimizer.float16_groups, optimizer.fp32_from_float16_groups),
+            (optimizer.fp32_from_fp32_groups, optimizer.fp32_from_fp32_groups),
+        ]
+    else:
+        kinds = [([optimizer.get_parameters()], [optimizer.get_parameters()])]
+    for all_weights, all_updated in kinds:
+        for weights, updated in zip(all_weights, all_updated, strict=True):
+            yield from zip(weights, updated, strict=True)
 
 
 def _divided(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, dict[int, range]]]:
