@@ -7,11 +7,13 @@
 #
 # N: --ranks, else the variable RANKS, else the number of GPUs, else 4.
 # PYTHON names the interpreter; without it .venv/bin/python of the repository, else python3.
-# Exit status: that of the first rank that failed; 0 when all ended well.
+# Ctrl-C, TERM and USR1 let ranks finish their step and save; a second Ctrl-C does not wait.
+# Exit status: that of the first rank that failed, 75 after USR1; 0 when all ended well.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-grace_seconds=10
+failure_grace_seconds=10
+stop_grace_seconds=300  # one step and one checkpoint
 default_cpu_ranks=4
 
 fail() {
@@ -27,11 +29,8 @@ if [[ "${1:-}" == --ranks ]]; then
 fi
 (( $# >= 1 )) || fail "got no recipe, expected: launch/local.sh [--ranks N] RECIPE [ARGUMENTS]"
 
-python="${PYTHON:-}"
-if [[ -z "$python" ]]; then
-  python=python3
-  [[ -x "$root/.venv/bin/python" ]] && python="$root/.venv/bin/python"
-fi
+# shellcheck source=launch/environment.sh
+source "$root/launch/environment.sh"
 
 # The NVIDIA driver's device files say at once that there is no GPU; torch takes seconds to.
 gpus=0
@@ -43,7 +42,7 @@ if [[ -z "$ranks" ]]; then
 fi
 [[ "$ranks" =~ ^[1-9][0-9]*$ ]] || fail "--ranks: got '$ranks', expected a number of processes"
 
-# Everything a rank's environment needs, in one visible place.
+# What a rank needs beside launch/environment.sh.
 export WORLD_SIZE="$ranks"
 export LOCAL_WORLD_SIZE="$ranks"
 export MASTER_ADDR=127.0.0.1
@@ -53,15 +52,7 @@ with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     print(s.getsockname()[1])')"
 export MASTER_PORT
-export PYTHONSAFEPATH=1              # a folder named kernels/ must not shadow a package
-# 1 orders tensor-parallel communication before the matmuls. Without tensor parallelism 8 lets
-# vision ranks compute behind a message that still waits for the decoder.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
-unset PYTHONDONTWRITEBYTECODE        # bytecode saves most of the import time of the next run
-# Ranks share the cores; more than 8 threads a rank only get in each other's way.
-threads=$(( $(nproc) / ranks ))
-threads=$(( threads < 1 ? 1 : threads > 8 ? 8 : threads ))
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
+share_cores "$(nproc)" "$ranks"
 
 pids=()
 
@@ -80,11 +71,12 @@ any_rank_alive() {
   return 1
 }
 
-# Asks the ranks to end, waits for the grace, insists.
+# end_ranks SECONDS: asks the ranks to end, waits so long, insists. A second Ctrl-C insists at once.
 end_ranks() {
-  trap '' INT TERM
+  trap '' TERM
+  trap 'stop_ranks KILL' INT
   stop_ranks TERM
-  local deadline=$(( SECONDS + grace_seconds ))
+  local deadline=$(( SECONDS + $1 ))
   while any_rank_alive && (( SECONDS < deadline )); do
     sleep 0.1
   done
@@ -92,8 +84,9 @@ end_ranks() {
   wait 2>/dev/null || true
 }
 
-trap 'end_ranks; exit 130' INT
-trap 'end_ranks; exit 143' TERM HUP
+trap 'end_ranks "$stop_grace_seconds"; exit 130' INT
+trap 'end_ranks "$stop_grace_seconds"; exit 143' TERM HUP
+trap 'stop_ranks USR1' USR1
 
 for (( rank = 0; rank < ranks; rank++ )); do
   RANK=$rank LOCAL_RANK=$rank "$python" "$root/launch/train.py" "$@" &
@@ -116,7 +109,7 @@ while (( ${#running[@]} > 0 )); do
       # A rank that was killed could not say anything itself.
       (( status <= 128 )) \
         || echo "launch/local.sh: process $pid was ended by signal $(( status - 128 ))" >&2
-      end_ranks
+      end_ranks "$failure_grace_seconds"
       exit "$status"
     fi
   done

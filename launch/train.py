@@ -1,11 +1,13 @@
-"""Trains a recipe: the only entry point, run once per rank by launch/local.sh, torchrun or srun.
+"""Trains a recipe: the only entry point, run once per rank by local.sh, slurm.sbatch or torchrun.
 
 A wrong setting is told in one sentence by one rank; anything else that fails shows its traceback.
+Exit status: 0 done, 75 stopped by a signal and saved, 2 a wrong setting, 1 or 3 failed.
 """
 
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
@@ -21,8 +23,13 @@ from megatron_keye.config import RunConfig  # noqa: E402
 if TYPE_CHECKING:
     from megatron_keye.parallel.process import Process
 
+FAILED = 1
 USER_ERROR = 2
 LOST_PEERS = 3
+STOPPED = 75
+"""A signal ended the run after a step, which was saved (EX_TEMPFAIL of sysexits.h: try again)."""
+SECONDS_FOR_RANK_0 = 60.0
+"""What other ranks wait for it to say what is wrong with the settings; a launcher ends them."""
 SECONDS_FOR_THE_FIRST = 3.0
 """What a rank that fails because another did waits, so that the launcher sees that one first."""
 
@@ -61,6 +68,8 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     options = parse_arguments(arguments)
+    # srun gives the largest exit status: a rank that it ends must not hide why it does.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(FAILED))
     try:
         # Every rank finds the same mistakes up to here, so rank 0 speaks for all.
         import torch
@@ -72,13 +81,20 @@ def main(arguments: list[str]) -> int:
             sys.stdout.write(run.to_json() if rank == 0 else "")
             return 0
         run.check_num_ranks(num_ranks)
+    except ValueError as error:
+        if rank == 0:
+            return complain(error)
+        time.sleep(SECONDS_FOR_RANK_0)
+        return USER_ERROR
+    try:
         device = resolve_device(run.device, int(os.environ.get("LOCAL_RANK", "0")))
     except ValueError as error:
-        return complain(error) if rank == 0 else USER_ERROR
+        return complain(error)  # another machine may have all its devices
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends waiting for peers, unlike a handler
     quieten(rank)
     process = join(device, rank=rank, num_ranks=num_ranks, init_method=meeting_point(num_ranks))
     try:
-        train(run, process)
+        is_finished = train(run, process)
     except Exception as error:
         if not process.is_first_to_fail():
             time.sleep(SECONDS_FOR_THE_FIRST)
@@ -86,18 +102,24 @@ def main(arguments: list[str]) -> int:
         if not isinstance(error, ValueError):
             raise
         return complain(error)
+    if not is_finished:
+        # The first rank to leave makes srun send TERM to the others. Python takes handlers away
+        # as it ends, but lets signals be ignored.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.distributed.destroy_process_group()
-    return 0
+    return 0 if is_finished else STOPPED
 
 
-def train(run: RunConfig, process: "Process") -> None:
-    """Build a trainer on this rank and run it."""
+def train(run: RunConfig, process: "Process") -> bool:
+    """Build a trainer on this rank, run it, and tell whether it came to its last step."""
     from megatron_keye.config.backends import takes_transformer_engine
     from megatron_keye.training.trainer import Trainer
 
     has_gpu = process.device.type == "cuda"
     engine = takes_transformer_engine(run.training.linear_layers, has_gpu=has_gpu)
-    Trainer(run, process, uses_transformer_engine=engine).train()
+    trainer = Trainer(run, process, uses_transformer_engine=engine)
+    trainer.train()
+    return not trainer.was_stopped
 
 
 def meeting_point(num_ranks: int) -> str:

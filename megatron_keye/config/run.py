@@ -101,7 +101,8 @@ class RunConfig:
             "parallel",
             self.parallel.describe(),
             f"{num_ranks}, the number of ranks that were started; change a degree with --set, or "
-            f"start {self.parallel.num_ranks} with launch/local.sh",
+            f"start {self.parallel.num_ranks} ranks (launch/local.sh --ranks; under Slurm "
+            "nodes times GPUs of a node)",
         )
 
     def to_json(self) -> str:

@@ -109,6 +109,8 @@ class StepMetrics:
     """Images and frames that were decoded and encoded."""
     padding_share: float
     """Part of the packed rows that is padding."""
+    asks_to_stop: bool
+    """Whether any rank was asked to stop before this step ended."""
 
     def scalars(self) -> dict[str, float]:
         """Return all figures as floats by name."""
@@ -124,6 +126,7 @@ def collect_metrics(
     outcome: StepOutcome,
     learning_rate: float,
     seconds: dict[str, float],
+    asks_to_stop: bool,
 ) -> StepMetrics:
     """Add up what all ranks measured. All ranks must call it.
 
@@ -136,8 +139,10 @@ def collect_metrics(
         learning_rate: Of the step.
         seconds: This rank's time in the "step", as "decoder" and for "vision", of that in
             "vision_wait".
+        asks_to_stop: Whether this rank was asked to stop; travels with the times.
     """
-    sums, times, counts_LE = _exchange(meter, router_load, seconds)
+    sums, largest, counts_LE = _exchange(meter, router_load, seconds | {"stop": asks_to_stop})
+    times = {name: largest[name] for name in seconds}
     device = router_load.counts_LE.device
     decoder = run.model.decoder
     kl_terms = counts.indexer_queries * decoder.num_kv_heads * decoder.num_layers
@@ -162,6 +167,7 @@ def collect_metrics(
         decode_queue=sums["ready_chunks"] / max(1.0, sums["taken_chunks"]),
         pictures=round(sums["pictures"]),
         padding_share=1 - counts.queries / counts.tokens,
+        asks_to_stop=bool(largest["stop"]),
     )
 
 
@@ -176,17 +182,17 @@ def decode_sums(statistics: DecodeStatistics) -> dict[str, float]:
 
 
 def _exchange(
-    meter: RowMeter, router_load: RouterLoad, seconds: dict[str, float]
+    meter: RowMeter, router_load: RouterLoad, maxima: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float], Tensor]:
-    """Sum one vector over all ranks: named sums, and router counts; take the longest of times."""
+    """Sum one vector over all ranks: named sums, and router counts; take the largest of maxima."""
     device = router_load.counts_LE.device
     zero = torch.zeros((), dtype=torch.float64, device=device)
     named = torch.stack([meter.sums.get(name, zero) for name in _SUMS])
     vector = torch.cat([named, router_load.counts_LE.flatten()])
-    longest = torch.tensor(list(seconds.values()), dtype=torch.float64, device=device)
+    largest = torch.tensor(list(maxima.values()), dtype=torch.float64, device=device)
     dist.all_reduce(vector)
-    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     vector = vector.cpu()
     sums = dict(zip(_SUMS, vector[: len(_SUMS)].tolist(), strict=True))
     counts_LE = vector[len(_SUMS) :].view_as(router_load.counts_LE)
-    return sums, dict(zip(seconds, longest.tolist(), strict=True)), counts_LE
+    return sums, dict(zip(maxima, largest.tolist(), strict=True)), counts_LE

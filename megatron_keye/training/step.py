@@ -40,6 +40,7 @@ from megatron_keye.training.microbatch import (
 )
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.router_load import RouterLoad
+from megatron_keye.training.stop import StopRequest
 
 _MOST_HOLLOW_STEPS = 10
 """Steps in a row without a picture that decodes, after which it is no accident."""
@@ -66,6 +67,7 @@ class TrainingStep:
         optimizer: JointOptimizer,
         *,
         source: PatchSource | None,
+        stop: StopRequest,
         device: torch.device,
     ) -> None:
         """Take what stays the same over steps.
@@ -76,10 +78,11 @@ class TrainingStep:
             model: What this rank owns.
             optimizer: Its optimizers.
             source: Decodes pictures into patches, on ranks that encode; None on others.
+            stop: Looked at once a step.
             device: Where this rank computes.
         """
         self._run, self._grid, self._model, self._optimizer = run, grid, model, optimizer
-        self._device = device
+        self._stop, self._device = stop, device
         self._decode = Decoding(run, grid, model.chunks, device) if model.chunks else None
         self._decoder_seconds = 0.0
         self.recorder: StepRecorder | None = None
@@ -139,6 +142,7 @@ class TrainingStep:
                 "vision": self._encoder.seconds if self._encoder is not None else 0.0,
                 "vision_wait": self._encoder.wait_seconds if self._encoder is not None else 0.0,
             },
+            asks_to_stop=bool(self._stop.name),
         )
 
     def announce(self, rows: list[PackedRow]) -> None:

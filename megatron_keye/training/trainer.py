@@ -23,6 +23,7 @@ from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
 from megatron_keye.training.step import TrainingStep
+from megatron_keye.training.stop import StopRequest
 from megatron_keye.training.throughput import device_name
 from megatron_keye.training.timeline import write_step
 
@@ -47,7 +48,9 @@ class Trainer:
             ValueError: For degrees, samples or a checkpoint that do not fit.
         """
         run.check_num_ranks(process.num_ranks)
-        self._run, self._process = run, process
+        self._run, self._process, self._stop = run, process, StopRequest()
+        self.was_stopped = False
+        """Whether a signal ended the run before its last step."""
         self._grid = build_grid(run.parallel)
         seed_rank(run.training.seed, self._grid)
         self._loader = RowLoader(run.data, run.model, run.training.seed)
@@ -65,6 +68,7 @@ class Trainer:
             self._model,
             self._optimizer,
             source=self._source(),
+            stop=self._stop,
             device=process.device,
         )
         self._progress = store.Progress(step=0, updates=0, data=self._loader.state_dict())
@@ -75,7 +79,7 @@ class Trainer:
         self._resume()
 
     def train(self) -> dict[str, Any]:
-        """Train to the last step, saving on the way.
+        """Train to the last step, saving on the way, or until a signal asks to stop.
 
         Returns:
             The summary that rank 0 also writes to summary.json.
@@ -91,12 +95,13 @@ class Trainer:
         last = min(training.stop_after_step or training.steps, training.steps)
         if self._progress.step >= last:
             return self._already_ended(last)
+        self._stop.listen()
         if self._process.rank != 0:
             return self._summary(str(self._train_to(last, None)))
         with Report(self._run, self._progress.step, last) as report:
             summary = self._summary(str(self._train_to(last, report)))
         write_summary(self._run, summary)
-        show_summary(summary)
+        show_summary(summary, note=self._note_of_stop(last))
         return summary
 
     def _start_decoding(self) -> DecodeService:
@@ -147,9 +152,19 @@ class Trainer:
                 report.show_skipped(number + 1, self._num_skipped(), skipped)
             settings = self._run.training.checkpoint
             is_due = settings.interval_steps and (number + 1) % settings.interval_steps == 0
-            if is_due or (number + 1 == last and settings.saves_last):
+            is_last = number + 1 == last
+            self.was_stopped = metrics.asks_to_stop and not is_last
+            if is_due or self.was_stopped or (is_last and settings.saves_last):
                 folder = self._save()
+            if self.was_stopped:
+                break
         return folder
+
+    def _note_of_stop(self, last: int) -> str:
+        if not self.was_stopped:
+            return ""
+        step, signal_name = self._progress.step, self._stop.name or "a signal to another rank"
+        return f"stopped after step {step} of {last} by {signal_name}; --resume auto goes on"
 
     def _train_one(self, number: int, *, is_last: bool) -> StepMetrics:
         rows, state = self._take_rows()

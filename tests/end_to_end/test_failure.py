@@ -1,7 +1,8 @@
-"""A rank that dies ends the whole job soon, whoever waits for it."""
+"""A rank that dies ends the whole job soon, whoever waits for it; one that is asked to stop, too."""
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,6 +60,34 @@ def test_a_killed_rank_ends_the_job(victim: int, tmp_path: Path) -> None:
         process.wait(timeout=SECONDS_TO_END)
     assert process.returncode == 128 + signal.SIGKILL
     assert f"process {ranks[victim].pid} was ended by signal 9" in errors
+    assert not any(child.is_running() for child in ranks.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "to_rank", "status"),
+    [(signal.SIGUSR1, 1, 75), (signal.SIGTERM, None, 143)],
+    ids=["USR1 to one rank", "TERM to the launcher"],
+)
+def test_a_signal_stops_all_ranks_after_the_same_step_which_is_saved(
+    number: signal.Signals, to_rank: int | None, status: int, tmp_path: Path
+) -> None:
+    process = start(tmp_path)
+    try:
+        assert process.stdout is not None
+        assert any(line.startswith("step 1/") for line in process.stdout)
+        ranks = ranks_of(process.pid)
+        asked = process if to_rank is None else ranks[to_rank]
+        asked.send_signal(number)
+        output, errors = process.communicate(timeout=3 * SECONDS_TO_END)
+    finally:
+        process.terminate()
+        process.wait(timeout=SECONDS_TO_END)
+    assert process.returncode == status, errors
+    assert "Traceback" not in errors
+    stopped = re.findall(r"stopped after step (\d+) of 1000 by", output)
+    folder = tmp_path / "keye_tiny" / "checkpoints"
+    assert os.listdir(folder) == [f"step-{int(stopped[0]):08d}"]
     assert not any(child.is_running() for child in ranks.values())
 
 

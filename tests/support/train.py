@@ -21,6 +21,7 @@ from megatron_keye.parallel.recorder import Span
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.step import TrainingStep
+from megatron_keye.training.stop import StopRequest
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import SyntheticPatches, mixed_rows
 
@@ -169,7 +170,8 @@ def build_step(run: RunConfig) -> tuple[Grid, KeyeModel, JointOptimizer, Trainin
     engine = run.training.linear_layers == "transformer_engine"
     model = build_model(run, grid, device, uses_transformer_engine=engine)
     optimizer = JointOptimizer(run, model, grid)
-    step = TrainingStep(run, grid, model, optimizer, source=SyntheticPatches(), device=device)
+    source, stop = SyntheticPatches(), StopRequest()
+    step = TrainingStep(run, grid, model, optimizer, source=source, stop=stop, device=device)
     return grid, model, optimizer, step
 
 

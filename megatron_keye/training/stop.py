@@ -1,0 +1,27 @@
+"""Lets a signal end a run after its step, with a checkpoint, instead of in the middle of it.
+
+Slurm warns with USR1 and ends with TERM, a person presses Ctrl-C; often several come, to some
+ranks or to all. A signal only leaves a mark; ranks agree on what to do with the step's metrics.
+"""
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether this process was asked to stop."""
+
+    def __init__(self) -> None:
+        """Listen to nothing yet, so that building a run can still be interrupted."""
+        self.name = ""
+        """Of the first signal that came, "" before."""
+
+    def listen(self) -> None:
+        """Take the signals from now on; any number of them is as one."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.name = self.name or signal.Signals(number).name
