@@ -124,7 +124,6 @@ def collect_metrics(
     *,
     counts: BatchCounts,
     outcome: StepOutcome,
-    learning_rate: float,
     seconds: dict[str, float],
     asks_to_stop: bool,
 ) -> StepMetrics:
@@ -136,7 +135,6 @@ def collect_metrics(
         run: Sizes and degrees.
         counts: Of the global batch.
         outcome: Of the optimizer.
-        learning_rate: Of the step.
         seconds: This rank's time in the "step", as "decoder" and for "vision", of that in
             "vision_wait".
         asks_to_stop: Whether this rank was asked to stop; travels with the times.
@@ -154,7 +152,7 @@ def collect_metrics(
         indexer_recall=sums["recall"] / sums["recall_queries"] if sums["recall_queries"] else nan,
         router_load=float((counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1)).mean()),
         gradient_norm=outcome.gradient_norm,
-        learning_rate=learning_rate,
+        learning_rate=outcome.learning_rate,
         was_applied=outcome.was_applied,
         tokens_per_second=counts.queries / times["step"],
         tflops_per_device=tflops,

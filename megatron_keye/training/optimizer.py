@@ -27,6 +27,8 @@ class StepOutcome:
 
     gradient_norm: float
     """Norm over decoder and vision together, before clipping."""
+    learning_rate: float
+    """With which weights changed, if they did."""
     was_applied: bool
     """False when a gradient was infinite or not a number; no weight changed then."""
 
@@ -93,7 +95,7 @@ class JointOptimizer:
             optimizer.prepare_grads()
         norm = self._joint_norm(meanwhile)
         if not math.isfinite(norm):
-            return StepOutcome(gradient_norm=norm, was_applied=False)
+            return StepOutcome(norm, learning_rate, was_applied=False)
         limit = self._run.training.optimizer.clip_gradient_norm
         for optimizer in optimizers:
             parameters = optimizer.get_parameters()
@@ -101,7 +103,7 @@ class JointOptimizer:
                 clip_grad_by_total_norm_fp32(parameters, limit, norm)
             optimizer.step_with_ready_grads()
         self._gather_weights()
-        return StepOutcome(gradient_norm=norm, was_applied=True)
+        return StepOutcome(norm, learning_rate, was_applied=True)
 
     def _build(
         self, chunks: list[torch.nn.Module], groups: ProcessGroupCollection

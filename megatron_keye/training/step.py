@@ -135,7 +135,6 @@ class TrainingStep:
             self._run,
             counts=counts,
             outcome=outcome,
-            learning_rate=rate,
             seconds={
                 "step": time.perf_counter() - started,
                 "decoder": self._decoder_seconds,

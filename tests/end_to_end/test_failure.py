@@ -1,4 +1,4 @@
-"""A rank that dies ends the whole job soon, whoever waits for it; one that is asked to stop, too."""
+"""A rank that dies ends the whole job soon, whoever waits for it; so does a wish to stop."""
 
 import contextlib
 import os
