@@ -4,7 +4,7 @@ Finds out before a queue does whether recipe, ranks and stopping work. Needs roo
 (Debian, Ubuntu: apt-get install slurm-wlm). Everything lies in a temporary folder and listens on
 the loopback interface only; a Slurm that runs here already is not touched.
 
-    python tools/rehearse_slurm.py RECIPE [--ranks-per-node N] [--sbatch OPTION] [-- ARGUMENTS]
+    python tools/rehearse_slurm.py [--ranks-per-node N] [--sbatch=OPTION] RECIPE [ARGUMENTS]
 
 ARGUMENTS go to launch/train.py. Ctrl-C cancels the job. Exit status: that of the job.
 """
@@ -50,7 +50,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
-KillWait=10
+KillWait=30
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -238,10 +238,10 @@ def follow(slurm: LocalSlurm, job: str, log: Path) -> int:
 def main() -> int:
     """Submit, show, end."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe")
     parser.add_argument("--ranks-per-node", type=int, default=2)
     parser.add_argument("--sbatch", action="append", default=[], help="an option of sbatch")
-    parser.add_argument("arguments", nargs="*", help="for launch/train.py, behind --")
+    parser.add_argument("recipe")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for launch/train.py")
     options = parser.parse_args()
     reason = missing()
     if reason:

@@ -5,9 +5,25 @@ ranks or to all. A signal only leaves a mark; ranks agree on what to do with the
 """
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def hidden_from_children() -> Iterator[None]:
+    """Start processes inside that never see these signals; this one sees them at the end.
+
+    Slurm signals every process of a step. Megatron's checkpoints keep one for their results from
+    the first save on, and the save of a stop would fail without it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopRequest:

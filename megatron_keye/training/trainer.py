@@ -23,7 +23,7 @@ from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
 from megatron_keye.training.step import TrainingStep
-from megatron_keye.training.stop import StopRequest
+from megatron_keye.training.stop import StopRequest, hidden_from_children
 from megatron_keye.training.throughput import device_name
 from megatron_keye.training.timeline import write_step
 
@@ -226,7 +226,8 @@ class Trainer:
         return self._loader.num_skipped + self._num_damaged
 
     def _save(self) -> Path:
-        return store.save(self._run, self._model, self._optimizer, self._grid, self._progress)
+        with hidden_from_children():
+            return store.save(self._run, self._model, self._optimizer, self._grid, self._progress)
 
     def _resume(self) -> None:
         folder = store.find_checkpoint(self._run)
