@@ -7,6 +7,7 @@ ranks or to all. A signal only leaves a mark; ranks agree on what to do with the
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -20,6 +21,10 @@ def hidden_from_children() -> Iterator[None]:
     the first save on, and the save of a stop would fail without it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    # Python's own helper of spawned processes unblocks INT and TERM when it starts, so it comes
+    # before the second call, and after the first, as USR1 would end it.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
