@@ -12,6 +12,7 @@ ARGUMENTS go to launch/train.py. Ctrl-C cancels the job. Exit status: that of th
 import argparse
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -42,6 +43,8 @@ CredType=cred/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CommunicationParameters=NoInAddrAny
 SlurmctldPort={ports[0]}
+# Ranks meet at a port by the job's number, and another rehearsal may run.
+FirstJobId={first_job}
 ReturnToService=2
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -82,7 +85,10 @@ class LocalSlurm:
         for node in NODES:
             (self._folder / f"spool-{node}").mkdir()
         configuration = _CONFIGURATION.format(
-            folder=self._folder, ports=_free_ports(3), cpus=os.cpu_count()
+            folder=self._folder,
+            ports=_free_ports(3),
+            cpus=os.cpu_count(),
+            first_job=random.randint(1, 20_000),
         )
         (self._folder / "slurm.conf").write_text(configuration)
         self.environment = os.environ | {
@@ -151,7 +157,7 @@ class LocalSlurm:
 
     def is_over(self, number: str) -> bool:
         """Tell whether a job has ended and will not run again by itself."""
-        running = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
+        running = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SIGNALING")
         return self.job(number)["JobState"] not in running
 
     def _start_munge(self) -> None:
