@@ -100,11 +100,13 @@ class LocalSlurm:
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
-        """Start the daemons and wait until both nodes take jobs.
+        """Start the daemons and wait until both nodes take jobs. TERM from now on is Ctrl-C.
 
         Raises:
             RuntimeError: When they do not; with the ends of their logs.
         """
+        # Daemons and jobs would outlive a plain end by TERM.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             self._start_munge()
             self._start("slurmctld", "-D", "-i")
