@@ -1,0 +1,43 @@
+"""Signals leave a mark on the process that trains and nothing on those that it starts."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_keye.training.stop import SIGNALS, StopRequest, hidden_from_children
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def answer_after_signals() -> str:
+    """Start a process as checkpoints do, send it every signal, and ask it for something."""
+    stop = StopRequest()
+    stop.listen()
+    with hidden_from_children():
+        manager = multiprocessing.get_context("spawn").Manager()
+        queue = manager.Queue()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not stop.name, "the signal comes when the processes have been started"
+    assert stop.name == "SIGUSR1"
+    for number in SIGNALS:
+        os.kill(manager._process.pid, number)
+        os.kill(os.getpid(), number)
+    queue.put("still there")
+    assert stop.name == "SIGUSR1", "only the first is told"
+    return str(queue.get())
+
+
+@pytest.mark.slow
+def test_processes_of_a_save_outlive_the_signals_that_stop_a_run() -> None:
+    # In a process of its own, since handlers stay.
+    code = f"from {__name__} import answer_after_signals as f\nprint(f())"
+    guarded = "if __name__ == '__main__':\n    " + code.replace("\n", "\n    ")
+    result = subprocess.run(
+        [sys.executable, "-c", guarded], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "still there\n", result.stderr
