@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_keye.checkpoint import state, store
+from megatron_keye.checkpoint import store
 from megatron_keye.checkpoint.convert import Options, hf_to_native, native_to_hf
+from megatron_keye.checkpoint.optimizer_shards import MASTER, optimizers_of, shards_of
 from megatron_keye.checkpoint.safetensors_index import open_folder
 from megatron_keye.checkpoint.synthetic import write_synthetic
 from megatron_keye.checkpoint.to_native import native_shapes
@@ -132,8 +133,10 @@ def _load_and_save(run_json: str, weights: Path) -> bool:
     optimizer = JointOptimizer(run, model, grid)
     store.load_weights(weights, run, model, optimizer, grid)
     store.save(run, model, optimizer, grid, store.Progress(step=0, updates=0, data={}))
-    pairs = [pair for inner in state._optimizers(optimizer) for pair in state._masters(inner)]
-    return bool(pairs) and all(torch.equal(w.float(), master) for w, master in pairs)
+    shards = [shard for inner in optimizers_of(optimizer) for shard in shards_of(inner)]
+    return bool(shards) and all(
+        torch.equal(shard.weight.float(), shard.kept[MASTER]) for shard in shards
+    )
 
 
 @pytest.mark.parametrize(
