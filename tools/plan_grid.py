@@ -278,6 +278,10 @@ def _gibibytes(memory: Memory) -> dict[str, float]:
     return {name: size / 2**30 for name, size in vars(memory).items()}
 
 
+def _total(rank: dict[str, Any]) -> float:
+    return float(sum(rank["memory"].values()))
+
+
 def describe(plan: dict[str, Any]) -> str:
     """Return the plan as text."""
     lines = [f"{plan['recipe']}: {plan['grid']}", ""]
@@ -287,12 +291,12 @@ def describe(plan: dict[str, Any]) -> str:
     for rank in plan["ranks"]:
         place = " ".join(f"{axis} {number}" for axis, number in rank["place"].items())
         layers = f"layers {_ranges(rank['layers'])}" if rank["layers"] else "no layers"
-        size = f"{sum(rank['memory'].values()):>6.1f} GiB"
+        size = f"{_total(rank):>6.1f} GiB"
         lines.append(
             f"  rank {rank['rank']:>4}  {rank['role']:<19} {place:<46} "
             f"{rank['parameters']:>15,} parameters, {size}, {layers}"
         )
-    fullest = max(plan["ranks"], key=lambda rank: sum(rank["memory"].values()))
+    fullest = max(plan["ranks"], key=_total)
     parts = ", ".join(f"{name} {size:.1f}" for name, size in fullest["memory"].items())
     lines += ["", f"  expected of rank {fullest['rank']}, the fullest, in GiB: {parts}"]
     return "\n".join(lines) + "\n" + describe_step(plan.get("step"))

@@ -37,6 +37,10 @@ class Shard:
         """Whether this rank updates all of the weight."""
         return len(self.elements) == self.weight.numel()
 
+    def part_of(self, whole: Tensor) -> Tensor:
+        """Return those elements of `whole`, which has the weight's, that this rank updates."""
+        return whole.flatten()[self.elements.start : self.elements.stop]
+
 
 def optimizers_of(joint: JointOptimizer) -> Iterator[MegatronOptimizer]:
     """Yield this rank's optimizers that have something to learn."""

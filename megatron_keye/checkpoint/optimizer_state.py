@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_keye.checkpoint.optimizer_shards import (
     MASTER,
+    Shard,
     is_shared,
     optimizers_of,
     put_together,
@@ -36,8 +38,7 @@ def saved_optimizer(joint: JointOptimizer, weights: Sharded) -> Sharded:
         for shard in put_together(optimizer):
             name = names[id(shard.weight)]
             for kind, whole in shard.kept.items():
-                sharded = _sharded(weights[name], whole, kind)
-                state[f"{name}.{kind}"] = _first(sharded) if is_shared(optimizer) else sharded
+                state[f"{name}.{kind}"] = _placed(optimizer, shard, weights[name], whole, kind)
     return state
 
 
@@ -47,15 +48,15 @@ class WantedOptimizer:
 
     state: Sharded
     """Whole moments and master weights."""
-    parts: tuple[tuple[Tensor, Tensor, range], ...]
-    """Tensors of an optimizer, the whole tensors that come of the checkpoint, and which of their
-    elements the optimizer keeps."""
+    parts: tuple[tuple[Shard, Tensor, Tensor], ...]
+    """What is kept of a weight, the optimizer's own tensor, and the whole one that comes of the
+    checkpoint."""
 
     @torch.no_grad()
     def keep(self) -> None:
         """Take from whole tensors, once they are filled, what the optimizers keep."""
-        for kept, whole, elements in self.parts:
-            kept.copy_(whole.flatten()[elements.start : elements.stop].view_as(kept))
+        for shard, kept, whole in self.parts:
+            kept.copy_(shard.part_of(whole).view_as(kept))
 
 
 def wanted_optimizer(joint: JointOptimizer, weights: Sharded) -> WantedOptimizer:
@@ -69,7 +70,7 @@ def wanted_optimizer(joint: JointOptimizer, weights: Sharded) -> WantedOptimizer
     """
     names = _names(weights)
     state: Sharded = {}
-    parts: list[tuple[Tensor, Tensor, range]] = []
+    parts: list[tuple[Shard, Tensor, Tensor]] = []
     for optimizer in optimizers_of(joint):
         for shard in shards_of(optimizer):
             name = names[id(shard.weight)]
@@ -77,10 +78,8 @@ def wanted_optimizer(joint: JointOptimizer, weights: Sharded) -> WantedOptimizer
                 whole = kept
                 if not shard.is_whole:
                     whole = kept.new_empty(shard.weight.numel())
-                    parts.append((kept, whole, shard.elements))
-                sharded = _sharded(weights[name], whole, kind)
-                begins_here = is_shared(optimizer) and shard.elements.start == 0
-                state[f"{name}.{kind}"] = _first(sharded) if begins_here else sharded
+                    parts.append((shard, kept, whole))
+                state[f"{name}.{kind}"] = _placed(optimizer, shard, weights[name], whole, kind)
     return WantedOptimizer(state=state, parts=tuple(parts))
 
 
@@ -105,27 +104,31 @@ def copy_to_masters(joint: JointOptimizer) -> None:
     for optimizer in optimizers_of(joint):
         for shard in shards_of(optimizer):
             if MASTER in shard.kept:
-                master, part = shard.kept[MASTER], shard.elements
-                master.copy_(shard.weight.flatten()[part.start : part.stop].view_as(master))
+                master = shard.kept[MASTER]
+                master.copy_(shard.part_of(shard.weight).view_as(master))
 
 
 def _names(weights: Sharded) -> dict[int, str]:
     return {id(tensor): name for name, tensor in data_of(weights).items()}
 
 
-def _sharded(weight: Place, tensor: Tensor, kind: str) -> Place:
+def _placed(
+    optimizer: MegatronOptimizer, shard: Shard, weight: Place, whole: Tensor, kind: str
+) -> Place:
     """Place an optimizer's tensor in the whole model as its weight is placed.
 
+    Where replicas share the optimizer, the one that has a weight's beginning counts as the first,
+    which writes it.
+
     Args:
+        optimizer: Whose tensor it is.
+        shard: What it keeps of the weight.
         weight: As a checkpoint holds it.
-        tensor: As many elements as the weight.
-        kind: Its name.
+        whole: As many elements as the weight.
+        kind: Name of the tensor.
     """
-    placed = tensor.view(weight.data.shape)
-    sharded: Place = make_sharded_optimizer_tensor(weight, placed, prefix=f"optimizer.{kind}")
-    return sharded
-
-
-def _first(sharded: Place) -> Place:
-    """Make this replica the first one, which is asked for, although others keep nothing of it."""
-    return replace(sharded, replica_id=(*sharded.replica_id[:-1], 0))
+    shaped = whole.view(weight.data.shape)
+    placed: Place = make_sharded_optimizer_tensor(weight, shaped, prefix=f"optimizer.{kind}")
+    if is_shared(optimizer) and shard.elements.start == 0:
+        placed = replace(placed, replica_id=(*placed.replica_id[:-1], 0))
+    return placed

@@ -139,13 +139,13 @@ def collect_metrics(
             "vision_wait".
         asks_to_stop: Whether this rank was asked to stop; travels with the times.
     """
-    sums, largest, counts_LE = _exchange(meter, router_load, seconds | {"stop": asks_to_stop})
-    times = {name: largest[name] for name in seconds}
+    maxima = seconds | {"stop": asks_to_stop}
+    sums, largest, counts_LE = _exchange(meter, router_load, maxima)
     device = router_load.counts_LE.device
     decoder = run.model.decoder
     kl_terms = counts.indexer_queries * decoder.num_kv_heads * decoder.num_layers
     nan = float("nan")
-    tflops = counts.flops / times["step"] / run.parallel.num_ranks / 1e12
+    tflops = counts.flops / largest["step"] / run.parallel.num_ranks / 1e12
     return StepMetrics(
         loss=sums["language_loss"] / counts.loss_tokens if counts.loss_tokens else nan,
         indexer_kl=sums["indexer_kl"] / kl_terms if kl_terms else nan,
@@ -154,13 +154,13 @@ def collect_metrics(
         gradient_norm=outcome.gradient_norm,
         learning_rate=outcome.learning_rate,
         was_applied=outcome.was_applied,
-        tokens_per_second=counts.queries / times["step"],
+        tokens_per_second=counts.queries / largest["step"],
         tflops_per_device=tflops,
         mfu=tflops / peak_tflops(run, device_name(device)),
-        step_seconds=times["step"],
-        decoder_seconds=times["decoder"],
-        vision_seconds=times["vision"],
-        vision_wait_seconds=times["vision_wait"],
+        step_seconds=largest["step"],
+        decoder_seconds=largest["decoder"],
+        vision_seconds=largest["vision"],
+        vision_wait_seconds=largest["vision_wait"],
         decoded_per_second=sums["decoded_per_second"],
         decode_queue=sums["ready_chunks"] / max(1.0, sums["taken_chunks"]),
         pictures=round(sums["pictures"]),
