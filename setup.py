@@ -18,7 +18,7 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-# Hopper with its own instructions (wgmma, bulk copies); TORCH_CUDA_ARCH_LIST overrides it.
+# Hopper with its own instructions (wgmma); TORCH_CUDA_ARCH_LIST overrides it.
 DEFAULT_ARCH = "9.0a"
 
 
@@ -95,7 +95,7 @@ def cuda_extension() -> dict[str, Any]:
         for pattern in ("*.cpp", "*/*.cpp", "*/*.cu")
         for path in (ROOT / "csrc").glob(pattern)
     )
-    # Kernels that use Hopper's own instructions exist only in code for this target.
+    # The operators behind csrc/*/*_sm90a.cu are registered only in a build for this target.
     has_hopper = DEFAULT_ARCH in os.environ["TORCH_CUDA_ARCH_LIST"]
     extension = CUDAExtension(
         name="megatron_keye._C",

@@ -12,7 +12,7 @@ TORCH_LIBRARY(megatron_keye, m) {
       "lightning_indexer(Tensor q_TIJ, Tensor k_SJ, Tensor gate_TI, Tensor key_start_T, "
       "Tensor key_end_T, int k, int scratch_bytes) -> Tensor");
   m.def("select_top_k(Tensor scores_TS, Tensor key_start_T, Tensor key_end_T, int k) -> Tensor");
-  m.def("select_top_k_few(Tensor scores_TS, Tensor key_end_T, int k) -> Tensor");
+  m.def("select_top_k_split_rows(Tensor scores_TS, Tensor key_end_T, int k) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(megatron_keye, CUDA, m) {
@@ -20,7 +20,7 @@ TORCH_LIBRARY_IMPL(megatron_keye, CUDA, m) {
   m.impl("lightning_indexer", &megatron_keye::lightning_indexer);
 #endif
   m.impl("select_top_k", &megatron_keye::select_top_k);
-  m.impl("select_top_k_few", &megatron_keye::select_top_k_few);
+  m.impl("select_top_k_split_rows", &megatron_keye::select_top_k_split_rows);
 }
 
 // An empty Python module: importing it loads the registrations above.

@@ -1,4 +1,4 @@
-"""Checks that the operators make of what they are called with, and the choice of implementation.
+"""Checks of the operators' arguments, and the choice of implementation.
 
 A tensor that is merely shifted or transposed would give wrong numbers without any complaint, so
 every public operator states its contract through these few functions.
@@ -61,7 +61,7 @@ def default_impl(*tensors: Tensor) -> str:
 
 @functools.cache
 def _log_default(operator: str, chosen: str) -> None:
-    """Name the default once a process, not once a layer and step."""
+    """Name the default once per process, not once per layer and step."""
     _logger.info("%s runs as %s", operator, chosen)
 
 

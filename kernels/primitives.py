@@ -1,7 +1,7 @@
 """Triton functions that the kernels of several operators share.
 
-Kept to what reads the same in each of them: tiles of rows, the walk over a union, the indexer's
-scores, the online softmax.
+Only what is the same in each of them: tiles of rows, loads of a union, the indexer's scores, the
+online softmax.
 """
 
 import triton
@@ -111,8 +111,8 @@ def score_tile(
 ) -> tl.tensor:
     """Return the indexer's scores [queries, keys] before their factor J^-0.5.
 
-    Walks the heads, so that their sum never leaves a thread. `local` counts queries from the one
-    at which `q_rows` and `gate_rows` point.
+    Iterates over the heads, so that their sum never leaves a thread. `local` counts queries from
+    the one at which `q_rows` and `gate_rows` point.
     """
     scores = tl.zeros([local.shape[0], k_tile.shape[0]], tl.float32)
     for head in range(HEADS):
@@ -128,22 +128,25 @@ def score_tile(
 
 
 @triton.jit
-def fold_values(
-    top: tl.tensor,
-    total: tl.tensor,
-    sums: tl.tensor,
+def online_softmax_update(
+    m_i: tl.tensor,
+    l_i: tl.tensor,
+    acc: tl.tensor,
     logits: tl.tensor,
     value_tile: tl.tensor,
 ) -> tl.tensor:
-    """Take more keys into an online softmax: logits [rows, keys] in powers of two, their values.
+    """Add more keys to an online softmax: logits [rows, keys] in powers of two, their values.
 
-    Returns each row's largest logit so far, which starts finite so that a row without any key
-    meets no inf - inf, its sum of exponentials below it, and that of its weighted values.
+    Returns each row's running maximum m_i, which starts finite so that a row without any key
+    never computes inf - inf, its running sum of exponentials l_i, and the accumulator of its
+    weighted values.
+
+    Source: arXiv 1805.02867 (Milakov and Gimelshein, online softmax).
     """
-    new_top = tl.maximum(top, tl.max(logits, 1))
-    weights = tl.exp2(logits - new_top[:, None])
-    shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(weights, 1)
-    sums = sums * shrink[:, None]
-    sums = tl.dot(weights.to(value_tile.dtype), value_tile, sums, input_precision="ieee")
-    return new_top, total, sums
+    m_new = tl.maximum(m_i, tl.max(logits, 1))
+    weights = tl.exp2(logits - m_new[:, None])
+    rescale = tl.exp2(m_i - m_new)
+    l_i = l_i * rescale + tl.sum(weights, 1)
+    acc = acc * rescale[:, None]
+    acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc, input_precision="ieee")
+    return m_new, l_i, acc

@@ -55,4 +55,4 @@ def map_row_chunks(
             )
         else:
             results.append(function(*chunk, *shared))
-    return tuple(torch.cat(pieces) for pieces in zip(*results, strict=True))
+    return tuple(torch.cat(chunks) for chunks in zip(*results, strict=True))

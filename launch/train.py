@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # local.sh keeps the script's own folder off the path
 
-from launch.recipe import load_recipe, recipe_names  # noqa: E402
 from megatron_keye.config import RunConfig  # noqa: E402
+from megatron_keye.errors import UserError  # noqa: E402
+from megatron_keye.recipes import load_recipe, recipe_names  # noqa: E402
 
 if TYPE_CHECKING:
     from megatron_keye.parallel.process import Process
@@ -81,14 +82,14 @@ def main(arguments: list[str]) -> int:
             sys.stdout.write(run.to_json() if rank == 0 else "")
             return 0
         run.check_num_ranks(num_ranks)
-    except ValueError as error:
+    except UserError as error:
         if rank == 0:
             return complain(error)
         time.sleep(SECONDS_FOR_RANK_0)
         return USER_ERROR
     try:
         device = resolve_device(run.device, int(os.environ.get("LOCAL_RANK", "0")))
-    except ValueError as error:
+    except UserError as error:
         return complain(error)  # another machine may have all its devices
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends waiting for peers, unlike a handler
     quieten(rank)
@@ -99,7 +100,7 @@ def main(arguments: list[str]) -> int:
         if not process.is_first_to_fail():
             time.sleep(SECONDS_FOR_THE_FIRST)
             return LOST_PEERS
-        if not isinstance(error, ValueError):
+        if not isinstance(error, UserError):
             raise
         return complain(error)
     if not is_finished:
@@ -137,7 +138,7 @@ def quieten(rank: int) -> None:
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 
-def complain(error: ValueError) -> int:
+def complain(error: UserError) -> int:
     """Say what is wrong in one sentence and return the exit code."""
     sys.stderr.write(f"error: {error}\n")
     return USER_ERROR

@@ -24,14 +24,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the tool also runs where only a script's own folder is known
 
-from launch.recipe import load_recipe  # noqa: E402
-from megatron_keye.checkpoint.parameter_shapes import (  # noqa: E402
+from megatron_keye.checkpoint.convert.synthetic import write_synthetic  # noqa: E402
+from megatron_keye.checkpoint.hf.parameter_shapes import (  # noqa: E402
     count_parameters,
     parameter_shapes,
 )
-from megatron_keye.checkpoint.safetensors_index import open_folder  # noqa: E402
-from megatron_keye.checkpoint.synthetic import write_synthetic  # noqa: E402
+from megatron_keye.checkpoint.hf.safetensors_index import open_folder  # noqa: E402
 from megatron_keye.config import RunConfig  # noqa: E402
+from megatron_keye.recipes import load_recipe  # noqa: E402
 
 CONVERTER = ROOT / "tools" / "convert_checkpoint.py"
 GIGABYTE = 1_000_000_000

@@ -2,7 +2,7 @@
 
     python -m tools.benchmark_decode --out results.jsonl
 
-Clips are made first, with an entry point every 30 frames: an animated film at the bit rates of
+Clips are made first, with an random access point every 30 frames: an animated film at the bit rates of
 the web, and moving texture at those of a camera. Decoding counts every frame until it is an
 upright RGB tensor, of one file or of several side by side; "patches" takes 2 of 24 frames a
 second, as training does, resizes and cuts them, and counts the frames that were passed over, too.
@@ -38,12 +38,14 @@ from av.video.frame import PictureType
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_keye.data.media import Medium
 from megatron_keye.config import VisionConfig
 from megatron_keye.config.backends import DALI_NAMES, installed_version
-from megatron_keye.data import Picture, probe
-from megatron_keye.data.chunk_patches import decode_chunks
-from megatron_keye.data.frame_decoder import FrameDecoder, make_decoder
 from megatron_keye.data.media import resolve_media
+from megatron_keye.data.row import Picture
+from megatron_keye.data.video.chunk_patches import decode_chunks
+from megatron_keye.data.video.frame_decoder import FrameDecoder, make_decoder
+from megatron_keye.data.video.probe import probe
 
 SIZES = {"720p": (720, 1280), "1080p": (1080, 1920)}
 ENCODERS = {
@@ -98,8 +100,8 @@ def main() -> None:
             info = probe(clip.path)
             print(
                 f"{clip.content} {clip.codec} {clip.size}: {info.num_frames} frames, "
-                f"{clip.megabits()} Mbit/s, {len(info.entry_points)} entry points, "
-                f"{info.gpu_obstacle or 'fit for the GPU'}"
+                f"{clip.megabits()} Mbit/s, {len(info.random_access_points)} random access points, "
+                f"{info.gpu_unsupported_reason or 'fit for the GPU'}"
             )
         for clip in clips:
             for case in cases_of(clip, arguments.streams if has_dali else []):
@@ -286,7 +288,7 @@ def decode(decoder: FrameDecoder, clip: Clip, num_frames: int) -> int:
 def patches(decoder: FrameDecoder, clip: Clip, num_frames: int) -> int:
     """Make the patches that training makes of 2 frames a second."""
     pictures = [
-        Picture(media=str(clip.path), frame=frame, grid=GRID, is_video=True)
+        Picture(medium=Medium(str(clip.path), "video"), frame=frame, patch_grid=GRID)
         for frame in range(0, num_frames, SAMPLED_EVERY)
     ]
     chunks = [

@@ -20,11 +20,14 @@ from typing import Self
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the tool also runs where only a script's own folder is known
 
-from megatron_keye.checkpoint import worker_origin  # noqa: E402
+from megatron_keye.errors import UserError  # noqa: E402
+from megatron_keye.files import worker_origin  # noqa: E402
 
 if __name__ == "__main__":
     # Before the imports below: torch takes seconds, and workers import it on another core.
-    worker_origin.start_early()
+    worker_origin.start_early(
+        ["megatron_keye.checkpoint.convert.to_hf", "megatron_keye.checkpoint.convert.to_native"]
+    )
 
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -37,10 +40,10 @@ from rich.progress import (  # noqa: E402
 )
 from rich.progress import Progress as Bar  # noqa: E402
 
-from launch.recipe import load_recipe, recipe_names  # noqa: E402
-from megatron_keye.checkpoint import convert  # noqa: E402
-from megatron_keye.checkpoint.warm_start import warm_start  # noqa: E402
+from megatron_keye.checkpoint.convert import convert  # noqa: E402
+from megatron_keye.checkpoint.convert.warm_start import warm_start  # noqa: E402
 from megatron_keye.config import RunConfig  # noqa: E402
+from megatron_keye.recipes import load_recipe, recipe_names  # noqa: E402
 
 USER_ERROR = 2
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -143,7 +146,7 @@ def main(arguments: list[str]) -> int:
     try:
         with Watched(options.direction) as progress:
             run_conversion(options, progress)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return USER_ERROR
     sys.stdout.write(f"{options.out}\n")

@@ -21,6 +21,7 @@ sys.path.append(str(ROOT))  # the tool also runs where the package is not instal
 import av  # noqa: E402
 
 from megatron_keye.data.media import resolve_media  # noqa: E402
+from megatron_keye.errors import UserError  # noqa: E402
 
 USER_ERROR = 2
 _ENCODED_SECONDS = 60
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     try:
         clip = resolve_media(options.clip, Path())
-    except ValueError as error:
+    except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return USER_ERROR
     options.out.mkdir(parents=True, exist_ok=True)

@@ -16,33 +16,28 @@ import json
 import sys
 import warnings
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the tool also runs where the package is not installed
 
-from launch.recipe import load_recipe, recipe_names  # noqa: E402
-from megatron_keye.checkpoint.parameter_shapes import (  # noqa: E402
+from megatron_keye.checkpoint.hf.parameter_shapes import (  # noqa: E402
     count_parameters,
     parameter_shapes,
-    part_of,
 )
 from megatron_keye.config import RunConfig  # noqa: E402
-from megatron_keye.config.model import ModelConfig  # noqa: E402
-from megatron_keye.config.training import Part  # noqa: E402
-from megatron_keye.parallel.memory import (  # noqa: E402
-    Held,
-    Memory,
-    decoder_memory,
-    vision_memory,
+from megatron_keye.errors import UserError  # noqa: E402
+from megatron_keye.estimate.memory import Held, Memory, decoder_memory, vision_memory  # noqa: E402
+from megatron_keye.estimate.parameters import (  # noqa: E402
+    decoder_parameters,
+    stage_layers,
+    vision_parameters,
 )
+from megatron_keye.plan.places import decoder_place  # noqa: E402
+from megatron_keye.recipes import load_recipe, recipe_names  # noqa: E402
 
 USER_ERROR = 2
-# What tensor ranks split; norms, router and indexer stand on each of them whole.
-EXPERTS = ".mlp.experts."
-SPLIT_BY_TENSOR = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +85,10 @@ def main(arguments: list[str]) -> int:
         run = run.with_overrides(options.set)
         plan = make_plan(run, options.labels)
         if options.suggest and options.batch is None:
-            raise ValueError("--suggest: got no --batch, expected --batch SAMPLES:STEP beside it")
+            raise UserError("--suggest: got no --batch, expected --batch SAMPLES:STEP beside it")
         if options.batch is not None:
             plan["step"] = plan_batch(run, options.batch, suggests=options.suggest)
-    except ValueError as error:
+    except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return USER_ERROR
     sys.stdout.write(json.dumps(plan, indent=2) + "\n" if options.json else describe(plan))
@@ -130,15 +125,15 @@ def plan_batch(run: RunConfig, batch: str, *, suggests: bool) -> dict[str, Any]:
         suggests: Whether other numbers of vision ranks are tried.
 
     Raises:
-        ValueError: For a batch that is not SAMPLES:STEP, or samples that cannot be read.
+        UserError: For a batch that is not SAMPLES:STEP, or samples that cannot be read.
     """
     samples, colon, number = batch.rpartition(":")
     if not colon or not number.isdigit():
-        raise ValueError(f"--batch: got {batch!r}, expected SAMPLES:STEP with a step from 0")
+        raise UserError(f"--batch: got {batch!r}, expected SAMPLES:STEP with a step from 0")
     # Late, since Megatron-Core and torch take seconds to import and the grid needs neither.
     warnings.filterwarnings("ignore")
     from megatron_keye.data.loader import RowLoader
-    from megatron_keye.training import forecast
+    from megatron_keye.estimate import forecast
 
     data = replace(run.data, samples=samples or run.data.samples)
     loader = RowLoader(data, run.model, run.training.seed)
@@ -186,7 +181,7 @@ def plan_ranks(run: RunConfig, num_labels: int | None) -> list[Rank]:
         stages.append((_count(held), memory))
     ranks = []
     for rank in range(degrees.num_ranks):
-        place = decoder_coordinates(run, rank)
+        place = vars(decoder_place(degrees, rank))
         count, memory = stages[place["pipeline"]]
         ranks.append(
             Rank(
@@ -211,63 +206,6 @@ def plan_ranks(run: RunConfig, num_labels: int | None) -> list[Rank]:
             )
         )
     return ranks
-
-
-def decoder_coordinates(run: RunConfig, rank: int) -> dict[str, int]:
-    """Return where a decoder rank stands; tensor runs fastest, then context, data, pipeline.
-
-    parallel/grid.py defines the numbering but needs torch, whose import takes seconds.
-    """
-    degrees = run.parallel.decoder
-    sharer = rank % (degrees.tensor * degrees.context * degrees.data)
-    rest, tensor = divmod(rank, degrees.tensor)
-    rest, context = divmod(rest, degrees.context)
-    pipeline, data = divmod(rest, degrees.data)
-    places = {"tensor": tensor, "context": context, "data": data, "pipeline": pipeline}
-    return places | {"expert": sharer % degrees.expert}
-
-
-def stage_layers(run: RunConfig, stage: int) -> list[int]:
-    """Return the layers of a stage, chunk after chunk."""
-    degrees, num_layers = run.parallel.decoder, run.model.decoder.num_layers
-    chunks = range(degrees.chunks_per_stage)
-    return [layer for chunk in chunks for layer in degrees.chunk_layers(num_layers, stage, chunk)]
-
-
-def vision_parameters(model: ModelConfig) -> list[Held]:
-    """Return the parameters of ViT and projector, which no rank splits."""
-    counts = count_parameters(parameter_shapes(model))
-    seeing: tuple[Part, ...] = ("vision", "projector")
-    return [Held(part=part, is_expert=False, count=counts[part]) for part in seeing]
-
-
-def decoder_parameters(run: RunConfig, stage: int) -> list[Held]:
-    """Return the decoder's and the indexers' parameters on one rank of a stage."""
-    degrees = run.parallel.decoder
-    layers = set(stage_layers(run, stage))
-    held: list[Held] = []
-    for name, shape in parameter_shapes(run.model).items():
-        part = part_of(name)
-        if part in ("vision", "projector"):
-            continue
-        if not name.startswith("model.layers."):
-            is_first, is_last = stage == 0, stage == degrees.pipeline - 1
-            stands_here = is_first if name.startswith("model.embed_tokens.") else is_last
-            split = 1 if name.startswith("model.norm.") else degrees.tensor
-        else:
-            stands_here = int(name.split(".")[2]) in layers
-            split = _split(name, degrees.tensor, degrees.expert)
-        if stands_here:
-            is_expert = EXPERTS in name
-            held.append(Held(part=part, is_expert=is_expert, count=prod(shape) // split))
-    return held
-
-
-def _split(name: str, tensor: int, expert: int) -> int:
-    if EXPERTS in name:
-        return expert
-    is_projection = name.split(".")[-2] in SPLIT_BY_TENSOR and ".sa_indexer." not in name
-    return tensor if is_projection else 1
 
 
 def _count(held: list[Held]) -> int:

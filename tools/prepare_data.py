@@ -31,14 +31,15 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the tool also runs where the package is not installed
 
-from launch.recipe import load_recipe, recipe_names  # noqa: E402
-from megatron_keye.checkpoint.file_workers import make_files  # noqa: E402
-from megatron_keye.checkpoint.unfinished import UnfinishedFolder  # noqa: E402
 from megatron_keye.config import DataConfig, ModelConfig, RunConfig  # noqa: E402
-from megatron_keye.data.prepare import PieceMaker, SampleFile, scan  # noqa: E402
-from megatron_keye.data.probe_cache import ProbeCache  # noqa: E402
-from megatron_keye.data.store_settings import deciding_settings  # noqa: E402
+from megatron_keye.data.store.prepare import BlockMaker, SampleFile, scan  # noqa: E402
+from megatron_keye.data.store.probe_cache import ProbeCache  # noqa: E402
+from megatron_keye.data.store.settings import deciding_settings  # noqa: E402
 from megatron_keye.data.tokens import load_tokenizer  # noqa: E402
+from megatron_keye.errors import UserError  # noqa: E402
+from megatron_keye.files.partial_folder import PartialFolder  # noqa: E402
+from megatron_keye.files.workers import make_files  # noqa: E402
+from megatron_keye.recipes import load_recipe, recipe_names  # noqa: E402
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -85,7 +86,7 @@ def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     try:
         report = prepare(options)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return USER_ERROR
     except KeyboardInterrupt:
@@ -100,7 +101,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
     run: RunConfig = load_recipe(options.recipe)(num_ranks=1, has_gpu=True)
     run = run.with_overrides(options.set)
     if options.workers < 1 or options.preview < 0:
-        raise ValueError("--workers and --preview: expected 1 or more, and 0 or more")
+        raise UserError("--workers and --preview: expected 1 or more, and 0 or more")
     report = make_store(
         options.input,
         options.out,
@@ -110,7 +111,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         skips_bad=options.on_bad_sample == "skip",
     )
     if options.preview:
-        from megatron_keye.data.preview import write_preview
+        from megatron_keye.data.store.preview import write_preview
 
         write_preview(options.out, run.data, run.model, options.preview)
     return report | {"row_tokens": run.data.row_tokens}
@@ -139,16 +140,16 @@ def make_store(
         Totals, seconds, and samples_per_second of what was left to do.
 
     Raises:
-        ValueError: For an unreadable file, a store that is there, or, unless they are skipped,
+        UserError: For an unreadable file, a store that is there, or, unless they are skipped,
             samples of no use, naming them.
     """
     started = time.perf_counter()
     settings = deciding_settings(load_tokenizer(config.tokenizer), config, model)
     file = scan(samples)
-    folder = UnfinishedFolder(out, json.dumps([str(file.path), file.digest, settings]))
+    folder = PartialFolder(out, json.dumps([str(file.path), file.digest, settings]))
     probes = ProbeCache(folder.path / "probes")
-    maker = PieceMaker(file=file, config=config, model=model, probes=probes)
-    num_made = make_pieces(maker, folder, num_workers)
+    maker = BlockMaker(file=file, config=config, model=model, probes=probes)
+    num_made = make_blocks(maker, folder, num_workers)
     if not skips_bad:
         refuse(file, folder)
     attributes = {
@@ -163,10 +164,10 @@ def make_store(
     return totals | {"seconds": seconds, "samples_per_second": num_made / seconds}
 
 
-def make_pieces(maker: PieceMaker, folder: UnfinishedFolder, num_workers: int) -> int:
-    """Make the pieces that an earlier attempt has not, and return how many samples that took."""
-    pieces = maker.file.pieces
-    done = sum(lines.num_samples for name, lines in pieces.items() if folder.record(name))
+def make_blocks(maker: BlockMaker, folder: PartialFolder, num_workers: int) -> int:
+    """Make the blocks that an earlier attempt has not, and return how many samples that took."""
+    blocks = maker.file.blocks
+    done = sum(lines.num_samples for name, lines in blocks.items() if folder.record(name))
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -180,7 +181,7 @@ def make_pieces(maker: PieceMaker, folder: UnfinishedFolder, num_workers: int) -
         task = bar.add_task("preparing", total=maker.file.num_samples, completed=done)
         make_files(
             maker,
-            list(pieces),
+            list(blocks),
             folder,
             num_workers=num_workers,
             advance=lambda count: bar.advance(task, count),
@@ -188,16 +189,16 @@ def make_pieces(maker: PieceMaker, folder: UnfinishedFolder, num_workers: int) -
     return maker.file.num_samples - done
 
 
-def refuse(file: SampleFile, folder: UnfinishedFolder) -> None:
-    """Raise a ValueError if any sample was refused; its piece will be made again."""
+def refuse(file: SampleFile, folder: PartialFolder) -> None:
+    """Raise a ValueError if any sample was refused; its block will be made again."""
     reasons = []
-    for name in file.pieces:
+    for name in file.blocks:
         refused = folder.record(name)["refused"]
         if refused:
             folder.forget(name)
         reasons += refused
     if reasons:
-        raise ValueError(
+        raise UserError(
             f"{len(reasons)} of {file.num_samples} samples are of no use, so no store was made; "
             "correct them, or leave them out with --on-bad-sample skip (the other samples are "
             f"kept for that):\n{shortened(reasons)}"
@@ -211,18 +212,16 @@ def shortened(reasons: list[str]) -> str:
     return "\n".join(lines + [f"  ... and {more} more"] * (more > 0))
 
 
-def finish(
-    file: SampleFile, folder: UnfinishedFolder, attributes: dict[str, Any]
-) -> dict[str, Any]:
-    """Join all pieces, give the store its name and return its totals."""
-    from megatron_keye.data.store_writer import write_store
+def finish(file: SampleFile, folder: PartialFolder, attributes: dict[str, Any]) -> dict[str, Any]:
+    """Join all blocks, give the store its name and return its totals."""
+    from megatron_keye.data.store.writer import write_store
 
-    pieces = {folder.path / name: folder.record(name) for name in file.pieces}
-    if not any(record["num_samples"] for record in pieces.values()):
-        reasons = [reason for record in pieces.values() for reason in record["refused"]]
-        raise ValueError(f"{file.path}: has no sample of any use:\n{shortened(reasons)}")
+    blocks = {folder.path / name: folder.record(name) for name in file.blocks}
+    if not any(record["num_samples"] for record in blocks.values()):
+        reasons = [reason for record in blocks.values() for reason in record["refused"]]
+        raise UserError(f"{file.path}: has no sample of any use:\n{shortened(reasons)}")
     with Console(stderr=True).status("writing the store"):
-        totals = write_store(folder.path / "store", pieces, attributes)
+        totals = write_store(folder.path / "store", blocks, attributes)
     folder.promote("store")
     return totals
 

@@ -26,11 +26,12 @@ warnings.filterwarnings("ignore")  # Megatron-Core tells at import what is not i
 
 import torch  # noqa: E402
 
-from launch.recipe import load_recipe, recipe_names  # noqa: E402
 from megatron_keye.config import RunConfig  # noqa: E402
 from megatron_keye.config.megatron import weight_dtype  # noqa: E402
-from megatron_keye.training import gantt  # noqa: E402
-from megatron_keye.training.timeline import Timeline, chrome_trace, read_steps  # noqa: E402
+from megatron_keye.errors import UserError  # noqa: E402
+from megatron_keye.observe import gantt  # noqa: E402
+from megatron_keye.observe.timeline import Timeline, chrome_trace, read_steps  # noqa: E402
+from megatron_keye.recipes import load_recipe, recipe_names  # noqa: E402
 from megatron_keye.vision import VisionTower  # noqa: E402
 
 USER_ERROR = 2
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> int:
         if status != 0:
             return status
         steps = read_steps(options.timeline / run.name)
-    except ValueError as error:
+    except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return USER_ERROR
     last = max(steps)
@@ -125,9 +126,9 @@ def fit_vision(run: RunConfig, device: torch.device) -> str:
     tower = tower.to(device=device, dtype=weight_dtype(run))
     frames, seconds = [], []
     for side in _SIDES:
-        grids = [(side, side)] * max(1, _PATCHES // side**2)
-        frames.append([side**2] * len(grids))
-        seconds.append(time_forward(tower, grids, run.model.vision.patch_size))
+        patch_grids = [(side, side)] * max(1, _PATCHES // side**2)
+        frames.append([side**2] * len(patch_grids))
+        seconds.append(time_forward(tower, patch_grids, run.model.vision.patch_size))
     break_even = fit_break_even(frames, seconds)
     lines = [
         f"frames of {sizes[0]:>5} patches: {taken / sum(sizes) * 1e6:8.3f} us a patch"
@@ -138,16 +139,16 @@ def fit_vision(run: RunConfig, device: torch.device) -> str:
 
 
 @torch.no_grad()
-def time_forward(tower: VisionTower, grids: list[tuple[int, int]], patch_size: int) -> float:
-    """Return the median seconds of a forward pass over frames of these grids."""
+def time_forward(tower: VisionTower, patch_grids: list[tuple[int, int]], patch_size: int) -> float:
+    """Return the median seconds of a forward pass over frames of these patch_grids."""
     weight = next(tower.parameters())
-    num_patches = sum(height * width for height, width in grids)
+    num_patches = sum(height * width for height, width in patch_grids)
     patches = torch.zeros(num_patches, 3, patch_size, patch_size).to(weight)
     taken = []
     for _ in range(_REPEATS + 1):
         _synchronize(weight.device)
         started = time.perf_counter()
-        tower(patches, grids)
+        tower(patches, patch_grids)
         _synchronize(weight.device)
         taken.append(time.perf_counter() - started)
     return float(np.median(taken[1:]))
@@ -161,14 +162,14 @@ def fit_break_even(frames: Sequence[Sequence[int]], seconds: Sequence[float]) ->
         seconds: Of the calls.
 
     Raises:
-        ValueError: When larger frames were not slower, so that nothing can be fitted.
+        UserError: When larger frames were not slower, so that nothing can be fitted.
     """
     terms = np.array([[sum(sizes), sum(size**2 for size in sizes)] for sizes in frames], float)
     # Relative errors: each call counts the same.
     scaled = terms / np.asarray(seconds)[:, None]
     linear, quadratic = np.linalg.lstsq(scaled, np.ones(len(seconds)), rcond=None)[0]
     if linear <= 0 or quadratic <= 0:
-        raise ValueError(
+        raise UserError(
             f"--fit-vision: got {linear:.3g} s a patch and {quadratic:.3g} s a pair, expected "
             "both above 0; measure on an idle device"
         )

@@ -23,15 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # the tool also runs where the package is not installed
 warnings.filterwarnings("ignore")  # Megatron-Core tells what is not installed; nothing runs here
 
-from launch.recipe import load_recipe, recipe_names  # noqa: E402
 from megatron_keye.config import (  # noqa: E402
     DecoderParallel,
     ParallelConfig,
     RunConfig,
 )
-from megatron_keye.parallel.plan import PictureSlot  # noqa: E402
-from megatron_keye.parallel.simulate import Simulated  # noqa: E402
-from megatron_keye.training.forecast import (  # noqa: E402
+from megatron_keye.errors import UserError  # noqa: E402
+from megatron_keye.estimate.forecast import (  # noqa: E402
     Forecast,
     RowShape,
     Speeds,
@@ -40,6 +38,9 @@ from megatron_keye.training.forecast import (  # noqa: E402
     plan_dealt,
     try_vision_ranks,
 )
+from megatron_keye.estimate.simulate import Simulated  # noqa: E402
+from megatron_keye.plan.step import PictureSlot  # noqa: E402
+from megatron_keye.recipes import load_recipe, recipe_names  # noqa: E402
 
 USER_ERROR = 2
 MERGE = 4
@@ -73,8 +74,8 @@ MIX = (
 
 GRIDS = {
     8: DecoderParallel(context=8, expert=8),
-    64: DecoderParallel(tensor=2, pipeline=4, context=8, expert=8, chunks_per_stage=6),
-    512: DecoderParallel(tensor=2, pipeline=4, context=8, expert=8, chunks_per_stage=6, data=8),
+    64: DecoderParallel(tensor=2, pipeline=4, context=8, expert=8, virtual_stages=6),
+    512: DecoderParallel(tensor=2, pipeline=4, context=8, expert=8, virtual_stages=6, data=8),
 }
 """Decoders on all ranks, by their number."""
 
@@ -97,7 +98,7 @@ def main(arguments: list[str]) -> int:
     speeds = Speeds(vision_tflops=options.vision_tflops, decoder_tflops=options.decoder_tflops)
     try:
         recipe = load_recipe(options.recipe)
-    except ValueError as error:
+    except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return USER_ERROR
     results = []

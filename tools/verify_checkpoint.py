@@ -10,7 +10,7 @@ Inputs: input_ids int64 [T]; optional pixel_values and pixel_values_videos float
 [P, 3, patch, patch] (raster order within each image or frame) with image_grid_thw and
 video_grid_thw int64 [n, 3], one row [1, h, w] per image or frame; cu_seqlens int64 [d+1];
 position_ids int64 [3, T]; targets int64 [T], already shifted, -100 = ignored. Outputs:
-megatron_keye/checkpoint/dump.py. Without --inputs, random ones are drawn.
+megatron_keye/verify/dump.py. Without --inputs, random ones are drawn.
 
 Exit status 0 when all deviations are within --tolerance times the largest magnitude of their
 array (or 1, if that is smaller), 1 when not, 2 for wrong arguments or files.
@@ -25,14 +25,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from megatron_keye.checkpoint.compare import LAYERED, Arrays, compare, largest
-from megatron_keye.checkpoint.dump import dump
-from megatron_keye.checkpoint.dump_inputs import DumpInputs, inputs_from_arrays, read_inputs
-from megatron_keye.checkpoint.hf_folder import HfFolder, open_hf
-from megatron_keye.checkpoint.one_process import OneProcessModel, Precision, alone
-from megatron_keye.checkpoint.qwen3_moe import check_text, run_qwen3_moe
-from megatron_keye.checkpoint.sample_inputs import sample_multimodal, sample_text
+from megatron_keye.checkpoint.hf.folder import HfFolder, open_hf
+from megatron_keye.errors import UserError
 from megatron_keye.parallel.process import resolve_device
+from megatron_keye.verify.compare import LAYERED, Arrays, compare, largest
+from megatron_keye.verify.dump import dump
+from megatron_keye.verify.dump_inputs import DumpInputs, inputs_from_arrays, read_inputs
+from megatron_keye.verify.one_process import OneProcessModel, Precision, alone
+from megatron_keye.verify.qwen3_moe import check_text, run_qwen3_moe
+from megatron_keye.verify.sample_inputs import sample_multimodal, sample_text
 
 Dtype = Literal["float32", "float64"]
 
@@ -160,7 +161,7 @@ def main(words: list[str] | None = None) -> int:
         inputs = choose_inputs(arguments, folder)
         with alone(device):
             return 0 if verify(arguments, folder, inputs, device) else 1
-    except ValueError as error:
+    except UserError as error:
         print(f"verify_checkpoint: {error}", file=sys.stderr)
         return USER_ERROR
 

@@ -68,7 +68,7 @@ int64_t rows_of_chunk(int64_t row_bytes, int64_t scratch_bytes, int num_multipro
   return fitting / multiple * multiple;
 }
 
-// What all chunks share, and the memory that each uses in turn for one thing after the other.
+// What all chunks share, and the scratch memory, which each step of a chunk reuses.
 struct Workspace {
   ScoreParams scores;
   SelectParams select;
@@ -89,8 +89,8 @@ void score(Workspace& work, Scores which) {
   launch_scores(which, work.scores);
 }
 
-// Selects for rows whose candidates do not do, as many at once as the scratch memory holds. How
-// many there are only the device knows, so launches without any row end at once.
+// Selects for rows with too few or too many candidates, as many at once as the scratch memory
+// holds. Only the device knows how many there are, so launches without any row end at once.
 void select_failed(Workspace work) {
   const int num_rows = work.select.rows.num_rows;
   const int64_t row_bytes = round_up(work.num_keys, kTileKeys) * sizeof(float);

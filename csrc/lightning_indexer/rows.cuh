@@ -27,10 +27,10 @@ __device__ __forceinline__ KeyRange range_of(const Rows& rows, int query) {
   return {static_cast<int>(start), static_cast<int>(end)};
 }
 
-// The key that stands for its group of kSampledFrom; which one follows no period.
+// The key that stands for its group of kSampledFrom; its place in the group is pseudo-random.
 __host__ __device__ __forceinline__ int sampled_key(int group) {
-  const uint32_t turn = (static_cast<uint32_t>(group) * 2654435761u >> 16) % kSampledFrom;
-  return group * kSampledFrom + static_cast<int>(turn);
+  const uint32_t place = (static_cast<uint32_t>(group) * 2654435761u >> 16) % kSampledFrom;
+  return group * kSampledFrom + static_cast<int>(place);
 }
 
 // How many sampled keys come before `key`.

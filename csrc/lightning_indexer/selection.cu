@@ -1,4 +1,4 @@
-// Selection by the lightning indexer: one thread block a row.
+// Selection by the lightning indexer: one thread block per row.
 // A sample of a row's scores gives a threshold that about k keys and a safe margin pass. Of those
 // that did, the exact k are found in shared memory. Rows of which too few or too many passed are
 // listed; their scores are written and selected from like those of any other matrix.
@@ -15,7 +15,7 @@ namespace {
 constexpr int kUnsampled = 4096;  // rows of at most so many keys fit as candidates, all of them
 static_assert(kUnsampled + kHalves * kTileKeys <= kHalves * kHalfCandidates, "in each half, too");
 static_assert(kHalves * kHalfCandidates == top_k::kCandidates, "the buffer holds both halves");
-static_assert(kMostKeys == top_k::kMostMarkedKeys, "a bit a key");
+static_assert(kMostKeys == top_k::kMostMarkedKeys, "one bit per key");
 static_assert(kMostSelected <= top_k::kCandidates / 2, "or the margin is too small");
 
 __global__ void __launch_bounds__(top_k::kThreads) find_thresholds_kernel(SelectParams params) {

@@ -110,7 +110,7 @@ __device__ __forceinline__ void for_each_buffered(const uint32_t* keys, uint32_t
 }
 
 __device__ __forceinline__ void count(Shared& shared, uint32_t digit) {
-  // Scores crowd into few bins; four copies cut the threads of a warp that meet to a quarter.
+  // Most scores fall into few bins; four copies leave a quarter of a warp's threads per address.
   auto* words = reinterpret_cast<uint32_t*>(shared.histogram);
   atomicAdd(words + digit * kCopies + threadIdx.x % kCopies, 1u);
 }
@@ -180,8 +180,8 @@ __device__ inline Cut find_cut_in_buffer(Shared& shared, const uint32_t* keys, u
   return cut;
 }
 
-// Where to cut the row so that exactly k keys stay; the row has more than k. Reads the row once a
-// digit until the keys that are still alike fit into the buffer.
+// Where to cut the row so that exactly k keys stay; the row has more than k. Reads the row once
+// per digit until the keys that are still alike fit into the buffer.
 __device__ inline Cut find_cut(Shared& shared, const Row& row, uint32_t k) {
   Cut cut{.num_ties = k};
   bool is_buffered = false;

@@ -1,5 +1,6 @@
 // How both selections find the k-th largest key: keys are counted by a digit, and the digit of the
-// wanted key is where the counts from the top reach it. How keys are kept and counted is theirs.
+// wanted key is where the counts from the largest digit down reach it. Each selection keeps and
+// counts its keys in its own way.
 // Every function takes all threads of a block.
 #pragma once
 
@@ -42,8 +43,8 @@ __device__ __forceinline__ uint32_t sum_of_lanes_to(uint32_t value) {
   return value;
 }
 
-// Sums of one word a warp, the one of its last lane. The block meets before it writes `warp_sums`
-// again.
+// Sums of one word per warp, that of its last lane. The block synchronizes before it writes
+// `warp_sums` again.
 __device__ __forceinline__ Sums sum_warps(uint32_t warp_sum, uint32_t (&warp_sums)[kWarps]) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -56,7 +57,7 @@ __device__ __forceinline__ Sums sum_warps(uint32_t warp_sum, uint32_t (&warp_sum
           .total = __reduce_add_sync(kAllLanes, other)};
 }
 
-// Sums of one word a thread, else like `sum_warps`.
+// Sums of one word per thread, else like `sum_warps`.
 __device__ __forceinline__ Sums sum_threads(uint32_t value, uint32_t (&warp_sums)[kWarps]) {
   const uint32_t inclusive = sum_of_lanes_to(value);
   Sums sums = sum_warps(inclusive, warp_sums);

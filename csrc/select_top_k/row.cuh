@@ -1,7 +1,7 @@
 // Selects from one row: exact and deterministic, by one thread block.
 // Long rows are read once. A sample of the row gives a threshold that about k and a safe margin
 // pass; one read moves what passes into shared memory, where the exact cut is found. When too few
-// or too many pass, which is counted, the row takes the way of the short ones:
+// or too many pass, which is counted, the row is treated like a short one:
 // If all its keys fit into shared memory, the cut is found there. Else three reads: one counts the
 // first digit, one moves the keys that share it into shared memory, where the other digits are
 // counted, one writes. When more keys share it than fit there, the next digit is counted from
@@ -31,7 +31,7 @@ __device__ __forceinline__ uint32_t sample_rank(uint32_t wanted, float stride) {
 // again afterwards.
 __device__ __forceinline__ uint32_t sampled_threshold(Shared& shared, const uint32_t* sample,
                                                       uint32_t num_sampled, uint32_t rank) {
-  constexpr int kDigits = 2;  // one would tell apart hardly more than powers of two
+  constexpr int kDigits = 2;  // one hardly resolves more than powers of two
   const Cut cut = find_cut_in_buffer(shared, sample, num_sampled, rank, kDigits);
   return cut.base + cut.threshold;
 }
@@ -47,10 +47,10 @@ __device__ inline uint32_t sample_threshold(Shared& shared, const Row& row, uint
   }
   uint32_t* sample = shared.candidates;
   for (uint32_t i = threadIdx.x; i < num_sampled; i += kThreads) {
-    // Neighbours share a sector of memory; which of a stretch's are taken follows no period.
+    // Neighbours share a sector of memory; which vector of a group is taken is pseudo-random.
     const uint32_t group = i / kVector;
-    const uint32_t turn = (group * 2654435761u >> 8) % stride;
-    const uint32_t place = (group * stride + turn) * kVector + i % kVector;
+    const uint32_t vector = (group * 2654435761u >> 8) % stride;
+    const uint32_t place = (group * stride + vector) * kVector + i % kVector;
     sample[i] = ordered_key(__ldg(row.scores + row.start + place));
   }
   __syncthreads();
@@ -84,7 +84,7 @@ __device__ inline bool select_in_one_read(Shared& shared, const Row& row, uint32
   __syncthreads();
   const uint32_t num_candidates = shared.num_candidates;
   if (num_candidates < k || num_candidates > kCandidates) {
-    __syncthreads();  // the count is read before the other way writes it
+    __syncthreads();  // the count is read before the other method writes it
     return false;
   }
   const Cut cut = find_cut_in_buffer(shared, shared.candidates, num_candidates, k);

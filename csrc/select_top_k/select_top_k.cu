@@ -1,4 +1,4 @@
-// Device side of the top-k selection: one thread block a row.
+// Device side of the top-k selection: one thread block per row.
 
 #include <cuda_runtime.h>
 

@@ -1,5 +1,5 @@
-// What every kernel launch needs around it: the current stream and the launch error.
-// Kept in one place, because a launch error left unread shows up in somebody else's call.
+// What every kernel launch needs around it: the current stream and the check for launch errors.
+// Kept in one place, because an error left unread is reported by a later, unrelated call.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>

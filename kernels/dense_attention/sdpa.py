@@ -121,5 +121,5 @@ def _cudnn_takes(asked: SDPAParams) -> bool:
 
 @functools.cache
 def _log_operator(name: str) -> None:
-    """Name what runs once a process: at 128K cuDNN takes 254 ms, FlashAttention 435."""
+    """Name what runs once per process: at 128K cuDNN takes 254 ms, FlashAttention 435."""
     _logger.info("dense_attention: torch's %s runs", name)

@@ -40,7 +40,7 @@ def quantize(vectors: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tenso
         ValueError: On a type or a J that is not taken, or an unknown `impl`.
 
     Source: the released Keye-VL-2.0 serving code: x H / sqrt(J) rounded to the type of x, then
-    e4m3 with one ue8m0 scale a vector.
+    e4m3 with one ue8m0 scale per vector.
     """
     if _choose("quantize", vectors, impl) == "triton":
         # Loaded on demand: everything else must import where Triton cannot compile.

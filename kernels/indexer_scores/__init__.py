@@ -1,12 +1,8 @@
-"""Scores that the lightning indexer gives to keys, of a whole range or of a selection.
+"""Scores that the lightning indexer gives to every key of each query's range.
 
-Re-exports the operator's public functions.
+Re-exports the operator's public function.
 """
 
-from megatron_keye.kernels.indexer_scores.api import (
-    IMPLEMENTATIONS,
-    indexer_scores,
-    selected_indexer_scores,
-)
+from megatron_keye.kernels.indexer_scores.api import IMPLEMENTATIONS, indexer_scores
 
-__all__ = ["IMPLEMENTATIONS", "indexer_scores", "selected_indexer_scores"]
+__all__ = ["IMPLEMENTATIONS", "indexer_scores"]

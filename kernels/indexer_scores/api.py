@@ -1,9 +1,8 @@
-"""Public functions of the indexer's scores: contract, checks and choice of implementation.
+"""Public function of the indexer's scores: contract, checks and choice of implementation.
 
-The range form feeds the selection; the selected form gives the indexer's loss its gradient
-without a score matrix of queries by keys.
+They feed the selection.
 
-Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selected keys.
+Shape letters: T queries, S keys, I indexer heads, J indexer channels.
 """
 
 from importlib import import_module
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from megatron_keye.kernels.arguments import (
     FLOAT_DTYPES,
-    INDEX_DTYPES,
     check_dtypes,
     check_key_ranges,
     check_same_dtype,
@@ -79,46 +77,3 @@ def indexer_scores(
         scores_TS: Tensor = triton.indexer_scores(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T)
         return scores_TS
     return reference.indexer_scores(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T)
-
-
-def selected_indexer_scores(
-    q_TIJ: Tensor,
-    k_SJ: Tensor,
-    gate_TI: Tensor,
-    indices_TK: Tensor,
-    *,
-    impl: str | None = None,
-) -> Tensor:
-    """Score the selected keys of each query, by the formula of `indexer_scores`.
-
-    Differentiable in `q_TIJ`, `k_SJ` and `gate_TI`; padded entries give gradients of exactly 0.
-
-    Args:
-        q_TIJ: Indexer queries, any float type.
-        k_SJ: The one key that all indexer heads share, type of `q_TIJ`.
-        gate_TI: Weight of each head, any float type, any sign.
-        indices_TK: int32 or int64, selected keys in any order; -1, like every entry outside
-            0 <= index < S, is padding and loads no key. The backward of "triton" takes rows
-            only as `select_top_k` gives them: ascending, distinct, padded last.
-        impl: One of IMPLEMENTATIONS, or None for the default. "triton" takes up to 64 heads of
-            up to 128 channels, and sums the keys' gradient in no fixed order.
-
-    Returns:
-        scores_TK, float32 (float64 for float64 inputs): -inf where the entry is padding.
-
-    Raises:
-        ValueError: On shapes, types or devices that do not fit, or an unknown `impl`.
-
-    Source: arXiv 2606.10651, lightning indexer.
-    """
-    default = default_impl(q_TIJ, k_SJ, gate_TI)
-    chosen = choose_impl("selected_indexer_scores", impl, IMPLEMENTATIONS, default)
-    check_shapes(q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI, indices_TK=indices_TK)
-    check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
-    check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
-    check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
-    if chosen == "triton":
-        autograd = import_module("megatron_keye.kernels.indexer_scores.autograd")
-        scores_TK: Tensor = autograd.selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK)
-        return scores_TK
-    return reference.selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK)

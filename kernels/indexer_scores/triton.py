@@ -1,7 +1,7 @@
 """The indexer's scores of a range in Triton: a program scores a block of queries and keys.
 
-It keeps the keys and walks the heads, so that the sum over heads never leaves a thread. A pair's
-score is the same bits in whichever block or chunk of rows it is computed.
+It keeps the keys and iterates over the heads, so that the sum over heads never leaves a thread. A
+pair's score is the same bits in whichever block or chunk of rows it is computed.
 
 Shape letters: T queries, S keys, I indexer heads, J indexer channels.
 """

@@ -2,7 +2,7 @@
 
 The contract stands in api.py, the device code in csrc/lightning_indexer/. A sample of each row's
 scores gives a threshold, only scores that reach it are kept, and the exact selection is made among
-them: the matrix of scores is never written. Rows for which the sample misjudged are done over.
+them: the matrix of scores is never written. Rows that the sample misjudged are selected again.
 
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selected keys.
 """
@@ -22,7 +22,7 @@ _CAPABILITY = (9, 0)
 _NAME = "lightning_indexer"
 
 SCRATCH_BYTES = 2**30
-"""Candidates, or scores of rows done over, that exist at once; tests shrink it."""
+"""Candidates, or scores of rows selected again, that exist at once; tests shrink it."""
 
 
 def _fake_lightning_indexer(

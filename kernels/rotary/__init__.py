@@ -1,4 +1,4 @@
-"""Rotary positions: pairs of channels turned by angles, for decoder, indexer and ViT.
+"""Rotary positions: pairs of channels rotated by angles, for decoder, indexer and ViT.
 
 Re-exports the operator's public names.
 """

@@ -24,7 +24,7 @@ TABLE_DTYPES = (torch.float32, torch.float64)
 
 
 def rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, impl: str | None = None) -> Tensor:
-    """Turn the plane of channels c and c + C / 2 by its angle, for every c below C / 2.
+    """Rotate the plane of channels c and c + C / 2 by its angle, for every c below C / 2.
 
     Differentiable in `x_THC`. Computed in the wider type of `x_THC` and the tables, rounded once.
 
@@ -52,6 +52,6 @@ def rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, impl: str | None = 
     if chosen == "triton":
         # Loaded on demand: everything else must import where Triton cannot compile.
         autograd = import_module("megatron_keye.kernels.rotary.autograd")
-        turned_THC: Tensor = autograd.rotate(x_THC, cos_TC, sin_TC)
-        return turned_THC
+        rotated_THC: Tensor = autograd.rotate(x_THC, cos_TC, sin_TC)
+        return rotated_THC
     return reference.rotate(x_THC, cos_TC, sin_TC)

@@ -1,4 +1,4 @@
-"""Ties the Triton rotation into autograd: gradients are turned back, and only the tables kept."""
+"""Ties the Triton rotation into autograd: gradients are rotated back, only the tables are kept."""
 
 from typing import Any
 
@@ -7,23 +7,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.launch import check_triton
-from megatron_keye.kernels.rotary.triton import turn
+from megatron_keye.kernels.rotary.triton import rotate_heads
 
 
 def rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Return the turned heads; see api.rotate."""
+    """Return the rotated heads; see api.rotate."""
     check_triton("rotary", x_THC, x_THC=x_THC, cos_TC=cos_TC, sin_TC=sin_TC)
-    turned_THC: Tensor = _Rotate.apply(x_THC, cos_TC.contiguous(), sin_TC.contiguous())
-    return turned_THC
+    rotated_THC: Tensor = _Rotate.apply(x_THC, cos_TC.contiguous(), sin_TC.contiguous())
+    return rotated_THC
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TC, sin_TC)
-        return turn(x_THC, cos_TC, sin_TC, is_backward=False)
+        return rotate_heads(x_THC, cos_TC, sin_TC, is_backward=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_THC: Tensor) -> tuple[Tensor, None, None]:
-        return turn(gradient_THC, *ctx.saved_tensors, is_backward=True), None, None
+        return rotate_heads(gradient_THC, *ctx.saved_tensors, is_backward=True), None, None

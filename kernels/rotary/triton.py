@@ -1,4 +1,4 @@
-"""The rotary positions in Triton: a program turns all heads of a few tokens.
+"""The rotary positions in Triton: a program rotates all heads of a few tokens.
 
 It holds the tokens' cosines and sines in registers, so that each is read once.
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from megatron_keye.kernels.launch import adjacent_channels, padded
 
 _BLOCK_PAIRS = 512
-"""Pairs of channels that a program turns at once, of one head."""
+"""Pairs of channels that a program rotates at once, of one head."""
 
 
-def turn(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, is_backward: bool) -> Tensor:
-    """Return the heads turned, or turned back as gradients are.
+def rotate_heads(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, is_backward: bool) -> Tensor:
+    """Return the heads rotated, or rotated back as gradients are.
 
     Args:
-        x_THC: Heads, or the gradient of turned ones.
+        x_THC: Heads, or the gradient of rotated ones.
         cos_TC: Contiguous.
         sin_TC: Contiguous.
         is_backward: Whether the transpose of the rotation is applied.
@@ -31,7 +31,7 @@ def turn(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, is_backward: bool) ->
     pairs = padded(num_channels // 2, smallest=1)
     block = max(1, _BLOCK_PAIRS // pairs)
     if out_THC.numel() > 0:
-        _turn_kernel[(triton.cdiv(num_tokens, block),)](
+        _rotate_kernel[(triton.cdiv(num_tokens, block),)](
             x_THC,
             cos_TC,
             sin_TC,
@@ -50,7 +50,7 @@ def turn(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, is_backward: bool) ->
 
 
 @triton.jit
-def _turn_kernel(
+def _rotate_kernel(
     x: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
@@ -77,8 +77,8 @@ def _turn_kernel(
         read = x + token * token_stride + head * head_stride + pair
         first = tl.load(read, is_real).to(tl.float32)
         second = tl.load(read + PAIRS, is_real).to(tl.float32)
-        turned1 = first * cos1 - second * sin1
-        turned2 = second * cos2 + first * sin2
+        rotated1 = first * cos1 - second * sin1
+        rotated2 = second * cos2 + first * sin2
         write = out + (token * num_heads + head) * 2 * PAIRS + pair
-        tl.store(write, turned1.to(out.dtype.element_ty), is_real)
-        tl.store(write + PAIRS, turned2.to(out.dtype.element_ty), is_real)
+        tl.store(write, rotated1.to(out.dtype.element_ty), is_real)
+        tl.store(write + PAIRS, rotated2.to(out.dtype.element_ty), is_real)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megatron_keye.kernels.extension import check_built, missing_reason, register
 
-MOST_KEYS_OF_FEW = 262_144
-"""Keys of a row that `select_top_k_few` takes: what the registers of a cluster hold."""
+MOST_KEYS_OF_SPLIT_ROW = 262_144
+"""Keys of a row that `select_top_k_split_rows` takes: what the registers of a cluster hold."""
 
 
 def _fake_select_top_k(
@@ -20,18 +20,18 @@ def _fake_select_top_k(
     return scores_TS.new_empty((scores_TS.shape[0], k), dtype=torch.int32)
 
 
-def _fake_select_top_k_few(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Tensor:
+def _fake_select_top_k_split_rows(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Tensor:
     """Shape and dtype of the result, for tracing."""
     return scores_TS.new_empty((scores_TS.shape[0], k), dtype=torch.int32)
 
 
 register("select_top_k", _fake_select_top_k)
-register("select_top_k_few", _fake_select_top_k_few)
+register("select_top_k_split_rows", _fake_select_top_k_split_rows)
 
 
 def is_built() -> bool:
     """Return whether the extension is installed, loads and holds both operators."""
-    operators = "select_top_k", "select_top_k_few"
+    operators = "select_top_k", "select_top_k_split_rows"
     return all(missing_reason(operator) is None for operator in operators)
 
 
@@ -63,12 +63,14 @@ def select_top_k(scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, k: i
     return indices_TK
 
 
-def select_top_k_few(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Tensor:
-    """Select as `select_top_k` does from key 0 on, eight thread blocks a row: for a few long rows.
+def select_top_k_split_rows(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Tensor:
+    """Select as `select_top_k` does from key 0 on, each row split over eight thread blocks.
+
+    For a few long rows, which would leave most of a GPU idle at one block per row.
 
     Args:
-        scores_TS: Scores, float32, on a CUDA device; S at most MOST_KEYS_OF_FEW. Copied first
-            unless contiguous.
+        scores_TS: Scores, float32, on a CUDA device; S at most MOST_KEYS_OF_SPLIT_ROW. Copied
+            first unless contiguous.
         key_end_T: One past the last key that row t may select, int64, same device.
         k: How many keys a row keeps, at least 1.
 
@@ -80,14 +82,14 @@ def select_top_k_few(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Tensor:
         TypeError: A tensor has another dtype.
         ValueError: A tensor has another shape, rows are too long, or k is less than 1.
     """
-    check_built("select_top_k_few")
+    check_built("select_top_k_split_rows")
     _check_arguments(scores_TS, k, key_end_T=key_end_T)
-    if scores_TS.shape[1] > MOST_KEYS_OF_FEW:
+    if scores_TS.shape[1] > MOST_KEYS_OF_SPLIT_ROW:
         raise ValueError(
             f"scores_TS: got rows of {scores_TS.shape[1]} keys, expected at most "
-            f"{MOST_KEYS_OF_FEW}; take select_top_k"
+            f"{MOST_KEYS_OF_SPLIT_ROW}; take select_top_k"
         )
-    indices_TK: Tensor = torch.ops.megatron_keye.select_top_k_few(scores_TS, key_end_T, k)
+    indices_TK: Tensor = torch.ops.megatron_keye.select_top_k_split_rows(scores_TS, key_end_T, k)
     return indices_TK
 
 

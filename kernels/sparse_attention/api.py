@@ -3,8 +3,8 @@
 Attention to 2,048 selected keys passes torch's dense attention between 8K and 32K tokens: on an
 H100 (bf16, 32/4 heads x 128) 0.8 times its speed at 8K, 1.8 times at 32K, 6 times at 128K.
 
-It also hands out the indexer's target, since the attention's own softmax over the selected keys
-is that target and would otherwise be computed twice.
+It also returns the indexer's target, since the attention's own softmax over the selected keys is
+that target and would otherwise be computed twice.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
 K selected keys.
@@ -51,7 +51,7 @@ def sparse_attention(
         v_SGC: Values, type of `q_THC`.
         indices_TK: int32 or int64, selected keys in any order, each counted as often as it
             stands there; -1, like every entry outside 0 <= index < S, is padding and loads
-            neither key nor value. Causality and documents are the selection's business.
+            neither key nor value. Causality and documents are up to the selection.
             "triton" takes rows only as `select_top_k` gives them: ascending, distinct, padded
             last.
         scale: Factor of the logits, usually C^-0.5.

@@ -1,7 +1,7 @@
 """Ties the sparse attention's Triton kernels into autograd.
 
-Between forward and backward it keeps the inputs, the output, a number a row and the union lists,
-never a matrix of queries by keys.
+Between forward and backward it keeps the inputs, the output, one number per row and the union
+lists, never a matrix of queries by keys.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
 K selected keys.

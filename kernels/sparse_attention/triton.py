@@ -1,8 +1,8 @@
 """Sparse attention in Triton: a program attends for the queries of one tile and one group.
 
-Rows of a tile are query * heads + head. The program walks the union of its queries' selections,
-loads each key once for all of them, and a bit mask takes out what a query did not select. That
-is what lifts the bound: one query alone has 8 FLOP for each byte that it gathers.
+Rows of a tile are query * heads + head. The program iterates over the union of its queries'
+selections, loads each key once for all of them, and masks by bits what a query did not select.
+This raises the arithmetic intensity: one query alone has 8 FLOP per byte that it gathers.
 
 Keys that no query of a tile selected are never loaded. A NaN in a key or value that was
 selected by one query also reaches the others of its tile (0 * NaN).
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from megatron_keye.kernels.launch import Blocks, padded
 from megatron_keye.kernels.primitives import (
-    fold_values,
     load_rows,
     load_union,
     locate_rows,
+    online_softmax_update,
     store_rows,
 )
 from megatron_keye.kernels.union_lists import TILE_QUERIES, UnionLists
@@ -224,10 +224,10 @@ def _forward_kernel(
     q_offset = query * q_stride_t + head * q_stride_h
     q_tile = load_rows(q, q_offset, is_row, CHANNELS, PADDED_CHANNELS)
     k_group, v_group = k + group * k_stride_g, v + group * k_stride_g
-    # Finite, so that a row without any key meets no inf - inf.
-    top = tl.full([QUERIES * PADDED_HEADS], -1.0e38, tl.float32)
-    total = tl.zeros([QUERIES * PADDED_HEADS], tl.float32)
-    sums = tl.zeros([QUERIES * PADDED_HEADS, PADDED_CHANNELS], tl.float32)
+    # Finite, so that a row without any key never computes inf - inf.
+    m_i = tl.full([QUERIES * PADDED_HEADS], -1.0e38, tl.float32)
+    l_i = tl.zeros([QUERIES * PADDED_HEADS], tl.float32)
+    acc = tl.zeros([QUERIES * PADDED_HEADS, PADDED_CHANNELS], tl.float32)
     count = tl.load(counts + tile)
     for start in range(0, count, BLOCK_U):
         key, word, is_real = load_union(keys, masks, tile * capacity, start, count, BLOCK_U)
@@ -235,13 +235,13 @@ def _forward_kernel(
         v_tile = load_rows(v_group, key * k_stride_s, is_real, CHANNELS, PADDED_CHANNELS)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
         logits = tl.where((word[None, :] & bit[:, None]) != 0, logits, -float("inf"))
-        top, total, sums = fold_values(top, total, sums, logits, v_tile)
-    has_keys = total > 0
-    sums = sums / tl.where(has_keys, total, 1.0)[:, None]
-    row_lse = tl.where(has_keys, top + tl.log2(total), float("inf"))
+        m_i, l_i, acc = online_softmax_update(m_i, l_i, acc, logits, v_tile)
+    has_keys = l_i > 0
+    out_tile = acc / tl.where(has_keys, l_i, 1.0)[:, None]
+    row_lse = tl.where(has_keys, m_i + tl.log2(l_i), float("inf"))
     row = query * (tl.num_programs(1) * HEADS) + head
     tl.store(lse + row, row_lse, is_row)
-    store_rows(out, row * CHANNELS, sums, is_row, CHANNELS, PADDED_CHANNELS)
+    store_rows(out, row * CHANNELS, out_tile, is_row, CHANNELS, PADDED_CHANNELS)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from megatron_keye.kernels.sparse_attention.triton import choose_blocks, lay_out
 from megatron_keye.kernels.union_lists import UnionLists
 
 BACKWARD_BLOCKS = Blocks(rows=128, keys=32, warps=8, stages=2, registers=128)
-"""Two programs a multiprocessor: while one waits for its additions, the other multiplies."""
+"""Two programs per multiprocessor: while one waits for its additions, the other multiplies."""
 _INTEGER_BITS = 60
 """Bits that a deterministic sum may use: 63, less room for rounding in the bounds."""
 

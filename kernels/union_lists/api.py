@@ -1,7 +1,7 @@
 """Public function of the union lists: contract, checks and choice of implementation.
 
-Neighbouring queries select mostly the same keys. Attention that walks their union under a mask
-loads each key once for the tile instead of once for each query, which is what bounds it.
+Neighbouring queries select mostly the same keys. Attention over their union under a mask loads
+each key once per tile instead of once per query, and these loads are what bounds it.
 
 Shape letters: T queries, S keys, K selected keys, B tiles of TILE_QUERIES queries, U places of
 a union.

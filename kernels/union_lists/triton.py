@@ -24,14 +24,14 @@ from megatron_keye.kernels.union_lists.reference import (
 )
 
 _PROGRAMS = 528
-"""Four a multiprocessor of an H100; each owns a table of S words."""
+"""Four per multiprocessor of an H100; each owns a table of S words."""
 _TABLE_BYTES = 512 * 2**20
 """Budget of all tables; a million keys leave 128 programs."""
 _BLOCK_K, _BLOCK_S = 256, 1024
 _remembered: MutableMapping[Tensor, tuple[int, int, UnionLists]] = WeakTensorKeyDictionary()
 """Selection -> (its version, S, its lists), while the selection lives.
 
-The attention and the indexer's loss of a layer walk the same unions, forward and backward.
+The attention and the indexer's loss of a layer read the same unions, forward and backward.
 """
 
 
@@ -104,8 +104,8 @@ def _union_kernel(
     words = table + program.to(tl.int64) * num_keys
     local = tl.arange(0, TILE)
     num_programs = tl.num_programs(0)
-    for turn in range(0, tl.cdiv(num_tiles - program, num_programs)):
-        tile = program + turn * num_programs
+    for step in range(0, tl.cdiv(num_tiles - program, num_programs)):
+        tile = program + step * num_programs
         query = tile * TILE + local
         rows = indices + query.to(tl.int64)[:, None] * stride_t
         is_query = (query < num_queries)[:, None]

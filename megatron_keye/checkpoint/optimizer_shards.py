@@ -14,7 +14,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_keye.training.optimizer import JointOptimizer
+from megatron_keye.optim.optimizer import JointOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
@@ -66,7 +66,7 @@ def shards_of(optimizer: MegatronOptimizer) -> Iterator[Shard]:
         yield Shard(weight=weight, elements=elements, kept=kept)
 
 
-def put_together(optimizer: MegatronOptimizer) -> Iterator[Shard]:
+def gather_whole(optimizer: MegatronOptimizer) -> Iterator[Shard]:
     """Yield whole weights' shards, each on one rank of the data-parallel group.
 
     All ranks must call it and take everything. What begins here and ends on later ranks is sent by

@@ -14,13 +14,13 @@ from torch import Tensor
 from megatron_keye.checkpoint.optimizer_shards import (
     MASTER,
     Shard,
+    gather_whole,
     is_shared,
     optimizers_of,
-    put_together,
     shards_of,
 )
 from megatron_keye.checkpoint.state import Sharded, data_of
-from megatron_keye.training.optimizer import JointOptimizer
+from megatron_keye.optim.optimizer import JointOptimizer
 
 type Place = ShardedTensor | ShardedTensorFactory
 
@@ -35,7 +35,7 @@ def saved_optimizer(joint: JointOptimizer, weights: Sharded) -> Sharded:
     names = _names(weights)
     state: Sharded = {}
     for optimizer in optimizers_of(joint):
-        for shard in put_together(optimizer):
+        for shard in gather_whole(optimizer):
             name = names[id(shard.weight)]
             for kind, whole in shard.kept.items():
                 state[f"{name}.{kind}"] = _placed(optimizer, shard, weights[name], whole, kind)

@@ -23,10 +23,10 @@ def weight_state(model: KeyeModel, grid: Grid) -> Sharded:
         grid: Groups of this rank.
     """
     state: Sharded = {}
-    for index, chunk in enumerate(model.chunks):
-        assert grid.decoder is not None, "chunks stand on decoder ranks"
-        part = chunk.module.sharded_state_dict(prefix="decoder.", metadata=_metadata(grid.decoder))
-        state |= {f"chunk{index}.{name}": value for name, value in part.items()}
+    for index, stage in enumerate(model.stages):
+        assert grid.decoder is not None, "stages stand on decoder ranks"
+        part = stage.module.sharded_state_dict(prefix="decoder.", metadata=_metadata(grid.decoder))
+        state |= {f"stage{index}.{name}": value for name, value in part.items()}
     if model.vision is not None:
         assert grid.vision is not None, "vision stands on vision ranks"
         state |= sharded_state_dict_default(

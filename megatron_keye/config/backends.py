@@ -11,6 +11,7 @@ from typing import Literal
 
 from megatron_keye.config.data import DecodeBackend
 from megatron_keye.config.training import LinearLayers
+from megatron_keye.errors import UserError
 
 TRANSFORMER_ENGINE_INSTALL = (
     'pip install --no-build-isolation "transformer-engine[pytorch,core_cu13]==2.20.2"'
@@ -86,14 +87,14 @@ def takes_transformer_engine(wanted: LinearLayers, *, has_gpu: bool) -> bool:
         has_gpu: Whether the run is on GPUs.
 
     Raises:
-        ValueError: Transformer Engine is asked for and can't be had.
+        UserError: Transformer Engine is asked for and can't be had.
         RuntimeError: Half of it is installed.
     """
     if wanted == "megatron" or (wanted == "auto" and not has_gpu):
         return False
     version = transformer_engine_version()
     if wanted == "transformer_engine" and (version is None or not has_gpu):
-        raise ValueError(
+        raise UserError(
             "training.linear_layers: got 'transformer_engine' "
             f"{'where it is not installed' if has_gpu else 'without a GPU'}, expected 'megatron' "
             f"or 'auto'; to install it: {TRANSFORMER_ENGINE_INSTALL}"
@@ -109,11 +110,11 @@ def decode_backend(wanted: DecodeBackend, *, has_gpu: bool) -> Literal["pyav", "
         has_gpu: Whether the run is on GPUs.
 
     Raises:
-        ValueError: DALI is asked for and can't be had.
+        UserError: DALI is asked for and can't be had.
     """
     is_installed = any(_find(name) is not None for name in DALI_NAMES)
     if wanted == "dali" and not (has_gpu and is_installed):
-        raise ValueError(
+        raise UserError(
             f"data.decode.backend: got 'dali' "
             f"{'where DALI is not installed' if has_gpu else 'without a GPU'}, expected 'pyav' or "
             f"'auto'; to install it: {DALI_INSTALL}"

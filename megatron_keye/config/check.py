@@ -6,9 +6,11 @@ Kept apart so that all sections of the configuration speak alike.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from megatron_keye.errors import UserError
+
 
 def check(holds: bool, name: str, got: object, expected: str) -> None:
-    """Raise a ValueError that names the setting unless it `holds`.
+    """Raise a UserError that names the setting unless it `holds`.
 
     Args:
         holds: Whether the value is acceptable.
@@ -17,10 +19,10 @@ def check(holds: bool, name: str, got: object, expected: str) -> None:
         expected: What would be acceptable, as the rest of "expected ...".
 
     Raises:
-        ValueError: When `holds` is false.
+        UserError: When `holds` is false.
     """
     if not holds:
-        raise ValueError(f"{name}: got {got!r}, expected {expected}")
+        raise UserError(f"{name}: got {got!r}, expected {expected}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -31,7 +31,7 @@ def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> Tr
         What Megatron-Core's blocks and schedules read.
     """
     decoder, degrees = run.model.decoder, run.parallel.decoder
-    interleaved = degrees.chunks_per_stage > 1
+    interleaved = degrees.virtual_stages > 1
     return TransformerConfig(
         num_layers=decoder.num_layers,
         hidden_size=decoder.hidden_size,
@@ -58,7 +58,7 @@ def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> Tr
         moe_grouped_gemm=grouped_experts,
         tensor_model_parallel_size=degrees.tensor,
         pipeline_model_parallel_size=degrees.pipeline,
-        virtual_pipeline_model_parallel_size=degrees.chunks_per_stage if interleaved else None,
+        virtual_pipeline_model_parallel_size=degrees.virtual_stages if interleaved else None,
         num_layers_in_first_pipeline_stage=degrees.first_stage_layers or None,
         num_layers_in_last_pipeline_stage=degrees.last_stage_layers or None,
         context_parallel_size=degrees.context,

@@ -16,8 +16,8 @@ class DecoderParallel:
     """Ranks that share each matrix; above 1 the sequence is split over them too."""
     pipeline: int = 1
     """Stages that the layers are cut into."""
-    chunks_per_stage: int = 1
-    """Model chunks a stage holds; above 1 the pipeline is interleaved."""
+    virtual_stages: int = 1
+    """Virtual stages of a stage (Megatron's model chunks); above 1 the pipeline is interleaved."""
     first_stage_layers: int = 0
     """Decoder layers of the first stage, which embeds too; 0 for as many as other stages have."""
     last_stage_layers: int = 0
@@ -30,7 +30,7 @@ class DecoderParallel:
     """Replicas that take different rows."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "chunks_per_stage", "context", "expert", "data"):
+        for name in ("tensor", "pipeline", "virtual_stages", "context", "expert", "data"):
             degree = getattr(self, name)
             check(degree > 0, f"parallel.decoder.{name}", degree, "1 or more")
         sharers = self.tensor * self.context * self.data
@@ -41,9 +41,9 @@ class DecoderParallel:
             f"a divisor of tensor x context x data = {sharers}",
         )
         check(
-            self.chunks_per_stage == 1 or self.pipeline > 1,
-            "parallel.decoder.chunks_per_stage",
-            self.chunks_per_stage,
+            self.virtual_stages == 1 or self.pipeline > 1,
+            "parallel.decoder.virtual_stages",
+            self.virtual_stages,
             "1 unless parallel.decoder.pipeline is above 1",
         )
         for name in ("first_stage_layers", "last_stage_layers"):
@@ -56,10 +56,10 @@ class DecoderParallel:
             )
 
     def layers_per_stage(self, num_layers: int) -> list[int]:
-        """Return how many of `num_layers` decoder layers each stage holds in all its chunks.
+        """Return how many of `num_layers` decoder layers each stage holds, virtual stages together.
 
         Raises:
-            ValueError: When the layers cannot be dealt out so, naming the field to change.
+            UserError: When the layers cannot be dealt out so, naming the field to change.
         """
         given = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
         given = {stage: layers for stage, layers in given.items() if layers}
@@ -77,23 +77,23 @@ class DecoderParallel:
         )
         layers = [given.get(stage, share) for stage in range(self.pipeline)]
         check(
-            all(count % self.chunks_per_stage == 0 for count in layers),
-            "parallel.decoder.chunks_per_stage",
-            self.chunks_per_stage,
+            all(count % self.virtual_stages == 0 for count in layers),
+            "parallel.decoder.virtual_stages",
+            self.virtual_stages,
             f"a divisor of each stage's layers, {layers}",
         )
         return layers
 
-    def chunk_layers(self, num_layers: int, stage: int, chunk: int) -> range:
-        """Return the layers of one model chunk: with several a stage, stages take turns.
+    def virtual_stage_layers(self, num_layers: int, stage: int, index: int) -> range:
+        """Return the layers of one virtual stage: with several of each, stages take turns.
 
         Args:
             num_layers: Layers of the whole decoder.
             stage: 0-based pipeline stage.
-            chunk: 0-based chunk of that stage.
+            index: 0-based virtual stage of that stage.
         """
-        counts = [layers // self.chunks_per_stage for layers in self.layers_per_stage(num_layers)]
-        first = chunk * sum(counts) + sum(counts[:stage])
+        counts = [layers // self.virtual_stages for layers in self.layers_per_stage(num_layers)]
+        first = index * sum(counts) + sum(counts[:stage])
         return range(first, first + counts[stage])
 
     @property

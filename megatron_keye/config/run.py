@@ -13,6 +13,7 @@ from megatron_keye.config.data import DataConfig
 from megatron_keye.config.model import ModelConfig
 from megatron_keye.config.parallel import ParallelConfig
 from megatron_keye.config.training import TrainingConfig
+from megatron_keye.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class RunConfig:
         """Check what concerns two sections or more.
 
         Raises:
-            ValueError: Naming the setting, what was got and what was expected.
+            UserError: Naming the setting, what was got and what was expected.
         """
         decoder, degrees = self.model.decoder, self.parallel.decoder
         self._check_divides(decoder.num_kv_heads, "tensor", "key-value heads")
@@ -60,7 +61,7 @@ class RunConfig:
         self._check_divides(self.training.rows_per_step, "data", "rows a step")
         degrees.layers_per_stage(decoder.num_layers)
         check(
-            degrees.chunks_per_stage == 1 or self.rows_per_replica % degrees.pipeline == 0,
+            degrees.virtual_stages == 1 or self.rows_per_replica % degrees.pipeline == 0,
             "training.rows_per_step",
             self.training.rows_per_step,
             f"a multiple of data x pipeline = {degrees.data * degrees.pipeline}, since the "
@@ -95,7 +96,7 @@ class RunConfig:
         )
 
     def check_num_ranks(self, num_ranks: int) -> None:
-        """Raise a ValueError unless the degrees multiply to the `num_ranks` that were started."""
+        """Raise a UserError unless the degrees multiply to the `num_ranks` that were started."""
         check(
             num_ranks == self.parallel.num_ranks,
             "parallel",
@@ -121,7 +122,7 @@ class RunConfig:
             overrides: Settings as `--set` takes them; values are JSON, or bare words for text.
 
         Raises:
-            ValueError: For a setting without "=", an unknown field (near spellings are named), a
+            UserError: For a setting without "=", an unknown field (near spellings are named), a
                 value of the wrong type, or a combination that does not fit.
         """
         tree = _plain(self)
@@ -147,7 +148,7 @@ def _fields(section: type) -> dict[str, Any]:
 def _field_type(section: type, name: str, path: str) -> Any:
     known = _fields(section)
     if name not in known:
-        raise ValueError(f"{path}{name}: no such field; {suggest(name, known)}")
+        raise UserError(f"{path}{name}: no such field; {suggest(name, known)}")
     return known[name]
 
 
@@ -162,7 +163,7 @@ def _assign(section: type, tree: dict[str, Any], name: str, text: str) -> None:
     wanted = _field_type(section, leaf, path)
     if dataclasses.is_dataclass(wanted):
         inside = ", ".join(_fields(typing.cast(type, wanted)))
-        raise ValueError(f"{name}: is a section; set one of its fields: {inside}")
+        raise UserError(f"{name}: is a section; set one of its fields: {inside}")
     tree[leaf] = text if wanted is str else _parse(text)
 
 

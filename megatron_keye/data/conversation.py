@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_keye.config.check import suggest
+from megatron_keye.errors import UserError
 
 ROLES = ("system", "user", "assistant")
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -68,19 +69,19 @@ def read_conversations(path: Path) -> list[Conversation]:
         path: JSON lines, UTF-8.
 
     Raises:
-        ValueError: Naming file and line of what is malformed, or the file if it has no samples.
+        UserError: Naming file and line of what is malformed, or the file if it has no samples.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 JSON lines ({error})") from error
+        raise UserError(f"{path}: cannot be read as UTF-8 JSON lines ({error})") from error
     conversations = [
         parse_conversation(line, f"{path}:{number}", path.parent)
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
     if not conversations:
-        raise ValueError(f"{path}: holds no samples, expected one conversation a line")
+        raise UserError(f"{path}: holds no samples, expected one conversation a line")
     return conversations
 
 
@@ -96,15 +97,15 @@ def parse_conversation(line: str, name: str, base: Path) -> Conversation:
         base: Folder that relative media names start from.
 
     Raises:
-        ValueError: Starting with `name`: what was got, what was expected.
+        UserError: Starting with `name`: what was got, what was expected.
     """
     try:
         record = json.loads(line)
         return Conversation(name=name, messages=_messages(record), base=base)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: is not valid JSON ({error}); one object a line") from error
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: is not valid JSON ({error}); one object a line") from error
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def _messages(record: Any) -> tuple[Message, ...]:
@@ -119,7 +120,7 @@ def _messages(record: Any) -> tuple[Message, ...]:
     messages = tuple(_message(message, media) for message in raw)
     for marker, unused in media.items():
         if unused:
-            raise ValueError(
+            raise UserError(
                 f"'{_MARKERS[marker]}s' names {len(unused)} more than the messages have {marker} "
                 "markers, expected one marker for each"
             )
@@ -134,7 +135,7 @@ def _turns(record: Any) -> list[Any]:
             break
     else:
         keys = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(
+        raise UserError(
             f"got {keys}, expected an object with a non-empty list 'messages' or 'conversations'"
         )
     turns = [_spoken(turn) if isinstance(turn, dict) and "from" in turn else turn for turn in raw]
@@ -154,7 +155,7 @@ def _refuse_lost_meaning(record: dict[str, Any], keys: tuple[str, ...]) -> None:
     for key in keys:
         value = record.get(key)
         if value not in (None, [], "", True):
-            raise ValueError(
+            raise UserError(
                 f"has {key!r}: {value!r}, which would be ignored, expected plain turns; write it "
                 "out in the text or drop it"
             )
@@ -175,14 +176,14 @@ def _media_list(record: dict[str, Any], kind: str) -> list[str] | None:
             for name in names
         ]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{key!r}: got {record[key]!r}, expected a list of file names")
+        raise UserError(f"{key!r}: got {record[key]!r}, expected a list of file names")
     return [_file_name(name) for name in names]
 
 
 def _file_name(name: str) -> str:
     """Return a medium's name without the scheme of local files."""
     if name.startswith(_URLS):
-        raise ValueError(
+        raise UserError(
             f"{name[:80]!r} is no file name, expected a file on this machine; download it first"
         )
     return name.removeprefix("file://")
@@ -191,15 +192,15 @@ def _file_name(name: str) -> str:
 def _message(raw: Any, media: dict[str, list[str]]) -> Message:
     """Read one turn, taking its marked files off the front of the `media` lists."""
     if not isinstance(raw, dict) or "role" not in raw or "content" not in raw:
-        raise ValueError(f"got message {raw!r}, expected an object with 'role' and 'content'")
+        raise UserError(f"got message {raw!r}, expected an object with 'role' and 'content'")
     _refuse_lost_meaning(raw, _MEANINGFUL_IN_MESSAGE)
     role, content = raw["role"], raw["content"]
     if role not in ROLES:
-        raise ValueError(f"got role {role!r}, expected one of {', '.join(ROLES)}")
+        raise UserError(f"got role {role!r}, expected one of {', '.join(ROLES)}")
     if isinstance(content, str):
         return Message(role=role, parts=tuple(_marked(content, media)))
     if not isinstance(content, list):
-        raise ValueError(f"got content {content!r}, expected text or a list of parts")
+        raise UserError(f"got content {content!r}, expected text or a list of parts")
     return Message(role=role, parts=tuple(_part(part) for part in content))
 
 
@@ -213,7 +214,7 @@ def _marked(text: str, media: dict[str, list[str]]) -> list[Part]:
             parts.append(Part(kind="text", value=text[:place]))
         if marker:
             if not media[marker]:
-                raise ValueError(
+                raise UserError(
                     f"the messages have more {marker} markers than '{_MARKERS[marker]}s' names, "
                     "expected one file for each"
                 )
@@ -226,14 +227,14 @@ def _part(raw: Any) -> Part:
     """Read one part of a list; unknown keys are refused, since they would be ignored."""
     kind = raw.get("type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in _KEYS:
-        raise ValueError(f"got part {raw!r}, expected 'type' to be one of {', '.join(_KEYS)}")
+        raise UserError(f"got part {raw!r}, expected 'type' to be one of {', '.join(_KEYS)}")
     unknown = sorted(raw.keys() - _KEYS[kind])
     if unknown:
         near = suggest(unknown[0], _KEYS[kind])
-        raise ValueError(f"part of type {kind!r} has unknown {unknown[0]!r}; {near}")
+        raise UserError(f"part of type {kind!r} has unknown {unknown[0]!r}; {near}")
     value = raw.get(kind)
     if not isinstance(value, str):
-        raise ValueError(f"part of type {kind!r}: got {value!r}, expected text at {kind!r}")
+        raise UserError(f"part of type {kind!r}: got {value!r}, expected text at {kind!r}")
     return Part(
         kind=kind,
         value=value if kind == "text" else _file_name(value),
@@ -246,9 +247,9 @@ def _seconds(raw: dict[str, Any], key: str) -> float | None:
     """Read one end of a video's window, which qwen-vl-utils spells with "video_" before it."""
     given = {name: raw[name] for name in (key, f"video_{key}") if raw.get(name) is not None}
     if len(given) > 1:
-        raise ValueError(f"got {given}, expected one of them")
+        raise UserError(f"got {given}, expected one of them")
     for name, number in given.items():
         if type(number) not in (int, float):
-            raise ValueError(f"{name!r}: got {number!r}, expected seconds as a number")
+            raise UserError(f"{name!r}: got {number!r}, expected seconds as a number")
         return float(number)
     return None

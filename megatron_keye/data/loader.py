@@ -17,8 +17,9 @@ from megatron_keye.data.media import resolve_media
 from megatron_keye.data.packing import PackingWindow, Waiting, pack
 from megatron_keye.data.row import PackedRow, Sample
 from megatron_keye.data.source import ConversationFile, SampleSource
-from megatron_keye.data.store_settings import deciding_settings
+from megatron_keye.data.store.settings import deciding_settings
 from megatron_keye.data.tokens import END_OF_TEXT, Tokenizer, load_tokenizer
+from megatron_keye.errors import UserError
 
 # A store reads faster the more is asked of it at once; this many take about 100 MB meanwhile.
 _TOKENS_PER_READ = 1 << 22
@@ -35,7 +36,7 @@ class RowLoader:
         seed: Decides the order of every epoch.
 
     Raises:
-        ValueError: For a source that is missing, malformed anywhere or prepared under other
+        UserError: For a source that is missing, malformed anywhere or prepared under other
             settings, or a tokenizer that has more entries than the model. Media are looked at,
             and refused, when they come up.
     """
@@ -87,7 +88,7 @@ class RowLoader:
             count: Rows wanted; the position moves on by them.
 
         Raises:
-            ValueError: Naming the sample that cannot be read or is longer than a row, unless
+            UserError: Naming the sample that cannot be read or is longer than a row, unless
                 such samples are skipped. The position stays before these rows.
         """
         num_drawn, waiting = list(self._blend.num_drawn), self._window.waiting
@@ -96,7 +97,7 @@ class RowLoader:
                 self._window.fill_row(self._config.row_tokens, self._draw) for _ in range(count)
             ]
             return self._pack(chosen)
-        except ValueError:
+        except UserError:
             self._blend.num_drawn = num_drawn
             self._window = PackingWindow(self._config.packing_window, waiting)
             raise
@@ -119,12 +120,12 @@ class RowLoader:
             state: What `state_dict` returned.
 
         Raises:
-            ValueError: When it belongs to other samples, weights or another seed, or names the
+            UserError: When it belongs to other samples, weights or another seed, or names the
                 sample that waited to be packed and has become unreadable.
         """
         missing = sorted(self.state_dict().keys() - state.keys())
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"data.samples: the checkpoint's place in the data lacks {', '.join(missing)}, "
                 "expected one that this version saved; begin a run from its weights with "
                 "training.checkpoint.weights, or start afresh with training.checkpoint.resume=none"
@@ -137,7 +138,7 @@ class RowLoader:
         )
         for source, digest in zip(self._sources, state["samples_digests"], strict=True):
             if source.digest != digest:
-                raise ValueError(
+                raise UserError(
                     f"data.samples: {source.path} has content {source.digest}, expected {digest} "
                     "as when the checkpoint was saved; restore the file, or start afresh with "
                     "training.checkpoint.resume=none"
@@ -172,13 +173,13 @@ class RowLoader:
             source, index = self._blend.draw()
             try:
                 return self._measured(source, index)
-            except ValueError as error:
+            except UserError as error:
                 if self._config.on_bad_sample == "refuse":
                     raise
                 self._num_skipped += 1
                 self._newly_skipped.append(str(error))
                 _logger.warning("sample skipped: %s", error)
-        raise ValueError(
+        raise UserError(
             f"data.samples: {self.num_samples} samples in a row were skipped, expected at least "
             f"one good sample in {self._config.samples}; the last was skipped because "
             f"{self._newly_skipped[-1]}"
@@ -188,7 +189,7 @@ class RowLoader:
         num_tokens = self._sources[source].measure(index)
         if num_tokens > self._config.row_tokens:
             name = self._sources[source].name(index)
-            raise ValueError(
+            raise UserError(
                 f"{name}: is {num_tokens} tokens long, expected at most data.row_tokens = "
                 f"{self._config.row_tokens}; raise data.row_tokens, or lower "
                 "data.frames.frames_per_second, data.frames.max_tokens_per_frame or "
@@ -215,6 +216,6 @@ def open_source(
     if not Path(name).is_dir():
         return ConversationFile(resolve_media(name, Path()), tokenizer, config, model)
     # zarr takes most of a second to import, and runs on sample files do not need it.
-    from megatron_keye.data.store import SampleStore
+    from megatron_keye.data.store.reader import SampleStore
 
     return SampleStore(Path(name), deciding_settings(tokenizer, config, model))

@@ -1,5 +1,4 @@
-"""Names of media files: where a file that a sample names lies on this machine, and whether it is
-still the same.
+"""Media files: which kind one is, where on this machine it lies, and whether it is still the same.
 
 Sample files move between machines and installed packages carry clips, so names are resolved late
 and always to an absolute path.
@@ -9,9 +8,25 @@ import hashlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
+
+from megatron_keye.errors import UserError
 
 PACKAGE_PREFIX = "package://"
 _KEY_BLOCK_BYTES = 65_536
+
+
+MediumKind = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A media file and how it is decoded; one file may be shown as both."""
+
+    path: str
+    """Absolute path."""
+    kind: MediumKind
+    """Whether its frames are those of a video, or frame 0 is the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +82,15 @@ def resolve_media(name: str, base: Path) -> Path:
         Absolute path of a file that is there.
 
     Raises:
-        ValueError: For an empty name, a package that is not installed, or a file that is missing.
+        UserError: For an empty name, a package that is not installed, or a file that is missing.
     """
     if not name:
-        raise ValueError("media name: got '', expected a path or package://NAME/PATH")
+        raise UserError("media name: got '', expected a path or package://NAME/PATH")
     path = _in_package(name) if name.startswith(PACKAGE_PREFIX) else base / name
     path = path.absolute()
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "is not there"
-        raise ValueError(
+        raise UserError(
             f"{name}: {path} {found}, expected a file; correct the name (relative names start "
             f"from {base.absolute()})"
         )
@@ -86,11 +101,11 @@ def _in_package(name: str) -> Path:
     """Find `package://NAME/INNER/PATH` without running the package's own code."""
     package, _, inner = name.removeprefix(PACKAGE_PREFIX).partition("/")
     if not package.isidentifier() or not inner:
-        raise ValueError(f"{name}: expected package://NAME/PATH with a top-level package name")
+        raise UserError(f"{name}: expected package://NAME/PATH with a top-level package name")
     spec = find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     if not folders:
-        raise ValueError(
+        raise UserError(
             f"{name}: no package {package!r} is installed; install the one that carries the file, "
             "or name another file"
         )

@@ -38,7 +38,7 @@ class PackingWindow:
         self._size = size
         self._num_added = 0
         self._by_arrival: dict[int, Waiting] = {}
-        # Negative arrivals put the oldest of equally long samples last, where the search ends.
+        # Negative receives put the oldest of equally long samples last, where the search ends.
         self._by_length: list[tuple[int, int]] = []
         for sample in waiting:
             self._add(sample)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_keye.data.media import Medium
+
 IGNORED_LABEL = -100
 """Label of a position whose token is not predicted."""
 
@@ -17,21 +19,24 @@ IGNORED_LABEL = -100
 class Picture:
     """One image or one video frame as the model will see it."""
 
-    media: str
-    """File it comes from, as an absolute path."""
+    medium: Medium
+    """File it comes from."""
     frame: int
     """Index in presentation order of the frame in that file; 0 for an image."""
-    grid: tuple[int, int]
+    patch_grid: tuple[int, int]
     """Patches down and across after resizing, multiples of the merge size."""
-    is_video: bool
-    """Whether `media` is decoded as a video or as an image."""
     seconds: float | None = None
     """When a video shows the frame; None for an image."""
 
     @property
+    def is_video(self) -> bool:
+        """Whether it is a frame of a video."""
+        return self.medium.kind == "video"
+
+    @property
     def num_patches(self) -> int:
         """Patches P of this picture."""
-        return self.grid[0] * self.grid[1]
+        return self.patch_grid[0] * self.patch_grid[1]
 
     def num_tokens(self, merge_size: int) -> int:
         """Return the decoder tokens M that the picture becomes."""

@@ -11,12 +11,13 @@ import numpy as np
 
 from megatron_keye.config import DataConfig, ModelConfig
 from megatron_keye.data.conversation import Conversation, Message, Part
-from megatron_keye.data.frames import image_grid, plan_video
-from megatron_keye.data.image import probe_image
-from megatron_keye.data.media import resolve_media
+from megatron_keye.data.media import Medium, resolve_media
 from megatron_keye.data.row import IGNORED_LABEL, Picture, Sample
 from megatron_keye.data.tokens import TURN_END, TURN_START, Tokenizer
-from megatron_keye.data.video import VideoInfo, probe
+from megatron_keye.data.video.frames import image_patch_grid, plan_video
+from megatron_keye.data.video.image import probe_image
+from megatron_keye.data.video.probe import VideoInfo, probe
+from megatron_keye.errors import UserError
 
 
 def make_sample(
@@ -43,7 +44,7 @@ def make_sample(
         probe_video: Says what a video's container holds; raises what `probe` does.
 
     Raises:
-        ValueError: Naming file and line: a medium that is missing or unreadable, text that spells
+        UserError: Naming file and line: a medium that is missing or unreadable, text that spells
             a placeholder, or nothing to predict.
     """
     writer = _Writer(
@@ -57,8 +58,8 @@ def make_sample(
         for message in conversation.messages:
             writer.write_message(message)
         return writer.finish(conversation.name)
-    except ValueError as error:
-        raise ValueError(f"{conversation.name}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{conversation.name}: {error}") from error
 
 
 @dataclass(kw_only=True)
@@ -94,7 +95,7 @@ class _Writer:
         labels = np.full_like(token_ids, IGNORED_LABEL)
         labels[:-1] = np.where(self.is_target[1:], token_ids[1:], IGNORED_LABEL)
         if not (labels != IGNORED_LABEL).any():
-            raise ValueError(
+            raise UserError(
                 "no assistant message, so nothing would be predicted, expected at least one; add "
                 "it, or set data.loss_tokens to 'text'"
             )
@@ -117,7 +118,7 @@ class _Writer:
         token_ids = self.tokenizer.encode(text)
         spelt = set(token_ids).intersection(self.model.vision_token_ids)
         if spelt:
-            raise ValueError(
+            raise UserError(
                 f"text has token id {min(spelt)}, which stands for pictures; set "
                 "model.image_token_id and model.video_token_id to the tokenizer's placeholders"
             )
@@ -127,8 +128,10 @@ class _Writer:
         """Write an image, or the frames of a video with their times."""
         path = resolve_media(part.value, self.base)
         if part.kind == "image":
-            grid = image_grid(*probe_image(path), self.config.frames, self.model.vision)
-            self._write_picture(Picture(media=str(path), frame=0, grid=grid, is_video=False))
+            grid = image_patch_grid(*probe_image(path), self.config.frames, self.model.vision)
+            self._write_picture(
+                Picture(medium=Medium(str(path), "image"), frame=0, patch_grid=grid)
+            )
             return
         plan = plan_video(
             self.probe_video(path),
@@ -137,11 +140,15 @@ class _Writer:
             start_seconds=part.start_seconds,
             end_seconds=part.end_seconds,
         )
+        medium = Medium(str(path), "video")
         for index, seconds in zip(plan.frame_indices.tolist(), plan.times.tolist(), strict=True):
             self._write_text(f"<{seconds:.1f} seconds>", is_answer=False)
             self._write_picture(
                 Picture(
-                    media=str(path), frame=index, grid=plan.grid, is_video=True, seconds=seconds
+                    medium=medium,
+                    frame=index,
+                    patch_grid=plan.patch_grid,
+                    seconds=seconds,
                 )
             )
 

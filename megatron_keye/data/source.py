@@ -33,10 +33,10 @@ class SampleSource(Protocol):
         """Return the file and line that a sample comes from."""
 
     def measure(self, index: int) -> int:
-        """Return a sample's length in tokens; ValueError, naming it, when it is of no use."""
+        """Return a sample's length in tokens; UserError, naming it, when it is of no use."""
 
     def load(self, indices: Sequence[int]) -> list[Sample]:
-        """Return samples in the order asked for; ValueError as `measure`."""
+        """Return samples in the order asked for; UserError as `measure`."""
 
 
 class ConversationFile:
@@ -49,7 +49,7 @@ class ConversationFile:
         model: Ids of placeholders, patch and merge size.
 
     Raises:
-        ValueError: Naming file and line of what is malformed; media are opened when they come up.
+        UserError: Naming file and line of what is malformed; media are opened when they come up.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class ConversationFile:
         return self._conversations[index].name
 
     def measure(self, index: int) -> int:
-        """Tokenize one sample and return its length; ValueError when that fails."""
+        """Tokenize one sample and return its length; UserError when that fails."""
         return len(self._sample(index).token_ids)
 
     def load(self, indices: Sequence[int]) -> list[Sample]:
-        """Return samples in the order asked for; ValueError naming one that cannot be made."""
+        """Return samples in the order asked for; UserError naming one that cannot be made."""
         return [self._sample(index) for index in indices]
 
     def _make(self, index: int) -> Sample:

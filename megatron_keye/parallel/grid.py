@@ -1,7 +1,7 @@
 """Turns degrees into ranks and process groups, for the decoder grid and the vision grid.
 
-The only file that makes groups; everything else is handed the group it uses. Decoder ranks come
-first, numbered with tensor fastest, then context, data, pipeline; dedicated vision ranks follow.
+The only file that makes groups; everything else is handed the group it uses. `plan/places.py` has
+the numbering of ranks.
 """
 
 from dataclasses import dataclass
@@ -14,20 +14,12 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_keye.config.parallel import DecoderParallel, ParallelConfig
-
-
-@dataclass(frozen=True)
-class DecoderPlace:
-    """Where one rank stands in the decoder grid."""
-
-    tensor: int
-    """Rank along the tensor axis; also the part of the sequence it holds between layers."""
-    context: int
-    """Rank along the context axis."""
-    data: int
-    """Replica, which decides the rows it works on."""
-    pipeline: int
-    """Pipeline stage."""
+from megatron_keye.plan.places import (
+    DecoderPlace,
+    decoder_place,
+    transport_ranks,
+    vision_ranks,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +38,7 @@ class Grid:
     """Ranks that encode or hold embeddings, ascending: between these features travel."""
     transport: dist.ProcessGroup
     """The transport ranks. One group for both directions: all exchanges of a step have one order
-    (`parallel/order.py`), which a second group could only break."""
+    (`plan/order.py`), which a second group could only break."""
 
     @property
     def vision_ranks(self) -> range:
@@ -56,23 +48,6 @@ class Grid:
     def place(self, rank: int | None = None) -> DecoderPlace:
         """Return where `rank` (this process by default) stands in the decoder grid."""
         return decoder_place(self.parallel.decoder, self.rank if rank is None else rank)
-
-
-def decoder_place(degrees: DecoderParallel, rank: int) -> DecoderPlace:
-    """Return where a decoder rank stands, by the numbering stated at the top of this file."""
-    assert 0 <= rank < degrees.num_ranks, f"rank {rank} is not one of {degrees.num_ranks}"
-    rank, tensor = divmod(rank, degrees.tensor)
-    rank, context = divmod(rank, degrees.context)
-    pipeline, data = divmod(rank, degrees.data)
-    return DecoderPlace(tensor=tensor, context=context, data=data, pipeline=pipeline)
-
-
-def vision_ranks(parallel: ParallelConfig) -> range:
-    """Return the ranks that encode."""
-    num_decoder = parallel.decoder.num_ranks
-    if parallel.vision.placement == "dedicated":
-        return range(num_decoder, num_decoder + parallel.vision.num_ranks)
-    return range(num_decoder)
 
 
 def build_grid(parallel: ParallelConfig) -> Grid:
@@ -91,15 +66,14 @@ def build_grid(parallel: ParallelConfig) -> Grid:
     rank, encoding = dist.get_rank(), vision_ranks(parallel)
     decoder = _decoder_groups(parallel.decoder)
     vision = _vision_groups(len(encoding), encoding.start)
-    first_stage = parallel.decoder.num_ranks // parallel.decoder.pipeline
-    transport_ranks = sorted({*encoding, *range(first_stage)})
+    travelling = transport_ranks(parallel)
     return Grid(
         parallel=parallel,
         rank=rank,
         decoder=decoder if rank < parallel.decoder.num_ranks else None,
         vision=vision if rank in encoding else None,
-        transport_ranks=tuple(transport_ranks),
-        transport=_connected_group(transport_ranks),
+        transport_ranks=tuple(travelling),
+        transport=_connected_group(travelling),
     )
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from megatron_keye.errors import UserError
 from megatron_keye.parallel.cpu import run_megatron_on_cpu
 
 _TIMEOUT = timedelta(minutes=10)
@@ -49,13 +50,13 @@ def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int) -> t
         local_rank: Number of this process on its machine.
 
     Raises:
-        ValueError: When a GPU is asked for and this rank has none.
+        UserError: When a GPU is asked for and this rank has none.
     """
     num_gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
         return torch.device("cpu")
     if local_rank >= num_gpus:
-        raise ValueError(
+        raise UserError(
             f"device: got {wanted!r} for local rank {local_rank}, expected a GPU for each rank "
             f"but torch sees {num_gpus}; start at most {num_gpus} ranks here, or set device=cpu"
         )

@@ -5,17 +5,14 @@ What is computed is handed in, so that the order can be read, and simulated, in 
 
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from megatron_keye.parallel.grid import Grid
-from megatron_keye.parallel.plan import StepPlan
 from megatron_keye.parallel.transport import FeatureTransport
-
-_ENOUGH_AHEAD = 2
-"""Micro-batches whose features wait for the decoder before a vision rank turns to gradients: one
-that the decoder takes next, one for while a gradient is worked on."""
+from megatron_keye.plan.order import next_work
+from megatron_keye.plan.step import StepPlan
 
 
 class Encoder(Protocol):
@@ -37,7 +34,7 @@ def run_step(
     transport: FeatureTransport,
     *,
     encoder: Encoder | None,
-    decode: Callable[[], None],
+    run_decoder: Callable[[], None],
     returns_gradients: bool,
 ) -> None:
     """Run this rank's share of a step.
@@ -49,19 +46,19 @@ def run_step(
 
     Args:
         plan: The step's plan.
-        grid: Tells whether this rank decodes and takes part in transport.
+        grid: Tells whether this rank is the decoder's and takes part in transport.
         transport: The step's messages.
         encoder: Runs chunks; None on a rank that does not encode.
-        decode: Runs the decoder's pipeline schedule, forward and backward.
+        run_decoder: Runs the decoder's pipeline schedule, forward and backward.
         returns_gradients: Whether anything in front of the decoder learns.
     """
     mine = plan.chunks_of(grid.rank)
     if grid.rank not in grid.transport_ranks:
-        decode()
+        run_decoder()
         return
     transport.start()
     if grid.decoder is None:
-        assert encoder is not None, "a rank that does not decode encodes"
+        assert encoder is not None, "a rank outside the decoder encodes"
         _encode_beside_the_decoder(mine, transport, encoder, returns_gradients=returns_gradients)
         while transport.num_ahead() and encoder.encode_ahead():
             pass
@@ -69,30 +66,12 @@ def run_step(
         for chunk in mine:
             assert encoder is not None, "chunks are planned for ranks that encode"
             transport.send_features(chunk, encoder.encode(chunk))
-        decode()
-        transport.finish_decoding()
+        run_decoder()
+        transport.finish_decoder()
         for chunk in mine if returns_gradients else []:
             assert encoder is not None, "chunks are planned for ranks that encode"
             encoder.backward(chunk, transport.take_gradients(chunk))
     transport.finish()
-
-
-def next_work(
-    *, num_to_encode: int, num_to_return: int, num_ahead: int, has_gradients: bool
-) -> Literal["encode", "return", "nothing"]:
-    """Decide what a vision rank of its own does next; it waits only when nothing else is left.
-
-    Args:
-        num_to_encode: Chunks that it still has to encode.
-        num_to_return: Chunks whose backward it still has to run.
-        num_ahead: Micro-batches whose features wait for the decoder.
-        has_gradients: Whether the gradient of the next chunk to return is there.
-    """
-    if num_to_encode == 0:
-        return "return" if num_to_return else "nothing"
-    if num_to_return and has_gradients and num_ahead >= _ENOUGH_AHEAD:
-        return "return"
-    return "encode"
 
 
 def _encode_beside_the_decoder(

@@ -4,7 +4,7 @@ One uneven all-to-all a micro-batch and direction, whose counts both ends take f
 only owned rows travel and any ratio of ranks is an ordinary case. Single messages would not do:
 NCCL runs those of one group in order and sets up each pair of ranks with both present, so ranks
 that are at different points of their schedules wait for each other for ever. All ranks start the
-exchanges in the plan's order, which `parallel/order.py` shows to be free of deadlock.
+exchanges in the plan's order, which `plan/order.py` shows to be free of deadlock.
 """
 
 from dataclasses import dataclass, field
@@ -13,19 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_keye.observe.recorder import Recorder
 from megatron_keye.parallel.grid import Grid
-from megatron_keye.parallel.order import Exchange
-from megatron_keye.parallel.plan import Shipment, StepPlan
-from megatron_keye.parallel.recorder import Recorder
+from megatron_keye.plan.cursor import ExchangeCursor
+from megatron_keye.plan.order import Exchange
+from megatron_keye.plan.step import StepPlan, Transfer
 
 
 @dataclass
 class _State:
     """What this rank does in one exchange."""
 
-    sent: list[Shipment]
+    sent: list[Transfer]
     """By the group's ranks, then by tag, as on the other side."""
-    taken: list[Shipment]
+    taken: list[Transfer]
     """Likewise."""
     num_sent: list[int]
     """Rows to each rank of the group."""
@@ -81,9 +82,7 @@ class FeatureTransport:
         self._plan, self._grid, self._recorder, self._device = plan, grid, recorder, device
         self._empty = torch.empty(0, width, dtype=dtype, device=device)
         self._states = {exchange: self._state(exchange) for exchange in plan.exchanges}
-        self._order = list(plan.exchanges) if grid.rank in grid.transport_ranks else []
-        self._num_started = 0
-        self._num_allowed = self._allowed_at_first()
+        self._cursor = ExchangeCursor(plan.exchanges, grid.parallel, grid.rank)
 
     def start(self) -> None:
         """Start what needs nothing of this rank, such as a first micro-batch without its part."""
@@ -98,16 +97,16 @@ class FeatureTransport:
             chunk: Index of the chunk in the plan; a rank sends its chunks in order.
             features_MD: [M, D], all merged tokens of the chunk.
         """
-        with self._recorder.phase("send", f"chunk {chunk}"):
-            for shipment in self._plan.shipments_of(chunk):
-                rows = torch.from_numpy(shipment.feature_rows).to(self._device)
+        with self._recorder.span("send", f"chunk {chunk}"):
+            for transfer in self._plan.transfers_of(chunk):
+                rows = torch.from_numpy(transfer.feature_rows).to(self._device)
                 part = features_MD.detach().index_select(0, rows).to(self._empty.dtype)
-                self._states[_features(shipment)].outgoing[shipment.tag] = part
+                self._states[_features(transfer)].outgoing[transfer.tag] = part
             self._start_ready()
 
     def num_ahead(self) -> int:
         """Return how many micro-batches' features this rank has sent that are still under way."""
-        started = self._order[: self._num_started]
+        started = self._cursor.started
         return sum(e.kind == "features" and not self._states[e].is_done for e in started)
 
     def take_features(self, micro_batch: int) -> Tensor:
@@ -116,15 +115,15 @@ class FeatureTransport:
         Returns:
             [M, D] in the order of their positions; [0, D] where the micro-batch has none here.
         """
-        arrivals = self._plan.arrivals(self._grid.rank, micro_batch)
+        receives = self._plan.receives(self._grid.rank, micro_batch)
         exchange = Exchange("features", micro_batch)
         if exchange in self._states:
             self._allow_through(exchange)
-        if not arrivals:
+        if not receives:
             return self._empty.clone()
-        with self._recorder.phase("wait", f"features {micro_batch}"):
-            parts = [self._take(exchange, shipment) for shipment in arrivals]
-            return torch.cat(parts).index_select(0, self._row_order(arrivals))
+        with self._recorder.span("wait", f"features {micro_batch}"):
+            parts = [self._take(exchange, transfer) for transfer in receives]
+            return torch.cat(parts).index_select(0, self._row_order(receives))
 
     def return_gradients(self, micro_batch: int, gradients_MD: Tensor) -> None:
         """Send the gradients of a micro-batch's features back, without waiting.
@@ -133,25 +132,25 @@ class FeatureTransport:
             micro_batch: The micro-batch; a rank returns its micro-batches in order.
             gradients_MD: [M, D] in the order in which `take_features` gave the features.
         """
-        with self._recorder.phase("return", f"micro-batch {micro_batch}"):
-            arrivals = self._plan.arrivals(self._grid.rank, micro_batch)
-            order = self._row_order(arrivals)
+        with self._recorder.span("return", f"micro-batch {micro_batch}"):
+            receives = self._plan.receives(self._grid.rank, micro_batch)
+            order = self._row_order(receives)
             arrived = torch.empty_like(gradients_MD).index_copy(0, order, gradients_MD)
-            parts = arrived.to(self._empty.dtype).split([len(s.positions) for s in arrivals])
+            parts = arrived.to(self._empty.dtype).split([len(s.positions) for s in receives])
             exchange = Exchange("gradients", micro_batch)
-            for shipment, part in zip(arrivals, parts, strict=True):
-                self._states[exchange].outgoing[shipment.tag] = part
+            for transfer, part in zip(receives, parts, strict=True):
+                self._states[exchange].outgoing[transfer.tag] = part
             if self._grid.parallel.vision.placement == "dedicated":
                 self._allow_through(exchange)
 
-    def finish_decoding(self) -> None:
+    def finish_decoder(self) -> None:
         """Tell that this rank neither takes features nor returns gradients any more."""
-        self._num_allowed = len(self._order)
+        self._cursor.allow_all()
         self._start_ready()
 
     def has_gradients(self, chunk: int) -> bool:
         """Tell, without waiting, whether the gradient of a chunk's features is there."""
-        exchanges = {_gradients(shipment) for shipment in self._plan.shipments_of(chunk)}
+        exchanges = {_gradients(transfer) for transfer in self._plan.transfers_of(chunk)}
         return all(self._states[exchange].is_done for exchange in exchanges)
 
     def take_gradients(self, chunk: int) -> Tensor:
@@ -165,29 +164,29 @@ class FeatureTransport:
         """
         num_tokens = self._plan.chunks[chunk].num_tokens
         gradient = self._empty.new_zeros(num_tokens, self._empty.shape[1])
-        with self._recorder.phase("wait", f"gradient of chunk {chunk}"):
-            for shipment in self._plan.shipments_of(chunk):
-                rows = torch.from_numpy(shipment.feature_rows).to(self._device)
-                gradient.index_copy_(0, rows, self._take(_gradients(shipment), shipment))
+        with self._recorder.span("wait", f"gradient of chunk {chunk}"):
+            for transfer in self._plan.transfers_of(chunk):
+                rows = torch.from_numpy(transfer.feature_rows).to(self._device)
+                gradient.index_copy_(0, rows, self._take(_gradients(transfer), transfer))
                 # A gradient that has come back shows that its features have left.
-                self._let_go(self._states[_features(shipment)])
+                self._let_go(self._states[_features(transfer)])
         return gradient
 
     def finish(self) -> None:
         """Wait until what this rank sent has left, and check that the whole plan was done."""
-        left = self._order[self._num_started :]
+        left = self._cursor.waiting
         assert not left, f"rank {self._grid.rank}: {left} of the plan never started"
-        for exchange in self._order:
+        for exchange in self._cursor.order:
             state = self._states[exchange]
             state.wait()
             is_taken = not state.arrived and not (state.taken and state.buffers is not None)
             assert is_taken, f"rank {self._grid.rank}: {exchange} was not taken"
 
     def _state(self, exchange: Exchange) -> _State:
-        departures = self._plan.departures(self._grid.rank, exchange.micro_batch)
-        arrivals = self._plan.arrivals(self._grid.rank, exchange.micro_batch)
-        targets = _by_rank(departures, [s.destination for s in departures])
-        origins = _by_rank(arrivals, [s.source for s in arrivals])
+        sends = self._plan.sends(self._grid.rank, exchange.micro_batch)
+        receives = self._plan.receives(self._grid.rank, exchange.micro_batch)
+        targets = _by_rank(sends, [s.destination for s in sends])
+        origins = _by_rank(receives, [s.source for s in receives])
         if exchange.kind == "gradients":
             targets, origins = origins, targets
         ranks = self._grid.transport_ranks
@@ -198,36 +197,24 @@ class FeatureTransport:
             num_taken=[_num_rows(origins.get(rank, [])) for rank in ranks],
         )
 
-    def _allowed_at_first(self) -> int:
-        """Return how many exchanges this rank starts as soon as it has its part of them.
-
-        A rank that only encodes starts each when it can. A first-stage rank starts those of its
-        own schedule where it meets them, so that nothing waits on its device meanwhile.
-        """
-        if self._grid.decoder is None:
-            return len(self._order)
-        if self._grid.parallel.vision.placement == "dedicated":
-            return 0
-        return sum(exchange.kind == "features" for exchange in self._order)
-
     def _allow_through(self, exchange: Exchange) -> None:
         """Start all exchanges up to this one, which the schedule has come to."""
-        place = self._order.index(exchange) + 1
-        self._num_allowed = max(self._num_allowed, place)
+        self._cursor.allow_through(exchange)
         self._start_ready()
-        assert self._num_started >= place, (
+        assert exchange in self._cursor.started, (
             f"rank {self._grid.rank} came to {exchange} before it had its part of "
-            f"{self._order[self._num_started]}, which stands earlier in the plan's order"
+            f"{self._cursor.waiting[0]}, which stands earlier in the plan's order"
         )
 
     def _start_ready(self) -> None:
-        while self._num_started < self._num_allowed:
-            state = self._states[self._order[self._num_started]]
-            if len(state.outgoing) < len(state.sent):
-                return
+        for exchange in self._cursor.take_ready(self._has_part):
             self._let_go_of_sent()
-            self._start(state)
-            self._num_started += 1
+            self._start(self._states[exchange])
+
+    def _has_part(self, exchange: Exchange) -> bool:
+        """Tell whether all rows that this rank sends in an exchange are there."""
+        state = self._states[exchange]
+        return len(state.outgoing) == len(state.sent)
 
     def _start(self, state: _State) -> None:
         outgoing = torch.cat([self._empty, *(state.outgoing.pop(s.tag) for s in state.sent)])
@@ -244,7 +231,7 @@ class FeatureTransport:
 
     def _let_go_of_sent(self) -> None:
         """Free what has left, so that a step's features never lie on a vision rank together."""
-        for exchange in self._order[: self._num_started]:
+        for exchange in self._cursor.started:
             state = self._states[exchange]
             if state.is_done:
                 self._let_go(state)
@@ -255,35 +242,35 @@ class FeatureTransport:
             state.wait()
             state.buffers = None
 
-    def _take(self, exchange: Exchange, shipment: Shipment) -> Tensor:
+    def _take(self, exchange: Exchange, transfer: Transfer) -> Tensor:
         state = self._states[exchange]
         if state.buffers is not None:
             state.wait()
             parts = state.buffers[1].split([len(s.positions) for s in state.taken])
             state.arrived = {s.tag: part for s, part in zip(state.taken, parts, strict=True)}
             state.buffers = None
-        return state.arrived.pop(shipment.tag)
+        return state.arrived.pop(transfer.tag)
 
-    def _row_order(self, arrivals: list[Shipment]) -> Tensor:
-        positions = torch.cat([torch.from_numpy(s.positions) for s in arrivals])
+    def _row_order(self, receives: list[Transfer]) -> Tensor:
+        positions = torch.cat([torch.from_numpy(s.positions) for s in receives])
         return positions.argsort().to(self._device)
 
 
-def _features(shipment: Shipment) -> Exchange:
-    return Exchange("features", shipment.micro_batch)
+def _features(transfer: Transfer) -> Exchange:
+    return Exchange("features", transfer.micro_batch)
 
 
-def _gradients(shipment: Shipment) -> Exchange:
-    return Exchange("gradients", shipment.micro_batch)
+def _gradients(transfer: Transfer) -> Exchange:
+    return Exchange("gradients", transfer.micro_batch)
 
 
-def _by_rank(shipments: list[Shipment], ranks: list[int]) -> dict[int, list[Shipment]]:
-    """Sort shipments, which come by tag, to the ranks at their other end, ascending."""
-    groups: dict[int, list[Shipment]] = {rank: [] for rank in sorted(set(ranks))}
-    for shipment, rank in zip(shipments, ranks, strict=True):
-        groups[rank].append(shipment)
+def _by_rank(transfers: list[Transfer], ranks: list[int]) -> dict[int, list[Transfer]]:
+    """Sort transfers, which come by tag, to the ranks at their other end, ascending."""
+    groups: dict[int, list[Transfer]] = {rank: [] for rank in sorted(set(ranks))}
+    for transfer, rank in zip(transfers, ranks, strict=True):
+        groups[rank].append(transfer)
     return groups
 
 
-def _num_rows(shipments: list[Shipment]) -> int:
-    return sum(len(shipment.positions) for shipment in shipments)
+def _num_rows(transfers: list[Transfer]) -> int:
+    return sum(len(transfer.positions) for transfer in transfers)

@@ -28,7 +28,9 @@ def check_same_rows(rows: list[PackedRow] | None, device: torch.device) -> None:
     """
     digest = hashlib.blake2b(digest_size=7)
     for row in rows or ():
-        pictures = [(picture.frame, picture.grid, picture.is_video) for picture in row.pictures]
+        pictures = [
+            (picture.frame, picture.patch_grid, picture.is_video) for picture in row.pictures
+        ]
         digest.update(repr((row.sample_names, pictures)).encode())
         digest.update(row.document_bounds.tobytes())
     mark = int.from_bytes(digest.digest(), "little")
@@ -60,8 +62,8 @@ def damaged_samples(rows: list[PackedRow], failed: Mapping[str, str]) -> Damaged
     damaged: Damaged = {}
     for place, row in enumerate(rows):
         for picture, document in zip(row.pictures, _documents_of_pictures(row), strict=True):
-            if picture.media in failed:
-                reason = f"{row.sample_names[document]}: {failed[picture.media]}"
+            if picture.medium.path in failed:
+                reason = f"{row.sample_names[document]}: {failed[picture.medium.path]}"
                 damaged.setdefault((place, document), reason)
     return damaged
 

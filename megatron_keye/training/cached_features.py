@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from megatron_keye.config.megatron import weight_dtype
 from megatron_keye.config.run import RunConfig
-from megatron_keye.data.decode_service import DecodeService, DecodeStatistics
-from megatron_keye.data.feature_store import FeatureStore
+from megatron_keye.data.feature_cache import FeatureCache
 from megatron_keye.data.row import Picture
+from megatron_keye.data.video.decode_service import DecodeService, DecodeStatistics
 
 
 class CachedFeatures:
@@ -43,7 +43,7 @@ class CachedFeatures:
         self._run, self._encoder, self._decoding = run, encoder, decoding
         self._decoder_name, self._device = decoder_name, device
         self._dtype = weight_dtype(run)
-        self._store: FeatureStore | None = None
+        self._store: FeatureCache | None = None
         self._due: deque[tuple[Sequence[Picture], bool]] = deque()
         self._failed: dict[str, str] = {}
 
@@ -64,7 +64,7 @@ class CachedFeatures:
         """Return the features [P, W] of the next chunk, reading them or making and keeping them.
 
         Raises:
-            ValueError: As `DecodeService.take`; also for kept features that are damaged.
+            UserError: As `DecodeService.take`; also for kept features that are damaged.
         """
         store = self._open()
         # What cannot be read or decoded stays due, for the same error when it is asked for again.
@@ -75,10 +75,10 @@ class CachedFeatures:
             return features_PW
         patches = self._decoding.take().to(self._device, self._dtype)
         self._due.popleft()
-        features_PW = cast(Tensor, self._encoder(patches, [p.grid for p in pictures]))
+        features_PW = cast(Tensor, self._encoder(patches, [p.patch_grid for p in pictures]))
         parts = features_PW.split([picture.num_patches for picture in pictures])
         for picture, part in zip(pictures, parts, strict=True):
-            if picture.media not in self._failed:
+            if picture.medium.path not in self._failed:
                 store.write(picture, part)
         return features_PW
 
@@ -86,13 +86,13 @@ class CachedFeatures:
         """Return what was decoded since the last call; kept pictures are not."""
         return self._decoding.statistics()
 
-    def _open(self) -> FeatureStore:
+    def _open(self) -> FeatureCache:
         """Open the store of these weights, which are known once training starts."""
         if self._store is None:
             maker = f"{weights_digest(self._encoder)}-{self._decoder_name}"
             width = self._run.model.vision.hidden_size
             folder = Path(self._run.data.feature_cache)
-            self._store = FeatureStore(folder, maker, width, self._dtype)
+            self._store = FeatureCache(folder, maker, width, self._dtype)
         return self._store
 
 

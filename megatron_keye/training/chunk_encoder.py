@@ -14,11 +14,12 @@ from torch import Tensor
 
 from megatron_keye.config.megatron import weight_dtype
 from megatron_keye.config.run import RunConfig
-from megatron_keye.data.decode_service import DecodeStatistics
 from megatron_keye.data.row import PackedRow, Picture
-from megatron_keye.parallel.plan import StepPlan
-from megatron_keye.parallel.recorder import Recorder
-from megatron_keye.training.microbatch import returns_gradients
+from megatron_keye.data.video.decode_service import DecodeStatistics
+from megatron_keye.errors import UserError
+from megatron_keye.observe.recorder import Recorder
+from megatron_keye.plan.slots import returns_gradients
+from megatron_keye.plan.step import StepPlan
 
 
 class PatchSource(Protocol):
@@ -157,7 +158,7 @@ class ChunkEncoder:
             return False
         try:
             self._ahead.append(self._encode(due, f"next step's chunk {len(self._ahead)}"))
-        except ValueError:
+        except UserError:
             return False
         return True
 
@@ -169,7 +170,7 @@ class ChunkEncoder:
             gradient_MD: [M, D], gradient of the chunk's features.
         """
         started = time.perf_counter()
-        with self._recorder.phase("vision", f"chunk {chunk}"):
+        with self._recorder.span("vision", f"chunk {chunk}"):
             features_MD = self._forward(*self._inputs.pop(chunk))
             torch.autograd.backward(features_MD, gradient_MD.to(features_MD.dtype))
         self.seconds += time.perf_counter() - started
@@ -181,23 +182,23 @@ class ChunkEncoder:
     def _encode(self, due: _Due, label: str, keep_as: int | None = None) -> Tensor:
         """Encode the chunk that is decoded next, and keep its input under a number if need be."""
         started, decoding = time.perf_counter(), self._recorder.begin()
-        grids = [picture.grid for picture in due.pictures]
+        patch_grids = [picture.patch_grid for picture in due.pictures]
         patches = self._source.take()
         self._recorder.end("decode", label, decoding)
         self.wait_seconds += time.perf_counter() - started
         patches = patches.to(self._dtype)
         if keep_as is not None:
-            self._inputs[keep_as] = patches.cpu(), grids
-        with self._recorder.phase("encode", label):
-            features_MD = self._forward(patches, grids)
+            self._inputs[keep_as] = patches.cpu(), patch_grids
+        with self._recorder.span("encode", label):
+            features_MD = self._forward(patches, patch_grids)
         if keep_as is None and self._device.type == "cuda":
             # No copy holds the host, which has to see after each chunk how far the decoder is.
             torch.cuda.current_stream().synchronize()
         self.seconds += time.perf_counter() - started
         return features_MD
 
-    def _forward(self, patches: Tensor, grids: list[tuple[int, int]]) -> Tensor:
-        features: Tensor = self._vision(patches.to(self._device), grids)
+    def _forward(self, patches: Tensor, patch_grids: list[tuple[int, int]]) -> Tensor:
+        features: Tensor = self._vision(patches.to(self._device), patch_grids)
         return features
 
 

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_keye.config.run import RunConfig
-from megatron_keye.data.decode_service import DecodeStatistics
 from megatron_keye.data.row import PackedRow
+from megatron_keye.data.video.decode_service import DecodeStatistics
 from megatron_keye.decoder.row import RowMeter
-from megatron_keye.training.optimizer import StepOutcome
+from megatron_keye.optim.optimizer import StepOutcome
 from megatron_keye.training.router_load import RouterLoad
 from megatron_keye.training.throughput import device_name, peak_tflops, step_flops
 

@@ -15,20 +15,20 @@ class RouterLoad:
     """Tokens by layer and expert, as far as this rank's routers saw them in one step."""
 
     def __init__(
-        self, decoder: DecoderConfig, chunks: list[DistributedDataParallel], device: torch.device
+        self, decoder: DecoderConfig, stages: list[DistributedDataParallel], device: torch.device
     ) -> None:
-        """Listen to the routers of all chunks.
+        """Listen to the routers of all stages.
 
         Args:
             decoder: Number of layers and experts.
-            chunks: Decoder chunks of this rank.
+            stages: Virtual stages of this rank.
             device: Where counts are kept.
         """
         size = (decoder.num_layers, decoder.experts.num_experts)
         self.counts_LE = torch.zeros(size, dtype=torch.float64, device=device)
         """float64 [layers, experts]; a token counts once for each expert it visits."""
-        for chunk in chunks:
-            for module in chunk.modules():
+        for stage in stages:
+            for module in stage.modules():
                 if isinstance(module, TopKRouter):
                     module.register_forward_hook(self._listen())
 

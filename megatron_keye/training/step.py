@@ -11,12 +11,16 @@ from megatron_keye.config.megatron import weight_dtype
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.row import PackedRow
 from megatron_keye.decoder.row import RowMeter
+from megatron_keye.errors import UserError
 from megatron_keye.model import KeyeModel
+from megatron_keye.observe.recorder import Recorder, StepRecorder
+from megatron_keye.optim.learning_rate import learning_rate
+from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import Grid
-from megatron_keye.parallel.plan import StepPlan
-from megatron_keye.parallel.recorder import Recorder, StepRecorder
 from megatron_keye.parallel.schedule import run_step
 from megatron_keye.parallel.transport import FeatureTransport
+from megatron_keye.plan.slots import returns_gradients
+from megatron_keye.plan.step import StepPlan
 from megatron_keye.training.agreement import (
     agree_on_damaged,
     count_with_pictures,
@@ -24,8 +28,7 @@ from megatron_keye.training.agreement import (
     without_labels,
 )
 from megatron_keye.training.chunk_encoder import ChunkEncoder, PatchSource
-from megatron_keye.training.decode import Decoding
-from megatron_keye.training.learning_rate import learning_rate
+from megatron_keye.training.decoder_pass import DecoderPass
 from megatron_keye.training.metrics import (
     BatchCounts,
     StepMetrics,
@@ -33,17 +36,12 @@ from megatron_keye.training.metrics import (
     count_batch,
     decode_sums,
 )
-from megatron_keye.training.microbatch import (
-    balance_rows,
-    plan_rows,
-    returns_gradients,
-)
-from megatron_keye.training.optimizer import JointOptimizer
+from megatron_keye.training.microbatch import balance_rows, plan_rows
 from megatron_keye.training.router_load import RouterLoad
 from megatron_keye.training.stop import StopRequest
 
-_MOST_HOLLOW_STEPS = 10
-"""Steps in a row without a picture that decodes, after which it is no accident."""
+_MAX_STEPS_WITHOUT_PICTURES = 10
+"""Steps in a row of which no picture decodes, after which it is no accident."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +49,13 @@ class _Planned:
     """One global batch as it will be worked on; planning takes seconds on hundreds of ranks."""
 
     rows: list[PackedRow]
-    """In the order in which they are decoded."""
+    """In the order in which the decoder takes them."""
     plan: StepPlan
     """Of these rows."""
 
 
 class TrainingStep:
-    """Plans, encodes, decodes, returns gradients and updates; the same on every kind of rank."""
+    """Plans, encodes, runs the decoder, returns gradients, updates; the same on every kind of rank."""
 
     def __init__(
         self,
@@ -83,15 +81,15 @@ class TrainingStep:
         """
         self._run, self._grid, self._model, self._optimizer = run, grid, model, optimizer
         self._stop, self._device = stop, device
-        self._decode = Decoding(run, grid, model.chunks, device) if model.chunks else None
+        self._decoder_pass = DecoderPass(run, grid, model.stages, device) if model.stages else None
         self._decoder_seconds = 0.0
         self.recorder: StepRecorder | None = None
         """The last step's phases, where the run records them."""
         self.damaged: list[str] = []
         """Why samples of the last step taught nothing, a sentence for each, equal on all ranks."""
-        self._num_hollow_steps = 0
+        self._num_steps_without_pictures = 0
         self._announced: deque[tuple[list[PackedRow], _Planned]] = deque()
-        self._router_load = RouterLoad(run.model.decoder, model.chunks, device)
+        self._router_load = RouterLoad(run.model.decoder, model.stages, device)
         self._encoder: ChunkEncoder | None = None
         if model.vision is not None:
             assert source is not None, "a rank that encodes needs pictures"
@@ -119,9 +117,9 @@ class TrainingStep:
         counts = count_batch(planned.rows, self._run)
         self._optimizer.zero_gradients()
         self._router_load.reset()
-        self._encode_and_decode(planned, meter, counts, recorder)
+        self._encode_and_run_decoder(planned, meter, counts, recorder)
         rate = learning_rate(step, self._run.training.steps, self._run.training.optimizer)
-        with recorder.phase("optimizer"):
+        with recorder.span("optimizer"):
             self._optimizer.finish_gradients(counts.divisor)
             if self._encoder is None:
                 outcome = self._optimizer.step(rate)
@@ -178,13 +176,13 @@ class TrainingStep:
     def _check_some_decode(self, num_pictured: int) -> None:
         """Refuse to go on for long when no picture at all decodes, as on a broken device."""
         if num_pictured > len(self.damaged):
-            self._num_hollow_steps = 0
+            self._num_steps_without_pictures = 0
         elif num_pictured:
-            self._num_hollow_steps += 1
-        if self._num_hollow_steps > _MOST_HOLLOW_STEPS:
-            raise ValueError(
-                f"data.on_bad_sample=skip: no picture decoded in {self._num_hollow_steps} steps "
-                "in a row, expected media that can be read on the ranks that encode; the last "
+            self._num_steps_without_pictures += 1
+        if self._num_steps_without_pictures > _MAX_STEPS_WITHOUT_PICTURES:
+            raise UserError(
+                "data.on_bad_sample=skip: no picture decoded in "
+                f"{self._num_steps_without_pictures} steps in a row, expected media that can be read on the ranks that encode; the last "
                 f"reason was {self.damaged[-1]}"
             )
 
@@ -200,7 +198,7 @@ class TrainingStep:
         self.recorder = StepRecorder(self._device)
         return self.recorder
 
-    def _encode_and_decode(
+    def _encode_and_run_decoder(
         self, planned: _Planned, meter: RowMeter, counts: BatchCounts, recorder: Recorder
     ) -> None:
         run, rows, plan = self._run, planned.rows, planned.plan
@@ -219,15 +217,19 @@ class TrainingStep:
             self._grid,
             transport,
             encoder=self._encoder,
-            decode=lambda: self._decode_rows(rows, transport, meter, recorder, counts),
+            run_decoder=lambda: self._run_decoder(rows, transport, meter, recorder, counts),
             returns_gradients=returns_gradients(run),
         )
         if self._encoder is not None:
-            meter.add("pictures", torch.tensor(self._encoder.num_pictures, device=self._device))
+            meter.accumulate(
+                "pictures", torch.tensor(self._encoder.num_pictures, device=self._device)
+            )
             for name, sum_ in decode_sums(self._encoder.statistics()).items():
-                meter.add(name, torch.tensor(sum_, dtype=torch.float64, device=self._device))
+                meter.accumulate(
+                    name, torch.tensor(sum_, dtype=torch.float64, device=self._device)
+                )
 
-    def _decode_rows(
+    def _run_decoder(
         self,
         rows: list[PackedRow],
         transport: FeatureTransport,
@@ -235,10 +237,10 @@ class TrainingStep:
         recorder: Recorder,
         counts: BatchCounts,
     ) -> None:
-        assert self._decode is not None, "only decoder ranks decode"
+        assert self._decoder_pass is not None, "only decoder ranks run the decoder"
         started = time.perf_counter()
         weight = self._run.training.indexer_loss_weight
-        self._decode(
+        self._decoder_pass(
             rows,
             transport,
             meter,

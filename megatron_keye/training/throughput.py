@@ -17,7 +17,7 @@ from megatron_keye.config.model import DecoderConfig
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import Part
 from megatron_keye.data.row import PackedRow
-from megatron_keye.parallel.cost import (
+from megatron_keye.plan.cost import (
     block_flops,
     frame_attention_flops,
     indexing_flops,

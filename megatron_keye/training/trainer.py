@@ -5,14 +5,17 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_keye.checkpoint import store
+from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.config.backends import decode_backend
 from megatron_keye.config.run import RunConfig
-from megatron_keye.data.decode_service import DecodeService
-from megatron_keye.data.frame_decoder import make_decoder
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.data.row import PackedRow
+from megatron_keye.data.video.decode_service import DecodeService
+from megatron_keye.data.video.frame_decoder import make_decoder
+from megatron_keye.errors import UserError
 from megatron_keye.model import build_model
+from megatron_keye.observe.timeline import write_step
+from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import Process
 from megatron_keye.parallel.random import seed_rank
@@ -20,12 +23,10 @@ from megatron_keye.training.agreement import check_same_rows
 from megatron_keye.training.cached_features import CachedFeatures
 from megatron_keye.training.chunk_encoder import PatchSource
 from megatron_keye.training.metrics import StepMetrics
-from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.stop import StopRequest, hidden_from_children
 from megatron_keye.training.throughput import device_name
-from megatron_keye.training.timeline import write_step
 
 _Rows = tuple[list[PackedRow], dict[str, int | str]]
 """Rows of a step, and where the loader stands behind them."""
@@ -45,7 +46,7 @@ class Trainer:
             uses_transformer_engine: Whether linears and experts are Transformer Engine's.
 
         Raises:
-            ValueError: For degrees, samples or a checkpoint that do not fit.
+            UserError: For degrees, samples or a checkpoint that do not fit.
         """
         run.check_num_ranks(process.num_ranks)
         self._run, self._process, self._stop = run, process, StopRequest()
@@ -71,10 +72,12 @@ class Trainer:
             stop=self._stop,
             device=process.device,
         )
-        self._progress = store.Progress(step=0, updates=0, data=self._loader.state_dict())
+        self._progress = training_checkpoint.Progress(
+            step=0, updates=0, data=self._loader.state_dict()
+        )
         self._metrics: list[StepMetrics] = []
         self._media: set[str] = set()
-        self._upcoming: _Rows | ValueError | None = None
+        self._upcoming: _Rows | UserError | None = None
         self._num_damaged = 0
         self._resume()
 
@@ -170,10 +173,11 @@ class Trainer:
         rows, state = self._take_rows()
         # Decoding works on the next step while this one runs.
         self._upcoming = None if is_last else self._fetch()
-        self._media |= {picture.media for row in rows for picture in row.pictures}
+        self._media |= {picture.medium.path for row in rows for picture in row.pictures}
         metrics = self._step(rows, number)
         if self._step.recorder is not None:
-            write_step(self._run, self._process, number, self._step.recorder)
+            rank, device = self._process.rank, self._process.device
+            write_step(self._run.folder, number, rank, device, self._step.recorder)
         if number == 0:
             self._progress.first_loss = metrics.loss
         self._progress.step = number + 1
@@ -188,14 +192,14 @@ class Trainer:
         """Return the rows of the next step.
 
         Raises:
-            ValueError: Naming the sample that could not be read, now that it is its turn.
+            UserError: Naming the sample that could not be read, now that it is its turn.
         """
         fetched = self._upcoming or self._fetch()
-        if isinstance(fetched, ValueError):
+        if isinstance(fetched, UserError):
             raise fetched
         return fetched
 
-    def _fetch(self) -> _Rows | ValueError:
+    def _fetch(self) -> _Rows | UserError:
         """Take the rows of one more step, and announce what is to be decoded for them.
 
         Returns:
@@ -204,7 +208,7 @@ class Trainer:
         rows, wrong = None, None
         try:
             rows = self._loader.next_rows(self._run.training.rows_per_step)
-        except ValueError as error:
+        except UserError as error:
             wrong = error
         if self._run.data.on_bad_sample == "skip":
             check_same_rows(rows, self._process.device)
@@ -227,19 +231,23 @@ class Trainer:
 
     def _save(self) -> Path:
         with hidden_from_children():
-            return store.save(self._run, self._model, self._optimizer, self._grid, self._progress)
+            return training_checkpoint.save(
+                self._run, self._model, self._optimizer, self._grid, self._progress
+            )
 
     def _resume(self) -> None:
-        folder = store.find_checkpoint(self._run)
+        folder = training_checkpoint.find_checkpoint(self._run)
         if folder is None:
-            store.set_aside(self._run, self._process.rank)
+            training_checkpoint.set_aside(self._run, self._process.rank)
             weights = self._run.training.checkpoint.weights
             if weights:
-                store.load_weights(
+                training_checkpoint.load_weights(
                     Path(weights), self._run, self._model, self._optimizer, self._grid
                 )
             return
-        self._progress = store.load(folder, self._run, self._model, self._optimizer, self._grid)
+        self._progress = training_checkpoint.load(
+            folder, self._run, self._model, self._optimizer, self._grid
+        )
         self._loader.load_state_dict(self._progress.data)
 
     def _summary(self, checkpoint: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from megatron_keye.config import VisionConfig
 from megatron_keye.kernels.rotary import rotate
-from megatron_keye.vision.grids import Grid, check_grids, split_runs
+from megatron_keye.vision.patch_grids import PatchGrid, check_patch_grids, split_runs
 from megatron_keye.vision.positions import packed_positions
 from megatron_keye.vision.rotary import rotary_tables
 
@@ -33,20 +33,20 @@ class VisionEncoder(nn.Module):
         self.encoder = LayerStack(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, patches_PCXX: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def forward(self, patches_PCXX: Tensor, patch_grids: Sequence[PatchGrid]) -> Tensor:
         """Encode frames packed one behind the other.
 
         Args:
             patches_PCXX: [P, 3, patch, patch], normalised pixels in the parameters' type, each
                 frame's patches in raster order.
-            grids: Patches down and across each frame; empty for no frame at all, which gives no
+            patch_grids: Patches down and across each frame; empty for no frame, which gives no
                 feature and, backward, a gradient of 0 for every parameter.
 
         Returns:
             features_PW, type of the parameters.
 
         Raises:
-            ValueError: When patches have another shape or do not add up to the grids.
+            ValueError: When patches have another shape or do not add up to the patch_grids.
         """
         patch_size = self.config.patch_size
         if patches_PCXX.shape[1:] != (3, patch_size, patch_size):
@@ -54,9 +54,9 @@ class VisionEncoder(nn.Module):
                 f"patches_PCXX: got shape {tuple(patches_PCXX.shape)}, expected "
                 f"[P, 3, {patch_size}, {patch_size}]; cut frames by model.vision.patch_size"
             )
-        check_grids(patches_PCXX, grids, "patches_PCXX")
-        features_PW = self.embeddings(patches_PCXX, grids)
-        features_PW = self.encoder(features_PW, grids)
+        check_patch_grids(patches_PCXX, patch_grids, "patches_PCXX")
+        features_PW = self.embeddings(patches_PCXX, patch_grids)
+        features_PW = self.encoder(features_PW, patch_grids)
         normed_PW: Tensor = self.post_layernorm(features_PW)
         return normed_PW
 
@@ -75,12 +75,12 @@ class PatchEmbeddings(nn.Module):
             self.packing_position_embedding = nn.Embedding(config.num_packing_positions, width)
             self.packing_position_embedding.requires_grad_(False)
 
-    def forward(self, patches_PCXX: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def forward(self, patches_PCXX: Tensor, patch_grids: Sequence[PatchGrid]) -> Tensor:
         """Return features_PW of patches [P, 3, patch, patch]."""
         # A convolution whose stride is its kernel is a linear map of each patch.
         weight = self.patch_embedding.weight.flatten(1)
         embedded_PW = functional.linear(patches_PCXX.flatten(1), weight, self.patch_embedding.bias)
-        return embedded_PW + packed_positions(self.position_embedding.weight, grids)
+        return embedded_PW + packed_positions(self.position_embedding.weight, patch_grids)
 
 
 class LayerStack(nn.Module):
@@ -93,15 +93,15 @@ class LayerStack(nn.Module):
         self.rope_theta = config.rope_theta
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
 
-    def forward(self, features_PW: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def forward(self, features_PW: Tensor, patch_grids: Sequence[PatchGrid]) -> Tensor:
         """Return features_PW after the last layer, not yet normed."""
         # The tables stay at least float32: bf16 has not the digits for the far patches' angles.
         dtype = torch.promote_types(features_PW.dtype, torch.float32)
         cos_PC, sin_PC = rotary_tables(
-            grids, self.head_dim, self.rope_theta, dtype=dtype, device=features_PW.device
+            patch_grids, self.head_dim, self.rope_theta, dtype=dtype, device=features_PW.device
         )
         for layer in self.layers:
-            features_PW = layer(features_PW, grids, cos_PC, sin_PC)
+            features_PW = layer(features_PW, patch_grids, cos_PC, sin_PC)
         return features_PW
 
 
@@ -118,11 +118,11 @@ class EncoderLayer(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, features_PW: Tensor, grids: Sequence[Grid], cos_PC: Tensor, sin_PC: Tensor
+        self, features_PW: Tensor, patch_grids: Sequence[PatchGrid], cos_PC: Tensor, sin_PC: Tensor
     ) -> Tensor:
         """Return features_PW after this layer."""
         normed_PW = self.layer_norm1(features_PW)
-        features_PW = features_PW + self.self_attn(normed_PW, grids, cos_PC, sin_PC)
+        features_PW = features_PW + self.self_attn(normed_PW, patch_grids, cos_PC, sin_PC)
         changed_PW: Tensor = features_PW + self.mlp(self.layer_norm2(features_PW))
         return changed_PW
 
@@ -141,20 +141,20 @@ class FrameAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(
-        self, features_PW: Tensor, grids: Sequence[Grid], cos_PC: Tensor, sin_PC: Tensor
+        self, features_PW: Tensor, patch_grids: Sequence[PatchGrid], cos_PC: Tensor, sin_PC: Tensor
     ) -> Tensor:
         """Return features_PW, each patch's sum over its own frame."""
         heads = (self.num_heads, -1)
         q_PHC = rotate(self.q_proj(features_PW).unflatten(1, heads), cos_PC, sin_PC)
         k_PHC = rotate(self.k_proj(features_PW).unflatten(1, heads), cos_PC, sin_PC)
         v_PHC = self.v_proj(features_PW).unflatten(1, heads)
-        mixed_PHC = attend_within_frames(q_PHC, k_PHC, v_PHC, grids)
+        mixed_PHC = attend_within_frames(q_PHC, k_PHC, v_PHC, patch_grids)
         mixed_PW: Tensor = self.out_proj(mixed_PHC.flatten(1))
         return mixed_PW
 
 
 def attend_within_frames(
-    q_PHC: Tensor, k_PHC: Tensor, v_PHC: Tensor, grids: Sequence[Grid]
+    q_PHC: Tensor, k_PHC: Tensor, v_PHC: Tensor, patch_grids: Sequence[PatchGrid]
 ) -> Tensor:
     """Return attention [P, H, C] of each patch to all patches of its frame.
 
@@ -165,16 +165,16 @@ def attend_within_frames(
         q_PHC: Queries, any float type; logits are scaled by C^-0.5.
         k_PHC: Keys.
         v_PHC: Values.
-        grids: Grid of every frame.
+        patch_grids: PatchGrid of every frame.
     """
     # Starting from no rows of all three keeps them in the graph when there is no frame.
-    pieces = [(q_PHC + k_PHC + v_PHC)[:0]]
-    runs = zip(*(split_runs(packed, grids) for packed in (q_PHC, k_PHC, v_PHC)), strict=True)
+    parts = [(q_PHC + k_PHC + v_PHC)[:0]]
+    runs = zip(*(split_runs(packed, patch_grids) for packed in (q_PHC, k_PHC, v_PHC)), strict=True)
     for run in runs:
         q_NHPC, k_NHPC, v_NHPC = (part.transpose(1, 2) for _, part in run)
         mixed_NHPC = functional.scaled_dot_product_attention(q_NHPC, k_NHPC, v_NHPC)
-        pieces.append(mixed_NHPC.transpose(1, 2).flatten(0, 1))
-    return torch.cat(pieces)
+        parts.append(mixed_NHPC.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)
 
 
 class FeedForward(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_keye.config import VisionConfig
-from megatron_keye.vision.grids import Grid, check_grids, split_runs
+from megatron_keye.vision.patch_grids import PatchGrid, check_patch_grids, split_runs
 
 _NORM_EPS = 1e-5
 """Epsilon of the projector's LayerNorm; fixed in the released code, in no configuration."""
@@ -36,39 +36,41 @@ class Projector(nn.Module):
         self.linear_1 = nn.Linear(merged_width, merged_width)
         self.linear_2 = nn.Linear(merged_width, decoder_hidden_size)
 
-    def forward(self, features_PW: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def forward(self, features_PW: Tensor, patch_grids: Sequence[PatchGrid]) -> Tensor:
         """Project frames packed one behind the other.
 
         Args:
             features_PW: From the encoder, each frame in raster order.
-            grids: Patches down and across each frame, multiples of merge_size; may be empty.
+            patch_grids: Patches down and across each frame, multiples of merge_size; may be empty.
 
         Returns:
             merged_MD, each frame's merged cells in raster order.
 
         Raises:
-            ValueError: When a grid is not a multiple of merge_size or patches do not add up.
+            UserError: When a patch_grid is not a multiple of merge_size or patches do not add up.
         """
-        check_grids(features_PW, grids, "features_PW", multiple=self.merge_size)
-        normed = self.pre_norm(merge_neighbours(features_PW, grids, self.merge_size))
+        check_patch_grids(features_PW, patch_grids, "features_PW", multiple=self.merge_size)
+        normed = self.pre_norm(merge_neighbours(features_PW, patch_grids, self.merge_size))
         merged_MD: Tensor = self.linear_2(functional.gelu(self.linear_1(normed)))
         return merged_MD
 
 
-def merge_neighbours(features_PW: Tensor, grids: Sequence[Grid], merge_size: int) -> Tensor:
+def merge_neighbours(
+    features_PW: Tensor, patch_grids: Sequence[PatchGrid], merge_size: int
+) -> Tensor:
     """Return each square cell of patches as one vector [M, merge_size^2 * W].
 
     Within a cell the patches stand in raster order: along the row first, then the next row.
 
     Args:
         features_PW: Each frame in raster order.
-        grids: Grid of every frame, multiples of `merge_size`.
+        patch_grids: PatchGrid of every frame, multiples of `merge_size`.
         merge_size: Patches a side of a cell.
     """
-    pieces = [features_PW[:0].reshape(0, merge_size**2 * features_PW.shape[1])]
-    for (height, width), part_NPW in split_runs(features_PW, grids):
+    parts = [features_PW[:0].reshape(0, merge_size**2 * features_PW.shape[1])]
+    for (height, width), part_NPW in split_runs(features_PW, patch_grids):
         cells = part_NPW.unflatten(
             1, (height // merge_size, merge_size, width // merge_size, merge_size)
         )
-        pieces.append(cells.transpose(2, 3).flatten(3).flatten(0, 2))
-    return torch.cat(pieces)
+        parts.append(cells.transpose(2, 3).flatten(3).flatten(0, 2))
+    return torch.cat(parts)

@@ -1,7 +1,7 @@
 """2-D rotary positions of patches: half of a head's channels turn by row, half by column.
 
-The learned positions are stretched to every grid and so blur with size; these give exact relative
-offsets at any size.
+The learned positions are stretched to every patch grid and so blur with size; these give exact
+relative offsets at any size.
 
 Shape letters: P patches, H heads, C channels of a head.
 """
@@ -11,13 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_keye.vision.grids import Grid
+from megatron_keye.vision.patch_grids import PatchGrid
 
 
-def patch_coordinates(grids: Sequence[Grid], device: torch.device) -> tuple[Tensor, Tensor]:
+def patch_coordinates(
+    patch_grids: Sequence[PatchGrid], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return the row and the column of every patch within its frame, int64 [P] each."""
     rows, columns = [], []
-    for height, width in grids:
+    for height, width in patch_grids:
         patches = torch.arange(height * width, device=device)
         rows.append(patches // width)
         columns.append(patches % width)
@@ -26,7 +28,7 @@ def patch_coordinates(grids: Sequence[Grid], device: torch.device) -> tuple[Tens
 
 
 def rotary_tables(
-    grids: Sequence[Grid],
+    patch_grids: Sequence[PatchGrid],
     head_dim: int,
     theta: float,
     *,
@@ -39,7 +41,7 @@ def rotary_tables(
     are [row frequencies, column frequencies], that list twice, for rotate-half.
 
     Args:
-        grids: Grid of every frame; rows and columns count from 0 in each frame.
+        patch_grids: PatchGrid of every frame; rows and columns count from 0 in each frame.
         head_dim: C, a multiple of 4.
         theta: Base of the frequencies.
         dtype: Type of the tables; the angles are computed in float64.
@@ -53,7 +55,7 @@ def rotary_tables(
     num_frequencies = head_dim // 4
     exponents = torch.arange(num_frequencies, device=device, dtype=torch.float64)
     frequencies = theta ** (-exponents / num_frequencies)
-    rows_P, columns_P = patch_coordinates(grids, device)
+    rows_P, columns_P = patch_coordinates(patch_grids, device)
     row_angles = rows_P[:, None] * frequencies
     column_angles = columns_P[:, None] * frequencies
     angles_PC = torch.cat([row_angles, column_angles], dim=1).repeat(1, 2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_keye.config import VisionConfig
 from megatron_keye.vision.encoder import VisionEncoder
-from megatron_keye.vision.grids import Grid
+from megatron_keye.vision.patch_grids import PatchGrid
 from megatron_keye.vision.projector import Projector
 
 _INIT_STD = 0.02
@@ -33,21 +33,21 @@ class VisionTower(nn.Module):
         self.encoder = VisionEncoder(config)
         self.projector = Projector(config, decoder_hidden_size)
 
-    def forward(self, patches_PCXX: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def forward(self, patches_PCXX: Tensor, patch_grids: Sequence[PatchGrid]) -> Tensor:
         """Return merged_MD of frames packed one behind the other.
 
         Args:
             patches_PCXX: [P, 3, patch, patch], normalised pixels in the parameters' type, each
                 frame's patches in raster order.
-            grids: Patches down and across each frame, multiples of merge_size; may be empty.
+            patch_grids: Patches down and across each frame, multiples of merge_size; may be empty.
 
         Returns:
             merged_MD, one row for each merge_size x merge_size cell, in raster order.
 
         Raises:
-            ValueError: When patches or grids do not fit the configuration or each other.
+            UserError: When patches or patch_grids do not fit the configuration or each other.
         """
-        merged_MD: Tensor = self.projector(self.encoder(patches_PCXX, grids), grids)
+        merged_MD: Tensor = self.projector(self.encoder(patches_PCXX, patch_grids), patch_grids)
         return merged_MD
 
     @torch.no_grad()

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_keye.kernels.indexer_loss import dense_indexer_loss, sparse_indexer_loss
-from megatron_keye.kernels.indexer_scores import selected_indexer_scores
+from megatron_keye.kernels.dense_indexer_loss import dense_indexer_loss
 from megatron_keye.kernels.lightning_indexer import lightning_indexer
+from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.sparse_attention import sparse_attention
+from megatron_keye.kernels.sparse_indexer_loss import sparse_indexer_loss
 from tests.support.numerics import document_ranges, make_tensor, moved, trainable
 
 SCALE = 0.3

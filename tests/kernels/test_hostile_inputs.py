@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_keye.kernels.indexer_loss import dense_indexer_loss
-from megatron_keye.kernels.indexer_scores import indexer_scores, selected_indexer_scores
+from megatron_keye.kernels.dense_indexer_loss import dense_indexer_loss
+from megatron_keye.kernels.indexer_scores import indexer_scores
 from megatron_keye.kernels.select_top_k import select_top_k
+from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.sparse_attention import sparse_attention
 from tests.support.numerics import (
     assert_norm_close,

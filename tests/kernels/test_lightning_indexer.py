@@ -60,7 +60,7 @@ def test_selection_is_invariant_to_the_chunk_size(monkeypatch: pytest.MonkeyPatc
     inputs, ranges = make_inputs(), odd_ranges(NUM_QUERIES, NUM_KEYS, seed=5)
     expected_TK = lightning_indexer(*inputs, *ranges, K)
     monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 7 * 3 * 3 * NUM_KEYS * 8)
-    assert torch.equal(lightning_indexer(*inputs, *ranges, K), expected_TK), "seven rows a chunk"
+    assert torch.equal(lightning_indexer(*inputs, *ranges, K), expected_TK), "seven rows per chunk"
 
 
 def test_selection_carries_no_gradient() -> None:
@@ -84,7 +84,7 @@ def test_triton_selects_by_its_own_scores_whatever_the_chunk(
     monkeypatch.setattr(triton, "CHUNK_BYTES", 7 * NUM_KEYS * 4)
     monkeypatch.setattr(triton, "_ROW_MULTIPLE", 7)
     chunked_TK = lightning_indexer(*inputs, *ranges, K, impl="triton")
-    assert torch.equal(chunked_TK, expected_TK), "seven rows a chunk"
+    assert torch.equal(chunked_TK, expected_TK), "seven rows per chunk"
 
 
 def test_a_misfit_is_named() -> None:

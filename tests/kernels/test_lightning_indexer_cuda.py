@@ -117,9 +117,9 @@ def _equal_keys(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor) -> None:
 
 def _best_keys_unsampled(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor) -> None:
     q_TIJ.abs_(), gate_TI.abs_()
-    turn = torch.arange(len(k_SJ), device="cuda") // 16
-    turn = (turn * 2654435761 % 2**32 >> 16) % 16
-    is_sampled_S = turn == torch.arange(len(k_SJ), device="cuda") % 16
+    group_S = torch.arange(len(k_SJ), device="cuda") // 16
+    sampled_S = (group_S * 2654435761 % 2**32 >> 16) % 16
+    is_sampled_S = sampled_S == torch.arange(len(k_SJ), device="cuda") % 16
     k_SJ.copy_(torch.where(is_sampled_S[:, None], -k_SJ.abs(), k_SJ))
 
 

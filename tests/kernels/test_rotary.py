@@ -22,13 +22,13 @@ def make_inputs(
 
 
 @pytest.mark.parametrize("num_channels", [2, 10, 72])
-def test_a_pair_is_a_complex_number_that_is_turned(num_channels: int) -> None:
+def test_a_pair_is_a_complex_number_that_is_rotated(num_channels: int) -> None:
     x_THC, cos_TC, sin_TC = make_inputs(num_channels)
     half = num_channels // 2
-    turned = (
+    rotated = (
         torch.complex(*x_THC.split(half, dim=-1)) * torch.complex(cos_TC, sin_TC)[:, None, half:]
     )
-    expected_THC = torch.cat([turned.real, turned.imag], dim=-1)
+    expected_THC = torch.cat([rotated.real, rotated.imag], dim=-1)
     assert_close(rotate(x_THC, cos_TC, sin_TC, impl="eager"), expected_THC, 1e-13)
 
 

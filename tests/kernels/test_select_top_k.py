@@ -118,7 +118,7 @@ def test_selection_is_invariant_to_chunks_and_strides(monkeypatch: pytest.Monkey
     strided_TS = scores_TS.T.contiguous().T
     assert torch.equal(select_top_k(strided_TS, *ranges, 17), expected_TK), "non-contiguous"
     monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 1)
-    assert torch.equal(select_top_k(scores_TS, *ranges, 17), expected_TK), "one row a chunk"
+    assert torch.equal(select_top_k(scores_TS, *ranges, 17), expected_TK), "one row per chunk"
 
 
 def test_no_queries_and_no_keys() -> None:

@@ -162,7 +162,7 @@ def test_clusters_select_what_a_stable_sort_selects(num_keys: int, k: int) -> No
     start_T, end_T = full_range(scores_TS)
     for shorter in (0, 1, num_keys // 3):
         end_T[:] = num_keys - shorter
-        got_TK = cuda.select_top_k_few(scores_TS, end_T, k)
+        got_TK = cuda.select_top_k_split_rows(scores_TS, end_T, k)
         expected_TK = expected_indices(scores_TS, start_T, end_T, k)
         assert torch.equal(got_TK.cpu(), expected_TK), f"{shorter} keys fewer"
 
@@ -174,22 +174,26 @@ def test_clusters_cut_ranges_to_the_row_and_leave_the_rest_alone() -> None:
     for row, end in enumerate(end_T.tolist()):
         scores_TS[row, max(end, 0) :] = torch.inf
     expected_TK = expected_indices(scores_TS, start_T, end_T, 64)
-    assert torch.equal(cuda.select_top_k_few(scores_TS, end_T, 64).cpu(), expected_TK)
+    assert torch.equal(cuda.select_top_k_split_rows(scores_TS, end_T, 64).cpu(), expected_TK)
     strided_TS = scores_TS.T.contiguous().T
-    assert torch.equal(cuda.select_top_k_few(strided_TS, end_T, 64).cpu(), expected_TK), "strided"
+    assert torch.equal(cuda.select_top_k_split_rows(strided_TS, end_T, 64).cpu(), expected_TK), (
+        "strided"
+    )
 
 
 def test_clusters_repeat_their_bits_and_refuse_long_rows() -> None:
     scores_TS = torch.randn(40, 131072, device="cuda").mul(4).round()
     end_T = torch.full((40,), 131072, device="cuda")
-    first_TK = cuda.select_top_k_few(scores_TS, end_T, 2048)
+    first_TK = cuda.select_top_k_split_rows(scores_TS, end_T, 2048)
     for _ in range(3):
-        assert torch.equal(first_TK, cuda.select_top_k_few(scores_TS, end_T, 2048)), "differs"
+        assert torch.equal(first_TK, cuda.select_top_k_split_rows(scores_TS, end_T, 2048)), (
+            "differs"
+        )
     with pytest.raises(ValueError, match="got rows of 262145 keys, expected at most 262144"):
-        cuda.select_top_k_few(torch.zeros(1, 262145, device="cuda"), end_T[:1], 2048)
-    no_rows_TK = cuda.select_top_k_few(scores_TS[:0], end_T[:0], 5)
+        cuda.select_top_k_split_rows(torch.zeros(1, 262145, device="cuda"), end_T[:1], 2048)
+    no_rows_TK = cuda.select_top_k_split_rows(scores_TS[:0], end_T[:0], 5)
     assert no_rows_TK.shape == (0, 5), "no rows"
-    no_keys_TK = cuda.select_top_k_few(scores_TS[:, :0], end_T, 5)
+    no_keys_TK = cuda.select_top_k_split_rows(scores_TS[:, :0], end_T, 5)
     assert (no_keys_TK == -1).all(), "no keys"
 
 
@@ -260,5 +264,5 @@ def test_the_registration_satisfies_torch() -> None:
     scores_TS = torch.randn(3, 99, device="cuda")
     operator = torch.ops.megatron_keye.select_top_k.default
     torch.library.opcheck(operator, (scores_TS, *full_range(scores_TS), 8))
-    few = torch.ops.megatron_keye.select_top_k_few.default
-    torch.library.opcheck(few, (scores_TS, full_range(scores_TS)[1], 8))
+    split_rows = torch.ops.megatron_keye.select_top_k_split_rows.default
+    torch.library.opcheck(split_rows, (scores_TS, full_range(scores_TS)[1], 8))

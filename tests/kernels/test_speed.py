@@ -18,12 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_keye.kernels.dense_attention import dense_attention, dense_attention_with_lse
+from megatron_keye.kernels.dense_indexer_loss import dense_indexer_loss
 from megatron_keye.kernels.extension import missing_reason
-from megatron_keye.kernels.indexer_loss import dense_indexer_loss, sparse_indexer_loss
-from megatron_keye.kernels.indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.lightning_indexer import cuda, lightning_indexer
 from megatron_keye.kernels.rotary import rotate
+from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.sparse_attention import sparse_attention
+from megatron_keye.kernels.sparse_indexer_loss import sparse_indexer_loss
 from megatron_keye.kernels.union_lists import union_lists
 from tests.support.benchmark import Recorder, gradients_of
 from tests.support.numerics import make_selection

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_keye.checkpoint.store import find_checkpoint, set_aside
+from megatron_keye.checkpoint.training_checkpoint import find_checkpoint, set_aside
 from tests.support.tiny import mixed_rows, tiny_run
 from tests.support.train import Trained, assert_same_metrics, train
 
@@ -12,7 +12,7 @@ GRIDS = {
     "the same": {"tensor": 2, "expert": 2},
     "one rank": {},
     "pipeline": {"pipeline": 2},
-    "interleaved pipeline": {"pipeline": 2, "chunks_per_stage": 2},
+    "interleaved pipeline": {"pipeline": 2, "virtual_stages": 2},
     "context and vision": {"context": 2, "vision_ranks": 1},
     "data": {"data": 2},
 }

@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_keye.checkpoint import store
-from megatron_keye.checkpoint.convert import Options, hf_to_native, native_to_hf
+from megatron_keye.checkpoint import training_checkpoint
+from megatron_keye.checkpoint.convert.convert import Options, hf_to_native, native_to_hf
+from megatron_keye.checkpoint.convert.synthetic import write_synthetic
+from megatron_keye.checkpoint.convert.to_native import native_shapes
+from megatron_keye.checkpoint.hf.safetensors_index import open_folder
 from megatron_keye.checkpoint.optimizer_shards import MASTER, optimizers_of, shards_of
-from megatron_keye.checkpoint.safetensors_index import open_folder
-from megatron_keye.checkpoint.synthetic import write_synthetic
-from megatron_keye.checkpoint.to_native import native_shapes
 from megatron_keye.config import ParallelConfig, RunConfig
 from megatron_keye.config.megatron import decoder_config
-from megatron_keye.model import DecoderChunk, build_model
+from megatron_keye.decoder.virtual_stage import VirtualStage
+from megatron_keye.model import build_model
+from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import build_grid
-from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.vision import VisionTower
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import mixed_rows, tiny_model, tiny_run
@@ -28,7 +29,7 @@ GRIDS = {
     "tensor": {"tensor": 2},
     "uneven pipeline": {"pipeline": 2, "first_stage_layers": 1},
     "expert": {"data": 2, "expert": 2},
-    "interleaved": {"pipeline": 2, "chunks_per_stage": 2},
+    "interleaved": {"pipeline": 2, "virtual_stages": 2},
     "all": {"tensor": 2, "pipeline": 2, "expert": 2},
 }
 LAYERS = "decoder.block.layers."
@@ -131,8 +132,10 @@ def _load_and_save(run_json: str, weights: Path) -> bool:
     grid = build_grid(run.parallel)
     model = build_model(run, grid, torch.device("cpu"), uses_transformer_engine=False)
     optimizer = JointOptimizer(run, model, grid)
-    store.load_weights(weights, run, model, optimizer, grid)
-    store.save(run, model, optimizer, grid, store.Progress(step=0, updates=0, data={}))
+    training_checkpoint.load_weights(weights, run, model, optimizer, grid)
+    training_checkpoint.save(
+        run, model, optimizer, grid, training_checkpoint.Progress(step=0, updates=0, data={})
+    )
     shards = [shard for inner in optimizers_of(optimizer) for shard in shards_of(inner)]
     return bool(shards) and all(
         torch.equal(shard.weight.float(), shard.kept[MASTER]) for shard in shards
@@ -171,7 +174,7 @@ def _refusal(run_json: str, weights: Path) -> str:
 
 
 def test_the_full_size_modules_have_the_released_names_and_shapes() -> None:
-    from launch.recipe import load_recipe
+    from megatron_keye.recipes import load_recipe
 
     run = load_recipe("keye_30b_a3b")(num_ranks=64, has_gpu=True)
     run = replace(run, parallel=ParallelConfig())
@@ -188,7 +191,7 @@ def _module_shapes(run_json: str) -> dict[str, tuple[int, ...]]:
     groups = build_grid(run.parallel).decoder
     config = decoder_config(run, on_gpu=False, grouped_experts=False)
     with torch.device("meta"):
-        chunk = DecoderChunk(run, config, groups, index=0, uses_transformer_engine=False)
+        chunk = VirtualStage(run, config, groups, index=0, uses_transformer_engine=False)
         tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
     shapes = {f"vision.{name}": tuple(p.shape) for name, p in tower.named_parameters()}
     stacks: dict[str, list[tuple[int, ...]]] = {}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_keye.config import RunConfig
+from megatron_keye.data.media import Medium
 from megatron_keye.data.row import IGNORED_LABEL, PackedRow
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import mixed_rows, tiny_run
@@ -21,7 +22,9 @@ def damaged_rows(step: int) -> list[PackedRow]:
     """Return a batch whose second row with pictures has a damaged file in its first document."""
     rows = mixed_rows(step)
     pictures = [
-        replace(picture, media=f"damaged {picture.media}") if place == 0 else picture
+        replace(picture, medium=Medium(f"damaged {picture.medium.path}", "video"))
+        if place == 0
+        else picture
         for place, picture in enumerate(rows[2].pictures)
     ]
     return [*rows[:2], replace(rows[2], pictures=tuple(pictures)), rows[3]]
@@ -46,7 +49,9 @@ def test_a_damaged_sample_leaves_the_loss_and_nothing_else(degrees: dict[str, in
 def steps_until_refused(run_json: str) -> tuple[int, str]:
     _, model, _, step = build_step(RunConfig.from_json(run_json))
     row = damaged_rows(0)[2]
-    pictures = tuple(replace(picture, media="damaged") for picture in row.pictures)
+    pictures = tuple(
+        replace(picture, medium=Medium("damaged", "video")) for picture in row.pictures
+    )
     for number in range(20):
         try:
             step([replace(row, pictures=pictures)] * 4, number)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_keye.checkpoint.optimizer_shards import optimizers_of, put_together, shards_of
+from megatron_keye.checkpoint.optimizer_shards import gather_whole, optimizers_of, shards_of
 from megatron_keye.config import RunConfig
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import mixed_rows, tiny_model, tiny_run
@@ -59,13 +59,13 @@ def _kept(run_json: str) -> dict[str, Any]:
     step(mixed_rows(0), 0)
     shards = [shard for each in optimizers_of(optimizer) for shard in shards_of(each)]
     divided = [shard for shard in shards if not shard.is_whole]
-    wholes = [shard for each in optimizers_of(optimizer) for shard in put_together(each)]
+    wholes = [shard for each in optimizers_of(optimizer) for shard in gather_whole(each)]
     let_go(model)
     return {
         "elements": sum(tensor.numel() for shard in shards for tensor in shard.kept.values()),
         "kinds": sorted({kind for shard in shards for kind in shard.kept}),
         "divided": len(divided),
-        "put_together": [id(shard.weight) for shard in wholes if not _is_of(shard, shards)],
+        "gather_whole": [id(shard.weight) for shard in wholes if not _is_of(shard, shards)],
         "weights": len({id(shard.weight) for shard in wholes}),
     }
 
@@ -85,7 +85,7 @@ def test_each_replica_keeps_its_share(precision: str) -> None:
         assert rank["kinds"] == kinds
         assert rank["elements"] < 0.75 * alone["elements"]
         assert rank["divided"] >= 1, "no weight is divided, and the test proves less than it says"
-    assert sum(len(rank["put_together"]) for rank in shared) == shared[0]["divided"]
+    assert sum(len(rank["gather_whole"]) for rank in shared) == shared[0]["divided"]
     # Dense weights once, experts on each rank.
     num_weights = sum(rank["weights"] for rank in shared)
     assert alone["weights"] < num_weights < 2 * alone["weights"]

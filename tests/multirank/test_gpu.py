@@ -29,7 +29,7 @@ TWO_GPUS = {
     "tensor and sequence": {"tensor": 2},
     "tensor, expert": {"tensor": 2, "expert": 2},
     "pipeline": {"pipeline": 2},
-    "interleaved pipeline": {"pipeline": 2, "chunks_per_stage": 2},
+    "interleaved pipeline": {"pipeline": 2, "virtual_stages": 2},
     "context": {"context": 2},
     "data, expert": {"data": 2, "expert": 2},
     "vision of its own": {"vision_ranks": 1},
@@ -75,7 +75,7 @@ def test_a_frozen_vision_gpu_works_a_step_ahead() -> None:
     training = {"frozen": ("vision", "projector"), "records_timeline": True}
     run = tiny_run(device="cuda", vision_ranks=1, training=training)
     first, _, figures = train_announced(run, mixed_rows(0))
-    decoder_ends = max(span.end for span in first[0] if span.phase == "backward")
+    decoder_ends = max(span.end for span in first[0] if span.name == "backward")
     assert min(span.start for span in encoded_ahead(first[1])) < decoder_ends
     _, _, expected = train_announced(without_work_ahead(run), mixed_rows(0))
     for mine, theirs in zip(figures, expected, strict=True):

@@ -9,7 +9,7 @@ from tests.support.train import Trained, assert_same_training, train
 TWO_RANKS = {
     "tensor and sequence": {"tensor": 2},
     "uneven pipeline": {"pipeline": 2, "last_stage_layers": 1},
-    "interleaved pipeline": {"pipeline": 2, "chunks_per_stage": 2},
+    "interleaved pipeline": {"pipeline": 2, "virtual_stages": 2},
     "context": {"context": 2},
     "data": {"data": 2},
     "expert over data ranks": {"data": 2, "expert": 2},
@@ -21,7 +21,7 @@ FOUR_RANKS = {
     "tensor, context, expert": {"tensor": 2, "context": 2, "expert": 4},
     "interleaved pipeline, data, expert": {
         "pipeline": 2,
-        "chunks_per_stage": 2,
+        "virtual_stages": 2,
         "data": 2,
         "expert": 2,
     },
@@ -77,7 +77,7 @@ def test_every_phase_trains_as_one_rank(phase: str) -> None:
 
 @pytest.mark.parametrize(
     "degrees",
-    [{"pipeline": 2, "chunks_per_stage": 2, "data": 2}, {"tensor": 2, "context": 2}],
+    [{"pipeline": 2, "virtual_stages": 2, "data": 2}, {"tensor": 2, "context": 2}],
     ids=["pipeline x data", "tensor x context"],
 )
 def test_dense_rows_beside_sparse_ones_train_as_one_rank(degrees: dict[str, int]) -> None:
@@ -134,7 +134,7 @@ EIGHT_RANKS = {
     "tensor, context, data, colocated": {"tensor": 2, "context": 2, "data": 2},
     "interleaved pipeline, tensor, expert, four vision": {
         "pipeline": 2,
-        "chunks_per_stage": 2,
+        "virtual_stages": 2,
         "tensor": 2,
         "expert": 2,
         "vision_ranks": 4,

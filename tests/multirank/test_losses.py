@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_keye.config import IndexerConfig, OptimizerConfig, RunConfig
 from megatron_keye.data.row import PackedRow
 from megatron_keye.decoder.row import RowMeter
-from megatron_keye.parallel.grid import DecoderPlace
+from megatron_keye.plan.places import DecoderPlace
 from megatron_keye.training.microbatch import cut_row
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import ROW_TOKENS, mixed_rows, text_rows, tiny_model, tiny_run
@@ -132,9 +132,9 @@ def _backward_flops(run_json: str) -> float:
     row = mixed_rows(0)[1]
     with FlopCounterMode(display=False) as both:
         step([row], 0)
-    batch = cut_row(row, run, DecoderPlace(tensor=0, context=0, data=0, pipeline=0))
+    batch = cut_row(row, run, DecoderPlace(tensor=0, context=0, data=0, pipeline=0, expert=0))
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        model.chunks[0](
+        model.stages[0](
             batch,
             torch.empty(0, 32),
             indexer_loss_weight=0.0,

@@ -7,11 +7,11 @@ import pytest
 
 from megatron_keye.config import RunConfig
 from megatron_keye.data.row import PackedRow
-from megatron_keye.parallel.grid import DecoderPlace, decoder_place
-from megatron_keye.parallel.order import Pass
-from megatron_keye.parallel.plan import StepPlan
-from megatron_keye.parallel.recorder import Phase, Span
-from megatron_keye.parallel.simulate import Simulated, StepCosts, simulate
+from megatron_keye.estimate.simulate import Simulated, StepCosts, simulate
+from megatron_keye.observe.span import Span, SpanName
+from megatron_keye.plan.order import Pass
+from megatron_keye.plan.places import DecoderPlace, decoder_place
+from megatron_keye.plan.step import StepPlan
 from megatron_keye.training.microbatch import balance_rows, plan_rows
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import packed_row, tiny_run
@@ -37,7 +37,7 @@ def record(run: RunConfig, rows: list[PackedRow]) -> Spans:
     """Train two steps on all ranks and return the second one's phases but the optimizer's."""
     answers = run_on_ranks(run.parallel.num_ranks, _record_on_rank, run.to_json(), rows)
     return {
-        rank: [span for span in spans if span.phase != "optimizer"]
+        rank: [span for span in spans if span.name != "optimizer"]
         for rank, spans in enumerate(answers)
     }
 
@@ -60,14 +60,14 @@ def recording_run(**degrees: int) -> RunConfig:
     return tiny_run(training=training, chunk_patches=72, **degrees)
 
 
-def seconds(spans: list[Span], phases: tuple[Phase, ...], label: str) -> float:
-    return sum(s.end - s.start for s in spans if s.phase in phases and s.label == label)
+def seconds(spans: list[Span], phases: tuple[SpanName, ...], label: str) -> float:
+    return sum(s.end - s.start for s in spans if s.name in phases and s.label == label)
 
 
 def replay(plan: StepPlan, run: RunConfig, spans: Spans) -> Simulated:
     """Simulate the step with the recorded phases as its costs."""
 
-    def vision(chunk: int, *phases: Phase) -> float:
+    def vision(chunk: int, *phases: SpanName) -> float:
         return seconds(spans[plan.chunks[chunk].vision_rank], phases, f"chunk {chunk}")
 
     def decoder(place: DecoderPlace, step: Pass) -> float:
@@ -76,9 +76,11 @@ def replay(plan: StepPlan, run: RunConfig, spans: Spans) -> Simulated:
             for rank in range(run.parallel.decoder.num_ranks)
             if decoder_place(run.parallel.decoder, rank) == place
         )
-        phase: Phase = "forward" if step.is_forward else "backward"
+        phase: SpanName = "forward" if step.is_forward else "backward"
         return seconds(
-            spans[rank], (phase,), f"micro-batch {step.micro_batch}, chunk {step.chunk}"
+            spans[rank],
+            (phase,),
+            f"micro-batch {step.micro_batch}, virtual stage {step.virtual_stage}",
         )
 
     costs = StepCosts(
@@ -120,16 +122,16 @@ def _takes_as_long(simulated: Simulated, real: Spans) -> bool:
 
 
 def _order(spans: list[Span], phases: tuple[str, ...]) -> list[tuple[str, str]]:
-    chosen = [span for span in spans if span.phase in phases]
-    return [(span.phase, span.label) for span in sorted(chosen, key=lambda span: span.start)]
+    chosen = [span for span in spans if span.name in phases]
+    return [(span.name, span.label) for span in sorted(chosen, key=lambda span: span.start)]
 
 
 def _assert_overlap(real: Spans, num_decoder: int) -> None:
     """Early gradients are worked on while the decoder still starts on later micro-batches."""
     decoder = [span for rank in range(num_decoder) for span in real[rank]]
-    last_forward = max(span.start for span in decoder if span.phase == "forward")
+    last_forward = max(span.start for span in decoder if span.name == "forward")
     for rank in range(num_decoder, len(real)):
-        assert min(span.start for span in real[rank] if span.phase == "vision") < last_forward
+        assert min(span.start for span in real[rank] if span.name == "vision") < last_forward
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def test_frozen_vision_ranks_work_a_step_ahead(degrees: dict[str, int]) -> None:
     first, second, figures = train_announced(run, rows)
     num_decoder = run.parallel.decoder.num_ranks
     decoder = [span for rank in range(num_decoder) for span in first[rank]]
-    decoder_ends = max(span.end for span in decoder if span.phase == "backward")
+    decoder_ends = max(span.end for span in decoder if span.name == "backward")
     for rank in range(num_decoder, run.parallel.num_ranks):
         assert min(span.start for span in encoded_ahead(first[rank])) < decoder_ends
         assert not encoded_ahead(second[rank]), "nothing is announced behind the second step"

@@ -6,8 +6,8 @@ import torch
 
 from megatron_keye.config import RunConfig
 from megatron_keye.data.row import PackedRow
+from megatron_keye.observe.recorder import Recorder
 from megatron_keye.parallel.grid import build_grid
-from megatron_keye.parallel.recorder import Recorder
 from megatron_keye.parallel.transport import FeatureTransport
 from megatron_keye.training.microbatch import plan_rows
 from tests.support.ranks import run_on_ranks
@@ -34,7 +34,7 @@ def _rows_held(run_json: str, rows: list[PackedRow]) -> dict[str, int]:
     held = {}
     if grid.rank == 0:
         transport.return_gradients(0, transport.take_features(0))
-        transport.finish_decoding()
+        transport.finish_decoder()
     else:
         transport.send_features(0, torch.ones(plan.chunks[0].num_tokens, WIDTH))
         held["sent"] = _count_rows(skip=12)

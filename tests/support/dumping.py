@@ -7,15 +7,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_keye.checkpoint.dump import dump
-from megatron_keye.checkpoint.dump_inputs import inputs_from_arrays
-from megatron_keye.checkpoint.hf_folder import HfFolder, open_hf
-from megatron_keye.checkpoint.one_process import OneProcessModel, Precision
-from megatron_keye.checkpoint.qwen3_moe import run_qwen3_moe
-from megatron_keye.checkpoint.store import Progress, save
+from megatron_keye.checkpoint.hf.folder import HfFolder, open_hf
+from megatron_keye.checkpoint.training_checkpoint import Progress, save
 from megatron_keye.model import build_model
+from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.random import seed_rank
-from megatron_keye.training.optimizer import JointOptimizer
+from megatron_keye.verify.dump import dump
+from megatron_keye.verify.dump_inputs import inputs_from_arrays
+from megatron_keye.verify.one_process import OneProcessModel, Precision
+from megatron_keye.verify.qwen3_moe import run_qwen3_moe
 from tests.support.hf_checkpoint import END, IMAGE, PATCH, START, VIDEO
 from tests.support.numpy_model import Row
 from tests.support.ranks import run_on_ranks
@@ -116,7 +116,7 @@ def _save_native(folder: Path, to: Path) -> Path:
     seed_rank(0, grid)
     trained = build_model(run, grid, model.device, uses_transformer_engine=False)
     assert trained.vision is not None, "the only rank encodes"
-    trained.chunks[0].module.load_state_dict(model.chunk.state_dict())
+    trained.stages[0].module.load_state_dict(model.stage.state_dict())
     trained.vision.module.load_state_dict(model.tower.state_dict())
     optimizer = JointOptimizer(run, trained, grid)
     return save(run, trained, optimizer, grid, Progress(step=0, updates=0, data={}))

@@ -21,8 +21,9 @@ from megatron_keye.config import (
     VisionConfig,
     VisionParallel,
 )
-from megatron_keye.data.decode_service import DecodeStatistics
+from megatron_keye.data.media import Medium
 from megatron_keye.data.row import IGNORED_LABEL, PackedRow, Picture
+from megatron_keye.data.video.decode_service import DecodeStatistics
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 ROW_TOKENS = 64
@@ -114,7 +115,7 @@ def packed_row(seed: int, *documents: tuple[int, tuple[tuple[int, int], ...]]) -
         for index, grid in enumerate(grids):
             starts.append(len(tokens) + len(ids) + 1)
             media = f"{seed}-{number}"
-            pictures.append(Picture(media=media, frame=index, grid=grid, is_video=True))
+            pictures.append(Picture(medium=Medium(media, "video"), frame=index, patch_grid=grid))
             ids += [START, *[VIDEO] * (grid[0] * grid[1] // 4), END]
         text = generator.integers(0, 90, num_text).tolist()
         ids += text
@@ -161,7 +162,7 @@ class SyntheticPatches:
 
     def start_step(self, chunks: Sequence[Sequence[Picture]]) -> None:
         self._chunks.extend(chunks)
-        media = {picture.media for chunk in chunks for picture in chunk}
+        media = {picture.medium.path for chunk in chunks for picture in chunk}
         self._failed.append({name: "is damaged" for name in media if "damaged" in name})
 
     def wait_until_decoded(self) -> dict[str, str]:
@@ -178,7 +179,7 @@ def synthetic_patches(pictures: Sequence[Picture]) -> Tensor:
     """Make each picture's patches from its name, as a decoder would from its file."""
     parts = []
     for picture in pictures:
-        seed = sum(map(ord, picture.media)) * 1000 + picture.frame
+        seed = sum(map(ord, picture.medium.path)) * 1000 + picture.frame
         generator = torch.Generator().manual_seed(seed)
         size = (picture.num_patches, 3, PATCH, PATCH)
         parts.append(torch.rand(size, generator=generator) * 2 - 1)

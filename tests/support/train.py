@@ -10,16 +10,16 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
-from megatron_keye.checkpoint import store
+from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.checkpoint.state import weight_state
 from megatron_keye.config import RunConfig
 from megatron_keye.data.row import PackedRow
 from megatron_keye.model import KeyeModel, build_model
+from megatron_keye.observe.span import Span
+from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import Grid, build_grid
 from megatron_keye.parallel.random import seed_rank
-from megatron_keye.parallel.recorder import Span
 from megatron_keye.training.metrics import StepMetrics
-from megatron_keye.training.optimizer import JointOptimizer
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.stop import StopRequest
 from tests.support.ranks import run_on_ranks
@@ -105,15 +105,15 @@ def _train_on_rank(
     if save_to is not None:
         run = replace(run, output_dir=str(save_to))
     grid, model, optimizer, step = build_step(run)
-    progress = store.Progress(step=0, updates=0, data={})
+    progress = training_checkpoint.Progress(step=0, updates=0, data={})
     if load_from is not None:
-        progress = store.load(load_from, run, model, optimizer, grid)
+        progress = training_checkpoint.load(load_from, run, model, optimizer, grid)
     metrics = []
     for rows in batches:
         metrics.append(step(rows, progress.step))
         progress = replace(progress, step=progress.step + 1, updates=progress.updates + 1)
     if save_to is not None:
-        store.save(run, model, optimizer, grid, progress)
+        training_checkpoint.save(run, model, optimizer, grid, progress)
     owned = list(_owned_weights(weight_state(model, grid)))
     let_go(model)
     return metrics, owned
@@ -152,7 +152,7 @@ def _train_announced_on_rank(run_json: str, rows: list[PackedRow]) -> Any:
 
 def encoded_ahead(spans: list[Span]) -> list[Span]:
     """Return the phases in which a rank encoded chunks of the next step."""
-    own = [span for span in spans if span.phase == "encode"]
+    own = [span for span in spans if span.name == "encode"]
     return [span for span in own if span.label.startswith("next step's")]
 
 

@@ -74,14 +74,14 @@ def test_a_wrong_override_is_told_in_one_sentence(override: str, says: str) -> N
         ),
         (
             ["parallel.decoder.pipeline=2", "parallel.decoder.last_stage_layers=1"]
-            + ["parallel.decoder.chunks_per_stage=2"],
+            + ["parallel.decoder.virtual_stages=2"],
             "a divisor of each stage's layers, [3, 1]",
         ),
-        (["parallel.decoder.chunks_per_stage=2"], "1 unless parallel.decoder.pipeline"),
+        (["parallel.decoder.virtual_stages=2"], "1 unless parallel.decoder.pipeline"),
         (["parallel.decoder.data=3"], "a divisor of 4 rows a step"),
         (["parallel.decoder.context=3"], "data.row_tokens"),
         (
-            ["parallel.decoder.pipeline=2", "parallel.decoder.chunks_per_stage=2"]
+            ["parallel.decoder.pipeline=2", "parallel.decoder.virtual_stages=2"]
             + ["training.rows_per_step=3"],
             "since the pipeline is interleaved",
         ),
@@ -146,7 +146,7 @@ def test_phase_and_frozen_parts_decide_what_learns(
             [[range(2)], [range(2, 5)], [range(5, 8)], [range(8, 12)]],
         ),
         (
-            {"pipeline": 2, "chunks_per_stage": 2, "first_stage_layers": 4},
+            {"pipeline": 2, "virtual_stages": 2, "first_stage_layers": 4},
             [[range(2), range(6, 8)], [range(2, 6), range(8, 12)]],
         ),
     ],
@@ -156,7 +156,7 @@ def test_layers_are_dealt_to_stages_and_chunks(
 ) -> None:
     decoder = DecoderParallel(**degrees)
     got = [
-        [decoder.chunk_layers(12, stage, chunk) for chunk in range(decoder.chunks_per_stage)]
+        [decoder.virtual_stage_layers(12, stage, chunk) for chunk in range(decoder.virtual_stages)]
         for stage in range(decoder.pipeline)
     ]
     assert got == expected

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from megatron_keye.config import DataConfig, FrameConfig
-from megatron_keye.data import IGNORED_LABEL, Sample, load_tokenizer, make_sample
 from megatron_keye.data.conversation import parse_conversation, read_conversations
+from megatron_keye.data.row import IGNORED_LABEL, Sample
+from megatron_keye.data.sample import make_sample
+from megatron_keye.data.tokens import load_tokenizer
 from tests.support.clips import BIG_BUCK_BUNNY, make_clip, tiny_model
 
 FRAMES = FrameConfig(min_tokens_per_frame=1, max_tokens_per_frame=3)
@@ -66,8 +68,8 @@ def test_frames_stand_behind_their_true_times() -> None:
     seen = f"<1.0 seconds>{frame}<1.5 seconds>{frame}<2.0 seconds>{frame}Q"
     assert text_of(sample).startswith(f"<|im_start|>user\n{seen}<|im_end|>\n")
     assert [picture.frame for picture in sample.pictures] == [25, 37, 50]
-    assert {picture.grid for picture in sample.pictures} == {(2, 4)}
-    assert all(Path(picture.media).is_absolute() for picture in sample.pictures)
+    assert {picture.patch_grid for picture in sample.pictures} == {(2, 4)}
+    assert all(Path(picture.medium.path).is_absolute() for picture in sample.pictures)
     for start in sample.picture_starts:
         assert sample.token_ids[start - 1 : start + 3].tolist() == [151652, 151656, 151656, 151653]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_keye.config import DataConfig
-from megatron_keye.data import RowLoader
+from megatron_keye.data.loader import RowLoader
 from tests.support.clips import make_clip, tiny_model
 from tools.prepare_data import make_store
 

@@ -11,12 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_keye.config import DataConfig, FrameConfig
-from megatron_keye.data import IGNORED_LABEL, PackedRow, RowLoader, Sample, pack
+from megatron_keye.data.loader import RowLoader
+from megatron_keye.data.packing import pack
+from megatron_keye.data.row import IGNORED_LABEL, PackedRow, Sample
 from tests.support.clips import tiny_model
 from tools.prepare_data import make_store
 
 MODEL = tiny_model()
-RECIPE_SAMPLES = Path(__file__).parents[3] / "launch" / "recipes" / "keye_tiny.jsonl"
+RECIPE_SAMPLES = Path(__file__).parents[3] / "megatron_keye" / "recipes" / "keye_tiny.jsonl"
 
 
 def made_sample(length: int, name: str = "s") -> Sample:

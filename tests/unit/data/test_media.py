@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_keye.data import resolve_media
+from megatron_keye.data.media import resolve_media
 
 
 def test_relative_names_start_from_the_base(tmp_path: Path) -> None:

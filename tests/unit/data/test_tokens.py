@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_keye.data import load_tokenizer
+from megatron_keye.data.tokens import load_tokenizer
 
 QWEN3_IDS = {
     "<|endoftext|>": 151_643,

@@ -2,7 +2,7 @@
 
 from math import prod
 
-from megatron_keye.checkpoint.parameter_shapes import parameter_shapes
+from megatron_keye.checkpoint.hf.parameter_shapes import parameter_shapes
 from tools import benchmark_conversion
 
 

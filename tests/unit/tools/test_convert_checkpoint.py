@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.recipe import load_recipe
-from megatron_keye.checkpoint.safetensors_index import open_folder
-from megatron_keye.checkpoint.synthetic import write_synthetic
+from megatron_keye.checkpoint.convert.synthetic import write_synthetic
+from megatron_keye.checkpoint.hf.safetensors_index import open_folder
+from megatron_keye.recipes import load_recipe
 from tools import convert_checkpoint
 
 RECIPE = ["--recipe", "keye_tiny", "--set", "model.decoder.vocab_size=151665"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_keye.data.video import probe
+from megatron_keye.data.video.probe import probe
 from tests.support.clips import make_clip
 from tools.make_long_video import main
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.recipe import load_recipe
 from megatron_keye.config import RunConfig
-from megatron_keye.parallel.grid import decoder_place
+from megatron_keye.estimate.parameters import stage_layers
+from megatron_keye.plan.places import decoder_place
+from megatron_keye.recipes import load_recipe
 from tests.support.tiny import tiny_run
 from tools import plan_grid
 
@@ -39,7 +40,7 @@ GRIDS: list[RunConfig] = [
     tiny_run(),
     tiny_run(tensor=2, pipeline=2, expert=2),
     tiny_run(context=2, data=2, expert=4, vision_ranks=3),
-    tiny_run(pipeline=2, chunks_per_stage=2, data=2),
+    tiny_run(pipeline=2, virtual_stages=2, data=2),
     tiny_run(pipeline=3, first_stage_layers=2),
 ]
 
@@ -47,16 +48,15 @@ GRIDS: list[RunConfig] = [
 @pytest.mark.parametrize("run", GRIDS, ids=lambda run: run.parallel.describe())
 def test_places_are_those_of_the_grid(run: RunConfig) -> None:
     for rank in range(run.parallel.decoder.num_ranks):
-        place = plan_grid.decoder_coordinates(run, rank)
-        expert = place.pop("expert")
-        assert place == vars(decoder_place(run.parallel.decoder, rank))
-        assert 0 <= expert < run.parallel.decoder.expert
+        place = vars(decoder_place(run.parallel.decoder, rank))
+        assert plan_grid.plan_ranks(run, None)[rank].place == place
+        assert 0 <= place["expert"] < run.parallel.decoder.expert
 
 
 @pytest.mark.parametrize("run", GRIDS, ids=lambda run: run.parallel.describe())
 def test_every_layer_stands_on_one_stage(run: RunConfig) -> None:
     stages = range(run.parallel.decoder.pipeline)
-    layers = [layer for stage in stages for layer in plan_grid.stage_layers(run, stage)]
+    layers = [layer for stage in stages for layer in stage_layers(run, stage)]
     assert sorted(layers) == list(range(run.model.decoder.num_layers))
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch.recipe import load_recipe
-from megatron_keye.data import RowLoader
+from megatron_keye.data.loader import RowLoader
+from megatron_keye.recipes import load_recipe
 from tests.support.clips import make_clip
 from tools import prepare_data
 
@@ -104,8 +104,8 @@ def test_a_killed_tool_goes_on_where_it_was(samples: Path) -> None:
     try:
         whole = out.with_name("out.partial")
         until = time.monotonic() + 120
-        while len(list(whole.glob("piece-*"))) < 3:
-            assert time.monotonic() < until and process.poll() is None, "no piece was finished"
+        while len(list(whole.glob("block-*"))) < 3:
+            assert time.monotonic() < until and process.poll() is None, "no block was finished"
             time.sleep(0.005)
     finally:
         os.killpg(process.pid, signal.SIGKILL)

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from launch.recipe import load_recipe
-from megatron_keye.training.forecast import (
+from megatron_keye.estimate.forecast import (
     Forecast,
     RowShape,
     Speeds,
@@ -11,6 +10,7 @@ from megatron_keye.training.forecast import (
     plan_balanced,
     plan_dealt,
 )
+from megatron_keye.recipes import load_recipe
 from tests.support.tiny import tiny_run
 from tools.simulate_schedule import draw_rows, with_grid
 

@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from megatron_keye.config import RunConfig
-from megatron_keye.data import Picture
-from megatron_keye.data.decode_service import DecodeService
-from megatron_keye.data.feature_store import FeatureStore
-from megatron_keye.data.frame_decoder import PyavDecoder
-from megatron_keye.data.row import PackedRow
-from megatron_keye.parallel.plan import Chunk, PictureSlot, StepPlan
-from megatron_keye.parallel.recorder import Recorder
+from megatron_keye.data.feature_cache import FeatureCache
+from megatron_keye.data.media import Medium
+from megatron_keye.data.row import PackedRow, Picture
+from megatron_keye.data.video.decode_service import DecodeService
+from megatron_keye.data.video.pyav import PyavDecoder
+from megatron_keye.observe.recorder import Recorder
+from megatron_keye.plan.step import Chunk, PictureSlot, StepPlan
 from megatron_keye.training.cached_features import CachedFeatures, weights_digest
 from megatron_keye.training.chunk_encoder import ChunkEncoder
 from megatron_keye.vision import VisionTower
@@ -56,8 +56,11 @@ def chunks(tmp_path: Path) -> list[list[Picture]]:
     clip = make_clip(tmp_path / "clip.mp4", 8)
     image = tmp_path / "image.png"
     Image.effect_noise((40, 30), 50).save(image)
-    frames = [Picture(media=str(clip), frame=f, grid=GRID, is_video=True) for f in range(0, 8, 2)]
-    still = Picture(media=str(image), frame=0, grid=(2, 4), is_video=False)
+    frames = [
+        Picture(medium=Medium(str(clip), "video"), frame=f, patch_grid=GRID)
+        for f in range(0, 8, 2)
+    ]
+    still = Picture(medium=Medium(str(image), "image"), frame=0, patch_grid=(2, 4))
     return [frames[:2], [*frames[2:], still]]
 
 
@@ -99,9 +102,9 @@ def test_what_has_changed_is_made_anew(
         with torch.no_grad():
             next(iter(encoder.parameters())).view(-1)[0] += 1e-6
     elif what == "file":
-        make_clip(Path(chunks[0][0].media), 9)
+        make_clip(Path(chunks[0][0].medium.path), 9)
     elif what == "grid":
-        chunks = [[replace(picture, grid=(6, 4)) for picture in chunk] for chunk in chunks]
+        chunks = [[replace(picture, patch_grid=(6, 4)) for picture in chunk] for chunk in chunks]
     elif what == "decoder":
         decoder_name = "dali"
     else:
@@ -116,7 +119,7 @@ def test_features_of_a_picture_that_failed_are_not_kept(
 ) -> None:
     run = run_with_cache(tmp_path / "cache")
     encoder = tower(run).encoder
-    image = Path(chunks[1][-1].media)
+    image = Path(chunks[1][-1].medium.path)
     content = image.read_bytes()
     image.write_bytes(content[:100])
     with DecodeService(
@@ -174,7 +177,7 @@ def plan_of(chunks: list[list[Picture]]) -> StepPlan:
             for index, picture in enumerate(chunk)
         ]
         planned.append(Chunk(vision_rank=0, pictures=tuple(slots)))
-    return StepPlan(chunks=tuple(planned), shipments=(), exchanges=())
+    return StepPlan(chunks=tuple(planned), transfers=(), exchanges=())
 
 
 def test_writers_at_once_leave_whole_features(tmp_path: Path, chunks: list[list[Picture]]) -> None:
@@ -187,7 +190,7 @@ def test_writers_at_once_leave_whole_features(tmp_path: Path, chunks: list[list[
 
     def write() -> None:
         try:
-            store = FeatureStore(tmp_path / "cache", "maker", 16, torch.float32)
+            store = FeatureCache(tmp_path / "cache", "maker", 16, torch.float32)
             for _ in range(5):
                 for picture in pictures:
                     store.write(picture, features[picture])
@@ -219,7 +222,7 @@ def test_damaged_features_are_refused(tmp_path: Path, chunks: list[list[Picture]
 
 def test_a_missing_file_is_named(tmp_path: Path, chunks: list[list[Picture]]) -> None:
     run = run_with_cache(tmp_path / "cache")
-    Path(chunks[0][0].media).unlink()
+    Path(chunks[0][0].medium.path).unlink()
     with pytest.raises(ValueError, match=r"clip\.mp4: is not there"):
         take_all(run, tower(run).encoder, chunks)
 
@@ -244,7 +247,7 @@ def test_a_broken_file_is_told_as_often_as_its_chunk_is_asked_for(
 ) -> None:
     run = run_with_cache(tmp_path / "cache")
     (tmp_path / "broken.mp4").write_bytes(b"this is no video")
-    broken = replace(chunks[0][0], media=str(tmp_path / "broken.mp4"))
+    broken = replace(chunks[0][0], medium=Medium(str(tmp_path / "broken.mp4"), "video"))
     with DecodeService(PyavDecoder(), run.model.vision, run.data.decode) as service:
         cached = CachedFeatures(run, tower(run).encoder, service, decoder_name="pyav", device=CPU)
         cached.start_step([[broken], *chunks])

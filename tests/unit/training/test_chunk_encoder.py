@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from megatron_keye.config import RunConfig
+from megatron_keye.data.media import Medium
 from megatron_keye.data.row import PackedRow, Picture
-from megatron_keye.parallel.plan import Chunk, PictureSlot, StepPlan
-from megatron_keye.parallel.recorder import Recorder
+from megatron_keye.errors import UserError
+from megatron_keye.observe.recorder import Recorder
+from megatron_keye.plan.step import Chunk, PictureSlot, StepPlan
 from megatron_keye.training.chunk_encoder import ChunkEncoder
 from megatron_keye.vision import VisionTower
 from tests.support.tiny import SyntheticPatches, packed_row, tiny_run
@@ -27,7 +29,7 @@ def step(seed: int) -> tuple[StepPlan, list[PackedRow]]:
         )
     ]
     chunks = tuple(Chunk(vision_rank=int(slot.index == 1), pictures=(slot,)) for slot in slots)
-    return StepPlan(chunks=chunks, shipments=(), exchanges=()), [row]
+    return StepPlan(chunks=chunks, transfers=(), exchanges=()), [row]
 
 
 def make_encoder(run: RunConfig = RUN) -> ChunkEncoder:
@@ -83,10 +85,10 @@ def test_a_frozen_encoder_works_one_step_ahead_and_gives_the_same() -> None:
 @pytest.mark.parametrize(("mebibytes", "num_ahead"), [(0, 0), (1, 2), (2, 3)])
 def test_working_ahead_keeps_its_limit(mebibytes: int, num_ahead: int) -> None:
     # A float32 feature of width 32 is 128 bytes: 4000 of them are half a mebibyte and less.
-    picture = Picture(media="a", frame=0, grid=(4, 4000), is_video=True)
+    picture = Picture(medium=Medium("a", "video"), frame=0, patch_grid=(4, 4000))
     slots = [PictureSlot(0, index, 0, 16_000, 4000) for index in range(3)]
     chunks = tuple(Chunk(vision_rank=0, pictures=(slot,)) for slot in slots)
-    plan = StepPlan(chunks=chunks, shipments=(), exchanges=())
+    plan = StepPlan(chunks=chunks, transfers=(), exchanges=())
     rows = [replace(packed_row(1, (5, ())), pictures=(picture,) * 3)]
     encoder = frozen_encoder(mebibytes)
     encoder.announce(plan, rows)
@@ -98,7 +100,7 @@ def test_working_ahead_keeps_its_limit(mebibytes: int, num_ahead: int) -> None:
 def test_a_broken_file_of_the_next_step_is_told_when_its_step_comes() -> None:
     class Broken(SyntheticPatches):
         def take(self) -> torch.Tensor:
-            raise ValueError("broken.mp4")
+            raise UserError("broken.mp4")
 
     encoder = frozen_encoder()
     encoder._source = Broken()

@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_keye.parallel.cost import attention_flops
-from megatron_keye.training.forecast import balance_shapes, shape_of
+from megatron_keye.data.placeholders import picture_slots
+from megatron_keye.estimate.forecast import balance_shapes, shape_of
+from megatron_keye.plan.cost import attention_flops
+from megatron_keye.plan.slots import balanced_order
 from megatron_keye.training.metrics import count_batch
 from megatron_keye.training.microbatch import (
     balance_rows,
-    balanced_order,
-    picture_slots,
     plan_rows,
 )
 from tests.support.tiny import VIDEO, mixed_rows, tiny_run
@@ -46,7 +46,7 @@ def test_all_ranks_make_one_plan() -> None:
     plans = [plan_rows(balance_rows(mixed_rows(0), run), run) for _ in range(2)]
     assert plans[0].chunks == plans[1].chunks
     assert plans[0].exchanges == plans[1].exchanges
-    for mine, theirs in zip(plans[0].shipments, plans[1].shipments, strict=True):
+    for mine, theirs in zip(plans[0].transfers, plans[1].transfers, strict=True):
         assert (mine.tag, mine.source, mine.destination) == (
             theirs.tag,
             theirs.source,

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_keye.checkpoint.store import Progress
+from megatron_keye.checkpoint.training_checkpoint import Progress
+from megatron_keye.errors import UserError
 from megatron_keye.training.trainer import Trainer
 from tests.support.tiny import mixed_rows, tiny_run
 
@@ -19,7 +20,7 @@ class Loader:
 
     def next_rows(self, count: int) -> Any:
         if self._given:
-            raise ValueError("samples.jsonl:7: gone.mp4 is not there")
+            raise UserError("samples.jsonl:7: gone.mp4 is not there")
         self._given = True
         return mixed_rows(0)[:count]
 

@@ -10,7 +10,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from megatron_keye.config import VisionConfig
 from megatron_keye.vision import VisionEncoder, VisionTower, encoder
-from megatron_keye.vision.grids import Grid
+from megatron_keye.vision.patch_grids import PatchGrid
 from tests.support.numerics import assert_close, make_tensor
 
 CONFIG = VisionConfig(
@@ -30,14 +30,16 @@ def make_encoder(
     return tower.encoder
 
 
-def make_patches(grids: Sequence[Grid], seed: int) -> Tensor:
+def make_patches(patch_grids: Sequence[PatchGrid], seed: int) -> Tensor:
     """Return random patches of all frames."""
-    return make_tensor(sum(height * width for height, width in grids), 3, 4, 4, seed=seed)
+    return make_tensor(sum(height * width for height, width in patch_grids), 3, 4, 4, seed=seed)
 
 
-def without_rotation(grids: Sequence[Grid], head_dim: int, theta: float, **kwargs: Any) -> Any:
+def without_rotation(
+    patch_grids: Sequence[PatchGrid], head_dim: int, theta: float, **kwargs: Any
+) -> Any:
     """Return the tables of angle 0 for every patch."""
-    num_patches = sum(height * width for height, width in grids)
+    num_patches = sum(height * width for height, width in patch_grids)
     cos_PC = torch.ones(num_patches, head_dim, **kwargs)
     return cos_PC, torch.zeros_like(cos_PC)
 
@@ -81,20 +83,21 @@ def test_rotation_changes_the_result() -> None:
 
 
 def test_packing_equals_one_frame_at_a_time() -> None:
-    grids = [(4, 6), (4, 6), (6, 4), (2, 2), (4, 6)]
-    patches_PCXX = make_patches(grids, seed=4)
+    patch_grids = [(4, 6), (4, 6), (6, 4), (2, 2), (4, 6)]
+    patches_PCXX = make_patches(patch_grids, seed=4)
     ours = make_encoder()
-    sizes = [height * width for height, width in grids]
+    sizes = [height * width for height, width in patch_grids]
     alone = [
-        ours(part, [grid]) for part, grid in zip(patches_PCXX.split(sizes), grids, strict=True)
+        ours(part, [patch_grid])
+        for part, patch_grid in zip(patches_PCXX.split(sizes), patch_grids, strict=True)
     ]
-    assert_close(ours(patches_PCXX, grids), torch.cat(alone), 1e-12)
+    assert_close(ours(patches_PCXX, patch_grids), torch.cat(alone), 1e-12)
 
 
 def test_frames_do_not_see_each_other() -> None:
-    grids = [(4, 6), (4, 6), (2, 2)]
-    patches_PCXX = make_patches(grids, seed=5).requires_grad_()
-    features_PW = make_encoder()(patches_PCXX, grids)
+    patch_grids = [(4, 6), (4, 6), (2, 2)]
+    patches_PCXX = make_patches(patch_grids, seed=5).requires_grad_()
+    features_PW = make_encoder()(patches_PCXX, patch_grids)
     (gradient,) = torch.autograd.grad(features_PW[24:48].square().sum(), patches_PCXX)
     assert gradient[24:48].any(), "its own frame"
     assert not gradient[:24].any() and not gradient[48:].any(), "other frames"
@@ -162,5 +165,5 @@ def test_a_misfit_is_named() -> None:
         ours(make_patches([(2, 2)], seed=9), [(2, 2), (2, 3)])
     with pytest.raises(ValueError, match=r"expected \[P, 3, 4, 4\]"):
         ours(make_tensor(4, 3, 14, 14, seed=9), [(2, 2)])
-    with pytest.raises(ValueError, match="grid of frame 1: got 0 x 3"):
+    with pytest.raises(ValueError, match="patch_grid of frame 1: got 0 x 3"):
         ours(make_patches([(2, 2)], seed=9), [(2, 2), (0, 3)])

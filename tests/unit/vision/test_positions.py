@@ -17,11 +17,11 @@ def test_native_size_is_the_table_itself() -> None:
 def test_other_sizes_equal_torch_bilinear() -> None:
     table = make_tensor(SIDE * SIDE, WIDTH, seed=2)
     image = table.reshape(1, SIDE, SIDE, WIDTH).permute(0, 3, 1, 2)
-    for grid in [(4, 6), (2, 2), (11, 3)]:
+    for patch_grid in [(4, 6), (2, 2), (11, 3)]:
         expected = functional.interpolate(
-            image, grid, mode="bilinear", align_corners=False, antialias=False
+            image, patch_grid, mode="bilinear", align_corners=False, antialias=False
         )
-        stretched = interpolate_positions(table, grid).unflatten(0, grid)
+        stretched = interpolate_positions(table, patch_grid).unflatten(0, patch_grid)
         assert_close(stretched, expected[0].permute(1, 2, 0), 1e-14)
 
 
@@ -35,8 +35,8 @@ def test_hand_computed_stretch() -> None:
 
 def test_packed_frames_equal_single_frames_in_the_tables_type() -> None:
     table = make_tensor(SIDE * SIDE, WIDTH, seed=3, dtype=torch.bfloat16)
-    grids = [(4, 6), (4, 6), (2, 2), (4, 6)]
-    expected = torch.cat([interpolate_positions(table, grid) for grid in grids])
-    positions_PW = packed_positions(table, grids)
+    patch_grids = [(4, 6), (4, 6), (2, 2), (4, 6)]
+    expected = torch.cat([interpolate_positions(table, patch_grid) for patch_grid in patch_grids])
+    positions_PW = packed_positions(table, patch_grids)
     assert positions_PW.dtype == torch.bfloat16, "type"
     assert torch.equal(positions_PW, expected), "order of frames"

@@ -60,5 +60,5 @@ def test_names_are_those_of_the_released_checkpoint() -> None:
 
 
 def test_an_odd_grid_is_refused() -> None:
-    with pytest.raises(ValueError, match="grid of frame 0: got 3 x 2 .* multiples of 2"):
+    with pytest.raises(ValueError, match="patch_grid of frame 0: got 3 x 2 .* multiples of 2"):
         Projector(CONFIG, 5)(make_tensor(6, 8, seed=1), [(3, 2)])

@@ -38,14 +38,14 @@ def test_rotation_of_a_hand_computed_case() -> None:
 
 
 def test_products_depend_on_offsets_only() -> None:
-    grid = (7, 9)
-    cos_PC, sin_PC = rotary_tables([grid], 72, 1e4, dtype=torch.float64, device=CPU)
+    patch_grid = (7, 9)
+    cos_PC, sin_PC = rotary_tables([patch_grid], 72, 1e4, dtype=torch.float64, device=CPU)
     q_PHC = rotate(make_tensor(1, 1, 72, seed=1).expand(63, 1, 72), cos_PC, sin_PC)
     k_PHC = rotate(make_tensor(1, 1, 72, seed=2).expand(63, 1, 72), cos_PC, sin_PC)
 
     def product(row: int, column: int, row_step: int, column_step: int) -> torch.Tensor:
-        query = row * grid[1] + column
-        key = (row + row_step) * grid[1] + column + column_step
+        query = row * patch_grid[1] + column
+        key = (row + row_step) * patch_grid[1] + column + column_step
         return (q_PHC[query] * k_PHC[key]).sum()
 
     assert_close(product(0, 0, 2, 3), product(4, 5, 2, 3), 1e-12)

@@ -34,9 +34,9 @@ def test_released_sizes_give_the_released_parameter_counts() -> None:
 def test_one_token_stands_for_four_patches_of_its_own_frame() -> None:
     tower = VisionTower(SMALL, decoder_hidden_size=10).double()
     tower.reset_parameters(seed=1)
-    grids = [(4, 6), (2, 2)]
+    patch_grids = [(4, 6), (2, 2)]
     patches_PCXX = make_tensor(28, 3, 4, 4, seed=2)
-    merged_MD = tower(patches_PCXX, grids)
+    merged_MD = tower(patches_PCXX, patch_grids)
     assert merged_MD.shape == (7, 10), "6 + 1 tokens"
     assert_close(merged_MD[6:], tower(patches_PCXX[24:], [(2, 2)]), 1e-12)
 

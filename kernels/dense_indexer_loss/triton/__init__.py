@@ -1,0 +1,1 @@
+"""The dense indexer loss in Triton: value and gradients of a chunk of rows at a time."""

@@ -1,0 +1,41 @@
+"""Ties the Triton scores of a selection into autograd.
+
+Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selected keys.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_keye.kernels.selected_indexer_scores.triton import (
+    score_selected,
+    score_selected_backward,
+)
+from megatron_keye.kernels.union_lists import union_lists
+
+
+def selected_indexer_scores(
+    q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, indices_TK: Tensor
+) -> Tensor:
+    """Return scores_TK; see api.selected_indexer_scores."""
+    scores_TK: Tensor = _SelectedScores.apply(q_TIJ, k_SJ, gate_TI, indices_TK)
+    return scores_TK
+
+
+class _SelectedScores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, indices_TK: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(q_TIJ, k_SJ, gate_TI, indices_TK)
+        return score_selected(q_TIJ, k_SJ, gate_TI, indices_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dscores_TK: Tensor) -> tuple[Tensor | None, ...]:
+        q_TIJ, k_SJ, gate_TI, indices_TK = ctx.saved_tensors
+        lists = union_lists(indices_TK, k_SJ.shape[0], impl="triton")
+        gradients = score_selected_backward(dscores_TK.contiguous(), q_TIJ, k_SJ, gate_TI, lists)
+        return (*gradients, None)

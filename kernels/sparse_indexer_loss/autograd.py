@@ -1,0 +1,31 @@
+"""Ties the Triton loss of the sparse phase into autograd.
+
+Shape letters: T queries, G key-value heads, K selected keys.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_keye.kernels.sparse_indexer_loss.triton import divergence, divergence_backward
+
+
+def sparse_indexer_loss(scores_TK: Tensor, target_TGK: Tensor) -> Tensor:
+    """Return kl_TG; see api.sparse_indexer_loss."""
+    kl_TG: Tensor = _SparseLoss.apply(scores_TK, target_TGK.detach())
+    return kl_TG
+
+
+class _SparseLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores_TK: Tensor, target_TGK: Tensor) -> Tensor:
+        scores_TK, target_TGK = scores_TK.contiguous(), target_TGK.contiguous()
+        ctx.save_for_backward(scores_TK, target_TGK)
+        return divergence(scores_TK, target_TGK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dkl_TG: Tensor) -> tuple[Tensor, None]:
+        return divergence_backward(dkl_TG.contiguous(), *ctx.saved_tensors), None

@@ -1,0 +1,125 @@
+"""The indexer's loss of the sparse phase in Triton: one program per query, value and gradient.
+
+Shape letters: T queries, G key-value heads, K selected keys.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_keye.kernels.launch import check_triton, padded
+
+_MOST_SELECTED = 16384
+
+
+def divergence(scores_TK: Tensor, target_TGK: Tensor) -> Tensor:
+    """Return kl_TG; see api.sparse_indexer_loss.
+
+    Args:
+        scores_TK: Contiguous.
+        target_TGK: Contiguous.
+
+    Raises:
+        ValueError: More selected keys than fit a program, or types that it does not take.
+    """
+    check_triton("sparse_indexer_loss", scores_TK, scores_TK=scores_TK, target_TGK=target_TGK)
+    num_queries, num_groups, num_selected = target_TGK.shape
+    if num_selected > _MOST_SELECTED:
+        raise ValueError(
+            f"scores_TK: got K = {num_selected}, expected at most {_MOST_SELECTED} with impl "
+            "'triton'; take impl='eager'"
+        )
+    kl_TG = scores_TK.new_empty((num_queries, num_groups), dtype=torch.float32)
+    if num_queries > 0:
+        _divergence_kernel[(num_queries,)](
+            scores_TK,
+            target_TGK,
+            kl_TG,
+            num_selected,
+            GROUPS=num_groups,
+            BLOCK_K=padded(num_selected),
+            num_warps=4,
+        )
+    return kl_TG
+
+
+def divergence_backward(dkl_TG: Tensor, scores_TK: Tensor, target_TGK: Tensor) -> Tensor:
+    """Return dscores_TK in the type of `scores_TK`: sum over groups of softmax - target.
+
+    Args:
+        dkl_TG: Gradient of the loss, contiguous.
+        scores_TK: As in `divergence`.
+        target_TGK: As in `divergence`.
+    """
+    num_queries, num_groups, num_selected = target_TGK.shape
+    dscores_TK = torch.empty_like(scores_TK)
+    if dscores_TK.numel() > 0:
+        _divergence_backward_kernel[(num_queries,)](
+            dkl_TG,
+            scores_TK,
+            target_TGK,
+            dscores_TK,
+            num_selected,
+            GROUPS=num_groups,
+            BLOCK_K=padded(num_selected),
+            num_warps=4,
+        )
+    return dscores_TK
+
+
+@triton.jit
+def _load_scores(
+    scores: tl.tensor, query: tl.tensor, num_selected: tl.tensor, BLOCK_K: tl.constexpr
+) -> tl.tensor:
+    """Return a row's places, which are real, its scores less the largest, and log(l_i)."""
+    place = tl.arange(0, BLOCK_K)
+    row = scores + query * num_selected
+    score = tl.load(row + place, place < num_selected, other=-float("inf")).to(tl.float32)
+    is_real = score > -float("inf")
+    m_i = tl.max(score, 0)
+    score = tl.where(is_real, score - tl.where(m_i > -float("inf"), m_i, 0.0), -float("inf"))
+    l_i = tl.sum(tl.exp(score), 0)
+    return place, is_real, score, tl.log(tl.where(l_i > 0, l_i, 1.0))
+
+
+@triton.jit
+def _divergence_kernel(
+    scores: tl.tensor,
+    target: tl.tensor,
+    kl: tl.tensor,
+    num_selected: int,
+    GROUPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    query = tl.program_id(0).to(tl.int64)
+    place, is_real, score, log_l = _load_scores(scores, query, num_selected, BLOCK_K)
+    for group in range(GROUPS):
+        row = target + (query * GROUPS + group) * num_selected
+        wanted = tl.load(row + place, is_real, other=0.0).to(tl.float32)
+        log_wanted = tl.log(tl.where(wanted > 0, wanted, 1.0))
+        terms = tl.where(wanted > 0, wanted * (log_wanted - score + log_l), 0.0)
+        tl.store(kl + query * GROUPS + group, tl.sum(terms, 0))
+
+
+@triton.jit
+def _divergence_backward_kernel(
+    dkl: tl.tensor,
+    scores: tl.tensor,
+    target: tl.tensor,
+    dscores: tl.tensor,
+    num_selected: int,
+    GROUPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    query = tl.program_id(0).to(tl.int64)
+    place, is_real, score, log_l = _load_scores(scores, query, num_selected, BLOCK_K)
+    weight = tl.exp(score - log_l)
+    dscore = tl.zeros([BLOCK_K], tl.float32)
+    for group in range(GROUPS):
+        row = target + (query * GROUPS + group) * num_selected
+        wanted = tl.load(row + place, is_real, other=0.0).to(tl.float32)
+        factor = tl.load(dkl + query * GROUPS + group).to(tl.float32)
+        dscore += factor * (weight * tl.sum(wanted, 0) - wanted)
+    dscores_row = dscores + query * num_selected
+    tl.store(dscores_row + place, dscore.to(dscores.dtype.element_ty), place < num_selected)

@@ -1,0 +1,199 @@
+"""Released checkpoint to native one and back, streaming.
+
+A process holds at most three times the largest tensor that moves in one piece (the embedding; an
+expert when experts are fused), and 600 MB for Python, torch and tables, whatever the model's
+size. All names, shapes and types are checked from headers before anything is written.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from megatron_keye.checkpoint.convert.check_tensors import check_shapes, check_types
+from megatron_keye.checkpoint.convert.native_folder import NativeFolder
+from megatron_keye.checkpoint.convert.sources import Mixed
+from megatron_keye.checkpoint.convert.to_hf import HfMaker
+from megatron_keye.checkpoint.convert.to_native import NativeMaker, native_shapes
+from megatron_keye.checkpoint.hf.config import CONFIG, check_config, make_config, read_config
+from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout, layout_of, parameter_shapes
+from megatron_keye.checkpoint.hf.safetensors_index import INDEX, open_folder
+from megatron_keye.config.run import RunConfig
+from megatron_keye.errors import UserError
+from megatron_keye.files.partial_folder import PartialFolder
+from megatron_keye.files.workers import Advance, make_files
+
+CARRIED = "hf"
+"""Folder in a native checkpoint for tokenizer, processor and config files."""
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+class Progress(Protocol):
+    """Hears how far a conversion is."""
+
+    def begin(self, total_bytes: int) -> None:
+        """Take the number of bytes that will be written."""
+
+    def advance(self, num_bytes: int) -> None:
+        """Take the number of bytes written since the last call."""
+
+
+class Unwatched:
+    """Progress that nobody looks at."""
+
+    def begin(self, total_bytes: int) -> None:
+        """Do nothing."""
+
+    def advance(self, num_bytes: int) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to convert, for every direction."""
+
+    num_workers: int = 1
+    """Processes."""
+    dtype: torch.dtype | None = None
+    """Type to round to; None keeps the checkpoint's."""
+    checks_finite: bool = False
+    """Whether NaN and Inf are refused."""
+    dropped: tuple[str, ...] = ()
+    """Patterns of surplus tensors to pass over."""
+    progress: Progress = field(default_factory=Unwatched)
+    """Hears how far it is."""
+
+
+def hf_to_native(hf: Path, out: Path, run: RunConfig, options: Options) -> None:
+    """Make a native checkpoint of a released one, for any grid.
+
+    Args:
+        hf: Folder of safetensors.
+        out: Folder to make; must not exist.
+        run: Its model must be the checkpoint's.
+        options: How.
+
+    Raises:
+        UserError: When the checkpoint does not fit or is damaged; nothing is left then.
+    """
+    entries = open_folder(hf)
+    if (hf / CONFIG).is_file():
+        check_config(hf / CONFIG, run.model)
+    layout = layout_of(entries)
+    expected = parameter_shapes(run.model, layout)
+    got = {name: entry.shape for name, entry in entries.items()}
+    check_shapes(got, expected, where=str(hf), dropped=options.dropped)
+    origins = {name: entries[name] for name in expected}
+    types = {name: entry.dtype for name, entry in origins.items()}
+    dtype = check_types(types, where=str(hf), wanted=options.dtype)
+    maker = NativeMaker(run.model, layout, Mixed(origins), dtype, options.checks_finite)
+    sources = sorted({entry.file for entry in origins.values()})
+    write_native(maker, out, run, sources, options, carried_from=hf)
+
+
+def write_native(
+    maker: NativeMaker,
+    out: Path,
+    run: RunConfig,
+    sources: Iterable[Path],
+    options: Options,
+    *,
+    carried_from: Path,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write a native checkpoint whose tensors a maker has been given.
+
+    Args:
+        maker: Knows the tensors.
+        out: Folder to make.
+        run: Its JSON goes into the checkpoint.
+        sources: Files that decide the content.
+        options: How.
+        carried_from: Folder whose small files are carried along.
+        notes: Further text files of the checkpoint, by name.
+    """
+    mark = [run.to_json(), maker.layout, str(maker.dtype), str(maker.checks_finite)]
+    folder = PartialFolder(out, _fingerprint(mark, sources))
+    _fill(maker, folder, options)
+    (folder.path / CARRIED).mkdir(exist_ok=True)
+    _carry(carried_from, folder.path / CARRIED)
+    for name, text in {**(notes or {}), "run.json": run.to_json()}.items():
+        (folder.path / name).write_text(text)
+    folder.finish()
+
+
+def native_to_hf(
+    native: Path,
+    out: Path,
+    options: Options,
+    *,
+    layout: ExpertLayout = "fused",
+    file_bytes: int = 5_000_000_000,
+    carried_from: Path | None = None,
+) -> None:
+    """Make a released checkpoint of a native one that any grid saved.
+
+    Args:
+        native: Folder of a checkpoint, with its run.json.
+        out: Folder to make; must not exist.
+        options: How.
+        layout: How to hold experts.
+        file_bytes: Most bytes of one file.
+        carried_from: Folder with tokenizer, processor and config files; None takes those that the
+            checkpoint carries.
+
+    Raises:
+        UserError: When the checkpoint is incomplete or damaged; nothing is left then.
+    """
+    if not (native / "run.json").is_file():
+        raise UserError(
+            f"{native}: got no run.json, expected a checkpoint of training or of hf-to-native; "
+            "check --native"
+        )
+    run = RunConfig.from_json((native / "run.json").read_text())
+    source = NativeFolder(native)
+    got = {key: tensor.shape for key, tensor in source.tensors.items()}
+    check_shapes(got, native_shapes(run.model), where=str(native), dropped=options.dropped)
+    types = {key: tensor.dtype for key, tensor in source.tensors.items()}
+    dtype = check_types(types, where=str(native), wanted=options.dtype)
+    maker = HfMaker(run.model, layout, source, dtype, options.checks_finite, file_bytes)
+    mark = [run.to_json(), layout, str(dtype), str(options.checks_finite), str(file_bytes)]
+    folder = PartialFolder(out, _fingerprint(mark, source.source_files()))
+    _fill(maker, folder, options)
+    carried = carried_from or native / CARRIED
+    base = read_config(carried / CONFIG) if (carried / CONFIG).is_file() else {}
+    _carry(carried, folder.path)
+    config = make_config(run.model, str(dtype).removeprefix("torch."), base)
+    (folder.path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    folder.finish()
+
+
+def _fill(maker: NativeMaker | HfMaker, folder: PartialFolder, options: Options) -> None:
+    sizes = maker.file_sizes()
+    finished = {name for name in sizes if folder.record(name) is not None}
+    options.progress.begin(sum(size for name, size in sizes.items() if name not in finished))
+    advance: Advance = options.progress.advance
+    try:
+        make_files(maker, list(sizes), folder, num_workers=options.num_workers, advance=advance)
+    except UserError:
+        # The data is wrong, so continuing would not help; after a kill it does.
+        folder.discard()
+        raise
+    maker.finish(folder.path, {name: folder.record(name) for name in sizes})
+
+
+def _fingerprint(settings: list[str], sources: Iterable[Path]) -> str:
+    """Describe what decides the content, files by size and time."""
+    stats = [(str(path.resolve()), path.stat()) for path in sources]
+    return json.dumps([settings, [(p, s.st_size, s.st_mtime_ns) for p, s in stats]])
+
+
+def _carry(source: Path, target: Path) -> None:
+    """Copy tokenizer, processor, template and code files, but no weights."""
+    for path in sorted(source.iterdir()) if source.is_dir() else []:
+        if path.is_file() and path.name != INDEX and not path.name.endswith(_WEIGHT_SUFFIXES):
+            shutil.copy2(path, target / path.name)

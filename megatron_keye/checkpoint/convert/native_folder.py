@@ -1,0 +1,160 @@
+"""Reads weights out of a checkpoint that training saved on any grid, part by part.
+
+Training's format is torch.distributed.checkpoint's: shards of tensors in *.distcp files and a
+table of them in .metadata. Reading it directly needs no process group and no model. The table is
+a pickle: open only checkpoints of your own.
+"""
+
+import os
+import pickle
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_keye.errors import UserError
+
+Place = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A stored part of a tensor."""
+
+    offset: Place
+    """Where it begins in the whole tensor."""
+    shape: Place
+    """Its shape."""
+    file: str
+    """Name of its file."""
+    start: int
+    """First byte in the file."""
+    size_bytes: int
+    """Bytes that it takes there."""
+
+
+@dataclass(frozen=True)
+class NativeTensor:
+    """A whole tensor, layers and experts stacked."""
+
+    shape: Place
+    """Its shape."""
+    dtype: torch.dtype
+    """Its type."""
+    shards: dict[int, list[StoredShard]]
+    """Shards by their place along dim 0."""
+
+
+class NativeFolder:
+    """All weights of a checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the table and check that every file is there in full.
+
+        Raises:
+            UserError: When the folder is no complete checkpoint or a file is cut short.
+        """
+        table = folder / ".metadata"
+        if not table.is_file() or not (folder / "metadata.json").is_file():
+            raise UserError(
+                f"{folder}: got no .metadata with metadata.json, expected a complete native "
+                "checkpoint (.../checkpoints/step-NNNNNNNN, or what convert_checkpoint.py made); "
+                "check --native or training.checkpoint.weights"
+            )
+        self.path = folder
+        with table.open("rb") as file:
+            try:
+                metadata = pickle.load(file)
+            except (pickle.UnpicklingError, EOFError) as error:
+                raise UserError(
+                    f"{table}: got {error}, expected a readable table; it was cut short, copy the "
+                    "checkpoint again"
+                ) from error
+        self.tensors = {
+            key: _tensor(key, stored, metadata.storage_data)
+            for key, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata) and not key.startswith("optimizer.")
+        }
+        self._check_files()
+
+    def read(self, key: str, stacked_index: Place) -> Tensor:
+        """Put the weight of one layer (and expert) together from its shards.
+
+        Args:
+            key: Name of the tensor.
+            stacked_index: Place along the stacked axes; () for a tensor without any.
+
+        Raises:
+            UserError: When a shard is missing.
+        """
+        whole = self.tensors[key]
+        shape = whole.shape[len(stacked_index) :]
+        near = self._shards_at(whole, stacked_index)
+        if len(near) == 1 and near[0].shape[len(stacked_index) :] == shape:
+            return self._load(near[0]).reshape(shape)
+        joined = torch.empty(shape, dtype=whole.dtype)
+        filled = 0
+        for shard in near:
+            at = shard.offset[len(stacked_index) :]
+            sizes = shard.shape[len(stacked_index) :]
+            region = tuple(slice(a, a + n) for a, n in zip(at, sizes, strict=True))
+            joined[region] = self._load(shard).reshape(sizes)
+            filled += prod(sizes)
+        if filled != prod(shape):
+            raise UserError(
+                f"tensor {key} at {list(stacked_index)}: got shards of {filled} numbers in "
+                f"{self.path}, expected {prod(shape)}; the checkpoint is incomplete, take an earlier one"
+            )
+        return joined
+
+    def source_files(self) -> list[Path]:
+        """Return the files that hold the weights."""
+        shards = (p for t in self.tensors.values() for group in t.shards.values() for p in group)
+        return sorted({self.path / shard.file for shard in shards})
+
+    def _shards_at(self, whole: NativeTensor, stacked_index: Place) -> list[StoredShard]:
+        if not stacked_index:
+            return [shard for group in whole.shards.values() for shard in group]
+        near = whole.shards.get(stacked_index[0], [])
+        return [shard for shard in near if shard.offset[: len(stacked_index)] == stacked_index]
+
+    def _load(self, shard: StoredShard) -> Tensor:
+        with (self.path / shard.file).open("rb") as file:
+            # Read from disk at once instead of a little with every call.
+            advice = os.POSIX_FADV_WILLNEED
+            os.posix_fadvise(file.fileno(), shard.start, shard.size_bytes, advice)
+            view = cast(IO[bytes], _create_file_view(file, shard.start, shard.size_bytes))
+            loaded: Tensor = torch.load(view, map_location="cpu", weights_only=True)
+        return loaded
+
+    def _check_files(self) -> None:
+        needed: dict[str, int] = defaultdict(int)
+        for tensor in self.tensors.values():
+            for group in tensor.shards.values():
+                for shard in group:
+                    needed[shard.file] = max(needed[shard.file], shard.start + shard.size_bytes)
+        for name, size in needed.items():
+            file = self.path / name
+            got = file.stat().st_size if file.is_file() else 0
+            if got < size:
+                raise UserError(
+                    f"{file}: got {got} bytes, expected at least {size}; the file was cut short "
+                    "or is missing, copy the checkpoint again"
+                )
+
+
+def _tensor(key: str, stored: TensorStorageMetadata, storage: dict[Any, Any]) -> NativeTensor:
+    shards: dict[int, list[StoredShard]] = defaultdict(list)
+    for chunk in stored.chunks:
+        info = storage[MetadataIndex(key, chunk.offsets)]
+        shard = StoredShard(
+            tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length
+        )
+        shards[shard.offset[0] if shard.offset else 0].append(shard)
+    return NativeTensor(tuple(stored.size), stored.properties.dtype, dict(shards))

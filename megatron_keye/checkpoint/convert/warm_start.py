@@ -1,0 +1,102 @@
+"""A first Keye-VL checkpoint out of a text model and, when there is one, a vision encoder.
+
+The decoder comes from Qwen3-30B-A3B, the ViT from a Keye-VL-1.5 or SigLIP folder. Projector and
+indexers exist in neither and are drawn.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_keye.checkpoint.convert.check_tensors import check_shapes, check_types
+from megatron_keye.checkpoint.convert.convert import Options, write_native
+from megatron_keye.checkpoint.convert.sources import Fresh, Mixed
+from megatron_keye.checkpoint.convert.to_native import NativeMaker
+from megatron_keye.checkpoint.hf.config import CONFIG, check_config
+from megatron_keye.checkpoint.hf.parameter_shapes import layout_of, parameter_shapes, part_of
+from megatron_keye.checkpoint.hf.safetensors_index import Entry, open_folder
+from megatron_keye.config.run import RunConfig
+from megatron_keye.errors import UserError
+
+ORIGINS = "origins.json"
+"""In the new checkpoint: which tensor came from where."""
+_VISION = "visual.vision_model."
+_VISION_PREFIXES = (_VISION, "vision_model.")
+"""The ViT's names in Keye-VL folders and in SigLIP's."""
+_VISION_STD = 0.02
+
+Origins = Mapping[str, Entry | Fresh]
+
+
+def warm_start(
+    qwen: Path, vision: Path | None, out: Path, run: RunConfig, options: Options
+) -> dict[str, str]:
+    """Make a native checkpoint that training can begin from.
+
+    Args:
+        qwen: Folder of a Qwen3 mixture-of-experts model with the recipe's decoder sizes.
+        vision: Folder with a ViT of the recipe's sizes; None draws the ViT too.
+        out: Folder to make; must not exist.
+        run: Sizes and seed.
+        options: How.
+
+    Returns:
+        Where each tensor came from: a file, or "fresh".
+
+    Raises:
+        UserError: When a folder does not fit or is damaged; nothing is left then.
+    """
+    entries = open_folder(qwen)
+    if (qwen / CONFIG).is_file():
+        check_config(qwen / CONFIG, run.model, model_type="qwen3_moe")
+    layout = layout_of(entries)
+    shapes = parameter_shapes(run.model, layout)
+    decoder = {name: shape for name, shape in shapes.items() if part_of(name) == "decoder"}
+    got = {name: entry.shape for name, entry in entries.items()}
+    check_shapes(got, decoder, where=str(qwen), dropped=options.dropped)
+    found: dict[str, Entry] = {name: entries[name] for name in decoder}
+    if vision is not None:
+        found |= _vision_entries(vision, shapes)
+    types = {name: entry.dtype for name, entry in found.items()}
+    where = str(qwen) if vision is None else f"{qwen} and {vision}"
+    dtype = check_types(types, where=where, wanted=options.dtype)
+    origins = {name: found.get(name) or _fresh(name, shapes[name], run) for name in shapes}
+    maker = NativeMaker(run.model, layout, Mixed(origins), dtype, options.checks_finite)
+    sources = sorted({entry.file for entry in found.values()})
+    described = {name: _describe(origin) for name, origin in origins.items()}
+    report = json.dumps(described, indent=2) + "\n"
+    write_native(maker, out, run, sources, options, carried_from=qwen, notes={ORIGINS: report})
+    return described
+
+
+def _vision_entries(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
+    """Return the ViT's tensors under the names that we use; the folder may hold much else."""
+    entries = open_folder(folder)
+    prefix = next((p for p in _VISION_PREFIXES if any(n.startswith(p) for n in entries)), None)
+    if prefix is None:
+        raise UserError(
+            f"{folder}: got no tensor below {' or '.join(_VISION_PREFIXES)}, expected a Keye-VL "
+            "or SigLIP folder; correct --vision or leave it out"
+        )
+    renamed = {
+        _VISION + name.removeprefix(prefix): entry
+        for name, entry in entries.items()
+        if name.startswith(prefix)
+    }
+    wanted = {name: shape for name, shape in shapes.items() if part_of(name) == "vision"}
+    held = {name: renamed[name] for name in wanted if name in renamed}
+    # SigLIP has no packing table; it is unused and drawn like anything else that is absent.
+    needed = {name: s for name, s in wanted.items() if name in held or ".packing_" not in name}
+    got = {name: entry.shape for name, entry in held.items()}
+    check_shapes(got, needed, where=str(folder))
+    return held
+
+
+def _fresh(name: str, shape: tuple[int, ...], run: RunConfig) -> Fresh:
+    is_vision = part_of(name) == "vision"
+    std = _VISION_STD if is_vision else run.model.decoder.init_std
+    return Fresh(shape, std, run.training.seed)
+
+
+def _describe(origin: Entry | Fresh) -> str:
+    return str(origin.file) if isinstance(origin, Entry) else "fresh"

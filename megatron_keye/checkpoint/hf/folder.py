@@ -1,0 +1,62 @@
+"""A Hugging Face checkpoint opened for running it: its sizes and where its tensors lie."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_keye.checkpoint.hf.config import CONFIG, model_from_config
+from megatron_keye.checkpoint.hf.parameter_shapes import (
+    PACKING_TABLE,
+    ExpertLayout,
+    layout_of,
+    parameter_shapes,
+)
+from megatron_keye.checkpoint.hf.safetensors_index import Entry, open_folder
+from megatron_keye.config import ModelConfig
+from megatron_keye.errors import UserError
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    """One checkpoint whose tensors fit its config.json."""
+
+    path: Path
+    """The folder."""
+    model: ModelConfig
+    """Sizes."""
+    layout: ExpertLayout
+    """How it holds experts."""
+    entries: dict[str, Entry]
+    """Where each tensor lies."""
+    unused: list[str]
+    """Tensors that the model has no place for."""
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, which must not be written to."""
+        return self.entries[name].read()
+
+
+def open_hf(path: Path) -> HfFolder:
+    """Open a checkpoint of any sizes.
+
+    Args:
+        path: Holds config.json and *.safetensors.
+
+    Raises:
+        UserError: For a broken file, or a tensor that is missing or does not fit config.json.
+    """
+    entries = open_folder(path)
+    rows = entries[PACKING_TABLE].shape[0] if PACKING_TABLE in entries else 0
+    model = model_from_config(path / CONFIG, num_packing_positions=rows)
+    layout = layout_of(entries)
+    expected = parameter_shapes(model, layout)
+    for name, shape in expected.items():
+        got = list(entries[name].shape) if name in entries else None
+        if got != list(shape):
+            raise UserError(
+                f"tensor {name}: got {'none' if got is None else f'shape {got}'} in {path}, "
+                f"expected shape {list(shape)}; complete the folder, or correct {CONFIG}"
+            )
+    unused = [name for name in entries if name not in expected]
+    return HfFolder(path, model, layout, entries, unused)

@@ -1,0 +1,69 @@
+"""Weights of modules in this process under the released checkpoint's names, and back.
+
+The same table as the converter's, applied to parameters instead of files; gradients go through
+it as well, so that they have the checkpoint's names and shapes.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_keye.checkpoint.hf.folder import HfFolder
+from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout
+from megatron_keye.checkpoint.hf.weight_map import WeightMapping, weight_mappings
+from megatron_keye.config import ModelConfig
+
+_LAYERS = "block.layers."
+_EXPERTS = "mlp.experts.experts."
+
+
+def parameter_name(mapping: WeightMapping) -> str:
+    """Return the parameter behind a mapping, as modules that hold all layers and experts call it.
+
+    A decoder chunk's parameters have the prefix "decoder.", the vision tower's "vision.".
+    """
+    name = mapping.key
+    for stacked, own, place in zip(
+        (_LAYERS, _EXPERTS),
+        (_LAYERS, "mlp.experts.local_experts."),
+        mapping.stacked_index,
+        strict=False,
+    ):
+        name = name.replace(stacked, f"{own}{place}.")
+    return name
+
+
+@torch.no_grad()
+def load_released(weights: Mapping[str, Tensor], folder: HfFolder) -> None:
+    """Fill parameters from a checkpoint folder, in their own type.
+
+    Args:
+        weights: All parameters by `parameter_name`.
+        folder: The checkpoint.
+    """
+    for mapping in weight_mappings(folder.model, folder.layout):
+        parts = [folder.entries[part.name].read(part.index) for part in mapping.parts]
+        weights[parameter_name(mapping)].copy_(torch.cat(mapping.arrangement.join(parts)))
+
+
+def as_released(
+    weights: Mapping[str, Tensor], model: ModelConfig, layout: ExpertLayout
+) -> dict[str, Tensor]:
+    """Return parameters, or anything of their shapes, as the tensors of a checkpoint.
+
+    Args:
+        weights: All parameters by `parameter_name`.
+        model: Sizes.
+        layout: How the checkpoint holds experts.
+    """
+    whole: dict[str, Tensor] = {}
+    slices: dict[str, list[Tensor]] = {}
+    for mapping in weight_mappings(model, layout):
+        tensors = mapping.arrangement.split(weights[parameter_name(mapping)])
+        for part, tensor in zip(mapping.parts, tensors, strict=True):
+            if part.index is None:
+                whole[part.name] = tensor
+            else:
+                slices.setdefault(part.name, []).append(tensor)
+    return whole | {name: torch.stack(parts) for name, parts in slices.items()}

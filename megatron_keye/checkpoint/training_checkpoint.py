@@ -1,0 +1,228 @@
+"""Checkpoints on disk: whole or absent, found by step, loaded on any grid.
+
+A checkpoint is written beside its final name and renamed when every rank is done, so that a
+killed run never leaves one that looks complete. Format: Megatron-Core's torch_dist.
+"""
+
+import itertools
+import math
+import random
+import re
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from megatron_keye.checkpoint.convert.check_tensors import check_shapes
+from megatron_keye.checkpoint.convert.native_folder import NativeFolder
+from megatron_keye.checkpoint.convert.to_native import native_shapes
+from megatron_keye.checkpoint.optimizer_state import (
+    copy_to_masters,
+    saved_optimizer,
+    set_optimizer_steps,
+    wanted_optimizer,
+)
+from megatron_keye.checkpoint.state import copy_loaded, data_of, weight_state
+from megatron_keye.config.run import RunConfig
+from megatron_keye.errors import UserError
+from megatron_keye.model import KeyeModel
+from megatron_keye.optim.optimizer import JointOptimizer
+from megatron_keye.parallel.grid import Grid
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass
+class Progress:
+    """Where a run stands, apart from its tensors."""
+
+    step: int
+    """Steps done."""
+    updates: int
+    """Steps that changed weights; a step with an infinite gradient does not."""
+    data: dict[str, Any]
+    """Position of the data."""
+    first_loss: float = math.nan
+    """Language loss of the very first step."""
+
+
+def checkpoint_folder(run: RunConfig, step: int) -> Path:
+    """Return where the checkpoint after `step` steps belongs."""
+    return run.folder / "checkpoints" / f"step-{step:08d}"
+
+
+def find_checkpoint(run: RunConfig) -> Path | None:
+    """Return the checkpoint that the run's `resume` setting means; None to start afresh.
+
+    Raises:
+        UserError: When a folder is named that is not a complete checkpoint.
+    """
+    resume = run.training.checkpoint.resume
+    if resume == "none":
+        return None
+    if resume == "auto":
+        complete = _complete(run.folder / "checkpoints")
+        return complete[-1] if complete else None
+    folder = Path(resume)
+    if not (folder / "metadata.json").is_file() or not _NAME.fullmatch(folder.name):
+        raise UserError(
+            f"training.checkpoint.resume: got {resume!r}, expected the folder of a complete "
+            "checkpoint (.../checkpoints/step-NNNNNNNN), 'auto' or 'none'"
+        )
+    return folder
+
+
+def set_aside(run: RunConfig, rank: int) -> None:
+    """Give the folder of an earlier run of this name a number, so that nothing is lost or mixed.
+
+    Args:
+        run: The run that starts afresh.
+        rank: Only rank 0 moves anything; the others write nothing before they meet it again.
+    """
+    if rank != 0 or not _complete(run.folder / "checkpoints"):
+        return
+    names = (run.folder.with_name(f"{run.name}.{number}") for number in itertools.count(1))
+    run.folder.rename(next(name for name in names if not name.exists()))
+
+
+def save(
+    run: RunConfig, model: KeyeModel, optimizer: JointOptimizer, grid: Grid, progress: Progress
+) -> Path:
+    """Write a checkpoint. All ranks must call it.
+
+    Args:
+        run: The run; its JSON goes into the checkpoint.
+        model: Weights of this rank.
+        optimizer: Moments and master weights of this rank.
+        grid: Groups of this rank.
+        progress: Where the run stands.
+
+    Returns:
+        The finished folder.
+    """
+    folder = checkpoint_folder(run, progress.step)
+    partial = folder.with_name(folder.name + ".partial")
+    if grid.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    weights = weight_state(model, grid)
+    state = {
+        "weights": weights,
+        "optimizer": saved_optimizer(optimizer, weights),
+        "random": _random_state(grid),
+        "progress": {**asdict(progress), "parallel": run.parallel.describe()},
+    }
+    dist_checkpointing.save(state, str(partial))
+    dist.barrier()
+    if grid.rank == 0:
+        (partial / "run.json").write_text(run.to_json())
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        _prune(folder.parent, run.training.checkpoint.keep)
+    dist.barrier()
+    return folder
+
+
+def load(
+    folder: Path, run: RunConfig, model: KeyeModel, optimizer: JointOptimizer, grid: Grid
+) -> Progress:
+    """Read a checkpoint into the model and the optimizer. All ranks must call it.
+
+    The grid may be another one than it was saved on; generators then start from the run's seed.
+
+    Args:
+        folder: A complete checkpoint.
+        run: The run that continues.
+        model: Takes the weights.
+        optimizer: Takes moments and master weights.
+        grid: Groups of this rank.
+
+    Returns:
+        Where the saved run stood.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    saved = common["progress"]
+    weights = weight_state(model, grid)
+    wanted = wanted_optimizer(optimizer, weights)
+    state: dict[str, Any] = {"weights": weights, "optimizer": wanted.state}
+    targets = {name: data_of(part) for name, part in state.items()}
+    keeps_random = saved["parallel"] == run.parallel.describe()
+    if keeps_random:
+        state["random"] = _random_state(grid)
+    loaded = dist_checkpointing.load(state, str(folder))
+    for name, part in targets.items():
+        # A rank on which nothing learns has no optimizer, and empty parts do not come back.
+        copy_loaded(loaded.get(name, {}), part)
+    wanted.keep()
+    set_optimizer_steps(optimizer, saved["updates"])
+    if keeps_random:
+        _restore_random(loaded["random"])
+    known = {f.name: saved[f.name] for f in fields(Progress)}
+    return Progress(**known)
+
+
+def load_weights(
+    folder: Path, run: RunConfig, model: KeyeModel, optimizer: JointOptimizer, grid: Grid
+) -> None:
+    """Read only the weights of a checkpoint that training or a conversion wrote.
+
+    All ranks must call it. Weights are rounded to the model's type where the types differ.
+
+    Args:
+        folder: A complete checkpoint, saved on any grid.
+        run: The run that begins.
+        model: Takes the weights.
+        optimizer: Takes them as its master weights.
+        grid: Groups of this rank.
+
+    Raises:
+        UserError: When the folder is no complete checkpoint, or not one of this model.
+    """
+    held = {key: tensor.shape for key, tensor in NativeFolder(folder).tensors.items()}
+    check_shapes(held, native_shapes(run.model), where=str(folder))
+    weights = weight_state(model, grid)
+    targets = data_of(weights)
+    # Without the extra states of linears: they hold nothing that training reads.
+    wanted = {name: weights[name] for name in targets}
+    loaded = dist_checkpointing.load({"weights": wanted}, str(folder))
+    copy_loaded(loaded["weights"], targets)
+    copy_to_masters(optimizer)
+
+
+def _random_state(grid: Grid) -> ShardedObject:
+    """Return the generators of this rank; they differ between ranks, so each keeps its own."""
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject("random", state, (grid.parallel.num_ranks,), (grid.rank,))
+
+
+def _restore_random(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _complete(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for old in _complete(folder)[:-keep] if keep else []:
+        shutil.rmtree(old)

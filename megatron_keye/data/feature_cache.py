@@ -1,0 +1,122 @@
+"""What a frozen vision encoder made of pictures, on disk: zarr arrays, one chunk a picture.
+
+Everything that decides a picture's features is in the name under which they are kept: the content
+of its file, its frame, its grid, and the weights. What has changed therefore has another name and
+is not found; nothing stale is ever read.
+"""
+
+import hashlib
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+from zarr.codecs import Crc32cCodec
+from zarr.errors import ContainsArrayError
+
+from megatron_keye.data.row import Picture
+from megatron_keye.data.video.probe import probe
+from megatron_keye.errors import UserError
+
+FORMAT = "megatron_keye.features.1"
+_READ_BYTES = 16 * 2**20
+
+
+class FeatureCache:
+    """Features of one set of weights.
+
+    Any number of processes may read and write at once: each picture is a file of its own, put
+    into place whole, and two that write the same picture write the same features.
+
+    Args:
+        folder: Where all features are kept, whatever the weights.
+        maker: Name of everything but the picture that decides its features; a folder's name.
+        width: Features of a patch.
+        dtype: Of the features.
+    """
+
+    def __init__(self, folder: Path, maker: str, width: int, dtype: torch.dtype) -> None:
+        self._folder = folder / FORMAT / maker
+        self._width, self._dtype = width, dtype
+        # numpy has no bfloat16; its bits travel as integers.
+        self._stored = torch.uint16 if dtype == torch.bfloat16 else dtype
+
+    def has(self, picture: Picture) -> bool:
+        """Tell whether a picture's features are there.
+
+        Raises:
+            UserError: Naming the file, when it is missing.
+        """
+        return (self._array_folder(picture) / "c" / str(picture.frame) / "0" / "0").is_file()
+
+    def read(self, picture: Picture) -> Tensor:
+        """Return the features [P, W] of a picture that is there, on the CPU.
+
+        Raises:
+            UserError: Naming the file in the store that is damaged.
+        """
+        folder = self._array_folder(picture)
+        try:
+            stored = np.asarray(zarr.open_array(folder, mode="r")[picture.frame])
+            assert stored.shape == (picture.num_patches, self._width), f"{folder}: another shape"
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"{folder}: features of frame {picture.frame} of {picture.medium.path} cannot be read "
+                f"({error}), expected what was written; remove the folder, and they are made anew"
+            ) from error
+        return torch.from_numpy(stored).view(self._dtype)
+
+    def write(self, picture: Picture, features_PW: Tensor) -> None:
+        """Keep the features [P, W] of a picture."""
+        folder = self._array_folder(picture)
+        if not (folder / "zarr.json").is_file():
+            # Who comes second finds the same array made.
+            with suppress(ContainsArrayError):
+                self._create(folder, picture)
+        stored = features_PW.detach().to("cpu", self._dtype).contiguous().view(self._stored)
+        # Features of zeros are features, too, and have to be found again.
+        array = zarr.open_array(folder, mode="r+", config={"write_empty_chunks": True})
+        array[picture.frame] = stored.numpy()
+
+    def _create(self, folder: Path, picture: Picture) -> None:
+        """Make the array of a file's frames."""
+        num_frames = probe(Path(picture.medium.path)).num_frames if picture.is_video else 1
+        zarr.create_array(
+            folder,
+            shape=(num_frames, picture.num_patches, self._width),
+            chunks=(1, picture.num_patches, self._width),
+            dtype=str(self._stored).removeprefix("torch."),
+            # Features do not compress; the sum finds damage.
+            compressors=[Crc32cCodec()],
+            attributes={"dtype": str(self._dtype), "grid": list(picture.patch_grid)},
+            overwrite=False,
+        )
+
+    def _array_folder(self, picture: Picture) -> Path:
+        rows, columns = picture.patch_grid
+        content = content_digest(Path(picture.medium.path))
+        return self._folder / content[:2] / content / f"{picture.medium.kind}-{rows}x{columns}"
+
+
+def content_digest(path: Path) -> str:
+    """Return a digest of a file's content, kept until its size or modification time changes.
+
+    Raises:
+        UserError: When the file is missing.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: is not there, expected a media file; correct the name")
+    status = path.stat()
+    return _content_digest(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _content_digest(path: Path, modified_nanoseconds: int, size_bytes: int) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,121 @@
+"""What a block of a store knows beside its tokens: samples, pictures and the files they are in.
+
+Written by the processes that tokenize, read by the one that joins blocks.
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from megatron_keye.data.media import FileIdentity, Medium, identify
+from megatron_keye.data.row import Picture, Sample
+from megatron_keye.data.store.probe_cache import ProbeCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredMedium(FileIdentity):
+    """A file that samples show, and what it was when it was read."""
+
+    name: str
+    """As the sample file spells it."""
+    is_video: bool
+    """Whether it is a video or an image."""
+    seconds: float
+    """From the first to the last frame; 0 for an image."""
+
+
+@dataclass
+class BlockTable:
+    """Grows sample by sample."""
+
+    line_numbers: list[int] = field(default_factory=list)
+    """Line of each sample."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each sample."""
+    picture_counts: list[int] = field(default_factory=list)
+    """Pictures of each sample."""
+    pictures: list[tuple[float, ...]] = field(default_factory=list)
+    """Of each picture: its medium, its frame, patches down and across, the position of its first
+    placeholder in its sample, and when it is shown, in seconds, NaN for an image."""
+    media: list[StoredMedium] = field(default_factory=list)
+    """Files, numbered as `pictures` does."""
+    _numbers: dict[Medium, int] = field(default_factory=dict)
+
+    def add(self, sample: Sample, line: int, names: Mapping[str, str], probes: ProbeCache) -> None:
+        """Add a sample.
+
+        Args:
+            sample: The sample.
+            line: Its line.
+            names: How the sample file spells each medium, by absolute path.
+            probes: What is known of videos.
+        """
+        numbers = [self._number(picture, names, probes) for picture in sample.pictures]
+        self.line_numbers.append(line)
+        self.lengths.append(len(sample.token_ids))
+        self.picture_counts.append(len(sample.pictures))
+        for number, picture, start in zip(
+            numbers, sample.pictures, sample.picture_starts, strict=True
+        ):
+            seconds = np.nan if picture.seconds is None else picture.seconds
+            self.pictures.append((number, picture.frame, *picture.patch_grid, start, seconds))
+
+    def _number(self, picture: Picture, names: Mapping[str, str], probes: ProbeCache) -> int:
+        """Return the number of a picture's file, looking at a new file once."""
+        key = picture.medium
+        if key not in self._numbers:
+            path, seconds = Path(key.path), 0.0
+            if picture.is_video:
+                times = probes.probe(path).times
+                seconds = float(times[-1] - times[0])
+            self.media.append(
+                StoredMedium(
+                    name=names[key.path],
+                    is_video=picture.is_video,
+                    seconds=seconds,
+                    **vars(identify(path)),
+                )
+            )
+            self._numbers[key] = len(self.media) - 1
+        return self._numbers[key]
+
+    def to_bytes(self) -> bytes:
+        """Return all of it in one block."""
+        media = [
+            asdict(medium) | {"content_key": medium.content_key.hex()} for medium in self.media
+        ]
+        stream = io.BytesIO()
+        np.savez(
+            stream,
+            samples=np.array(
+                [self.line_numbers, self.lengths, self.picture_counts], dtype=np.int64
+            ),
+            pictures=np.array(self.pictures, dtype=np.float64).reshape(-1, 6),
+            media=np.frombuffer(json.dumps(media).encode(), dtype=np.uint8),
+        )
+        return stream.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Self:
+        """Read what `to_bytes` returned."""
+        with np.load(io.BytesIO(content)) as arrays:
+            lines, lengths, counts = arrays["samples"].tolist()
+            pictures = [tuple(row) for row in arrays["pictures"].tolist()]
+            media = json.loads(arrays["media"].tobytes())
+        return cls(
+            line_numbers=lines,
+            lengths=lengths,
+            picture_counts=counts,
+            pictures=pictures,
+            media=[
+                StoredMedium(
+                    **described | {"content_key": bytes.fromhex(described["content_key"])}
+                )
+                for described in media
+            ],
+        )

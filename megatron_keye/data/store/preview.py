@@ -1,0 +1,150 @@
+"""A contact sheet of prepared samples: frames as the model will get them, and the exact text.
+
+For a person to look at before a long run; the whole text also goes to a file beside it, since
+the font that Pillow carries knows Latin letters only.
+"""
+
+import textwrap
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from megatron_keye.config import DataConfig, ModelConfig
+from megatron_keye.data.row import Picture, Sample
+from megatron_keye.data.store.reader import SampleStore
+from megatron_keye.data.store.settings import deciding_settings
+from megatron_keye.data.tokens import Tokenizer, load_tokenizer
+from megatron_keye.data.video.image import decode_image
+from megatron_keye.data.video.pyav import iterate_frames
+
+MOST_PICTURES = 12
+"""Pictures shown of one sample, evenly spread over it."""
+_MOST_LINES = 40
+_COLUMNS = 4
+_CELL = (176, 132)
+_LINE_HEIGHT = 15
+_CHARACTERS_PER_LINE = 110
+_MARGIN = 12
+_WIDTH = 1600
+
+
+def write_preview(store: Path, config: DataConfig, model: ModelConfig, count: int) -> None:
+    """Write STORE.preview.png and STORE.preview.txt.
+
+    Args:
+        store: A whole store.
+        config: Settings that it was prepared with.
+        model: Sizes and placeholders, likewise.
+        count: Samples to show, evenly spread over the store.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    source = SampleStore(store, deciding_settings(tokenizer, config, model))
+    spread = np.linspace(0, source.num_samples - 1, min(count, source.num_samples))
+    samples = source.load(spread.round().astype(int).tolist())
+    texts = [abbreviated_text(sample, tokenizer, model) for sample in samples]
+    side = model.vision.patch_size
+    sheets = [_sheet(sample, text, side) for sample, text in zip(samples, texts, strict=True)]
+    whole = Image.new("RGB", (_WIDTH, sum(sheet.height for sheet in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    whole.save(store.with_name(f"{store.name}.preview.png"))
+    store.with_name(f"{store.name}.preview.txt").write_text(
+        "\n".join(f"{_title(s)}\n{text}\n" for s, text in zip(samples, texts, strict=True)),
+        encoding="utf-8",
+    )
+
+
+def abbreviated_text(sample: Sample, tokenizer: Tokenizer, model: ModelConfig) -> str:
+    """Return what the model sees, runs of placeholders written as `<|video_pad|>x128`."""
+    parts = []
+    for key, run in groupby(
+        sample.token_ids.tolist(), lambda token: token if token in model.vision_token_ids else -1
+    ):
+        token_ids = list(run)
+        is_long = key >= 0 and len(token_ids) > 1
+        text = tokenizer.decode(token_ids[:1] if is_long else token_ids)
+        parts.append(f"{text}x{len(token_ids)}" if is_long else text)
+    return "".join(parts)
+
+
+def _title(sample: Sample) -> str:
+    num_predicted = int((sample.labels >= 0).sum())
+    return (
+        f"{sample.name}: {len(sample.token_ids):,} tokens, {num_predicted:,} predicted, "
+        f"{len(sample.pictures):,} images and frames"
+    )
+
+
+def _sheet(sample: Sample, text: str, patch_size: int) -> Image.Image:
+    """Draw one sample: pictures on the left, text on the right."""
+    places = np.linspace(0, len(sample.pictures) - 1, min(MOST_PICTURES, len(sample.pictures)))
+    pictures = [sample.pictures[place] for place in places.round().astype(int)]
+    lines = _wrapped(text)
+    num_rows = -(-len(pictures) // _COLUMNS)
+    cell_height = _CELL[1] + 2 * _LINE_HEIGHT
+    height = max(num_rows * cell_height, len(lines) * _LINE_HEIGHT) + 2 * _LINE_HEIGHT
+    sheet = Image.new("RGB", (_WIDTH, height + 2 * _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=12)
+    draw.line((0, 0, _WIDTH, 0), fill="black")
+    title = _title(sample)
+    if len(pictures) < len(sample.pictures):
+        title += f", {len(pictures)} of them shown"
+    draw.text((_MARGIN, _MARGIN), title, fill="black", font=font)
+    first_row = _MARGIN + 2 * _LINE_HEIGHT
+    for place, pixels in _thumbnails(pictures, patch_size).items():
+        left = _MARGIN + place % _COLUMNS * (_CELL[0] + _MARGIN)
+        top = first_row + place // _COLUMNS * cell_height
+        sheet.paste(pixels, (left, top))
+        label = _label(pictures[place], patch_size)
+        draw.text((left, top + pixels.height + 1), label, fill="black", font=font)
+    left = _MARGIN + min(len(pictures), _COLUMNS) * (_CELL[0] + _MARGIN)
+    for number, line in enumerate(lines):
+        draw.text((left, first_row + number * _LINE_HEIGHT), line, fill="black", font=font)
+    return sheet
+
+
+def _label(picture: Picture, patch_size: int) -> str:
+    size = f"{picture.patch_grid[1] * patch_size} x {picture.patch_grid[0] * patch_size}"
+    if picture.seconds is None:
+        return f"image, {size}"
+    return f"{picture.seconds:.2f} s, frame {picture.frame}, {size}"
+
+
+def _thumbnails(pictures: list[Picture], patch_size: int) -> dict[int, Image.Image]:
+    """Decode pictures, distort them as the model will see them, and shrink; by their place."""
+    found: dict[int, Image.Image] = {}
+    for medium in {picture.medium for picture in pictures}:
+        path = Path(medium.path)
+        places = [n for n, p in enumerate(pictures) if p.medium == medium]
+        wanted = {pictures[place].frame for place in places}
+        frames = (
+            iterate_frames(path, wanted) if medium.kind == "video" else [(0, decode_image(path))]
+        )
+        for frame, pixels in frames:
+            for place in places:
+                if pictures[place].frame == frame:
+                    down, across = pictures[place].patch_grid
+                    seen = (across * patch_size, down * patch_size)
+                    found[place] = Image.fromarray(pixels).resize(seen, Image.Resampling.BICUBIC)
+                    found[place].thumbnail(_CELL)
+    return found
+
+
+def _wrapped(text: str) -> list[str]:
+    """Break text into lines for the sheet, line ends kept; the rest is only in the text file."""
+    lines = [
+        part
+        for line in text.splitlines()
+        for part in textwrap.wrap(line, _CHARACTERS_PER_LINE, break_on_hyphens=False) or [""]
+    ]
+    if len(lines) <= _MOST_LINES:
+        return lines
+    return [
+        *lines[: _MOST_LINES - 1],
+        f"... {len(lines) - _MOST_LINES + 1} more lines in the .txt",
+    ]

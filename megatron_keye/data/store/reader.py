@@ -1,0 +1,187 @@
+"""Prepared samples as a source: tokens out of a zarr store, nothing tokenized or probed.
+
+Bounds and the list of media stay in memory, 40 bytes a sample and about 120 a file; tokens are
+read a whole row at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from megatron_keye.data.media import FileIdentity, Medium, resolve_media
+from megatron_keye.data.row import Picture, Sample
+from megatron_keye.data.store.settings import check_settings
+from megatron_keye.data.store.writer import FORMAT
+from megatron_keye.errors import UserError
+
+_PATHS_KEPT = 65_536
+_CHUNKS_PER_READ = 64
+"""A shard at most, of which 32 MB are in memory then."""
+
+
+class SampleStore:
+    """A store made by tools/prepare_data.py.
+
+    Args:
+        path: Its folder.
+        settings: What decides tokens in this run, as `deciding_settings` gives it.
+
+    Raises:
+        UserError: For a folder that is no whole store, or one prepared under other settings,
+            naming each that differs.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        group, attributes = _open(path)
+        check_settings(path, attributes["settings"], settings)
+        self.path = path
+        self.attributes = attributes
+        """What the store says of itself: totals, settings, sample file."""
+        self.digest: str = attributes["digest"]
+        self.num_samples: int = attributes["num_samples"]
+        self._base = (path.resolve().parent / attributes["media_base"]).resolve()
+        self._tokens, self._pictures = _array(group, "tokens"), _array(group, "pictures")
+        self._lines = _whole(group, "samples/lines")
+        self._token_bounds = _whole(group, "samples/token_bounds")
+        self._picture_bounds = _whole(group, "samples/picture_bounds")
+        self._media_bounds = _whole(group, "samples/media_bounds")
+        self._shown_media = _whole(group, "samples/media")
+        self._names = _whole(group, "media/names")
+        self._name_bounds = _whole(group, "media/name_bounds")
+        self._is_video = _whole(group, "media/is_video")
+        self._sizes = _whole(group, "media/size_bytes")
+        self._modified = _whole(group, "media/modified_nanoseconds")
+        self._keys = _whole(group, "media/content_keys")
+        self._media_path = lru_cache(_PATHS_KEPT)(self._find_medium)
+
+    def name(self, index: int) -> str:
+        """Return the file and line that a sample was made from."""
+        return f"{self.attributes['sample_file']}:{self._lines[index]}"
+
+    def measure(self, index: int) -> int:
+        """Return a sample's length in tokens.
+
+        Raises:
+            UserError: Naming a media file that is missing or has changed since the store was
+                made.
+        """
+        first, end = self._media_bounds[index : index + 2]
+        for medium in self._shown_media[first:end].tolist():
+            try:
+                self._media_path(medium)
+            except UserError as error:
+                raise UserError(f"{self.name(index)}: {error}") from error
+        start, stop = self._token_bounds[index : index + 2]
+        return int(stop - start)
+
+    def load(self, indices: Sequence[int]) -> list[Sample]:
+        """Return samples in the order asked for, with one read for all of them.
+
+        Raises:
+            UserError: As `measure`.
+        """
+        tokens = _gather(self._tokens, self._token_bounds, indices)
+        pictures = _gather(self._pictures, self._picture_bounds, indices)
+        return [
+            Sample(
+                name=self.name(index),
+                token_ids=pairs[:, 0].astype(np.int64),
+                labels=pairs[:, 1].astype(np.int64),
+                pictures=tuple(map(self._picture, rows.tolist())),
+                picture_starts=tuple(rows[:, 4].astype(np.int64).tolist()),
+            )
+            for index, pairs, rows in zip(indices, tokens, pictures, strict=True)
+        ]
+
+    def _picture(self, row: list[float]) -> Picture:
+        medium, frame, down, across = map(int, row[:4])
+        is_video = bool(self._is_video[medium])
+        return Picture(
+            medium=Medium(self._media_path(medium), "video" if is_video else "image"),
+            frame=frame,
+            patch_grid=(down, across),
+            seconds=row[5] if is_video else None,
+        )
+
+    def _find_medium(self, medium: int) -> str:
+        """Return the path of a file that is still what it was."""
+        start, stop = self._name_bounds[medium : medium + 2]
+        path = resolve_media(self._names[start:stop].tobytes().decode(), self._base)
+        was = FileIdentity(
+            size_bytes=int(self._sizes[medium]),
+            modified_nanoseconds=int(self._modified[medium]),
+            content_key=self._keys[medium].tobytes(),
+        )
+        if not was.still_holds(path):
+            raise UserError(
+                f"{path}: has changed since {self.path} was made, expected {was.size_bytes} bytes "
+                "of the same content; restore the file, or prepare the samples again"
+            )
+        return str(path)
+
+
+def _open(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
+    """Open a whole store; anything else is refused."""
+    try:
+        group = zarr.open_group(path, mode="r", zarr_format=3)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"data.samples: {path} is a folder but no store, expected one made by "
+            "tools/prepare_data.py; a folder that ends in .partial is continued by the same "
+            "command"
+        ) from error
+    attributes = dict(group.attrs)
+    if attributes.get("format") != FORMAT:
+        raise UserError(
+            f"data.samples: {path} has the format {attributes.get('format')!r}, expected "
+            f"{FORMAT!r}; prepare the samples again"
+        )
+    return group, attributes
+
+
+def _array(group: zarr.Group, name: str) -> Any:
+    # Typed as Any, since zarr's own type of what an index returns admits scalars everywhere.
+    return group[name]
+
+
+def _whole(group: zarr.Group, name: str) -> NDArray[Any]:
+    return np.asarray(_array(group, name)[:])
+
+
+def _gather(array: Any, bounds: NDArray[np.int64], indices: Sequence[int]) -> list[NDArray[Any]]:
+    """Read the rows of several samples, neighbours in one request, and return them apart.
+
+    Requests are slices: zarr would sort millions of single positions, and longer than it reads.
+    """
+    found: list[NDArray[Any]] = [np.empty(0)] * len(indices)
+    for places in _neighbours(bounds, indices, array.chunks[0]):
+        first = int(bounds[indices[places[0]]])
+        values = array[first : int(bounds[indices[places[-1]] + 1])]
+        for place in places:
+            start, stop = bounds[indices[place] : indices[place] + 2] - first
+            # A copy, so that what lies between samples is let go.
+            found[place] = values[start:stop].copy()
+    return found
+
+
+def _neighbours(
+    bounds: NDArray[np.int64], indices: Sequence[int], chunk_length: int
+) -> Iterator[list[int]]:
+    """Group the places of samples, ascending, whose rows lie in the same or the next chunk."""
+    group: list[int] = []
+    for place in np.argsort(indices, kind="stable").tolist():
+        start, stop = bounds[indices[place] : indices[place] + 2].tolist()
+        if group:
+            first, end = int(bounds[indices[group[0]]]), int(bounds[indices[group[-1]] + 1])
+            is_near = start // chunk_length <= end // chunk_length + 1
+            if not is_near or stop - first > _CHUNKS_PER_READ * chunk_length:
+                yield group
+                group = []
+        group.append(place)
+    if group:
+        yield group

@@ -1,0 +1,193 @@
+"""Joins blocks into one zarr store: a few long arrays in large files.
+
+Arrays grow shard by shard, so that memory does not grow with the store; only the list of distinct
+media files is held whole.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import ArrayLike, DTypeLike
+from zarr.codecs import ZstdCodec
+
+from megatron_keye.data.store.block_table import BlockTable, StoredMedium
+from megatron_keye.errors import UserError
+
+FORMAT = "megatron_keye.samples.1"
+REFUSED = "refused.txt"
+"""File in the store that says which lines were left out, and why."""
+# Reading costs about 1 ms for each chunk touched, whatever its length.
+_CHUNK_LENGTH = 65_536
+_SHARD_LENGTH = 64 * _CHUNK_LENGTH
+# What each array holds; [N + 1] bounds begin with 0.
+_ARRAYS: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
+    # Of each token: its id and its label.
+    "tokens": ("int32", (2,)),
+    "samples/token_bounds": ("int64", ()),
+    "samples/picture_bounds": ("int64", ()),
+    "samples/media_bounds": ("int64", ()),
+    "samples/lines": ("int64", ()),
+    # The distinct files that each sample shows, between its media_bounds.
+    "samples/media": ("int32", ()),
+    # Of each picture: medium, frame, patches down and across, first placeholder in its sample,
+    # and when it is shown, in seconds. One array, since every array costs a read.
+    "pictures": ("float64", (6,)),
+    "media/name_bounds": ("int64", ()),
+    "media/names": ("uint8", ()),
+    "media/is_video": ("bool", ()),
+    "media/seconds": ("float64", ()),
+    "media/size_bytes": ("int64", ()),
+    "media/modified_nanoseconds": ("int64", ()),
+    "media/content_keys": ("uint8", (16,)),
+}
+
+
+class _Appender:
+    """Lengthens one array by a whole shard at a time."""
+
+    def __init__(self, group: zarr.Group, name: str) -> None:
+        dtype, row = _ARRAYS[name]
+        self._array = group.create_array(
+            name,
+            shape=(0, *row),
+            dtype=dtype,
+            chunks=(_CHUNK_LENGTH, *row),
+            shards=(_SHARD_LENGTH, *row),
+            compressors=[ZstdCodec(level=1)],
+        )
+        self._buffer = np.empty((_SHARD_LENGTH, *row), dtype=dtype)
+        self._num_buffered = 0
+        self.last = 0
+        """The last bound, for arrays of bounds."""
+        if name.endswith("_bounds"):
+            self.append([0])
+
+    def append(self, values: ArrayLike) -> None:
+        rest = np.asarray(values, dtype=self._buffer.dtype).reshape(-1, *self._buffer.shape[1:])
+        while len(rest):
+            taken = rest[: len(self._buffer) - self._num_buffered]
+            rest = rest[len(taken) :]
+            self._buffer[self._num_buffered : self._num_buffered + len(taken)] = taken
+            self._num_buffered += len(taken)
+            if self._num_buffered == len(self._buffer):
+                self.flush()
+
+    def append_lengths(self, lengths: Sequence[int]) -> None:
+        """Append the bounds of parts of these lengths."""
+        bounds = self.last + np.cumsum(lengths, dtype=np.int64)
+        self.append(bounds)
+        self.last = int(bounds[-1]) if len(bounds) else self.last
+
+    def flush(self) -> None:
+        start = self._array.shape[0]
+        end = start + self._num_buffered
+        self._array.resize((end, *self._array.shape[1:]))
+        self._array[start:end] = self._buffer[: self._num_buffered]
+        self._num_buffered = 0
+
+
+class _StoreWriter:
+    """Appends blocks and numbers their files through the whole store."""
+
+    def __init__(self, folder: Path) -> None:
+        self.group = zarr.open_group(folder, mode="w", zarr_format=3)
+        self._arrays = {name: _Appender(self.group, name) for name in _ARRAYS}
+        self.media: list[StoredMedium] = []
+        self._numbers: dict[tuple[str, bool], int] = {}
+
+    def add_block(self, path: Path, num_tokens: int) -> None:
+        """Append the samples of one block."""
+        with path.open("rb") as stream:
+            for start in range(0, num_tokens, _CHUNK_LENGTH):
+                count = 2 * min(_CHUNK_LENGTH, num_tokens - start)
+                self._append("tokens", np.fromfile(stream, dtype="<i4", count=count))
+            table = BlockTable.from_bytes(stream.read())
+        pictures = np.array(table.pictures, dtype=np.float64).reshape(-1, 6)
+        numbers = np.array([self._number(medium) for medium in table.media], dtype=np.int32)
+        media = numbers[pictures[:, 0].astype(np.int64)]
+        pictures[:, 0] = media
+        ends = np.cumsum(table.picture_counts)
+        shown = [np.unique(part) for part in np.split(media, ends[:-1])]
+        if ends.size:
+            self._append("samples/media", np.concatenate(shown))
+        self._arrays["samples/media_bounds"].append_lengths([len(part) for part in shown])
+        self._arrays["samples/token_bounds"].append_lengths(table.lengths)
+        self._arrays["samples/picture_bounds"].append_lengths(table.picture_counts)
+        self._append("samples/lines", table.line_numbers)
+        self._append("pictures", pictures)
+
+    def finish(self) -> None:
+        """Append the files and write what is left in memory."""
+        names = [medium.name.encode() for medium in self.media]
+        self._arrays["media/name_bounds"].append_lengths([len(name) for name in names])
+        self._append("media/names", np.frombuffer(b"".join(names), dtype=np.uint8))
+        self._append("media/is_video", [medium.is_video for medium in self.media])
+        for field in ("seconds", "size_bytes", "modified_nanoseconds"):
+            self._append(f"media/{field}", [getattr(medium, field) for medium in self.media])
+        keys = b"".join(medium.content_key for medium in self.media)
+        self._append("media/content_keys", np.frombuffer(keys, dtype=np.uint8))
+        for array in self._arrays.values():
+            array.flush()
+
+    def _append(self, name: str, values: ArrayLike) -> None:
+        self._arrays[name].append(values)
+
+    def _number(self, medium: StoredMedium) -> int:
+        key = medium.name, medium.is_video
+        if key not in self._numbers:
+            self._numbers[key] = len(self.media)
+            self.media.append(medium)
+        number = self._numbers[key]
+        if self.media[number].content_key != medium.content_key:
+            raise UserError(
+                f"{medium.name}: changed while the store was made, expected the same file for all "
+                "samples; remove the folder that ends in .partial and prepare again"
+            )
+        return number
+
+
+def write_store(
+    folder: Path,
+    blocks: Mapping[Path, Mapping[str, Any]],
+    attributes: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write a whole store, over whatever an earlier attempt left in its folder.
+
+    Args:
+        folder: Where it goes; nobody may take it for whole before this returns.
+        blocks: Files that `BlockMaker.fill` wrote, in order, and what it returned for each.
+        attributes: What a reader needs to know beside arrays.
+
+    Returns:
+        Totals: num_samples, num_tokens, num_pictures, longest, num_media, video_seconds and
+        num_refused.
+
+    Raises:
+        UserError: Naming a file that was another one for later blocks than for earlier ones.
+    """
+    writer = _StoreWriter(folder)
+    refused: list[str] = []
+    for path, record in blocks.items():
+        writer.add_block(path, record["num_tokens"])
+        refused += record["refused"]
+    writer.finish()
+    (folder / REFUSED).write_text("".join(f"{reason}\n" for reason in refused))
+    totals = {
+        name: sum(record[name] for record in blocks.values())
+        for name in ("num_samples", "num_tokens", "num_pictures")
+    }
+    totals |= {
+        "longest": max(record["longest"] for record in blocks.values()),
+        "num_media": len(writer.media),
+        "video_seconds": sum(medium.seconds for medium in writer.media),
+        "num_refused": len(refused),
+    }
+    content = json.dumps([attributes, totals, refused], sort_keys=True).encode()
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    writer.group.attrs.put({"format": FORMAT, "digest": digest, **attributes, **totals})
+    return totals

@@ -1,0 +1,58 @@
+"""What turns a file into upright pixels by frame index, and the choice of it.
+
+The CPU and the GPU give the same frames under one interface; what is made of the frames does not
+ask which it was.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_keye.data.video.pyav import PyavDecoder
+
+
+class FrameDecoder(Protocol):
+    """Decodes videos on one device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where frames come out."""
+
+    def frames(self, path: Path, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index, frame) once for each distinct index, in presentation order.
+
+        Args:
+            path: Video file.
+            indices: Indices into `probe(path).times`.
+
+        Returns:
+            Pairs of index and uint8 RGB [height, width, 3], upright, on `device`. Closing the
+            iterator early lets go of the file.
+
+        Raises:
+            UserError: Naming the file: unreadable, an index that is negative or past its end, or
+                wanted frames that do not decode.
+        """
+
+    def close(self) -> None:
+        """Let go of threads and devices; the decoder is of no use afterwards."""
+
+
+def make_decoder(
+    backend: Literal["pyav", "dali"], device: torch.device, num_threads: int
+) -> FrameDecoder:
+    """Return the decoder that the run chose.
+
+    Args:
+        backend: From `config.backends.decode_backend`.
+        device: Of the rank, where dali decodes.
+        num_threads: The run's data.decode.num_threads.
+    """
+    if backend == "pyav":
+        return PyavDecoder(num_threads)
+    from megatron_keye.data.video.dali import DEFAULT_STREAMS, DaliDecoder
+
+    return DaliDecoder(device, num_threads or DEFAULT_STREAMS)

@@ -1,0 +1,184 @@
+"""The decoder's layers of one virtual pipeline stage, with embedding and loss where they belong.
+
+The first stage embeds tokens and lays vision features over their placeholders; the last one ends
+in the language loss.
+"""
+
+from typing import cast
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_keye.config.run import RunConfig
+from megatron_keye.config.training import Phase
+from megatron_keye.decoder.batch import Batch
+from megatron_keye.decoder.cross_entropy import token_losses
+from megatron_keye.decoder.layer import block_spec
+from megatron_keye.decoder.row import DecoderRow, RowMeter, rotary_tables
+from megatron_keye.decoder.scatter import scatter_features
+
+
+class VirtualStage(MegatronModule):
+    """The layers that one rank runs in one go: a pipeline stage, or a part of an interleaved one.
+
+    Megatron-Core calls it a model chunk.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        config: TransformerConfig,
+        groups: ProcessGroupCollection,
+        *,
+        index: int,
+        uses_transformer_engine: bool,
+    ) -> None:
+        """Build the stage without filling its matrices.
+
+        Args:
+            run: The run.
+            config: Megatron's view of it.
+            groups: The decoder's process groups.
+            index: Number of the virtual stage within its pipeline stage.
+            uses_transformer_engine: Whether linears and experts are Transformer Engine's.
+        """
+        super().__init__(config=config)
+        decoder, degrees = run.model.decoder, run.parallel.decoder
+        stage, last = groups.pp.rank(), groups.pp.size() - 1
+        self.run, self.tp_group = run, groups.tp
+        self.pre_process = stage == 0 and index == 0
+        self.post_process = stage == last and index == degrees.virtual_stages - 1
+        self.vp_stage = index if degrees.virtual_stages > 1 else None
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = False
+        build = {"config": config, "init_method": config.init_method, "tp_group": groups.tp}
+        if self.pre_process:
+            self.embedding = VocabParallelEmbedding(
+                decoder.vocab_size,
+                decoder.hidden_size,
+                reduce_scatter_embeddings=config.sequence_parallel,
+                **build,
+            )
+        num_layers = len(degrees.virtual_stage_layers(decoder.num_layers, stage, index))
+        self.block = TransformerBlock(
+            config,
+            block_spec(
+                decoder,
+                num_layers,
+                uses_transformer_engine=uses_transformer_engine,
+                only_indexers_learn=run.training.only_indexers_learn,
+            ),
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            pg_collection=groups,
+            vp_stage=self.vp_stage,
+        )
+        if self.post_process:
+            self.output_layer = ColumnParallelLinear(
+                decoder.hidden_size, decoder.vocab_size, bias=False, gather_output=False, **build
+            )
+            # It gets the labelled tokens of the whole sequence instead of a part of the sequence.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = groups.tp.size() > 1
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Take what the previous stage sent; called by Megatron's schedules."""
+        self.block.set_input_tensor(input_tensor[0])
+
+    def forward(
+        self,
+        batch: Batch,
+        features_MD: Tensor | None,
+        *,
+        indexer_loss_weight: float,
+        meter: RowMeter,
+        where: str,
+        phase: Phase,
+    ) -> Tensor:
+        """Run this stage's layers on one row.
+
+        Args:
+            batch: The row's tensors.
+            features_MD: [M, D] vision features of this rank's placeholders, for the first stage.
+            indexer_loss_weight: What one query's KL weighs beside one token's language loss.
+            meter: Where layers report.
+            where: Rank and samples, for messages.
+            phase: Which attention and which indexer loss run.
+
+        Returns:
+            The sum of the language loss over this rank's labels from the last stage, a scalar;
+            hidden states [S/CP/TP, 1, D] from any other.
+        """
+        hidden_SBD = None
+        if self.pre_process:
+            assert features_MD is not None, "the first stage takes vision features"
+            hidden_SBD = self._embed(batch, features_MD, where)
+        hidden_SBD = self.block(
+            hidden_SBD,
+            attention_mask=None,
+            # Megatron's block hands this argument to every layer as it is; ours reads a row there.
+            packed_seq_params=self._row(batch, indexer_loss_weight, meter, phase),
+        )
+        return self._loss(hidden_SBD, batch) if self.post_process else hidden_SBD
+
+    def logits(self, hidden_LBD: Tensor) -> Tensor:
+        """Return this tensor rank's part of the logits.
+
+        Args:
+            hidden_LBD: [L, 1, D] final hidden states, whole over the tensor axis.
+
+        Returns:
+            [L, 1, V/TP].
+        """
+        return cast(Tensor, self.output_layer(hidden_LBD)[0])
+
+    def _embed(self, batch: Batch, features_MD: Tensor, where: str) -> Tensor:
+        embeddings = self.embedding(batch.token_ids_BS)
+        if not self.config.sequence_parallel:
+            embeddings = embeddings.transpose(0, 1).contiguous()
+        if torch.is_grad_enabled() and not embeddings.requires_grad:
+            # With a frozen embedding, gradients must still flow to features and indexers.
+            embeddings.requires_grad_()
+        return scatter_features(embeddings, features_MD, batch.feature_positions_M, where=where)
+
+    def _row(
+        self, batch: Batch, indexer_loss_weight: float, meter: RowMeter, phase: Phase
+    ) -> DecoderRow:
+        attention, indexer = rotary_tables(
+            batch.position_ids_3T, self.run.model.decoder, self.config.params_dtype
+        )
+        return DecoderRow(
+            key_start_T=batch.key_start_T,
+            key_end_T=batch.key_end_T,
+            is_real_T=batch.is_real_T,
+            gathered_order_S=batch.gathered_order_S,
+            attention_rotary=attention,
+            indexer_rotary=indexer,
+            phase=phase,
+            indexer_loss_weight=indexer_loss_weight,
+            meter=meter,
+        )
+
+    def _loss(self, hidden_SBD: Tensor, batch: Batch) -> Tensor:
+        """Add up the loss of labelled tokens; only these get logits.
+
+        A long video has a hundred times more tokens than its answer, and logits are as wide as the
+        vocabulary.
+        """
+        if self.config.sequence_parallel:
+            hidden_SBD = gather_from_sequence_parallel_region(
+                hidden_SBD, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        hidden_LBD = hidden_SBD.index_select(0, batch.label_positions_L)
+        loss_LB = token_losses(self.logits(hidden_LBD), batch.labels_L[:, None], self.tp_group)
+        return loss_LB.sum()

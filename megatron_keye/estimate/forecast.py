@@ -1,0 +1,288 @@
+"""Foretells a step: how long, who idles, for a recipe and the sizes of its rows, without a GPU.
+
+Counts operations and divides them by an assumed speed. The speeds are the weak point, the order
+of events is not: it is the plan's own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from megatron_keye.config.run import RunConfig
+from megatron_keye.data.placeholders import picture_slots
+from megatron_keye.data.row import PackedRow
+from megatron_keye.estimate.simulate import Simulated, StepCosts, simulate
+from megatron_keye.plan.cost import (
+    VisionCost,
+    attention_flops,
+    token_flops,
+    vision_cost,
+    vision_flops,
+)
+from megatron_keye.plan.order import Exchange, Pass
+from megatron_keye.plan.places import DecoderPlace, vision_ranks
+from megatron_keye.plan.slots import balanced_order, plan_slots, returns_gradients
+from megatron_keye.plan.step import Chunk, PictureSlot, StepPlan, plan_messages
+
+_TRIED_FACTORS = (0.8, 1.0, 1.25, 1.6)
+"""Numbers of vision ranks that are played, as parts of the even share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """What one device sustains; assumptions, to be replaced by measurements."""
+
+    vision_tflops: float = 350.0
+    """Of the ViT, in bf16."""
+    decoder_tflops: float = 200.0
+    """Of the decoder, experts and their exchange included."""
+    link_gigabytes_per_second: float = 40.0
+    """Of one rank's features on their way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowShape:
+    """Sizes of one packed row."""
+
+    document_lengths: tuple[int, ...]
+    """Tokens of each document, the padding's too."""
+    pictures: tuple[PictureSlot, ...]
+    """Its pictures; their row number does not matter."""
+
+
+def shape_of(row: PackedRow, run: RunConfig) -> RowShape:
+    """Return the sizes of a row that was read.
+
+    Raises:
+        UserError: When its placeholders are not where its pictures go.
+    """
+    lengths = tuple(np.diff(row.document_bounds).tolist())
+    return RowShape(document_lengths=lengths, pictures=tuple(picture_slots([row], run)))
+
+
+def balance_shapes(rows: Sequence[RowShape], run: RunConfig) -> list[RowShape]:
+    """Return the rows in the order in which training takes them."""
+    sizes = [(row.document_lengths, [p.num_patches for p in row.pictures]) for row in rows]
+    return [rows[place] for place in balanced_order(sizes, run)]
+
+
+def plan_balanced(rows: Sequence[RowShape], run: RunConfig) -> StepPlan:
+    """Return the plan that training makes for rows in this order."""
+    return plan_slots(_slots(rows), len(rows), run)
+
+
+def plan_dealt(
+    rows: Sequence[RowShape], run: RunConfig, *, deal: Literal["documents", "counts"]
+) -> StepPlan:
+    """Return a plan that does not look at costs, to compare with.
+
+    Args:
+        rows: In the order in which they are decoded.
+        run: Sizes and degrees.
+        deal: "documents": whole documents in turn, as data parallelism over samples does.
+            "counts": as many neighbouring pictures to each rank.
+    """
+    ranks = vision_ranks(run.parallel)
+    if deal == "documents":
+        shares = _pictures_by_document(rows)
+    else:
+        slots = _slots(rows)
+        bounds = np.linspace(0, len(slots), len(ranks) + 1).astype(int).tolist()
+        shares = [slots[start:end] for start, end in pairwise(bounds) if start < end]
+    chunks: list[Chunk] = []
+    for number, share in enumerate(shares):
+        held: list[PictureSlot] = []
+        rank = ranks[number % len(ranks)]
+        for slot in share:
+            patches = sum(picture.num_patches for picture in held) + slot.num_patches
+            if held and patches > run.parallel.vision.chunk_patches:
+                chunks.append(Chunk(vision_rank=rank, pictures=tuple(held)))
+                held = []
+            held.append(slot)
+        chunks.append(Chunk(vision_rank=rank, pictures=tuple(held)))
+    return plan_messages(
+        chunks,
+        num_rows=len(rows),
+        row_tokens=run.data.row_tokens,
+        parallel=run.parallel,
+        returns_gradients=returns_gradients(run),
+    )
+
+
+def try_vision_ranks(
+    rows: Sequence[RowShape], run: RunConfig, speeds: Speeds
+) -> list[tuple[int, Simulated]]:
+    """Play a batch with several numbers of vision ranks beside the run's decoder.
+
+    Args:
+        rows: Of the global batch, in the order in which they are decoded.
+        run: Its decoder stays; its placement does not matter.
+        speeds: Of a device.
+
+    Returns:
+        Number and outcome, around the number that has as much work a rank as the decoder has;
+        the one that costs the fewest rank-seconds first. Empty for a batch without pictures.
+    """
+    forecast = Forecast(rows, run, speeds)
+    work = forecast.vision_seconds() * forecast.vision_passes
+    if work == 0:
+        return []
+    of_decoder = forecast.decoder_seconds() * forecast.decoder_passes
+    even = run.parallel.decoder.num_ranks * work / of_decoder
+    tried = []
+    for number in sorted({max(1, round(even * factor)) for factor in _TRIED_FACTORS}):
+        vision = replace(run.parallel.vision, placement="dedicated", num_ranks=number)
+        dedicated = replace(run, parallel=replace(run.parallel, vision=vision))
+        played = Forecast(rows, dedicated, speeds).play(plan_balanced(rows, dedicated))
+        tried.append((number, played))
+    return sorted(tried, key=lambda one: one[1].seconds * len(one[1].spans))
+
+
+class Forecast:
+    """Times of one global batch on one grid."""
+
+    def __init__(self, rows: Sequence[RowShape], run: RunConfig, speeds: Speeds) -> None:
+        """Take the batch.
+
+        Args:
+            rows: Of the global batch, in the order in which they are decoded.
+            run: Sizes and degrees.
+            speeds: Of a device.
+        """
+        self._rows, self._run, self._speeds = rows, run, speeds
+        self._cost: VisionCost = vision_cost(run.model.vision, run.parallel.vision)
+        width = run.model.decoder.hidden_size
+        flops = vision_flops(run.model.vision, width)
+        self._patch_seconds = flops / (speeds.vision_tflops * 1e12)
+        self._decoder_seconds = [self._row_seconds(row) for row in rows]
+
+    def vision_seconds(self) -> float:
+        """Return one pass of the ViT over all pictures, on one device."""
+        return sum(self._encode_seconds(picture) for row in self._rows for picture in row.pictures)
+
+    def decoder_seconds(self) -> float:
+        """Return one forward pass of all rows through all layers, on one device."""
+        return sum(self._decoder_seconds) * self._run.model.decoder.num_layers
+
+    @property
+    def vision_passes(self) -> int:
+        """Forward passes that the ViT's work equals; its backward encodes again and is twice."""
+        return 4 if returns_gradients(self._run) else 1
+
+    @property
+    def decoder_passes(self) -> int:
+        """Forward passes that the decoder's work equals."""
+        return 4 if self._run.training.recompute_layers else 3
+
+    def play(self, plan: StepPlan) -> Simulated:
+        """Play a plan of these rows."""
+        seconds = [sum(map(self._encode_seconds, chunk.pictures)) for chunk in plan.chunks]
+        largest = self._largest_shares(plan)
+        costs = StepCosts(
+            encode=lambda chunk: seconds[chunk],
+            vision_backward=lambda chunk: 3 * seconds[chunk],
+            decoder=self._pass_seconds,
+            exchange=lambda exchange: largest[exchange],
+        )
+        return simulate(plan, self._run.parallel, self._run_micro_batches, costs)
+
+    def play_on_first_stage(self) -> Simulated:
+        """Play the step with the ViT in front of the first pipeline stage's layers.
+
+        All ranks decode; those of the first stage share their replica's pictures evenly. They too
+        encode again for the backward pass: the activations of a long video would not fit.
+        """
+        parallel = replace(
+            self._run.parallel, vision=replace(self._run.parallel.vision, placement="colocated")
+        )
+        degrees = parallel.decoder
+        passes = self.vision_passes - 1
+
+        def seconds(place: DecoderPlace, step: Pass) -> float:
+            own = self._pass_seconds(place, step)
+            if place.pipeline > 0 or step.virtual_stage > 0:
+                return own
+            row = self._rows[step.micro_batch * degrees.data + place.data]
+            vision = sum(map(self._encode_seconds, row.pictures))
+            share = vision / (degrees.tensor * degrees.context)
+            return own + share * (1 if step.is_forward else passes)
+
+        plan = StepPlan(chunks=(), transfers=(), exchanges=())
+        costs = StepCosts(
+            encode=lambda _: 0.0,
+            vision_backward=lambda _: 0.0,
+            decoder=seconds,
+            exchange=lambda _: 0.0,
+        )
+        return simulate(plan, parallel, self._run_micro_batches, costs)
+
+    @property
+    def _run_micro_batches(self) -> int:
+        return len(self._rows) // self._run.parallel.decoder.data
+
+    def _encode_seconds(self, picture: PictureSlot) -> float:
+        return self._cost.of_frame(picture.num_patches) * self._patch_seconds
+
+    def _row_seconds(self, row: RowShape) -> float:
+        """Return one layer's forward pass of a row, on one device."""
+        decoder = self._run.model.decoder
+        flops = self._run.data.row_tokens * token_flops(decoder)
+        phase = self._run.training.row_phase(max(row.document_lengths))
+        flops += attention_flops(row.document_lengths, decoder, phase)
+        return flops / (self._speeds.decoder_tflops * 1e12)
+
+    def _pass_seconds(self, place: DecoderPlace, step: Pass) -> float:
+        degrees, num_layers = self._run.parallel.decoder, self._run.model.decoder.num_layers
+        layers = len(degrees.virtual_stage_layers(num_layers, place.pipeline, step.virtual_stage))
+        row = self._decoder_seconds[step.micro_batch * degrees.data + place.data]
+        forward = row * layers / (degrees.tensor * degrees.context)
+        return forward if step.is_forward else forward * (self.decoder_passes - 1)
+
+    def _largest_shares(self, plan: StepPlan) -> dict[Exchange, float]:
+        """Return the time of each exchange: that of the rank which sends or takes most."""
+        rows: dict[tuple[int, bool, int], int] = {}
+        for transfer in plan.transfers:
+            for is_source, rank in ((True, transfer.source), (False, transfer.destination)):
+                key = (transfer.micro_batch, is_source, rank)
+                rows[key] = rows.get(key, 0) + len(transfer.positions)
+        most: dict[int, int] = {}
+        for (micro_batch, _, _), count in rows.items():
+            most[micro_batch] = max(most.get(micro_batch, 0), count)
+        row_bytes = 2 * self._run.model.decoder.hidden_size
+        speed = self._speeds.link_gigabytes_per_second * 1e9
+        return {e: most[e.micro_batch] * row_bytes / speed for e in plan.exchanges}
+
+
+def _slots(rows: Sequence[RowShape]) -> list[PictureSlot]:
+    return [
+        PictureSlot(
+            row=number,
+            index=index,
+            start=slot.start,
+            num_patches=slot.num_patches,
+            num_tokens=slot.num_tokens,
+        )
+        for number, row in enumerate(rows)
+        for index, slot in enumerate(row.pictures)
+    ]
+
+
+def _pictures_by_document(rows: Sequence[RowShape]) -> list[list[PictureSlot]]:
+    """Return the pictures of each document that has any, in the order of rows."""
+    documents: list[list[PictureSlot]] = []
+    slots = iter(_slots(rows))
+    for row in rows:
+        ends, end = [], 0
+        for length in row.document_lengths:
+            end += length
+            ends.append(end)
+        held: dict[int, list[PictureSlot]] = {}
+        for _ in row.pictures:
+            slot = next(slots)
+            document = sum(e <= slot.start for e in ends)
+            held.setdefault(document, []).append(slot)
+        documents += held.values()
+    return documents

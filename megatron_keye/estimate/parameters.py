@@ -1,0 +1,67 @@
+"""How many parameters each rank holds, by part of the model and by whether they are experts'.
+
+Counted from the released checkpoint's names and shapes. Needs no torch.
+"""
+
+from math import prod
+
+from megatron_keye.checkpoint.hf.parameter_shapes import (
+    count_parameters,
+    parameter_shapes,
+    part_of,
+)
+from megatron_keye.config.model import ModelConfig
+from megatron_keye.config.run import RunConfig
+from megatron_keye.config.training import Part
+from megatron_keye.estimate.memory import Held
+
+_EXPERTS = ".mlp.experts."
+# What tensor ranks split; norms, router and indexer stand on each of them whole.
+_SPLIT_BY_TENSOR = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def stage_layers(run: RunConfig, stage: int) -> list[int]:
+    """Return the decoder layers of a pipeline stage, virtual stage after virtual stage."""
+    degrees, num_layers = run.parallel.decoder, run.model.decoder.num_layers
+    return [
+        layer
+        for index in range(degrees.virtual_stages)
+        for layer in degrees.virtual_stage_layers(num_layers, stage, index)
+    ]
+
+
+def vision_parameters(model: ModelConfig) -> list[Held]:
+    """Return the parameters of ViT and projector, which no rank splits."""
+    counts = count_parameters(parameter_shapes(model))
+    seeing: tuple[Part, ...] = ("vision", "projector")
+    return [Held(part=part, is_expert=False, count=counts[part]) for part in seeing]
+
+
+def decoder_parameters(run: RunConfig, stage: int) -> list[Held]:
+    """Return the decoder's and the indexers' parameters on one rank of a pipeline stage."""
+    degrees = run.parallel.decoder
+    layers = set(stage_layers(run, stage))
+    held: list[Held] = []
+    for name, shape in parameter_shapes(run.model).items():
+        part = part_of(name)
+        if part in ("vision", "projector"):
+            continue
+        if not name.startswith("model.layers."):
+            is_first, is_last = stage == 0, stage == degrees.pipeline - 1
+            stands_here = is_first if name.startswith("model.embed_tokens.") else is_last
+            split = 1 if name.startswith("model.norm.") else degrees.tensor
+        else:
+            stands_here = int(name.split(".")[2]) in layers
+            split = _num_sharers(name, degrees.tensor, degrees.expert)
+        if stands_here:
+            is_expert = _EXPERTS in name
+            held.append(Held(part=part, is_expert=is_expert, count=prod(shape) // split))
+    return held
+
+
+def _num_sharers(name: str, tensor: int, expert: int) -> int:
+    """Return over how many ranks a layer's weight is split."""
+    if _EXPERTS in name:
+        return expert
+    is_projection = name.split(".")[-2] in _SPLIT_BY_TENSOR and ".sa_indexer." not in name
+    return tensor if is_projection else 1

@@ -1,0 +1,72 @@
+"""Draws a step as an SVG: one bar a rank, one colour a phase."""
+
+from xml.sax.saxutils import escape
+
+from megatron_keye.observe.span import Span, SpanName
+
+_COLOURS: dict[SpanName, str] = {
+    "decode": "#b0b0b0",
+    "encode": "#2a9d8f",
+    "send": "#e9c46a",
+    "wait": "#f4f4f4",
+    "forward": "#4f7cac",
+    "backward": "#1d3f66",
+    "return": "#e9c46a",
+    "vision": "#14665c",
+    "optimizer": "#8d5a97",
+}
+_WIDTH, _LEFT, _BAR, _GAP, _TOP = 1000, 70, 22, 8, 34
+"""Pixels."""
+_DRAWN_LAST: tuple[SpanName, ...] = ("wait", "send", "return")
+"""These lie within others or are short."""
+
+
+def draw(spans: dict[int, list[Span]], title: str) -> str:
+    """Return the picture.
+
+    Args:
+        spans: Phases of each rank; times in seconds from a common start.
+        title: Stands above.
+    """
+    end = max((span.end for own in spans.values() for span in own), default=0.0) or 1.0
+    scale = (_WIDTH - _LEFT - 10) / end
+    height = _TOP + len(spans) * (_BAR + _GAP) + 46
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
+        f'font-family="sans-serif" font-size="12">',
+        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
+        f'<text x="{_LEFT}" y="20" font-size="14">{escape(title)}</text>',
+    ]
+    for place, (rank, own) in enumerate(sorted(spans.items())):
+        y = _TOP + place * (_BAR + _GAP)
+        lines.append(f'<text x="8" y="{y + 15}">rank {rank}</text>')
+        for span in sorted(own, key=lambda s: (s.name in _DRAWN_LAST, s.start)):
+            lines.append(_bar(span, y, scale))
+    lines += _axis(_TOP + len(spans) * (_BAR + _GAP), end, scale)
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def _bar(span: Span, y: int, scale: float) -> str:
+    x, width = _LEFT + span.start * scale, max(0.3, (span.end - span.start) * scale)
+    milliseconds = (span.end - span.start) * 1000
+    return (
+        f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}" '
+        f'fill="{_COLOURS[span.name]}" stroke="white" stroke-width="0.3">'
+        f"<title>{span.name} {escape(span.label)}: {milliseconds:.1f} ms</title></rect>"
+    )
+
+
+def _axis(y: int, end: float, scale: float) -> list[str]:
+    """Return times below the bars, and the meaning of colours."""
+    lines = [
+        f'<text x="{_LEFT + end * part * scale:.0f}" y="{y + 12}" text-anchor="middle">'
+        f"{end * part:.3g} s</text>"
+        for part in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    for place, (phase, colour) in enumerate(_COLOURS.items()):
+        x = _LEFT + place * 95
+        lines.append(
+            f'<rect x="{x}" y="{y + 24}" width="12" height="12" fill="{colour}" stroke="#999"/>'
+            f'<text x="{x + 16}" y="{y + 34}">{phase}</text>'
+        )
+    return lines

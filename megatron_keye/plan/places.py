@@ -1,0 +1,89 @@
+"""Where each rank stands in its grid, and which tokens of a row it has.
+
+Decoder ranks come first, numbered with tensor fastest, then context, data, pipeline; dedicated
+vision ranks follow. Launchers give out these numbers, `parallel/grid.py` makes groups of them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_keye.config.parallel import DecoderParallel, ParallelConfig
+
+
+@dataclass(frozen=True)
+class DecoderPlace:
+    """Where one rank stands in the decoder grid."""
+
+    tensor: int
+    """Rank along the tensor axis; also the part of the sequence it holds between layers."""
+    context: int
+    """Rank along the context axis."""
+    data: int
+    """Replica, which decides the rows it works on."""
+    pipeline: int
+    """Pipeline stage."""
+    expert: int
+    """Rank along the expert axis, which runs over tensor, context and data together."""
+
+
+def decoder_place(degrees: DecoderParallel, rank: int) -> DecoderPlace:
+    """Return where a decoder rank stands."""
+    assert 0 <= rank < degrees.num_ranks, f"rank {rank} is not one of {degrees.num_ranks}"
+    pipeline, within_stage = divmod(rank, degrees.num_ranks // degrees.pipeline)
+    rest, tensor = divmod(within_stage, degrees.tensor)
+    data, context = divmod(rest, degrees.context)
+    return DecoderPlace(
+        tensor=tensor,
+        context=context,
+        data=data,
+        pipeline=pipeline,
+        expert=within_stage % degrees.expert,
+    )
+
+
+def first_stage_ranks(degrees: DecoderParallel) -> range:
+    """Return the ranks of the first pipeline stage, which hold the embeddings."""
+    return range(degrees.num_ranks // degrees.pipeline)
+
+
+def first_stage_rank(degrees: DecoderParallel, *, data: int, context: int, tensor: int) -> int:
+    """Return the rank of the first pipeline stage that stands at these places."""
+    return (data * degrees.context + context) * degrees.tensor + tensor
+
+
+def vision_ranks(parallel: ParallelConfig) -> range:
+    """Return the ranks that encode."""
+    num_decoder = parallel.decoder.num_ranks
+    if parallel.vision.placement == "dedicated":
+        return range(num_decoder, num_decoder + parallel.vision.num_ranks)
+    return range(num_decoder)
+
+
+def transport_ranks(parallel: ParallelConfig) -> list[int]:
+    """Return the ranks between which features travel: encoders and the first stage, ascending."""
+    return sorted({*vision_ranks(parallel), *first_stage_ranks(parallel.decoder)})
+
+
+def owned_positions(row_tokens: int, num_ranks: int, rank: int) -> NDArray[np.int64]:
+    """Return the row positions that a context-parallel rank holds.
+
+    The row is cut into 2 x CP equal parts and rank i takes parts i and 2 x CP - 1 - i, so that all
+    ranks have the same number of visible pairs under a causal mask.
+
+    Args:
+        row_tokens: Length S of the row, a multiple of 2 x num_ranks unless num_ranks is 1.
+        num_ranks: Size CP of the context axis.
+        rank: Rank along it.
+
+    Returns:
+        int64 [S/CP], ascending.
+
+    Source: the zigzag split of causal ring attention, as Megatron-Core's context parallelism has
+    it for whole sequences.
+    """
+    if num_ranks == 1:
+        return np.arange(row_tokens)
+    parts = np.arange(row_tokens).reshape(2 * num_ranks, -1)
+    return np.concatenate([parts[rank], parts[2 * num_ranks - 1 - rank]])

@@ -1,0 +1,56 @@
+"""The order of a step's rows and the plan of a step, from the sizes of documents and pictures.
+
+Training and the tools that estimate a step call the same functions, so that both have one plan.
+"""
+
+from collections.abc import Sequence
+
+from megatron_keye.config.run import RunConfig
+from megatron_keye.plan.balance import RowCost, order_rows
+from megatron_keye.plan.cost import attention_flops, vision_cost
+from megatron_keye.plan.step import PictureSlot, StepPlan, plan_step
+
+
+def balanced_order(
+    sizes: Sequence[tuple[Sequence[int], Sequence[int]]], run: RunConfig
+) -> list[int]:
+    """Return the order of rows that spreads their cost over replicas and micro-batches.
+
+    Args:
+        sizes: Of each row, the tokens of its documents and the patches of its pictures.
+        run: Sizes and degrees.
+    """
+    cost = vision_cost(run.model.vision, run.parallel.vision)
+    costs = [
+        RowCost(
+            attention=attention_flops(
+                lengths, run.model.decoder, run.training.row_phase(max(lengths))
+            ),
+            vision=sum(map(cost.of_frame, patches)),
+        )
+        for lengths, patches in sizes
+    ]
+    return order_rows(costs, run.parallel.decoder.data)
+
+
+def plan_slots(slots: Sequence[PictureSlot], num_rows: int, run: RunConfig) -> StepPlan:
+    """Plan the step of a global batch.
+
+    Args:
+        slots: All pictures of the global batch, rows ascending.
+        num_rows: Rows of the global batch.
+        run: Sizes and degrees.
+    """
+    return plan_step(
+        slots,
+        num_rows=num_rows,
+        row_tokens=run.data.row_tokens,
+        parallel=run.parallel,
+        cost=vision_cost(run.model.vision, run.parallel.vision),
+        returns_gradients=returns_gradients(run),
+    )
+
+
+def returns_gradients(run: RunConfig) -> bool:
+    """Tell whether anything in front of the decoder learns from the features' gradients."""
+    return bool({"vision", "projector"} & set(run.training.trained_parts))

@@ -1,0 +1,87 @@
+"""Recipes, and how one is found: by its name here, in a user's own file, or as an earlier run.
+
+A recipe is a function that returns a RunConfig for the ranks that were started, in a file of its
+own name. Needs no torch.
+"""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_keye.config import RunConfig
+from megatron_keye.config.check import suggest
+from megatron_keye.errors import UserError
+
+Recipe = Callable[..., RunConfig]
+"""Takes num_ranks, the ranks that were started, and has_gpu, by which precision is chosen."""
+
+FORMS = "a recipe's name, FILE.py:FUNCTION, or the run.json of an earlier run"
+_FOLDER = Path(__file__).resolve().parent
+
+
+def recipe_names() -> list[str]:
+    """Return the names of all recipes that the package has."""
+    return sorted(path.stem for path in _FOLDER.glob("[a-z]*.py"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """Return the function that makes a recipe.
+
+    Args:
+        name: Name of a recipe of the package; FILE.py:FUNCTION for one of the user's own, where
+            FUNCTION may be left out if it is called as the file is; or a run.json that an earlier
+            run left in its folder, whose degrees stay as they are.
+
+    Raises:
+        UserError: For a name that is none of these, with near ones; a file that is not there or
+            has no such function; a run.json of another version, naming the field.
+    """
+    file, colon, function = name.partition(":")
+    if file.endswith(".py"):
+        return _load_function(Path(file), function or Path(file).stem)
+    if name.endswith(".json"):
+        return _load_run(Path(name))
+    if colon or name not in recipe_names():
+        raise UserError(f"recipe: got {name!r}, expected {FORMS}; {suggest(name, recipe_names())}")
+    return _load_function(_FOLDER / f"{name}.py", name)
+
+
+def _load_function(file: Path, name: str) -> Recipe:
+    if not file.is_file():
+        raise UserError(f"recipe: got {file}, which is not there, expected a Python file")
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe = getattr(module, name, None)
+    if not callable(recipe):
+        raise UserError(
+            f"recipe: got {file}:{name}, expected a function of that name in the file; "
+            f"name it as {file}:FUNCTION"
+        )
+
+    def checked(*, num_ranks: int, has_gpu: bool) -> RunConfig:
+        run = recipe(num_ranks=num_ranks, has_gpu=has_gpu)
+        if not isinstance(run, RunConfig):
+            raise UserError(
+                f"recipe: {file}:{name} returned {type(run).__name__}, expected a RunConfig"
+            )
+        return run
+
+    return checked
+
+
+def _load_run(file: Path) -> Recipe:
+    try:
+        text = file.read_text()
+        run = RunConfig.from_json(text)
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"recipe: {file} cannot be read ({error}), expected {FORMS}") from error
+    except UserError as error:
+        raise UserError(f"recipe: {file}: {error}") from error
+
+    def recorded(*, num_ranks: int, has_gpu: bool) -> RunConfig:
+        return run
+
+    return recorded

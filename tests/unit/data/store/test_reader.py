@@ -1,0 +1,44 @@
+"""Reading many samples of a store at once: all, in order, and little of what lies between."""
+
+import numpy as np
+import pytest
+
+from megatron_keye.data.store import reader
+
+CHUNK = 10
+
+
+class CountingArray:
+    """An array of zarr's kind, which notes what was read."""
+
+    chunks = (CHUNK, 2)
+
+    def __init__(self, length: int) -> None:
+        self.values = np.arange(2 * length).reshape(length, 2)
+        self.read: list[int] = []
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        self.read.append(rows.stop - rows.start)
+        return self.values[rows]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_samples_come_in_the_order_asked_for(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    bounds = np.cumsum([0, *generator.integers(0, 40, 200)])
+    array = CountingArray(int(bounds[-1]))
+    indices = generator.integers(0, 200, 60).tolist()
+    for index, part in zip(indices, reader._gather(array, bounds, indices), strict=True):
+        np.testing.assert_array_equal(part, array.values[bounds[index] : bounds[index + 1]])
+    assert reader._gather(array, bounds, []) == []
+
+
+def test_neighbours_share_a_read_and_what_is_far_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_CHUNKS_PER_READ", 4)
+    bounds = np.arange(0, 1001, 5)
+    array = CountingArray(1000)
+    reader._gather(array, bounds, [100, 3, 0, 101, 160])
+    assert array.read == [20, 10, 5]
+    array.read.clear()
+    reader._gather(array, bounds, range(200))
+    assert max(array.read) <= 4 * CHUNK and sum(array.read) == 1000

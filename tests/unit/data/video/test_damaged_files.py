@@ -1,0 +1,180 @@
+"""Damaged files, hundreds of them: a named error, or exactly what the file still holds.
+
+Codecs carry no checksums, so what is damaged inside a frame may look sound to any decoder. Exact
+therefore means: the times that the container tells, and at each the very pixels that FFmpeg gives
+when it decodes the whole file from the top, without seeking and without our indices. A file that
+was only cut must besides hold its true frames.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from megatron_keye.data.video.frame_runs import plan_pieces
+from megatron_keye.data.video.probe import probe
+from megatron_keye.data.video.pyav import decode_frames, iterate_frames
+from megatron_keye.data.video.segment import opened_cutter
+from tests.support.child import Child
+from tests.support.clips import make_clip, read_number
+
+NUM_FRAMES, FRAME_SECONDS = 12, 0.04
+CASES_A_KIND = 60
+TIMEOUT_SECONDS = 10.0
+X264 = {"bf": "2", "g": "6", "x264-params": "b-adapt=0:scenecut=0"}
+X265 = {"g": "6", "x265-params": "log-level=none:bframes=2"}
+VP9 = {"g": "6", "deadline": "realtime", "cpu-used": "8"}
+KINDS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
+    "h264.mp4": ("libx264", X264, {}),
+    "front.mp4": ("libx264", X264, {"movflags": "faststart"}),
+    "pieces.mp4": ("libx264", X264, {"movflags": "frag_keyframe+empty_moov"}),
+    "h264.mkv": ("libx264", X264, {}),
+    "h264.ts": ("libx264", X264, {}),
+    "h264.flv": ("libx264", X264, {}),
+    "hevc.mp4": ("libx265", X265, {}),
+    "hevc.mkv": ("libx265", X265, {}),
+    "hevc.ts": ("libx265", X265, {}),
+    "vp9.webm": ("libvpx-vp9", VP9, {}),
+    "vp8.webm": ("libvpx", {"g": "6", "deadline": "realtime"}, {}),
+    "mpeg4.avi": ("mpeg4", {"g": "6"}, {}),
+}
+DAMAGES = ("cut", "bit", "bytes", "hole")
+
+
+class Case(NamedTuple):
+    """A file to be written and read."""
+
+    path: str
+    content: bytes
+    is_only_cut: bool
+
+
+def damage(content: bytes, kind: str, generator: np.random.Generator) -> bytes:
+    """Cut a file, flip a bit, overwrite 20 bytes with noise, or 64 in a row with zeros."""
+    place = int(generator.integers(len(content)))
+    if kind == "cut":
+        return content[:place]
+    damaged = bytearray(content)
+    if kind == "bit":
+        damaged[place] ^= 1 << int(generator.integers(8))
+    elif kind == "bytes":
+        for other in generator.integers(len(content), size=20):
+            damaged[other] = int(generator.integers(256))
+    else:
+        damaged[place : place + 64] = bytes(len(damaged[place : place + 64]))
+    return bytes(damaged)
+
+
+def read(case: Case) -> str:
+    """Probe and decode a file; "error" or "exact", or what is wrong with the outcome."""
+    av.logging.set_level(None)
+    path = Path(case.path)
+    path.write_bytes(case.content)
+    try:
+        return _compare(path, is_only_cut=case.is_only_cut)
+    except ValueError as error:
+        return "error" if str(error).startswith(f"{path}: ") else f"unnamed: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _compare(path: Path, *, is_only_cut: bool) -> str:
+    info = probe(path)
+    if not info.gpu_unsupported_reason:
+        wanted = range(info.num_frames)
+        pieces = plan_pieces(
+            info.random_access_points, info.num_frames, wanted, max_wanted=9, max_decoded=9
+        )
+        with opened_cutter(info) as cutter:
+            for piece in pieces:
+                cutter.cut(piece)
+    # Threads of FFmpeg make what they can of damage, not always the same; one thread does.
+    frames = dict(iterate_frames(path, range(info.num_frames), num_threads=1))
+    expected = _plainly_decoded(path, info.height, info.width)
+    for index, frame in frames.items():
+        others = expected.get(int(info.timestamps[index]), [])
+        if not any(np.array_equal(frame, other) for other in others):
+            return f"another frame {index} than FFmpeg's"
+    if is_only_cut:
+        shown = [round(time / FRAME_SECONDS) for time in info.times]
+        if [read_number(frame) for frame in frames.values()] != shown:
+            return "frames that were never there"
+    with_threads = decode_frames(path, [0, info.num_frames - 1])
+    if with_threads.shape != (2, info.height, info.width, 3):
+        return f"frames of shape {with_threads.shape}"
+    return "exact"
+
+
+def _plainly_decoded(path: Path, height: int, width: int) -> dict[int, list[NDArray[np.uint8]]]:
+    """Return all frames that FFmpeg gives, by timestamp."""
+    frames: dict[int, list[NDArray[np.uint8]]] = {}
+    # What comes before the damage counts, also where FFmpeg then gives up.
+    with av.open(str(path)) as container, suppress(av.FFmpegError):
+        container.streams.video[0].codec_context.thread_count = 1
+        for frame in container.decode(video=0):
+            if frame.pts is not None:
+                pixels = frame.to_ndarray(format="rgb24", height=height, width=width)
+                frames.setdefault(frame.pts, []).append(pixels)
+    return frames
+
+
+def misbehave(case: str) -> str:
+    if case == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if case == "hang":
+        time.sleep(60)
+    return case
+
+
+def test_crashes_and_hangs_would_show() -> None:
+    with Child(misbehave, timeout_seconds=2.0) as child:
+        outcomes = [child(case) for case in ("fine", "crash", "hang", "fine")]
+    assert outcomes == ["fine", f"crashed with exit code -{signal.SIGSEGV.value}", "hung", "fine"]
+
+
+@pytest.fixture(scope="module")
+def reader() -> Iterator[Child]:
+    with Child(read, TIMEOUT_SECONDS) as child:
+        yield child
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_are_refused_or_read_exactly(
+    tmp_path: Path, reader: Child, kind: str
+) -> None:
+    codec, options, muxing = KINDS[kind]
+    path = make_clip(tmp_path / kind, NUM_FRAMES, codec=codec, options=options, muxing=muxing)
+    content = path.read_bytes()
+    assert reader(Case(str(path), content, True)) == "exact", "the undamaged file is not read"
+    generator = np.random.default_rng(len(kind))
+    outcomes = {}
+    for number in range(CASES_A_KIND):
+        how = DAMAGES[number % len(DAMAGES)]
+        damaged = damage(content, how, generator)
+        outcomes[number, how] = reader(Case(str(path), damaged, how == "cut"))
+    wrong = {
+        case: outcome for case, outcome in outcomes.items() if outcome not in ("error", "exact")
+    }
+    assert not wrong, f"{kind}: {wrong}"
+    assert "error" in outcomes.values(), "no case was damaged enough to tell"
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_an_avi_with_b_frames_is_refused_or_exact_wherever_it_is_cut(
+    tmp_path: Path, reader: Child, codec: str
+) -> None:
+    options = X264 if codec == "libx264" else {"g": "6", "bf": "2"}
+    path = make_clip(tmp_path / "clip.avi", NUM_FRAMES, codec=codec, options=options)
+    content = path.read_bytes()
+    cuts = np.linspace(0, len(content), 40).astype(int).tolist()
+    outcomes = [reader(Case(str(path), content[:cut], True)) for cut in cuts]
+    assert outcomes[-1] == "error", "the whole file was read"
+    assert set(outcomes) <= {"error", "exact"}

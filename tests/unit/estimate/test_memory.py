@@ -1,0 +1,114 @@
+"""Memory is what GPUs measured, and follows sizes and degrees as it must."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_keye.config import RunConfig
+from megatron_keye.estimate.memory import Memory, decoder_memory, layer_bytes, vision_memory
+from megatron_keye.estimate.parameters import decoder_parameters, vision_parameters
+from megatron_keye.recipes import load_recipe
+
+MEBIBYTE = 2**20
+COLOCATED = [
+    "parallel.vision.placement=colocated",
+    "parallel.vision.num_ranks=0",
+    "parallel.decoder.context=2",
+    "parallel.decoder.expert=2",
+]
+SHARED = "training.optimizer.distributed=true"
+
+
+def two_gpus(*settings: str) -> RunConfig:
+    return load_recipe("keye_two_gpus")(num_ranks=2, has_gpu=True).with_overrides(list(settings))
+
+
+def full_size(*settings: str) -> RunConfig:
+    return load_recipe("keye_30b_a3b")(num_ranks=64, has_gpu=True).with_overrides(list(settings))
+
+
+def of_decoder(run: RunConfig, stage: int = 0, num_labels: int = 0) -> Memory:
+    held = decoder_parameters(run, stage)
+    if not run.parallel.vision.num_ranks:
+        held += vision_parameters(run.model)
+    patches = run.data.row_tokens * run.model.vision.merge_size**2
+    return decoder_memory(run, stage, held, num_labels=num_labels, num_patches=patches)
+
+
+def test_a_layers_activations_are_those_of_an_h100() -> None:
+    """One layer of rows of 16K, 32K and 64K tokens, Megatron's linears: MiB a layer."""
+    for tokens, measured in ((16384, 3712), (32768, 7410), (65536, 14623)):
+        expected = layer_bytes(two_gpus()) * tokens / MEBIBYTE
+        assert expected == pytest.approx(measured, rel=0.03)
+
+
+def test_a_layer_that_runs_again_takes_what_an_h100_measured() -> None:
+    """Two layers, their inputs kept and one of them whole: MiB at the backward pass's peak."""
+    run = two_gpus("training.recompute_layers=true", "model.decoder.num_layers=2")
+    memory = of_decoder(run)
+    peak = memory.activations + memory.workspace
+    assert peak / MEBIBYTE == pytest.approx(10_065, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "decoder", "vision"),
+    [
+        ((), 85_578, 16_940),
+        (COLOCATED, 58_069, None),
+        ([*COLOCATED, SHARED], 51_357, None),
+    ],
+)
+def test_a_run_takes_what_two_h200_measured(
+    settings: list[str], decoder: int, vision: int | None
+) -> None:
+    """Peaks in MiB of keye_two_gpus, the second one of commit 9f4363e, the others of b4f55dc."""
+    run = two_gpus(*settings)
+    assert of_decoder(run, num_labels=100).total / MEBIBYTE == pytest.approx(decoder, rel=0.03)
+    if vision is not None:
+        patches = run.data.row_tokens * run.model.vision.merge_size**2
+        memory = vision_memory(run, vision_parameters(run.model), num_patches=patches)
+        assert memory.total / MEBIBYTE == pytest.approx(vision, rel=0.03)
+
+
+def test_sharing_the_optimizer_leaves_a_share() -> None:
+    run = full_size()
+    shared, alone = of_decoder(full_size(SHARED)), of_decoder(run)
+    assert replace(shared, optimizer=0.0) == replace(alone, optimizer=0.0)
+    # Experts, most of all, are shared by 2 x 8 / 8 ranks, the rest by 8 or more.
+    assert 0.25 < shared.optimizer / alone.optimizer < 0.4
+
+
+def test_frozen_parts_keep_their_weights_alone() -> None:
+    run = full_size("training.frozen=vision,projector,decoder")
+    memory, learning = of_decoder(run), of_decoder(full_size())
+    assert memory.weights == learning.weights
+    assert memory.gradients < 0.02 * learning.gradients
+    assert memory.optimizer < 0.02 * learning.optimizer
+
+
+def test_earlier_stages_hold_more_micro_batches() -> None:
+    kept = ["training.recompute_layers=false"]
+    held = [of_decoder(full_size(*kept), stage).activations for stage in range(4)]
+    assert held == pytest.approx([held[3] * times for times in (4, 3, 2, 1)])
+    few = full_size(*kept, "training.rows_per_step=2")
+    assert of_decoder(few).activations == pytest.approx(2 * held[3])
+    chunks = full_size(*kept, "parallel.decoder.virtual_stages=6")
+    # 2 x 3 + 5 x 4 + 1 chunks of 2 layers, of 12 layers held 4 times.
+    assert of_decoder(chunks).activations == pytest.approx(held[0] * 27 * 2 / 48)
+
+
+def test_labels_make_logits_on_the_last_stage() -> None:
+    run = full_size()
+    few, many = (of_decoder(run, 3, num_labels=number) for number in (0, run.data.row_tokens))
+    assert many.workspace > few.workspace
+    assert many.workspace == pytest.approx(run.data.row_tokens / 8 * 151_936 / 2 * 10)
+    assert of_decoder(run, 0, num_labels=run.data.row_tokens).workspace == few.workspace
+
+
+def test_phases_keep_what_they_need() -> None:
+    whole = ["training.recompute_layers=false"]
+    sparse, dense, warm_up = (
+        of_decoder(full_size(*whole, f"training.phase={phase}")).activations
+        for phase in ("sparse", "dense", "indexer_warmup")
+    )
+    assert warm_up < 0.2 * dense < 0.2 * sparse
