@@ -39,7 +39,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/mypy
 
 doctor: $(INSTALLED)
-	@exec $(VENV)/bin/python tools/doctor.py $(ARGS)
+	@exec $(VENV)/bin/megatron-keye doctor $(ARGS)
 
 gpu: $(INSTALLED)
 	@$(VENV)/bin/pip install --no-build-isolation -c constraints.txt -e ".[gpu]"

@@ -21,26 +21,21 @@ from typing import Any
 import psutil
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # the tool also runs where only a script's own folder is known
+from megatron_keye.checkpoint.convert.synthetic import write_synthetic
+from megatron_keye.checkpoint.hf.parameter_shapes import count_parameters, parameter_shapes
+from megatron_keye.checkpoint.hf.safetensors_index import open_folder
+from megatron_keye.cli.arguments import make_parser
+from megatron_keye.config import RunConfig
+from megatron_keye.recipes import load_recipe
 
-from megatron_keye.checkpoint.convert.synthetic import write_synthetic  # noqa: E402
-from megatron_keye.checkpoint.hf.parameter_shapes import (  # noqa: E402
-    count_parameters,
-    parameter_shapes,
-)
-from megatron_keye.checkpoint.hf.safetensors_index import open_folder  # noqa: E402
-from megatron_keye.config import RunConfig  # noqa: E402
-from megatron_keye.recipes import load_recipe  # noqa: E402
-
-CONVERTER = ROOT / "tools" / "convert_checkpoint.py"
+CONVERTER = (sys.executable, "-m", "megatron_keye", "convert")
 GIGABYTE = 1_000_000_000
 ONE_STAGE = "parallel.decoder.pipeline=1"  # any number of layers divides by it
 _POLL_SECONDS = 0.05
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, print, and return the exit code."""
+    """Measure, print, and return the exit status."""
     options = parse_arguments(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="conversion-") as name:
         report = measure(Path(name), options.gigabytes, options.workers)
@@ -50,10 +45,12 @@ def main(arguments: list[str]) -> int:
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser("tools/benchmark_conversion.py", __doc__)
     parser.add_argument("--gigabytes", type=float, default=8.0, help="at least; default 8")
     parser.add_argument("--folder", type=Path, help="where to write; default: temporary files")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes; default: all cores"
+    )
     return parser.parse_args(arguments)
 
 
@@ -84,7 +81,7 @@ def measure(folder: Path, gigabytes: float, workers: int) -> dict[str, Any]:
     copies = [_copy_seconds(folder / "hf")]
     peaks = []
     for step, parts in steps.items():
-        command = [sys.executable, str(CONVERTER), step.replace("_", "-"), *parts]
+        command = [*CONVERTER, step.replace("_", "-"), *parts]
         seconds, peak = _watch([*command, "--workers", str(workers)])
         peaks.append(peak)
         copies.append(_copy_seconds(folder / "hf"))
@@ -98,7 +95,7 @@ def measure(folder: Path, gigabytes: float, workers: int) -> dict[str, Any]:
 
 def sized_run(gigabytes: float) -> RunConfig:
     """Return the full-size recipe with as many layers as make up the size in bf16."""
-    run: RunConfig = load_recipe("keye_30b_a3b")(num_ranks=1, has_gpu=True)
+    run = load_recipe("keye_30b_a3b")(num_ranks=1, has_gpu=True)
     run = run.with_overrides([ONE_STAGE])
     for num_layers in range(1, run.model.decoder.num_layers + 1):
         decoder = replace(run.model.decoder, num_layers=num_layers)

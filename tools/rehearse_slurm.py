@@ -26,6 +26,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from megatron_keye.cli.arguments import make_parser
+from megatron_keye.cli.status import USER_ERROR
+
 ROOT = Path(__file__).resolve().parent.parent
 NODES = ("node1", "node2")
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -245,16 +248,16 @@ def follow(slurm: LocalSlurm, job: str, log: Path) -> int:
 
 def main() -> int:
     """Submit, show, end."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks-per-node", type=int, default=2)
+    parser = make_parser("tools/rehearse_slurm.py", __doc__)
+    parser.add_argument("--ranks-per-node", type=int, default=2, help="processes; default: 2")
     parser.add_argument("--sbatch", action="append", default=[], help="an option of sbatch")
-    parser.add_argument("recipe")
+    parser.add_argument("recipe", metavar="RECIPE", help="for launch/train.py, like what follows")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for launch/train.py")
     options = parser.parse_args()
     reason = missing()
     if reason:
         sys.stderr.write(f"error: {reason}\n")
-        return 2
+        return USER_ERROR
     with LocalSlurm() as slurm, tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "job.log"
         job = slurm.submit(

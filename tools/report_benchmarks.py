@@ -5,28 +5,31 @@
 Prints one table for each GPU, commit and command, a line for each row of tokens and operator.
 """
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-USER_ERROR = 2
+from megatron_keye.cli.arguments import make_parser
+from megatron_keye.cli.status import tell, tells_user_errors
+from megatron_keye.errors import UserError
+
 _KIBI = 1024
 _MACHINE = ("gpu", "torch", "triton", "commit", "command")
 _NEEDED = (*_MACHINE, "op", "impl", "median_us", "p10_us", "p90_us", "tflop_per_s", "shape")
 
 
-def main(arguments: list[str]) -> int:
-    """Print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+@tells_user_errors
+def main(arguments: Sequence[str]) -> int:
+    """Print, and return the exit status."""
+    parser = make_parser("tools/report_benchmarks.py", __doc__)
     parser.add_argument("files", type=Path, nargs="+", help="files of JSON lines")
     options = parser.parse_args(arguments)
     try:
         lines = [line for path in options.files for line in read_lines(path)]
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return USER_ERROR
+    except OSError as error:
+        return tell(error)
     sys.stdout.write(tables(lines))
     return 0
 
@@ -35,7 +38,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read the lines of one file.
 
     Raises:
-        ValueError: For a line that is no JSON object or lacks a field, naming file and line.
+        UserError: For a line that is no JSON object or lacks a field, naming file and line.
     """
     lines = []
     for number, text in enumerate(path.read_text().splitlines(), start=1):
@@ -43,9 +46,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             missing = [name for name in _NEEDED if name not in line]
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: is not a JSON object ({error})") from error
+            raise UserError(f"{path}, line {number}: is not a JSON object ({error})") from error
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}: lacks {', '.join(missing)}, expected what "
                 "`pytest tests/kernels --benchmark` writes"
             )

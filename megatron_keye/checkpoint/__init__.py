@@ -1,1 +1,1 @@
-"""State to disk and back, on the same grid or another."""
+"""Saves and loads state, on the same grid or another, and converts checkpoints."""

@@ -1,9 +1,9 @@
-"""What this rank's optimizers keep of each weight: all of it, or the part that it updates.
+"""This rank's shard of each weight's optimizer state: all of it, or the part that it updates.
 
-Megatron's distributed optimizer lays all gradients of a data-parallel group behind one another and
-gives each rank an equal piece, wherever weights begin and end. All but a few weights so belong to
-one rank; the others are put together by the rank that has their beginning. The only file that
-knows how Megatron keeps its optimizers.
+Megatron's distributed optimizer concatenates all gradients of a data-parallel group and gives each
+rank an equal part, regardless of weight boundaries. Most weights thus belong to one rank; the
+others are gathered on the rank with their first element. The only file that knows the internals of
+Megatron's optimizers.
 """
 
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ MASTER = "master"
 
 @dataclass(frozen=True)
 class Shard:
-    """What this rank keeps of one weight."""
+    """This rank's optimizer state of one weight."""
 
     weight: Tensor
-    """The whole weight, as the model has it."""
+    """The whole weight, in the model's type."""
     elements: range
-    """Of the flattened weight, those that this rank updates."""
+    """Elements of the flattened weight that this rank updates."""
     kept: dict[str, Tensor]
-    """Moments and, where the weight is rounded, its master, by name; each has one element for
-    each of `elements`, and shares memory with the optimizer."""
+    """Moments and, where the weight is rounded, its master weight, by name; each has as many
+    entries as `elements`, in the optimizer's own memory."""
 
     @property
     def is_whole(self) -> bool:
@@ -38,12 +38,12 @@ class Shard:
         return len(self.elements) == self.weight.numel()
 
     def part_of(self, whole: Tensor) -> Tensor:
-        """Return those elements of `whole`, which has the weight's, that this rank updates."""
+        """Return this rank's elements of `whole`, a tensor of the weight's size."""
         return whole.flatten()[self.elements.start : self.elements.stop]
 
 
 def optimizers_of(joint: JointOptimizer) -> Iterator[MegatronOptimizer]:
-    """Yield this rank's optimizers that have something to learn."""
+    """Yield this rank's optimizers that have trainable weights."""
     for optimizer in (joint.decoder, joint.vision):
         parts = [optimizer]
         if isinstance(optimizer, ChainedOptimizer):
@@ -51,13 +51,13 @@ def optimizers_of(joint: JointOptimizer) -> Iterator[MegatronOptimizer]:
         yield from (part for part in parts if part is not None and not part.is_stub_optimizer)
 
 
-def is_shared(optimizer: MegatronOptimizer) -> bool:
-    """Return whether replicas share an optimizer."""
+def is_sharded(optimizer: MegatronOptimizer) -> bool:
+    """Return whether replicas shard an optimizer."""
     return isinstance(optimizer, DistributedOptimizer)
 
 
 def shards_of(optimizer: MegatronOptimizer) -> Iterator[Shard]:
-    """Yield what one optimizer keeps, making empty moments first."""
+    """Yield the shards of one optimizer, creating moments that do not exist yet."""
     optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     for weight, updated, elements in _updated(optimizer):
         kept = {name: optimizer.optimizer.state[updated][name] for name in MOMENTS}
@@ -67,25 +67,25 @@ def shards_of(optimizer: MegatronOptimizer) -> Iterator[Shard]:
 
 
 def gather_whole(optimizer: MegatronOptimizer) -> Iterator[Shard]:
-    """Yield whole weights' shards, each on one rank of the data-parallel group.
+    """Yield shards of whole weights, each on one rank of the data-parallel group.
 
-    All ranks must call it and take everything. What begins here and ends on later ranks is sent by
-    them; memory for that is taken.
+    Collective: all ranks must call it and exhaust it. Weights that begin on this rank and end on
+    later ones are received from these, into new memory.
     """
     shards = list(shards_of(optimizer))
     yield from (shard for shard in shards if shard.is_whole)
     if isinstance(optimizer, DistributedOptimizer):
         by_weight = {id(shard.weight): shard for shard in shards}
-        for weight, holders in _divided(optimizer):
+        for weight, holders in _split_weights(optimizer):
             shard = by_weight.get(id(weight))
             if shard is not None:
-                whole = _exchange(shard, holders, optimizer.data_parallel_group)
+                whole = _gather_on_first(shard, holders, optimizer.data_parallel_group)
                 if whole is not None:
                     yield whole
 
 
 def _updated(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, range]]:
-    """Yield each weight, the tensor that is updated for it or for its part, and which part."""
+    """Yield each weight, the tensor updated in its place, and which elements that has."""
     for weight, updated in _pairs(optimizer):
         elements = range(weight.numel())
         if isinstance(optimizer, DistributedOptimizer):
@@ -95,7 +95,7 @@ def _updated(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, ran
 
 
 def _pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each weight of which this rank updates anything with what it updates."""
+    """Yield each weight that this rank updates a part of, with the tensor that it updates."""
     if isinstance(optimizer, DistributedOptimizer):
         kinds = [
             (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
@@ -113,10 +113,10 @@ def _pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
             yield from zip(weights, updated, strict=True)
 
 
-def _divided(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, dict[int, range]]]:
-    """Yield the weights of which several ranks keep a part, and who keeps which elements.
+def _split_weights(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, dict[int, range]]]:
+    """Yield the weights that several ranks keep parts of, with the elements of each rank.
 
-    Equal on all ranks of the data-parallel group.
+    The same on all ranks of the data-parallel group.
     """
     num_ranks = optimizer.data_parallel_group.size()
     for buffer in optimizer.buffers:
@@ -132,8 +132,10 @@ def _divided(optimizer: DistributedOptimizer) -> Iterator[tuple[Tensor, dict[int
                 yield weight, {rank: range(a, b) for rank, a, b in parts}
 
 
-def _exchange(shard: Shard, holders: dict[int, range], group: dist.ProcessGroup) -> Shard | None:
-    """Give this rank's part of a weight to the first holder, which gets the whole."""
+def _gather_on_first(
+    shard: Shard, holders: dict[int, range], group: dist.ProcessGroup
+) -> Shard | None:
+    """Send this rank's part of a weight to the first holder, which returns the whole."""
     first = min(holders)
     if group.rank() != first:
         parts = [part.flatten() for part in shard.kept.values()]

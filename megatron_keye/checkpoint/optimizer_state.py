@@ -1,6 +1,6 @@
-"""Optimizers as a checkpoint holds them: beside each weight, under its name, and always whole.
+"""Optimizer state in checkpoints: whole tensors under the names of their weights.
 
-So any grid finds its part, whether its replicas share the optimizer or each keep all of it.
+Any grid can load them, whether its replicas shard the optimizer or each keep all of it.
 """
 
 from dataclasses import dataclass, replace
@@ -15,14 +15,14 @@ from megatron_keye.checkpoint.optimizer_shards import (
     MASTER,
     Shard,
     gather_whole,
-    is_shared,
+    is_sharded,
     optimizers_of,
     shards_of,
 )
 from megatron_keye.checkpoint.state import Sharded, data_of
 from megatron_keye.optim.optimizer import JointOptimizer
 
-type Place = ShardedTensor | ShardedTensorFactory
+type ShardedEntry = ShardedTensor | ShardedTensorFactory
 
 
 def saved_optimizer(joint: JointOptimizer, weights: Sharded) -> Sharded:
@@ -38,31 +38,32 @@ def saved_optimizer(joint: JointOptimizer, weights: Sharded) -> Sharded:
         for shard in gather_whole(optimizer):
             name = names[id(shard.weight)]
             for kind, whole in shard.kept.items():
-                state[f"{name}.{kind}"] = _placed(optimizer, shard, weights[name], whole, kind)
+                state[f"{name}.{kind}"] = _sharded_like(
+                    optimizer, shard, weights[name], whole, kind
+                )
     return state
 
 
 @dataclass(frozen=True)
 class WantedOptimizer:
-    """What this rank asks of a checkpoint for its optimizers."""
+    """What this rank loads for its optimizers."""
 
     state: Sharded
     """Whole moments and master weights."""
     parts: tuple[tuple[Shard, Tensor, Tensor], ...]
-    """What is kept of a weight, the optimizer's own tensor, and the whole one that comes of the
-    checkpoint."""
+    """Shard of a weight, the optimizer's own tensor, and the whole one that is loaded."""
 
     @torch.no_grad()
-    def keep(self) -> None:
-        """Take from whole tensors, once they are filled, what the optimizers keep."""
+    def copy_parts(self) -> None:
+        """Copy this rank's parts of the loaded whole tensors into the optimizers."""
         for shard, kept, whole in self.parts:
             kept.copy_(shard.part_of(whole).view_as(kept))
 
 
 def wanted_optimizer(joint: JointOptimizer, weights: Sharded) -> WantedOptimizer:
-    """Return what the optimizers need, shared with their memory where they keep all of a weight.
+    """Return what the optimizers load, in their own memory where they keep all of a weight.
 
-    Weights of which a rank keeps a part, two at most of each optimizer, are read whole.
+    Weights of which a rank keeps a part, at most two per optimizer, are read whole.
 
     Args:
         joint: Both optimizers of this rank.
@@ -79,14 +80,16 @@ def wanted_optimizer(joint: JointOptimizer, weights: Sharded) -> WantedOptimizer
                 if not shard.is_whole:
                     whole = kept.new_empty(shard.weight.numel())
                     parts.append((shard, kept, whole))
-                state[f"{name}.{kind}"] = _placed(optimizer, shard, weights[name], whole, kind)
+                state[f"{name}.{kind}"] = _sharded_like(
+                    optimizer, shard, weights[name], whole, kind
+                )
     return WantedOptimizer(state=state, parts=tuple(parts))
 
 
 def set_optimizer_steps(joint: JointOptimizer, steps: int) -> None:
-    """Tell the optimizers how many updates their moments have seen.
+    """Set the number of updates that the optimizers' moments have seen.
 
-    torch counts for each weight; fused ones for each group, which they only begin with a step.
+    torch counts per weight; fused optimizers per parameter group, from their first step on.
     """
     for optimizer in optimizers_of(joint):
         inner = optimizer.optimizer
@@ -100,7 +103,7 @@ def set_optimizer_steps(joint: JointOptimizer, steps: int) -> None:
 
 @torch.no_grad()
 def copy_to_masters(joint: JointOptimizer) -> None:
-    """Bring master weights up to date with weights that were loaded without them."""
+    """Copy weights into the master weights, after the weights alone were loaded."""
     for optimizer in optimizers_of(joint):
         for shard in shards_of(optimizer):
             if MASTER in shard.kept:
@@ -112,23 +115,23 @@ def _names(weights: Sharded) -> dict[int, str]:
     return {id(tensor): name for name, tensor in data_of(weights).items()}
 
 
-def _placed(
-    optimizer: MegatronOptimizer, shard: Shard, weight: Place, whole: Tensor, kind: str
-) -> Place:
-    """Place an optimizer's tensor in the whole model as its weight is placed.
+def _sharded_like(
+    optimizer: MegatronOptimizer, shard: Shard, weight: ShardedEntry, whole: Tensor, kind: str
+) -> ShardedEntry:
+    """Return an optimizer's tensor with the sharding of its weight.
 
-    Where replicas share the optimizer, the one that has a weight's beginning counts as the first,
+    Where replicas shard the optimizer, the one with a weight's first element counts as the first,
     which writes it.
 
     Args:
-        optimizer: Whose tensor it is.
-        shard: What it keeps of the weight.
-        weight: As a checkpoint holds it.
-        whole: As many elements as the weight.
+        optimizer: Owner of the tensor.
+        shard: Its shard of the weight.
+        weight: The weight, sharded.
+        whole: Tensor with as many elements as the weight.
         kind: Name of the tensor.
     """
     shaped = whole.view(weight.data.shape)
-    placed: Place = make_sharded_optimizer_tensor(weight, shaped, prefix=f"optimizer.{kind}")
-    if is_shared(optimizer) and shard.elements.start == 0:
-        placed = replace(placed, replica_id=(*placed.replica_id[:-1], 0))
-    return placed
+    entry: ShardedEntry = make_sharded_optimizer_tensor(weight, shaped, prefix=f"optimizer.{kind}")
+    if is_sharded(optimizer) and shard.elements.start == 0:
+        entry = replace(entry, replica_id=(*entry.replica_id[:-1], 0))
+    return entry

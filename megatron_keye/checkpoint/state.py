@@ -1,4 +1,4 @@
-"""Weights as a checkpoint holds them: under their names in the whole model, for any grid."""
+"""Weights as sharded tensors under their names in the whole model, for any grid."""
 
 from typing import Any
 
@@ -12,23 +12,23 @@ from megatron_keye.model import KeyeModel
 from megatron_keye.parallel.grid import Grid
 
 Sharded = dict[str, Any]
-"""Local names to ShardedTensors or their factories."""
+"""ShardedTensors or their factories, by local name."""
 
 
 def weight_state(model: KeyeModel, grid: Grid) -> Sharded:
     """Return the weights of this rank as sharded tensors that share memory with them.
 
     Args:
-        model: What this rank owns.
+        model: Parts of the model on this rank.
         grid: Groups of this rank.
     """
     state: Sharded = {}
     for index, stage in enumerate(model.stages):
-        assert grid.decoder is not None, "stages stand on decoder ranks"
+        assert grid.decoder is not None, "only decoder ranks have stages"
         part = stage.module.sharded_state_dict(prefix="decoder.", metadata=_metadata(grid.decoder))
         state |= {f"stage{index}.{name}": value for name, value in part.items()}
     if model.vision is not None:
-        assert grid.vision is not None, "vision stands on vision ranks"
+        assert grid.vision is not None, "only vision ranks have the ViT"
         state |= sharded_state_dict_default(
             model.vision.module,
             "vision.",
@@ -41,11 +41,11 @@ def weight_state(model: KeyeModel, grid: Grid) -> Sharded:
 
 @torch.no_grad()
 def copy_loaded(loaded: dict[str, Any], targets: dict[str, Tensor]) -> None:
-    """Copy loaded tensors into the tensors that asked for them.
+    """Copy loaded tensors into the tensors that they were loaded for.
 
     Args:
         loaded: Tensors by local name.
-        targets: What `data_of` gave for the same names before loading.
+        targets: From `data_of` before loading, with the same names.
     """
     for name, target in targets.items():
         if loaded[name] is not target:

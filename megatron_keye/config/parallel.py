@@ -17,11 +17,12 @@ class DecoderParallel:
     pipeline: int = 1
     """Stages that the layers are cut into."""
     virtual_stages: int = 1
-    """Virtual stages of a stage (Megatron's model chunks); above 1 the pipeline is interleaved."""
+    """Virtual stages per stage (Megatron's model chunks); above 1 the pipeline is interleaved."""
     first_stage_layers: int = 0
     """Decoder layers of the first stage, which embeds too; 0 for as many as other stages have."""
     last_stage_layers: int = 0
-    """Decoder layers of the last stage, which has the output layer too; 0 as above."""
+    """Decoder layers of the last stage, which has the output layer too; 0 likewise for as many as
+    other stages have."""
     context: int = 1
     """Ranks that share each row's tokens."""
     expert: int = 1
@@ -104,22 +105,22 @@ class DecoderParallel:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionParallel:
-    """Where the ViT runs and in what portions."""
+    """Where the ViT runs and how its work is cut."""
 
     placement: Placement = "colocated"
     """"dedicated": on ranks of its own, after the decoder's. "colocated": on the decoder's ranks,
     chunks spread over all of them."""
     num_ranks: int = 0
-    """Ranks of its own; any number when dedicated, 0 when colocated."""
+    """Dedicated vision ranks, any number; 0 when colocated."""
     chunk_patches: int = 8_192
     """Most patches that are encoded at once; bounds memory whatever the video's length. A single
     frame above it makes a chunk of its own."""
     attention_break_even_patches: int = 0
-    """Patches of a frame whose attention takes as long as the rest of the ViT, by which work is
-    balanced; tools/profile_throughput.py --fit-vision measures it. 0: counted from the sizes."""
+    """Patches of a frame whose attention takes as long as the rest of the ViT, for balancing the
+    work; megatron-keye profile --fit-vision measures it. 0: counted from the model's sizes."""
     max_ahead_mebibytes: int = 1024
-    """Features of the next step that a vision rank of its own keeps at most while the decoder is
-    at this one, where nothing in front of the decoder learns; 0: it does not work ahead."""
+    """Most memory, in MiB, for features of the next step that a dedicated vision rank encodes
+    ahead, which it does where ViT and projector are frozen; 0: it does not work ahead."""
 
     def __post_init__(self) -> None:
         check(

@@ -15,6 +15,9 @@ from megatron_keye.config.parallel import ParallelConfig
 from megatron_keye.config.training import TrainingConfig
 from megatron_keye.errors import UserError
 
+RENAMED = {"parallel.decoder.chunks_per_stage": "parallel.decoder.virtual_stages"}
+"""Settings by the names that run.json files of earlier versions have, in checkpoints too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -23,7 +26,7 @@ class RunConfig:
     name: str
     """Name of the run; its results go to output_dir / name."""
     model: ModelConfig
-    """Sizes."""
+    """Sizes of the model."""
     data: DataConfig
     """Samples and rows."""
     parallel: ParallelConfig
@@ -112,7 +115,7 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Build the tree from what `to_json` wrote; unknown fields are refused."""
+        """Build the tree from what this or an earlier version wrote; unknown fields are refused."""
         return typing.cast(Self, _build(cls, json.loads(text), path=""))
 
     def with_overrides(self, overrides: list[str]) -> Self:
@@ -147,6 +150,8 @@ def _fields(section: type) -> dict[str, Any]:
 
 def _field_type(section: type, name: str, path: str) -> Any:
     known = _fields(section)
+    if f"{path}{name}" in RENAMED:
+        raise UserError(f"{path}{name}: is called {RENAMED[f'{path}{name}']} now; write that")
     if name not in known:
         raise UserError(f"{path}{name}: no such field; {suggest(name, known)}")
     return known[name]
@@ -180,10 +185,10 @@ def _build(wanted: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(wanted):
         section = typing.cast(type, wanted)
         below = f"{path}." if path else ""
-        parts = {
-            name: _build(_field_type(section, name, below), part, f"{below}{name}")
-            for name, part in value.items()
-        }
+        parts = {}
+        for written, part in value.items():
+            name = RENAMED.get(f"{below}{written}", written).rpartition(".")[2]
+            parts[name] = _build(_field_type(section, name, below), part, f"{below}{name}")
         return section(**parts)
     if origin is tuple:
         items = value if isinstance(value, list) else [value]

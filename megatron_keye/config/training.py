@@ -34,8 +34,8 @@ class OptimizerConfig:
     """Largest norm of the gradient over decoder and vision together; 0 turns clipping off."""
     distributed: bool = False
     """Whether replicas share the optimizer (Megatron's distributed optimizer, ZeRO-1): each rank
-    keeps moments and master weights of a part, updates that, and weights are gathered. Without,
-    each keeps all. Checkpoints are the same for both; a float64 run never shares."""
+    keeps moments and master weights of one part and updates it, and the weights are gathered.
+    Otherwise each keeps all. Checkpoints are the same for both; fp64 runs never share."""
 
     def __post_init__(self) -> None:
         rate, low = self.learning_rate, self.min_learning_rate
@@ -48,7 +48,7 @@ class CheckpointConfig:
     """When and where the state is saved, and what a run starts from."""
 
     interval_steps: int = 0
-    """Save after every so many steps; 0: only the last."""
+    """Save after every so many steps; 0: only after the last."""
     saves_last: bool = True
     """Whether the last step is saved whatever the interval; measurements need no checkpoint."""
     keep: int = 2
@@ -57,8 +57,8 @@ class CheckpointConfig:
     """"auto" continues from the newest checkpoint of this run when there is one, "none" starts
     afresh, anything else is the folder of one checkpoint to continue from."""
     weights: str = ""
-    """Folder of a native checkpoint whose weights a fresh run begins with, for example what
-    tools/convert_checkpoint.py made; "" draws them. A resumed run has its own."""
+    """Folder of a native checkpoint whose weights a fresh run begins with, for example one made by
+    megatron-keye convert; "" draws them at random. A resumed run takes its own."""
 
     def __post_init__(self) -> None:
         for name in ("interval_steps", "keep"):
@@ -68,7 +68,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """One run."""
+    """Steps, phase, precision, and what learns."""
 
     steps: int
     """Optimizer steps of the whole run; the learning-rate schedule spans them."""
@@ -81,11 +81,11 @@ class TrainingConfig:
     learns, from all keys. "sparse": attention over the selected keys, everything learns."""
     dense_up_to: int = 0
     """In the sparse phase, rows whose longest document has at most so many tokens (padding counts
-    as a document) attend densely and their indexer rests; 0 for none, since only the user knows
-    whether longer rows are left to teach the indexer."""
+    as a document) attend densely and do not train the indexer; 0 for none, since only the user
+    knows whether enough longer rows are left to train it."""
     indexer_loss_weight: float = 1.0
     """Weight lambda of the indexer's KL loss, a mean over queries and a sum over layers and
-    key-value groups, beside the mean language loss. It reaches no parameter but the indexer's."""
+    key-value groups, beside the mean language loss. Only the indexer gets gradients from it."""
     frozen: tuple[Part, ...] = ()
     """Parts that do not learn, of vision, projector, decoder, indexer."""
     recompute_layers: bool = False
@@ -99,11 +99,11 @@ class TrainingConfig:
     seed: int = 1234
     """Seeds weights, sample order and everything else that is random."""
     records_timeline: bool = False
-    """Whether every rank writes down when each phase of each step ran, to timeline/ in the run's
-    folder; tools/profile_throughput.py draws it. Ranks meet before each step then."""
+    """Whether every rank records when each part of each step ran, in timeline/ of the run's
+    folder; megatron-keye profile draws it. It adds a barrier before each step."""
     device_peak_tflops: float = 0.0
-    """What one device could do at best in this precision, in 1e12 operations a second, for the
-    model FLOPs utilization (MFU); 0 looks NVIDIA's bf16 peak up by the device's name."""
+    """Peak speed of one device in this precision, in 1e12 operations per second, for the model
+    FLOPs utilization (MFU); 0 looks NVIDIA's bf16 peak up by the device's name."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

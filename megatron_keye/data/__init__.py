@@ -1,5 +1,5 @@
-"""From files to packed rows and patches.
+"""From sample files to packed rows and patches.
 
-A sample goes conversation -> sample -> row on every rank, from containers alone; pixels go
-video or image -> patches only where they are encoded, on the CPU or on the GPU.
+Every rank makes conversation -> sample -> row from media containers alone. Only the rank that
+encodes a picture reads its pixels into patches, on the CPU or on the GPU.
 """

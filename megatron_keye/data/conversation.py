@@ -1,7 +1,7 @@
-"""JSON lines of conversations, read into one form whatever of the usual spellings they are in.
+"""Reads JSON lines of conversations in any of the usual formats into one form.
 
-Only the format is judged here, for the whole file before the run starts; media are opened when a
-sample's turn comes.
+The format of the whole file is checked before the run starts; media are opened when their sample
+is drawn.
 """
 
 import json
@@ -20,20 +20,20 @@ _KEYS = {
     "image": {"type", "image"},
     "video": {"type", "video", "start", "end", "video_start", "video_end"},
 }
-# What other trainers give a meaning to that would be lost here, in a record and in a message.
-_MEANINGFUL = ("tools", "objects", "audios", "chosen", "rejected", "rejected_response")
-_MEANINGFUL_IN_MESSAGE = ("tool_calls", "loss")
+# Keys that other trainers act on, in a record and in a message; ignoring them would alter samples.
+_REFUSED_KEYS = ("tools", "objects", "audios", "chosen", "rejected", "rejected_response")
+_REFUSED_MESSAGE_KEYS = ("tool_calls", "loss")
 _URLS = ("http://", "https://", "data:")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A piece of a message: text, or a picture file that stands there."""
+    """Part of a message: text, or a media file in its place."""
 
     kind: str
     """"text", "image" or "video"."""
     value: str
-    """The text, or the file's name as the sample spells it."""
+    """The text, or the file's name as written in the sample."""
     start_seconds: float | None = None
     """Where a video's window starts; None for its beginning."""
     end_seconds: float | None = None
@@ -47,7 +47,7 @@ class Message:
     role: str
     """One of ROLES."""
     parts: tuple[Part, ...]
-    """Text and pictures in reading order."""
+    """Text and media in reading order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Conversation:
     """One line of a sample file."""
 
     name: str
-    """File and line, for messages."""
+    """File and line, for error messages."""
     messages: tuple[Message, ...]
     """Turns in order."""
     base: Path = field(default_factory=Path)
@@ -81,7 +81,7 @@ def read_conversations(path: Path) -> list[Conversation]:
         if line.strip()
     ]
     if not conversations:
-        raise UserError(f"{path}: holds no samples, expected one conversation a line")
+        raise UserError(f"{path}: holds no samples, expected one conversation per line")
     return conversations
 
 
@@ -89,11 +89,11 @@ def parse_conversation(line: str, name: str, base: Path) -> Conversation:
     """Read one line.
 
     Args:
-        line: A JSON object. Turns stand in "messages" with "role" and "content", or in
+        line: A JSON object. Turns are in "messages" with "role" and "content", or in
             "conversations" with "from" and "value"; content is a list of parts, or text with
             <image> and <video> markers beside top-level "images" and "videos" ("image" and
             "video" for one file). A top-level "system" is the first turn.
-        name: File and line, for messages.
+        name: File and line, for error messages.
         base: Folder that relative media names start from.
 
     Raises:
@@ -103,7 +103,7 @@ def parse_conversation(line: str, name: str, base: Path) -> Conversation:
         record = json.loads(line)
         return Conversation(name=name, messages=_messages(record), base=base)
     except json.JSONDecodeError as error:
-        raise UserError(f"{name}: is not valid JSON ({error}); one object a line") from error
+        raise UserError(f"{name}: is not valid JSON ({error}); one object per line") from error
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
@@ -111,7 +111,7 @@ def parse_conversation(line: str, name: str, base: Path) -> Conversation:
 def _messages(record: Any) -> tuple[Message, ...]:
     """Read all turns of one object."""
     raw = _turns(record)
-    _refuse_lost_meaning(record, _MEANINGFUL)
+    _refuse_keys(record, _REFUSED_KEYS)
     media = {
         marker: names
         for marker, kind in _MARKERS.items()
@@ -128,7 +128,7 @@ def _messages(record: Any) -> tuple[Message, ...]:
 
 
 def _turns(record: Any) -> list[Any]:
-    """Return the turns as "role" and "content", whichever spelling they are in."""
+    """Return the turns with "role" and "content", whichever format they are in."""
     for key in ("messages", "conversations"):
         raw = record.get(key) if isinstance(record, dict) else None
         if isinstance(raw, list) and raw:
@@ -138,20 +138,20 @@ def _turns(record: Any) -> list[Any]:
         raise UserError(
             f"got {keys}, expected an object with a non-empty list 'messages' or 'conversations'"
         )
-    turns = [_spoken(turn) if isinstance(turn, dict) and "from" in turn else turn for turn in raw]
+    turns = [_as_role(turn) if isinstance(turn, dict) and "from" in turn else turn for turn in raw]
     system = record.get("system")
     return [{"role": "system", "content": system}, *turns] if system else turns
 
 
-def _spoken(turn: dict[str, Any]) -> dict[str, Any]:
-    """Turn {"from", "value"} into {"role", "content"}."""
+def _as_role(turn: dict[str, Any]) -> dict[str, Any]:
+    """Convert a turn of "from" and "value" to "role" and "content"."""
     speaker = turn["from"]
     role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
     others = {key: value for key, value in turn.items() if key not in ("from", "value")}
     return others | {"role": role, "content": turn.get("value")}
 
 
-def _refuse_lost_meaning(record: dict[str, Any], keys: tuple[str, ...]) -> None:
+def _refuse_keys(record: dict[str, Any], keys: tuple[str, ...]) -> None:
     for key in keys:
         value = record.get(key)
         if value not in (None, [], "", True):
@@ -162,14 +162,14 @@ def _refuse_lost_meaning(record: dict[str, Any], keys: tuple[str, ...]) -> None:
 
 
 def _media_list(record: dict[str, Any], kind: str) -> list[str] | None:
-    """Read the top-level files of one kind: "videos", or "video" for one file or a list."""
+    """Return the top-level files of one kind: "videos", or "video" for one file or a list."""
     key = f"{kind}s" if record.get(f"{kind}s") is not None else kind
     names = record.get(key)
     if names is None:
         return None
     if key == kind and isinstance(names, str):
         names = [names]
-    # {"path": FILE} is how ms-swift writes a file that it could also carry as bytes.
+    # ms-swift writes {"path": FILE} for a file that could also be inline bytes.
     if isinstance(names, list):
         names = [
             name["path"] if isinstance(name, dict) and set(name) == {"path"} else name
@@ -181,7 +181,7 @@ def _media_list(record: dict[str, Any], kind: str) -> list[str] | None:
 
 
 def _file_name(name: str) -> str:
-    """Return a medium's name without the scheme of local files."""
+    """Return a media file's name without "file://"."""
     if name.startswith(_URLS):
         raise UserError(
             f"{name[:80]!r} is no file name, expected a file on this machine; download it first"
@@ -190,10 +190,10 @@ def _file_name(name: str) -> str:
 
 
 def _message(raw: Any, media: dict[str, list[str]]) -> Message:
-    """Read one turn, taking its marked files off the front of the `media` lists."""
+    """Read one turn; its markers take files from the front of the `media` lists."""
     if not isinstance(raw, dict) or "role" not in raw or "content" not in raw:
         raise UserError(f"got message {raw!r}, expected an object with 'role' and 'content'")
-    _refuse_lost_meaning(raw, _MEANINGFUL_IN_MESSAGE)
+    _refuse_keys(raw, _REFUSED_MESSAGE_KEYS)
     role, content = raw["role"], raw["content"]
     if role not in ROLES:
         raise UserError(f"got role {role!r}, expected one of {', '.join(ROLES)}")
@@ -205,13 +205,13 @@ def _message(raw: Any, media: dict[str, list[str]]) -> Message:
 
 
 def _marked(text: str, media: dict[str, list[str]]) -> list[Part]:
-    """Split text at the markers that the record has lists for."""
+    """Split text at those markers for which the record lists files."""
     parts: list[Part] = []
     while text:
         found = [(text.find(marker), marker) for marker in media if marker in text]
-        place, marker = min(found, default=(len(text), ""))
-        if place:
-            parts.append(Part(kind="text", value=text[:place]))
+        position, marker = min(found, default=(len(text), ""))
+        if position:
+            parts.append(Part(kind="text", value=text[:position]))
         if marker:
             if not media[marker]:
                 raise UserError(
@@ -219,7 +219,7 @@ def _marked(text: str, media: dict[str, list[str]]) -> list[Part]:
                     "expected one file for each"
                 )
             parts.append(Part(kind=_MARKERS[marker], value=media[marker].pop(0)))
-        text = text[place + len(marker) :]
+        text = text[position + len(marker) :]
     return parts
 
 
@@ -244,7 +244,7 @@ def _part(raw: Any) -> Part:
 
 
 def _seconds(raw: dict[str, Any], key: str) -> float | None:
-    """Read one end of a video's window, which qwen-vl-utils spells with "video_" before it."""
+    """Read one end of a video's window; qwen-vl-utils prefixes its key with "video_"."""
     given = {name: raw[name] for name in (key, f"video_{key}") if raw.get(name) is not None}
     if len(given) > 1:
         raise UserError(f"got {given}, expected one of them")

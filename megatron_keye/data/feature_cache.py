@@ -1,8 +1,8 @@
-"""What a frozen vision encoder made of pictures, on disk: zarr arrays, one chunk a picture.
+"""Caches features of a frozen vision encoder on disk: zarr arrays, one zarr chunk per picture.
 
-Everything that decides a picture's features is in the name under which they are kept: the content
-of its file, its frame, its grid, and the weights. What has changed therefore has another name and
-is not found; nothing stale is ever read.
+The name of an entry contains everything that decides the features: the content of the media file,
+the frame, the patch grid and the weights. A change of any of them gives another name, so nothing
+stale is ever read.
 """
 
 import hashlib
@@ -28,24 +28,24 @@ _READ_BYTES = 16 * 2**20
 class FeatureCache:
     """Features of one set of weights.
 
-    Any number of processes may read and write at once: each picture is a file of its own, put
-    into place whole, and two that write the same picture write the same features.
+    Any number of processes may read and write at once: each picture is a file of its own, written
+    atomically, and two processes that write the same picture write the same features.
 
     Args:
-        folder: Where all features are kept, whatever the weights.
-        maker: Name of everything but the picture that decides its features; a folder's name.
-        width: Features of a patch.
+        folder: Root of the cache, for features of any weights.
+        maker: Folder name that identifies all that decides features besides the picture.
+        width: Features per patch.
         dtype: Of the features.
     """
 
     def __init__(self, folder: Path, maker: str, width: int, dtype: torch.dtype) -> None:
         self._folder = folder / FORMAT / maker
         self._width, self._dtype = width, dtype
-        # numpy has no bfloat16; its bits travel as integers.
+        # numpy has no bfloat16; its bits are stored as integers.
         self._stored = torch.uint16 if dtype == torch.bfloat16 else dtype
 
     def has(self, picture: Picture) -> bool:
-        """Tell whether a picture's features are there.
+        """Return whether a picture's features are cached.
 
         Raises:
             UserError: Naming the file, when it is missing.
@@ -53,43 +53,44 @@ class FeatureCache:
         return (self._array_folder(picture) / "c" / str(picture.frame) / "0" / "0").is_file()
 
     def read(self, picture: Picture) -> Tensor:
-        """Return the features [P, W] of a picture that is there, on the CPU.
+        """Return the features [P, W] of a cached picture, on the CPU.
 
         Raises:
-            UserError: Naming the file in the store that is damaged.
+            UserError: Naming the damaged array.
         """
         folder = self._array_folder(picture)
         try:
             stored = np.asarray(zarr.open_array(folder, mode="r")[picture.frame])
-            assert stored.shape == (picture.num_patches, self._width), f"{folder}: another shape"
+            expected = (picture.num_patches, self._width)
+            assert stored.shape == expected, f"{folder}: got {stored.shape}, expected {expected}"
         except (ValueError, OSError) as error:
             raise UserError(
-                f"{folder}: features of frame {picture.frame} of {picture.medium.path} cannot be read "
-                f"({error}), expected what was written; remove the folder, and they are made anew"
+                f"{folder}: features of frame {picture.frame} of {picture.medium.path} cannot be "
+                f"read ({error}), expected an intact array; remove the folder to encode them again"
             ) from error
         return torch.from_numpy(stored).view(self._dtype)
 
     def write(self, picture: Picture, features_PW: Tensor) -> None:
-        """Keep the features [P, W] of a picture."""
+        """Store the features [P, W] of a picture."""
         folder = self._array_folder(picture)
         if not (folder / "zarr.json").is_file():
-            # Who comes second finds the same array made.
+            # Another process may have created the same array since.
             with suppress(ContainsArrayError):
                 self._create(folder, picture)
         stored = features_PW.detach().to("cpu", self._dtype).contiguous().view(self._stored)
-        # Features of zeros are features, too, and have to be found again.
+        # By default zarr writes no chunk of zeros alone, and `has` looks for the chunk's file.
         array = zarr.open_array(folder, mode="r+", config={"write_empty_chunks": True})
         array[picture.frame] = stored.numpy()
 
     def _create(self, folder: Path, picture: Picture) -> None:
-        """Make the array of a file's frames."""
+        """Create the array for all frames of a file."""
         num_frames = probe(Path(picture.medium.path)).num_frames if picture.is_video else 1
         zarr.create_array(
             folder,
             shape=(num_frames, picture.num_patches, self._width),
             chunks=(1, picture.num_patches, self._width),
             dtype=str(self._stored).removeprefix("torch."),
-            # Features do not compress; the sum finds damage.
+            # Features do not compress; the checksum detects damage.
             compressors=[Crc32cCodec()],
             attributes={"dtype": str(self._dtype), "grid": list(picture.patch_grid)},
             overwrite=False,
@@ -102,7 +103,7 @@ class FeatureCache:
 
 
 def content_digest(path: Path) -> str:
-    """Return a digest of a file's content, kept until its size or modification time changes.
+    """Return a digest of a file's content, cached until its size or modification time changes.
 
     Raises:
         UserError: When the file is missing.

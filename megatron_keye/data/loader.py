@@ -1,7 +1,7 @@
 """Endless packed rows from the samples of a run, in an order that depends on the seed alone.
 
 Every rank makes the same rows and takes its share, so the order is the same for any number of
-ranks, and the state is a few counts and the samples that wait to be packed.
+ranks. The state is a few counts and the samples that wait to be packed.
 """
 
 import logging
@@ -14,14 +14,14 @@ from megatron_keye.config import DataConfig, ModelConfig
 from megatron_keye.config.check import check
 from megatron_keye.data.blend import Blend
 from megatron_keye.data.media import resolve_media
-from megatron_keye.data.packing import PackingWindow, Waiting, pack
+from megatron_keye.data.packing import PackingWindow, WaitingSample, pack
 from megatron_keye.data.row import PackedRow, Sample
 from megatron_keye.data.source import ConversationFile, SampleSource
 from megatron_keye.data.store.settings import deciding_settings
 from megatron_keye.data.tokens import END_OF_TEXT, Tokenizer, load_tokenizer
 from megatron_keye.errors import UserError
 
-# A store reads faster the more is asked of it at once; this many take about 100 MB meanwhile.
+# A store is faster at large reads; this many tokens take about 100 MB of memory.
 _TOKENS_PER_READ = 1 << 22
 
 _logger = logging.getLogger(__name__)
@@ -31,14 +31,14 @@ class RowLoader:
     """Draws samples from all sources by weight and packs them into rows.
 
     Args:
-        config: Sources, row length, tokenizer, budgets, what to do about bad samples.
+        config: Sources, row length, tokenizer, budgets, what to do with bad samples.
         model: Vocabulary and picture sizes.
         seed: Decides the order of every epoch.
 
     Raises:
         UserError: For a source that is missing, malformed anywhere or prepared under other
-            settings, or a tokenizer that has more entries than the model. Media are looked at,
-            and refused, when they come up.
+            settings, or a tokenizer that has more entries than the model. Media are checked
+            when their sample is drawn.
     """
 
     def __init__(self, config: DataConfig, model: ModelConfig, seed: int) -> None:
@@ -73,11 +73,11 @@ class RowLoader:
 
     @property
     def num_skipped(self) -> int:
-        """Bad samples that were left out since the run began."""
+        """Bad samples skipped since the run began."""
         return self._num_skipped
 
     def take_skipped(self) -> list[str]:
-        """Return why samples were skipped since this was last asked, a sentence for each."""
+        """Return the reason for each sample skipped since the last call, one sentence each."""
         newly, self._newly_skipped = self._newly_skipped, []
         return newly
 
@@ -85,7 +85,7 @@ class RowLoader:
         """Return the next rows of the whole run, whatever the number of ranks.
 
         Args:
-            count: Rows wanted; the position moves on by them.
+            count: Rows wanted; the position advances by as many.
 
         Raises:
             UserError: Naming the sample that cannot be read or is longer than a row, unless
@@ -103,7 +103,7 @@ class RowLoader:
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the loader stands: JSON-ready."""
+        """Return the position in the data, ready for JSON."""
         return {
             "num_drawn": list(self._blend.num_drawn),
             "waiting": [[sample.source, sample.index] for sample in self._window.waiting],
@@ -114,7 +114,7 @@ class RowLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken.
+        """Resume exactly where `state_dict` was taken.
 
         Args:
             state: What `state_dict` returned.
@@ -126,7 +126,7 @@ class RowLoader:
         missing = sorted(self.state_dict().keys() - state.keys())
         if missing:
             raise UserError(
-                f"data.samples: the checkpoint's place in the data lacks {', '.join(missing)}, "
+                f"data.samples: the checkpoint's position in the data lacks {', '.join(missing)}, "
                 "expected one that this version saved; begin a run from its weights with "
                 "training.checkpoint.weights, or start afresh with training.checkpoint.resume=none"
             )
@@ -154,7 +154,7 @@ class RowLoader:
         self._blend.num_drawn = list(state["num_drawn"])
         self._num_skipped = state["num_skipped"]
 
-    def _pack(self, chosen: list[list[Waiting]]) -> list[PackedRow]:
+    def _pack(self, chosen: list[list[WaitingSample]]) -> list[PackedRow]:
         """Load the samples of some rows and lay them out."""
         row_tokens = self._config.row_tokens
         rows_per_read = max(1, _TOKENS_PER_READ // row_tokens)
@@ -167,8 +167,8 @@ class RowLoader:
                 packed.append(pack(of_row, row_tokens, pad_token_id=self._pad_token_id))
         return packed
 
-    def _draw(self) -> Waiting:
-        """Draw the next sample that is of use."""
+    def _draw(self) -> WaitingSample:
+        """Draw the next usable sample."""
         for _ in range(self.num_samples):
             source, index = self._blend.draw()
             try:
@@ -185,7 +185,7 @@ class RowLoader:
             f"{self._newly_skipped[-1]}"
         )
 
-    def _measured(self, source: int, index: int) -> Waiting:
+    def _measured(self, source: int, index: int) -> WaitingSample:
         num_tokens = self._sources[source].measure(index)
         if num_tokens > self._config.row_tokens:
             name = self._sources[source].name(index)
@@ -195,18 +195,18 @@ class RowLoader:
                 "data.frames.frames_per_second, data.frames.max_tokens_per_frame or "
                 "data.frames.max_tokens_per_video"
             )
-        return Waiting(source=source, index=index, num_tokens=num_tokens)
+        return WaitingSample(source=source, index=index, num_tokens=num_tokens)
 
-    def _load(self, taken: list[Waiting]) -> list[Sample]:
-        """Load samples, all of one source at once."""
-        places = defaultdict(list)
-        for place, sample in enumerate(taken):
-            places[sample.source].append(place)
+    def _load(self, taken: list[WaitingSample]) -> list[Sample]:
+        """Load samples, with one call per source."""
+        positions = defaultdict(list)
+        for position, sample in enumerate(taken):
+            positions[sample.source].append(position)
         loaded: dict[int, Sample] = {}
-        for source, of_source in places.items():
-            samples = self._sources[source].load([taken[place].index for place in of_source])
+        for source, of_source in positions.items():
+            samples = self._sources[source].load([taken[n].index for n in of_source])
             loaded |= zip(of_source, samples, strict=True)
-        return [loaded[place] for place in range(len(taken))]
+        return [loaded[n] for n in range(len(taken))]
 
 
 def open_source(

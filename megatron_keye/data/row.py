@@ -1,4 +1,4 @@
-"""A packed row before it reaches a device: tokens, labels, documents and where pictures go.
+"""A packed row before it reaches a device: tokens, labels, documents and picture positions.
 
 Cheap to build and equal on every rank, so that each rank plans a whole step by itself; pixels are
 decoded later, only by the rank that encodes them.
@@ -17,14 +17,14 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One image or one video frame as the model will see it."""
+    """One image or one video frame as the model sees it."""
 
     medium: Medium
-    """File it comes from."""
+    """Its file."""
     frame: int
-    """Index in presentation order of the frame in that file; 0 for an image."""
+    """Index of the frame in that file, in presentation order; 0 for an image."""
     patch_grid: tuple[int, int]
-    """Patches down and across after resizing, multiples of the merge size."""
+    """Patches down and across after resizing; multiples of the merge size."""
     seconds: float | None = None
     """When a video shows the frame; None for an image."""
 
@@ -48,9 +48,9 @@ class Sample:
     """One tokenized conversation, not yet packed."""
 
     name: str
-    """File and line it comes from, for messages."""
+    """File and line it comes from, for error messages."""
     token_ids: NDArray[np.int64]
-    """Token ids [T]; a picture's placeholders stand in one run."""
+    """Token ids [T]; a picture's placeholders are contiguous."""
     labels: NDArray[np.int64]
     """Next token to predict at each position [T], IGNORED_LABEL where there is none."""
     pictures: tuple[Picture, ...]
@@ -63,8 +63,8 @@ class Sample:
 class PackedRow:
     """Several samples laid end to end in one row of fixed length, padded at its end.
 
-    The padding after the last document forms a document of its own, without labels, so that
-    nothing attends to it and it attends to nothing real.
+    The padding after the last document is a document of its own, without labels, so that
+    attention does not cross between it and samples.
     """
 
     token_ids: NDArray[np.int64]
@@ -80,7 +80,7 @@ class PackedRow:
     picture_starts: tuple[int, ...]
     """Row position of each picture's first placeholder."""
     sample_names: tuple[str, ...]
-    """Where the documents come from, for messages."""
+    """Where the documents come from, for error messages."""
 
     @property
     def num_loss_tokens(self) -> int:

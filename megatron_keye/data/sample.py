@@ -1,6 +1,6 @@
-"""A conversation as the model sees it: ChatML tokens, labels and places for pictures.
+"""Tokenizes a conversation: ChatML tokens, labels and placeholders for pictures.
 
-Needs the containers of the media but none of their pixels, so every rank can afford it.
+Reads the containers of media but no pixels, so every rank can afford it.
 """
 
 from collections.abc import Callable
@@ -41,11 +41,11 @@ def make_sample(
         tokenizer: Vocabulary with ChatML's control tokens.
         config: Budgets and loss tokens.
         model: Ids of placeholders, patch and merge size.
-        probe_video: Says what a video's container holds; raises what `probe` does.
+        probe_video: Reads a video's container; raises what `probe` raises.
 
     Raises:
-        UserError: Naming file and line: a medium that is missing or unreadable, text that spells
-            a placeholder, or nothing to predict.
+        UserError: Naming file and line: a medium that is missing or unreadable, text that
+            contains a placeholder, or nothing to predict.
     """
     writer = _Writer(
         tokenizer=tokenizer,
@@ -64,7 +64,7 @@ def make_sample(
 
 @dataclass(kw_only=True)
 class _Writer:
-    """Grows the tokens of one sample from left to right."""
+    """Appends the tokens of one sample from left to right."""
 
     tokenizer: Tokenizer
     config: DataConfig
@@ -90,7 +90,7 @@ class _Writer:
         self._write_text("\n", is_answer=False)
 
     def finish(self, name: str) -> Sample:
-        """Shift the labels and freeze the sample."""
+        """Shift the labels and return the sample, its arrays read-only."""
         token_ids = np.array(self.token_ids, dtype=np.int64)
         labels = np.full_like(token_ids, IGNORED_LABEL)
         labels[:-1] = np.where(self.is_target[1:], token_ids[1:], IGNORED_LABEL)
@@ -116,10 +116,10 @@ class _Writer:
 
     def _write_text(self, text: str, *, is_answer: bool) -> None:
         token_ids = self.tokenizer.encode(text)
-        spelt = set(token_ids).intersection(self.model.vision_token_ids)
-        if spelt:
+        reserved = set(token_ids).intersection(self.model.vision_token_ids)
+        if reserved:
             raise UserError(
-                f"text has token id {min(spelt)}, which stands for pictures; set "
+                f"text has token id {min(reserved)}, which is a placeholder of pictures; set "
                 "model.image_token_id and model.video_token_id to the tokenizer's placeholders"
             )
         self._write(token_ids, is_answer=is_answer)
@@ -128,9 +128,10 @@ class _Writer:
         """Write an image, or the frames of a video with their times."""
         path = resolve_media(part.value, self.base)
         if part.kind == "image":
-            grid = image_patch_grid(*probe_image(path), self.config.frames, self.model.vision)
+            size = probe_image(path)
+            patch_grid = image_patch_grid(*size, self.config.frames, self.model.vision)
             self._write_picture(
-                Picture(medium=Medium(str(path), "image"), frame=0, patch_grid=grid)
+                Picture(medium=Medium(str(path), "image"), frame=0, patch_grid=patch_grid)
             )
             return
         plan = plan_video(

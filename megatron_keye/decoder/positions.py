@@ -83,20 +83,3 @@ def rotary_table(
     picked = angles.gather(0, chosen.expand(1, *angles.shape[1:])).squeeze(0)
     both = torch.cat([picked, picked], dim=-1)
     return both.cos(), both.sin()
-
-
-def rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Turn each pair of channels (i, i + C/2) by its angle, computing in float32 or better.
-
-    Args:
-        x_THC: [T, H, C] in any float type.
-        cos_TC: [T, C] from `rotary_table`.
-        sin_TC: [T, C] likewise.
-
-    Returns:
-        [T, H, C] in the type of `x_THC`.
-    """
-    wide = x_THC.to(torch.promote_types(x_THC.dtype, torch.float32))
-    first, second = wide.chunk(2, dim=-1)
-    turned = wide * cos_TC[:, None] + torch.cat([-second, first], dim=-1) * sin_TC[:, None]
-    return turned.to(x_THC.dtype)

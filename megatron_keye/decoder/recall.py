@@ -1,6 +1,6 @@
 """How much of the true attention the indexer's selection keeps.
 
-The one figure that tells whether sparse attention is faithful; sampled on a few queries a row,
+The one figure that tells whether sparse attention is faithful; sampled on a few queries per row,
 since the true attention over all keys is what sparse attention exists to avoid.
 """
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_keye.decoder.row import DecoderRow
 
 _SAMPLED_QUERIES = 16
-"""Queries a row and layer; at 256K tokens their dense scores are 2 GFLOP a head."""
+"""Queries per row and layer; at 256K tokens their dense scores are 2 GFLOP per head."""
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """What every attention layer needs to know about the row it works on.
 
-Built once a row and handed through Megatron's block, so that no layer computes it again and
+Built once per row and handed through Megatron's block, so that no layer computes it again and
 nothing travels through globals.
 """
 

@@ -126,7 +126,8 @@ class VirtualStage(MegatronModule):
         hidden_SBD = self.block(
             hidden_SBD,
             attention_mask=None,
-            # Megatron's block hands this argument to every layer as it is; ours reads a row there.
+            # A stowaway: Megatron's block hands this argument to every layer unread, and our
+            # attention finds the row in it.
             packed_seq_params=self._row(batch, indexer_loss_weight, meter, phase),
         )
         return self._loss(hidden_SBD, batch) if self.post_process else hidden_SBD

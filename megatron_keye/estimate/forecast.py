@@ -1,4 +1,4 @@
-"""Foretells a step: how long, who idles, for a recipe and the sizes of its rows, without a GPU.
+"""Estimates a step, how long it takes and who idles, from a recipe and the sizes of its rows.
 
 Counts operations and divides them by an assumed speed. The speeds are the weak point, the order
 of events is not: it is the plan's own.
@@ -123,7 +123,7 @@ def try_vision_ranks(
         speeds: Of a device.
 
     Returns:
-        Number and outcome, around the number that has as much work a rank as the decoder has;
+        Number and outcome, around the number at which vision and decoder ranks have equal work;
         the one that costs the fewest rank-seconds first. Empty for a batch without pictures.
     """
     forecast = Forecast(rows, run, speeds)

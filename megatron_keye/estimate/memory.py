@@ -14,7 +14,7 @@ from megatron_keye.config.training import Part
 
 _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 _MASTER, _MOMENTS, _SUM = 4, 8, 4
-"""Bytes a parameter in bf16: master weight, both moments, summed gradient."""
+"""Bytes per parameter in bf16: master weight, both moments, summed gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def _kept_by_experts(decoder: DecoderConfig) -> float:
 
 
 def _selection(run: RunConfig) -> float:
-    """Return the bytes a token for its selected keys: indices, scores, the target of each group,
+    """Return the bytes per token for its selected keys: indices, scores, the target of each group,
     and a share of the union of neighbours, which is largest where they have nothing in common.
     """
     if run.training.phase != "sparse":
@@ -162,7 +162,7 @@ def _selection(run: RunConfig) -> float:
 
 
 def _layer_workspace(run: RunConfig) -> float:
-    """Return what experts need a token while they run: inputs and outputs in another order."""
+    """Return what experts need per token while they run: inputs and outputs in another order."""
     decoder = run.model.decoder
     experts = decoder.experts
     width = 2 * decoder.hidden_size + experts.intermediate_size
@@ -195,7 +195,7 @@ def _chunk_bytes(run: RunConfig) -> float:
 
 
 def _kept_by_vision_layer(vision: VisionConfig) -> float:
-    """Count numbers a patch: the residual stream and its norm, twice; turned queries and keys,
+    """Count numbers per patch: the residual stream and its norm, twice; rotated queries and keys,
     values, attention's output and that once more when frames are joined; both sides of the GELU.
     """
     return 9 * vision.hidden_size + 2 * vision.intermediate_size

@@ -1,7 +1,7 @@
-"""A folder in the making: DIR.partial, continued after a kill, renamed when it is whole.
+"""A folder under construction: DIR.partial, resumed after a kill, renamed when it is complete.
 
-Each finished file leaves a record beside it, which is what a continued run skips by. Files get
-their names only when they are complete.
+Each finished file leaves a record, by which a resumed run skips it. A file gets its name only
+when it is complete.
 """
 
 import hashlib
@@ -19,17 +19,17 @@ _FINGERPRINT = "fingerprint"
 
 
 class PartialFolder:
-    """What will become a folder, under a name that nobody takes for it."""
+    """A folder that is filled under a temporary name."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        """Begin, or continue what a killed run with the same fingerprint left.
+        """Start, or resume what a killed run with the same fingerprint left.
 
         Args:
             folder: The final folder; must not exist.
-            fingerprint: Everything that decides the content.
+            fingerprint: Text of everything that decides the content.
 
         Raises:
-            UserError: When the folder is there already.
+            UserError: When the folder exists already.
         """
         if folder.exists():
             raise UserError(
@@ -52,26 +52,26 @@ class PartialFolder:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def forget(self, name: str) -> None:
-        """Have a finished file made again."""
+        """Drop the record of a finished file, so that it is made again."""
         (self._records / name).unlink()
 
     def write(self, name: str, fill: Callable[[BinaryIO], Any]) -> None:
-        """Write one file whole or not at all.
+        """Write one file atomically.
 
         Args:
             name: Name of the file.
-            fill: Writes the content and returns the record, which JSON can hold.
+            fill: Writes the content and returns the record, ready for JSON.
         """
-        # The process number keeps a leftover process of a killed run out of the way.
+        # The process id avoids a clash with a worker that outlived a killed run.
         temporary = self._records / f"{name}.{os.getpid()}"
         with temporary.open("wb") as stream:
             record = fill(stream)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(self.path / name)
-        described = temporary.with_suffix(".json")
-        described.write_text(json.dumps(record))
-        described.replace(self._records / name)
+        recorded = temporary.with_suffix(".json")
+        recorded.write_text(json.dumps(record))
+        recorded.replace(self._records / name)
 
     def finish(self) -> None:
         """Give the folder its final name."""
@@ -83,16 +83,16 @@ class PartialFolder:
         _sync(self.folder.parent)
 
     def promote(self, name: str) -> None:
-        """Give a folder in this one the final name and remove all else."""
-        whole = self.path / name
-        for path in (*whole.rglob("*"), whole):
+        """Give a subfolder the final name and remove everything else."""
+        subfolder = self.path / name
+        for path in (*subfolder.rglob("*"), subfolder):
             _sync(path)
-        whole.rename(self.folder)
+        subfolder.rename(self.folder)
         _sync(self.folder.parent)
         self.discard()
 
     def discard(self) -> None:
-        """Remove all that was written."""
+        """Remove everything that was written."""
         shutil.rmtree(self.path, ignore_errors=True)
 
 

@@ -1,7 +1,7 @@
-"""The process that workers are copies of: it imports once, for all of them, what they need.
+"""The fork server, which worker processes are forked from: it imports once what all of them need.
 
-Apart from the workers because it imports nothing heavy itself: a tool that starts the origin first
-of all has torch imported there while it imports torch here.
+A module of its own, without heavy imports: a tool that starts the fork server first has torch
+imported there while it imports torch itself.
 """
 
 import multiprocessing
@@ -11,17 +11,17 @@ from multiprocessing.context import ForkServerContext
 
 
 def context(preload: Sequence[str]) -> ForkServerContext:
-    """Return what makes workers.
+    """Return the multiprocessing context of worker processes.
 
     Args:
-        preload: Modules that the origin imports; it starts once, with those of the first call.
+        preload: Modules for the fork server to import; it starts once, with the first call's.
     """
-    made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(list(preload))
-    return made
+    fork_context = multiprocessing.get_context("forkserver")
+    fork_context.set_forkserver_preload(list(preload))
+    return fork_context
 
 
 def start_early(preload: Sequence[str]) -> None:
-    """Start the origin without waiting for it; without this the first worker starts it."""
+    """Start the fork server without waiting for it; otherwise the first worker starts it."""
     context(preload)
     forkserver.ensure_running()

@@ -1,12 +1,9 @@
-"""Lets several processes fill the files of a folder, one file each at a time."""
+"""Fills the files of a folder with several processes, one file per process at a time."""
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, BinaryIO, Protocol
-
-import torch
 
 from megatron_keye.errors import UserError
 from megatron_keye.files import worker_origin
@@ -14,14 +11,14 @@ from megatron_keye.files.partial_folder import PartialFolder
 
 _POLL_SECONDS = 0.2
 Advance = Callable[[int], None]
-"""Takes how much was done since the last call: bytes, or whatever the maker counts."""
+"""Called with the work done since the last call, in bytes or the maker's own unit."""
 
 
 class FileMaker(Protocol):
-    """Knows how to fill each file of a folder; pickles."""
+    """Fills each file of a folder; can be pickled."""
 
     def fill(self, name: str, stream: BinaryIO, advance: Advance) -> Any:
-        """Write the content of file `name` and return a record that JSON can hold."""
+        """Write the content of file `name` and return a record, ready for JSON."""
 
 
 def make_files(
@@ -32,43 +29,44 @@ def make_files(
     num_workers: int,
     advance: Advance,
 ) -> None:
-    """Fill the files that are not finished yet.
+    """Fill those files that have no record yet.
 
     Args:
         maker: Fills them.
         names: Their names.
-        folder: Where they go.
+        folder: Their folder.
         num_workers: Processes; 1 works in this one.
-        advance: Hears of what was done.
+        advance: Called with the work done.
 
     Raises:
-        UserError: What a process found wrong with the data.
+        UserError: When a process finds an error in the data.
         RuntimeError: When a process failed otherwise.
     """
     waiting = [name for name in names if folder.record(name) is None]
     num_workers = min(num_workers, len(waiting))
     if num_workers <= 1:
-        with _one_thread():
-            for name in waiting:
-                _make(maker, name, folder, advance)
+        for name in waiting:
+            _make(maker, name, folder, advance)
         return
     workers = [_Worker(maker, folder) for _ in range(num_workers)]
     try:
-        _hand_out(workers, waiting[::-1], advance)
+        _distribute(workers, waiting[::-1], advance)
     finally:
         for worker in workers:
             worker.stop()
 
 
 class _Worker:
-    """One process; it ends when this end of the pipe closes, so also when we are killed."""
+    """One process; it ends when this end of the pipe closes, also when this process is killed."""
 
     def __init__(self, maker: FileMaker, folder: PartialFolder) -> None:
         context = worker_origin.context([type(maker).__module__])
-        self.pipe, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, maker, folder), daemon=True)
+        self.pipe, child_pipe = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(child_pipe, maker, folder), daemon=True
+        )
         self._process.start()
-        there.close()
+        child_pipe.close()
 
     def stop(self) -> None:
         """End the process at once."""
@@ -77,7 +75,7 @@ class _Worker:
         self._process.join()
 
 
-def _hand_out(workers: list[_Worker], waiting: list[str], advance: Advance) -> None:
+def _distribute(workers: list[_Worker], waiting: list[str], advance: Advance) -> None:
     busy: dict[Any, _Worker] = {}
     for worker in workers:
         worker.pipe.send(waiting.pop())
@@ -95,13 +93,13 @@ def _hand_out(workers: list[_Worker], waiting: list[str], advance: Advance) -> N
 
 
 def _receive(pipe: Connection) -> int | None:
-    """Return how much was done, or None for a finished file; raise what went wrong over there."""
+    """Return the work done, or None for a finished file; raise the worker's error."""
     try:
         kind, content = pipe.recv()
     except (EOFError, ConnectionError):
         raise RuntimeError(
-            "a worker process was killed, perhaps for want of memory; run the same command "
-            "again to continue, with fewer --workers"
+            "a worker process was killed, perhaps out of memory; run the same command again "
+            "to continue, with fewer --workers"
         ) from None
     if kind == "wrong":
         raise UserError(content)
@@ -111,36 +109,22 @@ def _receive(pipe: Connection) -> int | None:
 
 
 def _serve(pipe: Connection, maker: FileMaker, folder: PartialFolder) -> None:
-    with _one_thread():
-        while True:
-            try:
-                name = pipe.recv()
-            except EOFError:
-                return
-            try:
-                _make(maker, name, folder, lambda n: pipe.send(("advance", n)))
-                answer = ("done", "")
-            except UserError as error:
-                answer = ("wrong", str(error))
-            except BrokenPipeError:
-                return
-            except BaseException:
-                answer = ("failed", traceback.format_exc())
-            pipe.send(answer)
+    while True:
+        try:
+            name = pipe.recv()
+        except EOFError:
+            return
+        try:
+            _make(maker, name, folder, lambda n: pipe.send(("advance", n)))
+            answer = ("done", "")
+        except UserError as error:
+            answer = ("wrong", str(error))
+        except BrokenPipeError:
+            return
+        except BaseException:
+            answer = ("failed", traceback.format_exc())
+        pipe.send(answer)
 
 
 def _make(maker: FileMaker, name: str, folder: PartialFolder, advance: Advance) -> None:
     folder.write(name, lambda stream: maker.fill(name, stream, advance))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Leave parallelism to processes, and checksums, which no reader of ours checks, out."""
-    threads, checksums = torch.get_num_threads(), torch.serialization.get_crc32_options()
-    torch.set_num_threads(1)
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.serialization.set_crc32_options(checksums)

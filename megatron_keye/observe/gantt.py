@@ -1,4 +1,4 @@
-"""Draws a step as an SVG: one bar a rank, one colour a phase."""
+"""Draws a step as an SVG: one bar per rank, one colour per kind of span."""
 
 from xml.sax.saxutils import escape
 
@@ -25,7 +25,7 @@ def draw(spans: dict[int, list[Span]], title: str) -> str:
     """Return the picture.
 
     Args:
-        spans: Phases of each rank; times in seconds from a common start.
+        spans: Of each rank; times in seconds from a common start.
         title: Stands above.
     """
     end = max((span.end for own in spans.values() for span in own), default=0.0) or 1.0
@@ -63,10 +63,10 @@ def _axis(y: int, end: float, scale: float) -> list[str]:
         f"{end * part:.3g} s</text>"
         for part in (0, 0.25, 0.5, 0.75, 1)
     ]
-    for place, (phase, colour) in enumerate(_COLOURS.items()):
+    for place, (name, colour) in enumerate(_COLOURS.items()):
         x = _LEFT + place * 95
         lines.append(
             f'<rect x="{x}" y="{y + 24}" width="12" height="12" fill="{colour}" stroke="#999"/>'
-            f'<text x="{x + 16}" y="{y + 34}">{phase}</text>'
+            f'<text x="{x + 16}" y="{y + 34}">{name}</text>'
         )
     return lines

@@ -1,7 +1,7 @@
 """Both optimizers of a rank, stepping as one: one gradient norm, one clip, all or none.
 
 Decoder and vision live on different grids, so each has a Megatron optimizer of its own; their
-norms are put together here.
+norms are combined here.
 """
 
 import math
@@ -23,7 +23,7 @@ from megatron_keye.parallel.grid import Grid
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What came of one optimizer step."""
+    """The result of one optimizer step."""
 
     gradient_norm: float
     """Norm over decoder and vision together, before clipping."""
@@ -106,11 +106,11 @@ class JointOptimizer:
         return StepOutcome(norm, learning_rate, was_applied=True)
 
     def _build(
-        self, stages: list[torch.nn.Module], groups: ProcessGroupCollection
+        self, modules: list[torch.nn.Module], groups: ProcessGroupCollection
     ) -> MegatronOptimizer:
         optimizer = get_megatron_optimizer(
             optimizer_config(self._run),
-            stages,
+            modules,
             use_gloo_process_groups=False,
             pg_collection=groups,
         )

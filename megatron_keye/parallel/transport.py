@@ -1,6 +1,6 @@
 """Carries features from vision ranks to the decoder ranks that own them, and gradients back.
 
-One uneven all-to-all a micro-batch and direction, whose counts both ends take from the plan, so
+One uneven all-to-all per micro-batch and direction, whose counts both ends take from the plan, so
 only owned rows travel and any ratio of ranks is an ordinary case. Single messages would not do:
 NCCL runs those of one group in order and sets up each pair of ranks with both present, so ranks
 that are at different points of their schedules wait for each other for ever. All ranks start the
@@ -198,11 +198,11 @@ class FeatureTransport:
         )
 
     def _allow_through(self, exchange: Exchange) -> None:
-        """Start all exchanges up to this one, which the schedule has come to."""
+        """Start all exchanges up to this one, which the schedule has reached."""
         self._cursor.allow_through(exchange)
         self._start_ready()
         assert exchange in self._cursor.started, (
-            f"rank {self._grid.rank} came to {exchange} before it had its part of "
+            f"rank {self._grid.rank} reached {exchange} before it had its part of "
             f"{self._cursor.waiting[0]}, which stands earlier in the plan's order"
         )
 

@@ -1,5 +1,5 @@
 """What a step will do, decided from sizes alone: who holds, encodes, decodes and sends what.
 
 Standard library and numpy only, so that planning tools start at once and every rank, whatever its
-device, comes to the same answer without a message.
+device, has the same plan without a message.
 """

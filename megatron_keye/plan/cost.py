@@ -1,6 +1,7 @@
-"""What pictures and rows cost, for balancing and for the simulator.
+"""What pictures and rows cost, for balancing, the simulator and the count of a step's FLOPs.
 
-Counts of multiplications; only their ratios decide who gets what.
+A product of [m, k] and [k, n] counts 2 m k n operations (Narayanan et al., arXiv:2104.04473, its
+appendix); balancing needs only their ratios.
 """
 
 from collections.abc import Sequence
@@ -29,8 +30,8 @@ class VisionCost:
 def vision_cost(vision: VisionConfig, parallel: VisionParallel) -> VisionCost:
     """Return the configured cost, or that of the model's sizes.
 
-    A layer multiplies 4 W^2 + 2 W F numbers a patch in its matrices and 2 W a pair of patches in
-    its attention (W hidden_size, F intermediate_size), so both are equal at 2 W + F patches.
+    A layer multiplies 4 W^2 + 2 W F numbers per patch in its matrices and 2 W per pair of patches
+    in its attention (W hidden_size, F intermediate_size), so both are equal at 2 W + F patches.
     """
     counted = 2 * vision.hidden_size + vision.intermediate_size
     return VisionCost(parallel.attention_break_even_patches or counted)
@@ -82,7 +83,11 @@ def attention_flops(
 def num_pairs(
     document_lengths: Sequence[int] | NDArray[np.int64], top_k: int | None = None
 ) -> float:
-    """Return how many keys all queries of a row meet, each at most `top_k` if that is given."""
+    """Return how many keys all queries of a row meet, each at most `top_k` if that is given.
+
+    A document of n tokens has n (n + 1) / 2 causal pairs; with top_k = k < n, the first k queries
+    meet k (k + 1) / 2 and each later one k.
+    """
     lengths = np.asarray(document_lengths, dtype=np.float64)
     short = lengths if top_k is None else np.minimum(lengths, top_k)
     return float((short * (short + 1) / 2 + (lengths - short) * short).sum())

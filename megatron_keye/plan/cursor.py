@@ -46,7 +46,7 @@ class ExchangeCursor:
         return self.order[self._num_started :]
 
     def allow_through(self, exchange: Exchange) -> None:
-        """Allow all exchanges up to this one, which the schedule has come to."""
+        """Allow all exchanges up to this one, which the schedule has reached."""
         self._num_allowed = max(self._num_allowed, self.order.index(exchange) + 1)
 
     def allow_all(self) -> None:

@@ -4,20 +4,31 @@ A recipe is a function that returns a RunConfig for the ranks that were started,
 own name. Needs no torch.
 """
 
+import importlib
 import importlib.util
-import json
-from collections.abc import Callable
+import inspect
+import sys
 from pathlib import Path
+from typing import Any, Protocol
 
 from megatron_keye.config import RunConfig
 from megatron_keye.config.check import suggest
 from megatron_keye.errors import UserError
 
-Recipe = Callable[..., RunConfig]
-"""Takes num_ranks, the ranks that were started, and has_gpu, by which precision is chosen."""
-
 FORMS = "a recipe's name, FILE.py:FUNCTION, or the run.json of an earlier run"
-_FOLDER = Path(__file__).resolve().parent
+_FOLDER = Path(__file__).parent
+
+
+class Recipe(Protocol):
+    """A function that makes a run."""
+
+    def __call__(self, *, num_ranks: int, has_gpu: bool) -> RunConfig:
+        """Return the run.
+
+        Args:
+            num_ranks: Ranks that were started, for which degrees are chosen.
+            has_gpu: By which precision is chosen.
+        """
 
 
 def recipe_names() -> list[str]:
@@ -37,14 +48,15 @@ def load_recipe(name: str) -> Recipe:
         UserError: For a name that is none of these, with near ones; a file that is not there or
             has no such function; a run.json of another version, naming the field.
     """
-    file, colon, function = name.partition(":")
+    file, _, function = name.rpartition(":") if ".py:" in name else (name, "", "")
     if file.endswith(".py"):
         return _load_function(Path(file), function or Path(file).stem)
     if name.endswith(".json"):
         return _load_run(Path(name))
-    if colon or name not in recipe_names():
+    if name not in recipe_names():
         raise UserError(f"recipe: got {name!r}, expected {FORMS}; {suggest(name, recipe_names())}")
-    return _load_function(_FOLDER / f"{name}.py", name)
+    recipe: Recipe = getattr(importlib.import_module(f"{__name__}.{name}"), name)
+    return recipe
 
 
 def _load_function(file: Path, name: str) -> Recipe:
@@ -53,6 +65,7 @@ def _load_function(file: Path, name: str) -> Recipe:
     spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
     assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their module up
     spec.loader.exec_module(module)
     recipe = getattr(module, name, None)
     if not callable(recipe):
@@ -60,6 +73,7 @@ def _load_function(file: Path, name: str) -> Recipe:
             f"recipe: got {file}:{name}, expected a function of that name in the file; "
             f"name it as {file}:FUNCTION"
         )
+    _check_parameters(recipe, f"{file}:{name}")
 
     def checked(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         run = recipe(num_ranks=num_ranks, has_gpu=has_gpu)
@@ -72,14 +86,24 @@ def _load_function(file: Path, name: str) -> Recipe:
     return checked
 
 
+def _check_parameters(recipe: Any, name: str) -> None:
+    signature = inspect.signature(recipe)
+    try:
+        signature.bind(num_ranks=1, has_gpu=False)
+    except TypeError as error:
+        raise UserError(
+            f"recipe: got {name}{signature}, expected a function that takes num_ranks and has_gpu "
+            "by name"
+        ) from error
+
+
 def _load_run(file: Path) -> Recipe:
     try:
-        text = file.read_text()
-        run = RunConfig.from_json(text)
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"recipe: {file} cannot be read ({error}), expected {FORMS}") from error
+        run = RunConfig.from_json(file.read_text())
     except UserError as error:
         raise UserError(f"recipe: {file}: {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"recipe: {file} cannot be read ({error}), expected {FORMS}") from error
 
     def recorded(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         return run

@@ -21,7 +21,7 @@ def check_same_rows(rows: list[PackedRow] | None, device: torch.device) -> None:
 
     Args:
         rows: All rows of the global batch, as this rank made them; None where it could not.
-        device: Where the message is put together.
+        device: Where the message's tensor lives.
 
     Raises:
         RuntimeError: On every rank, when any two ranks have different rows.
@@ -84,7 +84,7 @@ def agree_on_damaged(damaged: Damaged, device: torch.device) -> Damaged:
 
     Args:
         damaged: This rank's, out of the same rows as everyone's.
-        device: Where messages are put together.
+        device: Where the messages' tensors live.
 
     Returns:
         Those of all ranks in the order of rows, the same everywhere.

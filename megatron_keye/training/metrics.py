@@ -1,4 +1,4 @@
-"""What a step measured, put together from all ranks in one message.
+"""What a step measured, reduced over all ranks in one message.
 
 Every rank contributes sums of its own, zeros where it has none, and all learn the result.
 """
@@ -89,7 +89,7 @@ class StepMetrics:
     tokens_per_second: float
     """Real tokens of the global batch by the slowest rank's time."""
     tflops_per_device: float
-    """1e12 operations of the model's mathematics a second and rank (training/throughput.py)."""
+    """1e12 operations of the model's mathematics per second and rank (training/throughput.py)."""
     mfu: float
     """The same over what a device could do at best; NaN where that is unknown."""
     step_seconds: float

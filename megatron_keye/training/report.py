@@ -72,7 +72,7 @@ class Report:
         mfu = "" if math.isnan(metrics.mfu) else f", MFU {metrics.mfu:.1%}"
         figures = (
             f"loss {metrics.loss:.4f}  {metrics.tokens_per_second:,.0f} tokens/s  "
-            f"{metrics.tflops_per_device:.3g} TFLOP/s a rank{mfu}  "
+            f"{metrics.tflops_per_device:.3g} TFLOP/s per rank{mfu}  "
             f"step {metrics.step_seconds:.2f} s  "
             f"decoder {metrics.decoder_seconds:.2f} s  vision {metrics.vision_seconds:.2f} s "
             f"(waits {metrics.vision_wait_seconds:.2f})"
@@ -89,7 +89,7 @@ class Report:
         Args:
             step: Steps done.
             num_skipped: Samples left out since the run began.
-            reasons: A sentence for each that this step would have come to.
+            reasons: A sentence for each, in the order of the rows.
         """
         self._events.add_scalar("data/skipped_samples", num_skipped, step)
         if reasons:
@@ -97,7 +97,7 @@ class Report:
 
 
 def write_summary(run: RunConfig, summary: dict[str, Any]) -> None:
-    """Write what a run came to into its folder."""
+    """Write the summary of a run into its folder."""
     _summary_file(run).write_text(json.dumps(summary, indent=2) + "\n")
 
 
@@ -109,7 +109,7 @@ def read_summary(run: RunConfig) -> dict[str, Any]:
 
 
 def show_summary(summary: dict[str, Any], note: str = "") -> None:
-    """Show what a run came to as a table."""
+    """Show the summary of a run as a table."""
     table = Table(title=summary["run"], caption=note, show_header=False)
     for name, value in summary.items():
         shown = f"{value:,.4g}" if isinstance(value, float) else str(value)

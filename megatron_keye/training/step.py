@@ -55,7 +55,7 @@ class _Planned:
 
 
 class TrainingStep:
-    """Plans, encodes, runs the decoder, returns gradients, updates; the same on every kind of rank."""
+    """Plans, encodes, runs the decoder, updates: the same code on every kind of rank."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class TrainingStep:
             model: What this rank owns.
             optimizer: Its optimizers.
             source: Decodes pictures into patches, on ranks that encode; None on others.
-            stop: Looked at once a step.
+            stop: Looked at once per step.
             device: Where this rank computes.
         """
         self._run, self._grid, self._model, self._optimizer = run, grid, model, optimizer
@@ -182,8 +182,8 @@ class TrainingStep:
         if self._num_steps_without_pictures > _MAX_STEPS_WITHOUT_PICTURES:
             raise UserError(
                 "data.on_bad_sample=skip: no picture decoded in "
-                f"{self._num_steps_without_pictures} steps in a row, expected media that can be read on the ranks that encode; the last "
-                f"reason was {self.damaged[-1]}"
+                f"{self._num_steps_without_pictures} steps in a row, expected media that can be "
+                f"read on the ranks that encode; the last reason was {self.damaged[-1]}"
             )
 
     def _plan(self, rows: list[PackedRow]) -> _Planned:

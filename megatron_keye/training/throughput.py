@@ -45,7 +45,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(run: RunConfig, device_name: str) -> float:
-    """Return what one device can do at best, in 1e12 operations a second; NaN if unknown.
+    """Return what one device can do at best, in 1e12 operations per second; NaN if unknown.
 
     Args:
         run: Its `training.device_peak_tflops` comes first. Names are known in bf16 only.

@@ -138,7 +138,7 @@ class Trainer:
         return decode_backend(wanted, has_gpu=has_gpu)
 
     def _already_ended(self, last: int) -> dict[str, Any]:
-        """Show what the finished run came to; a job that is queued again must not fail."""
+        """Show the summary of the finished run; a job that is queued again must not fail."""
         summary = read_summary(self._run)
         if self._process.rank == 0:
             show_summary(summary, note=f"step {last} is done; raise training.steps to go on")

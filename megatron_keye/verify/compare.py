@@ -1,4 +1,4 @@
-"""How far two dumps are apart, and where: the array, its layer and its entry."""
+"""Compares two dumps: the largest deviation of each array or layer, and where it is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ class Deviation:
     """The largest absolute difference within one array, or within one layer of it."""
 
     name: str
-    """The array, as name[layer] when it is one layer's."""
+    """Name of the array; name[layer] for one layer."""
     largest: float
     """Infinite where one side holds NaN and the other does not."""
     where: tuple[int, ...]
     """Index of the entry with the largest difference; empty for an array without entries."""
     ours: float
-    """That entry on our side."""
+    """Our value of that entry."""
     theirs: float
-    """The same on the other."""
+    """The other side's value."""
     scale: float = 1.0
     """The other side's largest finite magnitude, or 1 where all is smaller."""
 
@@ -50,7 +50,7 @@ def compare(ours: Arrays, theirs: Arrays, *, by_layer: bool = False) -> list[Dev
     Args:
         ours: One dump.
         theirs: Another.
-        by_layer: Whether each layer of a layered array is told apart.
+        by_layer: Whether each layer of a layered array is compared on its own.
 
     Raises:
         UserError: When two arrays of one name differ in shape, or no name is on both sides.
@@ -77,7 +77,7 @@ def compare(ours: Arrays, theirs: Arrays, *, by_layer: bool = False) -> list[Dev
 
 
 def largest(deviations: list[Deviation]) -> Deviation:
-    """Return the worst of `deviations` in proportion to its scale, the first of equals."""
+    """Return the largest of `deviations` relative to its scale; ties go to the first."""
     return max(deviations, key=lambda deviation: deviation.largest / deviation.scale)
 
 
@@ -86,11 +86,11 @@ def _deviation(name: str, mine: NDArray[Any], other: NDArray[Any]) -> Deviation:
         return Deviation(name, 0.0, (), 0.0, 0.0)
     ours, theirs = mine.astype(np.float64), other.astype(np.float64)
     with np.errstate(invalid="ignore"):
-        apart = np.abs(ours - theirs)
+        difference = np.abs(ours - theirs)
     is_same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
-    apart = np.where(is_same, 0.0, np.where(np.isnan(apart), np.inf, apart))
-    where = tuple(int(i) for i in np.unravel_index(int(apart.argmax()), apart.shape))
+    difference = np.where(is_same, 0.0, np.where(np.isnan(difference), np.inf, difference))
+    where = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
     scale = max(1.0, float(np.abs(theirs[np.isfinite(theirs)]).max(initial=0.0)))
     return Deviation(
-        name, float(apart[where]), where, float(ours[where]), float(theirs[where]), scale
+        name, float(difference[where]), where, float(ours[where]), float(theirs[where]), scale
     )

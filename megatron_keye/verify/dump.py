@@ -1,7 +1,7 @@
-"""Everything that a model computes on one row, under names that other implementations can use.
+"""Dumps what a model computes on one row, under names that other implementations can use.
 
-The language loss and both losses of the indexer come from separate passes, so that a gradient
-belongs to one loss by construction.
+The language loss and both losses of the indexer come from separate passes, so that each
+gradient belongs to one loss.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class _Pass:
-    """One forward pass."""
+    """Results of one forward pass."""
 
     loss_sum: Tensor
     """Language loss, summed over the targets."""
@@ -41,7 +41,7 @@ def dump(
     Args:
         model: With its weights loaded.
         inputs: One row.
-        gradients_as: Layout of experts under which gradients are named; None for no gradients.
+        gradients_as: Expert layout that names the gradients; None for no gradients.
 
     Returns:
         `logits` [T, V], `image_embeds` and `video_embeds` [M, D], `hidden` [layers, T, D] (after
@@ -69,7 +69,7 @@ def dump(
 def _with_losses(
     model: OneProcessModel, inputs: DumpInputs, gradients_as: ExpertLayout | None
 ) -> Arrays:
-    """Return activations, losses and gradients of as many passes as that takes."""
+    """Return activations, losses and, if asked for, gradients, from separate passes."""
     model.clear_gradients()
     num_labels = len(inputs.batch().labels_L)
     sparse = _forward(model, inputs, "sparse", 0.0)
@@ -79,8 +79,8 @@ def _with_losses(
     arrays["sparse_kl"] = _array(sparse.layers.stacked("indexer_kl"))
     if gradients_as is not None:
         arrays |= _gradients(model, sparse.loss_sum / max(num_labels, 1), "lm", gradients_as)
-        again = _forward(model, inputs, "sparse", 1.0)
-        arrays |= _gradients(model, 0 * again.loss_sum, "sparse", gradients_as)
+        with_indexer = _forward(model, inputs, "sparse", 1.0)
+        arrays |= _gradients(model, 0 * with_indexer.loss_sum, "sparse", gradients_as)
     dense = _forward(model, inputs, "indexer_warmup", 1.0)
     arrays["warmup_kl"] = _array(dense.layers.stacked("indexer_kl"))
     if gradients_as is not None:
@@ -91,11 +91,11 @@ def _with_losses(
 def _forward(
     model: OneProcessModel, inputs: DumpInputs, phase: Phase, indexer_loss_weight: float
 ) -> _Pass:
-    """Run vision and decoder; the backward pass of the loss then adds the indexer's, weighted."""
+    """Run vision and decoder; the loss's backward pass adds the indexer's loss by its weight."""
     images, videos = _embed(model, inputs.images), _embed(model, inputs.videos)
     features = torch.cat([images, videos])[inputs.feature_order().to(model.device)]
     layers = LayerRecorder()
-    with layers.listening(model.stage):
+    with layers.recording(model.stage):
         loss_sum = model.stage(
             inputs.batch().to(model.device),
             features,
@@ -128,7 +128,7 @@ def _activations(model: OneProcessModel, inputs: DumpInputs, run: _Pass) -> Arra
 
 
 def _gradients(model: OneProcessModel, loss: Tensor, kind: str, layout: ExpertLayout) -> Arrays:
-    """Run the backward pass of `loss` and return the gradients, which are then cleared."""
+    """Run the backward pass of `loss` and return the gradients, cleared from the model."""
     loss.backward()
     found = model.gradients(layout)
     arrays = {f"grad.{kind}.{name}": _array(gradient) for name, gradient in found.items()}

@@ -1,6 +1,6 @@
-"""One row of inputs as anybody can write it: the .npz file that verify_checkpoint takes.
+"""One row of inputs from an .npz file, as verify_checkpoint takes it.
 
-Read and checked in full before any model is built, so that a wrong file is told in a sentence.
+Checked in full before any model is built, so that each mistake gives a clear message.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ KNOWN = (
     "position_ids",
     "targets",
 )
-"""Every array that a file may hold; only the first must be there."""
+"""Every array that a file may hold; only the first is required."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Pictures:
     """float32 [P, 3, patch, patch], each picture in raster order."""
     patch_grids: list[tuple[int, int]]
     """Patches down and across each picture."""
-    places: Tensor
-    """int64 [M], ascending: the row positions of all their placeholders."""
+    positions: Tensor
+    """int64 [M], ascending: the row positions of all placeholders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +53,15 @@ class DumpInputs:
     token_ids: Tensor
     """int64 [T]."""
     images: Pictures
-    """May be none."""
+    """Images; may be empty."""
     videos: Pictures
-    """Frames; may be none."""
+    """Frames; may be empty."""
     document_bounds: Tensor
     """int64 [documents + 1], 0 to T."""
     position_ids: Tensor
-    """int64 [3, T], as given or by the rule."""
+    """int64 [3, T], given or computed."""
     targets: Tensor | None
-    """int64 [T], -100 for none; None when the file has none at all."""
+    """int64 [T], -100 where there is none; None when the file has no targets."""
 
     def batch(self) -> Batch:
         """Return the row as the decoder takes it; features are [images, videos] in row order."""
@@ -78,12 +78,15 @@ class DumpInputs:
             key_end_T=positions + 1,
             is_real_T=torch.ones_like(positions, dtype=torch.bool),
             gathered_order_S=positions,
-            feature_positions_M=torch.cat([self.images.places, self.videos.places]).sort().values,
+            feature_positions_M=self._placeholders().sort().values,
         )
 
     def feature_order(self) -> Tensor:
-        """Return int64 [M] that brings the features [images, videos] into row order."""
-        return torch.cat([self.images.places, self.videos.places]).argsort()
+        """Return int64 [M] that sorts the features [images, videos] into row order."""
+        return self._placeholders().argsort()
+
+    def _placeholders(self) -> Tensor:
+        return torch.cat([self.images.positions, self.videos.positions])
 
 
 def read_inputs(path: Path, model: ModelConfig) -> DumpInputs:
@@ -108,7 +111,7 @@ def read_inputs(path: Path, model: ModelConfig) -> DumpInputs:
 
 
 def inputs_from_arrays(arrays: Arrays, model: ModelConfig) -> DumpInputs:
-    """Check arrays named as in KNOWN and make inputs of them.
+    """Check arrays named as in KNOWN and convert them to inputs.
 
     Args:
         arrays: Shapes and types as tools/verify_checkpoint.py --help lists them.
@@ -144,7 +147,7 @@ def inputs_from_arrays(arrays: Arrays, model: ModelConfig) -> DumpInputs:
 
 def _require(holds: bool, name: str, got: object, expected: str) -> None:
     if not holds:
-        raise UserError(f"{name}: got {got}, expected {expected}; mend the file of --inputs")
+        raise UserError(f"{name}: got {got}, expected {expected}; correct the file of --inputs")
 
 
 def _require_range(name: str, values: NDArray[np.int64], start: int, end: int) -> None:
@@ -154,7 +157,7 @@ def _require_range(name: str, values: NDArray[np.int64], start: int, end: int) -
 
 
 def _integers(arrays: Arrays, name: str, shape: tuple[int | None, ...]) -> NDArray[np.int64]:
-    """Return an array of integers as int64 after checking its shape; None fits any size."""
+    """Return an array of integers as int64 after checking its shape; None means any size."""
     array = arrays[name]
     _require(array.dtype.kind in "iu", name, f"type {array.dtype}", "int64")
     _require_shape(name, array, shape)
@@ -174,7 +177,7 @@ def _pictures(
 ) -> Pictures:
     """Return the pictures of one kind after checking them against their placeholders."""
     side, merge = model.vision.patch_size, model.vision.merge_size
-    places = np.flatnonzero(arrays["input_ids"] == token_id)
+    positions = np.flatnonzero(arrays["input_ids"] == token_id)
     given = {name for name in (pixels, patch_grids) if name in arrays}
     _require(
         len(given) != 1, pixels, f"only {', '.join(given)}", f"{pixels} and {patch_grids} together"
@@ -198,12 +201,12 @@ def _pictures(
     _require(len(patches) == num_patches, pixels, f"{len(patches)} patches", f"{num_patches}")
     num_tokens = num_patches // merge**2
     _require(
-        len(places) == num_tokens,
+        len(positions) == num_tokens,
         "input_ids",
-        f"{len(places)} placeholders {token_id}",
-        f"{num_tokens} as {patch_grids} add up to",
+        f"{len(positions)} placeholders {token_id}",
+        f"{num_tokens}, the sum over {patch_grids}",
     )
-    return Pictures(torch.from_numpy(patches), sizes, torch.from_numpy(places))
+    return Pictures(torch.from_numpy(patches), sizes, torch.from_numpy(positions))
 
 
 def _bounds(arrays: Arrays, length: int) -> NDArray[np.int64]:
@@ -215,7 +218,7 @@ def _bounds(arrays: Arrays, length: int) -> NDArray[np.int64]:
         fits and bool((np.diff(bounds) >= 0).all()),
         "cu_seqlens",
         bounds.tolist(),
-        f"numbers that rise from 0 to {length}",
+        f"ascending numbers from 0 to {length}",
     )
     return bounds
 
@@ -223,17 +226,17 @@ def _bounds(arrays: Arrays, length: int) -> NDArray[np.int64]:
 def _positions(
     arrays: Arrays, bounds: NDArray[np.int64], kinds: tuple[Pictures, ...], model: ModelConfig
 ) -> NDArray[np.int64]:
-    """Return the given positions, or those of the rule from where the pictures stand."""
+    """Return the given position ids, or those that follow from the placeholders."""
     if "position_ids" in arrays:
         given = _integers(arrays, "position_ids", (3, int(bounds[-1])))
         return np.ascontiguousarray(given)
     merge = model.vision.merge_size
     found = []
     for pictures in kinds:
-        places, taken = pictures.places.tolist(), 0
+        positions, taken = pictures.positions.tolist(), 0
         for height, width in pictures.patch_grids:
             cells = (height // merge, width // merge)
-            own = places[taken : taken + cells[0] * cells[1]]
+            own = positions[taken : taken + cells[0] * cells[1]]
             taken += len(own)
             in_row = own[-1] - own[0] == len(own) - 1
             one_document = np.searchsorted(bounds, own[0], "right") == np.searchsorted(

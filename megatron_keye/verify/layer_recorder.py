@@ -1,4 +1,4 @@
-"""Keeps tensors of single layers, for comparing two models layer by layer."""
+"""Records tensors of single layers, for comparing two models layer by layer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,41 +14,41 @@ from megatron_keye.decoder.virtual_stage import VirtualStage
 
 @dataclass
 class LayerRecorder(RowMeter):
-    """A meter that also keeps the tensors that layers report, detached."""
+    """A meter that also records the tensors that layers report, detached."""
 
     recorded: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     """Tensors by name and 1-based layer number."""
 
     def record(self, name: str, layer_number: int, value: Tensor) -> None:
-        """Keep `value`."""
+        """Record `value`, detached."""
         self.recorded.setdefault(name, {})[layer_number] = value.detach()
 
     def stacked(self, name: str) -> Tensor:
-        """Return what all layers reported under `name`, [layers, ...] in layer order."""
-        of_layers = self.recorded[name]
-        return torch.stack([of_layers[number] for number in sorted(of_layers)])
+        """Return the tensors of all layers under `name`, [layers, ...] in layer order."""
+        by_layer = self.recorded[name]
+        return torch.stack([by_layer[number] for number in sorted(by_layer)])
 
     @contextmanager
-    def listening(self, stage: VirtualStage) -> Iterator[None]:
+    def recording(self, stage: VirtualStage) -> Iterator[None]:
         """Record each layer's "hidden" and the "final" hidden states of a whole decoder.
 
         Args:
-            stage: The stage that holds all layers; its forward passes inside the context count.
+            stage: The stage with all layers; its forward passes inside the context are recorded.
         """
         hooks = [
-            layer.register_forward_hook(self._keep("hidden", layer.layer_number))
+            layer.register_forward_hook(self._hook("hidden", layer.layer_number))
             for layer in stage.block.layers
         ]
-        hooks.append(stage.block.register_forward_hook(self._keep("final", 0)))
+        hooks.append(stage.block.register_forward_hook(self._hook("final", 0)))
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _keep(self, name: str, number: int) -> Callable[[torch.nn.Module, Any, Any], None]:
-        def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
+    def _hook(self, name: str, number: int) -> Callable[[torch.nn.Module, Any, Any], None]:
+        def record_output(_: torch.nn.Module, __: Any, output: Any) -> None:
             hidden_SBD: Tensor = output[0] if isinstance(output, tuple) else output
             self.record(name, number, hidden_SBD.squeeze(1))
 
-        return keep
+        return record_output

@@ -1,6 +1,6 @@
-"""The whole model in one process, for comparing it with other implementations.
+"""Runs the whole model in one process, for comparing it with other implementations.
 
-The training modules themselves, on a grid of one rank: what is compared is what trains.
+It uses the training modules themselves, on a grid of one rank.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from megatron_keye.checkpoint.hf.folder import HfFolder
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout
 from megatron_keye.checkpoint.hf.weight_map import weight_mappings
 from megatron_keye.checkpoint.hf.weights import as_released, load_released, parameter_name
+from megatron_keye.checkpoint.state import copy_loaded
 from megatron_keye.config import (
     DataConfig,
     DecoderConfig,
@@ -41,7 +42,7 @@ Precision = Literal["fp32", "fp64"]
 
 @contextmanager
 def alone(device: torch.device) -> Iterator[None]:
-    """Be the only rank of a job, without TF32, until the context ends.
+    """Make this process the only rank of a job, without TF32, until the context ends.
 
     Args:
         device: Where the model will run.
@@ -49,7 +50,7 @@ def alone(device: torch.device) -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     with tempfile.TemporaryDirectory() as folder:
-        join(device, rank=0, num_ranks=1, init_method=f"file://{Path(folder) / 'meeting'}")
+        join(device, rank=0, num_ranks=1, init_method=f"file://{Path(folder) / 'rendezvous'}")
         try:
             yield
         finally:
@@ -60,18 +61,18 @@ class OneProcessModel:
     """Decoder and vision tower on one rank, with weights from a checkpoint."""
 
     def __init__(self, model: ModelConfig, device: torch.device, precision: Precision) -> None:
-        """Build the modules; their matrices hold nothing until a checkpoint is loaded.
+        """Build the modules; their matrices are uninitialized until a checkpoint is loaded.
 
         Args:
             model: Sizes.
-            device: Where they live.
+            device: Where the modules are.
             precision: Type of weights and activations.
         """
         self.run = _run(model, precision)
         self.device, self.dtype = device, weight_dtype(self.run)
         self.grid = build_grid(self.run.parallel)
         groups = self.grid.decoder
-        assert groups is not None, "the only rank decodes"
+        assert groups is not None, "the only rank has a decoder"
         on_gpu = device.type == "cuda"
         self.stage = VirtualStage(
             self.run,
@@ -93,7 +94,7 @@ class OneProcessModel:
         """Return the gradient of every tensor of a Hugging Face checkpoint, 0 where there is none.
 
         Args:
-            layout: How that checkpoint holds experts.
+            layout: Expert layout of that checkpoint.
         """
         found = {
             name: torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -102,7 +103,7 @@ class OneProcessModel:
         return as_released(found, self.run.model, layout)
 
     def clear_gradients(self) -> None:
-        """Forget all gradients."""
+        """Drop all gradients."""
         self.stage.zero_grad(set_to_none=True)
         self.tower.zero_grad(set_to_none=True)
 
@@ -123,13 +124,10 @@ class OneProcessModel:
         state = _sharded_state(self.stage, self.tower, self.grid)
         targets = {name: entry.data for name, entry in state.items()}
         loaded = dist_checkpointing.load({"weights": state}, str(folder))["weights"]
-        with torch.no_grad():
-            for name, target in targets.items():
-                if loaded[name] is not target:
-                    target.copy_(loaded[name])
+        copy_loaded(loaded, targets)
 
     def _check_native(self, folder: NativeFolder) -> None:
-        """Compare names and shapes with ours before Megatron reads the weights."""
+        """Compare names and shapes with the model's before Megatron reads the weights."""
         weights = self.parameters()
         for mapping in weight_mappings(self.run.model, "fused"):
             expected = [*mapping.stacked_shape, *weights[parameter_name(mapping)].shape]
@@ -138,7 +136,7 @@ class OneProcessModel:
                 got = "none" if stored is None else f"shape {list(stored.shape)}"
                 raise UserError(
                     f"tensor {mapping.key}: got {got} in {folder.path}, expected shape {expected} "
-                    "as in the --hf folder; compare two forms of one model"
+                    "as in the --hf folder; compare two formats of one model"
                 )
 
 
@@ -157,8 +155,8 @@ def _run(model: ModelConfig, precision: Precision) -> RunConfig:
 
 
 def _sharded_state(stage: VirtualStage, tower: VisionTower, grid: Grid) -> dict[str, Any]:
-    """Return the weights as training saves them (state.py), without its wrappers."""
-    assert grid.decoder is not None and grid.vision is not None, "the only rank does both"
+    """Return the weights as `checkpoint.state.weight_state` does, which takes wrapped modules."""
+    assert grid.decoder is not None and grid.vision is not None, "the only rank has both"
     decoder = stage.sharded_state_dict(
         prefix="decoder.", metadata={"dp_cp_group": grid.decoder.dp_cp}
     )

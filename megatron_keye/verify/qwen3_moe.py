@@ -1,6 +1,6 @@
-"""The language model of a checkpoint as transformers runs it: an independent second opinion.
+"""Runs a checkpoint's language model with transformers, as an independent reference.
 
-Where the indexer has no choice to make, sparse attention is dense, and the decoder is a Qwen3-MoE.
+Where top-k covers all keys, sparse attention is dense, and the decoder is a Qwen3-MoE.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from megatron_keye.verify.one_process import OneProcessModel
 
 
 class _KeepFloat64(TorchFunctionMode):
-    """Ignores requests for float32: transformers makes them for norms, rotary and softmax."""
+    """Turns casts to float32 into float64; transformers has them in norms, rotary and softmax."""
 
     def __torch_function__(
         self,
@@ -44,8 +44,8 @@ def run_qwen3_moe(folder: HfFolder, model: OneProcessModel, inputs: DumpInputs) 
     """Return `logits` [T, V] and `hidden` [layers, T, D] of transformers' Qwen3MoeForCausalLM.
 
     Args:
-        folder: The decoder's weights are read from here, past our own loader.
-        model: Tells sizes, type and device.
+        folder: Source of the decoder's weights, read without our own loader.
+        model: Gives sizes, type and device.
         inputs: One document of text, of at most top-k tokens.
 
     Raises:
@@ -59,7 +59,7 @@ def run_qwen3_moe(folder: HfFolder, model: OneProcessModel, inputs: DumpInputs) 
             "--against qwen3-moe: got no installed transformers, expected version 5 or later; "
             'install it with pip install "megatron-keye[hf]"'
         ) from error
-    # Building one asks for float32 in places where float64 would be refused.
+    # Built outside _KeepFloat64: its constructor needs float32 in places.
     config = transformers.Qwen3MoeConfig(**_config(model.run.model))
     reference = transformers.Qwen3MoeForCausalLM(config).to(model.dtype).to(model.device).eval()
     for name, weight in reference.named_parameters():
@@ -78,7 +78,7 @@ def run_qwen3_moe(folder: HfFolder, model: OneProcessModel, inputs: DumpInputs) 
 
 
 def check_text(inputs: DumpInputs, model: ModelConfig) -> None:
-    """Raise a UserError unless the indexer has no choice to make and there is nothing to see."""
+    """Raise a UserError unless the inputs are one document of text of at most top-k tokens."""
     top_k = model.decoder.indexer.top_k
     length, num_documents = len(inputs.token_ids), len(inputs.document_bounds) - 1
     num_pictures = len(inputs.images.patch_grids) + len(inputs.videos.patch_grids)

@@ -1,4 +1,4 @@
-"""Inputs to compare two models on, for when the user brings none."""
+"""Default inputs for comparing two models."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def sample_multimodal(model: ModelConfig, seed: int) -> Arrays:
     generator = np.random.default_rng(seed)
     side, merge = model.vision.patch_size, model.vision.merge_size
     image, frame = (2 * merge, 3 * merge), (merge, 2 * merge)
-    pieces = [_text(model, generator, _TEXT_TOKENS // 2)]
+    parts = [_text(model, generator, _TEXT_TOKENS // 2)]
     for token_id, (height, width) in (
         (model.image_token_id, image),
         (model.video_token_id, frame),
@@ -36,8 +36,8 @@ def sample_multimodal(model: ModelConfig, seed: int) -> Arrays:
         start, end = (
             np.array([i]) for i in (model.vision_start_token_id, model.vision_end_token_id)
         )
-        pieces += [start, pad, end, _text(model, generator, 4)]
-    first = np.concatenate(pieces)
+        parts += [start, pad, end, _text(model, generator, 4)]
+    first = np.concatenate(parts)
     token_ids = np.concatenate([first, _text(model, generator, _TEXT_TOKENS // 2)])
 
     def patches(patch_grids: list[tuple[int, int]]) -> NDArray[np.float32]:
@@ -56,7 +56,7 @@ def sample_multimodal(model: ModelConfig, seed: int) -> Arrays:
 
 
 def _text(model: ModelConfig, generator: np.random.Generator, length: int) -> NDArray[np.int64]:
-    """Return token ids that are no placeholders."""
+    """Return random token ids, none a placeholder."""
     drawn = generator.integers(0, model.decoder.vocab_size - len(model.vision_token_ids), length)
     for placeholder in sorted(model.vision_token_ids):
         drawn += drawn >= placeholder

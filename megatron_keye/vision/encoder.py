@@ -1,4 +1,4 @@
-"""The vision transformer: patches of packed frames to one feature a patch.
+"""The vision transformer: patches of packed frames to one feature per patch.
 
 Frames of any size stand one behind the other without padding; attention stays within a frame.
 Parameters are named as in the released checkpoint, below `visual.vision_model`.

@@ -1,4 +1,4 @@
-"""2-D rotary positions of patches: half of a head's channels turn by row, half by column.
+"""2-D rotary positions of patches: half of a head's channels rotate by row, half by column.
 
 The learned positions are stretched to every patch grid and so blur with size; these give exact
 relative offsets at any size.
@@ -60,22 +60,3 @@ def rotary_tables(
     column_angles = columns_P[:, None] * frequencies
     angles_PC = torch.cat([row_angles, column_angles], dim=1).repeat(1, 2)
     return angles_PC.cos().to(dtype), angles_PC.sin().to(dtype)
-
-
-def rotate(heads_PHC: Tensor, cos_PC: Tensor, sin_PC: Tensor) -> Tensor:
-    """Return `heads_PHC` turned by each patch's angles, computed in the tables' type.
-
-    Channel c of the first half forms a plane with channel c + C / 2.
-
-    Args:
-        heads_PHC: Queries or keys, any float type.
-        cos_PC: float32 or float64.
-        sin_PC: As `cos_PC`.
-
-    Returns:
-        Shape and type of `heads_PHC`.
-    """
-    wide_PHC = heads_PHC.to(cos_PC.dtype)
-    first, second = wide_PHC.chunk(2, dim=-1)
-    turned_PHC = wide_PHC * cos_PC[:, None] + torch.cat([-second, first], -1) * sin_PC[:, None]
-    return turned_PHC.to(heads_PHC.dtype)

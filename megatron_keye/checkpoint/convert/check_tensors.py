@@ -35,8 +35,8 @@ def check_shapes(
     Args:
         got: Shapes in the checkpoint.
         expected: Shapes that the model needs.
-        where: The folder, for messages.
-        dropped: Patterns of surplus names to pass over.
+        where: The folder, for error messages.
+        dropped: Patterns of surplus names to ignore.
 
     Raises:
         UserError: For a missing, mis-shaped or surplus tensor.
@@ -64,11 +64,11 @@ def check_shapes(
 def check_types(
     types: Mapping[str, torch.dtype], *, where: str, wanted: torch.dtype | None
 ) -> torch.dtype:
-    """Return the type to write, which all tensors have unless one is asked for.
+    """Return the type to write: the wanted one, or that of all tensors.
 
     Args:
         types: Types in the checkpoint, of the tensors that are converted.
-        where: The folder, for messages.
+        where: The folder, for error messages.
         wanted: Type to round to; None keeps what all tensors have.
 
     Raises:
@@ -97,7 +97,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
         bad = int((~finite).sum())
         raise UserError(
             f"tensor {name}: got {bad} of {tensor.numel()} numbers that are NaN or Inf, expected "
-            "none; take an earlier checkpoint, or leave out --check-finite to convert it as it is"
+            "none; take an earlier checkpoint, or omit --check-finite to convert it anyway"
         )
 
 
@@ -105,7 +105,7 @@ def _remedy_for_missing(name: str) -> str:
     if name.startswith(_NATIVE):
         return _REMEDY_FOR_NATIVE
     if name == PACKING_TABLE:
-        return "it is unused, leave it out with --set model.vision.num_packing_positions=0"
+        return "it is unused, omit it with --set model.vision.num_packing_positions=0"
     if ".sa_indexer." in name or name.startswith(("visual.", "mlp_AR.")):
         return "to begin from a plain Qwen3 folder, use warm-start instead of hf-to-native"
     return "complete the folder, or correct the sizes with --recipe or --set model...."
@@ -123,5 +123,5 @@ def _remedy_for_surplus(name: str, shape: Shape) -> str:
     if name.startswith(_NATIVE):
         return _REMEDY_FOR_NATIVE
     if name == PACKING_TABLE:
-        return f"carry it along with --set model.vision.num_packing_positions={shape[0]}"
-    return f"correct the sizes with --set model...., or pass over it with --drop '{name}'"
+        return f"keep it with --set model.vision.num_packing_positions={shape[0]}"
+    return f"correct the sizes with --set model...., or ignore it with --drop '{name}'"

@@ -1,8 +1,8 @@
-"""Released checkpoint to native one and back, streaming.
+"""Converts released checkpoints to native ones and back, tensor by tensor.
 
-A process holds at most three times the largest tensor that moves in one piece (the embedding; an
-expert when experts are fused), and 600 MB for Python, torch and tables, whatever the model's
-size. All names, shapes and types are checked from headers before anything is written.
+A process holds at most three times the largest tensor that is converted at once (the embedding;
+one expert of fused ones), and 600 MB for Python, torch and metadata, whatever the model's size.
+All names, shapes and types are checked from headers before anything is written.
 """
 
 import json
@@ -16,7 +16,7 @@ import torch
 
 from megatron_keye.checkpoint.convert.check_tensors import check_shapes, check_types
 from megatron_keye.checkpoint.convert.native_folder import NativeFolder
-from megatron_keye.checkpoint.convert.sources import Mixed
+from megatron_keye.checkpoint.convert.sources import MixedSource
 from megatron_keye.checkpoint.convert.to_hf import HfMaker
 from megatron_keye.checkpoint.convert.to_native import NativeMaker, native_shapes
 from megatron_keye.checkpoint.hf.config import CONFIG, check_config, make_config, read_config
@@ -33,7 +33,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 
 
 class Progress(Protocol):
-    """Hears how far a conversion is."""
+    """Receives the progress of a conversion."""
 
     def begin(self, total_bytes: int) -> None:
         """Take the number of bytes that will be written."""
@@ -42,8 +42,8 @@ class Progress(Protocol):
         """Take the number of bytes written since the last call."""
 
 
-class Unwatched:
-    """Progress that nobody looks at."""
+class NoProgress:
+    """Ignores progress."""
 
     def begin(self, total_bytes: int) -> None:
         """Do nothing."""
@@ -63,19 +63,19 @@ class Options:
     checks_finite: bool = False
     """Whether NaN and Inf are refused."""
     dropped: tuple[str, ...] = ()
-    """Patterns of surplus tensors to pass over."""
-    progress: Progress = field(default_factory=Unwatched)
-    """Hears how far it is."""
+    """Patterns of surplus tensors to ignore."""
+    progress: Progress = field(default_factory=NoProgress)
+    """Receives the progress."""
 
 
 def hf_to_native(hf: Path, out: Path, run: RunConfig, options: Options) -> None:
-    """Make a native checkpoint of a released one, for any grid.
+    """Make a native checkpoint from a released one, for any grid.
 
     Args:
         hf: Folder of safetensors.
         out: Folder to make; must not exist.
         run: Its model must be the checkpoint's.
-        options: How.
+        options: How to convert.
 
     Raises:
         UserError: When the checkpoint does not fit or is damaged; nothing is left then.
@@ -90,7 +90,7 @@ def hf_to_native(hf: Path, out: Path, run: RunConfig, options: Options) -> None:
     origins = {name: entries[name] for name in expected}
     types = {name: entry.dtype for name, entry in origins.items()}
     dtype = check_types(types, where=str(hf), wanted=options.dtype)
-    maker = NativeMaker(run.model, layout, Mixed(origins), dtype, options.checks_finite)
+    maker = NativeMaker(run.model, layout, MixedSource(origins), dtype, options.checks_finite)
     sources = sorted({entry.file for entry in origins.values()})
     write_native(maker, out, run, sources, options, carried_from=hf)
 
@@ -105,19 +105,19 @@ def write_native(
     carried_from: Path,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a native checkpoint whose tensors a maker has been given.
+    """Write a native checkpoint with the tensors of a maker.
 
     Args:
-        maker: Knows the tensors.
+        maker: Gives the tensors.
         out: Folder to make.
-        run: Its JSON goes into the checkpoint.
+        run: Saved in the checkpoint as JSON.
         sources: Files that decide the content.
-        options: How.
-        carried_from: Folder whose small files are carried along.
+        options: How to convert.
+        carried_from: Folder whose small files are copied too.
         notes: Further text files of the checkpoint, by name.
     """
-    mark = [run.to_json(), maker.layout, str(maker.dtype), str(maker.checks_finite)]
-    folder = PartialFolder(out, _fingerprint(mark, sources))
+    settings = [run.to_json(), maker.layout, str(maker.dtype), str(maker.checks_finite)]
+    folder = PartialFolder(out, _fingerprint(settings, sources))
     _fill(maker, folder, options)
     (folder.path / CARRIED).mkdir(exist_ok=True)
     _carry(carried_from, folder.path / CARRIED)
@@ -135,16 +135,16 @@ def native_to_hf(
     file_bytes: int = 5_000_000_000,
     carried_from: Path | None = None,
 ) -> None:
-    """Make a released checkpoint of a native one that any grid saved.
+    """Make a released checkpoint from a native one, saved on any grid.
 
     Args:
         native: Folder of a checkpoint, with its run.json.
         out: Folder to make; must not exist.
-        options: How.
-        layout: How to hold experts.
-        file_bytes: Most bytes of one file.
-        carried_from: Folder with tokenizer, processor and config files; None takes those that the
-            checkpoint carries.
+        options: How to convert.
+        layout: Expert layout.
+        file_bytes: Most bytes of one file, unless one tensor is larger.
+        carried_from: Folder with tokenizer, processor and config files; None takes those in
+            the checkpoint.
 
     Raises:
         UserError: When the checkpoint is incomplete or damaged; nothing is left then.
@@ -161,8 +161,8 @@ def native_to_hf(
     types = {key: tensor.dtype for key, tensor in source.tensors.items()}
     dtype = check_types(types, where=str(native), wanted=options.dtype)
     maker = HfMaker(run.model, layout, source, dtype, options.checks_finite, file_bytes)
-    mark = [run.to_json(), layout, str(dtype), str(options.checks_finite), str(file_bytes)]
-    folder = PartialFolder(out, _fingerprint(mark, source.source_files()))
+    settings = [run.to_json(), layout, str(dtype), str(options.checks_finite), str(file_bytes)]
+    folder = PartialFolder(out, _fingerprint(settings, source.source_files()))
     _fill(maker, folder, options)
     carried = carried_from or native / CARRIED
     base = read_config(carried / CONFIG) if (carried / CONFIG).is_file() else {}
@@ -180,14 +180,14 @@ def _fill(maker: NativeMaker | HfMaker, folder: PartialFolder, options: Options)
     try:
         make_files(maker, list(sizes), folder, num_workers=options.num_workers, advance=advance)
     except UserError:
-        # The data is wrong, so continuing would not help; after a kill it does.
+        # With wrong data, resuming would fail again; after a kill it helps.
         folder.discard()
         raise
     maker.finish(folder.path, {name: folder.record(name) for name in sizes})
 
 
 def _fingerprint(settings: list[str], sources: Iterable[Path]) -> str:
-    """Describe what decides the content, files by size and time."""
+    """Return what decides the content; files by size and modification time."""
     stats = [(str(path.resolve()), path.stat()) for path in sources]
     return json.dumps([settings, [(p, s.st_size, s.st_mtime_ns) for p, s in stats]])
 

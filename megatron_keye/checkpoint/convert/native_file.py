@@ -1,7 +1,7 @@
-"""Writes checkpoints as training does, shard by shard and without process groups.
+"""Writes checkpoints in training's format, shard by shard and without process groups.
 
-Each file is written on its own and leaves a list of its shards; the lists together become the
-table that makes the folder a checkpoint.
+Each file is written on its own and leaves a list of its shards; .metadata, which makes the folder
+a checkpoint, lists them all. It is a pickle of torch's private metadata, `_StorageInfo`.
 """
 
 import io
@@ -25,23 +25,25 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-Place = tuple[int, ...]
+Shape = tuple[int, ...]
 _OBJECTS = "objects.distcp"
 _COMMON = "common_state/shard_0_1"
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenShard:
     """A shard in a finished file."""
 
     key: str
-    offset: Place
-    shape: Place
+    offset: Shape
+    shape: Shape
     start: int
     size_bytes: int
 
 
-def write_shard(stream: BinaryIO, key: str, offset: Place, shape: Place, shard: Tensor) -> Written:
+def write_shard(
+    stream: BinaryIO, key: str, offset: Shape, shape: Shape, shard: Tensor
+) -> WrittenShard:
     """Append one shard of a tensor.
 
     Args:
@@ -49,50 +51,56 @@ def write_shard(stream: BinaryIO, key: str, offset: Place, shape: Place, shard: 
         key: Name of the whole tensor.
         offset: Where the shard begins in it.
         shape: Shape of the shard with the stacked axes.
-        shard: Its numbers, of the same count.
+        shard: Its elements, in any shape.
     """
     start = stream.tell()
     data = shard.reshape(shape)
     if data.untyped_storage().nbytes() != data.nbytes or not data.is_contiguous():
         # torch.save writes a tensor's whole storage.
         data = data.clone(memory_format=torch.contiguous_format)
-    torch.save(data, stream)
-    return Written(key, offset, shape, start, stream.tell() - start)
+    checksums = torch.serialization.get_crc32_options()
+    # torch.load verifies no checksums, so computing them would be wasted time.
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(data, stream)
+    finally:
+        torch.serialization.set_crc32_options(checksums)
+    return WrittenShard(key, offset, shape, start, stream.tell() - start)
 
 
-def write_table(
+def write_metadata(
     folder: Path,
-    files: Mapping[str, Iterable[Written]],
-    shapes: Mapping[str, Place],
+    files: Mapping[str, Iterable[WrittenShard]],
+    shapes: Mapping[str, Shape],
     dtype: torch.dtype,
     extra_states: Iterable[str],
 ) -> None:
-    """Write what turns finished files into a checkpoint.
+    """Write .metadata and metadata.json, which make finished files a checkpoint.
 
     Args:
-        folder: Holds the files.
+        folder: Folder of the files.
         files: Shards by file name.
         shapes: Whole shape of each tensor.
         dtype: Type of all tensors.
         extra_states: Names of the empty objects that linears keep.
     """
-    described: dict[str, Any] = {
+    entries: dict[str, Any] = {
         key: TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), [])
         for key, shape in shapes.items()
     }
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
     for name, shards in files.items():
         for shard in shards:
             chunk = ChunkStorageMetadata(torch.Size(shard.offset), torch.Size(shard.shape))
-            described[shard.key].chunks.append(chunk)
+            entries[shard.key].chunks.append(chunk)
             index = MetadataIndex(shard.key, shard.offset)
-            places[index] = _StorageInfo(name, shard.start, shard.size_bytes)
-    for key, place in _write_objects(folder, extra_states).items():
-        described[key] = BytesStorageMetadata()
-        places[MetadataIndex(key)] = place
+            storage[index] = _StorageInfo(name, shard.start, shard.size_bytes)
+    for key, info in _write_objects(folder, extra_states).items():
+        entries[key] = BytesStorageMetadata()
+        storage[MetadataIndex(key)] = info
     metadata = Metadata(
-        described,
-        storage_data=places,
+        entries,
+        storage_data=storage,
         storage_meta=StorageMeta(),
         version=CURRENT_DCP_VERSION,
     )
@@ -104,12 +112,12 @@ def write_table(
 
 def _write_objects(folder: Path, extra_states: Iterable[str]) -> dict[str, _StorageInfo]:
     """Write Megatron's common state and one empty object that all linears share."""
-    places: dict[str, _StorageInfo] = {}
+    storage: dict[str, _StorageInfo] = {}
     with (folder / _OBJECTS).open("wb") as file:
         common = _saved([{"converted": True}])
-        places[_COMMON] = _StorageInfo(_OBJECTS, file.tell(), file.write(common))
+        storage[_COMMON] = _StorageInfo(_OBJECTS, file.tell(), file.write(common))
         empty = _StorageInfo(_OBJECTS, file.tell(), file.write(_saved([None])))
-    return places | dict.fromkeys(extra_states, empty)
+    return storage | dict.fromkeys(extra_states, empty)
 
 
 def _saved(value: object) -> bytes:

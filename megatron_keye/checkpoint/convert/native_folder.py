@@ -1,13 +1,15 @@
-"""Reads weights out of a checkpoint that training saved on any grid, part by part.
+"""Reads single weights from a checkpoint that training saved on any grid.
 
-Training's format is torch.distributed.checkpoint's: shards of tensors in *.distcp files and a
-table of them in .metadata. Reading it directly needs no process group and no model. The table is
-a pickle: open only checkpoints of your own.
+The format is torch.distributed.checkpoint's: shards of tensors in *.distcp files, listed in the
+pickle .metadata. Reading it directly needs no process group and no model, but relies on torch's
+private metadata: `_StorageInfo` in that pickle, and `_create_file_view`. Unpickling runs code:
+open only checkpoints that you trust.
 """
 
 import os
 import pickle
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,61 +22,61 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_keye.errors import UserError
 
-Place = tuple[int, ...]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A stored part of a tensor."""
+    """A stored part of a tensor, torch's chunk."""
 
-    offset: Place
+    offset: Shape
     """Where it begins in the whole tensor."""
-    shape: Place
+    shape: Shape
     """Its shape."""
     file: str
     """Name of its file."""
     start: int
     """First byte in the file."""
     size_bytes: int
-    """Bytes that it takes there."""
+    """Bytes in the file."""
 
 
 @dataclass(frozen=True)
 class NativeTensor:
     """A whole tensor, layers and experts stacked."""
 
-    shape: Place
+    shape: Shape
     """Its shape."""
     dtype: torch.dtype
     """Its type."""
     shards: dict[int, list[StoredShard]]
-    """Shards by their place along dim 0."""
+    """Shards by their offset along dim 0."""
 
 
 class NativeFolder:
     """All weights of a checkpoint."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the table and check that every file is there in full.
+        """Read the metadata and check that every file is complete.
 
         Raises:
             UserError: When the folder is no complete checkpoint or a file is cut short.
         """
-        table = folder / ".metadata"
-        if not table.is_file() or not (folder / "metadata.json").is_file():
+        metadata_file = folder / ".metadata"
+        if not metadata_file.is_file() or not (folder / "metadata.json").is_file():
             raise UserError(
                 f"{folder}: got no .metadata with metadata.json, expected a complete native "
                 "checkpoint (.../checkpoints/step-NNNNNNNN, or what convert_checkpoint.py made); "
                 "check --native or training.checkpoint.weights"
             )
         self.path = folder
-        with table.open("rb") as file:
+        with metadata_file.open("rb") as file:
             try:
                 metadata = pickle.load(file)
             except (pickle.UnpicklingError, EOFError) as error:
                 raise UserError(
-                    f"{table}: got {error}, expected a readable table; it was cut short, copy the "
-                    "checkpoint again"
+                    f"{metadata_file}: got {error}, expected a readable pickle; it was cut short, "
+                    "copy the checkpoint again"
                 ) from error
         self.tensors = {
             key: _tensor(key, stored, metadata.storage_data)
@@ -83,50 +85,55 @@ class NativeFolder:
         }
         self._check_files()
 
-    def read(self, key: str, stacked_index: Place) -> Tensor:
-        """Put the weight of one layer (and expert) together from its shards.
+    def read(self, key: str, stacked_index: Shape) -> Tensor:
+        """Assemble the weight of one layer (and expert) from its shards.
 
         Args:
             key: Name of the tensor.
-            stacked_index: Place along the stacked axes; () for a tensor without any.
+            stacked_index: Index along the stacked axes; () for a tensor without any.
 
         Raises:
             UserError: When a shard is missing.
         """
         whole = self.tensors[key]
         shape = whole.shape[len(stacked_index) :]
-        near = self._shards_at(whole, stacked_index)
-        if len(near) == 1 and near[0].shape[len(stacked_index) :] == shape:
-            return self._load(near[0]).reshape(shape)
-        joined = torch.empty(shape, dtype=whole.dtype)
+        shards = self._shards_at(whole, stacked_index)
+        if len(shards) == 1 and shards[0].shape[len(stacked_index) :] == shape:
+            return self._load(shards[0]).reshape(shape)
+        weight = torch.empty(shape, dtype=whole.dtype)
         filled = 0
-        for shard in near:
-            at = shard.offset[len(stacked_index) :]
+        for shard in shards:
+            offset = shard.offset[len(stacked_index) :]
             sizes = shard.shape[len(stacked_index) :]
-            region = tuple(slice(a, a + n) for a, n in zip(at, sizes, strict=True))
-            joined[region] = self._load(shard).reshape(sizes)
+            region = tuple(slice(a, a + n) for a, n in zip(offset, sizes, strict=True))
+            weight[region] = self._load(shard).reshape(sizes)
             filled += prod(sizes)
         if filled != prod(shape):
             raise UserError(
-                f"tensor {key} at {list(stacked_index)}: got shards of {filled} numbers in "
-                f"{self.path}, expected {prod(shape)}; the checkpoint is incomplete, take an earlier one"
+                f"tensor {key} at {list(stacked_index)}: got shards of {filled} elements in "
+                f"{self.path}, expected {prod(shape)}; the checkpoint is incomplete, take an "
+                "earlier one"
             )
-        return joined
+        return weight
 
     def source_files(self) -> list[Path]:
         """Return the files that hold the weights."""
-        shards = (p for t in self.tensors.values() for group in t.shards.values() for p in group)
-        return sorted({self.path / shard.file for shard in shards})
+        return sorted({self.path / shard.file for shard in self._all_shards()})
 
-    def _shards_at(self, whole: NativeTensor, stacked_index: Place) -> list[StoredShard]:
+    def _all_shards(self) -> Iterator[StoredShard]:
+        for tensor in self.tensors.values():
+            for group in tensor.shards.values():
+                yield from group
+
+    def _shards_at(self, whole: NativeTensor, stacked_index: Shape) -> list[StoredShard]:
         if not stacked_index:
             return [shard for group in whole.shards.values() for shard in group]
-        near = whole.shards.get(stacked_index[0], [])
-        return [shard for shard in near if shard.offset[: len(stacked_index)] == stacked_index]
+        of_layer = whole.shards.get(stacked_index[0], [])
+        return [shard for shard in of_layer if shard.offset[: len(stacked_index)] == stacked_index]
 
     def _load(self, shard: StoredShard) -> Tensor:
         with (self.path / shard.file).open("rb") as file:
-            # Read from disk at once instead of a little with every call.
+            # Prefetch the shard instead of reading a little with every call.
             advice = os.POSIX_FADV_WILLNEED
             os.posix_fadvise(file.fileno(), shard.start, shard.size_bytes, advice)
             view = cast(IO[bytes], _create_file_view(file, shard.start, shard.size_bytes))
@@ -135,10 +142,8 @@ class NativeFolder:
 
     def _check_files(self) -> None:
         needed: dict[str, int] = defaultdict(int)
-        for tensor in self.tensors.values():
-            for group in tensor.shards.values():
-                for shard in group:
-                    needed[shard.file] = max(needed[shard.file], shard.start + shard.size_bytes)
+        for shard in self._all_shards():
+            needed[shard.file] = max(needed[shard.file], shard.start + shard.size_bytes)
         for name, size in needed.items():
             file = self.path / name
             got = file.stat().st_size if file.is_file() else 0

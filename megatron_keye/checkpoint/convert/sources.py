@@ -1,4 +1,4 @@
-"""Where the tensors of a released checkpoint come from: files, other checkpoints, or a draw."""
+"""Where the tensors of a released checkpoint come from: files or random initialization."""
 
 import zlib
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from megatron_keye.checkpoint.hf.safetensors_index import Entry
 
 
 class TensorSource(Protocol):
-    """Gives each tensor of a released checkpoint; pickles."""
+    """Gives each tensor of a released checkpoint; can be pickled."""
 
     def read(self, name: str, index: int | None) -> Tensor:
         """Return a tensor, or one slice along its first dimension; not to be written to."""
 
 
 @dataclass(frozen=True)
-class Fresh:
-    """A tensor that no checkpoint has: drawn from its name and a seed, and from nothing else."""
+class FreshTensor:
+    """A tensor that no checkpoint has, initialized from its name and a seed alone."""
 
     shape: tuple[int, ...]
     """Its shape."""
@@ -29,7 +29,7 @@ class Fresh:
     seed: int
     """Seed of the run."""
 
-    def draw(self, name: str) -> Tensor:
+    def initialize(self, name: str) -> Tensor:
         """Return the tensor in float32."""
         if len(self.shape) < 2:
             return torch.full(self.shape, 0.0 if name.endswith(".bias") else 1.0)
@@ -38,10 +38,10 @@ class Fresh:
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """Each tensor from its own origin."""
+class MixedSource:
+    """Gives each tensor from its own origin."""
 
-    origins: Mapping[str, Entry | Fresh]
+    origins: Mapping[str, Entry | FreshTensor]
     """Origin by name in the released checkpoint."""
 
     def read(self, name: str, index: int | None) -> Tensor:
@@ -49,5 +49,5 @@ class Mixed:
         origin = self.origins[name]
         if isinstance(origin, Entry):
             return origin.read(index)
-        drawn = origin.draw(name)
-        return drawn if index is None else drawn[index]
+        tensor = origin.initialize(name)
+        return tensor if index is None else tensor[index]

@@ -1,4 +1,4 @@
-"""Released checkpoints of any size full of noise, for measuring and testing conversions."""
+"""Writes released checkpoints of random numbers, for tests and benchmarks of conversions."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from megatron_keye.checkpoint.hf.config import CONFIG, make_config
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout, parameter_shapes
 from megatron_keye.checkpoint.hf.safetensors_file import (
     file_name,
-    plan_header,
+    make_header,
     split_files,
     write_blocks,
     write_index,
@@ -33,9 +33,9 @@ def write_synthetic(
     """Write a checkpoint of normal numbers and return the bytes of its tensors.
 
     Args:
-        folder: To make.
+        folder: Folder to make.
         model: Sizes.
-        layout: How to hold experts.
+        layout: Expert layout.
         dtype: Type of all tensors.
         file_bytes: Most bytes of one file, unless one tensor is larger.
     """
@@ -58,9 +58,8 @@ def write_noise(
     noise = torch.randn(1 << 20, generator=generator).to(dtype)
     for number, group in enumerate(groups, start=1):
         path = folder / file_name(number, len(groups))
-        header, _ = plan_header(path, group, dtype)
         with path.open("wb") as stream:
-            stream.write(header)
+            stream.write(make_header(group, dtype))
             for name, shape in group.items():
                 files[name] = path.name
                 total += _fill(stream, torch.Size(shape).numel(), noise, generator)
@@ -69,7 +68,7 @@ def write_noise(
 
 
 def _fill(stream: BinaryIO, count: int, noise: Tensor, generator: torch.Generator) -> int:
-    """Fill a tensor with the same noise over and over, begun at a place of its own."""
+    """Fill a tensor with repeated noise from a random start."""
     start = int(torch.randint(noise.numel(), (), generator=generator))
     written = 0
     while count:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from megatron_keye.checkpoint.convert.check_tensors import check_finite
 from megatron_keye.checkpoint.convert.native_folder import NativeFolder
+from megatron_keye.checkpoint.convert.one_thread import one_thread
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout, parameter_shapes
 from megatron_keye.checkpoint.hf.safetensors_file import (
     file_name,
-    plan_header,
+    make_header,
     split_files,
     write_blocks,
     write_index,
@@ -32,9 +33,9 @@ class HfMaker:
     model: ModelConfig
     """Sizes."""
     layout: ExpertLayout
-    """How to hold experts."""
+    """Expert layout to write."""
     native: NativeFolder
-    """Gives the weights."""
+    """Source of the weights."""
     dtype: torch.dtype
     """Type to write."""
     checks_finite: bool
@@ -59,13 +60,11 @@ class HfMaker:
             for file, names in self.files.items()
         }
 
+    @one_thread()
     def fill(self, name: str, stream: BinaryIO, advance: Advance) -> Any:
         """Write one file; there is nothing to record."""
         names = self.files[name]
-        header, _ = plan_header(
-            Path(name), {each: self._shapes[each] for each in names}, self.dtype
-        )
-        stream.write(header)
+        stream.write(make_header({each: self._shapes[each] for each in names}, self.dtype))
         for each in names:
             for block in self._blocks(each):
                 advance(write_blocks(stream, [block]))
@@ -73,8 +72,8 @@ class HfMaker:
 
     def finish(self, folder: Path, records: Mapping[str, Any]) -> None:
         """Write the index over all files."""
-        of_tensor = {name: file for file in records for name in self.files[file]}
-        write_index(folder, of_tensor, sum(self.file_sizes().values()))
+        file_of = {name: file for file in records for name in self.files[file]}
+        write_index(folder, file_of, sum(self.file_sizes().values()))
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -82,7 +81,7 @@ class HfMaker:
 
     @cached_property
     def _mappings(self) -> dict[HfPart, tuple[WeightMapping, int]]:
-        """Which mapping, and which of its parts, gives each part of a tensor."""
+        """The mapping that gives each part of a tensor, and the part's position in it."""
         return {
             part: (mapping, position)
             for mapping in weight_mappings(self.model, self.layout)
@@ -90,7 +89,7 @@ class HfMaker:
         }
 
     def _blocks(self, name: str) -> Iterator[Tensor]:
-        """Yield a tensor in blocks that stand one behind the other in the file."""
+        """Yield a tensor in blocks, in the order of the file."""
         if HfPart(name) in self._mappings:
             yield self._part(HfPart(name))
             return
@@ -100,7 +99,7 @@ class HfMaker:
     def _part(self, part: HfPart) -> Tensor:
         mapping, position = self._mappings[part]
         if mapping not in self._last:
-            # One weight is kept, since q, k and v come from the same one.
+            # The last weight is cached, since q, k and v come from one.
             self._last.clear()
             native = self.native.read(mapping.key, mapping.stacked_index)
             if self.checks_finite:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_keye.checkpoint.convert.check_tensors import check_finite
-from megatron_keye.checkpoint.convert.native_file import Written, write_shard, write_table
+from megatron_keye.checkpoint.convert.native_file import WrittenShard, write_metadata, write_shard
+from megatron_keye.checkpoint.convert.one_thread import one_thread
 from megatron_keye.checkpoint.convert.sources import TensorSource
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout, parameter_shapes
 from megatron_keye.checkpoint.hf.weight_map import WeightMapping, weight_mappings
@@ -20,12 +21,12 @@ from megatron_keye.files.workers import Advance
 
 @dataclass(frozen=True)
 class NativeMaker:
-    """Makes one file a layer, one of what stands before and after them, one of vision."""
+    """Makes one file per layer, one for vision, one for embedding, final norm and output layer."""
 
     model: ModelConfig
     """Sizes."""
     layout: ExpertLayout
-    """How the source holds experts."""
+    """Expert layout of the source."""
     source: TensorSource
     """Gives the tensors."""
     dtype: torch.dtype
@@ -44,6 +45,7 @@ class NativeMaker:
             )
         return sizes
 
+    @one_thread()
     def fill(self, name: str, stream: BinaryIO, advance: Advance) -> Any:
         """Write one file; the record is the list of its shards."""
         record = []
@@ -55,24 +57,18 @@ class NativeMaker:
         return record
 
     def finish(self, folder: Path, records: Mapping[str, Any]) -> None:
-        """Write the table over all files.
+        """Write the metadata of all files.
 
         Args:
-            folder: Holds them.
+            folder: Their folder.
             records: What `fill` returned, by file.
         """
-        shapes = parameter_shapes(self.model, self.layout)
         files = {name: [_written(shard) for shard in record] for name, record in records.items()}
-        native: dict[str, tuple[int, ...]] = {}
-        extra = []
-        for mapping in weight_mappings(self.model, self.layout):
-            if mapping.key not in native:
-                native[mapping.key] = (*mapping.stacked_shape, *_native_shape(mapping, shapes))
-            if mapping.extra_state:
-                extra.append(mapping.extra_state)
-        write_table(folder, files, native, self.dtype, extra)
+        mappings = weight_mappings(self.model, self.layout)
+        extra_states = [mapping.extra_state for mapping in mappings if mapping.extra_state]
+        write_metadata(folder, files, native_shapes(self.model), self.dtype, extra_states)
 
-    def _write(self, mapping: WeightMapping, stream: BinaryIO) -> Iterator[Written]:
+    def _write(self, mapping: WeightMapping, stream: BinaryIO) -> Iterator[WrittenShard]:
         parts = [self._read(part.name, part.index) for part in mapping.parts]
         row = 0
         for shard in mapping.arrangement.join(parts):
@@ -111,5 +107,7 @@ def _file_of(mapping: WeightMapping) -> str:
     return "vision.distcp" if mapping.key.startswith("vision.") else "ends.distcp"
 
 
-def _written(shard: dict[str, Any]) -> Written:
-    return Written(**shard | {"offset": tuple(shard["offset"]), "shape": tuple(shard["shape"])})
+def _written(shard: dict[str, Any]) -> WrittenShard:
+    return WrittenShard(
+        **shard | {"offset": tuple(shard["offset"]), "shape": tuple(shard["shape"])}
+    )

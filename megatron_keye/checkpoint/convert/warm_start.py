@@ -1,7 +1,7 @@
-"""A first Keye-VL checkpoint out of a text model and, when there is one, a vision encoder.
+"""Makes a first Keye-VL checkpoint from a text model and, if given, a vision encoder.
 
 The decoder comes from Qwen3-30B-A3B, the ViT from a Keye-VL-1.5 or SigLIP folder. Projector and
-indexers exist in neither and are drawn.
+indexers exist in neither and are initialized.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_keye.checkpoint.convert.check_tensors import check_shapes, check_types
 from megatron_keye.checkpoint.convert.convert import Options, write_native
-from megatron_keye.checkpoint.convert.sources import Fresh, Mixed
+from megatron_keye.checkpoint.convert.sources import FreshTensor, MixedSource
 from megatron_keye.checkpoint.convert.to_native import NativeMaker
 from megatron_keye.checkpoint.hf.config import CONFIG, check_config
 from megatron_keye.checkpoint.hf.parameter_shapes import layout_of, parameter_shapes, part_of
@@ -19,29 +19,27 @@ from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
 
 ORIGINS = "origins.json"
-"""In the new checkpoint: which tensor came from where."""
+"""File in the new checkpoint: the origin of each tensor."""
 _VISION = "visual.vision_model."
 _VISION_PREFIXES = (_VISION, "vision_model.")
 """The ViT's names in Keye-VL folders and in SigLIP's."""
 _VISION_STD = 0.02
 
-Origins = Mapping[str, Entry | Fresh]
-
 
 def warm_start(
     qwen: Path, vision: Path | None, out: Path, run: RunConfig, options: Options
 ) -> dict[str, str]:
-    """Make a native checkpoint that training can begin from.
+    """Make a native checkpoint that training can start from.
 
     Args:
         qwen: Folder of a Qwen3 mixture-of-experts model with the recipe's decoder sizes.
-        vision: Folder with a ViT of the recipe's sizes; None draws the ViT too.
+        vision: Folder with a ViT of the recipe's sizes; None initializes the ViT too.
         out: Folder to make; must not exist.
         run: Sizes and seed.
-        options: How.
+        options: How to convert.
 
     Returns:
-        Where each tensor came from: a file, or "fresh".
+        The origin of each tensor: a file, or "fresh".
 
     Raises:
         UserError: When a folder does not fit or is damaged; nothing is left then.
@@ -61,7 +59,7 @@ def warm_start(
     where = str(qwen) if vision is None else f"{qwen} and {vision}"
     dtype = check_types(types, where=where, wanted=options.dtype)
     origins = {name: found.get(name) or _fresh(name, shapes[name], run) for name in shapes}
-    maker = NativeMaker(run.model, layout, Mixed(origins), dtype, options.checks_finite)
+    maker = NativeMaker(run.model, layout, MixedSource(origins), dtype, options.checks_finite)
     sources = sorted({entry.file for entry in found.values()})
     described = {name: _describe(origin) for name, origin in origins.items()}
     report = json.dumps(described, indent=2) + "\n"
@@ -70,7 +68,7 @@ def warm_start(
 
 
 def _vision_entries(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
-    """Return the ViT's tensors under the names that we use; the folder may hold much else."""
+    """Return the ViT's tensors under our names; the folder may have others."""
     entries = open_folder(folder)
     prefix = next((p for p in _VISION_PREFIXES if any(n.startswith(p) for n in entries)), None)
     if prefix is None:
@@ -85,18 +83,18 @@ def _vision_entries(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict
     }
     wanted = {name: shape for name, shape in shapes.items() if part_of(name) == "vision"}
     held = {name: renamed[name] for name in wanted if name in renamed}
-    # SigLIP has no packing table; it is unused and drawn like anything else that is absent.
+    # SigLIP has no packing table, which is unused: like all that is absent, it is initialized.
     needed = {name: s for name, s in wanted.items() if name in held or ".packing_" not in name}
     got = {name: entry.shape for name, entry in held.items()}
     check_shapes(got, needed, where=str(folder))
     return held
 
 
-def _fresh(name: str, shape: tuple[int, ...], run: RunConfig) -> Fresh:
+def _fresh(name: str, shape: tuple[int, ...], run: RunConfig) -> FreshTensor:
     is_vision = part_of(name) == "vision"
     std = _VISION_STD if is_vision else run.model.decoder.init_std
-    return Fresh(shape, std, run.training.seed)
+    return FreshTensor(shape, std, run.training.seed)
 
 
-def _describe(origin: Entry | Fresh) -> str:
+def _describe(origin: Entry | FreshTensor) -> str:
     return str(origin.file) if isinstance(origin, Entry) else "fresh"

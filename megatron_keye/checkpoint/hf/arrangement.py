@@ -1,6 +1,6 @@
 """How tensors of the released checkpoint are laid out in the native one, and back.
 
-Each function pair moves numbers without changing one.
+`join` and `split` of a pair move numbers without changing any.
 
 Shape letters: D decoder hidden size, G key-value heads, H query heads, C channels of a head,
 F hidden size of an expert.
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Of a block that is transposed at once, for a matrix of more and of fewer columns than that.
+# Rows transposed at once, for matrices of more and of at most so many columns.
 _WIDE_COLUMNS, _ROWS_IF_WIDE, _ROWS_IF_NARROW = 1024, 32, 128
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Same:
-    """One tensor that both sides hold alike."""
+    """One tensor, the same on both sides."""
 
     def join(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Return the native row blocks, one below the other along dim 0, of the released parts."""
@@ -62,10 +62,10 @@ class Grouped:
 
 @dataclass(frozen=True)
 class GateAndUp:
-    """Gate and up projection of an expert, two tensors there and two row blocks here."""
+    """Gate and up projection of an expert: two released tensors, two native row blocks."""
 
     def join(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return both as they are."""
+        """Return both unchanged."""
         return list(parts)
 
     def split(self, native: Tensor) -> list[Tensor]:
@@ -79,13 +79,13 @@ class GateAndUp:
 
 @dataclass(frozen=True)
 class Transposed:
-    """A matrix of the fused layout, which stands input dimension first."""
+    """A matrix of the fused layout, which has the input dimension first."""
 
     num_blocks: int
     """Row blocks that the native tensor is cut into: 2 for gate and up, 1 for down."""
 
     def join(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return the transposed matrix in row blocks, each with memory of its own."""
+        """Return the transposed matrix in row blocks, each in its own memory."""
         return [_transpose(block) for block in parts[0].chunk(self.num_blocks, dim=1)]
 
     def split(self, native: Tensor) -> list[Tensor]:
@@ -102,7 +102,7 @@ def _stacked(parts: Sequence[Shape]) -> Shape:
 
 
 def _transpose(matrix: Tensor) -> Tensor:
-    """Transpose block by block: 1.2 to 1.6 instead of 0.7 GB/s for experts in bf16 on one core."""
+    """Transpose by blocks: 1.2 to 1.6 GB/s instead of 0.7 for bf16 experts on one core."""
     num_rows, num_columns = matrix.shape
     transposed = matrix.new_empty(num_columns, num_rows)
     step = _ROWS_IF_WIDE if num_columns > _WIDE_COLUMNS else _ROWS_IF_NARROW

@@ -1,6 +1,6 @@
-"""config.json of the released checkpoint to and from the model's sizes.
+"""Converts config.json of the released checkpoint to and from the model's sizes.
 
-Text fields stand at the top, `vision_config` and `sa_config` below it. Standard library only.
+Text fields are at the top level, `vision_config` and `sa_config` below. Standard library only.
 """
 
 import json
@@ -50,7 +50,7 @@ _FIELDS = {
     "vision_config.layer_norm_eps": "vision.layer_norm_eps",
     "vision_config.rope_theta": "vision.rope_theta",
 }
-# What the model is, beyond its sizes; a config.json that says otherwise is another model.
+# Properties of the architecture; another value means another model.
 _FIXED: dict[str, Any] = {
     "norm_topk_prob": True,
     "tie_word_embeddings": False,
@@ -63,7 +63,7 @@ _FIXED: dict[str, Any] = {
     "vision_config.num_channels": 3,
     "vision_config.hidden_act": "gelu_pytorch_tanh",
 }
-# Written where a checkpoint brings none of its own.
+# Written where the given config.json has no such field.
 _DEFAULTS: dict[str, Any] = {
     "intermediate_size": 6144,
     "max_position_embeddings": 262_144,
@@ -82,10 +82,10 @@ def check_config(path: Path, model: ModelConfig, *, model_type: str = _OWN_TYPE)
     Args:
         path: The config.json.
         model: Sizes of the recipe.
-        model_type: What it must call itself.
+        model_type: The required model type.
 
     Raises:
-        UserError: Naming the field, both values and the flag.
+        UserError: Naming the field, both values and the flag to set.
     """
     config = read_config(path)
     for field, name in _FIELDS.items():
@@ -93,7 +93,7 @@ def check_config(path: Path, model: ModelConfig, *, model_type: str = _OWN_TYPE)
         if got is not None and got != expected:
             shown = ",".join(map(str, got)) if isinstance(got, list) else got
             raise UserError(
-                f"{path}: got {field} = {got}, expected {expected} as the recipe says; use the "
+                f"{path}: got {field} = {got}, expected {expected} as in the recipe; use the "
                 f"recipe of this checkpoint or --set model.{name}={shown}"
             )
     for field, expected in (_FIXED | {"model_type": model_type}).items():
@@ -121,11 +121,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def model_from_config(path: Path, *, num_packing_positions: int) -> ModelConfig:
-    """Return the sizes that a config.json gives, for running a checkpoint without a recipe.
+    """Return the sizes in a config.json, for running a checkpoint without a recipe.
 
     Args:
         path: The config.json.
-        num_packing_positions: Rows of the checkpoint's unused table, which no field tells.
+        num_packing_positions: Rows of the checkpoint's unused table, which no field gives.
 
     Raises:
         UserError: When a field is missing, or the file describes another kind of model.
@@ -153,11 +153,11 @@ def model_from_config(path: Path, *, num_packing_positions: int) -> ModelConfig:
 
 
 def _section[Section: ExpertsConfig | IndexerConfig | DecoderConfig | VisionConfig | ModelConfig](
-    kind: type[Section], path: Path, values: dict[str, Any], below: str
+    kind: type[Section], path: Path, values: dict[str, Any], prefix: str
 ) -> Section:
-    """Build one section, naming the field of config.json that it lacks."""
-    needed = {below + f.name for f in fields(kind) if f.default is MISSING} - {
-        below + name for name in values
+    """Build one section; raise a UserError naming a field that config.json lacks."""
+    needed = {prefix + f.name for f in fields(kind) if f.default is MISSING} - {
+        prefix + name for name in values
     }
     for field, name in _FIELDS.items():
         if name in needed:
@@ -184,7 +184,7 @@ def make_config(model: ModelConfig, dtype: str, base: Mapping[str, Any]) -> dict
     config |= {"model_type": _OWN_TYPE, "architectures": [_OWN_CLASS]}
     for field, name in _FIELDS.items():
         _put(config, field, _attribute(model, name))
-    # The older of the two names stays where a checkpoint has it.
+    # Older checkpoints name the type torch_dtype; the name is kept.
     for field in [name for name in _TYPE_FIELDS if name in config] or _TYPE_FIELDS[:1]:
         config[field] = dtype
     return config

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint opened for running it: its sizes and where its tensors lie."""
+"""Opens a Hugging Face checkpoint for running it: its sizes and the location of its tensors."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +26,11 @@ class HfFolder:
     model: ModelConfig
     """Sizes."""
     layout: ExpertLayout
-    """How it holds experts."""
+    """Its expert layout."""
     entries: dict[str, Entry]
-    """Where each tensor lies."""
+    """Location of each tensor."""
     unused: list[str]
-    """Tensors that the model has no place for."""
+    """Tensors that the model does not have."""
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, which must not be written to."""

@@ -1,4 +1,4 @@
-"""Name and shape of every tensor of the released checkpoint, computed from the sizes alone.
+"""Names and shapes of all tensors of the released checkpoint, computed from the sizes alone.
 
 Standard library only, so that a plan or a check of headers needs no torch.
 """
@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
 
 PACKING_TABLE = "visual.vision_model.embeddings.packing_position_embedding.weight"
-"""Carried by the released checkpoint, read by nothing; absent with 0 rows."""
+"""In the released checkpoint but unused; absent with 0 rows."""
 
 
 def parameter_shapes(model: ModelConfig, layout: ExpertLayout = "fused") -> dict[str, Shape]:
@@ -25,7 +25,7 @@ def parameter_shapes(model: ModelConfig, layout: ExpertLayout = "fused") -> dict
 
     Args:
         model: Sizes.
-        layout: How experts are held.
+        layout: Expert layout.
     """
     shapes = dict(_vision(model.vision))
     shapes |= dict(_projector(model.vision, model.decoder.hidden_size))
@@ -117,7 +117,7 @@ def _attention(prefix: str, decoder: DecoderConfig) -> Named:
 
 def _indexer(prefix: str, decoder: DecoderConfig) -> Named:
     heads, head = decoder.indexer.num_heads, decoder.indexer.head_dim
-    # The last rows of q_proj are the gates, one a head.
+    # The last rows of q_proj are the gates, one per head.
     yield f"{prefix}q_proj.weight", (heads * head + heads, decoder.hidden_size)
     yield f"{prefix}k_proj.weight", (head, decoder.hidden_size)
     yield f"{prefix}q_norm.weight", (head,)

@@ -1,4 +1,4 @@
-"""Writes one safetensors file, tensor after tensor, without holding more than a block."""
+"""Writes safetensors files tensor by tensor, with one block in memory at a time."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,45 +9,37 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_keye.checkpoint.hf.safetensors_index import INDEX, TYPE_NAMES, Entry
+from megatron_keye.checkpoint.hf.safetensors_index import INDEX, TYPE_NAMES
 
 _ALIGNMENT = 8
 """The data begins at a multiple of this, as the format recommends."""
 
 
-def plan_header(
-    file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> tuple[bytes, dict[str, Entry]]:
-    """Lay out a file.
+def make_header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """Return the bytes before the data of a file.
 
     Args:
-        file: The file to be.
         shapes: Its tensors, in order.
         dtype: Their type.
-
-    Returns:
-        What stands before the data, and where each tensor goes.
     """
-    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    entries: dict[str, Entry] = {}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        entries[name] = Entry(file, dtype, shape, end)
-        first, end = end, end + entries[name].size_bytes
-        described[name] = {
+        first, end = end, end + prod(shape) * dtype.itemsize
+        entries[name] = {
             "dtype": TYPE_NAMES[dtype],
             "shape": shape,
             "data_offsets": [first, end],
         }
-    header = json.dumps(described, separators=(",", ":")).encode()
+    header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
-    return len(header).to_bytes(8, "little") + header, entries
+    return len(header).to_bytes(8, "little") + header
 
 
 def split_files(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, file_bytes: int
 ) -> list[dict[str, tuple[int, ...]]]:
-    """Cut a checkpoint into files without reordering it.
+    """Split a checkpoint into files without reordering it.
 
     Args:
         shapes: All tensors.
@@ -67,7 +59,7 @@ def split_files(
 
 
 def file_name(number: int, count: int) -> str:
-    """Return the name of the `number`-th of `count` files, from 1, as Hugging Face has it."""
+    """Return Hugging Face's name of the `number`-th of `count` files, from 1."""
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
@@ -87,7 +79,7 @@ def write_index(folder: Path, files: Mapping[str, str], size_bytes: int) -> None
     Args:
         folder: The checkpoint.
         files: File of each tensor.
-        size_bytes: Of all tensors.
+        size_bytes: Bytes of all tensors.
     """
     index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(files)}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

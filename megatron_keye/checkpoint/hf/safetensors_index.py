@@ -1,7 +1,7 @@
-"""Folders of safetensors files: their headers checked as one whole, tensors by memory map.
+"""Reads folders of safetensors files: headers checked together, tensors memory-mapped.
 
-Own code instead of the safetensors package, whose readers keep a whole file mapped: here a map
-lives as long as one tensor, so that memory stays small whatever the checkpoint's size.
+Own code instead of the safetensors package, whose readers keep a whole file mapped: here a memory
+map lives as long as its tensor, so that memory stays small whatever the checkpoint's size.
 """
 
 import json
@@ -37,13 +37,13 @@ TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies."""
+    """Location of one tensor."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """First byte, from the beginning of the file."""
+    """Its first byte in the file."""
 
     @property
     def size_bytes(self) -> int:
@@ -57,7 +57,7 @@ class Entry:
             index: Which slice; None for the whole.
 
         Returns:
-            A tensor that must not be written to; the map ends with it.
+            A tensor that must not be written to; the memory map ends with it.
         """
         shape, start, size = self.shape, self.start, self.size_bytes
         if index is not None:
@@ -67,11 +67,11 @@ class Entry:
             return torch.empty(shape, dtype=self.dtype)
         first = start - start % mmap.ALLOCATIONGRANULARITY
         with self.file.open("rb") as file:
-            # Private, because torch wants a buffer that it could write to.
+            # Copy-on-write, because torch expects a writable buffer.
             mapped = mmap.mmap(
                 file.fileno(), start - first + size, offset=first, access=mmap.ACCESS_COPY
             )
-        # Read from disk at once instead of a little at every page fault.
+        # Prefetch instead of reading a little at every page fault.
         mapped.madvise(mmap.MADV_WILLNEED)
         flat = torch.frombuffer(mapped, dtype=self.dtype, count=prod(shape), offset=start - first)
         return flat.view(shape)
@@ -84,7 +84,7 @@ def open_folder(folder: Path) -> dict[str, Entry]:
         folder: Holds *.safetensors, with an index when there are several.
 
     Returns:
-        The place of each tensor.
+        The entry of each tensor.
 
     Raises:
         UserError: For a folder without tensors, a file cut short or broken, a tensor that two
@@ -109,10 +109,10 @@ def open_folder(folder: Path) -> dict[str, Entry]:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Return the place of each tensor of one file.
+    """Return the entry of each tensor of one file.
 
     Raises:
-        UserError: When the header is broken or the file is shorter than it says.
+        UserError: When the header is broken or the file is shorter than it states.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -177,8 +177,8 @@ def _check_index(folder: Path, entries: dict[str, Entry]) -> None:
         held = entries[name].file.name if name in entries else "no file"
         if held != file:
             raise UserError(
-                f"tensor {name}: got it in {held} of {folder}, expected it in {file} as {INDEX} "
-                "says; copy the file again or correct the index"
+                f"tensor {name}: got it in {held} of {folder}, expected it in {file} by {INDEX}; "
+                "copy the file again or correct the index"
             )
     for name, entry in entries.items():
         if name not in mapping:

@@ -1,7 +1,7 @@
-"""Which tensor of the released checkpoint is which part of the native one: one table, both ways.
+"""The mapping between tensors of the released checkpoint and native ones: one table, both ways.
 
-Native is what training saves: Megatron-Core's names, layers and experts stacked along axes that
-come before the weight's own.
+Native is what training saves: Megatron-Core's names, layers and experts stacked along leading
+axes.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout, parameter
 from megatron_keye.config.model import DecoderConfig, ModelConfig
 
 _LAYER = "decoder.block.layers."
-_ONCE = {
+_UNSTACKED = {
     "decoder.embedding.weight": "model.embed_tokens.weight",
     "decoder.block.final_layernorm.weight": "model.norm.weight",
     "decoder.output_layer.weight": "lm_head.weight",
 }
-_EACH_LAYER = {
+_PER_LAYER = {
     "input_layernorm.weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
@@ -54,47 +54,47 @@ class HfPart:
     name: str
     """Its name."""
     index: int | None = None
-    """Place along its first dimension; None for the whole tensor."""
+    """Index along its first dimension; None for the whole tensor."""
 
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """One native weight of one layer (and expert) and what it is made of."""
+    """One native weight of one layer (and expert) and its parts in the released checkpoint."""
 
     key: str
     """Native name, equal for all layers and experts."""
     stacked_index: tuple[int, ...]
-    """Place along the stacked axes: (), (layer,) or (layer, expert)."""
+    """Index along the stacked axes: (), (layer,) or (layer, expert)."""
     stacked_shape: tuple[int, ...]
     """Sizes of the stacked axes."""
     parts: tuple[HfPart, ...]
-    """What it is made of, in the order in which `arrangement` takes it."""
+    """Its parts, in the order that `arrangement` expects."""
     arrangement: Arrangement
-    """How."""
+    """How the parts form the weight."""
 
     @property
     def extra_state(self) -> str | None:
         """Name of the empty object that Megatron's linears keep beside this weight, if any."""
         if not self.key.startswith(_WITH_EXTRA_STATE):
             return None
-        place = ".".join(map(str, self.stacked_index or (0,)))
+        index = ".".join(map(str, self.stacked_index or (0,)))
         shape = ".".join(map(str, self.stacked_shape or (1,)))
-        return f"{self.key.removesuffix('weight')}_extra_state/shard_{place}_{shape}"
+        return f"{self.key.removesuffix('weight')}_extra_state/shard_{index}_{shape}"
 
 
 def weight_mappings(model: ModelConfig, layout: ExpertLayout) -> Iterator[WeightMapping]:
-    """Yield the weight_mappings that make up the whole model, each tensor exactly once.
+    """Yield the mappings of the whole model, each tensor exactly once.
 
     Args:
         model: Sizes.
-        layout: How the released side holds experts.
+        layout: Expert layout of the released checkpoint.
     """
     for name in parameter_shapes(model, layout):
         for prefix, native in _VISION.items():
             if name.startswith(prefix):
                 key = native + name.removeprefix(prefix)
                 yield WeightMapping(key, (), (), (HfPart(name),), Same())
-    for key, name in _ONCE.items():
+    for key, name in _UNSTACKED.items():
         yield WeightMapping(key, (), (), (HfPart(name),), Same())
     for layer in range(model.decoder.num_layers):
         yield from _layer_mappings(layer, model.decoder)
@@ -105,7 +105,7 @@ def weight_mappings(model: ModelConfig, layout: ExpertLayout) -> Iterator[Weight
 def _layer_mappings(layer: int, decoder: DecoderConfig) -> Iterator[WeightMapping]:
     stacked = (layer,), (decoder.num_layers,)
     prefix = f"model.layers.{layer}."
-    for key, name in _EACH_LAYER.items():
+    for key, name in _PER_LAYER.items():
         yield WeightMapping(_LAYER + key, *stacked, (HfPart(prefix + name),), Same())
     attention = tuple(HfPart(f"{prefix}self_attn.{kind}_proj.weight") for kind in "qkv")
     grouped = Grouped(decoder.num_heads, decoder.num_kv_heads)

@@ -1,7 +1,7 @@
-"""Weights of modules in this process under the released checkpoint's names, and back.
+"""Converts weights of modules in this process from and to the released checkpoint's tensors.
 
-The same table as the converter's, applied to parameters instead of files; gradients go through
-it as well, so that they have the checkpoint's names and shapes.
+Applies the converter's table to parameters instead of files, and to gradients too, so that they
+have the checkpoint's names and shapes.
 """
 
 from collections.abc import Mapping
@@ -19,18 +19,18 @@ _EXPERTS = "mlp.experts.experts."
 
 
 def parameter_name(mapping: WeightMapping) -> str:
-    """Return the parameter behind a mapping, as modules that hold all layers and experts call it.
+    """Return a mapping's parameter name in modules that hold all layers and experts.
 
-    A decoder chunk's parameters have the prefix "decoder.", the vision tower's "vision.".
+    A decoder stage's parameters have the prefix "decoder.", the vision tower's "vision.".
     """
     name = mapping.key
-    for stacked, own, place in zip(
+    for stacked, own, index in zip(
         (_LAYERS, _EXPERTS),
         (_LAYERS, "mlp.experts.local_experts."),
         mapping.stacked_index,
         strict=False,
     ):
-        name = name.replace(stacked, f"{own}{place}.")
+        name = name.replace(stacked, f"{own}{index}.")
     return name
 
 
@@ -55,7 +55,7 @@ def as_released(
     Args:
         weights: All parameters by `parameter_name`.
         model: Sizes.
-        layout: How the checkpoint holds experts.
+        layout: Expert layout of the checkpoint.
     """
     whole: dict[str, Tensor] = {}
     slices: dict[str, list[Tensor]] = {}

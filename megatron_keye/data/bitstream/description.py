@@ -1,22 +1,22 @@
-"""What a stream says of itself before its first picture, as far as a decoder on the GPU needs it.
+"""What a stream declares in front of its first frame, as far as a decoder on the GPU needs it.
 
 Source: ISO/IEC 14496-15, 5.3.3.1 (AVCDecoderConfigurationRecord) and 8.3.3.1
 (HEVCDecoderConfigurationRecord).
 """
 
+import io
 from dataclasses import dataclass
 
 from av.video.stream import VideoStream
 
-from megatron_keye.data.bitstream import nal_units
-from megatron_keye.data.bitstream.sps import SequenceParameters, read_sequence_parameters
+from megatron_keye.data.bitstream.nal_units import SPS_TYPES, sps_nal_units
+from megatron_keye.data.bitstream.sps import Sps, read_sps
 from megatron_keye.errors import UserError
 
-_H264_SETS = 5
-"""Place in the record of the byte that counts sequence parameter sets, which follow it."""
-_HEVC_ARRAYS = 22
-"""Place in the record of the byte that counts arrays of units, which follow it."""
-_CUT_SHORT = "its parameters in front are cut short"
+_H264_NUM_SPS = 5
+"""Place in the record of the byte that counts SPS, which follow it."""
+_HEVC_NUM_ARRAYS = 22
+"""Place in the record of the byte that counts arrays of NAL units, which follow it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,96 +27,72 @@ class Description:
     """FFmpeg's name."""
     extradata: bytes
     """As its container has it."""
-    parameters: SequenceParameters | None
-    """None for VP9, whose frames tell their own size and crop nothing."""
-    uncropped: bytes
-    """Extradata of the same stream with its pictures as they are stored."""
+    sps: Sps | None
+    """None for VP9, whose frames declare their own size and crop nothing."""
 
     def unsupported_reason(self, packet: bytes) -> str:
-        """Return what a packet's own parameters speak against pieces of the stream, or ""."""
-        if self.parameters is None:
+        """Return why a packet's own SPS keeps it from the GPU, "" if none does."""
+        if self.sps is None:
             return ""
-        brought = nal_units.sequence_parameters(self.codec, packet, self.extradata)
-        if any(unit != self.parameters.unit for unit in brought):
-            return "its parameters change inside"
-        return ""
-
-    def without_cropping(self, packet: bytes) -> bytes:
-        """Return a packet as a stream with `uncropped` has it; one that has no `obstacle`."""
-        if self.parameters is None or not self.parameters.is_cropped:
-            return packet
-        replacements = {self.parameters.unit: self.parameters.uncropped}
-        return nal_units.with_sequence_parameters(self.codec, packet, self.extradata, replacements)
+        found = sps_nal_units(self.codec, packet, self.extradata)
+        is_other = any(nal_unit != self.sps.nal_unit for nal_unit in found)
+        return "its parameters change inside" if is_other else ""
 
 
 def describe(stream: VideoStream) -> Description:
     """Read a stream's description.
 
     Raises:
-        UserError: Why a GPU can't be given this stream: parameters that are missing, several, or
-            not to be read, or another size than the container's. Worded to follow upon the name
-            of a file.
+        UserError: Why a GPU can't be given this stream: an SPS that is missing, not the only one,
+            not to be read, or of another size than the container's. Worded to follow the name of
+            a file.
     """
     codec = stream.codec_context.name
     extradata = bytes(stream.codec_context.extradata or b"")
-    if codec not in nal_units.SEQUENCE_PARAMETERS:
-        return Description(codec=codec, extradata=extradata, parameters=None, uncropped=extradata)
-    is_record = extradata[:1] == b"\1"
-    if is_record:
-        places = (_h264_sets if codec == "h264" else _hevc_sets)(extradata)
-        units = [extradata[place].rstrip(b"\0") for place in places]
+    if codec not in SPS_TYPES:
+        return Description(codec=codec, extradata=extradata, sps=None)
+    if extradata[:1] == b"\1":
+        nal_units = (_h264_sps if codec == "h264" else _hevc_sps)(io.BytesIO(extradata))
     else:
-        places = []
-        units = list(dict.fromkeys(nal_units.sequence_parameters(codec, extradata, extradata)))
-    if len(units) != 1:
-        raise UserError(f"it has {len(units)} sequence parameter sets in front, expected one")
-    parameters = read_sequence_parameters(codec, units[0])
-    told, held = (parameters.width, parameters.height), (stream.width, stream.height)
-    if told != held:
-        raise UserError(f"its stream has {told} pixels across and down, its container {held}")
-    if not parameters.is_cropped:
-        uncropped = extradata
-    elif is_record:
-        (place,) = places
-        length = len(parameters.uncropped).to_bytes(2, "big")
-        uncropped = extradata[: place.start - 2] + length + parameters.uncropped
-        uncropped += extradata[place.stop :]
-    else:
-        replacements = {parameters.unit: parameters.uncropped}
-        uncropped = nal_units.with_sequence_parameters(codec, extradata, extradata, replacements)
-    return Description(
-        codec=codec, extradata=extradata, parameters=parameters, uncropped=uncropped
-    )
+        nal_units = list(dict.fromkeys(sps_nal_units(codec, extradata, extradata)))
+    if len(nal_units) != 1:
+        raise UserError(f"it has {len(nal_units)} sequence parameter sets in front, expected one")
+    sps = read_sps(codec, nal_units[0])
+    declared, expected = (sps.width, sps.height), (stream.width, stream.height)
+    if declared != expected:
+        raise UserError(
+            f"its stream has {declared} pixels across and down, its container {expected}"
+        )
+    return Description(codec=codec, extradata=extradata, sps=sps)
 
 
-def _h264_sets(record: bytes) -> list[slice]:
-    """Return the places of the sequence parameter sets in a record."""
-    count = record[_H264_SETS] & 31 if len(record) > _H264_SETS else 0
-    return _sized_units(record, _H264_SETS + 1, count)
+def _h264_sps(record: io.BytesIO) -> list[bytes]:
+    """Return the SPS in a record."""
+    record.seek(_H264_NUM_SPS)
+    num_sps = int.from_bytes(record.read(1)) & 31
+    return [_read_nal_unit(record) for _ in range(num_sps)]
 
 
-def _hevc_sets(record: bytes) -> list[slice]:
-    """As `_h264_sets`."""
-    found: list[slice] = []
-    place = _HEVC_ARRAYS + 1
-    for _ in range(record[_HEVC_ARRAYS] if len(record) > _HEVC_ARRAYS else 0):
-        if place + 3 > len(record):
-            raise UserError(_CUT_SHORT)
-        kind, count = record[place] & 63, int.from_bytes(record[place + 1 : place + 3], "big")
-        units = _sized_units(record, place + 3, count)
-        place = units[-1].stop if units else place + 3
-        if kind == nal_units.SEQUENCE_PARAMETERS["hevc"]:
-            found += units
+def _hevc_sps(record: io.BytesIO) -> list[bytes]:
+    """As `_h264_sps`."""
+    found: list[bytes] = []
+    record.seek(_HEVC_NUM_ARRAYS)
+    for _ in range(int.from_bytes(record.read(1))):
+        nal_type = _read(record, 1)[0] & 63
+        num_nal_units = int.from_bytes(_read(record, 2))
+        nal_units = [_read_nal_unit(record) for _ in range(num_nal_units)]
+        if nal_type == SPS_TYPES["hevc"]:
+            found += nal_units
     return found
 
 
-def _sized_units(record: bytes, place: int, count: int) -> list[slice]:
-    """Return the places of units that each follow their length in two bytes."""
-    units: list[slice] = []
-    for _ in range(count):
-        stop = place + 2 + int.from_bytes(record[place : place + 2], "big")
-        if stop > len(record):
-            raise UserError(_CUT_SHORT)
-        units.append(slice(place + 2, stop))
-        place = stop
-    return units
+def _read_nal_unit(record: io.BytesIO) -> bytes:
+    """Read a NAL unit, which follows its length in two bytes."""
+    return _read(record, int.from_bytes(_read(record, 2))).rstrip(b"\0")
+
+
+def _read(record: io.BytesIO, size: int) -> bytes:
+    content = record.read(size)
+    if len(content) < size:
+        raise UserError("its parameters in front are cut short")
+    return content

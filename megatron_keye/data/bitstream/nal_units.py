@@ -1,116 +1,121 @@
-"""What compressed frames say of themselves in their first bytes, read without decoding.
+"""What H.264 and HEVC frames declare in the headers of their NAL units, read without decoding.
 
-A decoder on the GPU is handed pieces of a file, and counts the frames that it is given; both need
-facts that containers tell wrongly or not at all.
+A decoder on the GPU is given segments of a file, and counts the frames that it is given; both need
+facts that containers state wrongly or not at all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 _H264_IDR = 5
 _H264_SLICES = range(1, 6)
-SEQUENCE_PARAMETERS = {"h264": 7, "hevc": 33}
-"""Kind of the units that hold a sequence parameter set."""
+SPS_TYPES = {"h264": 7, "hevc": 33}
+"""Type of the NAL units that hold a sequence parameter set."""
 _LENGTH_BYTE = {"h264": 4, "hevc": 21}
-"""Place in a record of the byte that tells how long a unit's length is."""
+"""Place in a record of the byte that declares how long a NAL unit's length is."""
 _HEVC_UNREFERENCED = range(0, 16, 2)
-_HEVC_ENTRY = range(16, 22)
-_HEVC_PICTURES = range(32)
+_HEVC_RANDOM_ACCESS = range(16, 22)
+_HEVC_SLICES = range(32)
 
 
-def stands_alone(codec: str, packet: bytes, extradata: bytes) -> bool:
-    """Tell whether decoding can start at a packet that its container calls a keyframe.
+def is_random_access_point(codec: str, packet: bytes, extradata: bytes) -> bool:
+    """Return whether decoding can start at a packet that its container calls a keyframe.
 
-    H.264 must reset the decoder (IDR). HEVC may also be a clean random access picture, after which
+    H.264 must reset the decoder (IDR). HEVC may also be a clean random access frame, after which
     the frames shown before it are to be left out.
 
     Args:
-        codec: "h264", "hevc" or "vp9", whose keyframes always stand alone.
+        codec: "h264", "hevc" or "vp9", where every keyframe is one.
         packet: The whole packet.
-        extradata: The stream's, which tells how units are separated.
+        extradata: The stream's, which declares how NAL units are separated.
     """
     if codec == "h264":
-        return _H264_IDR in (kind for kind, _ in _units(codec, packet, extradata))
+        return _H264_IDR in (nal_type for nal_type, _ in _nal_units(codec, packet, extradata))
     if codec == "hevc":
-        kinds = [kind for kind, _ in _units(codec, packet, extradata)]
-        pictures = [kind for kind in kinds if kind in _HEVC_PICTURES]
-        return bool(pictures) and pictures[0] in _HEVC_ENTRY
+        nal_types = [nal_type for nal_type, _ in _nal_units(codec, packet, extradata)]
+        slices = [nal_type for nal_type in nal_types if nal_type in _HEVC_SLICES]
+        return bool(slices) and slices[0] in _HEVC_RANDOM_ACCESS
     return True
 
 
-def sequence_parameters(codec: str, packet: bytes, extradata: bytes) -> list[bytes]:
-    """Return the sequence parameter sets that a packet brings.
+def sps_nal_units(codec: str, packet: bytes, extradata: bytes) -> list[bytes]:
+    """Return the sequence parameter sets in a packet.
 
     Args:
         codec: "h264" or "hevc".
-        packet: The whole packet, or extradata that is no record but units behind start codes.
+        packet: The whole packet, or extradata that is no record but has start codes.
         extradata: As above.
     """
     return [
         packet[place].rstrip(b"\0")
-        for kind, place in _units(codec, packet, extradata)
-        if kind == SEQUENCE_PARAMETERS[codec]
+        for nal_type, place in _nal_units(codec, packet, extradata)
+        if nal_type == SPS_TYPES[codec]
     ]
 
 
-def with_sequence_parameters(
-    codec: str, packet: bytes, extradata: bytes, replacements: Mapping[bytes, bytes]
-) -> bytes:
-    """Return a packet with sequence parameter sets replaced.
-
-    Args:
-        codec: "h264" or "hevc".
-        packet: As in `sequence_parameters`.
-        extradata: As above.
-        replacements: New set by old one; sets that are not in it stay.
-    """
-    width = _length_width(codec, extradata)
-    parts: list[bytes] = []
-    done = 0
-    for kind, place in _units(codec, packet, extradata):
-        unit = packet[place].rstrip(b"\0")
-        if kind != SEQUENCE_PARAMETERS[codec] or unit not in replacements:
-            continue
-        new = replacements[unit]
-        length = len(new).to_bytes(width, "big") if width else b""
-        parts += [packet[done : place.start - width], length, new]
-        done = place.stop
-    return b"".join(parts) + packet[done:]
-
-
-def layer_if_unreferenced(codec: str, packet: bytes, extradata: bytes) -> tuple[int, bool]:
-    """Return a frame's temporal layer, and whether no frame of that layer or a lower one needs it.
-
-    Such a frame may be left out where no higher layer is there. VP9 tells nothing of the kind at
-    its front.
-
-    Source: ITU-T H.264, 7.4.1 (nal_ref_idc); ITU-T H.265, 7.4.2.2 (sub-layer non-reference
-    pictures). Arguments as above.
-    """
-    if codec == "h264":
-        units = _units(codec, packet, extradata)
-        slices = [packet[place.start] for kind, place in units if kind in _H264_SLICES]
-        return 0, bool(slices) and not any(header & 0x60 for header in slices)
-    if codec == "hevc":
-        for kind, place in _units(codec, packet, extradata):
-            if kind in _HEVC_PICTURES:
-                return (packet[place.start + 1] & 7) - 1, kind in _HEVC_UNREFERENCED
-    return 0, False
-
-
-def _units(codec: str, packet: bytes, extradata: bytes) -> list[tuple[int, slice]]:
-    """Return kind and place of each unit of a packet, behind its length or start code.
+def with_sps(codec: str, packet: bytes, extradata: bytes, sps: bytes) -> bytes:
+    """Return a packet with another SPS in place of its own, and with start codes.
 
     Args:
         codec: "h264" or "hevc".
         packet: The whole packet.
-        extradata: Begins with 1 where units come after their length, as in MP4 and Matroska.
+        extradata: As above.
+        sps: Without start code.
     """
-    width = _length_width(codec, extradata)
+    return b"".join(
+        b"\0\0\1" + (sps if nal_type == SPS_TYPES[codec] else packet[place])
+        for nal_type, place in _nal_units(codec, packet, extradata)
+    )
+
+
+def unreferenced_frames(codec: str, packets: Sequence[bytes], extradata: bytes) -> list[bool]:
+    """Return which frames no other one of the packets refers to, as far as their headers declare.
+
+    Args:
+        codec: As above; VP9 declares nothing of the kind.
+        packets: One for each frame.
+        extradata: As above.
+
+    Source: ITU-T H.264, 7.4.1 (nal_ref_idc); ITU-T H.265, 7.4.2.2 (sub-layer non-reference
+    pictures).
+    """
+    frames = [_layer_if_unreferenced(codec, packet, extradata) for packet in packets]
+    # Frames of higher temporal layers may refer to HEVC's sub-layer non-reference pictures, which
+    # FFmpeg's filter_units=discard=nonref drops in every layer.
+    highest = max((layer for layer, _ in frames), default=0)
+    return [frame == (highest, True) for frame in frames]
+
+
+def _layer_if_unreferenced(codec: str, packet: bytes, extradata: bytes) -> tuple[int, bool]:
+    """Return a frame's temporal layer, and whether no frame up to that layer refers to it."""
+    if codec == "h264":
+        headers = [
+            packet[place.start]
+            for nal_type, place in _nal_units(codec, packet, extradata)
+            if nal_type in _H264_SLICES
+        ]
+        return 0, bool(headers) and not any(header & 0x60 for header in headers)
+    if codec == "hevc":
+        for nal_type, place in _nal_units(codec, packet, extradata):
+            if nal_type in _HEVC_SLICES:
+                return (packet[place.start + 1] & 7) - 1, nal_type in _HEVC_UNREFERENCED
+    return 0, False
+
+
+def _nal_units(codec: str, packet: bytes, extradata: bytes) -> list[tuple[int, slice]]:
+    """Return type and place of each NAL unit of a packet, behind its length or start code.
+
+    Args:
+        codec: "h264" or "hevc".
+        packet: The whole packet.
+        extradata: Begins with 1 where NAL units follow their length, as in MP4 and Matroska.
+    """
     places: list[slice] = []
-    if width:
+    length_byte = _LENGTH_BYTE[codec]
+    if extradata[:1] == b"\1" and len(extradata) > length_byte:
+        width = (extradata[length_byte] & 3) + 1
         start = width
         while start < len(packet):
-            stop = start + int.from_bytes(packet[start - width : start], "big")
+            stop = start + int.from_bytes(packet[start - width : start])
             places.append(slice(start, stop))
             start = stop + width
     else:
@@ -119,16 +124,8 @@ def _units(codec: str, packet: bytes, extradata: bytes) -> list[tuple[int, slice
             following = packet.find(b"\0\0\1", start)
             places.append(slice(start, following if following >= 0 else len(packet)))
             start = following + 3
-    return [(_kind(codec, packet[place.start]), place) for place in places]
+    return [(_nal_type(codec, packet[place.start]), place) for place in places]
 
 
-def _length_width(codec: str, extradata: bytes) -> int:
-    """Return how many bytes tell a unit's length, 0 where units come behind start codes."""
-    length_byte = _LENGTH_BYTE[codec]
-    if extradata[:1] != b"\1" or len(extradata) <= length_byte:
-        return 0
-    return (extradata[length_byte] & 3) + 1
-
-
-def _kind(codec: str, header: int) -> int:
+def _nal_type(codec: str, header: int) -> int:
     return header & 31 if codec == "h264" else header >> 1 & 63

@@ -1,10 +1,11 @@
-"""What VP9 frames of profile 0 say in their headers.
+"""What VP9 frames of profile 0 declare in their headers.
 
 Source: VP9 Bitstream & Decoding Process Specification, 7.2 (uncompressed header) and annex B
 (superframes).
 """
 
 from megatron_keye.data.bitstream.bits import Bits
+from megatron_keye.errors import UserError
 
 _SUPERFRAME = 0b110
 _RGB = 7
@@ -14,7 +15,7 @@ _HEADER_BYTES = 24
 
 
 def shows_earlier_frame(packet: bytes) -> bool:
-    """Tell whether a packet shows a frame that was decoded before, and none of its own."""
+    """Return whether a packet shows a frame that was decoded before, and none of its own."""
     # The last frame is the one that is shown.
     header = _frames(packet)[-1][:1] or b"\0"
     # Two bits of marker, two of profile, in profile 3 a reserved one, then the flag.
@@ -22,40 +23,40 @@ def shows_earlier_frame(packet: bytes) -> bool:
 
 
 def has_size(packet: bytes, width: int, height: int) -> bool:
-    """Tell whether all frames of a packet that name a size name this one, to store and to show.
+    """Return whether all sizes that a packet's frames declare, stored and shown, are this one.
 
-    The rest have the size of frames before them.
+    Frames without a size have that of frames before them.
     """
     try:
         sizes = [_sizes(Bits(frame[:_HEADER_BYTES])) for frame in _frames(packet)]
-    except ValueError:
+    except UserError:
         return False
     return all(size in (None, (width, height, width, height)) for size in sizes)
 
 
 def _sizes(reader: Bits) -> tuple[int, int, int, int] | None:
-    """Return a frame's stored and shown (width, height) where it names them."""
-    reader.number(4)
-    if reader.number(1):
+    """Return a frame's stored and shown (width, height) where it declares them."""
+    reader.read_u(4)
+    if reader.read_u(1):
         return None
-    is_predicted, is_shown, is_resilient = reader.number(1), reader.number(1), reader.number(1)
+    is_predicted, is_shown, is_resilient = reader.read_u(1), reader.read_u(1), reader.read_u(1)
     if not is_predicted:
-        reader.number(_SYNC_BITS)
-        if reader.number(3) != _RGB:
-            reader.number(1)
+        reader.read_u(_SYNC_BITS)
+        if reader.read_u(3) != _RGB:
+            reader.read_u(1)
     else:
-        is_intra = 0 if is_shown else reader.number(1)
-        reader.number(0 if is_resilient else 2)
-        reader.number(_SYNC_BITS if is_intra else 0)
-        reader.number(8)
+        is_intra = 0 if is_shown else reader.read_u(1)
+        reader.read_u(0 if is_resilient else 2)
+        reader.read_u(_SYNC_BITS if is_intra else 0)
+        reader.read_u(8)
         if not is_intra:
-            reader.number(3 * 4)
-            if any(reader.number(1) for _ in range(3)):
+            reader.read_u(3 * 4)
+            if any(reader.read_u(1) for _ in range(3)):
                 return None
-    width, height = reader.number(16) + 1, reader.number(16) + 1
-    if not reader.number(1):
+    width, height = reader.read_u(16) + 1, reader.read_u(16) + 1
+    if not reader.read_u(1):
         return width, height, width, height
-    return width, height, reader.number(16) + 1, reader.number(16) + 1
+    return width, height, reader.read_u(16) + 1, reader.read_u(16) + 1
 
 
 def _frames(packet: bytes) -> list[bytes]:

@@ -1,7 +1,7 @@
-"""A contact sheet of prepared samples: frames as the model will get them, and the exact text.
+"""A contact sheet of prepared samples: frames as the model sees them, and the exact text.
 
-For a person to look at before a long run; the whole text also goes to a file beside it, since
-the font that Pillow carries knows Latin letters only.
+For a person to check before a long run; the whole text also goes to a file beside it, since
+Pillow's built-in font has Latin letters only.
 """
 
 import textwrap
@@ -34,7 +34,7 @@ def write_preview(store: Path, config: DataConfig, model: ModelConfig, count: in
     """Write STORE.preview.png and STORE.preview.txt.
 
     Args:
-        store: A whole store.
+        store: A finished store.
         config: Settings that it was prepared with.
         model: Sizes and placeholders, likewise.
         count: Samples to show, evenly spread over the store.
@@ -59,7 +59,7 @@ def write_preview(store: Path, config: DataConfig, model: ModelConfig, count: in
 
 
 def abbreviated_text(sample: Sample, tokenizer: Tokenizer, model: ModelConfig) -> str:
-    """Return what the model sees, runs of placeholders written as `<|video_pad|>x128`."""
+    """Return the text that the model sees, with runs of placeholders as `<|video_pad|>x128`."""
     parts = []
     for key, run in groupby(
         sample.token_ids.tolist(), lambda token: token if token in model.vision_token_ids else -1
@@ -81,8 +81,8 @@ def _title(sample: Sample) -> str:
 
 def _sheet(sample: Sample, text: str, patch_size: int) -> Image.Image:
     """Draw one sample: pictures on the left, text on the right."""
-    places = np.linspace(0, len(sample.pictures) - 1, min(MOST_PICTURES, len(sample.pictures)))
-    pictures = [sample.pictures[place] for place in places.round().astype(int)]
+    chosen = np.linspace(0, len(sample.pictures) - 1, min(MOST_PICTURES, len(sample.pictures)))
+    pictures = [sample.pictures[index] for index in chosen.round().astype(int)]
     lines = _wrapped(text)
     num_rows = -(-len(pictures) // _COLUMNS)
     cell_height = _CELL[1] + 2 * _LINE_HEIGHT
@@ -96,12 +96,12 @@ def _sheet(sample: Sample, text: str, patch_size: int) -> Image.Image:
         title += f", {len(pictures)} of them shown"
     draw.text((_MARGIN, _MARGIN), title, fill="black", font=font)
     first_row = _MARGIN + 2 * _LINE_HEIGHT
-    for place, pixels in _thumbnails(pictures, patch_size).items():
-        left = _MARGIN + place % _COLUMNS * (_CELL[0] + _MARGIN)
-        top = first_row + place // _COLUMNS * cell_height
-        sheet.paste(pixels, (left, top))
-        label = _label(pictures[place], patch_size)
-        draw.text((left, top + pixels.height + 1), label, fill="black", font=font)
+    for index, thumbnail in _thumbnails(pictures, patch_size).items():
+        left = _MARGIN + index % _COLUMNS * (_CELL[0] + _MARGIN)
+        top = first_row + index // _COLUMNS * cell_height
+        sheet.paste(thumbnail, (left, top))
+        label = _label(pictures[index], patch_size)
+        draw.text((left, top + thumbnail.height + 1), label, fill="black", font=font)
     left = _MARGIN + min(len(pictures), _COLUMNS) * (_CELL[0] + _MARGIN)
     for number, line in enumerate(lines):
         draw.text((left, first_row + number * _LINE_HEIGHT), line, fill="black", font=font)
@@ -116,27 +116,27 @@ def _label(picture: Picture, patch_size: int) -> str:
 
 
 def _thumbnails(pictures: list[Picture], patch_size: int) -> dict[int, Image.Image]:
-    """Decode pictures, distort them as the model will see them, and shrink; by their place."""
+    """Return a thumbnail of each picture by its index, resized to its patch grid first."""
     found: dict[int, Image.Image] = {}
     for medium in {picture.medium for picture in pictures}:
         path = Path(medium.path)
-        places = [n for n, p in enumerate(pictures) if p.medium == medium]
-        wanted = {pictures[place].frame for place in places}
+        indices = [n for n, p in enumerate(pictures) if p.medium == medium]
+        wanted = {pictures[index].frame for index in indices}
         frames = (
             iterate_frames(path, wanted) if medium.kind == "video" else [(0, decode_image(path))]
         )
         for frame, pixels in frames:
-            for place in places:
-                if pictures[place].frame == frame:
-                    down, across = pictures[place].patch_grid
+            for index in indices:
+                if pictures[index].frame == frame:
+                    down, across = pictures[index].patch_grid
                     seen = (across * patch_size, down * patch_size)
-                    found[place] = Image.fromarray(pixels).resize(seen, Image.Resampling.BICUBIC)
-                    found[place].thumbnail(_CELL)
+                    found[index] = Image.fromarray(pixels).resize(seen, Image.Resampling.BICUBIC)
+                    found[index].thumbnail(_CELL)
     return found
 
 
 def _wrapped(text: str) -> list[str]:
-    """Break text into lines for the sheet, line ends kept; the rest is only in the text file."""
+    """Break text into lines for the sheet, as many as fit; the text file has them all."""
     lines = [
         part
         for line in text.splitlines()

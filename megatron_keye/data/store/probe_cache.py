@@ -1,7 +1,7 @@
-"""What videos' containers said, kept on disk while a store is made.
+"""Caches probe results of videos on disk while a store is made.
 
-A video is read from end to end to learn its times; with many samples on one video, several
-processes and restarts, that should happen once.
+A probe reads a video from end to end for its frame times. Samples, processes and restarts share
+one result.
 """
 
 import hashlib
@@ -15,37 +15,37 @@ from megatron_keye.errors import UserError
 
 
 class ProbeCache:
-    """Answers of `probe`, one small file each; pickles, and may be shared by processes."""
+    """Results of `probe`, one small file each; can be pickled and shared by processes."""
 
     def __init__(self, folder: Path) -> None:
-        """Keep answers in `folder`, which need not be there."""
+        """Cache results in `folder`, which is created when needed."""
         self._folder = folder
 
     def probe(self, path: Path) -> VideoInfo:
-        """Return what the container says; arguments and errors as those of `probe`.
+        """Return what `probe` returns, with its arguments and errors.
 
-        Two processes that meet a new file in the same moment both read it.
+        Two processes that need a new file at the same time both read it.
         """
         if not path.is_file():
             return probe(path)
         status = path.stat()
         state = f"{path}\n{status.st_size}\n{status.st_mtime_ns}"
         key = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
-        kept = self._folder / key[:2] / key
-        if kept.is_file():
-            answer: VideoInfo | str = pickle.loads(zlib.decompress(kept.read_bytes()))
+        cached = self._folder / key[:2] / key
+        if cached.is_file():
+            result: VideoInfo | str = pickle.loads(zlib.decompress(cached.read_bytes()))
         else:
-            answer = _answer(path)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            temporary = kept.with_name(f"{key}.{os.getpid()}")
-            temporary.write_bytes(zlib.compress(pickle.dumps(answer), level=1))
-            temporary.replace(kept)
-        if isinstance(answer, str):
-            raise UserError(answer)
-        return answer
+            result = _probe_or_error(path)
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            temporary = cached.with_name(f"{key}.{os.getpid()}")
+            temporary.write_bytes(zlib.compress(pickle.dumps(result), level=1))
+            temporary.replace(cached)
+        if isinstance(result, str):
+            raise UserError(result)
+        return result
 
 
-def _answer(path: Path) -> VideoInfo | str:
+def _probe_or_error(path: Path) -> VideoInfo | str:
     try:
         return probe(path)
     except UserError as error:

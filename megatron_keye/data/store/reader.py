@@ -1,7 +1,7 @@
-"""Prepared samples as a source: tokens out of a zarr store, nothing tokenized or probed.
+"""A sample source that reads prepared tokens from a zarr store, without tokenizing or probing.
 
-Bounds and the list of media stay in memory, 40 bytes a sample and about 120 a file; tokens are
-read a whole row at a time.
+Bounds and the list of media files stay in memory, 40 bytes per sample and about 120 per file;
+tokens are read for whole rows at once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from megatron_keye.errors import UserError
 
 _PATHS_KEPT = 65_536
 _CHUNKS_PER_READ = 64
-"""A shard at most, of which 32 MB are in memory then."""
+"""One shard of tokens at most, 32 MB in memory."""
 
 
 class SampleStore:
@@ -29,10 +29,10 @@ class SampleStore:
 
     Args:
         path: Its folder.
-        settings: What decides tokens in this run, as `deciding_settings` gives it.
+        settings: Settings of this run that decide tokens, from `deciding_settings`.
 
     Raises:
-        UserError: For a folder that is no whole store, or one prepared under other settings,
+        UserError: For a folder that is no finished store, or one prepared under other settings,
             naming each that differs.
     """
 
@@ -41,7 +41,7 @@ class SampleStore:
         check_settings(path, attributes["settings"], settings)
         self.path = path
         self.attributes = attributes
-        """What the store says of itself: totals, settings, sample file."""
+        """Attributes of the store: totals, settings, sample file."""
         self.digest: str = attributes["digest"]
         self.num_samples: int = attributes["num_samples"]
         self._base = (path.resolve().parent / attributes["media_base"]).resolve()
@@ -109,24 +109,24 @@ class SampleStore:
         )
 
     def _find_medium(self, medium: int) -> str:
-        """Return the path of a file that is still what it was."""
+        """Return the path of a media file after checking that it has not changed."""
         start, stop = self._name_bounds[medium : medium + 2]
         path = resolve_media(self._names[start:stop].tobytes().decode(), self._base)
-        was = FileIdentity(
+        identity = FileIdentity(
             size_bytes=int(self._sizes[medium]),
             modified_nanoseconds=int(self._modified[medium]),
             content_key=self._keys[medium].tobytes(),
         )
-        if not was.still_holds(path):
+        if not identity.matches(path):
             raise UserError(
-                f"{path}: has changed since {self.path} was made, expected {was.size_bytes} bytes "
-                "of the same content; restore the file, or prepare the samples again"
+                f"{path}: has changed since {self.path} was made, expected {identity.size_bytes} "
+                "bytes of the same content; restore the file, or prepare the samples again"
             )
         return str(path)
 
 
 def _open(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
-    """Open a whole store; anything else is refused."""
+    """Open a finished store; refuse anything else."""
     try:
         group = zarr.open_group(path, mode="r", zarr_format=3)
     except (OSError, ValueError, KeyError) as error:
@@ -154,34 +154,34 @@ def _whole(group: zarr.Group, name: str) -> NDArray[Any]:
 
 
 def _gather(array: Any, bounds: NDArray[np.int64], indices: Sequence[int]) -> list[NDArray[Any]]:
-    """Read the rows of several samples, neighbours in one request, and return them apart.
+    """Read the rows of several samples, neighbours in one request.
 
-    Requests are slices: zarr would sort millions of single positions, and longer than it reads.
+    Requests are slices: given single positions, zarr spends longer on sorting than on reading.
     """
     found: list[NDArray[Any]] = [np.empty(0)] * len(indices)
-    for places in _neighbours(bounds, indices, array.chunks[0]):
-        first = int(bounds[indices[places[0]]])
-        values = array[first : int(bounds[indices[places[-1]] + 1])]
-        for place in places:
-            start, stop = bounds[indices[place] : indices[place] + 2] - first
-            # A copy, so that what lies between samples is let go.
-            found[place] = values[start:stop].copy()
+    for group in _neighbours(bounds, indices, array.chunks[0]):
+        first = int(bounds[indices[group[0]]])
+        values = array[first : int(bounds[indices[group[-1]] + 1])]
+        for position in group:
+            start, stop = bounds[indices[position] : indices[position] + 2] - first
+            # A copy, so that the rows between samples are freed.
+            found[position] = values[start:stop].copy()
     return found
 
 
 def _neighbours(
     bounds: NDArray[np.int64], indices: Sequence[int], chunk_length: int
 ) -> Iterator[list[int]]:
-    """Group the places of samples, ascending, whose rows lie in the same or the next chunk."""
+    """Group positions in `indices`, in sample order, that lie in the same or the next chunk."""
     group: list[int] = []
-    for place in np.argsort(indices, kind="stable").tolist():
-        start, stop = bounds[indices[place] : indices[place] + 2].tolist()
+    for position in np.argsort(indices, kind="stable").tolist():
+        start, stop = bounds[indices[position] : indices[position] + 2].tolist()
         if group:
             first, end = int(bounds[indices[group[0]]]), int(bounds[indices[group[-1]] + 1])
             is_near = start // chunk_length <= end // chunk_length + 1
             if not is_near or stop - first > _CHUNKS_PER_READ * chunk_length:
                 yield group
                 group = []
-        group.append(place)
+        group.append(position)
     if group:
         yield group

@@ -1,7 +1,7 @@
-"""Which settings decide the tokens of a prepared sample.
+"""The settings that decide the tokens of a prepared sample.
 
-A store remembers them, because under other settings its tokens would no longer be those of a run
-that reads the sample file itself.
+A store records them: under other settings its tokens would differ from those of a run that reads
+the sample file itself.
 """
 
 import json
@@ -19,7 +19,7 @@ def deciding_settings(
 ) -> dict[str, Any]:
     """Return all settings that tokens, labels and pictures depend on, by dotted name.
 
-    The tokenizer stands there by its content, since folders move.
+    The tokenizer is identified by its content, since folders move.
     """
     frames = {
         f"data.frames.{f.name}": getattr(config.frames, f.name) for f in fields(config.frames)
@@ -34,7 +34,7 @@ def deciding_settings(
         "model.vision_start_token_id": model.vision_start_token_id,
         "model.vision_end_token_id": model.vision_end_token_id,
     }
-    # As the store gives them back, where a tuple has become a list.
+    # As read back from the store: JSON has lists in place of tuples.
     read_back: dict[str, Any] = json.loads(json.dumps(settings))
     return read_back
 
@@ -44,8 +44,8 @@ def check_settings(store: Path, prepared: dict[str, Any], wanted: dict[str, Any]
 
     Args:
         store: The store, for the message.
-        prepared: What it was made with.
-        wanted: What the run has.
+        prepared: Settings that it was made with.
+        wanted: Settings of the run.
 
     Raises:
         UserError: Naming every setting that differs, with both values.

@@ -1,7 +1,7 @@
-"""Joins blocks into one zarr store: a few long arrays in large files.
+"""Merges blocks into one zarr store: a few long arrays in large files.
 
-Arrays grow shard by shard, so that memory does not grow with the store; only the list of distinct
-media files is held whole.
+Arrays grow shard by shard, so that memory does not grow with the store, apart from the list of
+distinct media files.
 """
 
 import hashlib
@@ -15,16 +15,16 @@ import zarr
 from numpy.typing import ArrayLike, DTypeLike
 from zarr.codecs import ZstdCodec
 
-from megatron_keye.data.store.block_table import BlockTable, StoredMedium
+from megatron_keye.data.store.block_metadata import BlockMetadata, StoredMedium
 from megatron_keye.errors import UserError
 
 FORMAT = "megatron_keye.samples.1"
 REFUSED = "refused.txt"
-"""File in the store that says which lines were left out, and why."""
+"""File in the store that lists the lines left out, and why."""
 # Reading costs about 1 ms for each chunk touched, whatever its length.
 _CHUNK_LENGTH = 65_536
 _SHARD_LENGTH = 64 * _CHUNK_LENGTH
-# What each array holds; [N + 1] bounds begin with 0.
+# Type and row shape of each array; bounds are [N + 1] and begin with 0.
 _ARRAYS: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
     # Of each token: its id and its label.
     "tokens": ("int32", (2,)),
@@ -32,10 +32,10 @@ _ARRAYS: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
     "samples/picture_bounds": ("int64", ()),
     "samples/media_bounds": ("int64", ()),
     "samples/lines": ("int64", ()),
-    # The distinct files that each sample shows, between its media_bounds.
+    # The distinct media files that each sample uses, between its media_bounds.
     "samples/media": ("int32", ()),
     # Of each picture: medium, frame, patches down and across, first placeholder in its sample,
-    # and when it is shown, in seconds. One array, since every array costs a read.
+    # and its time in seconds. One array, since every array costs a read.
     "pictures": ("float64", (6,)),
     "media/name_bounds": ("int64", ()),
     "media/names": ("uint8", ()),
@@ -48,7 +48,7 @@ _ARRAYS: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
 
 
 class _Appender:
-    """Lengthens one array by a whole shard at a time."""
+    """Appends to one array, a whole shard at a time."""
 
     def __init__(self, group: zarr.Group, name: str) -> None:
         dtype, row = _ARRAYS[name]
@@ -92,7 +92,7 @@ class _Appender:
 
 
 class _StoreWriter:
-    """Appends blocks and numbers their files through the whole store."""
+    """Appends blocks and numbers media files across the whole store."""
 
     def __init__(self, folder: Path) -> None:
         self.group = zarr.open_group(folder, mode="w", zarr_format=3)
@@ -106,23 +106,23 @@ class _StoreWriter:
             for start in range(0, num_tokens, _CHUNK_LENGTH):
                 count = 2 * min(_CHUNK_LENGTH, num_tokens - start)
                 self._append("tokens", np.fromfile(stream, dtype="<i4", count=count))
-            table = BlockTable.from_bytes(stream.read())
-        pictures = np.array(table.pictures, dtype=np.float64).reshape(-1, 6)
-        numbers = np.array([self._number(medium) for medium in table.media], dtype=np.int32)
+            metadata = BlockMetadata.from_bytes(stream.read())
+        pictures = np.array(metadata.pictures, dtype=np.float64).reshape(-1, 6)
+        numbers = np.array([self._number(medium) for medium in metadata.media], dtype=np.int32)
         media = numbers[pictures[:, 0].astype(np.int64)]
         pictures[:, 0] = media
-        ends = np.cumsum(table.picture_counts)
-        shown = [np.unique(part) for part in np.split(media, ends[:-1])]
+        ends = np.cumsum(metadata.picture_counts)
+        used = [np.unique(part) for part in np.split(media, ends[:-1])]
         if ends.size:
-            self._append("samples/media", np.concatenate(shown))
-        self._arrays["samples/media_bounds"].append_lengths([len(part) for part in shown])
-        self._arrays["samples/token_bounds"].append_lengths(table.lengths)
-        self._arrays["samples/picture_bounds"].append_lengths(table.picture_counts)
-        self._append("samples/lines", table.line_numbers)
+            self._append("samples/media", np.concatenate(used))
+        self._arrays["samples/media_bounds"].append_lengths([len(part) for part in used])
+        self._arrays["samples/token_bounds"].append_lengths(metadata.lengths)
+        self._arrays["samples/picture_bounds"].append_lengths(metadata.picture_counts)
+        self._append("samples/lines", metadata.line_numbers)
         self._append("pictures", pictures)
 
     def finish(self) -> None:
-        """Append the files and write what is left in memory."""
+        """Append the media files and flush all arrays."""
         names = [medium.name.encode() for medium in self.media]
         self._arrays["media/name_bounds"].append_lengths([len(name) for name in names])
         self._append("media/names", np.frombuffer(b"".join(names), dtype=np.uint8))
@@ -156,19 +156,19 @@ def write_store(
     blocks: Mapping[Path, Mapping[str, Any]],
     attributes: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write a whole store, over whatever an earlier attempt left in its folder.
+    """Write a store, over anything that an earlier attempt left in its folder.
 
     Args:
-        folder: Where it goes; nobody may take it for whole before this returns.
+        folder: Target folder; incomplete until this returns.
         blocks: Files that `BlockMaker.fill` wrote, in order, and what it returned for each.
-        attributes: What a reader needs to know beside arrays.
+        attributes: What readers need beside arrays and totals.
 
     Returns:
         Totals: num_samples, num_tokens, num_pictures, longest, num_media, video_seconds and
         num_refused.
 
     Raises:
-        UserError: Naming a file that was another one for later blocks than for earlier ones.
+        UserError: Naming a media file that changed between blocks.
     """
     writer = _StoreWriter(folder)
     refused: list[str] = []

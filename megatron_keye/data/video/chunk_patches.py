@@ -25,7 +25,7 @@ CHANNELS = 3
 
 @dataclass
 class _Run:
-    """Frames of one file that are decoded in one go, over one chunk or several in a row."""
+    """Frames of one file that are decoded in one pass, over one chunk or several in a row."""
 
     medium: Medium
     last_chunk: int
@@ -153,8 +153,8 @@ class _Files:
                 index, pixels = next(self.opened[medium])
                 assert index == frame, f"{medium.path}: got frame {index}, expected {frame}"
                 for place in of_frame[frame]:
-                    grid = pictures[place].patch_grid
-                    parts[place].copy_(make_patches(pixels[None], grid, self.vision.patch_size))
+                    patch_grid, patch_size = pictures[place].patch_grid, self.vision.patch_size
+                    parts[place].copy_(make_patches(pixels[None], patch_grid, patch_size))
         except UserError as error:
             if self.on_failure is None:
                 raise

@@ -1,6 +1,6 @@
-"""Colours of video that was converted by the wrong rule, put right.
+"""Corrects colours of BT.709 video that was converted to RGB as BT.601.
 
-DALI takes all video for BT.601; most high-definition video is BT.709, and its greens and reds
+DALI converts all video as BT.601; most high-definition video is BT.709, and its greens and reds
 would be off by up to 25 of 255.
 """
 
@@ -14,30 +14,30 @@ BT709 = 1
 
 
 def to_space_of(frames: Tensor, color_space: int) -> Tensor:
-    """Convert pixels that were made by BT.601 as if they had been made by the right rule.
+    """Return RGB as if it had been converted from its own colour space instead of BT.601.
 
     Exact up to rounding where BT.601 did not clip; a colour outside its gamut, for example pure
-    red, comes out by some levels too dull.
+    red, becomes some levels too dull.
 
     Args:
         frames: uint8 RGB [..., height, width, 3], converted by BT.601.
-        color_space: FFmpeg's number of the video's own.
+        color_space: FFmpeg's number of the video's colour space.
 
     Returns:
         uint8 RGB of the same shape.
     """
     if color_space != BT709:
         return frames
-    mixed = frames.float() @ _from_601_to_709(frames.device)
-    return mixed.round_().clamp_(0, 255).to(torch.uint8)
+    converted = frames.float() @ _from_601_to_709(frames.device)
+    return converted.round_().clamp_(0, 255).to(torch.uint8)
 
 
 @lru_cache(maxsize=8)
 def _from_601_to_709(device: torch.device) -> Tensor:
     """Return [3, 3], right-hand factor of rows of RGB."""
-    undone = torch.linalg.inv(_to_rgb(red=0.299, blue=0.114))
-    mixing = torch.matmul(_to_rgb(red=0.2126, blue=0.0722), undone)
-    return mixing.T.to(device, torch.float32)
+    from_rgb = torch.linalg.inv(_to_rgb(red=0.299, blue=0.114))
+    matrix = torch.matmul(_to_rgb(red=0.2126, blue=0.0722), from_rgb)
+    return matrix.T.to(device, torch.float32)
 
 
 def _to_rgb(*, red: float, blue: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Decodes ahead of the encoder, in a thread of its own, as far as its limits allow.
 
-Training asks for chunks in the order that was announced and finds them ready, unless decoding is
-what the step waits for; the statistics tell which.
+Training takes chunks in the order that was announced and finds them ready, unless decoding is
+slower than the step; the statistics show which.
 """
 
 import threading
@@ -130,7 +130,7 @@ class DecodeService:
 
         Raises:
             UserError: Naming the file that could not be decoded, or that gave nothing within
-                data.decode.timeout_seconds. The service is of no use afterwards.
+                data.decode.timeout_seconds. The service is unusable afterwards.
         """
         with self._changed:
             assert self._num_due > 0, "no chunk was announced that has not been taken"
@@ -176,7 +176,7 @@ class DecodeService:
         )
 
     def _seconds_left(self) -> float | None:
-        """Return how long the file in work may still take, None when none is."""
+        """Return how long the file that is being decoded may still take, None when none is."""
         if not self._working_on:
             return None
         limit = self._config.timeout_seconds
@@ -201,7 +201,7 @@ class DecodeService:
                 self._decode_announced()
         except Exception as error:
             with self._changed:
-                # What a file raises after its time was up changes nothing.
+                # What a file raises after its timeout changes nothing.
                 self._error = self._error or error
                 self._working_on = ""
                 self._changed.notify_all()
@@ -263,7 +263,7 @@ class DecodeService:
             self._failed[media] = str(error)
 
     def _finish_step(self) -> None:
-        """Let whoever waits for the step in work know what failed."""
+        """Hand over what failed in the step in work."""
         with self._changed:
             self._finished.append(self._failed)
             self._failed = {}
@@ -275,5 +275,5 @@ class DecodeService:
             if self._is_closing:
                 raise RuntimeError("the decode service was closed")
             self._working_on, self._working_since = media, time.monotonic()
-            # Whoever waits must learn of the new limit.
+            # Waiting threads must learn of the new limit.
             self._changed.notify_all()

@@ -1,7 +1,6 @@
-"""What turns a file into upright pixels by frame index, and the choice of it.
+"""The interface of decoders, which return a file's upright frames by index, and their choice.
 
-The CPU and the GPU give the same frames under one interface; what is made of the frames does not
-ask which it was.
+Decoders on the CPU and the GPU return the same frames, so their callers need not know which it is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,7 @@ class FrameDecoder(Protocol):
         """
 
     def close(self) -> None:
-        """Let go of threads and devices; the decoder is of no use afterwards."""
+        """Let go of threads and devices; the decoder is unusable afterwards."""
 
 
 def make_decoder(

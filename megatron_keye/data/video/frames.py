@@ -44,7 +44,7 @@ def plan_video(
     """Decide the frames and their size.
 
     Args:
-        info: What `probe` said.
+        info: What `probe` returned.
         config: Rate and budgets.
         vision: Patch and merge size.
         start_seconds: Where the window starts; None for the video's start.
@@ -57,10 +57,10 @@ def plan_video(
         chosen = choose_frames(
             info.times, config, start_seconds=start_seconds, end_seconds=end_seconds
         )
-        grid = frame_patch_grid(info.height, info.width, len(chosen), config, vision)
+        patch_grid = frame_patch_grid(info.height, info.width, len(chosen), config, vision)
     except UserError as error:
         raise UserError(f"{info.path}: {error}") from error
-    return VideoPlan(frame_indices=chosen, times=info.times[chosen], patch_grid=grid)
+    return VideoPlan(frame_indices=chosen, times=info.times[chosen], patch_grid=patch_grid)
 
 
 def choose_frames(
@@ -124,22 +124,26 @@ def frame_patch_grid(
     """
     share = config.max_tokens_per_video // num_frames
     low = config.min_tokens_per_frame
-    return _grid(height, width, low, max(low, min(config.max_tokens_per_frame, share)), vision)
+    return _patch_grid(
+        height, width, low, max(low, min(config.max_tokens_per_frame, share)), vision
+    )
 
 
 def image_patch_grid(
     height: int, width: int, config: FrameConfig, vision: VisionConfig
 ) -> tuple[int, int]:
-    """Return patches (down, across) of a still image; arguments and errors as `frame_patch_grid`."""
+    """Return patches (down, across) of a still image; the rest as `frame_patch_grid`."""
     low, high = config.min_tokens_per_image, config.max_tokens_per_image
-    return _grid(height, width, low, high, vision)
+    return _patch_grid(height, width, low, high, vision)
 
 
-def _grid(height: int, width: int, low: int, high: int, vision: VisionConfig) -> tuple[int, int]:
-    """Fit a picture into `low` to `high` tokens; `high` always holds, `low` gives way to it."""
+def _patch_grid(
+    height: int, width: int, low: int, high: int, vision: VisionConfig
+) -> tuple[int, int]:
+    """Fit an image or frame into `low` to `high` tokens; `high` is kept at the cost of `low`."""
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise UserError(
-            f"the picture is {height} x {width} pixels, expected sides of at most "
+            f"the image or frame is {height} x {width} pixels, expected sides of at most "
             f"{MAX_ASPECT_RATIO} : 1; crop it"
         )
     side = vision.pixels_per_token

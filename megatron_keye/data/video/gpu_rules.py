@@ -1,8 +1,8 @@
 """Which videos a GPU decodes exactly; all others are decoded on the CPU, and the log says why.
 
-The decoder behind DALI returns wrong frames rather than an error in each case that is told apart
+The decoder behind DALI returns wrong frames rather than an error in each case that is excluded
 here: it pairs frames with times by counting, converts colours by one rule, assumes progressive
-8-bit pictures of even size, and mistakes the rows of pictures that are cropped.
+8-bit frames of even size, and reads the wrong rows of cropped frames.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import av
 from av.video.stream import VideoStream
 
+from megatron_keye.data.bitstream.cropping import remove_cropping
 from megatron_keye.data.bitstream.description import Description, describe
 from megatron_keye.data.bitstream.vp9 import has_size, shows_earlier_frame
 from megatron_keye.errors import UserError
@@ -21,17 +22,17 @@ COLOR_SPACES = {1: "BT.709", 2: "unspecified", 5: "BT.601 (625 lines)", 6: "BT.6
 SIDES = range(144, 4097, 2)
 """Sizes that the decoders of all three codecs take, on the oldest GPUs that matter here."""
 VP9_STEP = 8
-"""VP9 stores whole blocks of so many pixels a side, and says nothing of cropping them."""
+"""VP9 stores whole blocks of so many pixels a side, and does not declare cropping."""
 HEVC_STEP = 16
-"""The GPU rounds what HEVC stores up to so many pixels a side, and DALI then mistakes the rows."""
+"""The GPU rounds HEVC's stored size up to so many pixels a side; DALI then reads wrong rows."""
 MAX_FRAMES_BETWEEN_ACCESS_POINTS = 1500
-"""A piece of a file is decoded from the random access point before it, anew for each piece."""
+"""Each segment is decoded from the random access point before it."""
 
 _PROGRESSIVE = (0, 1)
 
 
 def stream_unsupported_reason(stream: VideoStream) -> str:
-    """Return what in the stream's description speaks against the GPU, "" for nothing."""
+    """Return why the stream's description keeps it from the GPU, "" if it does not."""
     context = stream.codec_context
     if context.name not in CODECS:
         return f"its codec is {context.name}, expected one of {', '.join(CODECS)}"
@@ -51,22 +52,24 @@ def stream_unsupported_reason(stream: VideoStream) -> str:
             f"it has {context.width} x {context.height} pixels, expected multiples of {VP9_STEP}"
         )
     try:
-        parameters = describe(stream).parameters
+        sps = describe(stream).sps
+        if sps is not None and sps.is_cropped:
+            remove_cropping(stream, None)
     except UserError as error:
         return str(error)
-    if context.name == "hevc" and parameters is not None:
-        width, height = parameters.stored_width, parameters.stored_height
+    if context.name == "hevc" and sps is not None:
+        width, height = sps.stored_width, sps.stored_height
         if height % HEVC_STEP or width % HEVC_STEP:
             return f"it stores {width} x {height} pixels, expected multiples of {HEVC_STEP}"
     return ""
 
 
 def packet_unsupported_reason(packet: "av.Packet[VideoStream]", description: Description) -> str:
-    """Return what in one packet speaks against the GPU, "" for nothing.
+    """Return why a packet keeps its stream from the GPU, "" if it does not.
 
     Args:
-        packet: Any packet. Parameters are sought in those only that its container calls keyframes;
-            `SegmentCutter` looks into the rest.
+        packet: Any packet. Only those that its container calls keyframes are searched for
+            parameters; `SegmentCutter` searches the rest.
         description: Its stream's.
     """
     if packet.has_sidedata("new_extradata"):
@@ -85,7 +88,7 @@ def packet_unsupported_reason(packet: "av.Packet[VideoStream]", description: Des
 def timeline_unsupported_reason(
     random_access_points: Sequence[int], num_frames: int, num_packets: int
 ) -> str:
-    """Return what in the order of frames speaks against the GPU, "" for nothing.
+    """Return why the order of frames keeps a stream from the GPU, "" if it does not.
 
     Args:
         random_access_points: As in `VideoInfo`.

@@ -1,4 +1,4 @@
-"""Reading still images: their size without decoding, and their upright pixels.
+"""Reads still images: their size without decoding, and their upright pixels.
 
 Apart from video because images have no time, and orientation comes from EXIF.
 """

@@ -1,7 +1,6 @@
 """Pixels as the vision encoder takes them: resized, normalised, cut into patches.
 
-On whichever device the pixels are. What the CPU and an H100 make of the same pixels differs by 2
-of 255 at most.
+Computed where the pixels are. Results of the CPU and of an H100 differ by 2 of 255 at most.
 """
 
 import torch
@@ -9,23 +8,23 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 
-def make_patches(frames: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+def make_patches(frames: Tensor, patch_grid: tuple[int, int], patch_size: int) -> Tensor:
     """Resize frames to a grid of patches, normalise and cut them.
 
     Resizing is torch's antialiased bicubic on uint8, across first, then down, as the published
     preprocessing of the Keye and Qwen families does for videos; Pillow's agrees within 1 of 255 on
-    natural pictures. Values become (x / 255 - 0.5) / 0.5, from -1 to 1.
+    natural images. Values become (x / 255 - 0.5) / 0.5, from -1 to 1.
 
     Args:
         frames: uint8 RGB [frames, height, width, 3].
-        grid: Patches down and across.
+        patch_grid: Patches down and across.
         patch_size: Side of a patch in pixels.
 
     Returns:
         float32 [frames * down * across, 3, patch_size, patch_size] on the frames' device; frame
         after frame, in raster order within each.
     """
-    rows, columns = grid
+    rows, columns = patch_grid
     pixels = _resize(frames.permute(0, 3, 1, 2), (rows * patch_size, columns * patch_size))
     cut = pixels.reshape(len(frames), 3, rows, patch_size, columns, patch_size)
     patches = cut.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3, patch_size, patch_size)

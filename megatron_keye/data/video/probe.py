@@ -1,7 +1,7 @@
-"""What a video's container says: when each frame is shown, and how large and which way up it is.
+"""What a video's container states: when each frame is shown, its size and its orientation.
 
 Everything is planned from this, so it only demuxes: no frame is decoded, and the container's
-average rate, which real files get wrong, is never read.
+average rate, which is wrong in real files, is never read.
 """
 
 import struct
@@ -17,8 +17,8 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from megatron_keye.data.bitstream import nal_units
 from megatron_keye.data.bitstream.description import describe
+from megatron_keye.data.bitstream.nal_units import is_random_access_point
 from megatron_keye.data.video.gpu_rules import (
     packet_unsupported_reason,
     stream_unsupported_reason,
@@ -41,20 +41,20 @@ class VideoInfo:
     keyframes: NDArray[np.int64]
     """Indices, in presentation order, of the frames where decoding can start."""
     random_access_points: NDArray[np.int64]
-    """Those of them from which each later frame comes out clean even in a decoder that has seen
-    nothing before; frames shown before one, but stored after it, don't."""
+    """Those of them from which a decoder without any state decodes each later frame correctly;
+    frames shown before one, but stored after it, it does not."""
     color_space: int
     """FFmpeg's number of the rule by which luma and colour differences become RGB."""
     gpu_unsupported_reason: str
-    """Why a GPU would not decode this file rightly, "" when nothing speaks against it."""
+    """Why a GPU would not decode this file correctly, "" if it would."""
     height: int
     """Pixels down, as shown."""
     width: int
     """Pixels across, as shown; stored pixels, the sample aspect ratio is not applied."""
     rotation: int
-    """Degrees counter-clockwise, 0, 90, 180 or 270, by which stored frames are turned."""
+    """Degrees counter-clockwise, 0, 90, 180 or 270, by which stored frames are rotated."""
     is_mirrored: bool
-    """Whether stored frames are flipped left to right before they are turned."""
+    """Whether stored frames are flipped left to right before they are rotated."""
 
     @property
     def num_frames(self) -> int:
@@ -91,16 +91,16 @@ def opened_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def probe(path: Path) -> VideoInfo:
-    """Return what the container says about a video, without decoding.
+    """Return what the container states about a video, without decoding.
 
     Args:
         path: Video file. The answer is kept until the file's size or modification time changes.
 
     Raises:
         UserError: Naming the file, for one that is missing, empty, no video, without
-            presentation times, an AVI with B-frames, turned by an oblique angle, or visibly cut
-            short. A cut Matroska
-            or MPEG-TS file cannot be told from a shorter whole one and is accepted as that.
+            presentation times, an AVI with B-frames, rotated by an oblique angle, or visibly cut
+            short. A cut Matroska or MPEG-TS file looks like a shorter whole one, and is accepted
+            as that.
     """
     if not path.is_file():
         raise UserError(f"{path}: is not there, expected a video file; correct the name")
@@ -137,7 +137,7 @@ def _probe(path: Path, modified_nanoseconds: int, size_bytes: int) -> VideoInfo:
         keyframes=frames.keyframes,
         random_access_points=frames.random_access_points,
         color_space=color_space,
-        gpu_unsupported_reason=frames.obstacle,
+        gpu_unsupported_reason=frames.gpu_unsupported_reason,
         height=height,
         width=width,
         rotation=rotation,
@@ -147,30 +147,30 @@ def _probe(path: Path, modified_nanoseconds: int, size_bytes: int) -> VideoInfo:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Frames:
-    """What the packets of a stream tell; fields as in `VideoInfo`."""
+    """What the packets of a stream state; fields as in `VideoInfo`."""
 
     timestamps: NDArray[np.int64]
     keyframes: NDArray[np.int64]
     random_access_points: NDArray[np.int64]
-    obstacle: str
+    gpu_unsupported_reason: str
 
 
 def _demux(path: Path, container: InputContainer, stream: VideoStream) -> _Frames:
-    """Read all packets and put the frames that are shown into their order."""
+    """Read all packets and sort the frames that are shown by their times."""
     codec, extradata = stream.codec_context.name, bytes(stream.codec_context.extradata or b"")
     shown: dict[int, bool] = {}
-    entries: set[int] = set()
+    random_access: set[int] = set()
     num_packets = num_untimed = 0
-    obstacle = stream_unsupported_reason(stream)
-    description = None if obstacle else describe(stream)
+    reason = stream_unsupported_reason(stream)
+    description = None if reason else describe(stream)
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise UserError(f"{path}: is cut short or damaged inside a frame; copy it again")
         if packet.size == 0:
             continue
         num_packets += 1
-        if description is not None and not obstacle:
-            obstacle = packet_unsupported_reason(packet, description)
+        if description is not None and not reason:
+            reason = packet_unsupported_reason(packet, description)
         # Packets flagged "discard" lie outside the edit list: decoded, but never shown.
         if packet.is_discard or _is_hidden(packet, stream):
             continue
@@ -178,8 +178,8 @@ def _demux(path: Path, container: InputContainer, stream: VideoStream) -> _Frame
             num_untimed += 1
             continue
         shown[packet.pts] = shown.get(packet.pts, False) or packet.is_keyframe
-        if packet.is_keyframe and nal_units.stands_alone(codec, bytes(packet), extradata):
-            entries.add(packet.pts)
+        if packet.is_keyframe and is_random_access_point(codec, bytes(packet), extradata):
+            random_access.add(packet.pts)
     if num_untimed:
         raise UserError(
             f"{path}: {num_untimed} of {num_untimed + len(shown)} frames have no presentation "
@@ -189,28 +189,29 @@ def _demux(path: Path, container: InputContainer, stream: VideoStream) -> _Frame
     if container.format.name == "avi" and out_of_order:
         raise UserError(
             f"{path}: is an AVI whose frames are not stored in the order of showing, expected "
-            "another container, since AVI does not tell that order; re-encode it, e.g. to MP4"
+            "another container, since AVI does not state that order; re-encode it, e.g. to MP4"
         )
     ordered = sorted(shown)
     keyframes = [index for index, timestamp in enumerate(ordered) if shown[timestamp]]
-    starts = [index for index in keyframes if ordered[index] in entries]
+    points = [index for index in keyframes if ordered[index] in random_access]
     return _Frames(
         timestamps=np.array(ordered, dtype=np.int64),
         keyframes=np.array(keyframes, dtype=np.int64),
-        random_access_points=np.array(starts, dtype=np.int64),
-        obstacle=obstacle or timeline_unsupported_reason(starts, len(ordered), num_packets),
+        random_access_points=np.array(points, dtype=np.int64),
+        gpu_unsupported_reason=reason
+        or timeline_unsupported_reason(points, len(ordered), num_packets),
     )
 
 
 def _is_hidden(packet: "av.Packet[VideoStream]", stream: VideoStream) -> bool:
-    """Tell VP8's alternate reference frames, which are packets of their own and never shown."""
+    """Return whether a packet is VP8's alternate reference frame, which is never shown."""
     return stream.codec_context.name in ("vp8", "libvpx") and not bytes(packet)[0] & 0x10
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
-    """Return the first video stream that is not a cover picture."""
-    pictures = av.stream.Disposition.attached_pic
-    streams = [s for s in container.streams.video if not s.disposition & pictures]
+    """Return the first video stream that is not a cover image."""
+    cover = av.stream.Disposition.attached_pic
+    streams = [s for s in container.streams.video if not s.disposition & cover]
     if container.format.name.endswith("_pipe"):
         raise UserError(
             f"{path}: is a still image ({container.format.name}), expected a video; name it in a "
@@ -228,7 +229,7 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
 
 
 def _orientation(path: Path, stream: VideoStream) -> tuple[int, bool]:
-    """Return (degrees counter-clockwise, whether mirrored) out of the display matrix."""
+    """Return (degrees counter-clockwise, whether mirrored) by the display matrix."""
     matrix = stream.codec_context.coded_side_data.get("display_matrix")
     if matrix is None:
         return 0, False
@@ -237,10 +238,10 @@ def _orientation(path: Path, stream: VideoStream) -> tuple[int, bool]:
     is_mirrored = a * d - b * c < 0
     right = (-a, -b) if is_mirrored else (a, b)
     unit = max(abs(a), abs(b))
-    turns = {(unit, 0): 0, (0, -unit): 90, (-unit, 0): 180, (0, unit): 270}
-    if unit == 0 or right not in turns:
+    rotations = {(unit, 0): 0, (0, -unit): 90, (-unit, 0): 180, (0, unit): 270}
+    if unit == 0 or right not in rotations:
         raise UserError(
-            f"{path}: is turned by an oblique angle (display matrix {a}, {b}, {c}, {d}), expected "
-            "a multiple of 90 degrees; re-encode it upright"
+            f"{path}: is rotated by an oblique angle (display matrix {a}, {b}, {c}, {d}), "
+            "expected a multiple of 90 degrees; re-encode it upright"
         )
-    return turns[right], is_mirrored
+    return rotations[right], is_mirrored

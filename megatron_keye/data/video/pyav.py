@@ -1,6 +1,6 @@
-"""Frames of a video by index, in presentation order, exactly.
+"""Exact frames of a video by index, in presentation order, decoded on the CPU.
 
-The one place that decodes video on the CPU; `dali.py` takes the same path and indices to the GPU.
+`dali.py` decodes the same frames on the GPU.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +27,7 @@ class PyavDecoder:
         self._num_threads = num_threads
 
     def frames(self, path: Path, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Yield frames as `FrameDecoder` says."""
+        """Yield frames as `FrameDecoder` does."""
         for index, pixels in iterate_frames(path, indices, num_threads=self._num_threads):
             yield index, torch.from_numpy(np.ascontiguousarray(pixels))
 
@@ -80,9 +80,9 @@ def iterate_frames(
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Yield (index, frame) once for each distinct index, in presentation order.
 
-    A file whose random access points give broken frames is decoded twice; then the order is broken once.
-
-    Holds one frame at a time, so that callers who shrink frames need little memory.
+    A file whose keyframes give broken frames is decoded a second time from the top; the frames
+    of that pass come after those of the first. Holds one frame at a time, so that callers who
+    shrink frames need little memory.
 
     Args:
         path: Video file.
@@ -98,7 +98,7 @@ def iterate_frames(
     info = probe(path)
     wanted = check_indices(info, frame_indices)
     missing = set(wanted)
-    # Some streams flag random access points that give no clean frame; from the top all frames come.
+    # Some streams flag keyframes where decoding can't start; from the top all frames come.
     for start in dict.fromkeys((_keyframe_before(info, wanted), 0)):
         for pair in _decode(info, sorted(missing), start, num_threads):
             missing.discard(pair[0])
@@ -108,7 +108,7 @@ def iterate_frames(
         raise UserError(
             f"{path}: {len(missing)} of {len(wanted)} wanted frames do not decode, the first is "
             f"frame {first} at {info.times[first]:.3f} s; the file is damaged or its container "
-            "tells wrong times: copy it again or remux it"
+            "states wrong times: copy it again or remux it"
         )
 
 

@@ -1,8 +1,8 @@
 """Cuts what a few frames of a video need out of its file, into a small container of its own.
 
-A decoder on the GPU reads whole containers from memory. Given pieces, it needs no memory for hours
-of video, decodes several pieces side by side, and never has to seek, count or drop frames itself:
-each piece begins where decoding can start and is timed anew.
+A decoder on the GPU reads whole containers from memory. Given segments, it needs no memory for
+hours of video, decodes several segments side by side, and never has to seek, count or drop frames
+itself: each segment begins where decoding can start, and has times of its own.
 """
 
 import io
@@ -18,9 +18,10 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from megatron_keye.data.bitstream.description import Description, describe
-from megatron_keye.data.bitstream.nal_units import layer_if_unreferenced
-from megatron_keye.data.video.frame_runs import Piece
+from megatron_keye.data.bitstream.cropping import packets_without_cropping, remove_cropping
+from megatron_keye.data.bitstream.description import describe
+from megatron_keye.data.bitstream.nal_units import unreferenced_frames
+from megatron_keye.data.video.frame_runs import FrameRuns
 from megatron_keye.data.video.probe import VideoInfo, opened_video
 from megatron_keye.errors import UserError
 
@@ -33,22 +34,22 @@ _MILLISECOND = Fraction(1, 1000)
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One piece: a container whose first packet is the only one that it calls a keyframe."""
+    """A container whose first packet is the only one that it calls a keyframe."""
 
     container: bytes
     """The whole of a small MP4 or WebM file."""
     indices: tuple[int, ...]
     """Frames wanted from it, as indices into the original file, ascending."""
     places: tuple[int, ...]
-    """The same frames counted in the piece's own order of presentation."""
+    """The same frames counted in the segment's own order of presentation."""
     height: int
-    """Rows that it decodes to; those beyond the picture's, at the bottom, are to be cropped."""
+    """Rows of decoded frames; those at the bottom that are not shown are still to be cropped."""
     width: int
-    """Columns that it decodes to; those beyond the picture's, at the right, are to be cropped."""
+    """Columns of decoded frames; those at the right that are not shown likewise."""
 
 
 class SegmentCutter:
-    """Cuts pieces of one open file, from any thread, one at a time."""
+    """Cuts segments out of one open file, from any thread, one at a time."""
 
     def __init__(self, info: VideoInfo, container: InputContainer, stream: VideoStream) -> None:
         self._info, self._container, self._stream = info, container, stream
@@ -61,79 +62,98 @@ class SegmentCutter:
                 f"{info.path}: {error}, expected the file that was probed; restore it"
             ) from error
 
-    def cut(self, piece: Piece) -> Segment:
-        """Return the segment that holds a piece's frames.
+    def cut(self, frame_runs: FrameRuns) -> Segment:
+        """Return the segment that holds these frames.
 
         Raises:
             UserError: Naming the file, when it no longer holds what `probe` saw, or holds
-                parameters between its keyframes that a GPU would decode wrongly.
+                parameters between its keyframes that keep it from the GPU.
         """
         with self._lock:
             if not self._is_open:
                 raise UserError(f"{self._info.path}: was closed before it was cut")
-            packets, ranks, places = self._read(piece)
+            packets, ranks, places = self._read(frame_runs)
             self._check(packets)
-            stored = self._description.parameters
-            height = stored.stored_height if stored else self._stream.height
-            width = stored.stored_width if stored else self._stream.width
+            sps = self._description.sps
             return Segment(
-                container=_remux(self._stream, packets, ranks, self._description, (height, width)),
-                indices=piece.indices,
+                container=self._write(packets, ranks),
+                indices=frame_runs.indices,
                 places=places,
-                height=height,
-                width=width,
+                height=sps.stored_height if sps else self._stream.height,
+                width=sps.stored_width if sps else self._stream.width,
             )
 
     def close(self) -> None:
-        """Wait for the piece that is being cut; no other one is."""
+        """Wait for the segment that is being cut; no other one will be."""
         with self._lock:
             self._is_open = False
 
-    def _check(self, packets: _Packets) -> None:
-        """Refuse parameters that `probe`, which looks into keyframes only, did not see."""
-        for packet in packets:
-            obstacle = self._description.unsupported_reason(bytes(packet))
-            if obstacle:
-                raise UserError(
-                    f"{self._info.path}: can't be decoded on the GPU, since {obstacle}, expected "
-                    "parameters at keyframes only; decode with data.decode.backend=pyav"
-                )
-
-    def _read(self, piece: Piece) -> tuple[_Packets, NDArray[np.int64], tuple[int, ...]]:
+    def _read(
+        self, frame_runs: FrameRuns
+    ) -> tuple[list[bytes], NDArray[np.int64], tuple[int, ...]]:
         """Return the packets of all runs, when each is shown, and when the wanted frames are."""
         timestamps = self._info.timestamps
-        packets: _Packets = []
+        packets: list[bytes] = []
         ranks: list[NDArray[np.int64]] = []
         places: list[int] = []
-        for run in piece.runs:
+        for run in frame_runs.runs:
             of_run = _packets(self._container, self._stream, timestamps[run.start : run.stop])
             if not of_run:
                 raise UserError(
                     f"{self._info.path}: frames {run.start} to {run.stop - 1} are no longer where "
                     "they were, expected the file that was probed; restore it"
                 )
-            wanted = [int(timestamps[index]) for index in piece.indices if index in run]
+            wanted = [int(timestamps[index]) for index in frame_runs.indices if index in run]
             of_run = self._without_unneeded(of_run, set(wanted))
             times = np.array([packet.pts for packet in of_run], dtype=np.int64)
             shown = np.argsort(times)
             places += (len(packets) + np.searchsorted(times[shown], wanted)).tolist()
             ranks.append(len(packets) + np.argsort(shown))
-            packets += of_run
+            packets += map(bytes, of_run)
         return packets, np.concatenate(ranks), tuple(places)
 
     def _without_unneeded(self, packets: _Packets, wanted: set[int]) -> _Packets:
         """Leave out frames that are neither wanted nor referred to by any other."""
         if len(packets) == len(wanted):
             return packets
-        codec, extradata = self._description.codec, self._description.extradata
-        told = [layer_if_unreferenced(codec, bytes(packet), extradata) for packet in packets]
-        highest = max(layer for layer, _ in told)
+        unreferenced = unreferenced_frames(
+            self._description.codec, list(map(bytes, packets)), self._description.extradata
+        )
         # The second frame keeps this run's random access point apart from the next run's.
-        return [
+        return packets[:2] + [
             packet
-            for place, (packet, layer_and_use) in enumerate(zip(packets, told, strict=True))
-            if place < 2 or packet.pts in wanted or layer_and_use != (highest, True)
+            for packet, is_unreferenced in zip(packets[2:], unreferenced[2:], strict=True)
+            if packet.pts in wanted or not is_unreferenced
         ]
+
+    def _check(self, packets: list[bytes]) -> None:
+        """Refuse parameters that `probe`, which looks into keyframes only, did not see."""
+        for packet in packets:
+            if reason := self._description.unsupported_reason(packet):
+                raise UserError(
+                    f"{self._info.path}: can't be decoded on the GPU, since {reason}, expected "
+                    "parameters at keyframes only; decode with data.decode.backend=pyav"
+                )
+
+    def _write(self, packets: list[bytes], ranks: NDArray[np.int64]) -> bytes:
+        """Write packets without cropping, timed by rank, each late enough to be decoded before."""
+        delay = int(np.max(np.arange(len(ranks)) - ranks, initial=0))
+        sps = self._description.sps
+        buffer = io.BytesIO()
+        with av.open(buffer, "w", format=_FORMATS[self._description.codec]) as target:
+            stream = target.add_stream_from_template(self._stream)
+            stream.time_base = _MILLISECOND
+            if sps is not None and sps.is_cropped:
+                remove_cropping(stream, stream)
+                stream.height, stream.width = sps.stored_height, sps.stored_width
+                packets = packets_without_cropping(packets, self._description, stream)
+            for place, (content, rank) in enumerate(zip(packets, ranks.tolist(), strict=True)):
+                packet = av.Packet(content)
+                packet.pts, packet.dts, packet.duration = rank + delay, place, 1
+                packet.time_base, packet.stream = _MILLISECOND, stream
+                packet.is_keyframe = place == 0
+                target.mux(packet)
+        return buffer.getvalue()
 
 
 @contextmanager
@@ -177,31 +197,3 @@ def _packets(
             if not missing:
                 return packets
     return []
-
-
-def _remux(
-    template: VideoStream,
-    packets: _Packets,
-    ranks: NDArray[np.int64],
-    description: Description,
-    size: tuple[int, int],
-) -> bytes:
-    """Write packets into a container, timed by their rank so that none comes before its turn.
-
-    Pictures are as they are stored, of `size`, (height, width).
-    """
-    delay = int(np.max(np.arange(len(ranks)) - ranks, initial=0))
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=_FORMATS[template.codec_context.name]) as target:
-        stream = target.add_stream_from_template(template)
-        if description.uncropped != description.extradata:
-            stream.codec_context.extradata = description.uncropped
-            stream.height, stream.width = size
-        stream.time_base = _MILLISECOND
-        for place, (read, rank) in enumerate(zip(packets, ranks.tolist(), strict=True)):
-            packet = av.Packet(description.without_cropping(bytes(read)))
-            packet.pts, packet.dts, packet.duration = rank + delay, place, 1
-            packet.time_base, packet.stream = _MILLISECOND, stream
-            packet.is_keyframe = place == 0
-            target.mux(packet)
-    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""A loaded optimizer goes on counting where the saved one stopped, torch's own and fused ones."""
+"""A loaded optimizer continues the step count of the saved one, torch's own and fused ones."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ def joint_of(optimizer: torch.optim.Optimizer) -> Any:
 
 
 class Fused(torch.optim.Optimizer):
-    """Counts as Transformer Engine's and Apex's do: by group, from the first step on."""
+    """Counts like Transformer Engine's and Apex's: by group, from the first step on."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -43,4 +43,4 @@ def test_fused_ones_count_for_each_group(has_stepped: bool) -> None:
     set_optimizer_steps(joint_of(optimizer), 7)
     optimizer.step()
     assert [group["step"] for group in optimizer.param_groups] == [8, 8]
-    assert not optimizer.state[weight], "a fused optimizer would stumble over it"
+    assert not optimizer.state[weight], "a fused optimizer expects none"

@@ -168,3 +168,12 @@ def test_rows_of_short_documents_alone_are_dense_up_to_the_setting() -> None:
     assert tiny_run().training.row_phase(1) == "sparse", "no row by default"
     for phase in ("dense", "indexer_warmup"):
         assert tiny_run(training={"phase": phase}).training.row_phase(1) == phase
+
+
+def test_a_run_of_an_earlier_version_is_read_under_todays_names() -> None:
+    run = tiny_run(pipeline=2, virtual_stages=2, data=2)
+    written = run.to_json().replace('"virtual_stages"', '"chunks_per_stage"')
+    assert written != run.to_json()
+    assert RunConfig.from_json(written) == run
+    with pytest.raises(ValueError, match=r"is called parallel\.decoder\.virtual_stages now"):
+        run.with_overrides(["parallel.decoder.chunks_per_stage=1"])

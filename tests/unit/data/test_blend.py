@@ -1,4 +1,4 @@
-"""Sources come in their shares at every point, and each sample once an epoch."""
+"""Sources keep their shares at every point, and each sample comes once per epoch."""
 
 import dataclasses
 

@@ -60,7 +60,7 @@ def test_labels_are_the_next_token() -> None:
     assert len(places) == len(sample.token_ids) - 1, "'text' left text out"
 
 
-def test_frames_stand_behind_their_true_times() -> None:
+def test_frames_follow_their_true_times() -> None:
     video = {"type": "video", "video": BIG_BUCK_BUNNY, "start": 1.0, "end": 2.5}
     content = [video, {"type": "text", "text": "Q"}]
     sample = sample_of({"messages": [user(content), ANSWER]})
@@ -82,7 +82,7 @@ def test_pictures_are_never_predicted() -> None:
     assert "<5.0 seconds>" in predicted_text(sample)
 
 
-def test_three_spellings_are_one_sample(tmp_path: Path) -> None:
+def test_three_formats_are_one_sample(tmp_path: Path) -> None:
     make_clip(tmp_path / "v.mp4", 30)
     Image.new("RGB", (56, 28)).save(tmp_path / "i.png")
     image, video = {"type": "image", "image": "i.png"}, {"type": "video", "video": "v.mp4"}
@@ -100,15 +100,20 @@ def test_three_spellings_are_one_sample(tmp_path: Path) -> None:
     assert [picture.is_video for picture in by_parts.pictures] == [False, True, True, True]
 
 
-def test_spellings_of_other_trainers_are_one_sample(tmp_path: Path) -> None:
+def test_formats_of_other_trainers_are_one_sample(tmp_path: Path) -> None:
     make_clip(tmp_path / "v.mp4", 30)
     Image.new("RGB", (56, 28)).save(tmp_path / "i.png")
     turns = [{"role": "system", "content": "S"}, user("<video>A<image>B"), ANSWER]
     swift = {"messages": turns, "images": [{"path": "i.png"}], "videos": ["v.mp4"]}
-    spoken = [{"from": "human", "value": "<video>A<image>B"}, {"from": "gpt", "value": "Yes."}]
-    factory = {"conversations": spoken, "system": "S", "images": ["i.png"], "videos": ["v.mp4"]}
-    said = [{"from": "system", "value": "S"}, *spoken]
-    qwen = {"id": 3, "conversations": said, "image": "i.png", "video": ["v.mp4"]}
+    turns_from = [{"from": "human", "value": "<video>A<image>B"}, {"from": "gpt", "value": "Yes."}]
+    factory = {
+        "conversations": turns_from,
+        "system": "S",
+        "images": ["i.png"],
+        "videos": ["v.mp4"],
+    }
+    all_from = [{"from": "system", "value": "S"}, *turns_from]
+    qwen = {"id": 3, "conversations": all_from, "image": "i.png", "video": ["v.mp4"]}
     parts = [
         {"type": "video", "video": f"file://{tmp_path}/v.mp4", "video_start": 0, "video_end": 9},
         {"type": "text", "text": "A"},

@@ -1,7 +1,7 @@
-"""Bounds on the rates of preparing and loading, far below what an idle core reaches.
+"""Lower bounds on the rates of preparing and loading, far below those of an idle core.
 
-A decoder takes at most 150,000 tokens/s; every rank makes the rows of all, so loading has to be a
-good deal faster. Measured on two busy cores: 0.9 to 2.3 million tokens/s.
+A decoder takes at most 150,000 tokens/s; every rank makes the rows of all ranks, so loading has to
+be much faster. Measured on two busy cores: 0.9 to 2.3 million tokens/s.
 """
 
 import dataclasses

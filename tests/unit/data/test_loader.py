@@ -1,4 +1,4 @@
-"""Packing and loading: nothing is lost, nothing crosses documents, every stop resumes exactly."""
+"""Packing and loading: nothing is lost, labels stay in documents, every stop resumes exactly."""
 
 import dataclasses
 import json
@@ -87,7 +87,7 @@ def test_order_depends_on_the_seed_alone(config: DataConfig) -> None:
     assert not same(rows[0], rows[2])
 
 
-def test_rows_are_the_same_however_they_are_asked_for(config: DataConfig) -> None:
+def test_rows_do_not_depend_on_how_many_are_requested_at_once(config: DataConfig) -> None:
     one, other = RowLoader(config, MODEL, seed=1), RowLoader(config, MODEL, seed=1)
     assert same(one.next_rows(12), [row for _ in range(4) for row in other.next_rows(3)])
 
@@ -131,9 +131,9 @@ def test_a_vocabulary_that_is_too_small_is_refused(config: DataConfig) -> None:
 
 @pytest.fixture(scope="module")
 def blends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return sources: a file, the store made of it, and blends of a store with another file.
+    """Return sources: a file, its store, and a blend of the store with another file.
 
-    Two samples of the file are bad: one shows a video that is missing, one is very long.
+    Two samples of the other file are bad: one has a missing video, one is very long.
     """
     folder = tmp_path_factory.mktemp("blends")
     for name, num_samples in (("a", 9), ("b", 5)):

@@ -1,4 +1,4 @@
-"""Packing loses nothing, repeats nothing, never overfills, and a window pads less."""
+"""Packing loses nothing, repeats nothing, never overfills a row, and a window reduces padding."""
 
 from itertools import count
 
@@ -7,22 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_keye.data.packing import PackingWindow, Waiting
+from megatron_keye.data.packing import PackingWindow, WaitingSample
 
 ROW = 40
 
 
 class Stream:
-    """Samples numbered as they are drawn, their lengths repeating."""
+    """Samples numbered as they are drawn, with repeating lengths."""
 
     def __init__(self, lengths: list[int]) -> None:
         self._lengths, self._numbers = lengths, count()
-        self.drawn: list[Waiting] = []
+        self.drawn: list[WaitingSample] = []
 
-    def draw(self) -> Waiting:
+    def draw(self) -> WaitingSample:
         number = next(self._numbers)
         length = self._lengths[number % len(self._lengths)]
-        self.drawn.append(Waiting(source=0, index=number, num_tokens=length))
+        self.drawn.append(WaitingSample(source=0, index=number, num_tokens=length))
         return self.drawn[-1]
 
 
@@ -65,7 +65,7 @@ def test_rows_hold_what_was_drawn_once(lengths: list[int], size: int, num_rows: 
         assert len(window.waiting) <= size
         first_row |= {sample.index: number for sample in stream.drawn[num_before:]}
         waited = [number - first_row[sample.index] for sample in [*row, *window.waiting]]
-        assert max(waited) <= size, "a sample waits for ever"
+        assert max(waited) <= size, "a sample waits too long"
         stream.drawn = [sample for sample in stream.drawn if sample not in row]
         assert stream.drawn == window.waiting, "lost, repeated or out of order"
 
@@ -73,7 +73,7 @@ def test_rows_hold_what_was_drawn_once(lengths: list[int], size: int, num_rows: 
 @given(
     lengths=lengths, size=st.integers(1, 12), before=st.integers(0, 12), after=st.integers(1, 8)
 )
-def test_a_window_goes_on_from_what_waits(
+def test_a_window_resumes_from_waiting_samples(
     lengths: list[int], size: int, before: int, after: int
 ) -> None:
     window, stream = PackingWindow(size), Stream(lengths)

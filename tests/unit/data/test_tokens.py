@@ -36,7 +36,7 @@ def test_control_tokens_have_the_ids_of_qwen3() -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_decoding_undoes_encoding(text: str) -> None:
+def test_decoding_inverts_encoding(text: str) -> None:
     tokenizer = load_tokenizer("qwen")
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -1,17 +1,10 @@
-"""The plan agrees with the grid that training builds, quickly and without torch."""
+"""The tool is the command `plan`: quick, without torch, and from any folder."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from megatron_keye.config import RunConfig
-from megatron_keye.estimate.parameters import stage_layers
-from megatron_keye.plan.places import decoder_place
-from megatron_keye.recipes import load_recipe
-from tests.support.tiny import tiny_run
 from tools import plan_grid
 
 TOOL = Path(plan_grid.__file__)
@@ -34,71 +27,3 @@ def test_torch_is_not_imported() -> None:
     command = [sys.executable, "-c", code, str(TOOL.parents[1])]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "torch" not in answer.stdout.split()
-
-
-GRIDS: list[RunConfig] = [
-    tiny_run(),
-    tiny_run(tensor=2, pipeline=2, expert=2),
-    tiny_run(context=2, data=2, expert=4, vision_ranks=3),
-    tiny_run(pipeline=2, virtual_stages=2, data=2),
-    tiny_run(pipeline=3, first_stage_layers=2),
-]
-
-
-@pytest.mark.parametrize("run", GRIDS, ids=lambda run: run.parallel.describe())
-def test_places_are_those_of_the_grid(run: RunConfig) -> None:
-    for rank in range(run.parallel.decoder.num_ranks):
-        place = vars(decoder_place(run.parallel.decoder, rank))
-        assert plan_grid.plan_ranks(run, None)[rank].place == place
-        assert 0 <= place["expert"] < run.parallel.decoder.expert
-
-
-@pytest.mark.parametrize("run", GRIDS, ids=lambda run: run.parallel.describe())
-def test_every_layer_stands_on_one_stage(run: RunConfig) -> None:
-    stages = range(run.parallel.decoder.pipeline)
-    layers = [layer for stage in stages for layer in stage_layers(run, stage)]
-    assert sorted(layers) == list(range(run.model.decoder.num_layers))
-
-
-def test_parameters_of_all_ranks_add_up_when_nothing_is_repeated() -> None:
-    plan = plan_grid.make_plan(tiny_run(pipeline=2, vision_ranks=1))
-    assert sum(rank["parameters"] for rank in plan["ranks"]) == plan["parameters_total"]
-
-
-def test_text_names_ranks_and_layers() -> None:
-    text = plan_grid.describe(plan_grid.make_plan(GRIDS[3]))
-    assert "layers 0, 2" in text and "pipeline 1" in text
-
-
-def test_a_wrong_setting_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan_grid.main(["keye_30b_a3b", "--set", "parallel.decoder.tensor=3"]) == 2
-    assert "parallel.decoder.tensor: got 3" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("ranks", [64, 128])
-def test_the_full_size_recipe_fits_its_ranks(ranks: int) -> None:
-    run = load_recipe("keye_30b_a3b")(num_ranks=ranks, has_gpu=True)
-    run.check_num_ranks(ranks)
-
-
-def test_a_step_is_planned_with_its_idle_time(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan_grid.main(["keye_tiny", "--ranks", "4", "--batch", ":1", "--suggest"]) == 0
-    text = capsys.readouterr().out
-    assert "step 1: " in text and "exchanges in order: features 0, gradients 0" in text
-    assert "fewest rank-seconds: parallel.vision.num_ranks=" in text
-    plan_grid.main(["keye_tiny", "--ranks", "4", "--batch", ":1", "--json"])
-    step = json.loads(capsys.readouterr().out)["step"]
-    by_decoder = [rank["patches"] for rank in step["ranks"][:2]]
-    by_vision = [rank["patches"] for rank in step["ranks"][2:]]
-    assert by_decoder == [0, 0] and min(by_vision) > 0.5 * max(by_vision)
-    assert all(0 <= rank["idle_share"] <= 1 for rank in step["ranks"])
-
-
-@pytest.mark.parametrize(
-    "wrong", [["--batch", "nostep"], ["--suggest"], ["--batch", "no.jsonl:0"]]
-)
-def test_a_wrong_batch_is_one_sentence(
-    wrong: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert plan_grid.main(["keye_tiny", "--ranks", "4", *wrong]) == 2
-    assert capsys.readouterr().err.count("\n") == 1

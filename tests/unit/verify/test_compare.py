@@ -1,4 +1,4 @@
-"""Deviations are found where they are, NaN included."""
+"""Deviations are found at their index, NaN included."""
 
 import numpy as np
 import pytest
@@ -6,14 +6,14 @@ import pytest
 from megatron_keye.verify.compare import compare, largest
 
 
-def test_the_largest_deviation_is_found_with_its_place() -> None:
+def test_the_largest_deviation_is_found_with_its_index() -> None:
     ours = {"logits": np.array([[1.0, 2.0], [3.0, 4.5]])}
     (found,) = compare(ours, {"logits": np.array([[1.0, 2.25], [3.0, 4.0]])})
     assert (found.largest, found.where, found.ours, found.theirs) == (0.5, (1, 1), 4.5, 4.0)
     assert str(found) == "logits: largest deviation 5.000e-01 at [1, 1], 4.5 against 4"
 
 
-def test_layers_are_told_apart_on_request() -> None:
+def test_layers_are_compared_separately_on_request() -> None:
     ours = {"hidden": np.zeros((3, 2, 2)), "logits": np.zeros((3, 2))}
     theirs = {"hidden": np.zeros((3, 2, 2)), "logits": np.zeros((3, 2))}
     theirs["hidden"][1, 0, 1] = 1

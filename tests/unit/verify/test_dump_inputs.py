@@ -1,4 +1,4 @@
-"""Inputs of verify_checkpoint: positions worked out by hand, and one sentence for each mistake."""
+"""Inputs of verify_checkpoint: positions computed by hand, and one sentence for each mistake."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from tests.support.tiny import END, IMAGE, PATCH, START, VIDEO, tiny_model
 MODEL = tiny_model()
 
 
-def arrays(token_ids: list[int], **grids: list[tuple[int, int, int]]) -> dict[str, Any]:
-    """Return inputs of given tokens with blank pictures of the given grids."""
+def arrays(token_ids: list[int], **patch_grids: list[tuple[int, int, int]]) -> dict[str, Any]:
+    """Return inputs of given tokens with blank pictures of the given patch grids."""
     found: dict[str, Any] = {"input_ids": np.array(token_ids)}
     pixels = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
-    for name, rows in grids.items():
+    for name, rows in patch_grids.items():
         num_patches = sum(height * width for _, height, width in rows)
         found[name] = np.array(rows)
         found[pixels[name]] = np.zeros((num_patches, 3, PATCH, PATCH), dtype=np.float32)
@@ -36,7 +36,7 @@ def test_text_advances_all_three_positions_by_one() -> None:
 
 
 def test_an_image_between_text_spans_its_longer_side() -> None:
-    # 4 x 6 patches are 2 x 3 tokens from position 2 on; the text goes on at 2 + 3.
+    # 4 x 6 patches are 2 x 3 tokens from position 2 on; the text continues at 2 + 3.
     found = arrays([7, START, *[IMAGE] * 6, END, 8], image_grid_thw=[(1, 4, 6)])
     assert positions(found) == [
         [0, 1, 2, 2, 2, 2, 2, 2, 5, 6],
@@ -45,8 +45,8 @@ def test_an_image_between_text_spans_its_longer_side() -> None:
     ]
 
 
-def test_frames_are_single_grids_with_their_timestamps_between() -> None:
-    # Two frames of 2 x 1 tokens, each behind a text token that tells its time.
+def test_each_frame_has_a_patch_grid_of_its_own_after_its_timestamp() -> None:
+    # Two frames of 2 x 1 tokens, each after a text token for its time.
     found = arrays([5, VIDEO, VIDEO, 6, VIDEO, VIDEO, 7], video_grid_thw=[(1, 4, 2)] * 2)
     assert positions(found) == [
         [0, 1, 1, 3, 4, 4, 6],
@@ -55,7 +55,7 @@ def test_frames_are_single_grids_with_their_timestamps_between() -> None:
     ]
 
 
-def test_pictures_side_by_side_are_told_apart_by_their_grids() -> None:
+def test_adjacent_pictures_are_separated_by_their_patch_grids() -> None:
     found = arrays([IMAGE] * 3 + [1], image_grid_thw=[(1, 2, 4), (1, 2, 2)])
     assert positions(found) == [[0, 0, 2, 3], [0, 0, 2, 3], [0, 1, 2, 3]]
 

@@ -1,4 +1,4 @@
-"""The library against the NumPy model of tests/support: every output and every gradient."""
+"""The library equals the NumPy model of tests/support in every output and every gradient."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.support.numpy_model import Array, run_model
 
 TOLERANCES = {"fp64": 1e-12, "fp32": 5e-6}
 STEP = 1e-5
-"""Of a central difference in float64: its own error is about 1e-9 of the third derivative."""
+"""Step of a central difference in float64, whose error is about 1e-9 of the third derivative."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def numpy_dump(weights: dict[str, Any], dumped: Arrays, inputs: Arrays) -> Array
 
 
 def assert_same(ours: Arrays, theirs: Arrays, tolerance: float) -> None:
-    """Fail with the name and place of the first array that is too far off."""
+    """Fail with the name and index of the first array that deviates too much."""
     for deviation in compare(ours, theirs):
         assert deviation.is_within(tolerance), str(deviation)
 
@@ -64,7 +64,7 @@ def test_the_whole_model_equals_numpy(
     assert_same(ours, theirs, TOLERANCES[precision])
 
 
-def test_outputs_have_the_promised_types(dumped: Arrays) -> None:
+def test_outputs_have_the_documented_types(dumped: Arrays) -> None:
     assert dumped["topk_indices"].dtype == np.int32, "selected keys"
     assert dumped["position_ids"].dtype == np.int64, "positions"
     assert dumped["lm_loss"].shape == (), "the loss is a number"

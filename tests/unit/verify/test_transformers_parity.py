@@ -1,4 +1,4 @@
-"""A random Qwen3MoeForCausalLM of transformers, and our decoder with its weights."""
+"""Our decoder equals a random Qwen3MoeForCausalLM of transformers with the same weights."""
 
 from pathlib import Path
 from typing import Any

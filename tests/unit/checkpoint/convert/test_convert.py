@@ -1,4 +1,4 @@
-"""Round trips are bit-exact, small in memory, whole or absent, and every failure is named."""
+"""Round trips are bit-exact, small in memory, complete or absent, and errors name their tensor."""
 
 import json
 import shutil
@@ -75,7 +75,7 @@ def test_several_processes_write_the_same(hf: Path, tmp_path: Path) -> None:
     assert_same(tmp_path / "back", hf)
 
 
-def test_small_files_are_carried_along(hf: Path, tmp_path: Path) -> None:
+def test_small_files_are_copied(hf: Path, tmp_path: Path) -> None:
     config = json.loads((hf / "config.json").read_text())
     (hf / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x"}}))
     hf_to_native(hf, tmp_path / "native", RUN, Options())
@@ -87,7 +87,7 @@ def test_small_files_are_carried_along(hf: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again" / "tokenizer.json").is_file()
 
 
-def test_an_asked_for_type_is_rounded_to(hf: Path, tmp_path: Path) -> None:
+def test_weights_are_rounded_to_a_requested_type(hf: Path, tmp_path: Path) -> None:
     hf_to_native(hf, tmp_path / "native", RUN, Options(dtype=torch.bfloat16))
     native_to_hf(tmp_path / "native", tmp_path / "back", Options())
     for name, tensor in tensors(hf).items():
@@ -146,13 +146,13 @@ def test_a_wrong_tensor_is_named_and_nothing_is_left(
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
 
 
-def test_surplus_tensors_can_be_passed_over(hf: Path, tmp_path: Path) -> None:
+def test_surplus_tensors_can_be_dropped(hf: Path, tmp_path: Path) -> None:
     with_change(hf, "visual.head.x", lambda t: t)
     hf_to_native(hf, tmp_path / "native", RUN, Options(dropped=("visual.head.*",)))
     assert (tmp_path / "native" / ".metadata").is_file()
 
 
-def test_nan_passes_unless_it_is_looked_for(hf: Path, tmp_path: Path) -> None:
+def test_nan_is_refused_only_on_request(hf: Path, tmp_path: Path) -> None:
     with_change(hf, GATE, lambda t: t / 0)
     hf_to_native(hf, tmp_path / "native", RUN, Options())
     with pytest.raises(ValueError, match="router.weight at .2.: got 128 of 128"):
@@ -206,7 +206,7 @@ convert.hf_to_native(Path(sys.argv[1]), Path(sys.argv[2]), run, convert.Options(
 """
 
 
-def test_a_killed_conversion_is_continued(hf: Path, tmp_path: Path) -> None:
+def test_a_killed_conversion_is_resumed(hf: Path, tmp_path: Path) -> None:
     native, settings = tmp_path / "native", tmp_path / "run.json"
     settings.write_text(RUN.to_json())
     command = [sys.executable, "-c", KILLED, str(hf), str(native), str(settings)]

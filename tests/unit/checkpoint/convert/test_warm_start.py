@@ -1,4 +1,4 @@
-"""A warm start takes each tensor from the folder that has it and draws the rest."""
+"""A warm start takes each tensor from the folder that has it and initializes the rest."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_each_tensor_comes_from_where_the_report_says(
     assert 0.01 < float(got["mlp_AR.linear_1.weight"].read().float().std()) < 0.5
 
 
-def test_without_a_vision_folder_the_vit_is_drawn(qwen: Path, tmp_path: Path) -> None:
+def test_without_a_vision_folder_the_vit_is_initialized(qwen: Path, tmp_path: Path) -> None:
     origins = warm_start(qwen, None, tmp_path / "native", RUN, Options())
     fresh = {part_of(name) for name, origin in origins.items() if origin == "fresh"}
     assert fresh == {"vision", "projector", "indexer"}
@@ -73,7 +73,9 @@ def test_the_converted_config_is_a_keye_model(qwen: Path, tmp_path: Path) -> Non
     assert config["model_type"] == "KeyeVL2" and config["vision_config"]["hidden_size"] == 16
 
 
-def test_draws_depend_on_name_and_seed_alone(qwen: Path, siglip: Path, tmp_path: Path) -> None:
+def test_fresh_tensors_depend_on_name_and_seed_alone(
+    qwen: Path, siglip: Path, tmp_path: Path
+) -> None:
     warm_start(qwen, None, tmp_path / "a", RUN, Options())
     warm_start(qwen, siglip, tmp_path / "b", RUN, Options())
     other = RUN.with_overrides(["training.seed=5"])

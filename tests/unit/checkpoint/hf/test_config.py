@@ -1,4 +1,4 @@
-"""config.json carries the sizes both ways under the released names and refuses another model."""
+"""config.json converts both ways under the released names, and another model is refused."""
 
 import json
 from pathlib import Path

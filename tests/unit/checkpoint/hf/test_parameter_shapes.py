@@ -54,7 +54,7 @@ def test_names_and_shapes_are_the_released_ones(name: str, shape: tuple[int, ...
     assert parameter_shapes(MODEL)[name] == shape
 
 
-def test_the_base_models_layout_has_one_matrix_an_expert() -> None:
+def test_the_base_models_layout_has_one_matrix_per_expert() -> None:
     shapes = parameter_shapes(MODEL, "per-expert")
     assert shapes["model.layers.3.mlp.experts.127.gate_proj.weight"] == (768, 2048)
     assert shapes["model.layers.3.mlp.experts.127.down_proj.weight"] == (2048, 768)

@@ -1,4 +1,4 @@
-"""Headers are read as the safetensors package writes them, and every damage is named."""
+"""Headers are read as the safetensors package writes them, and errors name the damaged file."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_keye.checkpoint.hf.safetensors_file import plan_header, write_blocks
+from megatron_keye.checkpoint.hf.safetensors_file import make_header, write_blocks
 from megatron_keye.checkpoint.hf.safetensors_index import INDEX, open_folder
 
 TENSORS = {
@@ -39,12 +39,11 @@ def test_tensors_are_read_bit_for_bit(folder: Path) -> None:
     assert torch.equal(entries["a"].read(2), TENSORS["a"][2])
 
 
-def test_what_is_written_the_package_reads(tmp_path: Path) -> None:
+def test_the_package_reads_what_is_written(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     shapes = {"a": (3, 4), "d": (4, 3)}
-    header, _ = plan_header(path, shapes, torch.float32)
     with path.open("wb") as stream:
-        stream.write(header)
+        stream.write(make_header(shapes, torch.float32))
         write_blocks(stream, [TENSORS["a"][:1], TENSORS["a"][1:], TENSORS["a"].T])
     loaded = load_file(path)
     assert torch.equal(loaded["a"], TENSORS["a"])
@@ -59,7 +58,7 @@ def test_a_file_cut_short_is_named(folder: Path, cut: int) -> None:
         open_folder(folder)
 
 
-def test_a_header_that_is_none_is_named(folder: Path) -> None:
+def test_an_invalid_header_is_named(folder: Path) -> None:
     (folder / "two.safetensors").write_bytes((8).to_bytes(8, "little") + b"not json" + b" " * 90)
     with pytest.raises(ValueError, match=r"two\.safetensors: got a header"):
         open_folder(folder)

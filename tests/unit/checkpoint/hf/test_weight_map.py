@@ -1,4 +1,4 @@
-"""The table reaches every number exactly once, on both sides, and moves it where it belongs."""
+"""The table uses every element exactly once, on both sides, and moves it to the right place."""
 
 from math import prod
 
@@ -15,7 +15,7 @@ LAYOUTS: tuple[ExpertLayout, ...] = ("fused", "per-expert")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_released_number_is_used_once(layout: ExpertLayout) -> None:
+def test_every_released_element_is_used_once(layout: ExpertLayout) -> None:
     shapes = parameter_shapes(tiny_model(), layout)
     used = dict.fromkeys(shapes, 0)
     parts = [part for mapping in weight_mappings(tiny_model(), layout) for part in mapping.parts]
@@ -26,7 +26,7 @@ def test_every_released_number_is_used_once(layout: ExpertLayout) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_native_number_is_made_once(layout: ExpertLayout) -> None:
+def test_every_native_element_is_made_once(layout: ExpertLayout) -> None:
     made = [
         (mapping.key, mapping.stacked_index) for mapping in weight_mappings(tiny_model(), layout)
     ]
@@ -46,7 +46,7 @@ def test_each_group_has_its_query_heads_then_key_then_value() -> None:
 
 
 @pytest.mark.parametrize("arrangement", [Same(), GateAndUp(), Transposed(1), Transposed(2)])
-def test_splitting_undoes_joining(arrangement: Same | GateAndUp | Transposed) -> None:
+def test_splitting_inverts_joining(arrangement: Same | GateAndUp | Transposed) -> None:
     num_parts = 2 if isinstance(arrangement, GateAndUp) else 1
     parts = [torch.randn(258, 130) for _ in range(num_parts)]
     joined = torch.cat(arrangement.join(parts))
@@ -57,5 +57,5 @@ def test_splitting_undoes_joining(arrangement: Same | GateAndUp | Transposed) ->
 def test_gate_is_the_first_half_of_the_fused_columns() -> None:
     gate, up = torch.randn(5, 3), torch.randn(5, 3)
     fused_DF = torch.cat([gate.T, up.T], dim=1)
-    pieces = Transposed(2).join([fused_DF])
-    assert torch.equal(pieces[0], gate) and torch.equal(pieces[1], up)
+    blocks = Transposed(2).join([fused_DF])
+    assert torch.equal(blocks[0], gate) and torch.equal(blocks[1], up)

@@ -1,5 +1,6 @@
 """Sizes and cropping in parameter sets; test_segment.py decodes streams that were uncropped."""
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -8,8 +9,8 @@ import av
 import numpy as np
 import pytest
 
+from megatron_keye.data.bitstream.cropping import remove_cropping
 from megatron_keye.data.bitstream.description import Description, describe
-from megatron_keye.data.bitstream.sps import read_sequence_parameters
 from tests.support.clips import make_clip
 
 X265 = "log-level=none:min-cu-size=16:ctu=32"
@@ -26,13 +27,27 @@ def described(path: Path) -> Description:
         return describe(container.streams.video[0])
 
 
-def describe_as(made: Description, extradata: bytes) -> Description:
-    """Describe the same stream with other extradata."""
-    assert made.parameters is not None
+def uncropped(path: Path) -> bytes:
+    """Return a stream's extradata without cropping."""
+    with (
+        av.open(str(path)) as container,
+        av.open(io.BytesIO(), "w", format="mp4") as target,
+    ):
+        stream = target.add_stream_from_template(container.streams.video[0])
+        remove_cropping(stream, stream)
+        return bytes(stream.codec_context.extradata or b"")
+
+
+def describe_as(
+    made: Description, extradata: bytes, size: tuple[int, int] | None = None
+) -> Description:
+    """Describe the same stream with other extradata, in a container of `size`."""
+    assert made.sps is not None
+    height, width = size or (made.sps.height, made.sps.width)
     stream: Any = SimpleNamespace(
         codec_context=SimpleNamespace(name=made.codec, extradata=extradata),
-        height=made.parameters.height,
-        width=made.parameters.width,
+        height=height,
+        width=width,
     )
     return describe(cast("av.VideoStream", stream))
 
@@ -54,38 +69,41 @@ def test_sizes_are_read_and_cropping_is_taken_out(
                 options=options,
             )
         )
-        found = made.parameters
+        found = made.sps
         assert found is not None
         assert (found.stored_height, found.stored_width) == (144, 384)
         assert (found.height, found.width) == (144 - cut_rows, 384 - cut_columns)
         assert found.is_cropped is bool(cut_rows or cut_columns)
-        whole = read_sequence_parameters(made.codec, found.uncropped)
+        whole = describe_as(made, uncropped(path), (144, 384)).sps
+        assert whole is not None
         assert not whole.is_cropped and (whole.height, whole.width) == (144, 384)
-        assert (made.uncropped == made.extradata) is not found.is_cropped
+        assert (whole.stored_height, whole.stored_width) == (144, 384)
 
 
 @pytest.mark.parametrize(("codec", "options"), CODECS)
 def test_only_the_cropping_differs(tmp_path: Path, codec: str, options: dict[str, str]) -> None:
-    """What an encoder writes for the whole picture is what is left of the cropped one's set."""
+    """What an encoder writes for the whole frame is what is left of the cropped one's sets."""
     sets = []
     for cut_rows in (0, 8):
         path = tmp_path / f"{cut_rows}.mp4"
         made = described(
             make_clip(path, 12, scale=3, cut_rows=cut_rows, codec=codec, options=options)
         )
-        assert made.parameters is not None
-        sets.append(made.parameters.uncropped)
+        found = describe_as(made, uncropped(path), (144, 384)).sps
+        assert found is not None
+        sets.append(found.nal_unit)
     assert sets[0] == sets[1]
 
 
 def test_parameters_in_front_are_needed(tmp_path: Path) -> None:
-    made = described(make_clip(tmp_path / "clip.mp4", 2, scale=3, cut_rows=8))
-    assert made.parameters is not None
+    path = make_clip(tmp_path / "clip.mp4", 2, scale=3, cut_rows=8)
+    made = described(path)
+    assert made.sps is not None
     for extradata, num_sets in ((b"", 0), (b"\1", 0), (b"\0\0\1" + made.extradata, 0)):
         with pytest.raises(ValueError, match=f"it has {num_sets} sequence parameter sets"):
             describe_as(made, extradata)
-    behind_code = b"\0\0\1" + made.parameters.unit
-    other = b"\0\0\1" + made.parameters.uncropped
+    behind_code = b"\0\0\1" + made.sps.nal_unit
+    other = uncropped(path)
     with pytest.raises(ValueError, match="it has 2 sequence parameter sets"):
         describe_as(made, behind_code + other)
     with pytest.raises(
@@ -95,11 +113,11 @@ def test_parameters_in_front_are_needed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("codec", "options"), CODECS)
-def test_damage_is_told(tmp_path: Path, codec: str, options: dict[str, str]) -> None:
+def test_damage_is_found(tmp_path: Path, codec: str, options: dict[str, str]) -> None:
     path = make_clip(tmp_path / "c.mp4", 12, scale=3, cut_rows=8, codec=codec, options=options)
     made = described(path)
-    assert made.parameters is not None
-    end = made.extradata.index(made.parameters.unit) + len(made.parameters.unit)
+    assert made.sps is not None
+    end = made.extradata.index(made.sps.nal_unit) + len(made.sps.nal_unit)
     for length in range(end):
         with pytest.raises(ValueError, match=r"^its |^it has "):
             describe_as(made, made.extradata[:length])
@@ -108,9 +126,9 @@ def test_damage_is_told(tmp_path: Path, codec: str, options: dict[str, str]) -> 
         damaged = np.frombuffer(made.extradata, dtype=np.uint8).copy()
         damaged[generator.integers(0, end, 3)] = generator.integers(0, 256, 3)
         try:
-            found = describe_as(made, damaged.tobytes()).parameters
+            found = describe_as(made, damaged.tobytes()).sps
         except ValueError:
             continue
-        # Whatever else it says now, the size is the container's and what is stored holds it.
+        # Whatever else it declares now, the size is the container's, and the stored size holds it.
         assert found is not None and (found.height, found.width) == (136, 384)
         assert found.stored_height >= 136 and found.stored_width >= 384

@@ -1,4 +1,4 @@
-"""A store holds what its sample file does, however often its making was interrupted."""
+"""A store has the samples of its file, however often preparing was interrupted."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def write_lines(path: Path, lines: list[str]) -> Path:
     return path
 
 
-def small_pieces(monkeypatch: pytest.MonkeyPatch, num_lines: int) -> None:
+def small_blocks(monkeypatch: pytest.MonkeyPatch, num_lines: int) -> None:
     monkeypatch.setattr(prepare.scan, "__defaults__", (num_lines,))
 
 
@@ -86,7 +86,7 @@ def assert_same_samples(store: SampleStore, samples: Path) -> None:
 def test_a_store_gives_the_samples_of_its_file(
     samples: Path, monkeypatch: pytest.MonkeyPatch, num_lines: int, chunk: int
 ) -> None:
-    small_pieces(monkeypatch, num_lines)
+    small_blocks(monkeypatch, num_lines)
     monkeypatch.setattr(writer, "_CHUNK_LENGTH", chunk)
     monkeypatch.setattr(writer, "_SHARD_LENGTH", 3 * chunk)
     store = prepared(samples, samples.parent / "out")
@@ -98,18 +98,18 @@ def test_a_store_gives_the_samples_of_its_file(
 
 
 def test_processes_make_the_same_store(samples: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_pieces(monkeypatch, 3)
+    small_blocks(monkeypatch, 3)
     store = prepared(samples, samples.parent / "out", num_workers=2)
     assert_same_samples(store, samples)
 
 
 class Killed(BaseException):
-    """Stands for a process that ends here."""
+    """Simulates the kill of a process."""
 
 
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(stops=st.lists(st.integers(0, 8), max_size=3))
-def test_interrupted_making_goes_on(
+def test_interrupted_preparing_resumes(
     samples: Path, monkeypatch: pytest.MonkeyPatch, stops: list[int]
 ) -> None:
     out = samples.parent / "out"
@@ -117,20 +117,20 @@ def test_interrupted_making_goes_on(
     shutil.rmtree(out.with_name("out.partial"), ignore_errors=True)
     made: list[str] = []
     with monkeypatch.context() as patch:
-        small_pieces(patch, 2)
+        small_blocks(patch, 2)
         for stop in stops:
             patch.setattr(BlockMaker, "fill", dying_after(stop, made))
-            # Six blocks; more calls than that are a death while the store is written.
+            # Six blocks; later calls simulate a kill while the store is written.
             patch.setattr(writer._StoreWriter, "finish", dying)
             with pytest.raises(Killed):
                 prepared(samples, out)
             assert not out.exists()
         patch.undo()
-        small_pieces(patch, 2)
+        small_blocks(patch, 2)
         patch.setattr(BlockMaker, "fill", dying_after(99, made))
         store = prepared(samples, out)
     assert_same_samples(store, samples)
-    assert sorted(made) == sorted(set(made)), "a whole block was made again"
+    assert sorted(made) == sorted(set(made)), "a finished block was made again"
 
 
 original_fill = BlockMaker.fill
@@ -141,7 +141,7 @@ def dying(_: Any) -> None:
 
 
 def dying_after(count: int, made: list[str]) -> Callable[..., Any]:
-    """Return a `BlockMaker.fill` that gets half-way through block number `count`."""
+    """Return a `BlockMaker.fill` that is killed in the middle of block number `count`."""
     calls: list[str] = []
 
     def fill(self: BlockMaker, name: str, stream: Any, advance: Any) -> Any:
@@ -165,7 +165,7 @@ def test_each_video_is_read_once(samples: Path, monkeypatch: pytest.MonkeyPatch)
 
     original = probe_cache.probe
     monkeypatch.setattr(probe_cache, "probe", counting)
-    small_pieces(monkeypatch, 2)
+    small_blocks(monkeypatch, 2)
     prepared(samples, samples.parent / "out")
     assert probed == [samples.parent / "v.mp4"]
 
@@ -185,15 +185,15 @@ def bad_samples(samples: Path) -> Path:
 def test_bad_samples_are_all_named_and_leave_no_store(
     bad_samples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_pieces(monkeypatch, 4)
+    small_blocks(monkeypatch, 4)
     out = bad_samples.parent / "out"
-    with pytest.raises(ValueError, match="4 of 11 samples are of no use") as told:
+    with pytest.raises(ValueError, match="4 of 11 samples are of no use") as raised:
         prepared(bad_samples, out)
     for words in (":3: .*gone.mp4 is not there", ":6: .*empty.mp4: has 0 bytes", ":7: .*JSON"):
-        assert told.match(words)
-    assert told.match(":10: .*words.mp4: cannot be read as a video")
+        assert raised.match(words)
+    assert raised.match(":10: .*words.mp4: cannot be read as a video")
     assert not out.exists()
-    # A file that has come back is looked at again; the lines are the same.
+    # A file that has been restored is probed again; the lines are the same.
     make_clip(bad_samples.parent / "gone.mp4", 5)
     with pytest.raises(ValueError, match="3 of 11 samples are of no use"):
         prepared(bad_samples, out)
@@ -209,7 +209,7 @@ def test_skipped_samples_are_counted_and_named_in_the_store(bad_samples: Path) -
     assert names == [f"{bad_samples}:{line}" for line in (1, 2, 4, 5, 8, 9, 11)]
 
 
-def test_files_of_no_use_leave_no_store(tmp_path: Path) -> None:
+def test_unusable_files_leave_no_store(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "s.jsonl", ["{}", "[]", "3"])
     with pytest.raises(ValueError, match="no sample of any use"):
         prepared(path, tmp_path / "out", skips_bad=True)
@@ -227,7 +227,7 @@ def test_files_of_no_use_leave_no_store(tmp_path: Path) -> None:
     num_lines=st.integers(1, 7),
     ends_early=st.booleans(),
 )
-def test_pieces_hold_every_line_once(
+def test_blocks_have_every_line_once(
     tmp_path_factory: pytest.TempPathFactory, lines: list[str], num_lines: int, ends_early: bool
 ) -> None:
     path = tmp_path_factory.mktemp("scan") / "s.jsonl"
@@ -246,7 +246,7 @@ def test_pieces_hold_every_line_once(
     assert {block.num_samples for block in list(file.blocks.values())[:-1]} <= {num_lines}
 
 
-def test_other_settings_or_lines_start_afresh(samples: Path) -> None:
+def test_other_settings_or_lines_start_over(samples: Path) -> None:
     out = samples.parent / "out"
     folder = PartialFolder(out, "something else")
     folder.write("block-00000000", lambda stream: stream.write(b"of another time"))
@@ -259,11 +259,11 @@ def test_other_settings_are_refused_by_name(samples: Path) -> None:
     out = prepared(samples, samples.parent / "out").path
     frames = dataclasses.replace(FRAMES, frames_per_second=1.0, max_tokens_per_frame=9)
     config = dataclasses.replace(CONFIG, frames=frames, loss_tokens="text")
-    with pytest.raises(ValueError, match="prepared under other settings") as told:
+    with pytest.raises(ValueError, match="prepared under other settings") as raised:
         opened(out, config)
-    assert told.match("data.frames.frames_per_second: got 1.0, expected 2.0")
-    assert told.match("data.frames.max_tokens_per_frame: got 9, expected 4")
-    assert told.match("data.loss_tokens: got 'text', expected 'assistant'")
+    assert raised.match("data.frames.frames_per_second: got 1.0, expected 2.0")
+    assert raised.match("data.frames.max_tokens_per_frame: got 9, expected 4")
+    assert raised.match("data.loss_tokens: got 'text', expected 'assistant'")
     opened(out, dataclasses.replace(CONFIG, row_tokens=7, packing_window=3, shuffles=False))
 
 
@@ -285,11 +285,11 @@ def test_changed_media_are_refused_by_name(samples: Path) -> None:
         opened(out).measure(1)
 
 
-def test_media_that_change_meanwhile_are_refused(
+def test_media_that_change_during_preparing_are_refused(
     samples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, image = samples.parent / "out", samples.parent / "i.png"
-    small_pieces(monkeypatch, 2)
+    small_blocks(monkeypatch, 2)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(BlockMaker, "fill", dying_after(3, []))
         prepared(samples, out)
@@ -307,7 +307,7 @@ def test_store_and_media_move_together(samples: Path, tmp_path_factory: Any) -> 
     assert moved.load([2])[0].pictures[0].medium.path == str(there / "v.mp4")
 
 
-def test_folders_that_are_no_whole_store_are_refused(tmp_path: Path) -> None:
+def test_folders_that_are_no_finished_store_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is a folder but no store, .*\.partial is continued"):
         opened(tmp_path)
     writer._StoreWriter(tmp_path / "half")

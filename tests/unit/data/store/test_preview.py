@@ -1,4 +1,4 @@
-"""The contact sheet shows the very frames that were chosen, and the text with runs shortened."""
+"""The contact sheet shows exactly the chosen frames, and the text with runs shortened."""
 
 import json
 from pathlib import Path

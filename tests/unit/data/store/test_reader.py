@@ -1,4 +1,4 @@
-"""Reading many samples of a store at once: all, in order, and little of what lies between."""
+"""Many samples of a store are read at once: all, in order, and few rows between them."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ CHUNK = 10
 
 
 class CountingArray:
-    """An array of zarr's kind, which notes what was read."""
+    """An array with zarr's interface that records the lengths read."""
 
     chunks = (CHUNK, 2)
 
@@ -33,7 +33,7 @@ def test_samples_come_in_the_order_asked_for(seed: int) -> None:
     assert reader._gather(array, bounds, []) == []
 
 
-def test_neighbours_share_a_read_and_what_is_far_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_neighbours_share_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "_CHUNKS_PER_READ", 4)
     bounds = np.arange(0, 1001, 5)
     array = CountingArray(1000)

@@ -13,10 +13,11 @@ from megatron_keye.data.media import Medium, MediumKind
 from megatron_keye.data.row import Picture
 from megatron_keye.data.video.chunk_patches import decode_chunks, patch_bytes
 from megatron_keye.data.video.pyav import PyavDecoder
+from megatron_keye.errors import UserError
 from tests.support.clips import make_clip, read_number, tiny_vision
 
 VISION = tiny_vision(patch_size=8)
-GRID = (6, 16)
+PATCH_GRID = (6, 16)
 
 
 class CountingDecoder(PyavDecoder):
@@ -37,17 +38,17 @@ class FailingDecoder(CountingDecoder):
     def frames(self, path: Path, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         for index, frame in super().frames(path, indices):
             if path.name == "bad.mp4" and index == 5:
-                raise ValueError(f"{path}: is damaged")
+                raise UserError(f"{path}: is damaged")
             yield index, frame
 
 
 def picture(path: Path, frame: int) -> Picture:
     kind: MediumKind = "image" if path.suffix == ".png" else "video"
-    return Picture(medium=Medium(str(path), kind), frame=frame, patch_grid=GRID)
+    return Picture(medium=Medium(str(path), kind), frame=frame, patch_grid=PATCH_GRID)
 
 
 def pixels_of(patches: Tensor) -> Tensor:
-    frames = patches.reshape(-1, *GRID, 3, 8, 8).permute(0, 1, 4, 2, 5, 3)
+    frames = patches.reshape(-1, *PATCH_GRID, 3, 8, 8).permute(0, 1, 4, 2, 5, 3)
     return (frames.reshape(-1, 48, 128, 3) + 1) * 127.5
 
 
@@ -99,17 +100,17 @@ def test_pictures_of_a_file_that_fails_are_grey_from_its_chunk_on(tmp_path: Path
         [picture(good, 6)],
         [picture(bad, 1), picture(good, 0)],
     ]
-    told: list[tuple[str, str]] = []
+    failures: list[tuple[str, str]] = []
     decoder = FailingDecoder()
     decoded = list(
         decode_chunks(
             chunks,
             decoder,
             VISION,
-            on_failure=lambda media, error: told.append((media, str(error))),
+            on_failure=lambda media, error: failures.append((media, str(error))),
         )
     )
-    assert told == [(str(bad), f"{bad}: is damaged")]
+    assert failures == [(str(bad), f"{bad}: is damaged")]
     assert [name for name, _ in decoder.asked].count("bad.mp4") == 1, "it was opened again"
     for number, (chunk, whole, mine) in enumerate(
         zip(chunks, decode_chunks(chunks, PyavDecoder(), VISION), decoded, strict=True)

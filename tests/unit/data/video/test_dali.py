@@ -87,9 +87,9 @@ def dali() -> "Iterator[DaliDecoder]":
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut pieces of five frames, so that a short clip becomes many."""
-    monkeypatch.setattr("megatron_keye.data.video.dali.PIECE_BYTES", 5 * 3 * 384 * 144)
+def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut segments of five frames, so that a short clip becomes many."""
+    monkeypatch.setattr("megatron_keye.data.video.dali.SEGMENT_BYTES", 5 * 3 * 384 * 144)
 
 
 def gpu_frames(dali: "DaliDecoder", path: Path, indices: list[int]) -> NDArray[np.uint8]:
@@ -109,7 +109,7 @@ def assert_close(got: NDArray[np.uint8], expected: NDArray[np.uint8]) -> None:
     )
 
 
-@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.usefixtures("small_segments")
 @pytest.mark.parametrize(("suffix", "codec", "options"), CLIPS.values(), ids=CLIPS)
 def test_frames_come_by_index(
     tmp_path: Path, dali: "DaliDecoder", suffix: str, codec: str, options: dict[str, str]
@@ -122,11 +122,11 @@ def test_frames_come_by_index(
 
 
 @pytest.mark.parametrize(("suffix", "codec", "options"), CLIPS.values(), ids=CLIPS)
-def test_a_piece_runs_over_entry_points(
+def test_a_segment_runs_over_random_access_points(
     tmp_path: Path, dali: "DaliDecoder", suffix: str, codec: str, options: dict[str, str]
 ) -> None:
     path = make_clip(tmp_path / f"clip.{suffix}", 120, scale=SCALE, codec=codec, options=options)
-    # All frames; every twelfth, as training does; random access points with much left out between them.
+    # All frames; every twelfth, as training does; random access points far apart.
     for indices in (list(range(120)), list(range(0, 120, 12)), [0, 48, 49, 96], [13, 71, 119]):
         frames = gpu_frames(dali, path, indices)
         assert [read_number(shrink(frame, SCALE)) for frame in frames] == indices
@@ -135,7 +135,7 @@ def test_a_piece_runs_over_entry_points(
 
 @pytest.mark.parametrize(("suffix", "rotation"), [("mp4", 0), ("mp4", 90), ("mkv", 0), ("ts", 0)])
 @pytest.mark.parametrize(("codec", "options"), [("libx264", X264), ("libx265", BLOCKS)])
-def test_rows_and_columns_beyond_the_picture_are_cropped(
+def test_rows_and_columns_beyond_the_shown_frame_are_cropped(
     tmp_path: Path,
     dali: "DaliDecoder",
     codec: str,
@@ -143,7 +143,7 @@ def test_rows_and_columns_beyond_the_picture_are_cropped(
     suffix: str,
     rotation: int,
 ) -> None:
-    """The whole picture comes first, since DALI takes its decoder for the cropped ones, too."""
+    """Whole frames come first, since DALI reuses their decoder for the cropped ones."""
     for cut_rows, cut_columns in ((0, 0), (8, 0), (2, 6), (0, 0)):
         path = make_clip(
             tmp_path / f"{cut_rows}.{suffix}",
@@ -188,7 +188,7 @@ def test_sides_that_are_multiples_of_the_step_are_right(
     options: dict[str, str],
     step: int,
 ) -> None:
-    """Nothing is cropped here, but a GPU may round sizes up, and take a decoder of that size."""
+    """Nothing is cropped here, but a GPU may round sizes up, and reuse a decoder of that size."""
     for cut_rows in (0, step, 2 * step, 3 * step, 0):
         path = make_clip(
             tmp_path / f"{cut_rows}.{suffix}",
@@ -252,17 +252,17 @@ def test_indices_outside_are_refused(tmp_path: Path, dali: "DaliDecoder") -> Non
 
 
 def test_dali_itself_refuses_an_index_past_the_end(tmp_path: Path, dali: "DaliDecoder") -> None:
-    """The second lock: were ours to fail, no black frame would come."""
-    from megatron_keye.data.video.frame_runs import Piece
+    """If our own check failed, there would be an error rather than a black frame."""
+    from megatron_keye.data.video.frame_runs import FrameRuns
     from megatron_keye.data.video.segment import opened_cutter
 
     info = probe(make_clip(tmp_path / "clip.mp4", 5, scale=SCALE))
-    piece = Piece(indices=(4,), runs=(range(5),))
+    frame_runs = FrameRuns(indices=(4,), runs=(range(5),))
     with opened_cutter(info) as cutter:
-        segment = replace(cutter.cut(piece), places=(99,))
+        segment = replace(cutter.cut(frame_runs), places=(99,))
         cutter.cut = lambda _: segment
         with pytest.raises(ValueError, match=r"clip.mp4: DALI could not decode"):
-            dali._decode(info, cutter, piece)
+            dali._decode(info, cutter, frame_runs)
     assert read_number(shrink(gpu_frames(dali, info.path, [4])[0], SCALE)) == 4
 
 
@@ -290,7 +290,7 @@ def test_what_a_gpu_gets_wrong_goes_to_the_cpu(
         torch.stack([decoded[1], decoded[4]]).cpu().numpy(), decode_frames(path, [1, 4])
     )
     assert all(frame.is_cuda for frame in decoded.values())
-    assert [reason in record.message for record in caplog.records] == [True], "told once"
+    assert [reason in record.message for record in caplog.records] == [True], "logged once"
 
 
 def test_several_files_decode_side_by_side(tmp_path: Path, dali: "DaliDecoder") -> None:
@@ -312,11 +312,11 @@ def test_several_files_decode_side_by_side(tmp_path: Path, dali: "DaliDecoder") 
     assert numbers == {path: list(range(40)) for path in clips}
 
 
-@pytest.mark.parametrize("grid", [(4, 10), (16, 32), (10, 4)])
-def test_patches_made_on_the_gpu_are_the_cpus(grid: tuple[int, int]) -> None:
+@pytest.mark.parametrize("patch_grid", [(4, 10), (16, 32), (10, 4)])
+def test_patches_made_on_the_gpu_are_the_cpus(patch_grid: tuple[int, int]) -> None:
     frames = torch.from_numpy(decode_frames(real_clip(BIKES), [0, 100]))
-    expected = make_patches(frames, grid, 14)
-    difference = (make_patches(frames.cuda(), grid, 14).cpu() - expected).abs() * 127.5
+    expected = make_patches(frames, patch_grid, 14)
+    difference = (make_patches(frames.cuda(), patch_grid, 14).cpu() - expected).abs() * 127.5
     # An H100 differs by 2 in single pixels where a frame is enlarged.
     assert difference.max() <= 2.001, "resizing differs by more than two of 255"
     assert difference.mean() < 0.02

@@ -1,7 +1,7 @@
 """Damaged files, hundreds of them: a named error, or exactly what the file still holds.
 
 Codecs carry no checksums, so what is damaged inside a frame may look sound to any decoder. Exact
-therefore means: the times that the container tells, and at each the very pixels that FFmpeg gives
+therefore means: the times that the container states, and at each the very pixels that FFmpeg gives
 when it decodes the whole file from the top, without seeking and without our indices. A file that
 was only cut must besides hold its true frames.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_keye.data.video.frame_runs import plan_pieces
+from megatron_keye.data.video.frame_runs import plan_frame_runs
 from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.pyav import decode_frames, iterate_frames
 from megatron_keye.data.video.segment import opened_cutter
@@ -35,7 +35,7 @@ VP9 = {"g": "6", "deadline": "realtime", "cpu-used": "8"}
 KINDS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
     "h264.mp4": ("libx264", X264, {}),
     "front.mp4": ("libx264", X264, {"movflags": "faststart"}),
-    "pieces.mp4": ("libx264", X264, {"movflags": "frag_keyframe+empty_moov"}),
+    "fragments.mp4": ("libx264", X264, {"movflags": "frag_keyframe+empty_moov"}),
     "h264.mkv": ("libx264", X264, {}),
     "h264.ts": ("libx264", X264, {}),
     "h264.flv": ("libx264", X264, {}),
@@ -90,12 +90,12 @@ def _compare(path: Path, *, is_only_cut: bool) -> str:
     info = probe(path)
     if not info.gpu_unsupported_reason:
         wanted = range(info.num_frames)
-        pieces = plan_pieces(
+        planned = plan_frame_runs(
             info.random_access_points, info.num_frames, wanted, max_wanted=9, max_decoded=9
         )
         with opened_cutter(info) as cutter:
-            for piece in pieces:
-                cutter.cut(piece)
+            for frame_runs in planned:
+                cutter.cut(frame_runs)
     # Threads of FFmpeg make what they can of damage, not always the same; one thread does.
     frames = dict(iterate_frames(path, range(info.num_frames), num_threads=1))
     expected = _plainly_decoded(path, info.height, info.width)
@@ -164,7 +164,7 @@ def test_damaged_files_are_refused_or_read_exactly(
         case: outcome for case, outcome in outcomes.items() if outcome not in ("error", "exact")
     }
     assert not wrong, f"{kind}: {wrong}"
-    assert "error" in outcomes.values(), "no case was damaged enough to tell"
+    assert "error" in outcomes.values(), "no case was damaged enough to be refused"
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])

@@ -135,7 +135,7 @@ def test_an_error_comes_up_at_its_chunk_with_the_files_name() -> None:
                 decoding.take()
 
 
-def test_skipping_tells_before_a_step_what_failed_in_it(tmp_path: Path) -> None:
+def test_skipping_reports_before_a_step_what_failed_in_it(tmp_path: Path) -> None:
     good = make_clip(tmp_path / "good.mp4", 12)
     steps = [
         [*chunks_of(good, 3), *chunks_of("bad.mp4", 2)],
@@ -169,7 +169,7 @@ def test_skipping_does_not_wait_for_a_file_that_hangs() -> None:
         decoder.gate.set()
 
 
-def test_a_real_files_error_is_told_as_it_is(tmp_path: Path) -> None:
+def test_a_real_files_error_is_reported_as_it_is(tmp_path: Path) -> None:
     path = make_clip(tmp_path / "clip.mp4", 3)
     with service(PyavDecoder()) as decoding:
         decoding.start_step(chunks_of(path, 1, first=2))
@@ -211,7 +211,7 @@ def test_closing_leaves_no_thread(is_busy: bool) -> None:
     assert decoder.is_closed
 
 
-def test_statistics_tell_what_was_decoded_and_who_waited() -> None:
+def test_statistics_show_what_was_decoded_and_who_waited() -> None:
     decoder = GatedDecoder()
     with service(decoder, max_ahead_chunks=3) as decoding:
         decoding.start_step(chunks_of("clip.mp4", 3))

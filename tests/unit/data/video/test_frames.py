@@ -61,8 +61,8 @@ def test_frames_shrink_first_then_fewer_are_chosen() -> None:
     shapes = {}
     for seconds in (10, 25, 40, 49, 500):
         chosen = choose_frames(np.arange(0, seconds, 0.04), config)
-        grid = frame_patch_grid(720, 1280, len(chosen), config, VISION)
-        tokens = grid[0] * grid[1] // 4
+        rows, columns = frame_patch_grid(720, 1280, len(chosen), config, VISION)
+        tokens = rows * columns // 4
         assert tokens * len(chosen) <= config.max_tokens_per_video
         shapes[seconds] = len(chosen), tokens
     assert [count for count, _ in shapes.values()] == [20, 50, 80, 98, 100]

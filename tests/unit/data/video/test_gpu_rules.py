@@ -1,4 +1,4 @@
-"""Which files go to the GPU: each reason against it, on a file that has it."""
+"""Which files go to the GPU: each reason against it, with a file that has it."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 
 from megatron_keye.config.backends import decode_backend
 from megatron_keye.data.bitstream.description import describe
-from megatron_keye.data.bitstream.nal_units import stands_alone
+from megatron_keye.data.bitstream.nal_units import is_random_access_point
 from megatron_keye.data.bitstream.vp9 import has_size, shows_earlier_frame
 from megatron_keye.data.video.color import BT709, to_space_of
 from megatron_keye.data.video.gpu_rules import timeline_unsupported_reason
@@ -59,11 +59,13 @@ X265 = {"x265-params": "log-level=none"}
         ({"options": {"flags": "+ilme+ildct", "x264-params": "interlaced=1"}}, "it is interlaced"),
     ],
 )
-def test_files_are_told_apart(tmp_path: Path, clip: dict[str, Any], reason: str) -> None:
+def test_files_go_to_the_gpu_or_have_a_reason_not_to(
+    tmp_path: Path, clip: dict[str, Any], reason: str
+) -> None:
     clip = {"scale": 4} | clip
     path = make_clip(tmp_path / f"clip.{clip.pop('suffix', 'mp4')}", 12, **clip)
-    obstacle = probe(path).gpu_unsupported_reason
-    assert obstacle.startswith(reason) and bool(obstacle) == bool(reason)
+    found = probe(path).gpu_unsupported_reason
+    assert found.startswith(reason) and bool(found) == bool(reason)
 
 
 @pytest.mark.parametrize("name", [BIG_BUCK_BUNNY, BIKES])
@@ -82,10 +84,10 @@ def test_parameters_that_change_inside_go_to_the_cpu(
         for cut in (cut_rows, 6)
     )
     with av.open(str(second)) as container:
-        found = describe(container.streams.video[0]).parameters
+        found = describe(container.streams.video[0]).sps
     assert found is not None
-    unit = len(found.unit).to_bytes(4, "big") + found.unit
-    path = rewrite(first, tmp_path / "clip.mp4", lambda place, old: unit * (place > 0) + old)
+    sps = len(found.nal_unit).to_bytes(4, "big") + found.nal_unit
+    path = rewrite(first, tmp_path / "clip.mp4", lambda place, old: sps * (place > 0) + old)
     assert probe(path).gpu_unsupported_reason == "its parameters change inside"
 
 
@@ -116,11 +118,11 @@ def test_a_trimmed_file_goes_to_the_cpu(tmp_path: Path) -> None:
         ([], 10, 10, "its first frame does not stand alone"),
     ],
 )
-def test_entry_points_decide(
+def test_random_access_points_decide(
     random_access_points: list[int], num_frames: int, num_packets: int, reason: str
 ) -> None:
-    obstacle = timeline_unsupported_reason(random_access_points, num_frames, num_packets)
-    assert obstacle.startswith(reason) and bool(obstacle) == bool(reason)
+    found = timeline_unsupported_reason(random_access_points, num_frames, num_packets)
+    assert found.startswith(reason) and bool(found) == bool(reason)
 
 
 # Frame headers: marker 10, two bits of profile, then whether an earlier frame is shown.
@@ -182,7 +184,7 @@ def test_vp9_frames_of_another_size_are_found(
 
 @pytest.mark.parametrize("extradata", [b"", b"\1" + bytes(3) + b"\xff" + bytes(16) + b"\xff"])
 @pytest.mark.parametrize(
-    ("codec", "units", "alone"),
+    ("codec", "nal_units", "expected"),
     [
         ("h264", [b"\x67abc", b"\x06de", b"\x65" + b"f" * 300], True),
         ("h264", [b"\x67abc", b"\x06de", b"\x41" + b"f" * 300], False),
@@ -193,16 +195,16 @@ def test_vp9_frames_of_another_size_are_found(
         ("vp9", [b"x"], True),
     ],
 )
-def test_entry_points_are_known_by_their_first_picture(
-    codec: str, units: list[bytes], alone: bool, extradata: bytes
+def test_random_access_points_are_known_by_their_first_slice(
+    codec: str, nal_units: list[bytes], expected: bool, extradata: bytes
 ) -> None:
     packet = b""
-    for unit in units:
-        packet += (len(unit).to_bytes(4, "big") if extradata else b"\0\0\1") + unit
-    assert stands_alone(codec, packet, extradata) is alone
+    for nal_unit in nal_units:
+        packet += (len(nal_unit).to_bytes(4, "big") if extradata else b"\0\0\1") + nal_unit
+    assert is_random_access_point(codec, packet, extradata) is expected
 
 
-def test_colors_converted_by_the_wrong_rule_are_put_right() -> None:
+def test_colors_converted_by_the_wrong_rule_are_corrected() -> None:
     generator = np.random.default_rng(0)
     blocks = generator.integers(60, 200, (9, 16, 3), dtype=np.uint8)
     pixels = np.kron(blocks, np.ones((16, 16, 1), dtype=np.uint8))
@@ -212,8 +214,8 @@ def test_colors_converted_by_the_wrong_rule_are_put_right() -> None:
     frame.colorspace = 5
     wrong = torch.from_numpy(frame.reformat(format="rgb24").to_ndarray())
     assert np.abs(wrong.numpy().astype(int) - right).max() > 15, "the rules do not differ"
-    mended = to_space_of(wrong, BT709).numpy()
-    assert np.abs(mended.astype(int) - right).max() <= 3
+    corrected = to_space_of(wrong, BT709).numpy()
+    assert np.abs(corrected.astype(int) - right).max() <= 3
     assert torch.equal(to_space_of(wrong, 5), wrong)
 
 

@@ -23,25 +23,25 @@ def test_patches_come_in_raster_order_within_each_frame() -> None:
         np.testing.assert_allclose(patches[place].numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("grid", [(2, 3), (6, 10), (12, 4)])
-def test_resizing_follows_pillow(grid: tuple[int, int]) -> None:
+@pytest.mark.parametrize("patch_grid", [(2, 3), (6, 10), (12, 4)])
+def test_resizing_follows_pillow(patch_grid: tuple[int, int]) -> None:
     frame = np.random.default_rng(0).integers(0, 256, (97, 61, 3), dtype=np.uint8)
-    size = (grid[1] * 14, grid[0] * 14)
+    size = (patch_grid[1] * 14, patch_grid[0] * 14)
     # Axis by axis, since the order of the two passes shows on noise.
     across = Image.fromarray(frame).resize((size[0], 97), Image.Resampling.BICUBIC)
     expected = np.asarray(across.resize(size, Image.Resampling.BICUBIC))
-    patches = make_patches(torch.from_numpy(frame[None]), grid, 14)
-    pixels = (patches.reshape(*grid, 3, 14, 14).permute(0, 3, 1, 4, 2) + 1) * 127.5
+    patches = make_patches(torch.from_numpy(frame[None]), patch_grid, 14)
+    pixels = (patches.reshape(*patch_grid, 3, 14, 14).permute(0, 3, 1, 4, 2) + 1) * 127.5
     difference = np.abs(pixels.reshape(size[1], size[0], 3).numpy() - expected)
     assert difference.max() <= 1.001
 
 
-@pytest.mark.parametrize("grid", [(2, 3), (6, 10), (12, 4)])
-def test_resizing_in_floats_follows_the_bytes(grid: tuple[int, int]) -> None:
+@pytest.mark.parametrize("patch_grid", [(2, 3), (6, 10), (12, 4)])
+def test_resizing_in_floats_follows_the_bytes(patch_grid: tuple[int, int]) -> None:
     """What a GPU does, done on the CPU: the bytes differ by one at most, and rarely."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (2, 3, 97, 61), dtype=torch.uint8, generator=generator)
-    size = (grid[0] * 14, grid[1] * 14)
+    size = (patch_grid[0] * 14, patch_grid[1] * 14)
     expected = interpolate(pixels, size=size, mode="bicubic", antialias=True)
     across = _resize_floats(pixels, (97, size[1]))
     difference = (_resize_floats(across, size).int() - expected).abs()

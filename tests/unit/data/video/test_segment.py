@@ -1,4 +1,4 @@
-"""Pieces of a file: each stands alone and holds its frames, whatever the codec's order."""
+"""Segments of a file: each is decoded alone and holds its frames, whatever the codec's order."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from megatron_keye.data.bitstream.description import describe
-from megatron_keye.data.video.frame_runs import LEAST_SKIPPED, Piece, plan_pieces
+from megatron_keye.data.video.frame_runs import LEAST_SKIPPED, FrameRuns, plan_frame_runs
 from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.pyav import iterate_frames
 from megatron_keye.data.video.segment import Segment, opened_cutter
@@ -25,9 +25,9 @@ EVERY_TWELVE = [0, 12, 24, 36, 48]
 
 def plan(
     path: Path, wanted: list[int], max_wanted: int = 8, max_decoded: int = 1000
-) -> list[Piece]:
+) -> list[FrameRuns]:
     info = probe(path)
-    return plan_pieces(
+    return plan_frame_runs(
         info.random_access_points,
         info.num_frames,
         wanted,
@@ -36,13 +36,13 @@ def plan(
     )
 
 
-def cut(path: Path, pieces: list[Piece]) -> list[Segment]:
+def cut(path: Path, planned: list[FrameRuns]) -> list[Segment]:
     with opened_cutter(probe(path)) as cutter:
-        return [cutter.cut(piece) for piece in pieces]
+        return [cutter.cut(frame_runs) for frame_runs in planned]
 
 
 def numbers_of(segment: Segment) -> list[int]:
-    """Decode a whole piece, in its order of presentation."""
+    """Decode a whole segment, in its order of presentation."""
     with av.open(io.BytesIO(segment.container)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return [read_number(frame) for frame in frames]
@@ -67,7 +67,7 @@ def numbers_of(segment: Segment) -> list[int]:
         ("mp4", "libvpx-vp9", VP9, EVERY_TWELVE),
     ],
 )
-def test_pieces_hold_the_wanted_frames(
+def test_segments_hold_the_wanted_frames(
     tmp_path: Path,
     suffix: str,
     codec: str,
@@ -79,11 +79,11 @@ def test_pieces_hold_the_wanted_frames(
     for max_wanted, max_decoded in ((8, 12), (60, 30), (60, 1000)):
         for wanted in (list(range(60)), [59], [11, 12, 13], [0, 30, 31, 58], [0, 24, 25, 48]):
             found = []
-            pieces = plan(path, wanted, max_wanted=max_wanted, max_decoded=max_decoded)
-            for segment in cut(path, pieces):
+            planned = plan(path, wanted, max_wanted=max_wanted, max_decoded=max_decoded)
+            for segment in cut(path, planned):
                 numbers = numbers_of(segment)
                 assert numbers[0] in random_access_points, (
-                    "a piece does not begin at an random access point"
+                    "a segment does not begin at a random access point"
                 )
                 assert len(segment.indices) <= max_wanted
                 found += [numbers[place] for place in segment.places]
@@ -94,13 +94,13 @@ def test_pieces_hold_the_wanted_frames(
     ("suffix", "codec", "options"),
     [("mp4", "libx264", X264), ("ts", "libx265", X265), ("webm", "libvpx-vp9", VP9)],
 )
-def test_a_piece_runs_over_entry_points_and_leaves_out_what_lies_between(
+def test_a_segment_runs_over_random_access_points_and_leaves_out_what_lies_between(
     tmp_path: Path, suffix: str, codec: str, options: dict[str, str]
 ) -> None:
     path = make_clip(tmp_path / f"clip.{suffix}", codec=codec, options=options)
-    (piece,) = plan(path, [1, 10, 13, 49])
-    assert piece.runs == (range(14), range(48, 50))
-    (segment,) = cut(path, [piece])
+    (frame_runs,) = plan(path, [1, 10, 13, 49])
+    assert frame_runs.runs == (range(14), range(48, 50))
+    (segment,) = cut(path, [frame_runs])
     numbers = numbers_of(segment)
     assert [numbers[place] for place in segment.places] == [1, 10, 13, 49]
     assert not set(numbers) & set(range(20, 48)), "frames were decoded that nothing needs"
@@ -130,48 +130,52 @@ def test_frames_that_no_other_needs_are_left_out(
             np.testing.assert_array_equal(frames[place], expected[index], strict=True)
 
 
-def entries(*frames: int) -> NDArray[np.int64]:
+def points(*frames: int) -> NDArray[np.int64]:
     return np.array(frames, dtype=np.int64)
 
 
-def test_no_piece_is_larger_than_its_limits() -> None:
-    pieces = plan_pieces(
-        entries(*range(0, 3000, 30)), 3000, range(0, 3000, 7), max_wanted=25, max_decoded=120
+def test_no_segment_is_larger_than_its_limits() -> None:
+    planned = plan_frame_runs(
+        points(*range(0, 3000, 30)), 3000, range(0, 3000, 7), max_wanted=25, max_decoded=120
     )
-    assert [index for piece in pieces for index in piece.indices] == list(range(0, 3000, 7))
-    for piece in pieces:
-        assert len(piece.indices) <= 25 and sum(map(len, piece.runs)) <= 120
-        assert all(run.start % 30 == 0 for run in piece.runs)
-    assert len(pieces) == 25, "pieces are smaller than they may be"
+    indices = [index for frame_runs in planned for index in frame_runs.indices]
+    assert indices == list(range(0, 3000, 7))
+    for frame_runs in planned:
+        assert len(frame_runs.indices) <= 25 and sum(map(len, frame_runs.runs)) <= 120
+        assert all(run.start % 30 == 0 for run in frame_runs.runs)
+    assert len(planned) == 25, "segments are smaller than they may be"
 
 
-def test_a_long_section_is_cut_by_frames_wanted_and_decoded_from_its_entry() -> None:
-    pieces = plan_pieces(entries(0, 250), 500, range(20), max_wanted=8, max_decoded=5)
-    assert [piece.runs for piece in pieces] == [(range(8),), (range(16),), (range(20),)]
+def test_a_long_section_is_cut_by_frames_wanted_and_decoded_from_its_access_point() -> None:
+    planned = plan_frame_runs(points(0, 250), 500, range(20), max_wanted=8, max_decoded=5)
+    runs = [frame_runs.runs for frame_runs in planned]
+    assert runs == [(range(8),), (range(16),), (range(20),)]
 
 
-def test_entry_points_never_follow_each_other_where_frames_are_left_out() -> None:
-    """Two H.264 random access points in a row may look like one picture."""
-    (piece,) = plan_pieces(entries(0, 30, 60), 90, [0, 60], max_wanted=8, max_decoded=99)
-    assert piece.runs == (range(2), range(60, 62))
-    all_entries = entries(*range(90))
-    pieces = plan_pieces(all_entries, 90, [0, 60], max_wanted=8, max_decoded=99)
-    assert [piece.runs for piece in pieces] == [(range(1),), (range(60, 61),)]
+def test_random_access_points_never_follow_each_other_where_frames_are_left_out() -> None:
+    """Two H.264 random access points in a row may look like one frame."""
+    (planned,) = plan_frame_runs(points(0, 30, 60), 90, [0, 60], max_wanted=8, max_decoded=99)
+    assert planned.runs == (range(2), range(60, 62))
+    everywhere = points(*range(90))
+    apart = plan_frame_runs(everywhere, 90, [0, 60], max_wanted=8, max_decoded=99)
+    assert [frame_runs.runs for frame_runs in apart] == [(range(1),), (range(60, 61),)]
 
 
 def test_short_gaps_are_decoded_through() -> None:
     for gap, num_runs in ((LEAST_SKIPPED - 1, 1), (LEAST_SKIPPED, 2)):
-        (piece,) = plan_pieces(entries(0, 2 + gap), 90, [1, 3 + gap], max_wanted=8, max_decoded=99)
-        assert len(piece.runs) == num_runs
+        (planned,) = plan_frame_runs(
+            points(0, 2 + gap), 90, [1, 3 + gap], max_wanted=8, max_decoded=99
+        )
+        assert len(planned.runs) == num_runs
 
 
-def test_a_piece_is_no_longer_than_it_needs_to_be(tmp_path: Path) -> None:
+def test_a_segment_is_no_longer_than_it_needs_to_be(tmp_path: Path) -> None:
     path = make_clip(tmp_path / "clip.mp4", options=X264)
     (segment,) = cut(path, plan(path, [26, 29]))
     assert len(numbers_of(segment)) <= 29 - 24 + 1, "it holds more than the references"
 
 
-def test_packets_of_a_piece_have_one_entry_and_times_of_their_own(tmp_path: Path) -> None:
+def test_a_segment_has_one_keyframe_and_times_of_its_own(tmp_path: Path) -> None:
     path = make_clip(tmp_path / "clip.mp4", codec="libx265", options=X265)
     (segment,) = cut(path, plan(path, [20, 22, 50]))
     with av.open(io.BytesIO(segment.container)) as container:
@@ -231,7 +235,7 @@ BLOCKS = {"x265-params": "log-level=none:bframes=3:min-cu-size=16:ctu=32", "g": 
     ],
 )
 @pytest.mark.parametrize(("cut_rows", "cut_columns"), [(8, 0), (2, 0), (6, 10), (0, 14)])
-def test_pieces_say_nothing_of_cropping(
+def test_segments_declare_no_cropping(
     tmp_path: Path,
     suffix: str,
     codec: str,
@@ -252,7 +256,7 @@ def test_pieces_say_nothing_of_cropping(
     height, width = 144 - cut_rows, 384 - cut_columns
     assert (info.height, info.width) == (height, width)
     assert (segment.height, segment.width) == (144, 384)
-    # What a reader learns that decodes nothing: the sample entry, 28 bytes in.
+    # What a reader learns without decoding: the sample entry, 28 bytes in.
     entry = segment.container.rindex(b"avc1" if codec == "libx264" else b"hev1")
     sides = np.frombuffer(segment.container, dtype=">u2", count=2, offset=entry + 28)
     assert sides.tolist() == [384, 144]
@@ -269,6 +273,16 @@ def test_pieces_say_nothing_of_cropping(
 
 
 @pytest.mark.parametrize(("codec", "options"), [("libx264", X264), ("libx265", X265)])
+def test_parameters_without_cropping_stay_as_they_are(
+    tmp_path: Path, codec: str, options: dict[str, str]
+) -> None:
+    path = make_clip(tmp_path / "clip.mp4", codec=codec, options=options)
+    (segment,) = cut(path, plan(path, [3]))
+    with av.open(str(path)) as whole, av.open(io.BytesIO(segment.container)) as part:
+        assert describe(part.streams.video[0]).sps == describe(whole.streams.video[0]).sps
+
+
+@pytest.mark.parametrize(("codec", "options"), [("libx264", X264), ("libx265", X265)])
 @pytest.mark.parametrize("cut_rows", [0, 2])
 def test_parameters_between_keyframes_are_refused(
     tmp_path: Path, codec: str, options: dict[str, str], cut_rows: int
@@ -278,10 +292,10 @@ def test_parameters_between_keyframes_are_refused(
         for rows in (cut_rows, 6)
     )
     with av.open(str(second)) as container:
-        found = describe(container.streams.video[0]).parameters
+        found = describe(container.streams.video[0]).sps
     assert found is not None
-    unit = len(found.unit).to_bytes(4, "big") + found.unit
-    path = rewrite(first, tmp_path / "clip.mp4", lambda place, old: unit * (place == 2) + old)
+    sps = len(found.nal_unit).to_bytes(4, "big") + found.nal_unit
+    path = rewrite(first, tmp_path / "clip.mp4", lambda place, old: sps * (place == 2) + old)
     assert probe(path).gpu_unsupported_reason == "", "the clip does not test the cutter"
     with pytest.raises(ValueError, match=r"clip\.mp4: can't be decoded on the GPU, since its "):
         cut(path, plan(path, list(range(12))))
@@ -298,13 +312,13 @@ def test_frames_that_repeat_their_parameters_are_cut(tmp_path: Path) -> None:
 
 def test_a_file_that_changed_is_refused(tmp_path: Path) -> None:
     path = make_clip(tmp_path / "clip.mp4", options=X264)
-    pieces, info = plan(path, [50]), probe(path)
+    planned, info = plan(path, [50]), probe(path)
     make_clip(path, 20, options=X264)
     with (
         opened_cutter(info) as cutter,
         pytest.raises(ValueError, match=r"clip\.mp4: frames 48 to 50 are no longer where"),
     ):
-        cutter.cut(pieces[0])
+        cutter.cut(planned[0])
 
 
 def test_a_closed_file_is_cut_no_more(tmp_path: Path) -> None:

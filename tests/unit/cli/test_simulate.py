@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from megatron_keye.cli.length_mix import draw_rows
+from megatron_keye.cli.simulate import with_grid
 from megatron_keye.estimate.forecast import (
     Forecast,
     RowShape,
@@ -12,7 +14,6 @@ from megatron_keye.estimate.forecast import (
 )
 from megatron_keye.recipes import load_recipe
 from tests.support.tiny import tiny_run
-from tools.simulate_schedule import draw_rows, with_grid
 
 
 def test_balance_pays_and_ranks_hardly_idle_at_64_ranks() -> None:

@@ -1,4 +1,4 @@
-"""The tool prepares, shows, refuses in sentences, and survives being killed."""
+"""The command prepares, shows, refuses in sentences, and survives being killed."""
 
 import json
 import os
@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_keye.cli import prepare
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.recipes import load_recipe
 from tests.support.clips import make_clip
-from tools import prepare_data
 
-ROOT = Path(__file__).parents[3]
 RECIPE = ["--recipe", "keye_tiny", "--workers", "1"]
 
 
@@ -41,7 +40,7 @@ def test_the_command_line_makes_a_store_that_trains(
 ) -> None:
     out = samples.parent / "out"
     arguments = [str(samples), "--out", str(out), *RECIPE, "--set", "data.row_tokens=32"]
-    assert prepare_data.main([*arguments, "--preview", "2"]) == 0
+    assert prepare.main([*arguments, "--preview", "2"]) == 0
     shown = capsys.readouterr().out
     for words in ("samples", "tokens", "video", "left out", "longer than data.row_tokens = 32"):
         assert words in shown
@@ -64,13 +63,13 @@ def test_bad_samples_are_sentences(samples: Path, capsys: pytest.CaptureFixture[
     with samples.open("a") as stream:
         stream.writelines(f"\n{line('<image>', images=[f'gone-{n}.png'])}" for n in range(25))
     out = samples.parent / "out"
-    assert prepare_data.main([str(samples), "--out", str(out), *RECIPE]) == 2
+    assert prepare.main([str(samples), "--out", str(out), *RECIPE]) == 2
     told = capsys.readouterr().err
     assert "25 of 28 samples are of no use" in told and "--on-bad-sample skip" in told
     assert f"{samples}:4: gone-0.png: " in told and "... and 5 more" in told
     assert not out.exists()
     arguments = [str(samples), "--out", str(out), *RECIPE, "--on-bad-sample", "skip"]
-    assert prepare_data.main(arguments) == 0
+    assert prepare.main(arguments) == 0
     told = capsys.readouterr().out
     assert f"{samples}:23: gone-19.png: " in told and "... and 5 more" in told
     assert len((out / "refused.txt").read_text().splitlines()) == 25
@@ -89,16 +88,16 @@ def test_wrong_arguments_are_sentences(
     samples: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     out = str(samples.parent / "out")
-    assert prepare_data.main([str(samples), "--out", out, *RECIPE, *arguments]) == 2
+    assert prepare.main([str(samples), "--out", out, *RECIPE, *arguments]) == 2
     assert words in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_killed_tool_goes_on_where_it_was(samples: Path) -> None:
+def test_a_killed_command_goes_on_where_it_was(samples: Path) -> None:
     text = line("<video>What?", videos=["v.mp4"])
     samples.write_text("\n".join(f"{text}\n{line(f'Why {n}?')}" for n in range(600)))
     out = samples.parent / "out"
-    command = [sys.executable, str(ROOT / "tools" / "prepare_data.py"), str(samples)]
+    command = [sys.executable, "-m", "megatron_keye", "prepare", str(samples)]
     command += ["--out", str(out), "--recipe", "keye_tiny", "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     try:

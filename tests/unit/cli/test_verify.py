@@ -1,4 +1,4 @@
-"""The tool verify_checkpoint: once as a user runs it, then behind its command line."""
+"""The command verify: once as a user runs it, then behind its command line."""
 
 import contextlib
 import io
@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_keye.checkpoint.hf.folder import open_hf
+from megatron_keye.cli import verification
+from megatron_keye.cli.status import USER_ERROR
+from megatron_keye.cli.verify import main, parse_arguments
 from tests.support.dumping import mixed_inputs, save_native
 from tests.support.hf_checkpoint import CONFIG, random_weights, write_checkpoint
 from tests.support.ranks import run_on_ranks
-from tools import verify_checkpoint as tool
 
-TOOL = Path(__file__).parents[3] / "tools" / "verify_checkpoint.py"
+COMMAND = (sys.executable, "-m", "megatron_keye", "verify")
 WEIGHTS = random_weights(CONFIG)
 
 
@@ -27,17 +30,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def verify(*words: object) -> tuple[bool, str]:
-    """Run the tool behind its group of one process; return its verdict and what it printed."""
+    """Run the command behind its group of one process; return its verdict and what it printed."""
     found: tuple[bool, str] = run_on_ranks(1, _verify, [*map(str, words), "--device", "cpu"])[0]
     return found
 
 
 def _verify(words: list[str]) -> tuple[bool, str]:
-    arguments = tool.parse(words)
-    folder = tool.open_hf(arguments.hf)
-    inputs = tool.choose_inputs(arguments, folder)
+    arguments = parse_arguments(words)
+    folder = open_hf(arguments.hf)
+    inputs = verification.choose_inputs(arguments, folder)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        passes = tool.verify(arguments, folder, inputs, torch.device("cpu"))
+        passes = verification.verify(arguments, folder, inputs, torch.device("cpu"))
     return passes, printed.getvalue()
 
 
@@ -45,7 +48,7 @@ def _verify(words: list[str]) -> tuple[bool, str]:
 def test_inputs_go_in_and_a_dump_comes_out(folder: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "in.npz", **mixed_inputs())
     words = ("--inputs", tmp_path / "in.npz", "--dump", tmp_path / "out.npz", "--gradients")
-    command = [sys.executable, TOOL, "--hf", folder, *words, "--dtype", "float64"]
+    command = [*COMMAND, "--hf", folder, *words, "--dtype", "float64"]
     command += ["--device", "cpu"]
     done = subprocess.run(map(str, command), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -115,6 +118,6 @@ def test_a_wrong_folder_or_input_is_named(
     np.savez(tmp_path / "in.npz", **mixed_inputs())
     broken = write_checkpoint(tmp_path / "hf", config, WEIGHTS)
     words = ["--hf", str(broken), "--against", "qwen3-moe", "--device", "cpu"]
-    assert tool.main([*words, "--inputs", str(tmp_path / "in.npz")]) == tool.USER_ERROR
+    assert main([*words, "--inputs", str(tmp_path / "in.npz")]) == USER_ERROR
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1, printed

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_keye.cli import doctor, machine
 from megatron_keye.config import backends
-from tools import doctor
 
-HEALTHY = doctor.Facts(
+HEALTHY = machine.Facts(
     versions={
         "torch": "2.11.0",
         "megatron-core": doctor.pinned_version("megatron-core"),
@@ -21,7 +21,7 @@ HEALTHY = doctor.Facts(
         "zarr": None,
         "tensorboard": "2.21.0",
     },
-    torch=doctor.Torch(version="2.11.0", cuda="13.0", num_gpus=0),
+    torch=machine.Torch(version="2.11.0", cuda="13.0", num_gpus=0),
 )
 
 
@@ -49,11 +49,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     return Site(tmp_path)
 
 
-def facts_with(**changes: object) -> doctor.Facts:
-    return doctor.Facts(**{**vars(HEALTHY), **changes})  # type: ignore[arg-type]
+def facts_with(**changes: object) -> machine.Facts:
+    return machine.Facts(**{**vars(HEALTHY), **changes})  # type: ignore[arg-type]
 
 
-def only_problem(facts: doctor.Facts) -> doctor.Problem:
+def only_problem(facts: machine.Facts) -> doctor.Problem:
     problems = doctor.find_problems(facts)
     assert len(problems) == 1, problems
     return problems[0]
@@ -126,7 +126,7 @@ def test_another_megatron_core_is_a_problem() -> None:
 
 
 def test_torch_without_cuda_is_a_problem_only_beside_gpus() -> None:
-    torch = doctor.Torch(version="2.11.0+cpu", cuda=None, num_gpus=0)
+    torch = machine.Torch(version="2.11.0+cpu", cuda=None, num_gpus=0)
     assert doctor.find_problems(facts_with(torch=torch)) == [], "a machine without GPUs"
     assert "without CUDA" in only_problem(facts_with(torch=torch, gpus=["H100, 9.0, 580"])).what
 
@@ -153,9 +153,9 @@ def test_a_failing_import_is_a_problem() -> None:
 
 
 def test_a_probe_that_crashes_is_reported() -> None:
-    assert doctor.probe("print('noise'); print('{\"a\": 1}')") == ({"a": 1}, "")
-    assert doctor.probe("raise ValueError('broken')") == ({}, "ValueError: broken")
-    found, error = doctor.probe("import os; os.abort()")
+    assert machine.probe("print('noise'); print('{\"a\": 1}')") == ({"a": 1}, "")
+    assert machine.probe("raise ValueError('broken')") == ({}, "ValueError: broken")
+    found, error = machine.probe("import os; os.abort()")
     assert found == {} and error, "a crash gives an error text"
 
 

@@ -1,6 +1,6 @@
-"""What a block of a store knows beside its tokens: samples, pictures and the files they are in.
+"""Metadata of a block of tokenized samples: lines, lengths, pictures and media files.
 
-Written by the processes that tokenize, read by the one that joins blocks.
+Written by the worker processes that tokenize, read by the process that merges blocks into a store.
 """
 
 import io
@@ -19,10 +19,10 @@ from megatron_keye.data.store.probe_cache import ProbeCache
 
 @dataclass(frozen=True, kw_only=True)
 class StoredMedium(FileIdentity):
-    """A file that samples show, and what it was when it was read."""
+    """A media file that samples use, and its identity when it was read."""
 
     name: str
-    """As the sample file spells it."""
+    """Name as written in the sample file."""
     is_video: bool
     """Whether it is a video or an image."""
     seconds: float
@@ -30,8 +30,8 @@ class StoredMedium(FileIdentity):
 
 
 @dataclass
-class BlockTable:
-    """Grows sample by sample."""
+class BlockMetadata:
+    """Metadata of samples, in order; grows sample by sample."""
 
     line_numbers: list[int] = field(default_factory=list)
     """Line of each sample."""
@@ -43,7 +43,7 @@ class BlockTable:
     """Of each picture: its medium, its frame, patches down and across, the position of its first
     placeholder in its sample, and when it is shown, in seconds, NaN for an image."""
     media: list[StoredMedium] = field(default_factory=list)
-    """Files, numbered as `pictures` does."""
+    """Files, as `pictures` numbers them."""
     _numbers: dict[Medium, int] = field(default_factory=dict)
 
     def add(self, sample: Sample, line: int, names: Mapping[str, str], probes: ProbeCache) -> None:
@@ -51,9 +51,9 @@ class BlockTable:
 
         Args:
             sample: The sample.
-            line: Its line.
-            names: How the sample file spells each medium, by absolute path.
-            probes: What is known of videos.
+            line: Its line number.
+            names: Name of each media file as written in the sample file, by absolute path.
+            probes: Cached probe results of videos.
         """
         numbers = [self._number(picture, names, probes) for picture in sample.pictures]
         self.line_numbers.append(line)
@@ -66,7 +66,7 @@ class BlockTable:
             self.pictures.append((number, picture.frame, *picture.patch_grid, start, seconds))
 
     def _number(self, picture: Picture, names: Mapping[str, str], probes: ProbeCache) -> int:
-        """Return the number of a picture's file, looking at a new file once."""
+        """Return the number of a picture's file in `media`, appending a new file."""
         key = picture.medium
         if key not in self._numbers:
             path, seconds = Path(key.path), 0.0
@@ -85,7 +85,7 @@ class BlockTable:
         return self._numbers[key]
 
     def to_bytes(self) -> bytes:
-        """Return all of it in one block."""
+        """Return everything as an .npz archive."""
         media = [
             asdict(medium) | {"content_key": medium.content_key.hex()} for medium in self.media
         ]

@@ -1,4 +1,4 @@
-"""The tool converts both ways and reports a wrong checkpoint in one sentence."""
+"""The command converts both ways and reports a wrong checkpoint in one sentence."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import torch
 
 from megatron_keye.checkpoint.convert.synthetic import write_synthetic
 from megatron_keye.checkpoint.hf.safetensors_index import open_folder
+from megatron_keye.cli import convert
 from megatron_keye.recipes import load_recipe
-from tools import convert_checkpoint
 
 RECIPE = ["--recipe", "keye_tiny", "--set", "model.decoder.vocab_size=151665"]
 LAYERS = ["--set", "model.decoder.num_layers=1", "--workers", "1"]
@@ -27,9 +27,9 @@ def test_both_directions_by_command_line(
 ) -> None:
     native, back = tmp_path / "native", tmp_path / "back"
     arguments = ["hf-to-native", "--hf", str(hf), "--out", str(native), *RECIPE, *LAYERS]
-    assert convert_checkpoint.main(arguments) == 0
+    assert convert.main(arguments) == 0
     arguments = ["native-to-hf", "--native", str(native), "--out", str(back), "--workers", "1"]
-    assert convert_checkpoint.main([*arguments, "--check-finite"]) == 0
+    assert convert.main([*arguments, "--check-finite"]) == 0
     assert capsys.readouterr().out.split() == [str(native), str(back)]
     got, expected = open_folder(back), open_folder(hf)
     assert not [n for n, e in expected.items() if not torch.equal(e.read(), got[n].read())]
@@ -39,7 +39,7 @@ def test_a_wrong_checkpoint_is_one_sentence(
     hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["hf-to-native", "--hf", str(hf), "--out", str(tmp_path / "n"), *RECIPE]
-    assert convert_checkpoint.main(arguments) == 2
+    assert convert.main(arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "--set model.decoder.num_layers=1" in error
     assert not (tmp_path / "n.partial").exists()

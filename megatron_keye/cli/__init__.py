@@ -1,0 +1,1 @@
+"""The command line: `megatron-keye COMMAND`, one module per command."""

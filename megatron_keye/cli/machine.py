@@ -1,0 +1,120 @@
+"""What is found on this machine: packages, compiler, driver, and what can be imported.
+
+Anything that might crash is imported in a process of its own.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from megatron_keye.config import backends
+
+# Distribution -> (what it gives, what its absence costs); REQUIRED ones are never absent.
+REQUIRED = {
+    "torch": "tensors, autograd, processes",
+    "megatron-core": "decoder blocks, schedules, checkpoints",
+    "triton": "GPU kernels; imported by megatron-core",
+}
+OPTIONAL = {
+    "nvidia-dali": ("video decoded on the GPU", "video is decoded on the CPU"),
+    "zarr": ("stores of prepared data", "data is prepared anew in each run"),
+    "tensorboard": ("event files of a run", "no curves, only the log"),
+}
+ALIASES = {"nvidia-dali": backends.DALI_NAMES}
+IMPORT_SECONDS = 180
+
+TORCH_PROBE = """
+import json, torch
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda,
+                  "num_gpus": torch.cuda.device_count()}))
+"""
+EXTENSION_PROBE = """
+import importlib.util, json
+built = importlib.util.find_spec("megatron_keye._C") is not None
+if built:
+    import torch
+    import megatron_keye._C
+print(json.dumps({"built": built}))
+"""
+NVDEC_PROBE = "import ctypes; ctypes.CDLL('libnvcuvid.so.1'); print('{}')"
+MEGATRON_PROBE = "import megatron.core; print('{}')"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Torch:
+    """What torch says of itself; `cuda` is None for a build without it."""
+
+    version: str
+    cuda: str | None
+    num_gpus: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Everything that was found on the machine, before any judgement."""
+
+    versions: dict[str, str | None]
+    torch: Torch | None = None
+    nvcc: str | None = None
+    gpus: list[str] = field(default_factory=list)
+    has_nvdec: bool = False
+    has_extension: bool = False
+    import_errors: dict[str, str] = field(default_factory=dict)
+
+
+def probe(code: str) -> tuple[dict[str, object], str]:
+    """Run `code` in another Python; return the JSON it printed last and "", or {} and its error.
+
+    Warnings that it writes are left out; a crash is reported by its signal or exit status.
+    """
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=IMPORT_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {}, f"took longer than {IMPORT_SECONDS} s"
+    if done.returncode == 0:
+        found: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
+        return found, ""
+    lines = done.stderr.strip().splitlines()
+    return {}, lines[-1] if lines else f"exit status {done.returncode}"
+
+
+def output_of(*command: str) -> str:
+    """Return what a program prints, or "" when it is missing, fails or hangs."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except subprocess.SubprocessError:
+        return ""
+
+
+def gather_facts() -> Facts:
+    """Look at the distributions, the compiler, the driver, and import what must be imported."""
+    versions = {}
+    for name in (*REQUIRED, *OPTIONAL):
+        found = (backends.installed_version(alias) for alias in ALIASES.get(name, (name,)))
+        versions[name] = next((version for version in found if version), None)
+    release = re.search(r"release (\S+),", output_of("nvcc", "--version"))
+    query = ("--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        probes = (TORCH_PROBE, MEGATRON_PROBE, EXTENSION_PROBE, NVDEC_PROBE)
+        torch, megatron, extension, nvdec = pool.map(probe, probes)
+    errors = {"torch": torch[1], "megatron.core": megatron[1], "megatron_keye._C": extension[1]}
+    return Facts(
+        versions=versions,
+        torch=None if torch[1] else Torch(**torch[0]),  # type: ignore[arg-type]
+        nvcc=release[1] if release else None,
+        gpus=output_of("nvidia-smi", *query).strip().splitlines(),
+        has_nvdec=not nvdec[1],
+        has_extension=bool(extension[0].get("built")),
+        import_errors={name: error for name, error in errors.items() if error},
+    )

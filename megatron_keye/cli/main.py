@@ -1,0 +1,61 @@
+"""The one command of the package: hands over to the module of the command that was named.
+
+Only that module is imported, so that planning and --help start without torch.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megatron_keye import __version__
+from megatron_keye.cli.status import USER_ERROR
+from megatron_keye.config.check import suggest
+
+COMMANDS = {
+    "train": "train a recipe on this machine, or as one rank of torchrun or srun",
+    "plan": "show ranks, parameters and memory of a recipe, or the plan of one step",
+    "prepare": "turn samples into a store of tokens",
+    "convert": "convert checkpoints from and to the released (Hugging Face) form",
+    "verify": "compare a checkpoint with another form or implementation of the model",
+    "simulate": "play the schedule on a mix of sample lengths",
+    "profile": "record the timeline of a run, or time the ViT by frame size",
+    "doctor": "say what is installed on this machine and what is missing",
+    "settings": "list the settings of a run with types, defaults and meaning",
+}
+"""Each command's line in --help; its module has its name and a function `main`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    Args:
+        arguments: The words behind `megatron-keye`; those of this process when left out.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _make_parser()
+    # Of the command's own options argparse must see none, least of all its --help.
+    options = parser.parse_args(words[:1])
+    if options.command is None:
+        parser.print_help()
+        return USER_ERROR
+    if options.command not in COMMANDS:
+        parser.error(f"got command {options.command!r}; {suggest(options.command, COMMANDS)}")
+    command = importlib.import_module(f"megatron_keye.cli.{options.command}")
+    status: int = command.main(words[1:])
+    return status
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {meaning}" for name, meaning in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="megatron-keye",
+        usage="megatron-keye COMMAND [ARGUMENTS]",
+        description="Training stack for Keye-VL-2.0.\n\ncommands:\n" + "\n".join(lines),
+        epilog="megatron-keye COMMAND --help shows the arguments and examples of a command",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("command", nargs="?", metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser

@@ -1,0 +1,121 @@
+"""Prepares samples for training: JSON lines of conversations to a zarr store of tokens.
+
+    megatron-keye prepare INPUT.jsonl --out STORE --workers 8 --preview 6
+    megatron-keye train RECIPE --set data.samples=STORE
+
+Tokens depend on the recipe's frames, tokenizer and picture sizes, and a run with other ones
+refuses the store. Killed half-way, the same command continues. Exit status 2 when an argument or,
+unless --on-bad-sample skip says otherwise, a sample is wrong; no store is left then.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_keye.cli.arguments import add_recipe_option, chosen_run, make_parser
+from megatron_keye.cli.demo import check_demo
+from megatron_keye.cli.status import INTERRUPTED, tell, tells_user_errors
+from megatron_keye.errors import UserError
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser("megatron-keye prepare", __doc__)
+    parser.add_argument("input", type=Path, metavar="INPUT.jsonl", help="samples to prepare")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="STORE", help="store to make; must not exist"
+    )
+    add_recipe_option(parser, default="keye_30b_a3b")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes; default: all cores",
+    )
+    parser.add_argument(
+        "--on-bad-sample",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="whether a sample that cannot be read stops the whole or is left out and named",
+    )
+    parser.add_argument(
+        "--preview",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draw N samples to STORE.preview.png, their whole text to STORE.preview.txt",
+    )
+    return parser.parse_args(arguments)
+
+
+@tells_user_errors
+def main(arguments: Sequence[str]) -> int:
+    """Prepare, and return the exit status."""
+    options = parse_arguments(arguments)
+    try:
+        report = prepare(options)
+    except OSError as error:
+        return tell(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command continues\n")
+        return INTERRUPTED
+    show(options, report)
+    return 0
+
+
+def prepare(options: argparse.Namespace) -> dict[str, Any]:
+    """Do what the command line says and return what it came to."""
+    run = chosen_run(options, num_ranks=1, has_gpu=True)
+    if options.workers < 1 or options.preview < 0:
+        raise UserError("--workers and --preview: expected 1 or more, and 0 or more")
+    check_demo(run, [options.input])
+    # Late, since torch takes seconds to import.
+    from megatron_keye.cli.sample_store import make_store
+
+    report = make_store(
+        options.input,
+        options.out,
+        run.data,
+        run.model,
+        num_workers=options.workers,
+        skips_bad=options.on_bad_sample == "skip",
+    )
+    if options.preview:
+        from megatron_keye.data.store.preview import write_preview
+
+        write_preview(options.out, run.data, run.model, options.preview)
+    return report | {"row_tokens": run.data.row_tokens}
+
+
+def show(options: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Print what came of it."""
+    from megatron_keye.cli.sample_store import shortened
+
+    table = Table(title=str(options.out), show_header=False)
+    table.add_row("samples", f"{report['num_samples']:,}")
+    table.add_row("tokens", f"{report['num_tokens']:,}")
+    table.add_row("longest sample", f"{report['longest']:,} tokens")
+    table.add_row("images and frames", f"{report['num_pictures']:,}")
+    table.add_row("media files", f"{report['num_media']:,}")
+    hours = timedelta(seconds=round(report["video_seconds"]))
+    table.add_row("video (h:mm:ss)", str(hours))
+    table.add_row("left out", f"{report['num_refused']:,}")
+    table.add_row("time", f"{report['seconds']:,.1f} s")
+    table.add_row("rate", f"{report['samples_per_second']:,.0f} samples/s")
+    Console().print(table)
+    if report["longest"] > report["row_tokens"]:
+        sys.stdout.write(
+            f"some samples are longer than data.row_tokens = {report['row_tokens']:,}, and a run "
+            "with such rows will not take them\n"
+        )
+    if report["num_refused"]:
+        reasons = (options.out / "refused.txt").read_text().splitlines()
+        sys.stdout.write(f"left out:\n{shortened(reasons)}\n")

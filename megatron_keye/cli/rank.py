@@ -1,0 +1,134 @@
+"""One rank of a run: joins the others, trains, and tells its own errors but not theirs.
+
+Every rank finds the same mistakes in recipe and settings, so rank 0 speaks for all; a rank that
+fails because another did says nothing.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_keye.cli.arguments import chosen_run
+from megatron_keye.cli.demo import check_demo
+from megatron_keye.cli.environment import complete_environment
+from megatron_keye.cli.noise import quieten_libraries
+from megatron_keye.cli.status import FAILED, LOST_PEERS, STOPPED, USER_ERROR, tell
+from megatron_keye.config import RunConfig
+from megatron_keye.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_keye.parallel.process import Process
+
+SECONDS_FOR_RANK_0 = 60.0
+"""What other ranks wait for it to say what is wrong with the settings; a launcher ends them."""
+SECONDS_FOR_THE_FIRST = 3.0
+"""What a rank that fails because another did waits, so that the launcher sees that one first."""
+
+
+def run_rank(options: argparse.Namespace) -> int:
+    """Be the rank that the variables of torchrun name, and return the exit status.
+
+    Args:
+        options: Command line of `megatron-keye train`.
+    """
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
+    complete_environment(
+        os.environ, local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks)))
+    )
+    quieten(rank)
+    # srun gives the largest exit status: a rank that it ends must not hide why it does.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(FAILED))
+    try:
+        run = make_run(options, num_ranks)
+        if options.show:
+            sys.stdout.write(run.to_json() if rank == 0 else "")
+            return 0
+        run.check_num_ranks(num_ranks)
+        check_demo(run, [Path(source.path) for source in run.data.sources])
+    except UserError as error:
+        if rank == 0:
+            return tell(error)
+        time.sleep(SECONDS_FOR_RANK_0)
+        return USER_ERROR
+    except Exception:
+        # A recipe of the user's own may fail in any way.
+        if rank != 0:
+            time.sleep(SECONDS_FOR_RANK_0)
+        raise
+    return join_and_train(run, rank, num_ranks)
+
+
+def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
+    """Return the run of the command line for the ranks that were started.
+
+    Raises:
+        UserError: For an unknown recipe or setting, or a --ranks that was not followed.
+    """
+    import torch
+
+    if options.ranks not in (None, num_ranks):
+        raise UserError(
+            f"--ranks: got {options.ranks}, expected {num_ranks}, the number of ranks that were "
+            "started; leave it out under torchrun and srun"
+        )
+    return chosen_run(options, num_ranks=num_ranks, has_gpu=torch.cuda.is_available())
+
+
+def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
+    """Train with the other ranks, and return the exit status."""
+    import torch
+
+    from megatron_keye.parallel.process import join, resolve_device
+
+    try:
+        device = resolve_device(run.device, int(os.environ.get("LOCAL_RANK", "0")))
+    except UserError as error:
+        return tell(error)  # another machine may have all its devices
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends waiting for peers, unlike a handler
+    process = join(device, rank=rank, num_ranks=num_ranks, init_method=meeting_point(num_ranks))
+    try:
+        is_finished = train(run, process)
+    except Exception as error:
+        if not process.is_first_to_fail():
+            time.sleep(SECONDS_FOR_THE_FIRST)
+            return LOST_PEERS
+        if not isinstance(error, UserError):
+            raise
+        return tell(error)
+    if not is_finished:
+        # The first rank to leave makes srun send TERM to the others. Python takes handlers away
+        # as it ends, but lets signals be ignored.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.distributed.destroy_process_group()
+    return 0 if is_finished else STOPPED
+
+
+def train(run: RunConfig, process: "Process") -> bool:
+    """Build a trainer on this rank, run it, and tell whether it came to its last step."""
+    from megatron_keye.config.backends import takes_transformer_engine
+    from megatron_keye.training.trainer import Trainer
+
+    has_gpu = process.device.type == "cuda"
+    engine = takes_transformer_engine(run.training.linear_layers, has_gpu=has_gpu)
+    trainer = Trainer(run, process, uses_transformer_engine=engine)
+    trainer.train()
+    return not trainer.was_stopped
+
+
+def meeting_point(num_ranks: int) -> str:
+    """Return where ranks meet: the launcher's address, or a port of one's own when alone."""
+    return "env://" if num_ranks > 1 or "MASTER_ADDR" in os.environ else "tcp://127.0.0.1:0"
+
+
+def quieten(rank: int) -> None:
+    """Keep libraries' notes out of the progress display; errors still come through."""
+    quieten_libraries()
+    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR)
+    # What is said of files and of how they are decoded comes from the rank that it happens on.
+    logging.getLogger("megatron_keye.data").setLevel(logging.WARNING)
+    logging.getLogger("megatron_keye.training").setLevel(logging.INFO)

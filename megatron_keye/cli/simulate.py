@@ -1,0 +1,143 @@
+"""Plays the heterogeneous schedule on a mix of lengths: idle time, and what balance is worth.
+
+    megatron-keye simulate keye_30b_a3b
+    megatron-keye simulate keye_30b_a3b --ranks 64 512 --steps 4 --json
+
+No GPU is needed: the plan is the one that training makes, the times are counted operations over
+assumed speeds (--vision-tflops, --decoder-tflops). Compared with the balanced schedule are the ViT
+on the first pipeline stage, and pictures dealt out by documents, as data parallelism over samples
+does, or by their number, with rows as they come. Dedicated vision ranks stand beside the decoder;
+rank-seconds make different numbers of ranks comparable.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from megatron_keye.cli.arguments import add_recipe, chosen_run, make_parser, positive_integer
+from megatron_keye.cli.length_mix import draw_rows
+from megatron_keye.cli.status import tells_user_errors
+from megatron_keye.config import DecoderParallel, ParallelConfig, RunConfig
+from megatron_keye.estimate.forecast import (
+    Forecast,
+    RowShape,
+    Speeds,
+    balance_shapes,
+    plan_balanced,
+    plan_dealt,
+    try_vision_ranks,
+)
+from megatron_keye.estimate.simulate import Simulated
+
+GRIDS = {
+    8: DecoderParallel(context=8, expert=8),
+    64: DecoderParallel(tensor=2, pipeline=4, context=8, expert=8, virtual_stages=6),
+    512: DecoderParallel(tensor=2, pipeline=4, context=8, expert=8, virtual_stages=6, data=8),
+}
+"""Decoders on all ranks, by their number."""
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser("megatron-keye simulate", __doc__)
+    add_recipe(parser)
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=list(GRIDS),
+        choices=GRIDS,
+        help="numbers of ranks to play; default: all",
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive_integer,
+        default=2,
+        metavar="N",
+        help="steps that are averaged; default: 2",
+    )
+    for part, tflops in (("vision", Speeds.vision_tflops), ("decoder", Speeds.decoder_tflops)):
+        parser.add_argument(
+            f"--{part}-tflops",
+            type=float,
+            default=tflops,
+            metavar="N",
+            help=f"assumed speed, in 1e12 operations per second; default: {tflops:g}",
+        )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return parser.parse_args(arguments)
+
+
+@tells_user_errors
+def main(arguments: Sequence[str]) -> int:
+    """Simulate, and return the exit status."""
+    options = parse_arguments(arguments)
+    speeds = Speeds(vision_tflops=options.vision_tflops, decoder_tflops=options.decoder_tflops)
+    results = []
+    for num_ranks in options.ranks:
+        run = chosen_run(options, num_ranks=num_ranks, has_gpu=True)
+        results += compare(with_grid(run, num_ranks), options.steps, speeds)
+    sys.stdout.write(json.dumps(results, indent=2) + "\n" if options.json else describe(results))
+    return 0
+
+
+def with_grid(run: RunConfig, num_ranks: int) -> RunConfig:
+    """Put a recipe on a decoder of that many ranks, with 16 rows a replica."""
+    degrees = GRIDS[num_ranks]
+    training = replace(run.training, rows_per_step=16 * degrees.data)
+    return replace(run, parallel=ParallelConfig(decoder=degrees), training=training)
+
+
+def compare(run: RunConfig, num_steps: int, speeds: Speeds) -> list[dict[str, Any]]:
+    """Return what each schedule comes to, averaged over steps of the mix."""
+    played: dict[str, list[Simulated]] = {}
+    generator = np.random.default_rng(0)
+    for _ in range(num_steps):
+        rows = draw_rows(generator, run.training.rows_per_step, run.data.row_tokens)
+        for name, step in play_all(rows, run, speeds).items():
+            played.setdefault(name, []).append(step)
+    ours = _rank_seconds(played["colocated, balanced"])
+    return [
+        {
+            "ranks": len(steps[0].spans),
+            "schedule": name,
+            "step_seconds": sum(step.seconds for step in steps) / len(steps),
+            "idle_share": sum(step.mean_idle_share for step in steps) / len(steps),
+            "rank_seconds_over_balanced": _rank_seconds(steps) / ours,
+        }
+        for name, steps in played.items()
+    ]
+
+
+def play_all(rows: list[RowShape], run: RunConfig, speeds: Speeds) -> dict[str, Simulated]:
+    """Return every schedule's outcome for one batch."""
+    balanced = balance_shapes(rows, run)
+    forecast = Forecast(balanced, run, speeds)
+    plain = Forecast(rows, run, speeds)
+    return {
+        "colocated, balanced": forecast.play(plan_balanced(balanced, run)),
+        "dedicated, balanced": try_vision_ranks(balanced, run, speeds)[0][1],
+        "colocated, pictures by document": plain.play(plan_dealt(rows, run, deal="documents")),
+        "colocated, pictures by count": plain.play(plan_dealt(rows, run, deal="counts")),
+        "ViT on the first stage": plain.play_on_first_stage(),
+    }
+
+
+def _rank_seconds(steps: list[Simulated]) -> float:
+    return sum(step.seconds * len(step.spans) for step in steps)
+
+
+def describe(results: list[dict[str, Any]]) -> str:
+    """Return the table as text."""
+    lines = [f"{'ranks':>5}  {'schedule':<34}{'step':>9}{'idle':>8}{'rank-seconds':>14}"]
+    for result in results:
+        lines.append(
+            f"{result['ranks']:>5}  {result['schedule']:<34}{result['step_seconds']:>7.1f} s"
+            f"{result['idle_share']:>8.1%}{result['rank_seconds_over_balanced']:>13.2f}x"
+        )
+    return "\n".join(lines) + "\n"

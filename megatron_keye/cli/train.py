@@ -1,0 +1,76 @@
+"""Trains a recipe.
+
+    megatron-keye train keye_tiny
+    megatron-keye train keye_tiny --ranks 2 --set training.steps=10
+    megatron-keye train my_recipe.py:small --resume auto
+    torchrun --nproc-per-node 8 launch/train.py keye_30b_a3b
+
+Starts one process per rank on this machine and ends them together; where RANK is set, by torchrun,
+srun or this command itself, it is that rank. Ctrl-C and the signals TERM, HUP and USR1 let ranks
+finish their step and save; a second Ctrl-C does not wait.
+
+Exit status: 0 done, 75 stopped by USR1 and saved, 130 or 143 stopped by Ctrl-C or TERM, 2 a wrong
+setting, else that of the first rank that failed.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_keye.cli import local, rank
+from megatron_keye.cli.arguments import add_recipe, chosen_run, make_parser, positive_integer
+from megatron_keye.cli.status import tells_user_errors
+from megatron_keye.errors import UserError
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser("megatron-keye train", __doc__)
+    add_recipe(parser)
+    parser.add_argument(
+        "--ranks",
+        type=positive_integer,
+        metavar="N",
+        help="processes to start; default: variable RANKS, else the number of GPUs, else "
+        f"{local.DEFAULT_CPU_RANKS}",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|none|FOLDER",
+        help="short for --set training.checkpoint.resume=...",
+    )
+    parser.add_argument("--show", action="store_true", help="print the run as JSON and stop")
+    options = parser.parse_args(arguments)
+    if options.resume is not None:
+        options.set.append(f"training.checkpoint.resume={options.resume}")
+    return options
+
+
+@tells_user_errors
+def main(arguments: Sequence[str]) -> int:
+    """Train, and return the exit status."""
+    options = parse_arguments(arguments)
+    if "RANK" in os.environ:
+        return rank.run_rank(options)
+    num_ranks = options.ranks or default_ranks()
+    if options.show:
+        run = chosen_run(options, num_ranks=num_ranks, has_gpu=local.count_gpus() > 0)
+        sys.stdout.write(run.to_json())
+        return 0
+    return local.launch([sys.executable, "-m", "megatron_keye", "train", *arguments], num_ranks)
+
+
+def default_ranks() -> int:
+    """Return how many ranks to start when the command line does not say.
+
+    Raises:
+        UserError: When the variable RANKS is no number of processes.
+    """
+    text = os.environ.get("RANKS", "")
+    if text:
+        try:
+            return positive_integer(text)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"variable RANKS: {error}") from None
+    return local.count_gpus() or local.DEFAULT_CPU_RANKS

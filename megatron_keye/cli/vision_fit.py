@@ -1,0 +1,80 @@
+"""Times the ViT on frames of several sizes, and fits how to balance by it."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_keye.config import RunConfig
+from megatron_keye.config.megatron import weight_dtype
+from megatron_keye.errors import UserError
+from megatron_keye.vision import VisionTower
+
+_SIDES = (8, 16, 32, 64, 96)
+"""Patches down and across the frames that --fit-vision times."""
+_PATCHES = 9_216
+"""Patches of one timed call, about a chunk's."""
+_REPEATS = 5
+
+
+def fit_vision(run: RunConfig, device: torch.device) -> str:
+    """Time the ViT and return what was found as text."""
+    tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
+    tower.reset_parameters(run.training.seed)
+    tower = tower.to(device=device, dtype=weight_dtype(run))
+    frames, seconds = [], []
+    for side in _SIDES:
+        patch_grids = [(side, side)] * max(1, _PATCHES // side**2)
+        frames.append([side**2] * len(patch_grids))
+        seconds.append(time_forward(tower, patch_grids, run.model.vision.patch_size))
+    break_even = fit_break_even(frames, seconds)
+    lines = [
+        f"frames of {sizes[0]:>5} patches: {taken / sum(sizes) * 1e6:8.3f} us per patch"
+        for sizes, taken in zip(frames, seconds, strict=True)
+    ]
+    lines.append(f"--set parallel.vision.attention_break_even_patches={break_even}")
+    return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def time_forward(tower: VisionTower, patch_grids: list[tuple[int, int]], patch_size: int) -> float:
+    """Return the median seconds of a forward pass over frames of these patch_grids."""
+    weight = next(tower.parameters())
+    num_patches = sum(height * width for height, width in patch_grids)
+    patches = torch.zeros(num_patches, 3, patch_size, patch_size).to(weight)
+    taken = []
+    for _ in range(_REPEATS + 1):
+        _synchronize(weight.device)
+        started = time.perf_counter()
+        tower(patches, patch_grids)
+        _synchronize(weight.device)
+        taken.append(time.perf_counter() - started)
+    return float(np.median(taken[1:]))
+
+
+def fit_break_even(frames: Sequence[Sequence[int]], seconds: Sequence[float]) -> int:
+    """Fit seconds = a x patches + b x the sum of squared frame sizes, and return a / b.
+
+    Args:
+        frames: Patches of each frame of every timed call.
+        seconds: Of the calls.
+
+    Raises:
+        UserError: When larger frames were not slower, so that nothing can be fitted.
+    """
+    terms = np.array([[sum(sizes), sum(size**2 for size in sizes)] for sizes in frames], float)
+    # Relative errors: each call counts the same.
+    scaled = terms / np.asarray(seconds)[:, None]
+    linear, quadratic = np.linalg.lstsq(scaled, np.ones(len(seconds)), rcond=None)[0]
+    if linear <= 0 or quadratic <= 0:
+        raise UserError(
+            f"--fit-vision: got {linear:.3g} s per patch and {quadratic:.3g} s per pair, expected "
+            "both above 0; measure on an idle device"
+        )
+    return max(1, round(float(linear / quadratic)))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,181 @@
+"""The launcher starts ranks, passes signals on, and ends all of them together.
+
+Ranks are shell scripts, which start in milliseconds.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megatron_keye.cli.local import launch
+
+DRIVER = """
+import signal, sys
+from megatron_keye.cli.local import launch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run behind a &
+if sys.argv[3] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+command = ["sh", "-c", sys.argv[1]]
+grace = float(sys.argv[2])
+sys.exit(launch(command, 2, stop_grace_seconds=grace, failure_grace_seconds=grace))
+"""
+LONG = 60.0
+"""Grace of tests that don't wait for its end."""
+AT_ONCE = 10.0
+"""Bound of what must not wait for the grace, on a busy machine."""
+SAVES = """
+exec 2>/dev/null  # the shell tells when its `sleep` is ended
+trap 'echo saved; exit 7' TERM
+trap 'echo passed on; exit 75' USR1
+echo ready
+while :; do sleep 0.05; done
+"""
+STUBBORN = "trap '' TERM; echo ready; while :; do sleep 0.05; done"
+
+
+def run(script: str, num_ranks: int = 2, grace_seconds: float = LONG) -> int:
+    return launch(
+        ["sh", "-c", script],
+        num_ranks,
+        stop_grace_seconds=grace_seconds,
+        failure_grace_seconds=grace_seconds,
+    )
+
+
+@contextmanager
+def started(script: str, grace_seconds: float = LONG, how: str = "") -> Iterator["Started"]:
+    """Start a launcher with two ranks, in a process group of its own, and wait for both."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, script, str(grace_seconds), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+        yield Started(process)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+class Started:
+    """A launcher that runs."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def send_to_all(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def outcome(self) -> tuple[int, list[str], str]:
+        """Return exit status, lines that ranks wrote, and errors."""
+        output, errors = self.process.communicate(timeout=AT_ONCE)
+        return self.process.returncode, output.splitlines(), errors
+
+
+def test_ranks_find_their_numbers_and_each_other(tmp_path: Path) -> None:
+    names = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    values = " ".join(f"${name}" for name in names)
+    assert run(f"echo {values} > {tmp_path}/$RANK", num_ranks=3) == 0
+    told = [(tmp_path / str(rank)).read_text().split() for rank in range(3)]
+    assert [words[:4] for words in told] == [[str(r), "3", "3", "127.0.0.1"] for r in range(3)]
+    assert len({words[4] for words in told}) == 1 and int(told[0][4]) > 1023
+
+
+def test_a_rank_gets_its_environment_and_nothing_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    assert run(f"echo $OMP_NUM_THREADS$PYTHONSAFEPATH > {tmp_path}/is; cat", num_ranks=1) == 0
+    assert (tmp_path / "is").read_text() == "31\n"
+
+
+def test_the_first_failure_ends_the_others_and_is_the_status(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    began = time.monotonic()
+    assert run('[ "$RANK" = 1 ] && exit 3; ' + SAVES) == 3
+    assert time.monotonic() - began < AT_ONCE
+    told = capfd.readouterr()
+    assert "saved" in told.out.splitlines() and not told.err
+
+
+def test_a_rank_that_a_signal_ends_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    script = 'if [ "$RANK" = 1 ]; then echo $$; kill -9 $$; fi; trap "exit 0" TERM; sleep 9 & wait'
+    assert run(script) == 128 + signal.SIGKILL
+    told = capfd.readouterr()
+    assert f"process {told.out.strip()} was ended by signal 9\n" in told.err
+
+
+def test_a_rank_that_does_not_end_is_killed_after_the_grace() -> None:
+    began = time.monotonic()
+    assert run('[ "$RANK" = 1 ] && sleep 0.5 && exit 3; ' + STUBBORN, grace_seconds=0.3) == 3
+    assert time.monotonic() - began < AT_ONCE
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
+)
+@pytest.mark.parametrize("reaches_all", [False, True], ids=["launcher", "process group"])
+def test_a_signal_lets_ranks_save(number: int, status: int, reaches_all: bool) -> None:
+    with started(SAVES) as running:
+        (running.send_to_all if reaches_all else running.send)(number)
+        assert running.outcome() == (status, ["saved", "saved"], "")
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    with started(STUBBORN) as running:
+        running.send(signal.SIGINT)
+        time.sleep(0.5)
+        assert running.process.poll() is None
+        running.send(signal.SIGINT)
+        assert running.outcome() == (130, [], "")
+
+
+@pytest.mark.parametrize("reaches_all", [False, True], ids=["launcher", "process group"])
+def test_usr1_is_passed_on(reaches_all: bool) -> None:
+    with started(SAVES) as running:
+        (running.send_to_all if reaches_all else running.send)(signal.SIGUSR1)
+        status, output, errors = running.outcome()
+    assert (status, errors) == (75, "")
+    # The first rank that has ended makes the launcher ask the other one, too.
+    assert "passed on" in output and set(output) <= {"passed on", "saved"}
+
+
+def test_quit_ends_nobody() -> None:
+    with started(SAVES) as running:
+        running.send_to_all(signal.SIGQUIT)
+        time.sleep(0.5)
+        assert running.process.poll() is None
+        running.send(signal.SIGTERM)
+        assert running.outcome() == (143, ["saved", "saved"], "")
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    with started(SAVES, how="nohup") as running:
+        running.send_to_all(signal.SIGHUP)
+        time.sleep(0.5)
+        assert running.process.poll() is None
+        running.send(signal.SIGTERM)
+        assert running.outcome()[0] == 143
+
+
+def test_handlers_are_given_back() -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)]
+    assert run("true", num_ranks=1) == 0
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)] == before
