@@ -42,7 +42,7 @@ class Clip:
     path: Path
 
     def megabits(self) -> float:
-        """Return how many a second of the video takes."""
+        """Return how many megabits a second of the video takes, by its file's size."""
         return round(self.path.stat().st_size * 8 * FRAME_RATE / self.num_frames / 1e6, 1)
 
 

@@ -31,7 +31,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder of the videos and sample files")
     parser.add_argument("--seconds", type=int, nargs="+", default=[60], help="lengths")
     parser.add_argument("--clip", default=_CLIP, help="whose pictures are shown, again and again")
-    parser.add_argument("--rate", type=int, default=2, help="frames a second")
+    parser.add_argument("--rate", type=int, default=2, help="frames per second; default: 2")
     return parser.parse_args(arguments)
 
 

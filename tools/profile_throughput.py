@@ -5,8 +5,8 @@ The command is in megatron_keye/cli/profile.py.
 
 import sys
 
+from megatron_keye.cli.break_even import fit_break_even
 from megatron_keye.cli.profile import main
-from megatron_keye.cli.vision_fit import fit_break_even
 
 __all__ = ["fit_break_even", "main"]
 

@@ -41,7 +41,7 @@ def _fake_lightning_indexer(
 register(_NAME, _fake_lightning_indexer)
 
 
-def obstacle(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> str | None:
+def unsupported_reason(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> str | None:
     """Return what the kernels do not take of such a call, as "got ..., expected ...", or None.
 
     Args:
@@ -58,8 +58,8 @@ def obstacle(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> str | None:
         (k_SJ.shape[0] > MOST_KEYS, f"S = {k_SJ.shape[0]}", f"at most {MOST_KEYS}"),
         (k > MOST_SELECTED, f"k = {k}", f"at most {MOST_SELECTED}"),
     ]
-    for is_obstacle, got, expected in got_and_expected:
-        if is_obstacle:
+    for is_unsupported, got, expected in got_and_expected:
+        if is_unsupported:
             return f"got {got}, expected {expected}"
     capability = torch.cuda.get_device_capability(q_TIJ.device)
     if capability != _CAPABILITY:
@@ -79,7 +79,7 @@ def suits(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> bool:
     """
     if not q_TIJ.is_cuda or missing_reason(_NAME) is not None:
         return False
-    return k_SJ.shape[0] > PAYS_ABOVE_KEYS and obstacle(q_TIJ, k_SJ, k) is None
+    return k_SJ.shape[0] > PAYS_ABOVE_KEYS and unsupported_reason(q_TIJ, k_SJ, k) is None
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def lightning_indexer(
     """
     check_built(_NAME)
     # Refused here, since exceptions thrown by the extension can't be relied on.
-    found = obstacle(q_TIJ, k_SJ, k)
+    found = unsupported_reason(q_TIJ, k_SJ, k)
     if found is not None:
         raise ValueError(f"lightning_indexer: {found} with impl 'cuda'; take impl='triton'")
     indices_TK: Tensor = torch.ops.megatron_keye.lightning_indexer(

@@ -15,7 +15,7 @@ from rich.progress import (
 
 
 class ByteProgress(AbstractContextManager["ByteProgress"]):
-    """A bar with gigabytes a second."""
+    """A bar with gigabytes per second."""
 
     def __init__(self, what: str) -> None:
         self._bar = Progress(

@@ -25,8 +25,8 @@ class Kind:
     """Fewest and most tokens of one of its pictures, likewise, equal within a sample."""
 
 
-# At 2 frames a second; long videos are held to 184,320 tokens (data.frames), which leaves 102
-# tokens a frame of 15 minutes and 2,880 frames of 64 tokens of 2 hours.
+# At 2 frames per second; long videos are held to 184,320 tokens (data.frames), which leaves 102
+# tokens per frame of 15 minutes and 2,880 frames of 64 tokens of 2 hours.
 MIX = (
     Kind("text", 0.45, (200, 16_000)),
     Kind("images", 0.35, (50, 1_000), (1, 4), (64, 4_096)),

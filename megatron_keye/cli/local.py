@@ -72,7 +72,7 @@ def count_gpus() -> int:
         return 0
     question = "import torch; print(torch.cuda.device_count())"
     asked = subprocess.run(
-        [sys.executable, "-c", question], stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-P", "-c", question], stdout=subprocess.PIPE, text=True, check=False
     )
     if asked.returncode != 0:
         raise UserError(

@@ -1,14 +1,13 @@
-"""Times the ViT on frames of several sizes, and fits how to balance by it."""
+"""Times the ViT on frames of several sizes."""
 
 import time
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from megatron_keye.cli.break_even import fit_break_even
 from megatron_keye.config import RunConfig
 from megatron_keye.config.megatron import weight_dtype
-from megatron_keye.errors import UserError
 from megatron_keye.vision import VisionTower
 
 _SIDES = (8, 16, 32, 64, 96)
@@ -51,28 +50,6 @@ def time_forward(tower: VisionTower, patch_grids: list[tuple[int, int]], patch_s
         _synchronize(weight.device)
         taken.append(time.perf_counter() - started)
     return float(np.median(taken[1:]))
-
-
-def fit_break_even(frames: Sequence[Sequence[int]], seconds: Sequence[float]) -> int:
-    """Fit seconds = a x patches + b x the sum of squared frame sizes, and return a / b.
-
-    Args:
-        frames: Patches of each frame of every timed call.
-        seconds: Of the calls.
-
-    Raises:
-        UserError: When larger frames were not slower, so that nothing can be fitted.
-    """
-    terms = np.array([[sum(sizes), sum(size**2 for size in sizes)] for sizes in frames], float)
-    # Relative errors: each call counts the same.
-    scaled = terms / np.asarray(seconds)[:, None]
-    linear, quadratic = np.linalg.lstsq(scaled, np.ones(len(seconds)), rcond=None)[0]
-    if linear <= 0 or quadratic <= 0:
-        raise UserError(
-            f"--fit-vision: got {linear:.3g} s per patch and {quadratic:.3g} s per pair, expected "
-            "both above 0; measure on an idle device"
-        )
-    return max(1, round(float(linear / quadratic)))
 
 
 def _synchronize(device: torch.device) -> None:

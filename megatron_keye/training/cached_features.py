@@ -43,14 +43,14 @@ class CachedFeatures:
         self._run, self._encoder, self._decoding = run, encoder, decoding
         self._decoder_name, self._device = decoder_name, device
         self._dtype = weight_dtype(run)
-        self._store: FeatureCache | None = None
+        self._cache: FeatureCache | None = None
         self._due: deque[tuple[Sequence[Picture], bool]] = deque()
         self._failed: dict[str, str] = {}
 
     def start_step(self, chunks: Sequence[Sequence[Picture]]) -> None:
         """Announce the chunks of one more step; only those not kept in full are decoded."""
-        store = self._open()
-        due = [(chunk, all(map(store.has, chunk))) for chunk in chunks]
+        cache = self._open()
+        due = [(chunk, all(map(cache.has, chunk))) for chunk in chunks]
         self._due.extend(due)
         self._decoding.start_step([chunk for chunk, is_kept in due if not is_kept])
 
@@ -66,11 +66,11 @@ class CachedFeatures:
         Raises:
             UserError: As `DecodeService.take`; also for kept features that are damaged.
         """
-        store = self._open()
+        cache = self._open()
         # What cannot be read or decoded stays due, for the same error when it is asked for again.
         pictures, is_kept = self._due[0]
         if is_kept:
-            features_PW = torch.cat([store.read(picture) for picture in pictures])
+            features_PW = torch.cat([cache.read(picture) for picture in pictures])
             self._due.popleft()
             return features_PW
         patches = self._decoding.take().to(self._device, self._dtype)
@@ -79,7 +79,7 @@ class CachedFeatures:
         parts = features_PW.split([picture.num_patches for picture in pictures])
         for picture, part in zip(pictures, parts, strict=True):
             if picture.medium.path not in self._failed:
-                store.write(picture, part)
+                cache.write(picture, part)
         return features_PW
 
     def statistics(self) -> DecodeStatistics:
@@ -87,13 +87,13 @@ class CachedFeatures:
         return self._decoding.statistics()
 
     def _open(self) -> FeatureCache:
-        """Open the store of these weights, which are known once training starts."""
-        if self._store is None:
+        """Open the cache of these weights, which are known once training starts."""
+        if self._cache is None:
             maker = f"{weights_digest(self._encoder)}-{self._decoder_name}"
             width = self._run.model.vision.hidden_size
             folder = Path(self._run.data.feature_cache)
-            self._store = FeatureCache(folder, maker, width, self._dtype)
-        return self._store
+            self._cache = FeatureCache(folder, maker, width, self._dtype)
+        return self._cache
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -14,12 +14,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS_TO_END = 20
-"""From the death to the launcher's exit: it looks five times a second and grants the other ranks
+"""From the death to the launcher's exit: it looks ten times per second and grants the other ranks
 ten seconds to end by themselves."""
 
 
 def ranks_of(launcher: int) -> dict[int, psutil.Process]:
-    """Return the launcher's ranks; it also has a short-lived `sleep`."""
+    """Return the launcher's ranks; a process that has just started has no variables yet."""
     found = {}
     for child in psutil.Process(launcher).children():
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import profile_throughput
+from megatron_keye.cli import profile
 
 
 @pytest.mark.slow
@@ -14,7 +14,7 @@ def test_a_run_leaves_its_timeline_and_no_checkpoint(
 ) -> None:
     settings = ["--set", "device=cpu", "--set", "training.rows_per_step=1"]
     command = ["keye_tiny", "--ranks", "2", "--steps", "2", "--timeline", str(tmp_path), *settings]
-    assert profile_throughput.main(command) == 0
+    assert profile.main(command) == 0
     text = capsys.readouterr().out
     assert "rank    0  decoder" in text and "rank    1  vision" in text
     events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]

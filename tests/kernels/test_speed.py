@@ -159,7 +159,7 @@ def select(row: Row, impl: str) -> Tensor:
 
 
 def takes_row(row: Row) -> bool:
-    return cuda.obstacle(*row.indexer[:2], TOP_K) is None
+    return cuda.unsupported_reason(*row.indexer[:2], TOP_K) is None
 
 
 def fastest_indexer(row: Row) -> str:

@@ -5,18 +5,20 @@ Source: ISO/IEC 14496-15, 5.3.3.1 (AVCDecoderConfigurationRecord) and 8.3.3.1
 """
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from av.video.stream import VideoStream
 
-from megatron_keye.data.bitstream.nal_units import SPS_TYPES, sps_nal_units
+from megatron_keye.data.bitstream.cropping import without_cropping
+from megatron_keye.data.bitstream.nal_units import SPS_TYPES, nal_type, split_nal_units
 from megatron_keye.data.bitstream.sps import Sps, read_sps
 from megatron_keye.errors import UserError
 
 _H264_NUM_SPS = 5
-"""Place in the record of the byte that counts SPS, which follow it."""
+"""Place in the record of the number of SPS, which follow it."""
 _HEVC_NUM_ARRAYS = 22
-"""Place in the record of the byte that counts arrays of NAL units, which follow it."""
+"""Place in the record of the number of arrays of NAL units, which follow it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +31,25 @@ class Description:
     """As its container has it."""
     sps: Sps | None
     """None for VP9, whose frames declare their own size and crop nothing."""
+    uncropped: bytes
+    """Extradata of the same stream without cropping."""
 
     def unsupported_reason(self, packet: bytes) -> str:
         """Return why a packet's own SPS keeps it from the GPU, "" if none does."""
         if self.sps is None:
             return ""
-        found = sps_nal_units(self.codec, packet, self.extradata)
+        found = _sps(self.codec, split_nal_units(self.codec, packet, self.extradata))
         is_other = any(nal_unit != self.sps.nal_unit for nal_unit in found)
         return "its parameters change inside" if is_other else ""
+
+    def without_cropping(self, packet: bytes) -> bytes:
+        """Return a packet, one without unsupported reason, as it follows `uncropped`."""
+        if self.sps is None or not self.sps.is_cropped:
+            return packet
+        # Not filtered, since FFmpeg would parse all slices, and refuse what decoders tolerate.
+        (sps,) = _sps(self.codec, split_nal_units(self.codec, self.uncropped, self.uncropped))
+        nal_units = split_nal_units(self.codec, packet, self.extradata)
+        return _join(sps if nal_unit == self.sps.nal_unit else nal_unit for nal_unit in nal_units)
 
 
 def describe(stream: VideoStream) -> Description:
@@ -44,46 +57,55 @@ def describe(stream: VideoStream) -> Description:
 
     Raises:
         UserError: Why a GPU can't be given this stream: an SPS that is missing, not the only one,
-            not to be read, or of another size than the container's. Worded to follow the name of
-            a file.
+            not to be read or rewritten, or of another size than the container's. Worded to follow
+            the name of a file.
     """
     codec = stream.codec_context.name
     extradata = bytes(stream.codec_context.extradata or b"")
     if codec not in SPS_TYPES:
-        return Description(codec=codec, extradata=extradata, sps=None)
+        return Description(codec=codec, extradata=extradata, sps=None, uncropped=extradata)
     if extradata[:1] == b"\1":
-        nal_units = (_h264_sps if codec == "h264" else _hevc_sps)(io.BytesIO(extradata))
+        split = _h264_nal_units if codec == "h264" else _hevc_nal_units
+        nal_units = list(filter(None, split(io.BytesIO(extradata))))
     else:
-        nal_units = list(dict.fromkeys(sps_nal_units(codec, extradata, extradata)))
-    if len(nal_units) != 1:
-        raise UserError(f"it has {len(nal_units)} sequence parameter sets in front, expected one")
-    sps = read_sps(codec, nal_units[0])
+        nal_units = list(dict.fromkeys(split_nal_units(codec, extradata, extradata)))
+    found = _sps(codec, nal_units)
+    if len(found) != 1:
+        raise UserError(f"it has {len(found)} sequence parameter sets in front, expected one")
+    sps = read_sps(codec, found[0])
     declared, expected = (sps.width, sps.height), (stream.width, stream.height)
     if declared != expected:
         raise UserError(
             f"its stream has {declared} pixels across and down, its container {expected}"
         )
-    return Description(codec=codec, extradata=extradata, sps=sps)
+    uncropped = without_cropping(codec, _join(nal_units)) if sps.is_cropped else extradata
+    return Description(codec=codec, extradata=extradata, sps=sps, uncropped=uncropped)
 
 
-def _h264_sps(record: io.BytesIO) -> list[bytes]:
-    """Return the SPS in a record."""
+def _sps(codec: str, nal_units: list[bytes]) -> list[bytes]:
+    return [nal_unit for nal_unit in nal_units if nal_type(codec, nal_unit) == SPS_TYPES[codec]]
+
+
+def _join(nal_units: Iterable[bytes]) -> bytes:
+    return b"".join(b"\0\0\0\1" + nal_unit for nal_unit in nal_units)
+
+
+def _h264_nal_units(record: io.BytesIO) -> list[bytes]:
+    """Return the parameter sets in a record, SPS first."""
     record.seek(_H264_NUM_SPS)
-    num_sps = int.from_bytes(record.read(1)) & 31
-    return [_read_nal_unit(record) for _ in range(num_sps)]
+    sps = [_read_nal_unit(record) for _ in range(int.from_bytes(record.read(1)) & 31)]
+    return sps + [_read_nal_unit(record) for _ in range(int.from_bytes(record.read(1)))]
 
 
-def _hevc_sps(record: io.BytesIO) -> list[bytes]:
-    """As `_h264_sps`."""
-    found: list[bytes] = []
+def _hevc_nal_units(record: io.BytesIO) -> list[bytes]:
+    """Return the NAL units in a record."""
+    nal_units: list[bytes] = []
     record.seek(_HEVC_NUM_ARRAYS)
     for _ in range(int.from_bytes(record.read(1))):
-        nal_type = _read(record, 1)[0] & 63
+        _read(record, 1)
         num_nal_units = int.from_bytes(_read(record, 2))
-        nal_units = [_read_nal_unit(record) for _ in range(num_nal_units)]
-        if nal_type == SPS_TYPES["hevc"]:
-            found += nal_units
-    return found
+        nal_units += [_read_nal_unit(record) for _ in range(num_nal_units)]
+    return nal_units
 
 
 def _read_nal_unit(record: io.BytesIO) -> bytes:

@@ -38,7 +38,7 @@ class DecodeStatistics:
     takes: int = 0
     """Chunks that the encoder took."""
     ready_chunks: int = 0
-    """Chunks that were ready when the encoder came, summed over `takes`."""
+    """Chunks that were ready when the encoder asked, summed over `takes`."""
 
 
 class DecodeService:
@@ -48,7 +48,7 @@ class DecodeService:
         decoder: Gives the frames of videos; closed together with the service.
         vision: Patch and merge size.
         config: Limits.
-        skips_bad: Whether pictures of files that cannot be decoded come out grey. Ranks then agree
+        skips_bad: Whether pictures of files that cannot be decoded become grey. Ranks then agree
             before a step on what failed, so whole steps are decoded ahead whatever the limits, and
             wait in main memory, a byte for each value.
     """
@@ -258,12 +258,12 @@ class DecodeService:
             self._changed.notify_all()
 
     def _note_failure(self, media: str, error: UserError) -> None:
-        """Note that a file of the step in work cannot be decoded."""
+        """Note that a file of the step that is being decoded failed."""
         with self._changed:
             self._failed[media] = str(error)
 
     def _finish_step(self) -> None:
-        """Hand over what failed in the step in work."""
+        """Hand over what failed in the step that is decoded now."""
         with self._changed:
             self._finished.append(self._failed)
             self._failed = {}

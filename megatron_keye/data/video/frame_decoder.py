@@ -18,7 +18,7 @@ class FrameDecoder(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where frames come out."""
+        """Where the frames are."""
 
     def frames(self, path: Path, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield (index, frame) once for each distinct index, in presentation order.

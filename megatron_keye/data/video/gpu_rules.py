@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import av
 from av.video.stream import VideoStream
 
-from megatron_keye.data.bitstream.cropping import remove_cropping
 from megatron_keye.data.bitstream.description import Description, describe
 from megatron_keye.data.bitstream.vp9 import has_size, shows_earlier_frame
 from megatron_keye.errors import UserError
@@ -53,8 +52,6 @@ def stream_unsupported_reason(stream: VideoStream) -> str:
         )
     try:
         sps = describe(stream).sps
-        if sps is not None and sps.is_cropped:
-            remove_cropping(stream, None)
     except UserError as error:
         return str(error)
     if context.name == "hevc" and sps is not None:

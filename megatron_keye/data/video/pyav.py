@@ -121,7 +121,7 @@ def _keyframe_before(info: VideoInfo, wanted: list[int]) -> int:
 def _decode(
     info: VideoInfo, wanted: list[int], start: int, num_threads: int
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Decode once from frame `start` on and yield the wanted frames that come out clean."""
+    """Decode once from frame `start` on and yield the wanted frames that are not corrupt."""
     if not wanted:
         return
     index_of = {int(info.timestamps[index]): index for index in wanted}

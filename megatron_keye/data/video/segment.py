@@ -18,7 +18,6 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from megatron_keye.data.bitstream.cropping import packets_without_cropping, remove_cropping
 from megatron_keye.data.bitstream.description import describe
 from megatron_keye.data.bitstream.nal_units import unreferenced_frames
 from megatron_keye.data.video.frame_runs import FrameRuns
@@ -138,17 +137,16 @@ class SegmentCutter:
     def _write(self, packets: list[bytes], ranks: NDArray[np.int64]) -> bytes:
         """Write packets without cropping, timed by rank, each late enough to be decoded before."""
         delay = int(np.max(np.arange(len(ranks)) - ranks, initial=0))
-        sps = self._description.sps
+        description, sps = self._description, self._description.sps
         buffer = io.BytesIO()
-        with av.open(buffer, "w", format=_FORMATS[self._description.codec]) as target:
+        with av.open(buffer, "w", format=_FORMATS[description.codec]) as target:
             stream = target.add_stream_from_template(self._stream)
             stream.time_base = _MILLISECOND
             if sps is not None and sps.is_cropped:
-                remove_cropping(stream, stream)
+                stream.codec_context.extradata = description.uncropped
                 stream.height, stream.width = sps.stored_height, sps.stored_width
-                packets = packets_without_cropping(packets, self._description, stream)
             for place, (content, rank) in enumerate(zip(packets, ranks.tolist(), strict=True)):
-                packet = av.Packet(content)
+                packet = av.Packet(description.without_cropping(content))
                 packet.pts, packet.dts, packet.duration = rank + delay, place, 1
                 packet.time_base, packet.stream = _MILLISECOND, stream
                 packet.is_keyframe = place == 0

@@ -190,12 +190,12 @@ def test_writers_at_once_leave_whole_features(tmp_path: Path, chunks: list[list[
 
     def write() -> None:
         try:
-            store = FeatureCache(tmp_path / "cache", "maker", 16, torch.float32)
+            cache = FeatureCache(tmp_path / "cache", "maker", 16, torch.float32)
             for _ in range(5):
                 for picture in pictures:
-                    store.write(picture, features[picture])
-                    assert store.has(picture)
-                    assert torch.equal(store.read(picture), features[picture])
+                    cache.write(picture, features[picture])
+                    assert cache.has(picture)
+                    assert torch.equal(cache.read(picture), features[picture])
         except Exception as error:
             errors.append(error)
 

@@ -1,6 +1,5 @@
 """Sizes and cropping in parameter sets; test_segment.py decodes streams that were uncropped."""
 
-import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,8 +8,9 @@ import av
 import numpy as np
 import pytest
 
-from megatron_keye.data.bitstream.cropping import remove_cropping
+from megatron_keye.data.bitstream.cropping import without_cropping
 from megatron_keye.data.bitstream.description import Description, describe
+from megatron_keye.data.bitstream.sps import Sps
 from tests.support.clips import make_clip
 
 X265 = "log-level=none:min-cu-size=16:ctu=32"
@@ -27,17 +27,6 @@ def described(path: Path) -> Description:
         return describe(container.streams.video[0])
 
 
-def uncropped(path: Path) -> bytes:
-    """Return a stream's extradata without cropping."""
-    with (
-        av.open(str(path)) as container,
-        av.open(io.BytesIO(), "w", format="mp4") as target,
-    ):
-        stream = target.add_stream_from_template(container.streams.video[0])
-        remove_cropping(stream, stream)
-        return bytes(stream.codec_context.extradata or b"")
-
-
 def describe_as(
     made: Description, extradata: bytes, size: tuple[int, int] | None = None
 ) -> Description:
@@ -50,6 +39,13 @@ def describe_as(
         width=width,
     )
     return describe(cast("av.VideoStream", stream))
+
+
+def uncropped_sps(made: Description, extradata: bytes) -> Sps:
+    """Read the SPS of a 384 x 144 stream whose cropping was removed."""
+    found = describe_as(made, extradata, (144, 384)).sps
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(("codec", "options"), CODECS)
@@ -74,42 +70,48 @@ def test_sizes_are_read_and_cropping_is_taken_out(
         assert (found.stored_height, found.stored_width) == (144, 384)
         assert (found.height, found.width) == (144 - cut_rows, 384 - cut_columns)
         assert found.is_cropped is bool(cut_rows or cut_columns)
-        whole = describe_as(made, uncropped(path), (144, 384)).sps
-        assert whole is not None
+        whole = uncropped_sps(made, made.uncropped)
         assert not whole.is_cropped and (whole.height, whole.width) == (144, 384)
-        assert (whole.stored_height, whole.stored_width) == (144, 384)
+        assert (made.uncropped == made.extradata) is not found.is_cropped
 
 
 @pytest.mark.parametrize(("codec", "options"), CODECS)
 def test_only_the_cropping_differs(tmp_path: Path, codec: str, options: dict[str, str]) -> None:
-    """What an encoder writes for the whole frame is what is left of the cropped one's sets."""
+    """What an encoder writes for the whole frame is what is left of the cropped one's set."""
     sets = []
     for cut_rows in (0, 8):
-        path = tmp_path / f"{cut_rows}.mp4"
+        path = tmp_path / f"{cut_rows}.ts"
         made = described(
             make_clip(path, 12, scale=3, cut_rows=cut_rows, codec=codec, options=options)
         )
-        found = describe_as(made, uncropped(path), (144, 384)).sps
-        assert found is not None
-        sets.append(found.nal_unit)
+        # For both, since FFmpeg declares a cropping of 0 where an encoder declares none.
+        sets.append(uncropped_sps(made, without_cropping(made.codec, made.extradata)).nal_unit)
     assert sets[0] == sets[1]
 
 
 def test_parameters_in_front_are_needed(tmp_path: Path) -> None:
-    path = make_clip(tmp_path / "clip.mp4", 2, scale=3, cut_rows=8)
-    made = described(path)
+    made = described(make_clip(tmp_path / "clip.mp4", 2, scale=3, cut_rows=8))
     assert made.sps is not None
     for extradata, num_sets in ((b"", 0), (b"\1", 0), (b"\0\0\1" + made.extradata, 0)):
         with pytest.raises(ValueError, match=f"it has {num_sets} sequence parameter sets"):
             describe_as(made, extradata)
     behind_code = b"\0\0\1" + made.sps.nal_unit
-    other = uncropped(path)
+    other = made.uncropped
     with pytest.raises(ValueError, match="it has 2 sequence parameter sets"):
         describe_as(made, behind_code + other)
     with pytest.raises(
         ValueError, match="384, 144. pixels across and down, its container .384, 1"
     ):
         describe_as(made, other)
+
+
+def test_cropping_that_cannot_be_removed_is_reported(tmp_path: Path) -> None:
+    codec, options = CODECS[2]
+    path = make_clip(tmp_path / "c.mp4", 2, scale=3, cut_rows=8, codec=codec, options=options)
+    made = described(path)
+    assert made.sps is not None
+    with pytest.raises(ValueError, match="^its cropping can't be removed"):
+        describe_as(made, b"\0\0\1" + made.sps.nal_unit)  # Without its VPS.
 
 
 @pytest.mark.parametrize(("codec", "options"), CODECS)

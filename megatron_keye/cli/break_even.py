@@ -1,0 +1,29 @@
+"""The size of a frame whose attention takes as long as the rest of the ViT, from timings."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_keye.errors import UserError
+
+
+def fit_break_even(frames: Sequence[Sequence[int]], seconds: Sequence[float]) -> int:
+    """Fit seconds = a x patches + b x the sum of squared frame sizes, and return a / b.
+
+    Args:
+        frames: Patches of each frame of every timed call.
+        seconds: Of the calls.
+
+    Raises:
+        UserError: When larger frames were not slower, so that nothing can be fitted.
+    """
+    terms = np.array([[sum(sizes), sum(size**2 for size in sizes)] for sizes in frames], float)
+    # Relative errors: each call counts the same.
+    scaled = terms / np.asarray(seconds)[:, None]
+    linear, quadratic = np.linalg.lstsq(scaled, np.ones(len(seconds)), rcond=None)[0]
+    if linear <= 0 or quadratic <= 0:
+        raise UserError(
+            f"--fit-vision: got {linear:.3g} s per patch and {quadratic:.3g} s per pair, expected "
+            "both above 0; measure on an idle device"
+        )
+    return max(1, round(float(linear / quadratic)))
