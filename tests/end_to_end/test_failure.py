@@ -105,7 +105,7 @@ if os.environ.get("RANK") == "{rank}":
     {owner}.{method} = failing
 """
 """Python imports it at its start, as sitecustomize."""
-DECODER = {"rank": 0, "module": "megatron_keye.training.decoder_pass", "owner": "Decoding"}
+DECODER = {"rank": 0, "module": "megatron_keye.training.decoder_pass", "owner": "DecoderPass"}
 VISION = {"rank": 1, "module": "megatron_keye.training.chunk_encoder", "owner": "ChunkEncoder"}
 FAULTS = {
     "decoder rank": DECODER | {"method": "_features", "calls": 3},
