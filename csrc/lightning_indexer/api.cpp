@@ -46,11 +46,11 @@ void check_arguments(const at::Tensor& q_TIJ, const at::Tensor& k_SJ, const at::
                       ", expected a contiguous tensor");
   }
   const int64_t num_heads = q_TIJ.size(1);
-  TORCH_CHECK_VALUE(num_heads >= 1 && num_heads <= kMostHeads, "q_TIJ: got ", num_heads,
-                    " heads, expected 1 to ", kMostHeads);
-  TORCH_CHECK_VALUE(k_SJ.size(0) <= kMostKeys, "k_SJ: got ", k_SJ.size(0),
-                    " keys, expected at most ", kMostKeys);
-  TORCH_CHECK_VALUE(k >= 1 && k <= kMostSelected, "k: got ", k, ", expected 1 to ", kMostSelected);
+  TORCH_CHECK_VALUE(num_heads >= 1 && num_heads <= kMaxHeads, "q_TIJ: got ", num_heads,
+                    " heads, expected 1 to ", kMaxHeads);
+  TORCH_CHECK_VALUE(k_SJ.size(0) <= kMaxKeys, "k_SJ: got ", k_SJ.size(0),
+                    " keys, expected at most ", kMaxKeys);
+  TORCH_CHECK_VALUE(k >= 1 && k <= kMaxSelected, "k: got ", k, ", expected 1 to ", kMaxSelected);
 }
 
 int count_multiprocessors() {

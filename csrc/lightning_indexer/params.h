@@ -8,7 +8,7 @@
 namespace megatron_keye::indexer {
 
 constexpr int kChannels = 64;
-constexpr int kMostHeads = 16;
+constexpr int kMaxHeads = 16;
 constexpr int kBlockRows = 64;  // queries that one thread block scores
 constexpr int kTileKeys = 128;  // keys that a warpgroup scores at once
 constexpr int kHalves = 2;      // warpgroups of a block; each keeps its own candidates
@@ -16,8 +16,8 @@ constexpr int kHalfCandidates = 2560;
 constexpr int kRowFloats = 16384;  // of scratch memory for a query: candidates or scores
 constexpr int kAllScores = -1;     // in place of a row's number of candidates
 constexpr int kSampledFrom = 16;   // keys of which one is sampled
-constexpr int kMostKeys = 262144;  // of a row
-constexpr int kMostSelected = 2048;
+constexpr int kMaxKeys = 262144;  // of a row
+constexpr int kMaxSelected = 2048;
 
 struct alignas(8) Candidate {
   float score;

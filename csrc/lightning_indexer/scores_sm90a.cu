@@ -25,8 +25,8 @@ constexpr int kThreads = kHalves * kWarpgroup;
 constexpr int kStages = 2;
 constexpr int kRowVectors = kSwizzleBytes / 16;  // 16-byte vectors of a row
 constexpr int kSums = 64;                        // scores of a tile that a thread holds
-constexpr int kHeads = kMostHeads;               // scored; those that q lacks are 0
-constexpr int kMostSplits = 8;                   // blocks that share their queries' keys
+constexpr int kHeads = kMaxHeads;               // scored; those that q lacks are 0
+constexpr int kMaxSplits = 8;                   // blocks that share their queries' keys
 
 constexpr int kTileBytes = kTileKeys * kSwizzleBytes;
 constexpr int kHeadBytes = kBlockRows * kSwizzleBytes;
@@ -365,7 +365,7 @@ __global__ void sample_keys_kernel(const uint4* k, int num_sampled, uint4* sampl
 template <Scores kWhich, typename Sink>
 void launch_kernel(const ScoreParams& params, bool may_split) {
   const int blocks = (params.rows.num_rows + kBlockRows - 1) / kBlockRows;
-  const int splits = may_split ? min(2 * params.num_multiprocessors / blocks + 1, kMostSplits) : 1;
+  const int splits = may_split ? min(2 * params.num_multiprocessors / blocks + 1, kMaxSplits) : 1;
   launch(score_kernel<kWhich, Sink>, dim3(blocks, splits), dim3(kThreads),
          static_cast<int>(sizeof(Shared)), params);
 }

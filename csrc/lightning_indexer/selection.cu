@@ -15,8 +15,8 @@ namespace {
 constexpr int kUnsampled = 4096;  // rows of at most so many keys fit as candidates, all of them
 static_assert(kUnsampled + kHalves * kTileKeys <= kHalves * kHalfCandidates, "in each half, too");
 static_assert(kHalves * kHalfCandidates == top_k::kCandidates, "the buffer holds both halves");
-static_assert(kMostKeys == top_k::kMostMarkedKeys, "one bit per key");
-static_assert(kMostSelected <= top_k::kCandidates / 2, "or the margin is too small");
+static_assert(kMaxKeys == top_k::kMaxMarkedKeys, "one bit per key");
+static_assert(kMaxSelected <= top_k::kCandidates / 2, "or the margin is too small");
 
 __global__ void __launch_bounds__(top_k::kThreads) find_thresholds_kernel(SelectParams params) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(top_k::kThreads) find_thresholds_kernel(Select
   if (range.size() > params.k) {
     threshold = __int_as_float(0xFF800000);  // -inf
     const KeyRange sampled = sampled_range(range);
-    const int step = (sampled.size() + top_k::kMostBuffered - 1) / top_k::kMostBuffered;
+    const int step = (sampled.size() + top_k::kMaxBuffered - 1) / top_k::kMaxBuffered;
     const int num_sampled = sampled.size() / max(step, 1);
     const float stride = static_cast<float>(range.size()) / static_cast<float>(num_sampled);
     const uint32_t rank = top_k::sample_rank(params.k, stride);

@@ -7,7 +7,7 @@
 namespace megatron_keye::top_k {
 
 constexpr uint32_t kMarkWords = kBins * 4;  // the histogram's room as a bit for each key of a row
-constexpr int kMostMarkedKeys = kMarkWords * 32;
+constexpr int kMaxMarkedKeys = kMarkWords * 32;
 
 // A row's keys as bits, in the room of the histogram, which is not used after the cut is found.
 struct Marks {
@@ -45,7 +45,7 @@ struct Marks {
 };
 
 // Writes what the cut takes of the buffered keys, whose order is any; the row has at most
-// kMostMarkedKeys keys, `first_key` being the one at place 0.
+// kMaxMarkedKeys keys, `first_key` being the one at place 0.
 __device__ inline void write_buffered(Shared& shared, const Cut& cut, uint32_t num_candidates,
                                       int num_keys, int first_key, int32_t* indices) {
   const Marks marks{.words = reinterpret_cast<uint32_t*>(shared.histogram),

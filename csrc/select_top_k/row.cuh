@@ -12,10 +12,10 @@
 
 namespace megatron_keye::top_k {
 
-constexpr int kMostBuffered = 2 * kCandidates;  // keys that fit the buffer and places beside it
+constexpr int kMaxBuffered = 2 * kCandidates;  // keys that fit the buffer and places beside it
 constexpr int kMinSampled = 16384;              // shorter rows are not worth a sample
 constexpr int kSampleSize = 8192;               // at most
-static_assert(kSampleSize <= kMostBuffered, "the sample lies in the buffer and the places");
+static_assert(kSampleSize <= kMaxBuffered, "the sample lies in the buffer and the places");
 static_assert(offsetof(Shared, places) ==
                   offsetof(Shared, candidates) + sizeof(Shared::candidates),
               "which follow one another");
@@ -61,7 +61,7 @@ __device__ inline uint32_t sample_threshold(Shared& shared, const Row& row, uint
 __device__ inline bool select_in_one_read(Shared& shared, const Row& row, uint32_t k,
                                           int32_t* indices) {
   const uint32_t num_keys = row.end - row.start;
-  if (num_keys < kMinSampled || num_keys > kMostMarkedKeys || k > kCandidates / 2) {
+  if (num_keys < kMinSampled || num_keys > kMaxMarkedKeys || k > kCandidates / 2) {
     return false;
   }
   const uint32_t threshold = sample_threshold(shared, row, k);
@@ -118,7 +118,7 @@ __device__ inline void select_row(Shared& shared, const Row& row, int k, int32_t
   if (select_in_one_read(shared, row, wanted, indices)) {
     return;
   }
-  const Cut cut = row.end - row.start <= kMostBuffered ? find_cut_of_short(shared, row, wanted)
+  const Cut cut = row.end - row.start <= kMaxBuffered ? find_cut_of_short(shared, row, wanted)
                                                        : find_cut(shared, row, wanted);
   write_row(shared, row, cut, wanted, indices);
 }

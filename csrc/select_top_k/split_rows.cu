@@ -258,7 +258,7 @@ void launch_for(const SplitRowsParams& params) {
 
 void launch_split_rows(const SplitRowsParams& params) {
   constexpr int64_t kKeysPerVector = int64_t{kBlocks} * kThreads * kVector;
-  static_assert(kMostKeysOfSplitRow == 16 * kKeysPerVector);
+  static_assert(kMaxKeysOfSplitRow == 16 * kKeysPerVector);
   if (params.num_keys <= 2 * kKeysPerVector) {
     launch_for<2>(params);
   } else if (params.num_keys <= 8 * kKeysPerVector) {

@@ -11,11 +11,11 @@ struct SplitRowsParams {
   const int64_t* key_end;  // [T], one past the last key of row t
   int32_t* indices;        // [T, K], contiguous
   int64_t num_rows;        // T
-  int64_t num_keys;        // S, at most kMostKeysOfSplitRow
+  int64_t num_keys;        // S, at most kMaxKeysOfSplitRow
   int k;                   // K
 };
 
-constexpr int64_t kMostKeysOfSplitRow = 262144;
+constexpr int64_t kMaxKeysOfSplitRow = 262144;
 
 // Launches on the current stream of the current device.
 void launch_split_rows(const SplitRowsParams& params);

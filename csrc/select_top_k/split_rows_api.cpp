@@ -19,8 +19,8 @@ at::Tensor select_top_k_split_rows(const at::Tensor& scores_TS, const at::Tensor
   check_bound(key_end_T, "key_end_T", scores_TS, "scores_TS");
   constexpr int64_t kIndexLimit = std::numeric_limits<int32_t>::max();
   TORCH_CHECK_VALUE(k >= 1 && k <= kIndexLimit, "k: got ", k, ", expected 1 to ", kIndexLimit);
-  TORCH_CHECK_VALUE(scores_TS.size(1) <= kMostKeysOfSplitRow, "scores_TS: got rows of ",
-                    scores_TS.size(1), " keys, expected at most ", kMostKeysOfSplitRow);
+  TORCH_CHECK_VALUE(scores_TS.size(1) <= kMaxKeysOfSplitRow, "scores_TS: got rows of ",
+                    scores_TS.size(1), " keys, expected at most ", kMaxKeysOfSplitRow);
   TORCH_CHECK_VALUE(scores_TS.size(0) <= kIndexLimit / 8, "scores_TS: got ", scores_TS.size(0),
                     " rows, expected at most ", kIndexLimit / 8, ", eight thread blocks each");
 

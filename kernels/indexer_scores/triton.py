@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_keye.kernels.launch import Blocks, adjacent_channels, check_triton, padded
 from megatron_keye.kernels.primitives import load_rows, score_tile
 
-_MOST_CHANNELS = 256
+_MAX_CHANNELS = 256
 
 
 TUNED_BLOCKS = Blocks(rows=64, keys=128, warps=4, stages=3, registers=168)
@@ -51,9 +51,9 @@ def indexer_scores(
     check_triton("indexer_scores", q_TIJ, q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI)
     num_queries, num_heads, num_channels = q_TIJ.shape
     num_keys = k_SJ.shape[0]
-    if num_channels > _MOST_CHANNELS:
+    if num_channels > _MAX_CHANNELS:
         raise ValueError(
-            f"q_TIJ: got J = {num_channels}, expected at most {_MOST_CHANNELS} with impl "
+            f"q_TIJ: got J = {num_channels}, expected at most {_MAX_CHANNELS} with impl "
             "'triton'; take impl='eager'"
         )
     q_TIJ, k_SJ = adjacent_channels(q_TIJ), adjacent_channels(k_SJ)

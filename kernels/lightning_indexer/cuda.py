@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_keye.kernels.extension import check_built, missing_reason, register
 
 CHANNELS = 64
-MOST_HEADS = 16
-MOST_KEYS = 262144
-MOST_SELECTED = 2048
+MAX_HEADS = 16
+MAX_KEYS = 262144
+MAX_SELECTED = 2048
 PAYS_ABOVE_KEYS = 16384
 """Rows up to here are selected from as fast by scoring and selecting apart (one H100)."""
 _CAPABILITY = (9, 0)
@@ -54,9 +54,9 @@ def unsupported_reason(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> str | None:
         (not q_TIJ.is_cuda, f"a tensor on {q_TIJ.device}", "a GPU"),
         (q_TIJ.dtype != torch.bfloat16, str(q_TIJ.dtype), "torch.bfloat16"),
         (num_channels != CHANNELS, f"J = {num_channels}", f"{CHANNELS}"),
-        (not 1 <= num_heads <= MOST_HEADS, f"I = {num_heads}", f"1 to {MOST_HEADS}"),
-        (k_SJ.shape[0] > MOST_KEYS, f"S = {k_SJ.shape[0]}", f"at most {MOST_KEYS}"),
-        (k > MOST_SELECTED, f"k = {k}", f"at most {MOST_SELECTED}"),
+        (not 1 <= num_heads <= MAX_HEADS, f"I = {num_heads}", f"1 to {MAX_HEADS}"),
+        (k_SJ.shape[0] > MAX_KEYS, f"S = {k_SJ.shape[0]}", f"at most {MAX_KEYS}"),
+        (k > MAX_SELECTED, f"k = {k}", f"at most {MAX_SELECTED}"),
     ]
     for is_unsupported, got, expected in got_and_expected:
         if is_unsupported:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_keye.kernels.extension import check_built, missing_reason, register
 
-MOST_KEYS_OF_SPLIT_ROW = 262_144
+MAX_KEYS_OF_SPLIT_ROW = 262_144
 """Keys of a row that `select_top_k_split_rows` takes: what the registers of a cluster hold."""
 
 
@@ -69,7 +69,7 @@ def select_top_k_split_rows(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Ten
     For a few long rows, which would leave most of a GPU idle at one block per row.
 
     Args:
-        scores_TS: Scores, float32, on a CUDA device; S at most MOST_KEYS_OF_SPLIT_ROW. Copied
+        scores_TS: Scores, float32, on a CUDA device; S at most MAX_KEYS_OF_SPLIT_ROW. Copied
             first unless contiguous.
         key_end_T: One past the last key that row t may select, int64, same device.
         k: How many keys a row keeps, at least 1.
@@ -84,10 +84,10 @@ def select_top_k_split_rows(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Ten
     """
     check_built("select_top_k_split_rows")
     _check_arguments(scores_TS, k, key_end_T=key_end_T)
-    if scores_TS.shape[1] > MOST_KEYS_OF_SPLIT_ROW:
+    if scores_TS.shape[1] > MAX_KEYS_OF_SPLIT_ROW:
         raise ValueError(
             f"scores_TS: got rows of {scores_TS.shape[1]} keys, expected at most "
-            f"{MOST_KEYS_OF_SPLIT_ROW}; take select_top_k"
+            f"{MAX_KEYS_OF_SPLIT_ROW}; take select_top_k"
         )
     indices_TK: Tensor = torch.ops.megatron_keye.select_top_k_split_rows(scores_TS, key_end_T, k)
     return indices_TK

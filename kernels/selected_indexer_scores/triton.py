@@ -20,7 +20,7 @@ from megatron_keye.kernels.union_lists import TILE_QUERIES, UnionLists
 SELECTED_BLOCKS = Blocks(rows=16, keys=64, warps=1, stages=3)
 BACKWARD_BLOCKS = Blocks(rows=128, keys=64, warps=8, stages=2, registers=128)
 FLOAT32_BLOCKS = Blocks(rows=64, keys=32, warps=8, stages=1)
-_MOST_HEADS, _MOST_CHANNELS = 64, 128
+_MAX_HEADS, _MAX_CHANNELS = 64, 128
 
 
 def score_selected(
@@ -38,10 +38,10 @@ def score_selected(
     """
     check_triton("selected_indexer_scores", q_TIJ, q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI)
     num_queries, num_heads, num_channels = q_TIJ.shape
-    if num_heads > _MOST_HEADS or num_channels > _MOST_CHANNELS:
+    if num_heads > _MAX_HEADS or num_channels > _MAX_CHANNELS:
         raise ValueError(
             f"q_TIJ: got {num_heads} heads of {num_channels} channels, expected at most "
-            f"{_MOST_HEADS} of {_MOST_CHANNELS} with impl 'triton'; take impl='eager'"
+            f"{_MAX_HEADS} of {_MAX_CHANNELS} with impl 'triton'; take impl='eager'"
         )
     q_TIJ, k_SJ = adjacent_channels(q_TIJ), adjacent_channels(k_SJ)
     num_selected = indices_TK.shape[1]

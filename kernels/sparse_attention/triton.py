@@ -29,7 +29,7 @@ from megatron_keye.kernels.primitives import (
 )
 from megatron_keye.kernels.union_lists import TILE_QUERIES, UnionLists
 
-_MOST_HEADS, _MOST_CHANNELS = 128, 256
+_MAX_HEADS, _MAX_CHANNELS = 128, 256
 
 
 FORWARD_BLOCKS = Blocks(rows=128, keys=64, warps=8, stages=2, registers=128)
@@ -77,10 +77,10 @@ def lay_out_rows(q_THC: Tensor, num_groups: int, blocks: Blocks) -> RowLayout:
         ValueError: More heads in a group or channels in a head than the kernels take.
     """
     heads, channels = q_THC.shape[1] // num_groups, q_THC.shape[2]
-    if heads > _MOST_HEADS or channels > _MOST_CHANNELS:
+    if heads > _MAX_HEADS or channels > _MAX_CHANNELS:
         raise ValueError(
             f"sparse_attention: impl 'triton' got {heads} heads a group of {channels} channels, "
-            f"expected at most {_MOST_HEADS} of {_MOST_CHANNELS}; take impl='eager'"
+            f"expected at most {_MAX_HEADS} of {_MAX_CHANNELS}; take impl='eager'"
         )
     padded_heads = padded(heads, smallest=1)
     queries = min(TILE_QUERIES, max(1, blocks.rows // padded_heads))

@@ -27,7 +27,7 @@ from megatron_keye.kernels.sparse_decode.triton_select import select_from_parts
 ATTEND_BLOCKS = Blocks(rows=16, keys=64, warps=4, stages=2)
 PROGRAMS = 512
 """Programs of the attention that selections are cut for: about four per multiprocessor."""
-_MOST_HEADS, _MOST_CHANNELS = 64, 256
+_MAX_HEADS, _MAX_CHANNELS = 64, 256
 
 
 def sparse_decode(
@@ -68,10 +68,10 @@ def _checked(
     )
     heads = max(q_BTIJ.shape[2], query_BTHC.shape[2] // cache.keys_PLGC.shape[2])
     channels = max(q_BTIJ.shape[3], query_BTHC.shape[3])
-    if heads > _MOST_HEADS or channels > _MOST_CHANNELS:
+    if heads > _MAX_HEADS or channels > _MAX_CHANNELS:
         raise ValueError(
             f"sparse_decode: impl 'triton' got {heads} heads (of the indexer or of a group) of "
-            f"{channels} channels, expected at most {_MOST_HEADS} of {_MOST_CHANNELS}; take "
+            f"{channels} channels, expected at most {_MAX_HEADS} of {_MAX_CHANNELS}; take "
             "impl='eager'"
         )
     keys_PLGC, values_PLGC, index_keys_PLJ = map(adjacent_channels, cache[:3])

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from megatron_keye.kernels.select_top_k import cuda, fastest_impl, select_top_k
 
-MOST_PROGRAMS = 128
+MAX_PROGRAMS = 128
 """Rows and parts that select at once; an H100 has 132 multiprocessors."""
-MOST_SPLIT_ROWS = 64
+MAX_SPLIT_ROWS = 64
 """Rows that are split over clusters: two waves of clusters fill an H100."""
 
 
 def can_split_rows(scores_TS: Tensor) -> bool:
     """Return whether the CUDA form selects from these rows, each split over a cluster."""
     num_rows, num_keys = scores_TS.shape
-    is_taken = num_rows <= MOST_SPLIT_ROWS and num_keys <= cuda.MOST_KEYS_OF_SPLIT_ROW
+    is_taken = num_rows <= MAX_SPLIT_ROWS and num_keys <= cuda.MAX_KEYS_OF_SPLIT_ROW
     return is_taken and fastest_impl(scores_TS) == "cuda"
 
 
@@ -39,7 +39,7 @@ def choose_parts(num_rows: int, num_keys: int, k: int) -> int:
     parts = 1
     while (
         num_keys % (2 * parts) == 0
-        and 2 * parts * num_rows <= MOST_PROGRAMS
+        and 2 * parts * num_rows <= MAX_PROGRAMS
         and num_keys > 2 * k * parts * parts
     ):
         parts *= 2

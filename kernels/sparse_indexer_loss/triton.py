@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_keye.kernels.launch import check_triton, padded
 
-_MOST_SELECTED = 16384
+_MAX_SELECTED = 16384
 
 
 def divergence(scores_TK: Tensor, target_TGK: Tensor) -> Tensor:
@@ -25,9 +25,9 @@ def divergence(scores_TK: Tensor, target_TGK: Tensor) -> Tensor:
     """
     check_triton("sparse_indexer_loss", scores_TK, scores_TK=scores_TK, target_TGK=target_TGK)
     num_queries, num_groups, num_selected = target_TGK.shape
-    if num_selected > _MOST_SELECTED:
+    if num_selected > _MAX_SELECTED:
         raise ValueError(
-            f"scores_TK: got K = {num_selected}, expected at most {_MOST_SELECTED} with impl "
+            f"scores_TK: got K = {num_selected}, expected at most {_MAX_SELECTED} with impl "
             "'triton'; take impl='eager'"
         )
     kl_TG = scores_TK.new_empty((num_queries, num_groups), dtype=torch.float32)

@@ -1,8 +1,10 @@
 """What the command lines have in common: form of the help, recipe and settings."""
 
 import argparse
+import os
 
 from megatron_keye.config import RunConfig
+from megatron_keye.errors import UserError
 from megatron_keye.recipes import FORMS, load_recipe, recipe_names
 
 _RECIPE_HELP = f"{FORMS}; names: {', '.join(recipe_names())}"
@@ -38,6 +40,28 @@ def add_recipe_option(parser: argparse.ArgumentParser, *, default: str | None = 
         help=f"gives the sizes: {_RECIPE_HELP}" + (f"; default: {default}" if default else ""),
     )
     _add_settings(parser)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add --workers."""
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes; default: all cores",
+    )
+
+
+def chosen_workers(options: argparse.Namespace) -> int:
+    """Return the processes that --workers asks for.
+
+    Raises:
+        UserError: When that is none.
+    """
+    if options.workers < 1:
+        raise UserError(f"--workers: got {options.workers}, expected 1 or more")
+    return int(options.workers)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

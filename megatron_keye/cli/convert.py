@@ -10,15 +10,20 @@ nothing is left then.
 """
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_keye.cli.arguments import add_recipe_option, chosen_run, make_parser
-from megatron_keye.cli.byte_progress import ByteProgress
+from megatron_keye.cli.arguments import (
+    add_recipe_option,
+    add_workers,
+    chosen_run,
+    chosen_workers,
+    make_parser,
+)
 from megatron_keye.cli.noise import quieten_libraries
+from megatron_keye.cli.progress import ProgressBar, byte_bar
 from megatron_keye.cli.status import tell, tells_user_errors
 from megatron_keye.files import worker_origin
 
@@ -79,13 +84,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="pass over surplus tensors, for example 'visual.vision_model.head.*'",
     )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes; default: all cores",
-    )
+    add_workers(parser)
 
 
 @tells_user_errors
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     """Convert, and return the exit status."""
     options = parse_arguments(arguments)
     quieten_libraries()
-    if options.workers > 1:
+    if chosen_workers(options) > 1:
         # Torch takes seconds to import: workers do it on another core at the same time.
         worker_origin.start_early(
             [
@@ -102,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
             ]
         )
     try:
-        with ByteProgress(options.direction) as progress:
+        with byte_bar(options.direction) as progress:
             convert(options, progress)
     except OSError as error:
         return tell(error)
@@ -110,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def convert(options: argparse.Namespace, progress: ByteProgress) -> None:
+def convert(options: argparse.Namespace, progress: ProgressBar) -> None:
     """Do what the command line says."""
     import torch
 
@@ -118,7 +117,7 @@ def convert(options: argparse.Namespace, progress: ByteProgress) -> None:
 
     types = {"bf16": torch.bfloat16, "fp32": torch.float32}
     how = conversions.Options(
-        num_workers=options.workers,
+        num_workers=chosen_workers(options),
         dtype=types.get(options.dtype),
         checks_finite=options.check_finite,
         dropped=tuple(options.drop),

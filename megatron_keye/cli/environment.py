@@ -3,7 +3,7 @@
 import os
 from collections.abc import MutableMapping
 
-_MOST_THREADS = 8
+_MAX_THREADS = 8
 """More threads per rank only get in each other's way."""
 
 
@@ -18,6 +18,6 @@ def complete_environment(environment: MutableMapping[str, str], *, local_ranks: 
     # vision ranks compute behind a message that still waits for the decoder.
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     threads = len(os.sched_getaffinity(0)) // local_ranks
-    environment.setdefault("OMP_NUM_THREADS", str(min(max(threads, 1), _MOST_THREADS)))
+    environment.setdefault("OMP_NUM_THREADS", str(min(max(threads, 1), _MAX_THREADS)))
     # For the processes that a rank starts: a folder named kernels/ must not shadow a package.
     environment.setdefault("PYTHONSAFEPATH", "1")

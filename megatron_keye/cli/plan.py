@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from megatron_keye.checkpoint.hf.parameter_shapes import count_parameters, parameter_shapes
@@ -23,27 +23,8 @@ from megatron_keye.cli.plan_table import describe
 from megatron_keye.cli.status import tells_user_errors
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
-from megatron_keye.estimate.memory import Held, Memory, decoder_memory, vision_memory
-from megatron_keye.estimate.parameters import decoder_parameters, stage_layers, vision_parameters
-from megatron_keye.plan.places import decoder_place
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rank:
-    """One process of the job."""
-
-    rank: int
-    """Its number."""
-    role: str
-    """ "decoder", "vision", or "decoder and vision" where they share ranks."""
-    place: dict[str, int]
-    """Coordinates on the axes of its grid."""
-    layers: list[int]
-    """Decoder layers that it holds, from 0."""
-    parameters: int
-    """Parameters that it holds."""
-    memory: dict[str, float]
-    """GiB that it is expected to take, by what for."""
+from megatron_keye.estimate.parameters import stage_layers
+from megatron_keye.estimate.ranks import plan_ranks
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -80,10 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.suggest and options.batch is None:
         raise UserError("--suggest: got no --batch, expected --batch SAMPLES:STEP beside it")
     if options.batch is not None:
-        # Late, since the grid needs no reader of videos.
-        from megatron_keye.cli.step_forecast import forecast_step
-
-        plan["step"] = forecast_step(run, options.batch, suggests=options.suggest)
+        plan["step"] = plan_step(run, options.batch, suggests=options.suggest)
     sys.stdout.write(json.dumps(plan, indent=2) + "\n" if options.json else describe(plan))
     return 0
 
@@ -109,50 +87,22 @@ def make_plan(run: RunConfig, num_labels: int | None = None) -> dict[str, Any]:
     }
 
 
-def plan_ranks(run: RunConfig, num_labels: int | None) -> list[Rank]:
-    """Return every rank: the decoder's first, dedicated vision ranks after them."""
-    degrees, dedicated = run.parallel.decoder, run.parallel.vision.num_ranks
-    role = "decoder" if dedicated else "decoder and vision"
-    seeing = vision_parameters(run.model)
-    patches = run.data.row_tokens * run.model.vision.merge_size**2
-    labels = run.data.row_tokens // 64 if num_labels is None else num_labels
-    stages: list[tuple[int, Memory]] = []
-    for stage in range(degrees.pipeline):
-        held = decoder_parameters(run, stage) + ([] if dedicated else seeing)
-        memory = decoder_memory(run, stage, held, num_labels=labels, num_patches=patches)
-        stages.append((_count(held), memory))
-    ranks = []
-    for rank in range(degrees.num_ranks):
-        place = vars(decoder_place(degrees, rank))
-        count, memory = stages[place["pipeline"]]
-        ranks.append(
-            Rank(
-                rank=rank,
-                role=role,
-                place=place,
-                layers=stage_layers(run, place["pipeline"]),
-                parameters=count,
-                memory=_gibibytes(memory),
-            )
-        )
-    for number in range(dedicated):
-        memory = vision_memory(run, seeing, num_patches=patches)
-        ranks.append(
-            Rank(
-                rank=degrees.num_ranks + number,
-                role="vision",
-                place={"data": number},
-                layers=[],
-                parameters=_count(seeing),
-                memory=_gibibytes(memory),
-            )
-        )
-    return ranks
+def plan_step(run: RunConfig, batch: str, *, suggests: bool) -> dict[str, Any]:
+    """Return the plan of the step that --batch names.
 
+    Args:
+        run: The run.
+        batch: SAMPLES:STEP.
+        suggests: Whether other numbers of vision ranks are tried.
 
-def _count(held: list[Held]) -> int:
-    return sum(each.count for each in held)
+    Raises:
+        UserError: For a batch that is not SAMPLES:STEP, or samples that cannot be read.
+    """
+    samples, colon, number = batch.rpartition(":")
+    if not colon or not number.isdigit():
+        raise UserError(f"--batch: got {batch!r}, expected SAMPLES:STEP with a step from 0")
+    # Late, since the grid needs no reader of videos.
+    from megatron_keye.estimate.step_summary import summarize_step
 
-
-def _gibibytes(memory: Memory) -> dict[str, float]:
-    return {name: size / 2**30 for name, size in vars(memory).items()}
+    data = replace(run.data, samples=samples or run.data.samples)
+    return summarize_step(replace(run, data=data), int(number), suggests=suggests)

@@ -9,7 +9,6 @@ unless --on-bad-sample skip says otherwise, a sample is wrong; no store is left 
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,8 +18,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_keye.cli.arguments import add_recipe_option, chosen_run, make_parser
-from megatron_keye.cli.demo import check_demo
+from megatron_keye.cli.arguments import (
+    add_recipe_option,
+    add_workers,
+    chosen_run,
+    chosen_workers,
+    make_parser,
+)
+from megatron_keye.cli.progress import sample_bar
 from megatron_keye.cli.status import INTERRUPTED, tell, tells_user_errors
 from megatron_keye.errors import UserError
 
@@ -33,13 +38,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--out", type=Path, required=True, metavar="STORE", help="store to make; must not exist"
     )
     add_recipe_option(parser, default="keye_30b_a3b")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes; default: all cores",
-    )
+    add_workers(parser)
     parser.add_argument(
         "--on-bad-sample",
         choices=("refuse", "skip"),
@@ -72,22 +71,24 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
-    """Do what the command line says and return what it came to."""
+    """Do what the command line says and return the totals."""
     run = chosen_run(options, num_ranks=1, has_gpu=True)
-    if options.workers < 1 or options.preview < 0:
-        raise UserError("--workers and --preview: expected 1 or more, and 0 or more")
-    check_demo(run, [options.input])
-    # Late, since torch takes seconds to import.
-    from megatron_keye.cli.sample_store import make_store
+    num_workers = chosen_workers(options)
+    if options.preview < 0:
+        raise UserError(f"--preview: got {options.preview}, expected 0 or more")
+    # Late, since zarr and the readers of videos take a second to import.
+    from megatron_keye.data.store.make import make_store
 
-    report = make_store(
-        options.input,
-        options.out,
-        run.data,
-        run.model,
-        num_workers=options.workers,
-        skips_bad=options.on_bad_sample == "skip",
-    )
+    with sample_bar("preparing") as progress:
+        report = make_store(
+            options.input,
+            options.out,
+            run.data,
+            run.model,
+            num_workers=num_workers,
+            skips_bad=options.on_bad_sample == "skip",
+            progress=progress,
+        )
     if options.preview:
         from megatron_keye.data.store.preview import write_preview
 
@@ -96,8 +97,8 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(options: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Print what came of it."""
-    from megatron_keye.cli.sample_store import shortened
+    """Print the totals."""
+    from megatron_keye.data.store.make import shortened
 
     table = Table(title=str(options.out), show_header=False)
     table.add_row("samples", f"{report['num_samples']:,}")

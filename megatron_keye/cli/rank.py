@@ -10,11 +10,9 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_keye.cli.arguments import chosen_run
-from megatron_keye.cli.demo import check_demo
 from megatron_keye.cli.environment import complete_environment
 from megatron_keye.cli.noise import quieten_libraries
 from megatron_keye.cli.status import FAILED, LOST_PEERS, STOPPED, USER_ERROR, tell
@@ -49,7 +47,6 @@ def run_rank(options: argparse.Namespace) -> int:
             sys.stdout.write(run.to_json() if rank == 0 else "")
             return 0
         run.check_num_ranks(num_ranks)
-        check_demo(run, [Path(source.path) for source in run.data.sources])
     except UserError as error:
         if rank == 0:
             return tell(error)
@@ -90,7 +87,7 @@ def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
     except UserError as error:
         return tell(error)  # another machine may have all its devices
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends waiting for peers, unlike a handler
-    process = join(device, rank=rank, num_ranks=num_ranks, init_method=meeting_point(num_ranks))
+    process = join(device, rank=rank, num_ranks=num_ranks, init_method=init_method(num_ranks))
     try:
         is_finished = train(run, process)
     except Exception as error:
@@ -109,7 +106,7 @@ def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
 
 
 def train(run: RunConfig, process: "Process") -> bool:
-    """Build a trainer on this rank, run it, and tell whether it came to its last step."""
+    """Build a trainer on this rank, run it, and tell whether it reached its last step."""
     from megatron_keye.config.backends import takes_transformer_engine
     from megatron_keye.training.trainer import Trainer
 
@@ -120,8 +117,8 @@ def train(run: RunConfig, process: "Process") -> bool:
     return not trainer.was_stopped
 
 
-def meeting_point(num_ranks: int) -> str:
-    """Return where ranks meet: the launcher's address, or a port of one's own when alone."""
+def init_method(num_ranks: int) -> str:
+    """Return where ranks meet, as torch.distributed takes it; a free port for a single rank."""
     return "env://" if num_ranks > 1 or "MASTER_ADDR" in os.environ else "tcp://127.0.0.1:0"
 
 

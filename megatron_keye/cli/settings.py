@@ -18,7 +18,7 @@ from megatron_keye.cli.arguments import make_parser
 from megatron_keye.cli.status import tells_user_errors
 from megatron_keye.config.settings import Section, Setting, select_sections
 
-_MOST_COLUMNS = 100
+_MAX_COLUMNS = 100
 _HEAD = """\
 # Settings
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.markdown:
         sys.stdout.write(page_of(sections))
     else:
-        columns = min(shutil.get_terminal_size().columns, _MOST_COLUMNS)
+        columns = min(shutil.get_terminal_size().columns, _MAX_COLUMNS)
         sys.stdout.write(text_of(sections, columns))
     return 0
 

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from megatron_keye.cli.arguments import add_recipe, chosen_run, make_parser, positive_integer
-from megatron_keye.cli.length_mix import draw_rows
 from megatron_keye.cli.status import tells_user_errors
 from megatron_keye.config import DecoderParallel, ParallelConfig, RunConfig
 from megatron_keye.estimate.forecast import (
@@ -32,6 +31,7 @@ from megatron_keye.estimate.forecast import (
     plan_dealt,
     try_vision_ranks,
 )
+from megatron_keye.estimate.length_mix import draw_rows
 from megatron_keye.estimate.simulate import Simulated
 
 GRIDS = {

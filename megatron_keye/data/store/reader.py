@@ -25,7 +25,7 @@ _CHUNKS_PER_READ = 64
 
 
 class SampleStore:
-    """A store made by tools/prepare_data.py.
+    """A store made by `megatron-keye prepare`.
 
     Args:
         path: Its folder.
@@ -132,7 +132,7 @@ def _open(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"data.samples: {path} is a folder but no store, expected one made by "
-            "tools/prepare_data.py; a folder that ends in .partial is continued by the same "
+            "megatron-keye prepare; a folder that ends in .partial is continued by the same "
             "command"
         ) from error
     attributes = dict(group.attrs)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-LEAST_SKIPPED = 16
+MIN_SKIPPED = 16
 """Frames between two runs at least. No codec stores a frame more than 16 places before its turn,
 so what is stored between frames of one run is never the beginning of the next one."""
 
@@ -100,6 +100,6 @@ def _join(runs: tuple[range, ...], run: range, *, ends_single: bool) -> tuple[ra
     if not runs:
         return (run,)
     last = runs[-1]
-    if run.start - last.stop < LEAST_SKIPPED:
+    if run.start - last.stop < MIN_SKIPPED:
         return (*runs[:-1], range(last.start, run.stop))
     return () if ends_single else (*runs, run)

@@ -71,11 +71,11 @@ class SegmentCutter:
         with self._lock:
             if not self._is_open:
                 raise UserError(f"{self._info.path}: was closed before it was cut")
-            packets, ranks, places = self._read(frame_runs)
+            packets, display_order, places = self._read(frame_runs)
             self._check(packets)
             sps = self._description.sps
             return Segment(
-                container=self._write(packets, ranks),
+                container=self._write(packets, display_order),
                 indices=frame_runs.indices,
                 places=places,
                 height=sps.stored_height if sps else self._stream.height,
@@ -93,7 +93,7 @@ class SegmentCutter:
         """Return the packets of all runs, when each is shown, and when the wanted frames are."""
         timestamps = self._info.timestamps
         packets: list[bytes] = []
-        ranks: list[NDArray[np.int64]] = []
+        display_order: list[NDArray[np.int64]] = []
         places: list[int] = []
         for run in frame_runs.runs:
             of_run = _packets(self._container, self._stream, timestamps[run.start : run.stop])
@@ -107,9 +107,9 @@ class SegmentCutter:
             times = np.array([packet.pts for packet in of_run], dtype=np.int64)
             shown = np.argsort(times)
             places += (len(packets) + np.searchsorted(times[shown], wanted)).tolist()
-            ranks.append(len(packets) + np.argsort(shown))
+            display_order.append(len(packets) + np.argsort(shown))
             packets += map(bytes, of_run)
-        return packets, np.concatenate(ranks), tuple(places)
+        return packets, np.concatenate(display_order), tuple(places)
 
     def _without_unneeded(self, packets: _Packets, wanted: set[int]) -> _Packets:
         """Leave out frames that are neither wanted nor referred to by any other."""
@@ -134,9 +134,9 @@ class SegmentCutter:
                     "parameters at keyframes only; decode with data.decode.backend=pyav"
                 )
 
-    def _write(self, packets: list[bytes], ranks: NDArray[np.int64]) -> bytes:
-        """Write packets without cropping, timed by rank, each late enough to be decoded before."""
-        delay = int(np.max(np.arange(len(ranks)) - ranks, initial=0))
+    def _write(self, packets: list[bytes], display_order: NDArray[np.int64]) -> bytes:
+        """Write packets without cropping, timed by display order and late enough to decode."""
+        delay = int(np.max(np.arange(len(display_order)) - display_order, initial=0))
         description, sps = self._description, self._description.sps
         buffer = io.BytesIO()
         with av.open(buffer, "w", format=_FORMATS[description.codec]) as target:
@@ -145,9 +145,11 @@ class SegmentCutter:
             if sps is not None and sps.is_cropped:
                 stream.codec_context.extradata = description.uncropped
                 stream.height, stream.width = sps.stored_height, sps.stored_width
-            for place, (content, rank) in enumerate(zip(packets, ranks.tolist(), strict=True)):
+            for place, (content, display_place) in enumerate(
+                zip(packets, display_order.tolist(), strict=True)
+            ):
                 packet = av.Packet(description.without_cropping(content))
-                packet.pts, packet.dts, packet.duration = rank + delay, place, 1
+                packet.pts, packet.dts, packet.duration = display_place + delay, place, 1
                 packet.time_base, packet.stream = _MILLISECOND, stream
                 packet.is_keyframe = place == 0
                 target.mux(packet)

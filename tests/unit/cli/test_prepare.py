@@ -65,7 +65,7 @@ def test_bad_samples_are_sentences(samples: Path, capsys: pytest.CaptureFixture[
     out = samples.parent / "out"
     assert prepare.main([str(samples), "--out", str(out), *RECIPE]) == 2
     told = capsys.readouterr().err
-    assert "25 of 28 samples are of no use" in told and "--on-bad-sample skip" in told
+    assert "25 of 28 samples are unusable" in told and "--on-bad-sample skip" in told
     assert f"{samples}:4: gone-0.png: " in told and "... and 5 more" in told
     assert not out.exists()
     arguments = [str(samples), "--out", str(out), *RECIPE, "--on-bad-sample", "skip"]

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from megatron_keye.cli.length_mix import draw_rows
 from megatron_keye.cli.simulate import with_grid
 from megatron_keye.estimate.forecast import (
     Forecast,
@@ -12,6 +11,7 @@ from megatron_keye.estimate.forecast import (
     plan_balanced,
     plan_dealt,
 )
+from megatron_keye.estimate.length_mix import draw_rows
 from megatron_keye.recipes import load_recipe
 from tests.support.tiny import tiny_run
 

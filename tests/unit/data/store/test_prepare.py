@@ -16,6 +16,7 @@ from PIL import Image
 from megatron_keye.config import DataConfig, FrameConfig
 from megatron_keye.data.source import ConversationFile
 from megatron_keye.data.store import prepare, probe_cache, writer
+from megatron_keye.data.store.make import make_store
 from megatron_keye.data.store.prepare import BlockMaker, scan
 from megatron_keye.data.store.probe_cache import ProbeCache
 from megatron_keye.data.store.reader import SampleStore
@@ -23,7 +24,6 @@ from megatron_keye.data.store.settings import deciding_settings
 from megatron_keye.data.tokens import load_tokenizer
 from megatron_keye.files.partial_folder import PartialFolder
 from tests.support.clips import make_clip, tiny_model
-from tools.prepare_data import make_store
 
 MODEL = tiny_model()
 FRAMES = FrameConfig(min_tokens_per_frame=1, max_tokens_per_frame=4)
@@ -187,7 +187,7 @@ def test_bad_samples_are_all_named_and_leave_no_store(
 ) -> None:
     small_blocks(monkeypatch, 4)
     out = bad_samples.parent / "out"
-    with pytest.raises(ValueError, match="4 of 11 samples are of no use") as raised:
+    with pytest.raises(ValueError, match="4 of 11 samples are unusable") as raised:
         prepared(bad_samples, out)
     for words in (":3: .*gone.mp4 is not there", ":6: .*empty.mp4: has 0 bytes", ":7: .*JSON"):
         assert raised.match(words)
@@ -195,7 +195,7 @@ def test_bad_samples_are_all_named_and_leave_no_store(
     assert not out.exists()
     # A file that has been restored is probed again; the lines are the same.
     make_clip(bad_samples.parent / "gone.mp4", 5)
-    with pytest.raises(ValueError, match="3 of 11 samples are of no use"):
+    with pytest.raises(ValueError, match="3 of 11 samples are unusable"):
         prepared(bad_samples, out)
 
 

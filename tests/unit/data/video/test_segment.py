@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from megatron_keye.data.bitstream.description import describe
-from megatron_keye.data.video.frame_runs import LEAST_SKIPPED, FrameRuns, plan_frame_runs
+from megatron_keye.data.video.frame_runs import MIN_SKIPPED, FrameRuns, plan_frame_runs
 from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.pyav import iterate_frames
 from megatron_keye.data.video.segment import Segment, opened_cutter
@@ -162,7 +162,7 @@ def test_random_access_points_never_follow_each_other_where_frames_are_left_out(
 
 
 def test_short_gaps_are_decoded_through() -> None:
-    for gap, num_runs in ((LEAST_SKIPPED - 1, 1), (LEAST_SKIPPED, 2)):
+    for gap, num_runs in ((MIN_SKIPPED - 1, 1), (MIN_SKIPPED, 2)):
         (planned,) = plan_frame_runs(
             points(0, 2 + gap), 90, [1, 3 + gap], max_wanted=8, max_decoded=99
         )

@@ -1,20 +1,13 @@
-"""Makes a store of prepared samples with several processes and a progress bar."""
+"""Makes a store of prepared samples: all blocks, by several processes, joined when all are there.
+
+Killed half-way, the same call continues.
+"""
 
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from megatron_keye.config import DataConfig, ModelConfig
 from megatron_keye.data.store.prepare import BlockMaker, SampleFile, scan
@@ -24,10 +17,11 @@ from megatron_keye.data.store.writer import write_store
 from megatron_keye.data.tokens import load_tokenizer
 from megatron_keye.errors import UserError
 from megatron_keye.files.partial_folder import PartialFolder
+from megatron_keye.files.progress import NoProgress, Progress
 from megatron_keye.files.workers import make_files
 
-_MOST_SHOWN = 20
-"""Refused samples that the terminal names; the store names all that were skipped."""
+_MAX_SHOWN = 20
+"""Refused samples that an error names; the store names all that were skipped."""
 
 
 def make_store(
@@ -38,6 +32,7 @@ def make_store(
     *,
     num_workers: int,
     skips_bad: bool,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make a store, or go on with what a killed attempt left.
 
@@ -48,6 +43,7 @@ def make_store(
         model: Ids of placeholders, patch and merge size.
         num_workers: Processes.
         skips_bad: Whether samples that cannot be used are left out.
+        progress: Receives the samples that are done.
 
     Returns:
         Totals, seconds, and samples_per_second of what was left to do.
@@ -62,9 +58,9 @@ def make_store(
     folder = PartialFolder(out, json.dumps([str(file.path), file.digest, settings]))
     probes = ProbeCache(folder.path / "probes")
     maker = BlockMaker(file=file, config=config, model=model, probes=probes)
-    num_made = make_blocks(maker, folder, num_workers)
+    num_made = _make_blocks(maker, folder, num_workers, progress or NoProgress())
     if not skips_bad:
-        refuse(file, folder)
+        _refuse(file, folder)
     attributes = {
         "settings": settings,
         "sample_file": str(file.path),
@@ -72,37 +68,23 @@ def make_store(
         # Seen from the store, so that both can move together.
         "media_base": os.path.relpath(file.path.resolve().parent, out.resolve().parent),
     }
-    totals = finish(file, folder, attributes)
+    totals = _finish(file, folder, attributes)
     seconds = time.perf_counter() - started
     return totals | {"seconds": seconds, "samples_per_second": num_made / seconds}
 
 
-def make_blocks(maker: BlockMaker, folder: PartialFolder, num_workers: int) -> int:
+def _make_blocks(
+    maker: BlockMaker, folder: PartialFolder, num_workers: int, progress: Progress
+) -> int:
     """Make the blocks that an earlier attempt has not, and return how many samples that took."""
     blocks = maker.file.blocks
     done = sum(lines.num_samples for name, lines in blocks.items() if folder.record(name))
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("samples"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    with bar:
-        task = bar.add_task("preparing", total=maker.file.num_samples, completed=done)
-        make_files(
-            maker,
-            list(blocks),
-            folder,
-            num_workers=num_workers,
-            advance=lambda count: bar.advance(task, count),
-        )
+    progress.begin(maker.file.num_samples, done)
+    make_files(maker, list(blocks), folder, num_workers=num_workers, advance=progress.advance)
     return maker.file.num_samples - done
 
 
-def refuse(file: SampleFile, folder: PartialFolder) -> None:
+def _refuse(file: SampleFile, folder: PartialFolder) -> None:
     """Raise a UserError if any sample was refused; its block will be made again."""
     reasons = []
     for name in file.blocks:
@@ -112,7 +94,7 @@ def refuse(file: SampleFile, folder: PartialFolder) -> None:
         reasons += refused
     if reasons:
         raise UserError(
-            f"{len(reasons)} of {file.num_samples} samples are of no use, so no store was made; "
+            f"{len(reasons)} of {file.num_samples} samples are unusable, so no store was made; "
             "correct them, or leave them out with --on-bad-sample skip (the other samples are "
             f"kept for that):\n{shortened(reasons)}"
         )
@@ -120,18 +102,17 @@ def refuse(file: SampleFile, folder: PartialFolder) -> None:
 
 def shortened(reasons: list[str]) -> str:
     """Return the first reasons, a line each, and how many more there are."""
-    more = len(reasons) - _MOST_SHOWN
-    lines = [f"  {reason}" for reason in reasons[:_MOST_SHOWN]]
+    more = len(reasons) - _MAX_SHOWN
+    lines = [f"  {reason}" for reason in reasons[:_MAX_SHOWN]]
     return "\n".join(lines + [f"  ... and {more} more"] * (more > 0))
 
 
-def finish(file: SampleFile, folder: PartialFolder, attributes: dict[str, Any]) -> dict[str, Any]:
+def _finish(file: SampleFile, folder: PartialFolder, attributes: dict[str, Any]) -> dict[str, Any]:
     """Join all blocks, give the store its name and return its totals."""
     blocks = {folder.path / name: folder.record(name) for name in file.blocks}
     if not any(record["num_samples"] for record in blocks.values()):
         reasons = [reason for record in blocks.values() for reason in record["refused"]]
-        raise UserError(f"{file.path}: has no sample of any use:\n{shortened(reasons)}")
-    with Console(stderr=True).status("writing the store"):
-        totals = write_store(folder.path / "store", blocks, attributes)
+        raise UserError(f"{file.path}: has no usable sample:\n{shortened(reasons)}")
+    totals = write_store(folder.path / "store", blocks, attributes)
     folder.promote("store")
     return totals

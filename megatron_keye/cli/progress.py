@@ -1,0 +1,59 @@
+"""Progress bars on the terminal, for work that the library reports."""
+
+from contextlib import AbstractContextManager
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+
+class ProgressBar(AbstractContextManager["ProgressBar"]):
+    """A bar on standard error; a `megatron_keye.files.progress.Progress`."""
+
+    def __init__(self, what: str, *columns: ProgressColumn) -> None:
+        """Take what is done, and the columns behind its bar."""
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            *columns,
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task(what, total=None)
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Leave the bar as it is."""
+        self._bar.stop()
+
+    def begin(self, total: int, done: int = 0) -> None:
+        """Take the amount of the whole work and of what is done already."""
+        self._bar.update(self._task, total=total, completed=done)
+
+    def advance(self, amount: int) -> None:
+        """Take the amount done since the last call."""
+        self._bar.advance(self._task, amount)
+
+
+def byte_bar(what: str) -> ProgressBar:
+    """Return a bar that counts bytes, with their rate."""
+    return ProgressBar(what, DownloadColumn(), TransferSpeedColumn())
+
+
+def sample_bar(what: str) -> ProgressBar:
+    """Return a bar that counts samples."""
+    return ProgressBar(what, MofNCompleteColumn(), TextColumn("samples"), TimeElapsedColumn())

@@ -1,0 +1,80 @@
+"""What each rank of a run holds, and the memory that it is expected to take."""
+
+from dataclasses import dataclass
+
+from megatron_keye.config.run import RunConfig
+from megatron_keye.estimate.memory import Held, Memory, decoder_memory, vision_memory
+from megatron_keye.estimate.parameters import decoder_parameters, stage_layers, vision_parameters
+from megatron_keye.plan.places import decoder_place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """One process of the job."""
+
+    rank: int
+    """Its number."""
+    role: str
+    """ "decoder", "vision", or "decoder and vision" where they share ranks."""
+    place: dict[str, int]
+    """Coordinates on the axes of its grid."""
+    layers: list[int]
+    """Decoder layers that it holds, from 0."""
+    parameters: int
+    """Parameters that it holds."""
+    memory: dict[str, float]
+    """GiB that it is expected to take, by what for."""
+
+
+def plan_ranks(run: RunConfig, num_labels: int | None) -> list[Rank]:
+    """Return every rank: the decoder's first, dedicated vision ranks after them.
+
+    Args:
+        run: Sizes and degrees.
+        num_labels: Labelled tokens of a row; a 64th of it for None.
+    """
+    degrees, dedicated = run.parallel.decoder, run.parallel.vision.num_ranks
+    role = "decoder" if dedicated else "decoder and vision"
+    seeing = vision_parameters(run.model)
+    patches = run.data.row_tokens * run.model.vision.merge_size**2
+    labels = run.data.row_tokens // 64 if num_labels is None else num_labels
+    stages: list[tuple[int, Memory]] = []
+    for stage in range(degrees.pipeline):
+        held = decoder_parameters(run, stage) + ([] if dedicated else seeing)
+        memory = decoder_memory(run, stage, held, num_labels=labels, num_patches=patches)
+        stages.append((_count(held), memory))
+    ranks = []
+    for rank in range(degrees.num_ranks):
+        place = vars(decoder_place(degrees, rank))
+        count, memory = stages[place["pipeline"]]
+        ranks.append(
+            Rank(
+                rank=rank,
+                role=role,
+                place=place,
+                layers=stage_layers(run, place["pipeline"]),
+                parameters=count,
+                memory=_gibibytes(memory),
+            )
+        )
+    for number in range(dedicated):
+        memory = vision_memory(run, seeing, num_patches=patches)
+        ranks.append(
+            Rank(
+                rank=degrees.num_ranks + number,
+                role="vision",
+                place={"data": number},
+                layers=[],
+                parameters=_count(seeing),
+                memory=_gibibytes(memory),
+            )
+        )
+    return ranks
+
+
+def _count(held: list[Held]) -> int:
+    return sum(each.count for each in held)
+
+
+def _gibibytes(memory: Memory) -> dict[str, float]:
+    return {name: size / 2**30 for name, size in vars(memory).items()}
