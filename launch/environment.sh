@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What local.sh and slurm.sbatch share: the interpreter. Sourced with `root`, the repository, set;
-# sets `python`. The rest of a rank's environment is set by megatron_keye/cli/environment.py.
+# Chooses the Python interpreter for local.sh and slurm.sbatch, which source it: reads `root`, the
+# repository, and sets `python`. megatron_keye/cli/environment.py sets the variables of a rank.
 
 : "${root:?}"
 python="${PYTHON:-}"

@@ -1,4 +1,4 @@
-"""Trains a recipe: `megatron-keye train` as a file, which torchrun and srun start once per rank.
+"""Trains a recipe: `megatron-keye train` as a file that torchrun and srun start once per rank.
 
 The command is in megatron_keye/cli/train.py.
 """

@@ -1,7 +1,7 @@
 """Training stack for Keye-VL-2.0: long video, sparse attention, 3D parallelism.
 
-Public names are imported when they are first used (PEP 562), since torch takes seconds to import
-and configuration and planning do without it.
+Public names are imported on first use (PEP 562), since torch takes seconds to import, and
+configuration and planning do not need it.
 """
 
 import importlib
@@ -26,7 +26,7 @@ __all__ = [
     "recipe_names",
 ]
 
-_HOMES = {
+_MODULES = {
     "KeyeModel": "megatron_keye.model",
     "RunConfig": "megatron_keye.config.run",
     "Trainer": "megatron_keye.training.trainer",
@@ -39,9 +39,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""Where vision and decoder meet: what one rank owns of the whole model, built and wrapped."""
+"""Builds one rank's part of the model: virtual stages of the decoder, and the vision tower."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from megatron_keye.vision import VisionTower
 
 @dataclass(frozen=True)
 class KeyeModel:
-    """What one rank owns of the model, wrapped for adding up gradients over replicas."""
+    """One rank's part of the model, wrapped for reducing gradients over replicas."""
 
     stages: list[DistributedDataParallel]
     """Virtual stages of the decoder in pipeline order; empty on a dedicated vision rank."""
@@ -31,19 +31,19 @@ class KeyeModel:
     """ViT and projector; None on a rank that does not encode."""
 
     def wrapped(self) -> list[DistributedDataParallel]:
-        """Return all that this rank owns."""
+        """Return all wrapped modules of this rank."""
         return [*self.stages, *([self.vision] if self.vision is not None else [])]
 
 
 def build_model(
     run: RunConfig, grid: Grid, device: torch.device, *, uses_transformer_engine: bool
 ) -> KeyeModel:
-    """Build and initialise what this rank owns; equal for every grid.
+    """Build this rank's part of the model; initial weights are equal on every grid.
 
     Args:
         run: The run.
-        grid: Groups of this rank.
-        device: Where the weights live.
+        grid: Process groups of this rank.
+        device: Device of the weights.
         uses_transformer_engine: Whether linears and experts are Transformer Engine's.
     """
     stages: list[DistributedDataParallel] = []
@@ -80,7 +80,7 @@ def _build_vision(
 
 
 def _freeze(module: torch.nn.Module, run: RunConfig, *, part: str) -> None:
-    """Keep what does not learn in this run from learning, indexers apart from their layers."""
+    """Freeze the parameters that this run does not train; indexers are frozen separately."""
     for name, parameter in module.named_parameters():
         owner = "indexer" if ".indexer." in name else part
         if owner not in run.training.trained_parts:

@@ -1,4 +1,4 @@
-"""Encodes the clips that decoding is timed on: an animated film, and moving texture."""
+"""Encodes clips for the benchmark of decoding: an animated film, and moving texture."""
 
 import argparse
 import itertools
@@ -33,7 +33,7 @@ FRAME_RATE = 24
 
 @dataclass(frozen=True)
 class Clip:
-    """A video that was made for the run."""
+    """A video made for the benchmark."""
 
     content: str
     codec: str
@@ -42,12 +42,12 @@ class Clip:
     path: Path
 
     def megabits(self) -> float:
-        """Return how many megabits a second of the video takes, by its file's size."""
+        """Return the bit rate in Mbit/s, from the size of the file."""
         return round(self.path.stat().st_size * 8 * FRAME_RATE / self.num_frames / 1e6, 1)
 
 
 def make_clips(folder: Path, arguments: argparse.Namespace) -> list[Clip]:
-    """Encode all clips side by side."""
+    """Encode all clips in parallel."""
     started = time.perf_counter()
     clips = [
         Clip(content, codec, size, arguments.frames, folder / f"{content}-{codec}-{size}.mp4")
@@ -62,7 +62,7 @@ def make_clips(folder: Path, arguments: argparse.Namespace) -> list[Clip]:
 
 
 def encode(clip: Clip) -> None:
-    """Encode the content's frames, and repeat their packets to full length."""
+    """Encode ENCODED_FRAMES frames and repeat their packets up to the clip's length."""
     height, width = SIZES[clip.size]
     encoder, options = ENCODERS[clip.codec]
     draw = film_frames if clip.content == "film" else texture_frames
@@ -85,14 +85,14 @@ def encode(clip: Clip) -> None:
 
 
 def film_frames(height: int, width: int) -> Iterator[av.VideoFrame]:
-    """Read frames of a real film, enlarged where it is smaller."""
+    """Yield frames of a real film, scaled to the given size."""
     with av.open(str(resolve_media(FILM, Path()))) as container:
         for frame in itertools.islice(container.decode(video=0), ENCODED_FRAMES):
             yield frame.reformat(width=width, height=height, format="yuv420p")
 
 
 def texture_frames(height: int, width: int) -> Iterator[av.VideoFrame]:
-    """Move blocks of random shades with a little noise across the frame."""
+    """Yield frames in which a texture moves."""
     texture = make_texture(height, width)
     for number in range(ENCODED_FRAMES):
         down, across = number, 2 * number
@@ -103,7 +103,7 @@ def texture_frames(height: int, width: int) -> Iterator[av.VideoFrame]:
 
 
 def make_texture(height: int, width: int) -> NDArray[np.uint8]:
-    """Make blocks of random shades with a little noise, larger than the frame."""
+    """Return blocks of random grey with a little noise, larger than the frame."""
     generator = np.random.default_rng(0)
     coarse = generator.integers(16, 235, (height // 16 + 10, width // 16 + 10), dtype=np.uint8)
     texture = np.kron(coarse, np.ones((16, 16), dtype=np.uint8))

@@ -1,9 +1,9 @@
-"""Times checkpoint conversion both ways beside a plain copy of the same bytes on the same disk.
+"""Times checkpoint conversion in both directions against a plain copy on the same disk.
 
     python tools/benchmark_conversion.py --gigabytes 8 [--folder DIR] [--workers N]
 
-Prints JSON. Shared disks change their speed within minutes, so a copy runs before and after each
-conversion, which is compared with the mean of the two.
+Prints JSON. A shared disk changes its speed within minutes, so each conversion is compared with
+the mean of a copy before and one after it.
 """
 
 import argparse
@@ -24,18 +24,18 @@ import torch
 from megatron_keye.checkpoint.convert.synthetic import write_synthetic
 from megatron_keye.checkpoint.hf.parameter_shapes import count_parameters, parameter_shapes
 from megatron_keye.checkpoint.hf.safetensors_index import open_folder
-from megatron_keye.cli.arguments import make_parser
+from megatron_keye.cli.arguments import add_workers, make_parser
 from megatron_keye.config import RunConfig
 from megatron_keye.recipes import load_recipe
 
 CONVERTER = (sys.executable, "-m", "megatron_keye", "convert")
 GIGABYTE = 1_000_000_000
-ONE_STAGE = "parallel.decoder.pipeline=1"  # any number of layers divides by it
+ONE_STAGE = "parallel.decoder.pipeline=1"  # which divides any number of layers
 _POLL_SECONDS = 0.05
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, print, and return the exit status."""
+    """Print the measurements and return the exit status."""
     options = parse_arguments(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="conversion-") as name:
         report = measure(Path(name), options.gigabytes, options.workers)
@@ -44,26 +44,24 @@ def main(arguments: list[str]) -> int:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = make_parser("tools/benchmark_conversion.py", __doc__)
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="at least; default 8")
-    parser.add_argument("--folder", type=Path, help="where to write; default: temporary files")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes; default: all cores"
-    )
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="minimum size; default: 8")
+    parser.add_argument("--folder", type=Path, help="where to write; default: TMPDIR, else /tmp")
+    add_workers(parser)
     return parser.parse_args(arguments)
 
 
 def measure(folder: Path, gigabytes: float, workers: int) -> dict[str, Any]:
-    """Convert a synthetic checkpoint there and back, with copies in between.
+    """Convert a synthetic checkpoint to native and back, with copies in between.
 
     Args:
-        folder: Where to write; needs three times the size.
-        gigabytes: Size of the checkpoint, rounded up to whole layers.
-        workers: Processes of a conversion.
+        folder: Where to write; needs space for three checkpoints.
+        gigabytes: Size of the checkpoint in 10^9 bytes, rounded up to whole layers.
+        workers: Worker processes of a conversion.
 
     Returns:
-        What is printed; gigabytes are 10^9 bytes.
+        The JSON object to print.
     """
     run = sized_run(gigabytes)
     size = write_synthetic(folder / "hf", run.model)
@@ -73,7 +71,7 @@ def measure(folder: Path, gigabytes: float, workers: int) -> dict[str, Any]:
         "hf_to_native": ["--hf", f"{folder}/hf", "--out", f"{folder}/native", *recipe],
         "native_to_hf": [
             *("--native", f"{folder}/native", "--out", f"{folder}/back"),
-            # A checkpoint this small would otherwise be two files, one twice as long as the other.
+            # With the default, a checkpoint this small would be two files of unequal size.
             *("--shard-gigabytes", "1"),
         ],
     }
@@ -94,7 +92,7 @@ def measure(folder: Path, gigabytes: float, workers: int) -> dict[str, Any]:
 
 
 def sized_run(gigabytes: float) -> RunConfig:
-    """Return the full-size recipe with as many layers as make up the size in bf16."""
+    """Return the full-size recipe with just enough layers to reach the size in bf16."""
     run = load_recipe("keye_30b_a3b")(num_ranks=1, has_gpu=True)
     run = run.with_overrides([ONE_STAGE])
     for num_layers in range(1, run.model.decoder.num_layers + 1):
@@ -107,7 +105,7 @@ def sized_run(gigabytes: float) -> RunConfig:
 
 
 def _watch(command: list[str]) -> tuple[float, int]:
-    """Run a command; return its seconds and the most resident bytes of any of its processes."""
+    """Run a command; return its seconds and the peak resident bytes of any of its processes."""
     start, peak = time.perf_counter(), 0
     with psutil.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -133,7 +131,7 @@ def _resident(process: psutil.Process) -> int:
 
 
 def _copy_seconds(source: Path) -> float:
-    """Copy a folder on the same disk, down to the disk."""
+    """Return the seconds of a copy on the same disk, fsync included."""
     target = source.with_name("copy")
     start = time.perf_counter()
     shutil.copytree(source, target)
@@ -146,7 +144,7 @@ def _copy_seconds(source: Path) -> float:
 
 
 def _same_tensors(one: Path, other: Path) -> bool:
-    """Return whether both folders hold the same tensors, however they are split into files."""
+    """Return whether both folders hold bit-equal tensors, however split into files."""
     mine, theirs = open_folder(one), open_folder(other)
     return mine.keys() == theirs.keys() and all(
         torch.equal(entry.read().view(torch.uint8), theirs[name].read().view(torch.uint8))

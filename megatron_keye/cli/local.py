@@ -1,7 +1,7 @@
-"""Starts one process per rank on this machine and ends them together.
+"""Starts one process per rank on this machine and stops them together.
 
-Stands in for torchrun, whose own traceback would bury the one sentence that a rank says about a
-wrong setting. Standard library only: torch takes seconds to import, and the ranks do that.
+Replaces torchrun, whose own traceback would hide a rank's one-line message about a wrong setting.
+Standard library only: torch takes seconds to import, and only ranks need it.
 """
 
 import os
@@ -21,13 +21,13 @@ from megatron_keye.errors import UserError
 
 DEFAULT_CPU_RANKS = 4
 STOP_GRACE_SECONDS = 300.0
-"""Of ranks that are to save before they end: one step and one checkpoint."""
+"""Time for ranks to finish after a signal: one step and one checkpoint."""
 FAILURE_GRACE_SECONDS = 10.0
-"""Of ranks whose peer has failed."""
+"""Time for ranks to end after another one has failed."""
 _POLL_SECONDS = 0.1
 _STATUS_AFTER = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
-_OF_THE_LAUNCHER = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""What a terminal sends to every process in it; ranks leave it to the launcher."""
+_TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""A terminal sends these to all its processes; ranks ignore them, the launcher decides."""
 
 
 def launch(
@@ -37,23 +37,23 @@ def launch(
     stop_grace_seconds: float = STOP_GRACE_SECONDS,
     failure_grace_seconds: float = FAILURE_GRACE_SECONDS,
 ) -> int:
-    """Run a command once per rank and return the exit status of the whole.
+    """Run a command once per rank and return the exit status of the job.
 
-    INT, TERM and HUP let ranks finish their step and save; a second INT does not wait. USR1 is
+    INT, TERM and HUP let ranks finish their step and save; a second INT kills them. USR1 is
     passed on, QUIT ignored.
 
     Args:
-        command: Of a rank, which finds its number in the variables that torchrun sets, too.
-        num_ranks: Processes.
-        stop_grace_seconds: What ranks get to end after a signal.
-        failure_grace_seconds: What ranks get to end after another one has failed.
+        command: Command line of a rank, which reads the same variables as under torchrun.
+        num_ranks: Processes to start.
+        stop_grace_seconds: Time for ranks to end after a signal; then they are killed.
+        failure_grace_seconds: Time for ranks to end after another one has failed.
 
     Returns:
-        130 after INT, 143 after TERM or HUP, else that of the first rank that failed, 128 + n for
-        one that signal n has ended; 0 when all ended well.
+        130 after INT, 143 after TERM or HUP, else that of the first rank that failed, 128 + n if
+        signal n ended it; 0 when all succeeded.
     """
     ranks = _Ranks()
-    with ranks.hears_signals():
+    with ranks.records_signals():
         try:
             ranks.start(command, num_ranks)
             return ranks.wait(stop_grace_seconds, failure_grace_seconds)
@@ -65,39 +65,39 @@ def count_gpus() -> int:
     """Return how many GPUs torch sees.
 
     Raises:
-        UserError: When there may be some, and torch cannot be asked.
+        UserError: When there may be some, and torch cannot be imported.
     """
-    # The device files of the NVIDIA driver say at once that there is none.
+    # Without device files of the NVIDIA driver there is none, and torch need not be imported.
     if not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
         return 0
-    question = "import torch; print(torch.cuda.device_count())"
-    asked = subprocess.run(
-        [sys.executable, "-P", "-c", question], stdout=subprocess.PIPE, text=True, check=False
+    code = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True, check=False
     )
-    if asked.returncode != 0:
+    if done.returncode != 0:
         raise UserError(
-            "--ranks: torch cannot count the GPUs for the reason above; megatron-keye doctor says "
-            "what is missing"
+            "--ranks: torch cannot count the GPUs for the reason above; run megatron-keye doctor, "
+            "which reports what is missing"
         )
-    return int(asked.stdout)
+    return int(done.stdout)
 
 
 class _Ranks:
-    """The processes of all ranks, and the signals that came and are not dealt with yet."""
+    """The processes of all ranks, and the signals received but not yet handled."""
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._signals: deque[int] = deque()
 
     @contextmanager
-    def hears_signals(self) -> Iterator[None]:
-        """Note signals instead of ending by them; what is ignored already (nohup) stays so."""
+    def records_signals(self) -> Iterator[None]:
+        """Record signals for `wait`; those ignored already (nohup) stay ignored."""
 
-        def note(number: int, frame: FrameType | None) -> None:
+        def record(number: int, frame: FrameType | None) -> None:
             self._signals.append(number)
 
         before = {
-            number: signal.signal(number, note)
+            number: signal.signal(number, record)
             for number in (*_STATUS_AFTER, signal.SIGUSR1)
             if signal.getsignal(number) is not signal.SIG_IGN
         }
@@ -119,32 +119,32 @@ class _Ranks:
                 command,
                 env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.DEVNULL,
-                preexec_fn=_leave_signals,
+                preexec_fn=_ignore_terminal_signals,
             )
             self._processes.append(process)
 
     def wait(self, stop_grace_seconds: float, failure_grace_seconds: float) -> int:
-        """Return the exit status when all have ended; see `launch`."""
+        """Wait until all have ended and return the exit status of `launch`."""
         running = list(self._processes)
         while running:
             time.sleep(_POLL_SECONDS)
             failed = next((process for process in running if process.poll()), None)
-            # After the look at the ranks: one that a signal ended as well is no failure.
+            # Read after the poll above: a rank that the same signal ended has not failed.
             while self._signals:
                 number = self._signals.popleft()
                 if number in _STATUS_AFTER:
-                    self._end(stop_grace_seconds)
+                    self._stop(stop_grace_seconds)
                     return _STATUS_AFTER[signal.Signals(number)]
                 self._send(number)
             if failed is not None:
                 status = _status_of(failed)
-                self._end(failure_grace_seconds)
+                self._stop(failure_grace_seconds)
                 return status
             running = [process for process in running if process.returncode is None]
         return 0
 
-    def _end(self, grace_seconds: float) -> None:
-        """Ask the ranks to end, wait so long, insist; INT insists at once."""
+    def _stop(self, grace_seconds: float) -> None:
+        """Send TERM, and kill ranks that still run after the grace period or at an INT."""
         self._send(signal.SIGTERM)
         deadline = time.monotonic() + grace_seconds
         while self._any_alive() and time.monotonic() < deadline:
@@ -158,7 +158,7 @@ class _Ranks:
         self.kill()
 
     def kill(self) -> None:
-        """End at once what still runs."""
+        """Kill the ranks that still run."""
         self._send(signal.SIGKILL)
         for process in self._processes:
             process.wait()
@@ -172,18 +172,18 @@ class _Ranks:
 
 
 def _status_of(failed: subprocess.Popen[bytes]) -> int:
-    """Return the exit status of a rank, and tell of the signal that ended it."""
+    """Return the exit status of a rank, and name the signal if one ended it."""
     if failed.returncode > 0:
         return int(failed.returncode)
     number = -failed.returncode
-    # It could not say anything itself.
+    # The rank could not write a message itself.
     sys.stderr.write(f"megatron-keye train: process {failed.pid} was ended by signal {number}\n")
     return 128 + number
 
 
-def _leave_signals() -> None:
-    """Make a rank ignore what is the launcher's to hear; runs between fork and exec."""
-    for number in _OF_THE_LAUNCHER:
+def _ignore_terminal_signals() -> None:
+    """Make a rank ignore the terminal's signals; runs between fork and exec."""
+    for number in _TERMINAL_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -1,6 +1,6 @@
-"""What is found on this machine: packages, compiler, driver, and what can be imported.
+"""Detects packages, compiler, driver and failing imports on this machine.
 
-Anything that might crash is imported in a process of its own.
+Whatever might crash is imported in a separate process.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from megatron_keye.config import backends
 
-# Distribution -> (what it gives, what its absence costs); REQUIRED ones are never absent.
+# What a distribution provides and, for optional ones, what happens without it.
 REQUIRED = {
     "torch": "tensors, autograd, processes",
     "megatron-core": "decoder blocks, schedules, checkpoints",
@@ -21,8 +21,8 @@ REQUIRED = {
 }
 OPTIONAL = {
     "nvidia-dali": ("video decoded on the GPU", "video is decoded on the CPU"),
-    "zarr": ("stores of prepared data", "data is prepared anew in each run"),
-    "tensorboard": ("event files of a run", "no curves, only the log"),
+    "zarr": ("stores of prepared samples", "samples are tokenized again in each run"),
+    "tensorboard": ("event files of a run", "no event files, only the log"),
 }
 ALIASES = {"nvidia-dali": backends.DALI_NAMES}
 IMPORT_SECONDS = 180
@@ -46,7 +46,7 @@ MEGATRON_PROBE = "import megatron.core; print('{}')"
 
 @dataclass(frozen=True, kw_only=True)
 class Torch:
-    """What torch says of itself; `cuda` is None for a build without it."""
+    """The installed torch; `cuda` is None for a build without CUDA."""
 
     version: str
     cuda: str | None
@@ -55,7 +55,7 @@ class Torch:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Everything that was found on the machine, before any judgement."""
+    """All findings about the machine, before any is judged a problem."""
 
     versions: dict[str, str | None]
     torch: Torch | None = None
@@ -67,9 +67,9 @@ class Facts:
 
 
 def probe(code: str) -> tuple[dict[str, object], str]:
-    """Run `code` in another Python; return the JSON it printed last and "", or {} and its error.
+    """Run `code` in another Python process, without warnings.
 
-    Warnings that it writes are left out; a crash is reported by its signal or exit status.
+    Returns the JSON object on its last line of output and "", or {} and its error or exit status.
     """
     command = [sys.executable, "-W", "ignore", "-c", code]
     try:
@@ -86,7 +86,7 @@ def probe(code: str) -> tuple[dict[str, object], str]:
 
 
 def output_of(*command: str) -> str:
-    """Return what a program prints, or "" when it is missing, fails or hangs."""
+    """Return the output of a program, or "" when it is missing, fails or hangs."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -98,7 +98,7 @@ def output_of(*command: str) -> str:
 
 
 def gather_facts() -> Facts:
-    """Look at the distributions, the compiler, the driver, and import what must be imported."""
+    """Find distributions, compiler, driver and GPUs, and test the imports."""
     versions = {}
     for name in (*REQUIRED, *OPTIONAL):
         found = (backends.installed_version(alias) for alias in ALIASES.get(name, (name,)))

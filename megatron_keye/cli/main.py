@@ -1,6 +1,6 @@
-"""The one command of the package: hands over to the module of the command that was named.
+"""The program `megatron-keye`: imports the module of the given command and runs it.
 
-Only that module is imported, so that planning and --help start without torch.
+No other command is imported, so that planning and --help start without torch.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from megatron_keye.config.check import suggest
 COMMANDS = {
     "train": "train a recipe on this machine, or as one rank of torchrun or srun",
     "plan": "show ranks, parameters and memory of a recipe, or the plan of one step",
-    "prepare": "turn samples into a store of tokens",
+    "prepare": "tokenize samples into a store on disk",
     "convert": "convert checkpoints from and to the released (Hugging Face) form",
     "verify": "compare a checkpoint with another form or implementation of the model",
-    "simulate": "play the schedule on a mix of sample lengths",
+    "simulate": "simulate the schedule on a mix of sample lengths",
     "profile": "record the timeline of a run, or time the ViT by frame size",
-    "doctor": "say what is installed on this machine and what is missing",
+    "doctor": "report what is installed on this machine and what is missing",
     "settings": "list the settings of a run with types, defaults and meaning",
 }
 """Each command's line in --help; its module has its name and a function `main`."""
@@ -30,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
     Args:
-        arguments: The words behind `megatron-keye`; those of this process when left out.
+        arguments: The arguments after `megatron-keye`; None for those of this process.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = _make_parser()
-    # Of the command's own options argparse must see none, least of all its --help.
+    # The command parses its own options, --help among them.
     options = parser.parse_args(words[:1])
     if options.command is None:
         parser.print_help()

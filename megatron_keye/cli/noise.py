@@ -1,15 +1,15 @@
-"""Keeps out of a command's output what libraries say when they are imported."""
+"""Keeps messages of libraries out of a command's output."""
 
 import logging
 import warnings
 
 
 def quieten_libraries() -> None:
-    """Silence notes about what is not installed; errors still come through.
+    """Silence warnings about missing optional packages; errors are still logged.
 
     Call it before torch or Megatron-Core is imported.
     """
     warnings.filterwarnings("ignore")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    # On a machine with a CUDA toolkit and no GPU.
+    # It warns where there is a CUDA toolkit but no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

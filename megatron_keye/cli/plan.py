@@ -1,13 +1,13 @@
-"""Shows what a recipe asks of a cluster: ranks, stages, parameters and memory, without a GPU.
+"""Shows the ranks, stages, parameters and memory that a recipe needs; runs without a GPU.
 
     megatron-keye plan keye_30b_a3b --ranks 64 --set parallel.decoder.tensor=4 --json
     megatron-keye plan keye_tiny --ranks 4 --batch SAMPLES:STEP --suggest
 
-Rank numbers are those that megatron-keye train, torchrun and srun give out. --batch shows which
-rank encodes what in one step, and how long each is expected to idle; SAMPLES may be left out for
-the recipe's own. --suggest plays several numbers of vision ranks on that step. Expected times are
-counted operations over assumed speeds of a device. Expected memory is that of full rows of
-pictures; a few GiB come on top for CUDA, NCCL and what the allocator cannot use.
+Ranks are numbered as by megatron-keye train, torchrun and srun. --batch plans one step: how much
+each rank encodes, and its expected idle time; without SAMPLES it reads the recipe's samples.
+--suggest simulates that step with several numbers of vision ranks. Expected times are counted
+operations divided by an assumed speed of a device. Expected memory assumes packed rows full of
+video; CUDA, NCCL and fragmentation add a few GiB.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_keye.checkpoint.hf.parameter_shapes import count_parameters, parameter_shapes
-from megatron_keye.cli.arguments import add_recipe, chosen_run, make_parser, positive_integer
+from megatron_keye.cli.arguments import add_count, add_json, add_recipe, chosen_run, make_parser
 from megatron_keye.cli.plan_table import describe
-from megatron_keye.cli.status import tells_user_errors
+from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.estimate.parameters import stage_layers
@@ -28,38 +28,32 @@ from megatron_keye.estimate.ranks import plan_ranks
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = make_parser("megatron-keye plan", __doc__)
     add_recipe(parser)
-    parser.add_argument(
-        "--ranks",
-        type=positive_integer,
-        default=1,
-        metavar="N",
-        help="ranks that the recipe may choose its degrees for; default: 1",
-    )
+    add_count(parser, "--ranks", "ranks for which the recipe chooses its degrees", default=1)
     parser.add_argument(
         "--labels",
         type=int,
         metavar="N",
-        help="labelled tokens of a row, for its memory; default: a 64th",
+        help="labelled tokens per packed row, which need logits; default: 1/64 of the row",
     )
-    parser.add_argument("--batch", metavar="SAMPLES:STEP", help="plan this step, from 0")
+    parser.add_argument("--batch", metavar="SAMPLES:STEP", help="plan this step, counted from 0")
     parser.add_argument(
-        "--suggest", action="store_true", help="how many vision ranks suit the step of --batch"
+        "--suggest", action="store_true", help="suggest a number of vision ranks for --batch"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_json(parser)
     return parser.parse_args(arguments)
 
 
-@tells_user_errors
+@reports_user_errors
 def main(arguments: Sequence[str]) -> int:
-    """Plan, and return the exit status."""
+    """Print the plan and return the exit status."""
     options = parse_arguments(arguments)
     run = chosen_run(options, num_ranks=options.ranks, has_gpu=True)
     plan = make_plan(run, options.labels)
     if options.suggest and options.batch is None:
-        raise UserError("--suggest: got no --batch, expected --batch SAMPLES:STEP beside it")
+        raise UserError("--suggest: got no --batch, expected --batch SAMPLES:STEP with it")
     if options.batch is not None:
         plan["step"] = plan_step(run, options.batch, suggests=options.suggest)
     sys.stdout.write(json.dumps(plan, indent=2) + "\n" if options.json else describe(plan))
@@ -67,11 +61,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def make_plan(run: RunConfig, num_labels: int | None = None) -> dict[str, Any]:
-    """Return everything that the command shows.
+    """Return everything that the command shows but the step of --batch.
 
     Args:
         run: The run.
-        num_labels: Labelled tokens of a row; a 64th of it when left out.
+        num_labels: Labelled tokens per row; None for 1/64 of the row.
     """
     counts = count_parameters(parameter_shapes(run.model))
     return {
@@ -93,15 +87,15 @@ def plan_step(run: RunConfig, batch: str, *, suggests: bool) -> dict[str, Any]:
     Args:
         run: The run.
         batch: SAMPLES:STEP.
-        suggests: Whether other numbers of vision ranks are tried.
+        suggests: Whether several numbers of vision ranks are compared.
 
     Raises:
         UserError: For a batch that is not SAMPLES:STEP, or samples that cannot be read.
     """
     samples, colon, number = batch.rpartition(":")
     if not colon or not number.isdigit():
-        raise UserError(f"--batch: got {batch!r}, expected SAMPLES:STEP with a step from 0")
-    # Late, since the grid needs no reader of videos.
+        raise UserError(f"--batch: got {batch!r}, expected SAMPLES:STEP with STEP counted from 0")
+    # Late, since only this part of the command imports video readers.
     from megatron_keye.estimate.step_summary import summarize_step
 
     data = replace(run.data, samples=samples or run.data.samples)

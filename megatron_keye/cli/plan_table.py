@@ -1,4 +1,4 @@
-"""Writes a plan as text: a line per rank, and the step that was planned."""
+"""Formats the plan of a run as text, a line per rank, and that of a step."""
 
 from typing import Any
 
@@ -19,12 +19,12 @@ def describe(plan: dict[str, Any]) -> str:
         )
     fullest = max(plan["ranks"], key=_total)
     parts = ", ".join(f"{name} {size:.1f}" for name, size in fullest["memory"].items())
-    lines += ["", f"  expected of rank {fullest['rank']}, the fullest, in GiB: {parts}"]
+    lines += ["", f"  most memory is expected on rank {fullest['rank']}, in GiB: {parts}"]
     return "\n".join(lines) + "\n" + describe_step(plan.get("step"))
 
 
 def describe_step(step: dict[str, Any] | None) -> str:
-    """Return the plan of a step as text; nothing when there is none."""
+    """Return the plan of a step as text; "" for None."""
     if step is None:
         return ""
     mean = step["idle_share"]
@@ -38,7 +38,7 @@ def describe_step(step: dict[str, Any] | None) -> str:
     for tried in step["suggestions"]:
         lines.append(
             f"  with {tried['vision_ranks']:>4} vision ranks: "
-            f"{tried['relative_seconds']:.2f}x the time, idle {tried['idle_share']:.1%}"
+            f"{tried['relative_seconds']:.2f}x the step time, idle {tried['idle_share']:.1%}"
         )
     if step["suggestions"]:
         best = step["suggestions"][0]["vision_ranks"]
@@ -47,7 +47,7 @@ def describe_step(step: dict[str, Any] | None) -> str:
 
 
 def _ranges(layers: list[int]) -> str:
-    """Write 0, 1, 4, 5 as 0-1, 4-5."""
+    """Format 0, 1, 4, 5 as 0-1, 4-5."""
     starts = [n for n in layers if n - 1 not in layers]
     ends = [n for n in layers if n + 1 not in layers]
     return ", ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True))

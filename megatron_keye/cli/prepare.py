@@ -1,11 +1,11 @@
-"""Prepares samples for training: JSON lines of conversations to a zarr store of tokens.
+"""Prepares samples for training: tokenizes conversations in JSON lines into a zarr store.
 
     megatron-keye prepare INPUT.jsonl --out STORE --workers 8 --preview 6
     megatron-keye train RECIPE --set data.samples=STORE
 
-Tokens depend on the recipe's frames, tokenizer and picture sizes, and a run with other ones
-refuses the store. Killed half-way, the same command continues. Exit status 2 when an argument or,
-unless --on-bad-sample skip says otherwise, a sample is wrong; no store is left then.
+The tokens depend on the recipe's tokenizer, frame rate and image sizes; a run with other
+settings refuses the store. A killed preparation continues when the same command is run again.
+Exit status 2, and no store, for a wrong argument or, without --on-bad-sample skip, a bad sample.
 """
 
 import argparse
@@ -26,16 +26,16 @@ from megatron_keye.cli.arguments import (
     make_parser,
 )
 from megatron_keye.cli.progress import sample_bar
-from megatron_keye.cli.status import INTERRUPTED, tell, tells_user_errors
+from megatron_keye.cli.status import INTERRUPTED, report_error, reports_user_errors
 from megatron_keye.errors import UserError
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = make_parser("megatron-keye prepare", __doc__)
     parser.add_argument("input", type=Path, metavar="INPUT.jsonl", help="samples to prepare")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="STORE", help="store to make; must not exist"
+        "--out", type=Path, required=True, metavar="STORE", help="store to write; must not exist"
     )
     add_recipe_option(parser, default="keye_30b_a3b")
     add_workers(parser)
@@ -43,40 +43,41 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--on-bad-sample",
         choices=("refuse", "skip"),
         default="refuse",
-        help="whether a sample that cannot be read stops the whole or is left out and named",
+        help="refuse: write no store if a sample cannot be read; skip: leave it out and name it; "
+        "default: refuse",
     )
     parser.add_argument(
         "--preview",
         type=int,
         default=0,
         metavar="N",
-        help="draw N samples to STORE.preview.png, their whole text to STORE.preview.txt",
+        help="write N samples to STORE.preview.png (images) and STORE.preview.txt (text)",
     )
     return parser.parse_args(arguments)
 
 
-@tells_user_errors
+@reports_user_errors
 def main(arguments: Sequence[str]) -> int:
-    """Prepare, and return the exit status."""
+    """Make the store and return the exit status."""
     options = parse_arguments(arguments)
     try:
         report = prepare(options)
     except OSError as error:
-        return tell(error)
+        return report_error(error)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command continues\n")
+        sys.stderr.write("stopped; run the same command again to continue\n")
         return INTERRUPTED
     show(options, report)
     return 0
 
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
-    """Do what the command line says and return the totals."""
+    """Make the store that the command line describes and return its totals."""
     run = chosen_run(options, num_ranks=1, has_gpu=True)
     num_workers = chosen_workers(options)
     if options.preview < 0:
         raise UserError(f"--preview: got {options.preview}, expected 0 or more")
-    # Late, since zarr and the readers of videos take a second to import.
+    # Late, since zarr and the video readers take a second to import.
     from megatron_keye.data.store.make import make_store
 
     with sample_bar("preparing") as progress:
@@ -114,8 +115,8 @@ def show(options: argparse.Namespace, report: dict[str, Any]) -> None:
     Console().print(table)
     if report["longest"] > report["row_tokens"]:
         sys.stdout.write(
-            f"some samples are longer than data.row_tokens = {report['row_tokens']:,}, and a run "
-            "with such rows will not take them\n"
+            f"some samples are longer than data.row_tokens = {report['row_tokens']:,}; a run "
+            "needs longer rows, or data.on_bad_sample=skip\n"
         )
     if report["num_refused"]:
         reasons = (options.out / "refused.txt").read_text().splitlines()

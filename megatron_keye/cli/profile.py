@@ -3,9 +3,10 @@
     megatron-keye profile keye_tiny --timeline OUT --ranks 4 --steps 3
     megatron-keye profile keye_30b_a3b --fit-vision
 
---timeline trains some steps like megatron-keye train and leaves in OUT the run, timeline.json (for
-chrome://tracing or ui.perfetto.dev) and timeline.svg, a picture of the last step. --fit-vision
-times the recipe's ViT on frames of several sizes and says how to balance by it.
+--timeline trains a few steps as megatron-keye train does and writes to OUT the run's folder,
+timeline.json (for chrome://tracing or ui.perfetto.dev) and timeline.svg, a drawing of the last
+step. --fit-vision times the recipe's ViT on frames of several sizes and prints the value of
+parallel.vision.attention_break_even_patches for this device.
 """
 
 import argparse
@@ -17,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_keye.cli.arguments import add_recipe, chosen_run, make_parser, positive_integer
+from megatron_keye.cli.arguments import add_count, add_recipe, chosen_run, make_parser
 from megatron_keye.cli.noise import quieten_libraries
-from megatron_keye.cli.status import tells_user_errors
+from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.config import RunConfig
 
 if TYPE_CHECKING:
@@ -27,32 +28,20 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = make_parser("megatron-keye profile", __doc__)
     add_recipe(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--timeline", type=Path, metavar="OUT", help="folder for what is recorded")
+    what.add_argument("--timeline", type=Path, metavar="OUT", help="record a run in this folder")
     what.add_argument("--fit-vision", action="store_true", help="time the ViT by frame size")
-    parser.add_argument(
-        "--ranks",
-        type=positive_integer,
-        default=1,
-        metavar="N",
-        help="processes to start; default: 1",
-    )
-    parser.add_argument(
-        "--steps",
-        type=positive_integer,
-        default=3,
-        metavar="N",
-        help="steps; the last one is drawn; default: 3",
-    )
+    add_count(parser, "--ranks", "processes to start", default=1)
+    add_count(parser, "--steps", "steps to train, of which the last is drawn", default=3)
     return parser.parse_args(arguments)
 
 
-@tells_user_errors
+@reports_user_errors
 def main(arguments: Sequence[str]) -> int:
-    """Measure, and return the exit status."""
+    """Measure and return the exit status."""
     options = parse_arguments(arguments)
     # Late, since torch takes seconds to import.
     quieten_libraries()
@@ -69,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def record(options: argparse.Namespace, run: RunConfig) -> int:
-    """Train with a recorder, draw what it recorded, and return the exit status."""
+    """Train with a recorded timeline, draw it, and return the exit status."""
     from megatron_keye.observe import gantt
     from megatron_keye.observe.timeline import chrome_trace, read_steps
 
@@ -86,7 +75,7 @@ def record(options: argparse.Namespace, run: RunConfig) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Run the recipe with a recorder, and return the launcher's exit status."""
+    """Train with a recorded timeline and return the launcher's exit status."""
     settings = [
         *options.set,
         f"output_dir={options.timeline}",
@@ -103,7 +92,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def describe(steps: dict[int, "Timeline"], run: RunConfig) -> str:
-    """Return the figures of every step and the last one's ranks as text."""
+    """Return the times of every step, and of each rank in the last one, as text."""
     lines = [f"{'step':>5}{'seconds':>10}{'vision':>10}{'decoder':>10}{'over the longer':>17}"]
     for number, step in steps.items():
         vision, decoder = step.vision_seconds(), step.decoder_seconds()
@@ -112,7 +101,8 @@ def describe(steps: dict[int, "Timeline"], run: RunConfig) -> str:
             f"{step.seconds / max(vision, decoder):>16.2f}x"
         )
     last = steps[max(steps)]
-    lines.append("vision, decoder: busy on the slowest rank, without waits for features")
+    lines.append("vision, decoder: busy seconds of the slowest rank, without waits for features")
+    lines.append("over the longer: seconds of the step over the longer of these two")
     num_decoder = run.parallel.decoder.num_ranks
     for rank in sorted(last.spans):
         busy = last.busy_seconds(rank)

@@ -1,4 +1,4 @@
-"""Progress bars on the terminal, for work that the library reports."""
+"""Progress bars on the terminal."""
 
 from contextlib import AbstractContextManager
 from typing import Self
@@ -18,10 +18,10 @@ from rich.progress import (
 
 
 class ProgressBar(AbstractContextManager["ProgressBar"]):
-    """A bar on standard error; a `megatron_keye.files.progress.Progress`."""
+    """A bar on standard error; implements `megatron_keye.files.progress.Progress`."""
 
     def __init__(self, what: str, *columns: ProgressColumn) -> None:
-        """Take what is done, and the columns behind its bar."""
+        """Make a bar named `what`, with `columns` to its right."""
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -37,20 +37,20 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
         return self
 
     def __exit__(self, *failure: object) -> None:
-        """Leave the bar as it is."""
+        """Stop updating the bar."""
         self._bar.stop()
 
     def begin(self, total: int, done: int = 0) -> None:
-        """Take the amount of the whole work and of what is done already."""
+        """Set the total amount of work and the amount already done."""
         self._bar.update(self._task, total=total, completed=done)
 
     def advance(self, amount: int) -> None:
-        """Take the amount done since the last call."""
+        """Add the amount done since the last call."""
         self._bar.advance(self._task, amount)
 
 
 def byte_bar(what: str) -> ProgressBar:
-    """Return a bar that counts bytes, with their rate."""
+    """Return a bar that counts bytes and shows their rate."""
     return ProgressBar(what, DownloadColumn(), TransferSpeedColumn())
 
 

@@ -1,7 +1,7 @@
-"""One rank of a run: joins the others, trains, and tells its own errors but not theirs.
+"""One rank of a run: joins the others, trains, and reports its own errors but not theirs.
 
-Every rank finds the same mistakes in recipe and settings, so rank 0 speaks for all; a rank that
-fails because another did says nothing.
+Every rank finds the same mistakes in recipe and settings, so only rank 0 reports them; a rank that
+fails because another did reports nothing.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from megatron_keye.cli.arguments import chosen_run
 from megatron_keye.cli.environment import complete_environment
 from megatron_keye.cli.noise import quieten_libraries
-from megatron_keye.cli.status import FAILED, LOST_PEERS, STOPPED, USER_ERROR, tell
+from megatron_keye.cli.status import FAILED, LOST_PEERS, STOPPED, USER_ERROR, report_error
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from megatron_keye.parallel.process import Process
 
 SECONDS_FOR_RANK_0 = 60.0
-"""What other ranks wait for it to say what is wrong with the settings; a launcher ends them."""
+"""Other ranks wait this long for it to report wrong settings; a launcher ends them before."""
 SECONDS_FOR_THE_FIRST = 3.0
-"""What a rank that fails because another did waits, so that the launcher sees that one first."""
+"""A rank that fails because another did waits, so that the launcher sees the other one first."""
 
 
 def run_rank(options: argparse.Namespace) -> int:
-    """Be the rank that the variables of torchrun name, and return the exit status.
+    """Run the rank that torchrun's variables name and return the exit status.
 
     Args:
-        options: Command line of `megatron-keye train`.
+        options: Parsed command line of `megatron-keye train`.
     """
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
     complete_environment(
         os.environ, local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks)))
     )
     quieten(rank)
-    # srun gives the largest exit status: a rank that it ends must not hide why it does.
+    # srun returns the largest exit status, so a rank that it ends must not exit with 143.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(FAILED))
     try:
         run = make_run(options, num_ranks)
@@ -49,11 +49,11 @@ def run_rank(options: argparse.Namespace) -> int:
         run.check_num_ranks(num_ranks)
     except UserError as error:
         if rank == 0:
-            return tell(error)
+            return report_error(error)
         time.sleep(SECONDS_FOR_RANK_0)
         return USER_ERROR
     except Exception:
-        # A recipe of the user's own may fail in any way.
+        # A user's recipe may raise anything.
         if rank != 0:
             time.sleep(SECONDS_FOR_RANK_0)
         raise
@@ -61,10 +61,10 @@ def run_rank(options: argparse.Namespace) -> int:
 
 
 def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
-    """Return the run of the command line for the ranks that were started.
+    """Return the run that the command line describes, for the ranks that were started.
 
     Raises:
-        UserError: For an unknown recipe or setting, or a --ranks that was not followed.
+        UserError: For an unknown recipe or setting, or a --ranks other than `num_ranks`.
     """
     import torch
 
@@ -77,7 +77,7 @@ def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
 
 
 def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
-    """Train with the other ranks, and return the exit status."""
+    """Train with the other ranks and return the exit status."""
     import torch
 
     from megatron_keye.parallel.process import join, resolve_device
@@ -85,7 +85,7 @@ def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
     try:
         device = resolve_device(run.device, int(os.environ.get("LOCAL_RANK", "0")))
     except UserError as error:
-        return tell(error)  # another machine may have all its devices
+        return report_error(error)  # on each rank, since machines may differ in their devices
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends waiting for peers, unlike a handler
     process = join(device, rank=rank, num_ranks=num_ranks, init_method=init_method(num_ranks))
     try:
@@ -96,36 +96,36 @@ def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
             return LOST_PEERS
         if not isinstance(error, UserError):
             raise
-        return tell(error)
+        return report_error(error)
     if not is_finished:
-        # The first rank to leave makes srun send TERM to the others. Python takes handlers away
-        # as it ends, but lets signals be ignored.
+        # The first rank to exit makes srun send TERM to the others. Python removes handlers as it
+        # exits, but ignored signals stay ignored.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.distributed.destroy_process_group()
     return 0 if is_finished else STOPPED
 
 
 def train(run: RunConfig, process: "Process") -> bool:
-    """Build a trainer on this rank, run it, and tell whether it reached its last step."""
-    from megatron_keye.config.backends import takes_transformer_engine
+    """Build a trainer on this rank, run it, and return whether it reached its last step."""
+    from megatron_keye.config.backends import uses_transformer_engine
     from megatron_keye.training.trainer import Trainer
 
     has_gpu = process.device.type == "cuda"
-    engine = takes_transformer_engine(run.training.linear_layers, has_gpu=has_gpu)
+    engine = uses_transformer_engine(run.training.linear_layers, has_gpu=has_gpu)
     trainer = Trainer(run, process, uses_transformer_engine=engine)
     trainer.train()
     return not trainer.was_stopped
 
 
 def init_method(num_ranks: int) -> str:
-    """Return where ranks meet, as torch.distributed takes it; a free port for a single rank."""
+    """Return torch.distributed's init_method; a single rank without one uses any free port."""
     return "env://" if num_ranks > 1 or "MASTER_ADDR" in os.environ else "tcp://127.0.0.1:0"
 
 
 def quieten(rank: int) -> None:
-    """Keep libraries' notes out of the progress display; errors still come through."""
+    """Keep messages of libraries out of the progress display; errors are still logged."""
     quieten_libraries()
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR)
-    # What is said of files and of how they are decoded comes from the rank that it happens on.
+    # Warnings about files and their decoding come from the rank that reads them.
     logging.getLogger("megatron_keye.data").setLevel(logging.WARNING)
     logging.getLogger("megatron_keye.training").setLevel(logging.INFO)

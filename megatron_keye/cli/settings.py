@@ -5,7 +5,7 @@
     megatron-keye settings parallel.decoder.tensor
     megatron-keye settings --markdown > docs/settings.md
 
-A setting is changed with --set NAME=VALUE; a value is JSON, or bare words for text.
+A setting is changed with --set NAME=VALUE; VALUE is JSON, or text without quotes.
 """
 
 import argparse
@@ -15,24 +15,24 @@ import textwrap
 from collections.abc import Sequence
 
 from megatron_keye.cli.arguments import make_parser
-from megatron_keye.cli.status import tells_user_errors
+from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.config.settings import Section, Setting, select_sections
 
 _MAX_COLUMNS = 100
 _HEAD = """\
 # Settings
 
-Every setting of a run. `--set NAME=VALUE` changes one; a value is JSON, or bare words for text.
-`megatron-keye settings [SECTION]` shows the same in a terminal. Where there is no default, the
-recipe says.
+Every setting of a run. `--set NAME=VALUE` changes one; VALUE is JSON, or text without quotes.
+`megatron-keye settings [SECTION]` shows the same in a terminal. A setting without a default is set
+by the recipe.
 
-This page is made by `megatron-keye settings --markdown > docs/settings.md` from the docstrings in
+`megatron-keye settings --markdown > docs/settings.md` makes this page from the docstrings in
 `megatron_keye/config/`.
 """
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = make_parser("megatron-keye settings", __doc__)
     parser.add_argument(
         "section",
@@ -41,13 +41,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="SECTION",
         help="a section or a setting, such as data or parallel.decoder.tensor; default: all",
     )
-    parser.add_argument("--markdown", action="store_true", help="print a page instead of text")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown instead of text")
     return parser.parse_args(arguments)
 
 
-@tells_user_errors
+@reports_user_errors
 def main(arguments: Sequence[str]) -> int:
-    """List, and return the exit status."""
+    """Print the settings and return the exit status."""
     options = parse_arguments(arguments)
     sections = select_sections(options.section)
     if options.markdown:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def text_of(sections: Sequence[Section], columns: int) -> str:
-    """Return the settings as text of so many columns."""
+    """Return the settings as text, wrapped to `columns`."""
     parts = []
     for section in sections:
         title = f"{section.name}: {section.meaning}" if section.name else section.meaning

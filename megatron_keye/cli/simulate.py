@@ -1,13 +1,13 @@
-"""Plays the heterogeneous schedule on a mix of lengths: idle time, and what balance is worth.
+"""Simulates the schedule on a mix of sample lengths: step and idle times, balanced or not.
 
     megatron-keye simulate keye_30b_a3b
     megatron-keye simulate keye_30b_a3b --ranks 64 512 --steps 4 --json
 
-No GPU is needed: the plan is the one that training makes, the times are counted operations over
-assumed speeds (--vision-tflops, --decoder-tflops). Compared with the balanced schedule are the ViT
-on the first pipeline stage, and pictures dealt out by documents, as data parallelism over samples
-does, or by their number, with rows as they come. Dedicated vision ranks stand beside the decoder;
-rank-seconds make different numbers of ranks comparable.
+No GPU is needed: the plan is the one that training makes; times are counted operations divided by
+assumed speeds (--vision-tflops, --decoder-tflops). Balanced schedules, with vision colocated or on
+dedicated ranks, are compared with the ViT on the first pipeline stage, and with images and frames
+assigned by document, as under data parallelism, or by count, with rows in their original order.
+Dedicated vision ranks are additional, so rank-seconds, relative to the first line, compare best.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_keye.cli.arguments import add_recipe, chosen_run, make_parser, positive_integer
-from megatron_keye.cli.status import tells_user_errors
+from megatron_keye.cli.arguments import add_count, add_json, add_recipe, chosen_run, make_parser
+from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.config import DecoderParallel, ParallelConfig, RunConfig
 from megatron_keye.estimate.forecast import (
     Forecast,
@@ -39,11 +39,11 @@ GRIDS = {
     64: DecoderParallel(tensor=2, pipeline=4, context=8, expert=8, virtual_stages=6),
     512: DecoderParallel(tensor=2, pipeline=4, context=8, expert=8, virtual_stages=6, data=8),
 }
-"""Decoders on all ranks, by their number."""
+"""Degrees of the decoder, by its number of ranks."""
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = make_parser("megatron-keye simulate", __doc__)
     add_recipe(parser)
     parser.add_argument(
@@ -52,30 +52,24 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=list(GRIDS),
         choices=GRIDS,
-        help="numbers of ranks to play; default: all",
+        help="numbers of decoder ranks to simulate; default: all",
     )
-    parser.add_argument(
-        "--steps",
-        type=positive_integer,
-        default=2,
-        metavar="N",
-        help="steps that are averaged; default: 2",
-    )
+    add_count(parser, "--steps", "steps to simulate and average", default=2)
     for part, tflops in (("vision", Speeds.vision_tflops), ("decoder", Speeds.decoder_tflops)):
         parser.add_argument(
             f"--{part}-tflops",
             type=float,
             default=tflops,
             metavar="N",
-            help=f"assumed speed, in 1e12 operations per second; default: {tflops:g}",
+            help=f"assumed TFLOP/s of a GPU on {part} work; default: {tflops:g}",
         )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_json(parser)
     return parser.parse_args(arguments)
 
 
-@tells_user_errors
+@reports_user_errors
 def main(arguments: Sequence[str]) -> int:
-    """Simulate, and return the exit status."""
+    """Simulate every schedule and return the exit status."""
     options = parse_arguments(arguments)
     speeds = Speeds(vision_tflops=options.vision_tflops, decoder_tflops=options.decoder_tflops)
     results = []
@@ -87,35 +81,37 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def with_grid(run: RunConfig, num_ranks: int) -> RunConfig:
-    """Put a recipe on a decoder of that many ranks, with 16 rows a replica."""
+    """Return the run on so many decoder ranks, with 16 rows per replica and step."""
     degrees = GRIDS[num_ranks]
     training = replace(run.training, rows_per_step=16 * degrees.data)
     return replace(run, parallel=ParallelConfig(decoder=degrees), training=training)
 
 
 def compare(run: RunConfig, num_steps: int, speeds: Speeds) -> list[dict[str, Any]]:
-    """Return what each schedule comes to, averaged over steps of the mix."""
-    played: dict[str, list[Simulated]] = {}
+    """Return step and idle times of each schedule, averaged over random steps."""
+    simulated: dict[str, list[Simulated]] = {}
     generator = np.random.default_rng(0)
     for _ in range(num_steps):
         rows = draw_rows(generator, run.training.rows_per_step, run.data.row_tokens)
-        for name, step in play_all(rows, run, speeds).items():
-            played.setdefault(name, []).append(step)
-    ours = _rank_seconds(played["colocated, balanced"])
+        for name, step in simulate_schedules(rows, run, speeds).items():
+            simulated.setdefault(name, []).append(step)
+    balanced = _rank_seconds(simulated["colocated, balanced"])
     return [
         {
             "ranks": len(steps[0].spans),
             "schedule": name,
             "step_seconds": sum(step.seconds for step in steps) / len(steps),
             "idle_share": sum(step.mean_idle_share for step in steps) / len(steps),
-            "rank_seconds_over_balanced": _rank_seconds(steps) / ours,
+            "rank_seconds_over_balanced": _rank_seconds(steps) / balanced,
         }
-        for name, steps in played.items()
+        for name, steps in simulated.items()
     ]
 
 
-def play_all(rows: list[RowShape], run: RunConfig, speeds: Speeds) -> dict[str, Simulated]:
-    """Return every schedule's outcome for one batch."""
+def simulate_schedules(
+    rows: list[RowShape], run: RunConfig, speeds: Speeds
+) -> dict[str, Simulated]:
+    """Simulate one batch under every schedule."""
     balanced = balance_shapes(rows, run)
     forecast = Forecast(balanced, run, speeds)
     plain = Forecast(rows, run, speeds)
@@ -133,7 +129,7 @@ def _rank_seconds(steps: list[Simulated]) -> float:
 
 
 def describe(results: list[dict[str, Any]]) -> str:
-    """Return the table as text."""
+    """Return the results as a text table."""
     lines = [f"{'ranks':>5}  {'schedule':<34}{'step':>9}{'idle':>8}{'rank-seconds':>14}"]
     for result in results:
         lines.append(

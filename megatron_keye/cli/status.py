@@ -1,4 +1,4 @@
-"""Exit statuses of all commands, and how an error of the user is told."""
+"""Exit statuses of all commands, and how a command reports errors that its user can fix."""
 
 import functools
 import sys
@@ -14,28 +14,28 @@ STOPPED = 75
 INTERRUPTED = 130
 
 Main = Callable[[Sequence[str]], int]
-"""Takes the arguments of a command and returns its exit status."""
+"""A command's main function: arguments to exit status."""
 
 
-def tell(error: Exception) -> int:
-    """Write an error as one sentence and return the exit status."""
+def report_error(error: Exception) -> int:
+    """Write an error's message to standard error and return the exit status."""
     sys.stderr.write(f"error: {error}\n")
     return USER_ERROR
 
 
-def tells_user_errors(main: Main) -> Main:
-    """Make a command tell a UserError in one sentence, and end by Ctrl-C without a traceback.
+def reports_user_errors(main: Main) -> Main:
+    """Make a command report a UserError, or end by Ctrl-C, without a traceback.
 
     Other errors keep theirs.
     """
 
     @functools.wraps(main)
-    def telling(arguments: Sequence[str]) -> int:
+    def reporting(arguments: Sequence[str]) -> int:
         try:
             return main(arguments)
         except UserError as error:
-            return tell(error)
+            return report_error(error)
         except KeyboardInterrupt:
             return INTERRUPTED
 
-    return telling
+    return reporting

@@ -5,11 +5,11 @@
     megatron-keye train my_recipe.py:small --resume auto
     torchrun --nproc-per-node 8 launch/train.py keye_30b_a3b
 
-Starts one process per rank on this machine and ends them together; where RANK is set, by torchrun,
-srun or this command itself, it is that rank. Ctrl-C and the signals TERM, HUP and USR1 let ranks
-finish their step and save; a second Ctrl-C does not wait.
+Starts one process per rank on this machine and stops them together. If RANK is set, by torchrun,
+srun or this command itself, the process is that rank. Ctrl-C and the signals TERM, HUP and USR1
+let ranks finish their step and save a checkpoint; a second Ctrl-C kills them.
 
-Exit status: 0 done, 75 stopped by USR1 and saved, 130 or 143 stopped by Ctrl-C or TERM, 2 a wrong
+Exit status: 0 done, 75 stopped by USR1 and saved, 130 or 143 stopped by Ctrl-C or TERM, 2 wrong
 setting, else that of the first rank that failed.
 """
 
@@ -19,37 +19,38 @@ import sys
 from collections.abc import Sequence
 
 from megatron_keye.cli import local, rank
-from megatron_keye.cli.arguments import add_recipe, chosen_run, make_parser, positive_integer
-from megatron_keye.cli.status import tells_user_errors
+from megatron_keye.cli.arguments import (
+    add_count,
+    add_recipe,
+    chosen_run,
+    make_parser,
+    positive_integer,
+)
+from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.errors import UserError
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = make_parser("megatron-keye train", __doc__)
     add_recipe(parser)
-    parser.add_argument(
-        "--ranks",
-        type=positive_integer,
-        metavar="N",
-        help="processes to start; default: variable RANKS, else the number of GPUs, else "
-        f"{local.DEFAULT_CPU_RANKS}",
-    )
+    default = f"variable RANKS, else the number of GPUs, else {local.DEFAULT_CPU_RANKS}"
+    add_count(parser, "--ranks", f"processes to start; default: {default}")
     parser.add_argument(
         "--resume",
         metavar="auto|none|FOLDER",
-        help="short for --set training.checkpoint.resume=...",
+        help="same as --set training.checkpoint.resume=...",
     )
-    parser.add_argument("--show", action="store_true", help="print the run as JSON and stop")
+    parser.add_argument("--show", action="store_true", help="print all settings as JSON and exit")
     options = parser.parse_args(arguments)
     if options.resume is not None:
         options.set.append(f"training.checkpoint.resume={options.resume}")
     return options
 
 
-@tells_user_errors
+@reports_user_errors
 def main(arguments: Sequence[str]) -> int:
-    """Train, and return the exit status."""
+    """Train and return the exit status."""
     options = parse_arguments(arguments)
     if "RANK" in os.environ:
         return rank.run_rank(options)
@@ -62,10 +63,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def default_ranks() -> int:
-    """Return how many ranks to start when the command line does not say.
+    """Return the number of ranks to start without --ranks.
 
     Raises:
-        UserError: When the variable RANKS is no number of processes.
+        UserError: When the variable RANKS is not an integer of 1 or more.
     """
     text = os.environ.get("RANKS", "")
     if text:

@@ -1,4 +1,4 @@
-"""Runs a checkpoint once or twice on one device and prints how far the numbers are apart."""
+"""Runs a checkpoint on one device and prints deviations from another form of the model."""
 
 import argparse
 from pathlib import Path
@@ -19,48 +19,49 @@ TOLERANCES = {"float32": 1e-5, "float64": 1e-10}
 PRECISIONS: dict[str, Precision] = {"float32": "fp32", "float64": "fp64"}
 
 
-def verify_on_device(arguments: argparse.Namespace) -> bool:
-    """Do what the command line says; return whether every comparison passes.
+def verify_on_device(options: argparse.Namespace) -> bool:
+    """Verify as the command line describes; return whether every comparison passes.
 
     Raises:
         UserError: For wrong folders or inputs.
     """
-    device = resolve_device(arguments.device, 0)
-    folder = open_hf(arguments.hf)
+    device = resolve_device(options.device, 0)
+    folder = open_hf(options.hf)
     if folder.unused:
         print(f"{len(folder.unused)} tensors are not part of the model: {folder.unused[0]} ...")
-    inputs = choose_inputs(arguments, folder)
+    inputs = choose_inputs(options, folder)
     with alone(device):
-        return verify(arguments, folder, inputs, device)
+        return verify(options, folder, inputs, device)
 
 
-def choose_inputs(arguments: argparse.Namespace, folder: HfFolder) -> DumpInputs:
-    """Return the user's inputs, or random ones that suit the comparison."""
-    if arguments.inputs is not None:
-        inputs = read_inputs(arguments.inputs, folder.model)
+def choose_inputs(options: argparse.Namespace, folder: HfFolder) -> DumpInputs:
+    """Return the inputs of --inputs, or random ones that suit the comparison."""
+    if options.inputs is not None:
+        inputs = read_inputs(options.inputs, folder.model)
     else:
-        sample = sample_text if arguments.against else sample_multimodal
-        inputs = inputs_from_arrays(sample(folder.model, arguments.seed), folder.model)
-    if arguments.against is not None:
+        sample = sample_text if options.against else sample_multimodal
+        inputs = inputs_from_arrays(sample(folder.model, options.seed), folder.model)
+    if options.against is not None:
         check_text(inputs, folder.model)
     return inputs
 
 
 def write_dump(path: Path, arrays: Arrays) -> None:
-    """Write an .npz file under another name and rename it when it is whole."""
+    """Write an .npz file under a temporary name and rename it once it is complete."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     partial.replace(path)
 
 
-def report(title: str, ours: Arrays, theirs: Arrays, arguments: argparse.Namespace) -> bool:
-    """Print deviations and return whether all are within the tolerance."""
-    given = arguments.tolerance
-    tolerance = TOLERANCES[arguments.dtype] if given is None else given
-    deviations = compare(ours, theirs, by_layer=arguments.layers)
+def report(title: str, ours: Arrays, theirs: Arrays, options: argparse.Namespace) -> bool:
+    """Print the deviations and return whether all are within the tolerance."""
+    tolerance = options.tolerance
+    if tolerance is None:
+        tolerance = TOLERANCES[options.dtype]
+    deviations = compare(ours, theirs, by_layer=options.layers)
     worst = largest(deviations)
-    print(f"{title}, {arguments.dtype}")
+    print(f"{title}, {options.dtype}")
     for deviation in deviations:
         print(f"  {deviation}")
     passes = worst.is_within(tolerance)
@@ -70,32 +71,32 @@ def report(title: str, ours: Arrays, theirs: Arrays, arguments: argparse.Namespa
 
 
 def verify(
-    arguments: argparse.Namespace, folder: HfFolder, inputs: DumpInputs, device: torch.device
+    options: argparse.Namespace, folder: HfFolder, inputs: DumpInputs, device: torch.device
 ) -> bool:
     """Load, run, dump and compare; return whether every comparison passes."""
-    precision = PRECISIONS[arguments.dtype]
+    precision = PRECISIONS[options.dtype]
     model = OneProcessModel(folder.model, device, precision)
     model.load_hf(folder)
-    gradients_as = folder.layout if arguments.gradients else None
+    gradients_as = folder.layout if options.gradients else None
     ours = dump(model, inputs, gradients_as=gradients_as)
-    if arguments.dump is not None:
-        write_dump(arguments.dump, ours)
-        print(f"wrote {len(ours)} arrays to {arguments.dump}")
+    if options.dump is not None:
+        write_dump(options.dump, ours)
+        print(f"wrote {len(ours)} arrays to {options.dump}")
     passes = True
-    if arguments.against is not None:
+    if options.against is not None:
         theirs = run_qwen3_moe(folder, model, inputs)
-        passes &= report(f"{folder.path} against {arguments.against}", ours, theirs, arguments)
-    if arguments.native is not None:
-        model.load_native(arguments.native)
+        passes &= report(f"{folder.path} against {options.against}", ours, theirs, options)
+    if options.native is not None:
+        model.load_native(options.native)
         theirs = dump(model, inputs, gradients_as=gradients_as)
-        passes &= report(f"{folder.path} against {arguments.native}", ours, theirs, arguments)
-    if arguments.native is None and arguments.against is None:
+        passes &= report(f"{folder.path} against {options.native}", ours, theirs, options)
+    if options.native is None and options.against is None:
         describe(ours)
     return passes
 
 
 def describe(arrays: Arrays) -> None:
-    """Print shape and range of what was computed, gradients left out."""
+    """Print shape and range of every array but gradients."""
     for name, array in arrays.items():
         if array.size and not name.startswith("grad."):
             kind = " by layer" if name in LAYERED else ""

@@ -1,55 +1,55 @@
-"""Runs a checkpoint and says how far it is from another form or implementation of the model.
+"""Runs a checkpoint and compares the results with another form or implementation of the model.
 
     megatron-keye verify --hf DIR --native DIR
-        both forms give the same numbers
+        compares both forms of the checkpoint
     megatron-keye verify --hf DIR --against qwen3-moe
-        transformers gives the same numbers on short text
+        compares with transformers, on short text
     megatron-keye verify --hf DIR --inputs IN.npz --dump OUT.npz [--gradients]
-        everything computed, to compare with any implementation
+        writes all results, to compare with any implementation
 
 Inputs: input_ids int64 [T]; optional pixel_values and pixel_values_videos float32
 [P, 3, patch, patch] (raster order within each image or frame) with image_grid_thw and
 video_grid_thw int64 [n, 3], one row [1, h, w] per image or frame; cu_seqlens int64 [d+1];
 position_ids int64 [3, T]; targets int64 [T], already shifted, -100 = ignored. Outputs:
-megatron_keye/verify/dump.py. Without --inputs, random ones are drawn.
+see megatron_keye/verify/dump.py. Without --inputs, random ones are used.
 
-Exit status 0 when all deviations are within --tolerance times the largest magnitude of their
-array (or 1, if that is smaller), 1 when not, 2 for wrong arguments or files.
+Exit status 0 when no deviation exceeds --tolerance times max(1, largest magnitude of its array),
+1 when one does, 2 for wrong arguments or files.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_keye.cli.arguments import make_parser
+from megatron_keye.cli.arguments import add_folder, make_parser
 from megatron_keye.cli.noise import quieten_libraries
-from megatron_keye.cli.status import FAILED, tells_user_errors
+from megatron_keye.cli.status import FAILED, reports_user_errors
 
 
-def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Read the command line."""
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
     parser = make_parser("megatron-keye verify", __doc__)
+    add_folder(parser, "--hf", "Hugging Face checkpoint", required=True)
+    add_folder(parser, "--native", "native checkpoint to compare with")
     add = parser.add_argument
-    add("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face checkpoint")
-    add("--native", type=Path, metavar="DIR", help="sharded checkpoint to compare it with")
-    add("--against", choices=["qwen3-moe"], help="transformers model to compare it with")
-    add("--inputs", type=Path, metavar="FILE.npz", help="inputs; random ones by default")
-    add("--dump", type=Path, metavar="OUT.npz", help="where to write what was computed")
+    add("--against", choices=["qwen3-moe"], help="transformers model to compare with")
+    add("--inputs", type=Path, metavar="FILE.npz", help="inputs; default: random ones")
+    add("--dump", type=Path, metavar="OUT.npz", help="file to write all results to")
     add("--gradients", action="store_true", help="also dump gradients; needs targets")
-    add("--dtype", choices=["float32", "float64"], default="float32", help="no TF32 (%(default)s)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(%(default)s)")
-    add("--layers", action="store_true", help="tell the deviation of each layer")
-    add("--tolerance", type=float, help="largest deviation that passes (1e-5; float64 1e-10)")
-    add("--seed", type=int, default=0, help="seed of random inputs (%(default)s)")
-    return parser.parse_args(words)
+    add("--dtype", choices=["float32", "float64"], default="float32", help="default: float32")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: auto")
+    add("--layers", action="store_true", help="print the deviation of each layer")
+    add("--tolerance", type=float, metavar="X", help="default: 1e-5, for float64 1e-10")
+    add("--seed", type=int, default=0, metavar="N", help="seed of random inputs; default: 0")
+    return parser.parse_args(arguments)
 
 
-@tells_user_errors
-def main(words: Sequence[str]) -> int:
-    """Verify, and return the exit status."""
-    arguments = parse_arguments(words)
+@reports_user_errors
+def main(arguments: Sequence[str]) -> int:
+    """Verify and return the exit status."""
+    options = parse_arguments(arguments)
     # Late, since torch takes seconds to import.
     quieten_libraries()
     from megatron_keye.cli.verification import verify_on_device
 
-    return 0 if verify_on_device(arguments) else FAILED
+    return 0 if verify_on_device(options) else FAILED

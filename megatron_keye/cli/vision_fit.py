@@ -1,4 +1,4 @@
-"""Times the ViT on frames of several sizes."""
+"""Times the ViT on frames of several sizes, to fit the cost of its attention."""
 
 import time
 
@@ -11,14 +11,14 @@ from megatron_keye.estimate.break_even import fit_break_even
 from megatron_keye.vision import VisionTower
 
 _SIDES = (8, 16, 32, 64, 96)
-"""Patches down and across the frames that --fit-vision times."""
+"""Patches along each side of the square frames that are timed."""
 _PATCHES = 9_216
-"""Patches of one timed call, about a chunk's."""
+"""Patches per timed call, about a chunk."""
 _REPEATS = 5
 
 
 def fit_vision(run: RunConfig, device: torch.device) -> str:
-    """Time the ViT and return what was found as text."""
+    """Time the ViT; return the times and the fitted setting as text."""
     tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
     tower.reset_parameters(run.training.seed)
     tower = tower.to(device=device, dtype=weight_dtype(run))
@@ -29,8 +29,8 @@ def fit_vision(run: RunConfig, device: torch.device) -> str:
         seconds.append(time_forward(tower, patch_grids, run.model.vision.patch_size))
     break_even = fit_break_even(frames, seconds)
     lines = [
-        f"frames of {sizes[0]:>5} patches: {taken / sum(sizes) * 1e6:8.3f} us per patch"
-        for sizes, taken in zip(frames, seconds, strict=True)
+        f"frames of {sizes[0]:>5} patches: {elapsed / sum(sizes) * 1e6:8.3f} us per patch"
+        for sizes, elapsed in zip(frames, seconds, strict=True)
     ]
     lines.append(f"--set parallel.vision.attention_break_even_patches={break_even}")
     return "\n".join(lines) + "\n"
@@ -42,14 +42,14 @@ def time_forward(tower: VisionTower, patch_grids: list[tuple[int, int]], patch_s
     weight = next(tower.parameters())
     num_patches = sum(height * width for height, width in patch_grids)
     patches = torch.zeros(num_patches, 3, patch_size, patch_size).to(weight)
-    taken = []
+    seconds = []
     for _ in range(_REPEATS + 1):
         _synchronize(weight.device)
         started = time.perf_counter()
         tower(patches, patch_grids)
         _synchronize(weight.device)
-        taken.append(time.perf_counter() - started)
-    return float(np.median(taken[1:]))
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[1:]))
 
 
 def _synchronize(device: torch.device) -> None:

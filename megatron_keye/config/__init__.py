@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, checked when they are made."""
+"""Configuration of a run: frozen dataclasses, validated when they are made."""
 
 from megatron_keye.config.data import DataConfig, DecodeConfig, FrameConfig
 from megatron_keye.config.model import (

@@ -1,8 +1,7 @@
-"""Which optional GPU packages are wholly installed, found without importing them.
+"""Detects which optional GPU packages are completely installed, without importing them.
 
-In one place, because an import can't answer it: Megatron-Core expects ImportError where a half
-installed Transformer Engine raises RuntimeError, and the package index also has another `apex`.
-Standard library only.
+Importing does not show it: a partly installed Transformer Engine raises RuntimeError, for which
+Megatron-Core is not prepared, and the package index has another `apex`. Standard library only.
 """
 
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -21,9 +20,9 @@ APEX_INSTALL = (
     "git+https://github.com/NVIDIA/apex"
 )
 DALI_INSTALL = 'pip install "nvidia-dali-cuda130==2.4.*"'
-# The distribution's name carries the CUDA release.
+# One distribution per CUDA release.
 DALI_NAMES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-# The core library by the CUDA release it was built for.
+# Transformer Engine's core library, one distribution per CUDA release.
 _CORE_NAMES = ("transformer-engine-cu13", "transformer-engine-cu12")
 _TORCH_NAME = "transformer-engine-torch"
 
@@ -37,12 +36,12 @@ def installed_version(name: str) -> str | None:
 def transformer_engine_version() -> str | None:
     """Return the version of Transformer Engine, or None when no part of it is installed.
 
-    Three packages make it up: Python code, a core library per CUDA release, and the binding to
-    torch. A build from source has all three in the first.
+    It consists of three packages: Python code, a core library per CUDA release, and the binding
+    to torch. A build from source has all three in the first.
 
     Raises:
-        RuntimeError: Some parts are missing or of different versions. Megatron-Core can't even be
-            imported like this.
+        RuntimeError: When a part is missing or the versions differ; Megatron-Core cannot be
+            imported then.
     """
     front = _find("transformer-engine")
     parts = {name: installed_version(name) for name in (*_CORE_NAMES, _TORCH_NAME)}
@@ -62,14 +61,13 @@ def transformer_engine_version() -> str | None:
         missing.append(_TORCH_NAME)
     got = ", ".join(f"{name} {version}" for name, version in present.items())
     remedy = (
-        f"Megatron-Core fails to import like this; complete it with "
+        f"Megatron-Core cannot be imported like this; complete it with "
         f"`{TRANSFORMER_ENGINE_INSTALL}` or remove it with "
         f"`pip uninstall -y {' '.join(present)}`"
     )
     if missing:
         raise RuntimeError(
-            f"half of Transformer Engine is installed: got {got} without {', '.join(missing)}. "
-            f"{remedy}"
+            f"Transformer Engine is incomplete: got {got} without {', '.join(missing)}. {remedy}"
         )
     if len(set(present.values())) > 1:
         raise RuntimeError(
@@ -79,16 +77,16 @@ def transformer_engine_version() -> str | None:
     return next(iter(present.values()))
 
 
-def takes_transformer_engine(wanted: LinearLayers, *, has_gpu: bool) -> bool:
-    """Decide whose linear layers a run uses.
+def uses_transformer_engine(wanted: LinearLayers, *, has_gpu: bool) -> bool:
+    """Return whether a run uses Transformer Engine's linear layers.
 
     Args:
         wanted: The run's training.linear_layers.
         has_gpu: Whether the run is on GPUs.
 
     Raises:
-        UserError: Transformer Engine is asked for and can't be had.
-        RuntimeError: Half of it is installed.
+        UserError: When Transformer Engine is requested but not available.
+        RuntimeError: When it is only partly installed.
     """
     if wanted == "megatron" or (wanted == "auto" and not has_gpu):
         return False
@@ -103,14 +101,14 @@ def takes_transformer_engine(wanted: LinearLayers, *, has_gpu: bool) -> bool:
 
 
 def decode_backend(wanted: DecodeBackend, *, has_gpu: bool) -> Literal["pyav", "dali"]:
-    """Decide what decodes video on a rank that encodes it.
+    """Return the video decoder of a rank that encodes.
 
     Args:
         wanted: The run's data.decode.backend.
         has_gpu: Whether the run is on GPUs.
 
     Raises:
-        UserError: DALI is asked for and can't be had.
+        UserError: When DALI is requested but not available.
     """
     is_installed = any(_find(name) is not None for name in DALI_NAMES)
     if wanted == "dali" and not (has_gpu and is_installed):
@@ -123,7 +121,7 @@ def decode_backend(wanted: DecodeBackend, *, has_gpu: bool) -> Literal["pyav", "
 
 
 def transformer_engine_cuda() -> int | None:
-    """Return the CUDA major version that the installed core library is for, None if unknown."""
+    """Return the CUDA major version of the installed Transformer Engine, None if unknown."""
     for name in _CORE_NAMES:
         if _find(name) is not None:
             return int(name.removeprefix("transformer-engine-cu"))
@@ -134,7 +132,7 @@ def apex_version() -> str | None:
     """Return the version of NVIDIA's apex, or None when no `apex` is installed.
 
     Raises:
-        RuntimeError: The installed `apex` is the package index's, an unrelated web toolkit.
+        RuntimeError: When the installed `apex` is the unrelated one of the package index.
     """
     found = _find("apex")
     if found is None:
@@ -157,7 +155,7 @@ def _find(name: str) -> Distribution | None:
 
 
 def _is_built_from_source(front: Distribution) -> bool:
-    """Return whether the package holds the compiled binding itself."""
+    """Return whether the package itself contains the compiled binding to torch."""
     return any(
         path.name.startswith("transformer_engine_torch") and path.suffix == ".so"
         for path in front.files or []

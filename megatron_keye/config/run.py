@@ -1,4 +1,4 @@
-"""The whole configuration of a run: cross-checks, JSON, and --set overrides."""
+"""The whole configuration of a run: checks across sections, JSON, and --set overrides."""
 
 import dataclasses
 import json
@@ -16,52 +16,52 @@ from megatron_keye.config.training import TrainingConfig
 from megatron_keye.errors import UserError
 
 RENAMED = {"parallel.decoder.chunks_per_stage": "parallel.decoder.virtual_stages"}
-"""Settings by the names that run.json files of earlier versions have, in checkpoints too."""
+"""Former names of settings, as in run.json files and checkpoints of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run, apart from the machine it runs on."""
+    """The whole configuration of a run."""
 
     name: str
-    """Name of the run; its results go to output_dir / name."""
+    """Name of the run, which writes to the folder output_dir/name."""
     model: ModelConfig
     """Sizes of the model."""
     data: DataConfig
     """Samples and rows."""
     parallel: ParallelConfig
-    """Ranks."""
+    """Degrees of parallelism."""
     training: TrainingConfig
-    """Steps."""
+    """Steps, optimizer and checkpoints."""
     output_dir: str = "runs"
-    """Folder that holds the runs."""
+    """Parent folder of the runs' folders."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto" takes the GPUs when torch sees one, the CPU otherwise."""
+    """"auto" uses GPUs if torch finds any, else the CPU."""
 
     def __post_init__(self) -> None:
         self.validate()
 
     @property
     def folder(self) -> Path:
-        """Where this run writes its configuration, checkpoints, events and summary."""
+        """Folder of the run's configuration, checkpoints, events and summary."""
         return Path(self.output_dir) / self.name
 
     @property
     def rows_per_replica(self) -> int:
-        """Micro-batches that each data-parallel replica works through in one step."""
+        """Micro-batches of each data-parallel replica in one step."""
         return self.training.rows_per_step // self.parallel.decoder.data
 
     def validate(self) -> None:
-        """Check what concerns two sections or more.
+        """Check the settings that depend on those of another section.
 
         Raises:
-            UserError: Naming the setting, what was got and what was expected.
+            UserError: Names the setting, its value and what was expected.
         """
         decoder, degrees = self.model.decoder, self.parallel.decoder
         self._check_divides(decoder.num_kv_heads, "tensor", "key-value heads")
         self._check_divides(decoder.vocab_size, "tensor", "vocabulary rows")
         self._check_divides(decoder.experts.num_experts, "expert", "experts")
-        self._check_divides(self.training.rows_per_step, "data", "rows a step")
+        self._check_divides(self.training.rows_per_step, "data", "rows per step")
         degrees.layers_per_stage(decoder.num_layers)
         check(
             degrees.virtual_stages == 1 or self.rows_per_replica % degrees.pipeline == 0,
@@ -70,26 +70,26 @@ class RunConfig:
             f"a multiple of data x pipeline = {degrees.data * degrees.pipeline}, since the "
             "pipeline is interleaved",
         )
-        share = degrees.tensor * degrees.context * (2 if degrees.context > 1 else 1)
+        divisor = degrees.tensor * degrees.context * (2 if degrees.context > 1 else 1)
         check(
-            self.data.row_tokens % share == 0,
+            self.data.row_tokens % divisor == 0,
             "data.row_tokens",
             self.data.row_tokens,
-            f"a multiple of {share}, so that tensor x context ranks get equal parts",
+            f"a multiple of {divisor}, so that tensor x context ranks get equal parts",
         )
         check(
             self.training.dense_up_to < self.data.row_tokens,
             "training.dense_up_to",
             self.training.dense_up_to,
-            f"less than data.row_tokens = {self.data.row_tokens}, or no row would teach the "
-            'indexer; for that, take training.phase="dense"',
+            f"less than data.row_tokens = {self.data.row_tokens}, or no row would train the "
+            'indexer; if that is meant, set training.phase="dense"',
         )
         check(
             not self.data.feature_cache or "vision" not in self.training.trained_parts,
             "data.feature_cache",
             self.data.feature_cache,
-            "'' since vision learns in this run, and its features change with every step; or "
-            "freeze it with training.frozen",
+            "'', since vision learns in this run, so that its features change with every step; or "
+            "add vision to training.frozen",
         )
 
     def _check_divides(self, count: int, axis: str, what: str) -> None:
@@ -106,27 +106,27 @@ class RunConfig:
             self.parallel.describe(),
             f"{num_ranks}, the number of ranks that were started; change a degree with --set, or "
             f"start {self.parallel.num_ranks} ranks (megatron-keye train --ranks; under "
-            "Slurm nodes times GPUs of a node)",
+            "Slurm, nodes x GPUs per node)",
         )
 
     def to_json(self) -> str:
-        """Return the whole tree as indented JSON."""
+        """Return the configuration as indented JSON."""
         return json.dumps(_plain(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Build the tree from what `to_json`, of an earlier version too, wrote."""
+        """Return the configuration that `to_json`, of this or an earlier version, wrote."""
         return typing.cast(Self, _build(cls, json.loads(text), path=""))
 
     def with_overrides(self, overrides: list[str]) -> Self:
-        """Return a copy with `section.field=value` settings applied, all checked together.
+        """Return a copy with `section.field=value` settings applied, which are checked together.
 
         Args:
-            overrides: Settings as `--set` takes them; values are JSON, or bare words for text.
+            overrides: Arguments of `--set`; values are JSON, or text without quotes.
 
         Raises:
-            UserError: For a setting without "=", an unknown field (near spellings are named), a
-                value of the wrong type, or a combination that does not fit.
+            UserError: For a setting without "=", an unknown field (suggesting similar ones), a
+                value of the wrong type, or an invalid combination.
         """
         tree = _plain(self)
         for override in overrides:
@@ -137,7 +137,7 @@ class RunConfig:
 
 
 def _plain(node: Any) -> Any:
-    """Turn dataclasses into dicts and tuples into lists, leaving out derived fields."""
+    """Return dataclasses as dicts, without derived fields, and tuples as lists."""
     if dataclasses.is_dataclass(node):
         return {f.name: _plain(getattr(node, f.name)) for f in dataclasses.fields(node) if f.init}
     return [_plain(item) for item in node] if isinstance(node, tuple) else node
@@ -151,7 +151,7 @@ def _fields(section: type) -> dict[str, Any]:
 def _field_type(section: type, name: str, path: str) -> Any:
     known = _fields(section)
     if f"{path}{name}" in RENAMED:
-        raise UserError(f"{path}{name}: is called {RENAMED[f'{path}{name}']} now; write that")
+        raise UserError(f"{path}{name}: is called {RENAMED[f'{path}{name}']} now; use that name")
     if name not in known:
         raise UserError(f"{path}{name}: no such field; {suggest(name, known)}")
     return known[name]
@@ -163,7 +163,7 @@ def _assign(section: type, tree: dict[str, Any], name: str, text: str) -> None:
     for parent in parents:
         section = _field_type(section, parent, path)
         path += f"{parent}."
-        check(dataclasses.is_dataclass(section), path[:-1], name, "no dot after a plain field")
+        check(dataclasses.is_dataclass(section), path[:-1], name, "no dot after this setting")
         tree = tree[parent]
     wanted = _field_type(section, leaf, path)
     if dataclasses.is_dataclass(wanted):
@@ -180,7 +180,7 @@ def _parse(text: str) -> Any:
 
 
 def _build(wanted: Any, value: Any, path: str) -> Any:
-    """Build a value of the `wanted` type out of plain JSON, refusing what does not fit."""
+    """Return JSON data as a value of the `wanted` type; UserError if it is none."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if dataclasses.is_dataclass(wanted):
         section = typing.cast(type, wanted)

@@ -1,7 +1,7 @@
-"""The settings of a run as a list: name, type, default and meaning of each.
+"""Lists all settings of a run: name, type, default and meaning.
 
-Read from the dataclasses and from the docstrings below their fields, so that help and
-documentation can't differ from the code.
+They are read from the dataclasses and the docstrings of their fields, so that help and
+documentation agree with the code.
 """
 
 import ast
@@ -32,40 +32,40 @@ class Setting:
     """One setting."""
 
     name: str
-    """Dotted name, as --set takes it."""
+    """Dotted name, as in --set."""
     type: str
-    """What values it takes, in words."""
+    """Type of its values, in words."""
     default: str | None
-    """Default as --set would be given it; None where the recipe must say."""
+    """Default, written as for --set; None if every recipe sets it."""
     meaning: str
     """Docstring of the field, as one paragraph."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """The settings that stand together in one dataclass."""
+    """The settings of one dataclass."""
 
     name: str
     """Dotted name; "" for the run itself."""
     meaning: str
-    """First sentence of the class's docstring."""
+    """First paragraph of the class's docstring."""
     settings: tuple[Setting, ...]
-    """In the order of the class, sections inside it left out."""
+    """In the order of the class, without those of nested sections."""
 
 
 def read_sections() -> list[Section]:
-    """Return all sections of a run, each before those inside it."""
+    """Return all sections of a run, each before its nested ones."""
     return list(_walk(RunConfig, ""))
 
 
 def select_sections(name: str) -> list[Section]:
-    """Return the sections with the settings whose names begin with a dotted prefix.
+    """Return the sections with only those settings whose dotted names begin with `name`.
 
     Args:
-        name: A section or a setting, such as training.optimizer; "" for everything.
+        name: A section or a setting, such as training.optimizer; "" for all.
 
     Raises:
-        UserError: When there is neither; with near names.
+        UserError: When there is none; suggests similar names.
     """
     sections = read_sections()
     if not name:
@@ -113,7 +113,7 @@ def _walk(section: type, name: str) -> Iterator[Section]:
 
 
 def _field_docstrings(section: type) -> dict[str, str]:
-    """Return the string below each field of a class, as one paragraph."""
+    """Return the docstring below each field of a class, as one paragraph."""
     source = inspect.getsource(sys.modules[section.__module__])
     body = next(
         node.body

@@ -1,4 +1,4 @@
-"""What a run does with the model: phase, steps, optimizer, precision, checkpoints."""
+"""Settings of training: phase, steps, optimizer, precision, checkpoints."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,28 +14,28 @@ PARTS: tuple[Part, ...] = ("vision", "projector", "decoder", "indexer")
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine decay."""
+    """AdamW with linear warm-up and cosine decay of the learning rate."""
 
     learning_rate: float = 1e-4
     """Peak learning rate."""
     min_learning_rate: float = 0.0
     """Learning rate at the end of the decay."""
     warmup_steps: int = 0
-    """Steps of linear growth from 0."""
+    """Steps in which the learning rate grows linearly from 0."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices; norms and biases have none."""
+    """Decoupled weight decay of matrices; norms and biases have none."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     epsilon: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     clip_gradient_norm: float = 1.0
-    """Largest norm of the gradient over decoder and vision together; 0 turns clipping off."""
+    """Gradients are clipped to this norm over decoder and vision together; 0: no clipping."""
     distributed: bool = False
-    """Whether replicas share the optimizer (Megatron's distributed optimizer, ZeRO-1): each rank
-    keeps moments and master weights of one part and updates it, and the weights are gathered.
-    Otherwise each keeps all. Checkpoints are the same for both; fp64 runs never share."""
+    """Whether data-parallel ranks share the optimizer (Megatron's distributed optimizer, ZeRO-1):
+    each keeps moments and master weights of one shard and updates it, then weights are gathered.
+    Otherwise each keeps all. Checkpoints are the same for both; ignored with fp64."""
 
     def __post_init__(self) -> None:
         rate, low = self.learning_rate, self.min_learning_rate
@@ -45,20 +45,20 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When and where the state is saved, and what a run starts from."""
+    """When checkpoints are saved, and which one a run starts from."""
 
     interval_steps: int = 0
-    """Save after every so many steps; 0: only after the last."""
+    """Steps from one checkpoint to the next; 0: save only after the last step."""
     saves_last: bool = True
-    """Whether the last step is saved whatever the interval; measurements need no checkpoint."""
+    """Whether the last step is always saved; benchmarks need no checkpoint."""
     keep: int = 2
-    """Newest checkpoints kept; 0 keeps all."""
+    """Newest checkpoints to keep; 0 keeps all."""
     resume: str = "none"
-    """"auto" continues from the newest checkpoint of this run when there is one, "none" starts
-    afresh, anything else is the folder of one checkpoint to continue from."""
+    """"auto" continues from the newest checkpoint of this run if there is one, "none" starts a new
+    run, any other value is the folder of a checkpoint to continue from."""
     weights: str = ""
-    """Folder of a native checkpoint whose weights a fresh run begins with, for example one made by
-    megatron-keye convert; "" draws them at random. A resumed run takes its own."""
+    """Folder of a native checkpoint, for example of megatron-keye convert, whose weights a new run
+    starts with; "" for random weights. A resumed run ignores it."""
 
     def __post_init__(self) -> None:
         for name in ("interval_steps", "keep"):
@@ -68,42 +68,43 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Steps, phase, precision, and what learns."""
+    """Steps, phase, precision, and which parts of the model learn."""
 
     steps: int
-    """Optimizer steps of the whole run; the learning-rate schedule spans them."""
+    """Optimizer steps of the whole run, over which the learning-rate schedule extends."""
     stop_after_step: int = 0
-    """Save and stop after this step, leaving the schedule as it is; 0 goes to the end."""
+    """Save and stop after this step, without changing the schedule; 0: run to the end."""
     rows_per_step: int = 1
-    """Packed rows of one step over all replicas (the global batch)."""
+    """Global batch size in packed rows, over all replicas."""
     phase: Phase = "sparse"
-    """"dense": plain attention, no indexer. "indexer_warmup": plain attention, only the indexer
-    learns, from all keys. "sparse": attention over the selected keys, everything learns."""
+    """"dense": dense attention without the indexer. "indexer_warmup": dense attention; only the
+    indexer learns, from the attention weights of all keys. "sparse": attention to the keys that
+    the indexer selects; everything learns."""
     dense_up_to: int = 0
-    """In the sparse phase, rows whose longest document has at most so many tokens (padding counts
-    as a document) attend densely and do not train the indexer; 0 for none, since only the user
-    knows whether enough longer rows are left to train it."""
+    """In the sparse phase, rows whose documents (samples, and padding) all have at most this many
+    tokens use dense attention and do not train the indexer. 0: no row does. Longer rows must
+    remain to train the indexer."""
     indexer_loss_weight: float = 1.0
-    """Weight lambda of the indexer's KL loss, a mean over queries and a sum over layers and
-    key-value groups, beside the mean language loss. Only the indexer gets gradients from it."""
+    """Weight of the indexer's KL loss (mean over queries, sum over layers and key-value heads)
+    relative to the mean language loss. Only the indexer gets gradients from it."""
     frozen: tuple[Part, ...] = ()
-    """Parts that do not learn, of vision, projector, decoder, indexer."""
+    """Parts of the model that do not learn."""
     recompute_layers: bool = False
-    """Whether decoder layers are recomputed in the backward pass instead of kept."""
+    """Whether the backward pass recomputes decoder layers (full activation recomputation)."""
     precision: Literal["fp64", "fp32", "bf16"] = "bf16"
-    """Type of weights and activations; bf16 keeps fp32 master weights and gradients. fp64 is for
-    comparing with other implementations, without the router's balancing loss."""
+    """Type of weights and activations; bf16 has fp32 master weights and gradients. fp64 is for
+    comparison with other implementations and needs model.decoder.experts.balance_loss_weight=0."""
     linear_layers: LinearLayers = "auto"
-    """Whose linear layers and experts the decoder uses. "auto" takes Transformer Engine's on a GPU
-    where it is installed, Megatron-Core's own otherwise; checkpoints are the same for both."""
+    """Implementation of the decoder's linear layers and experts. "auto" is Transformer Engine on a
+    GPU if it is installed, else Megatron-Core; checkpoints are the same for both."""
     seed: int = 1234
-    """Seeds weights, sample order and everything else that is random."""
+    """Seed of initial weights, sample order and all other random numbers."""
     records_timeline: bool = False
-    """Whether every rank records when each part of each step ran, in timeline/ of the run's
-    folder; megatron-keye profile draws it. It adds a barrier before each step."""
+    """Whether every rank records the start and end of each part of a step, in timeline/ of the
+    run's folder, for megatron-keye profile. Adds a barrier before each step."""
     device_peak_tflops: float = 0.0
-    """Peak speed of one device in this precision, in 1e12 operations per second, for the model
-    FLOPs utilization (MFU); 0 looks NVIDIA's bf16 peak up by the device's name."""
+    """Peak TFLOP/s of one device in this precision, for the model FLOPs utilization (MFU); 0 uses
+    NVIDIA's bf16 peak, by the device's name."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its schedule."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -130,7 +131,7 @@ class TrainingConfig:
         check(bool(self.trained_parts), "training.frozen", self.frozen, "a part that still learns")
 
     def row_phase(self, longest_document: int) -> Phase:
-        """Return the phase in which a row runs.
+        """Return the phase of a row.
 
         Args:
             longest_document: Tokens of the row's longest document, 1 or more.
@@ -139,7 +140,7 @@ class TrainingConfig:
 
     @property
     def trained_parts(self) -> tuple[Part, ...]:
-        """The parts that learn in this phase and are not frozen."""
+        """Parts that learn: those of the phase that are not frozen."""
         of_phase: dict[str, tuple[Part, ...]] = {
             "dense": ("vision", "projector", "decoder"),
             "indexer_warmup": ("indexer",),
@@ -149,7 +150,7 @@ class TrainingConfig:
 
     @property
     def distributes_optimizer(self) -> bool:
-        """Whether replicas share the optimizer; Megatron's knows nothing of float64."""
+        """Whether replicas share the optimizer; Megatron's does not support float64."""
         return self.optimizer.distributed and self.precision != "fp64"
 
     @property

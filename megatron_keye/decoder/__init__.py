@@ -1,1 +1,1 @@
-"""Embeddings to logits: Megatron-Core's transformer block around our sparse attention."""
+"""The decoder: Megatron-Core's transformer block with sparse attention."""

@@ -1,7 +1,7 @@
-"""Self-attention of one decoder layer: grouped-query attention over the keys its indexer selects.
+"""Self-attention of one decoder layer: grouped-query attention to the keys its indexer selects.
 
-Stands where Megatron's SelfAttention would. Owning the whole forward lets the indexer see the
-layer's input without a detour, and full-layer recomputation repeats the very same selection.
+It replaces the whole of Megatron's SelfAttention, since the indexer needs the layer's input, and
+full-layer recomputation must repeat the same selection.
 """
 
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ from megatron_keye.parallel.context import gather_row
 
 @dataclass(frozen=True)
 class AttentionLinears:
-    """Which linear layers the attention is built from."""
+    """Classes of the linear layers of the attention."""
 
     column: Any
-    """Class of the linear layer whose outputs are split over tensor ranks."""
+    """Column-parallel: outputs are split over tensor ranks."""
     row: Any
-    """Class of the linear layer whose inputs are split over tensor ranks."""
+    """Row-parallel: inputs are split over tensor ranks."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class _IndexerHeads:
 
 
 class SparseSelfAttention(MegatronModule):
-    """Project, rotate, gather keys over the context axis, attend, project back."""
+    """Grouped-query attention: sparse, or dense in the dense phase and the indexer's warm-up."""
 
     def __init__(
         self,
@@ -69,17 +69,17 @@ class SparseSelfAttention(MegatronModule):
         pg_collection: ProcessGroupCollection,
         *,
         decoder: DecoderConfig,
-        **of_other_attentions: Any,
+        **unused: Any,
     ) -> None:
         """Build one layer's attention; called by Megatron's TransformerLayer.
 
         Args:
-            config: Megatron's view of the sizes and degrees.
+            config: Megatron's configuration of sizes and degrees.
             submodules: Classes of the two linear layers.
             layer_number: 1-based number of the layer in the whole model.
-            pg_collection: Groups; tp and cp are used.
-            decoder: Our view of the sizes.
-            of_other_attentions: What the layer passes to every kind of attention; unused here.
+            pg_collection: Process groups, of which tp and cp are used.
+            decoder: Sizes of the decoder.
+            unused: Arguments of other kinds of attention.
         """
         super().__init__(config=config)
         self.layer_number = layer_number
@@ -90,8 +90,8 @@ class SparseSelfAttention(MegatronModule):
         groups, width = decoder.num_kv_heads, decoder.num_heads * decoder.head_dim
         build = {"config": config, "init_method": config.init_method, "bias": False}
         build |= {"is_expert": False, "tp_group": self.tp_group}
-        # One weight, interleaved by key-value group as [its query heads, key, value], so that a
-        # tensor rank's part holds whole groups.
+        # One weight, ordered by key-value group as [its query heads, key, value], so that a tensor
+        # rank's shard has whole groups.
         self.linear_qkv = submodules.column(
             config.hidden_size,
             groups * (self.heads_per_group + 2) * decoder.head_dim,
@@ -108,7 +108,7 @@ class SparseSelfAttention(MegatronModule):
             tp_comm_buffer_name="proj",
             **build,
         )
-        # Megatron adds up the gradients of these two over the tensor axis by their names.
+        # Megatron all-reduces the gradients of these two over the tensor axis by their names.
         self.q_layernorm = RMSNorm(config, decoder.head_dim, decoder.rms_norm_eps)
         self.k_layernorm = RMSNorm(config, decoder.head_dim, decoder.rms_norm_eps)
         self.indexer = Indexer(config, decoder.indexer)
@@ -119,18 +119,18 @@ class SparseSelfAttention(MegatronModule):
         attention_mask: Tensor | None = None,
         *,
         packed_seq_params: DecoderRow,
-        **of_other_attentions: Any,
+        **unused: Any,
     ) -> tuple[Tensor, None]:
         """Attend within one packed row.
 
         Args:
             hidden_states: [S/CP/TP, 1, D] under sequence parallelism, else [S/CP, 1, D].
-            attention_mask: Unused; the row tells which keys a query may see.
-            packed_seq_params: The row.
-            of_other_attentions: What the layer passes to every kind of attention; unused here.
+            attention_mask: Unused; the row has the visible keys of each query.
+            packed_seq_params: The row, which Megatron's block passes on under this name.
+            unused: Arguments of other kinds of attention.
 
         Returns:
-            The layer's output in the shape of `hidden_states`, and no bias.
+            The output in the shape of `hidden_states`, and None for a bias.
         """
         row = packed_seq_params
         heads = self._project(hidden_states, row)
@@ -158,7 +158,7 @@ class SparseSelfAttention(MegatronModule):
         return _Heads(q_THC, self._gather(k_TGC, row), self._gather(v_TGC.squeeze(2), row))
 
     def _project_indexer(self, hidden_SBD: Tensor, row: DecoderRow) -> _IndexerHeads:
-        """Run the indexer on the detached input: it learns from its own loss alone."""
+        """Run the indexer on the detached input, since it learns from its own loss only."""
         hidden_SBD = hidden_SBD.detach()
         if self.config.sequence_parallel:
             hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, group=self.tp_group)
@@ -169,7 +169,7 @@ class SparseSelfAttention(MegatronModule):
         return gather_row(local, row.gathered_order_S, self.cp_group)
 
     def _attend_densely(self, heads: _Heads, row: DecoderRow) -> tuple[Tensor, Tensor]:
-        """Return out_THC and each head's log-sum-exp lse_TH."""
+        """Return out_THC and lse_TH, the log-sum-exp of each query's logits."""
         return dense_attention_with_lse(
             heads.q_THC,
             heads.k_SGC,
@@ -182,7 +182,7 @@ class SparseSelfAttention(MegatronModule):
     def _attend_sparsely(
         self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow
     ) -> tuple[Tensor, Tensor | None]:
-        """Return out_THC and the indexer's loss, None where nothing learns."""
+        """Return out_THC and the indexer's loss, or None without gradients."""
         indices_TK = lightning_indexer(
             indexer.q_TIJ.detach(),
             indexer.k_SJ.detach(),
@@ -207,12 +207,12 @@ class SparseSelfAttention(MegatronModule):
         )
         kl_TG = sparse_indexer_loss(scores_TK, target_TGK)
         measure_recall(heads.q_THC, heads.k_SGC, indices_TK, row)
-        return out_THC, self._add_up(kl_TG, row) * row.indexer_loss_weight
+        return out_THC, self._sum_kl(kl_TG, row) * row.indexer_loss_weight
 
     def _warm_up_indexer(
         self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow
     ) -> tuple[Tensor, Tensor | None]:
-        """As `_attend_sparsely`, from all keys."""
+        """Return out_THC of dense attention and the indexer's loss over all keys, or None."""
         out_THC, lse_TH = self._attend_densely(heads, row)
         if not torch.is_grad_enabled():
             return out_THC, None
@@ -228,11 +228,11 @@ class SparseSelfAttention(MegatronModule):
             lse_TH,
             scale=self.head_dim**-0.5,
         )
-        self._add_up(kl_TG, row)
+        self._sum_kl(kl_TG, row)
         return out_THC, loss
 
-    def _add_up(self, kl_TG: Tensor, row: DecoderRow) -> Tensor:
-        """Report and return the KL of real queries and this rank's groups, the paper's formula."""
+    def _sum_kl(self, kl_TG: Tensor, row: DecoderRow) -> Tensor:
+        """Meter and return the KL, summed over queries but padding and over this rank's groups."""
         kl_G = (kl_TG * row.is_real_T[:, None]).sum(dim=0)
         row.meter.record("indexer_kl", self.layer_number, kl_G)
         kl = kl_G.sum()

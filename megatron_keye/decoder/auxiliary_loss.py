@@ -1,7 +1,6 @@
-"""Attaches a loss to an activation, so that it trains without passing through the pipeline.
+"""Attaches a loss to an activation, whose backward pass then includes that of the loss.
 
-The activation goes through unchanged; its backward pass starts the loss's own. Losses of layers
-in any pipeline stage thus need no way to the last stage.
+So the loss of a layer in any pipeline stage need not be sent to the last stage.
 """
 
 from typing import Any
@@ -26,8 +25,8 @@ def attach_loss(activation: Tensor, loss: Tensor) -> Tensor:
     """Return `activation` unchanged; its backward pass adds the gradient of `loss` (weight 1).
 
     Args:
-        activation: Anything that the run's output depends on.
-        loss: Scalar that already carries its weight.
+        activation: Any activation that the training loss depends on.
+        loss: Scalar, already weighted.
     """
     attached: Tensor = _AttachLoss.apply(activation, loss)
     return attached

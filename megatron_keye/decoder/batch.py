@@ -1,7 +1,4 @@
-"""Every tensor of one row that crosses to the device of one decoder rank.
-
-Kept apart from the row it is cut from, so that what is sent where can be read in one place.
-"""
+"""The tensors of one packed row that are copied to the device of a decoder rank."""
 
 from dataclasses import dataclass, fields
 
@@ -11,26 +8,26 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The part of one packed row that a decoder rank works on; S is the row's length."""
+    """A decoder rank's part of one packed row; S is the row's length."""
 
     token_ids_BS: Tensor
     """int64 [1, S/CP]: token ids at this rank's positions."""
     label_positions_L: Tensor
-    """int64 [L]: local positions, 0 to S/CP - 1, that have a token to predict."""
+    """int64 [L]: local positions, 0 to S/CP - 1, with a label."""
     labels_L: Tensor
-    """int64 [L]: the tokens to predict there."""
+    """int64 [L]: labels at these positions."""
     position_ids_3T: Tensor
     """int64 [3, S/CP]: time, height and width position of each token."""
     key_start_T: Tensor
-    """int64 [S/CP]: first row position that a query may see (its document's start)."""
+    """int64 [S/CP]: first key visible to each query: the start of its document in the row."""
     key_end_T: Tensor
-    """int64 [S/CP]: one past the last row position that a query may see (itself)."""
+    """int64 [S/CP]: one past the last key visible to each query, which is its own position."""
     is_real_T: Tensor
     """bool [S/CP]: False for padding."""
     gathered_order_S: Tensor
-    """int64 [S]: where each row position lies after gathering over the context axis."""
+    """int64 [S]: index of each row position after gathering over the context axis."""
     feature_positions_M: Tensor
-    """int64 [M]: where vision features go, counted in the S/CP/TP embeddings of this rank."""
+    """int64 [M]: index of each vision feature among this rank's S/CP/TP embeddings."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return a copy on `device`."""

@@ -1,6 +1,6 @@
-"""The language loss of each token, from logits whose vocabulary is split over tensor ranks.
+"""Cross entropy of each label, from logits whose vocabulary is split over tensor ranks.
 
-Megatron's own rounds to float32; a float64 run takes the few lines below instead.
+Megatron's function rounds to float32, so float64 runs use the one below.
 """
 
 from typing import cast
@@ -13,15 +13,15 @@ from torch import Tensor
 
 
 def token_losses(logits_LBV: Tensor, labels_LB: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the cross entropy of every label, in float32 or, for float64 logits, float64.
+    """Return the cross entropy of each label, in float32 or, for float64 logits, float64.
 
     Args:
-        logits_LBV: [L, 1, V/TP], this rank's part of the vocabulary.
+        logits_LBV: [L, 1, V/TP], for this rank's part of the vocabulary.
         labels_LB: int64 [L, 1].
-        group: The tensor axis.
+        group: Tensor-parallel group.
 
     Returns:
-        [L, 1], equal on all ranks of the axis.
+        [L, 1], equal on all ranks of the group.
     """
     if logits_LBV.dtype != torch.float64:
         loss_LB = vocab_parallel_cross_entropy(logits_LBV.float(), labels_LB, tp_group=group)
@@ -30,7 +30,7 @@ def token_losses(logits_LBV: Tensor, labels_LB: Tensor, group: dist.ProcessGroup
 
 
 def _exact_losses(logits_LBV: Tensor, labels_LB: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return log(sum of exp) - logit of the label, in the type of the logits."""
+    """Return log-sum-exp minus the label's logit, in the dtype of the logits."""
     largest_LB1 = logits_LBV.detach().amax(dim=-1, keepdim=True)
     dist.all_reduce(largest_LB1, op=dist.ReduceOp.MAX, group=group)
     shifted_LBV = logits_LBV - largest_LB1

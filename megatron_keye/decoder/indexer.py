@@ -1,8 +1,8 @@
-"""The lightning indexer's projections: few narrow query heads, one shared key, one gate per head.
+"""The lightning indexer's projections: few narrow query heads, one shared key, a gate per head.
 
-Source: DeepSeek Sparse Attention (DeepSeek-V3.2 report) in the form of the released Keye-VL-2.0
-serving code: query RMSNorm, key LayerNorm, full-width rotary, 8-bit rounding if asked for, raw
-gates.
+Source: DeepSeek Sparse Attention (DeepSeek-V3.2 report), as in the released Keye-VL-2.0 serving
+code: query RMSNorm, key LayerNorm, rotary over all channels, optional rounding to 8 bits, gates
+without an activation.
 """
 
 import torch
@@ -14,14 +14,14 @@ from megatron_keye.kernels.indexer_quantization import round_to_fp8
 from megatron_keye.kernels.rotary import rotate
 
 _NORM_EPS = 1e-6
-"""Fixed in the released model, whatever its other norms use."""
+"""A constant of the released code, unlike the epsilon of other norms."""
 
 
 class Indexer(torch.nn.Module):
-    """Project hidden states to indexer queries, keys and gates. Replicated over tensor ranks."""
+    """Projects hidden states to indexer queries, keys and gates; replicated over tensor ranks."""
 
     def __init__(self, config: TransformerConfig, indexer: IndexerConfig) -> None:
-        """Make the projections without filling them.
+        """Allocate the projections; their weights are initialised later.
 
         Args:
             config: Hidden size, dtype and device of the weights.
@@ -38,15 +38,15 @@ class Indexer(torch.nn.Module):
         self.q_norm = torch.nn.RMSNorm(self.head_dim, eps=_NORM_EPS, **like)
         self.k_norm = torch.nn.LayerNorm(self.head_dim, eps=_NORM_EPS, **like)
         for parameter in self.parameters():
-            # Each tensor rank sees the loss of its own key-value groups only, so Megatron must
-            # add up the gradients over the tensor axis, which this mark asks for.
+            # Each tensor rank has the loss of its own key-value groups only; with this attribute
+            # Megatron all-reduces the gradients over the tensor axis.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_TD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """Project hidden states that the caller has detached.
+        """Project hidden states, which the caller has detached.
 
         Args:
-            hidden_TD: [T, D], the normalised input of the attention layer.
+            hidden_TD: [T, D], the normalised input of the attention.
             rotary: cos and sin, float32 [T, J].
 
         Returns:
@@ -64,7 +64,7 @@ class Indexer(torch.nn.Module):
         return q_TIJ, k_TJ, gate_TI.to(wide)
 
     def _normalise_key(self, k_TJ: Tensor) -> Tensor:
-        """LayerNorm in float32 or better, as the released code does."""
+        """Apply LayerNorm in float32 or better, as the released code does."""
         wide = torch.promote_types(k_TJ.dtype, torch.float32)
         norm = self.k_norm
         normed = torch.nn.functional.layer_norm(

@@ -1,6 +1,6 @@
-"""Fresh weights that depend on a parameter's name and the seed, and on nothing else.
+"""Initial weights that depend only on a parameter's name and the seed.
 
-Any grid thus starts from the very same model, which is what lets n ranks be compared with one.
+So a run starts from the same model on any number of ranks.
 """
 
 import zlib
@@ -13,15 +13,15 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 @torch.no_grad()
 def initialize_weights(sharded_state: dict[str, Any], *, std: float, seed: int) -> None:
-    """Draw every matrix from a normal distribution; norms and biases keep what they have.
+    """Draw every matrix from a normal distribution; norms and biases keep their values.
 
-    Each tensor is drawn whole, from a generator seeded with its key and its place along the layer
-    and expert axes, and the local part is cut out of it.
+    Each matrix is drawn whole, from a generator seeded with its key and its layer and expert
+    index; the local shard is copied from it.
 
     Args:
-        sharded_state: A module's sharded_state_dict, whose entries share memory with its weights.
+        sharded_state: A module's sharded_state_dict, whose tensors share memory with its weights.
         std: Standard deviation.
-        seed: Seed of the run.
+        seed: The run's seed.
     """
     apply_factories(sharded_state)
     for tensor in nested_values(sharded_state):

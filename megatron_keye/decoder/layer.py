@@ -1,8 +1,7 @@
-"""Which class stands where in one decoder layer, as Megatron-Core's specs say it.
+"""Megatron-Core's specs of the decoder's layers.
 
-Transformer Engine's linear layers and grouped experts are taken where it is installed and there
-is a GPU, Megatron's own otherwise; norms and attention are ours in both cases, and so checkpoints
-have the same keys.
+Linear layers and experts are Transformer Engine's or Megatron's own; norms and attention are
+always this package's, so that checkpoints have the same keys.
 """
 
 from functools import partial
@@ -34,10 +33,10 @@ def block_spec(
 
     Args:
         decoder: Sizes.
-        num_layers: Layers of one model chunk.
+        num_layers: Layers of one virtual stage.
         uses_transformer_engine: Whether linears and experts are Transformer Engine's.
-        only_indexers_learn: Then the residual stream alone takes gradients, to where each layer's
-            loss is attached; attention and experts have no backward pass and keep no activations.
+        only_indexers_learn: If True, only the residual stream has a backward pass, to reach the
+            attached losses; attention and experts have none and save no activations.
     """
     norm = partial(RMSNorm, passes_gradients=not only_indexers_learn)
     backend = _backend(uses_transformer_engine)

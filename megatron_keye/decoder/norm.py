@@ -1,7 +1,7 @@
-"""RMSNorm that works under sequence parallelism, on CPU and GPU alike.
+"""RMSNorm that supports sequence parallelism on CPU and GPU.
 
-Megatron-Core's torch norm refuses sequence parallelism and its other ones need a GPU library; one
-norm everywhere also gives checkpoints the same keys on every machine.
+Megatron-Core's torch norm rejects sequence parallelism and its others need a GPU library; with one
+norm, checkpoints also have the same keys on every machine.
 """
 
 import torch
@@ -20,13 +20,13 @@ class RMSNorm(torch.nn.Module):
         *,
         passes_gradients: bool = True,
     ) -> None:
-        """Make the weight, all ones.
+        """Allocate the weight, all ones.
 
         Args:
-            config: Tells the weight's dtype and whether ranks see parts of the sequence.
+            config: Dtype and device of the weight, and whether there is sequence parallelism.
             hidden_size: Size of the normalised dimension.
             eps: Added to the mean square.
-            passes_gradients: Whether what is normalised gets gradients through the result.
+            passes_gradients: Whether gradients flow back to the input.
         """
         super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
@@ -34,12 +34,12 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(ones)
         self.eps = eps
         self.passes_gradients = passes_gradients
-        # Under sequence parallelism each rank sees a part of the tokens, so Megatron must add up
-        # the weight's gradients over the tensor axis.
+        # Under sequence parallelism each rank has a part of the tokens; with this attribute
+        # Megatron all-reduces the gradient over the tensor axis.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [..., hidden_size], in the type of x."""
+        """Normalise x [..., hidden_size], in the dtype of x."""
         if not self.passes_gradients:
             x = x.detach()
         return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,7 +1,7 @@
-"""3-D rotary positions: the rule that gives every token three positions, and their rotary tables.
+"""M-RoPE: three positions of every token, and their rotary tables.
 
-Source: the position rule of the released Keye-VL-2.0 serving code (one t = 1 grid an image or
-frame, no scaling by time), M-RoPE with contiguous sections as in Qwen2-VL (arXiv 2409.12191).
+Source: positions of the released Keye-VL-2.0 serving code (each image or frame has one time, not
+scaled by seconds); contiguous sections as in Qwen2-VL (arXiv 2409.12191).
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ def position_ids(
     picture_starts: Sequence[int],
     picture_sizes: Sequence[tuple[int, int]],
 ) -> NDArray[np.int64]:
-    """Give every token of a packed row its time, height and width position.
+    """Return the time, height and width position of every token of a packed row.
 
-    Text advances all three by one. A picture's tokens start at s = (largest so far) + 1 and stand
-    at (s, s + row, s + column); the next token then stands at s + max(rows, columns). Positions
-    start again at 0 in each document.
+    Text advances all three by one. With s = (largest position so far) + 1, a picture's tokens have
+    (s, s + row, s + column), and the next token has s + max(rows, columns). Positions restart at 0
+    in each document.
 
     Args:
-        document_bounds: int64 [documents + 1], 0 to the row's length T.
+        document_bounds: int64 [documents + 1], from 0 to the row's length T.
         picture_starts: Row position of each picture's first token, ascending.
-        picture_sizes: Rows and columns of each picture in merged tokens.
+        picture_sizes: Rows and columns of each picture, in vision tokens.
 
     Returns:
         int64 [3, T].
@@ -67,13 +67,13 @@ def rotary_table(
 
     Args:
         position_ids_3T: int64 [3, T].
-        head_dim: Channels C that are rotated, 2 x sum(sections).
-        sections: Frequencies that follow time, height and width, in this order.
+        head_dim: Rotated channels C, 2 x sum(sections).
+        sections: Numbers of frequencies for time, height and width, in this order.
         theta: Base of the frequencies theta^(-2i / C).
-        dtype: Type of angles and tables; float32 except in a float64 run.
+        dtype: Dtype of angles and tables; float32 except in a float64 run.
 
     Returns:
-        cos and sin [T, C]; both halves of C carry the same angles (rotate-half).
+        cos and sin [T, C]; both halves of C have the same angles (rotate-half).
     """
     exponents = torch.arange(0, head_dim, 2, device=position_ids_3T.device, dtype=dtype)
     frequencies = theta ** (-exponents / head_dim)

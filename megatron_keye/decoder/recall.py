@@ -1,7 +1,6 @@
-"""How much of the true attention the indexer's selection keeps.
+"""Recall of the indexer's selection: its share of the dense attention weights.
 
-The one figure that tells whether sparse attention is faithful; sampled on a few queries per row,
-since the true attention over all keys is what sparse attention exists to avoid.
+It is measured on a few queries per row, since dense attention is what sparse attention avoids.
 """
 
 import torch
@@ -10,12 +9,12 @@ from torch import Tensor
 from megatron_keye.decoder.row import DecoderRow
 
 _SAMPLED_QUERIES = 16
-"""Queries per row and layer; at 256K tokens their dense scores are 2 GFLOP per head."""
+"""Queries per row and layer; at 256K tokens their dense scores take 2 GFLOP per head."""
 
 
 @torch.no_grad()
 def measure_recall(q_THC: Tensor, k_SGC: Tensor, indices_TK: Tensor, row: DecoderRow) -> None:
-    """Report the share of dense attention mass on the selected keys to the row's meter.
+    """Add the selected keys' share of the dense attention weights to the row's meter.
 
     Evenly spaced local queries are sampled; padding does not count.
 
@@ -34,11 +33,11 @@ def measure_recall(q_THC: Tensor, k_SGC: Tensor, indices_TK: Tensor, row: Decode
     keys = torch.arange(len(k_SGC), device=q_THC.device)
     start, end = row.key_start_T[sample, None], row.key_end_T[sample, None]
     is_visible_TS = (keys >= start) & (keys < end)
-    mass_TGHS = scores_TGHS.masked_fill(~is_visible_TS[:, None, None], -torch.inf).softmax(-1)
+    weights_TGHS = scores_TGHS.masked_fill(~is_visible_TS[:, None, None], -torch.inf).softmax(-1)
     chosen_TK = indices_TK[sample].long()
     is_chosen_TS = torch.zeros_like(is_visible_TS, dtype=torch.float32)
     is_chosen_TS.scatter_add_(1, chosen_TK.clamp(min=0), (chosen_TK >= 0).float())
-    recall_T = torch.einsum("tghs,ts->tgh", mass_TGHS, is_chosen_TS).mean(dim=(1, 2))
-    weight_T = row.is_real_T[sample].float()
-    row.meter.accumulate("recall", (recall_T * weight_T).sum())
-    row.meter.accumulate("recall_queries", weight_T.sum())
+    recall_T = torch.einsum("tghs,ts->tgh", weights_TGHS, is_chosen_TS).mean(dim=(1, 2))
+    is_real_T = row.is_real_T[sample].float()
+    row.meter.accumulate("recall", (recall_T * is_real_T).sum())
+    row.meter.accumulate("recall_queries", is_real_T.sum())

@@ -1,7 +1,6 @@
-"""What every attention layer needs to know about the row it works on.
+"""The properties of a row that its attention layers share.
 
-Built once per row and handed through Megatron's block, so that no layer computes it again and
-nothing travels through globals.
+Computed once per row and passed through Megatron's block, so that there are no globals.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from megatron_keye.decoder.positions import rotary_table
 
 @dataclass
 class RowMeter:
-    """Adds up what layers measure on the way, without a host synchronisation."""
+    """Sums that layers accumulate over rows, without a host synchronisation."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Float tensors by name."""
@@ -27,10 +26,10 @@ class RowMeter:
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def record(self, name: str, layer_number: int, value: Tensor) -> None:
-        """Let a subclass keep a tensor of one layer; training keeps none of them.
+        """Ignore a tensor of one layer; subclasses may keep it.
 
         Args:
-            name: What it is.
+            name: Kind of tensor.
             layer_number: 1-based number of the layer in the whole model.
             value: The tensor, still in the graph.
         """
@@ -38,26 +37,26 @@ class RowMeter:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderRow:
-    """One row as a decoder rank sees it; S is the row's length, T = S/CP the local queries."""
+    """A decoder rank's view of one row; S is the row's length, T = S/CP its local queries."""
 
     key_start_T: Tensor
-    """int64 [S/CP]: first key that a query may see."""
+    """int64 [S/CP]: first key visible to each query."""
     key_end_T: Tensor
-    """int64 [S/CP]: one past the last key that a query may see."""
+    """int64 [S/CP]: one past the last key visible to each query."""
     is_real_T: Tensor
     """bool [S/CP]: False for padding."""
     gathered_order_S: Tensor
-    """int64 [S]: order that puts gathered keys into row order."""
+    """int64 [S]: index of each row position in keys gathered over the context axis."""
     attention_rotary: tuple[Tensor, Tensor]
     """cos and sin, float32 (float64 in a float64 run) [S/CP, C]."""
     indexer_rotary: tuple[Tensor, Tensor]
     """cos and sin, likewise [S/CP, J]."""
     phase: Phase
-    """Which attention runs and which indexer loss."""
+    """Which attention and which indexer loss run."""
     indexer_loss_weight: float
-    """What one query's KL weighs in the sum that is divided by the number of loss tokens."""
+    """Weight of one query's KL in the sum that is divided by the number of labelled tokens."""
     meter: RowMeter
-    """Where layers report."""
+    """Receives the layers' measurements."""
 
 
 def rotary_tables(
@@ -65,12 +64,12 @@ def rotary_tables(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the rotary tables of the attention and of the indexer.
 
-    The indexer has frequencies of its own over its own width, with the sections scaled to it.
+    The indexer has frequencies for its own head size, to which the sections are scaled.
 
     Args:
         position_ids_3T: int64 [3, T].
         decoder: Sizes.
-        dtype: Type of the weights; the tables are in float32 or better.
+        dtype: Dtype of the weights; the tables are in float32 or better.
     """
     wide = torch.promote_types(dtype, torch.float32)
     width, narrow = decoder.head_dim, decoder.indexer.head_dim

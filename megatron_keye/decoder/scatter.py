@@ -1,6 +1,6 @@
-"""Puts vision features over the placeholders of their tokens.
+"""Replaces the embeddings of placeholder tokens by vision features.
 
-A misplaced feature corrupts training without any sign, so every mismatch raises here.
+A wrong number of features raises, since a misplaced feature would corrupt training silently.
 """
 
 from torch import Tensor
@@ -13,9 +13,9 @@ def scatter_features(
 
     Args:
         embeddings_SBD: [S/CP/TP, 1, D] token embeddings of this rank.
-        features_MD: [M, D] features that this rank's placeholders take, in row order.
-        positions_M: int64 [M] local positions of those placeholders, ascending.
-        where: Rank and samples, for the message.
+        features_MD: [M, D] features of this rank's placeholders, in row order.
+        positions_M: int64 [M] local positions of these placeholders, ascending.
+        where: Rank and samples, for the error message.
 
     Returns:
         [S/CP/TP, 1, D]. The embeddings' gradient is zero at placeholders.
@@ -26,7 +26,7 @@ def scatter_features(
     if len(features_MD) != len(positions_M):
         raise ValueError(
             f"{where}: got {len(features_MD)} vision features for {len(positions_M)} "
-            "placeholders, expected as many; the plan of vision ranks and this row disagree"
+            "placeholders, expected as many; the plan of vision ranks does not match this row"
         )
     if len(positions_M) == 0:
         return embeddings_SBD

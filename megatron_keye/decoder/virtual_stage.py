@@ -1,7 +1,6 @@
-"""The decoder's layers of one virtual pipeline stage, with embedding and loss where they belong.
+"""The decoder's layers of one virtual pipeline stage.
 
-The first stage embeds tokens and lays vision features over their placeholders; the last one ends
-in the language loss.
+The first one also embeds tokens and scatters vision features; the last one computes the loss.
 """
 
 from typing import cast
@@ -29,10 +28,7 @@ from megatron_keye.decoder.scatter import scatter_features
 
 
 class VirtualStage(MegatronModule):
-    """The layers that one rank runs in one go: a pipeline stage, or a part of an interleaved one.
-
-    Megatron-Core calls it a model chunk.
-    """
+    """A pipeline stage, or a part of an interleaved one (Megatron-Core's model chunk)."""
 
     def __init__(
         self,
@@ -43,11 +39,11 @@ class VirtualStage(MegatronModule):
         index: int,
         uses_transformer_engine: bool,
     ) -> None:
-        """Build the stage without filling its matrices.
+        """Build the stage; its matrices are initialised later.
 
         Args:
             run: The run.
-            config: Megatron's view of it.
+            config: Megatron's configuration of the run.
             groups: The decoder's process groups.
             index: Number of the virtual stage within its pipeline stage.
             uses_transformer_engine: Whether linears and experts are Transformer Engine's.
@@ -87,12 +83,12 @@ class VirtualStage(MegatronModule):
             self.output_layer = ColumnParallelLinear(
                 decoder.hidden_size, decoder.vocab_size, bias=False, gather_output=False, **build
             )
-            # It gets the labelled tokens of the whole sequence instead of a part of the sequence.
+            # Its input is the labelled tokens of the whole sequence, not a part of the sequence.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = groups.tp.size() > 1
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Take what the previous stage sent; called by Megatron's schedules."""
+        """Set the input from the previous stage; called by Megatron's schedules."""
         self.block.set_input_tensor(input_tensor[0])
 
     def forward(
@@ -109,25 +105,25 @@ class VirtualStage(MegatronModule):
 
         Args:
             batch: The row's tensors.
-            features_MD: [M, D] vision features of this rank's placeholders, for the first stage.
-            indexer_loss_weight: What one query's KL weighs beside one token's language loss.
-            meter: Where layers report.
-            where: Rank and samples, for messages.
+            features_MD: [M, D] vision features of this rank's placeholders; None but in the first.
+            indexer_loss_weight: Weight of one query's KL relative to one token's language loss.
+            meter: Receives the layers' measurements.
+            where: Rank and samples, for error messages.
             phase: Which attention and which indexer loss run.
 
         Returns:
-            The sum of the language loss over this rank's labels from the last stage, a scalar;
-            hidden states [S/CP/TP, 1, D] from any other.
+            In the last stage the language loss summed over this rank's labels, a scalar; in others
+            hidden states [S/CP/TP, 1, D].
         """
         hidden_SBD = None
         if self.pre_process:
-            assert features_MD is not None, "the first stage takes vision features"
+            assert features_MD is not None, "the first stage needs vision features"
             hidden_SBD = self._embed(batch, features_MD, where)
         hidden_SBD = self.block(
             hidden_SBD,
             attention_mask=None,
-            # A stowaway: Megatron's block hands this argument to every layer unread, and our
-            # attention finds the row in it.
+            # Megatron's block passes this argument to every layer without reading it, so it can
+            # carry the row to the attention.
             packed_seq_params=self._row(batch, indexer_loss_weight, meter, phase),
         )
         return self._loss(hidden_SBD, batch) if self.post_process else hidden_SBD
@@ -136,7 +132,7 @@ class VirtualStage(MegatronModule):
         """Return this tensor rank's part of the logits.
 
         Args:
-            hidden_LBD: [L, 1, D] final hidden states, whole over the tensor axis.
+            hidden_LBD: [L, 1, D] final hidden states, equal on all tensor ranks.
 
         Returns:
             [L, 1, V/TP].
@@ -148,7 +144,7 @@ class VirtualStage(MegatronModule):
         if not self.config.sequence_parallel:
             embeddings = embeddings.transpose(0, 1).contiguous()
         if torch.is_grad_enabled() and not embeddings.requires_grad:
-            # With a frozen embedding, gradients must still flow to features and indexers.
+            # With a frozen embedding, gradients must still reach features and indexers.
             embeddings.requires_grad_()
         return scatter_features(embeddings, features_MD, batch.feature_positions_M, where=where)
 
@@ -171,10 +167,10 @@ class VirtualStage(MegatronModule):
         )
 
     def _loss(self, hidden_SBD: Tensor, batch: Batch) -> Tensor:
-        """Add up the loss of labelled tokens; only these get logits.
+        """Sum the loss of labelled tokens.
 
-        A long video has a hundred times more tokens than its answer, and logits are as wide as the
-        vocabulary.
+        Only these get logits, which are as wide as the vocabulary: a long video has a hundred
+        times more tokens than its answer.
         """
         if self.config.sequence_parallel:
             hidden_SBD = gather_from_sequence_parallel_region(

@@ -1,1 +1,1 @@
-"""What a run will take, before it runs: parameters, memory, and how a step plays out in time."""
+"""Estimates of a run before it starts: parameters, memory, and the timeline of a step."""

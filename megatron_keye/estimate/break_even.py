@@ -1,4 +1,4 @@
-"""The size of a frame whose attention takes as long as the rest of the ViT, from timings."""
+"""Fits the size of a frame whose attention takes as long as the rest of the ViT, from timings."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ def fit_break_even(frames: Sequence[Sequence[int]], seconds: Sequence[float]) ->
 
     Args:
         frames: Patches of each frame of every timed call.
-        seconds: Of the calls.
+        seconds: Time of each call.
 
     Raises:
-        UserError: When larger frames were not slower, so that nothing can be fitted.
+        UserError: If either coefficient is not positive.
     """
     terms = np.array([[sum(sizes), sum(size**2 for size in sizes)] for sizes in frames], float)
-    # Relative errors: each call counts the same.
+    # Least squares of relative errors, so that every call has the same weight.
     scaled = terms / np.asarray(seconds)[:, None]
     linear, quadratic = np.linalg.lstsq(scaled, np.ones(len(seconds)), rcond=None)[0]
     if linear <= 0 or quadratic <= 0:

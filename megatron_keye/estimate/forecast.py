@@ -1,7 +1,7 @@
-"""Estimates a step, how long it takes and who idles, from a recipe and the sizes of its rows.
+"""Estimates a step's time and the idle time of ranks, from a run and the sizes of its rows.
 
-Counts operations and divides them by an assumed speed. The speeds are the weak point, the order
-of events is not: it is the plan's own.
+Times are FLOPs over an assumed speed, which is the weak point; the order of events is exact, since
+it comes from the plan.
 """
 
 from collections.abc import Sequence
@@ -28,19 +28,19 @@ from megatron_keye.plan.slots import balanced_order, plan_slots, returns_gradien
 from megatron_keye.plan.step import Chunk, PictureSlot, StepPlan, plan_messages
 
 _TRIED_FACTORS = (0.8, 1.0, 1.25, 1.6)
-"""Numbers of vision ranks that are played, as parts of the even share."""
+"""Numbers of vision ranks to simulate, relative to the one that makes the work per rank equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
-    """What one device sustains; assumptions, to be replaced by measurements."""
+    """Sustained speeds of one device; assumptions, to be replaced by measurements."""
 
     vision_tflops: float = 350.0
-    """Of the ViT, in bf16."""
+    """TFLOP/s of the ViT, in bf16."""
     decoder_tflops: float = 200.0
-    """Of the decoder, experts and their exchange included."""
+    """TFLOP/s of the decoder, experts and their all-to-all included."""
     link_gigabytes_per_second: float = 40.0
-    """Of one rank's features on their way."""
+    """Bandwidth of one rank for features, in 1e9 bytes per second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +48,23 @@ class RowShape:
     """Sizes of one packed row."""
 
     document_lengths: tuple[int, ...]
-    """Tokens of each document, the padding's too."""
+    """Tokens of each document, padding included."""
     pictures: tuple[PictureSlot, ...]
-    """Its pictures; their row number does not matter."""
+    """Its pictures; their row and index are ignored."""
 
 
 def shape_of(row: PackedRow, run: RunConfig) -> RowShape:
-    """Return the sizes of a row that was read.
+    """Return the sizes of a row.
 
     Raises:
-        UserError: When its placeholders are not where its pictures go.
+        UserError: If its placeholders are not where its pictures go.
     """
     lengths = tuple(np.diff(row.document_bounds).tolist())
     return RowShape(document_lengths=lengths, pictures=tuple(picture_slots([row], run)))
 
 
 def balance_shapes(rows: Sequence[RowShape], run: RunConfig) -> list[RowShape]:
-    """Return the rows in the order in which training takes them."""
+    """Return the rows in training's order."""
     sizes = [(row.document_lengths, [p.num_patches for p in row.pictures]) for row in rows]
     return [rows[place] for place in balanced_order(sizes, run)]
 
@@ -77,13 +77,13 @@ def plan_balanced(rows: Sequence[RowShape], run: RunConfig) -> StepPlan:
 def plan_dealt(
     rows: Sequence[RowShape], run: RunConfig, *, deal: Literal["documents", "counts"]
 ) -> StepPlan:
-    """Return a plan that does not look at costs, to compare with.
+    """Return a plan that ignores costs, as a baseline.
 
     Args:
-        rows: In the order in which they are decoded.
+        rows: In the order in which the decoder runs them.
         run: Sizes and degrees.
-        deal: "documents": whole documents in turn, as data parallelism over samples does.
-            "counts": as many neighbouring pictures to each rank.
+        deal: "documents": whole documents round-robin, as data parallelism over samples does.
+            "counts": the same number of consecutive pictures for each rank.
     """
     ranks = vision_ranks(run.parallel)
     if deal == "documents":
@@ -94,15 +94,15 @@ def plan_dealt(
         shares = [slots[start:end] for start, end in pairwise(bounds) if start < end]
     chunks: list[Chunk] = []
     for number, share in enumerate(shares):
-        held: list[PictureSlot] = []
+        pictures: list[PictureSlot] = []
         rank = ranks[number % len(ranks)]
         for slot in share:
-            patches = sum(picture.num_patches for picture in held) + slot.num_patches
-            if held and patches > run.parallel.vision.chunk_patches:
-                chunks.append(Chunk(vision_rank=rank, pictures=tuple(held)))
-                held = []
-            held.append(slot)
-        chunks.append(Chunk(vision_rank=rank, pictures=tuple(held)))
+            patches = sum(picture.num_patches for picture in pictures) + slot.num_patches
+            if pictures and patches > run.parallel.vision.chunk_patches:
+                chunks.append(Chunk(vision_rank=rank, pictures=tuple(pictures)))
+                pictures = []
+            pictures.append(slot)
+        chunks.append(Chunk(vision_rank=rank, pictures=tuple(pictures)))
     return plan_messages(
         chunks,
         num_rows=len(rows),
@@ -115,42 +115,42 @@ def plan_dealt(
 def try_vision_ranks(
     rows: Sequence[RowShape], run: RunConfig, speeds: Speeds
 ) -> list[tuple[int, Simulated]]:
-    """Play a batch with several numbers of vision ranks beside the run's decoder.
+    """Simulate a batch with several numbers of dedicated vision ranks.
 
     Args:
-        rows: Of the global batch, in the order in which they are decoded.
-        run: Its decoder stays; its placement does not matter.
-        speeds: Of a device.
+        rows: Rows of the global batch, in the order in which the decoder runs them.
+        run: The run; its decoder grid is kept, its vision placement ignored.
+        speeds: Speeds of a device.
 
     Returns:
-        Number and outcome, around the number at which vision and decoder ranks have equal work;
-        the one that costs the fewest rank-seconds first. Empty for a batch without pictures.
+        Pairs of number and result, around the number at which vision and decoder ranks have equal
+        work, fewest rank-seconds first. Empty for a batch without pictures.
     """
     forecast = Forecast(rows, run, speeds)
-    work = forecast.vision_seconds() * forecast.vision_passes
-    if work == 0:
+    vision_work = forecast.vision_seconds() * forecast.vision_passes
+    if vision_work == 0:
         return []
-    of_decoder = forecast.decoder_seconds() * forecast.decoder_passes
-    even = run.parallel.decoder.num_ranks * work / of_decoder
-    tried = []
+    decoder_work = forecast.decoder_seconds() * forecast.decoder_passes
+    even = run.parallel.decoder.num_ranks * vision_work / decoder_work
+    results = []
     for number in sorted({max(1, round(even * factor)) for factor in _TRIED_FACTORS}):
         vision = replace(run.parallel.vision, placement="dedicated", num_ranks=number)
         dedicated = replace(run, parallel=replace(run.parallel, vision=vision))
-        played = Forecast(rows, dedicated, speeds).play(plan_balanced(rows, dedicated))
-        tried.append((number, played))
-    return sorted(tried, key=lambda one: one[1].seconds * len(one[1].spans))
+        simulated = Forecast(rows, dedicated, speeds).play(plan_balanced(rows, dedicated))
+        results.append((number, simulated))
+    return sorted(results, key=lambda result: result[1].seconds * len(result[1].spans))
 
 
 class Forecast:
-    """Times of one global batch on one grid."""
+    """Expected times of one global batch on one grid."""
 
     def __init__(self, rows: Sequence[RowShape], run: RunConfig, speeds: Speeds) -> None:
-        """Take the batch.
+        """Compute the time of each row.
 
         Args:
-            rows: Of the global batch, in the order in which they are decoded.
+            rows: Rows of the global batch, in the order in which the decoder runs them.
             run: Sizes and degrees.
-            speeds: Of a device.
+            speeds: Speeds of a device.
         """
         self._rows, self._run, self._speeds = rows, run, speeds
         self._cost: VisionCost = vision_cost(run.model.vision, run.parallel.vision)
@@ -160,25 +160,25 @@ class Forecast:
         self._decoder_seconds = [self._row_seconds(row) for row in rows]
 
     def vision_seconds(self) -> float:
-        """Return one pass of the ViT over all pictures, on one device."""
+        """Return the time of one forward pass of vision over all pictures, on one device."""
         return sum(self._encode_seconds(picture) for row in self._rows for picture in row.pictures)
 
     def decoder_seconds(self) -> float:
-        """Return one forward pass of all rows through all layers, on one device."""
+        """Return the time of one forward pass of the decoder over all rows, on one device."""
         return sum(self._decoder_seconds) * self._run.model.decoder.num_layers
 
     @property
     def vision_passes(self) -> int:
-        """Forward passes that the ViT's work equals; its backward encodes again and is twice."""
+        """Vision's work in forward passes: backward is two, and recomputing the chunk one."""
         return 4 if returns_gradients(self._run) else 1
 
     @property
     def decoder_passes(self) -> int:
-        """Forward passes that the decoder's work equals."""
+        """The decoder's work in forward passes: backward is two, and recomputing layers one."""
         return 4 if self._run.training.recompute_layers else 3
 
     def play(self, plan: StepPlan) -> Simulated:
-        """Play a plan of these rows."""
+        """Simulate a plan of these rows."""
         seconds = [sum(map(self._encode_seconds, chunk.pictures)) for chunk in plan.chunks]
         largest = self._largest_shares(plan)
         costs = StepCosts(
@@ -187,13 +187,13 @@ class Forecast:
             decoder=self._pass_seconds,
             exchange=lambda exchange: largest[exchange],
         )
-        return simulate(plan, self._run.parallel, self._run_micro_batches, costs)
+        return simulate(plan, self._run.parallel, self._num_micro_batches, costs)
 
     def play_on_first_stage(self) -> Simulated:
-        """Play the step with the ViT in front of the first pipeline stage's layers.
+        """Simulate the step with the ViT as a part of the first pipeline stage, as a baseline.
 
-        All ranks decode; those of the first stage share their replica's pictures evenly. They too
-        encode again for the backward pass: the activations of a long video would not fit.
+        The ranks of that stage share their replica's pictures evenly, and recompute them for the
+        backward pass, since the activations of a long video would not fit.
         """
         parallel = replace(
             self._run.parallel, vision=replace(self._run.parallel.vision, placement="colocated")
@@ -202,13 +202,13 @@ class Forecast:
         passes = self.vision_passes - 1
 
         def seconds(place: DecoderPlace, step: Pass) -> float:
-            own = self._pass_seconds(place, step)
+            decoder = self._pass_seconds(place, step)
             if place.pipeline > 0 or step.virtual_stage > 0:
-                return own
+                return decoder
             row = self._rows[step.micro_batch * degrees.data + place.data]
             vision = sum(map(self._encode_seconds, row.pictures))
             share = vision / (degrees.tensor * degrees.context)
-            return own + share * (1 if step.is_forward else passes)
+            return decoder + share * (1 if step.is_forward else passes)
 
         plan = StepPlan(chunks=(), transfers=(), exchanges=())
         costs = StepCosts(
@@ -217,17 +217,17 @@ class Forecast:
             decoder=seconds,
             exchange=lambda _: 0.0,
         )
-        return simulate(plan, parallel, self._run_micro_batches, costs)
+        return simulate(plan, parallel, self._num_micro_batches, costs)
 
     @property
-    def _run_micro_batches(self) -> int:
+    def _num_micro_batches(self) -> int:
         return len(self._rows) // self._run.parallel.decoder.data
 
     def _encode_seconds(self, picture: PictureSlot) -> float:
         return self._cost.of_frame(picture.num_patches) * self._patch_seconds
 
     def _row_seconds(self, row: RowShape) -> float:
-        """Return one layer's forward pass of a row, on one device."""
+        """Return the time of one layer's forward pass over a row, on one device."""
         decoder = self._run.model.decoder
         flops = self._run.data.row_tokens * token_flops(decoder)
         phase = self._run.training.row_phase(max(row.document_lengths))
@@ -237,12 +237,12 @@ class Forecast:
     def _pass_seconds(self, place: DecoderPlace, step: Pass) -> float:
         degrees, num_layers = self._run.parallel.decoder, self._run.model.decoder.num_layers
         layers = len(degrees.virtual_stage_layers(num_layers, place.pipeline, step.virtual_stage))
-        row = self._decoder_seconds[step.micro_batch * degrees.data + place.data]
-        forward = row * layers / (degrees.tensor * degrees.context)
+        layer = self._decoder_seconds[step.micro_batch * degrees.data + place.data]
+        forward = layer * layers / (degrees.tensor * degrees.context)
         return forward if step.is_forward else forward * (self.decoder_passes - 1)
 
     def _largest_shares(self, plan: StepPlan) -> dict[Exchange, float]:
-        """Return the time of each exchange: that of the rank which sends or takes most."""
+        """Return the time of each exchange: that of the rank that sends or receives most."""
         rows: dict[tuple[int, bool, int], int] = {}
         for transfer in plan.transfers:
             for is_source, rank in ((True, transfer.source), (False, transfer.destination)):
@@ -271,7 +271,7 @@ def _slots(rows: Sequence[RowShape]) -> list[PictureSlot]:
 
 
 def _pictures_by_document(rows: Sequence[RowShape]) -> list[list[PictureSlot]]:
-    """Return the pictures of each document that has any, in the order of rows."""
+    """Return the pictures of each document that has any, in row order."""
     documents: list[list[PictureSlot]] = []
     slots = iter(_slots(rows))
     for row in rows:
@@ -279,10 +279,10 @@ def _pictures_by_document(rows: Sequence[RowShape]) -> list[list[PictureSlot]]:
         for length in row.document_lengths:
             end += length
             ends.append(end)
-        held: dict[int, list[PictureSlot]] = {}
+        by_document: dict[int, list[PictureSlot]] = {}
         for _ in row.pictures:
             slot = next(slots)
             document = sum(e <= slot.start for e in ends)
-            held.setdefault(document, []).append(slot)
-        documents += held.values()
+            by_document.setdefault(document, []).append(slot)
+        documents += by_document.values()
     return documents

@@ -1,4 +1,4 @@
-"""Rows of a realistic mix of sample lengths, from short texts to videos of two hours."""
+"""Synthetic rows with a realistic mix of sample lengths, from short texts to two-hour videos."""
 
 from dataclasses import dataclass
 
@@ -7,43 +7,43 @@ import numpy as np
 from megatron_keye.estimate.forecast import RowShape
 from megatron_keye.plan.step import PictureSlot
 
-PATCHES_PER_TOKEN = 4
+_PATCHES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One kind of sample in the mix."""
+class _Kind:
+    """One kind of sample in the mix. Ranges are of log-uniform distributions."""
 
     name: str
     share: float
-    """Of all samples."""
+    """Share of all samples."""
     text: tuple[int, int]
-    """Fewest and most text tokens, drawn evenly on a logarithmic scale."""
+    """Range of text tokens."""
     pictures: tuple[int, int] = (0, 0)
-    """Fewest and most pictures, likewise."""
+    """Range of pictures."""
     tokens: tuple[int, int] = (0, 0)
-    """Fewest and most tokens of one of its pictures, likewise, equal within a sample."""
+    """Range of tokens per picture, which are equal within a sample."""
 
 
-# At 2 frames per second; long videos are held to 184,320 tokens (data.frames), which leaves 102
-# tokens per frame of 15 minutes and 2,880 frames of 64 tokens of 2 hours.
-MIX = (
-    Kind("text", 0.45, (200, 16_000)),
-    Kind("images", 0.35, (50, 1_000), (1, 4), (64, 4_096)),
-    Kind("15 s clips", 0.17, (50, 500), (30, 30), (64, 256)),
-    Kind("15 min videos", 0.02, (100, 2_000), (1_800, 1_800), (64, 102)),
-    Kind("2 h videos", 0.01, (100, 4_000), (2_880, 2_880), (64, 64)),
+# At 2 frames per second; long videos are limited to 184,320 tokens (data.frames), which leaves 102
+# tokens per frame for 15 minutes and 2,880 frames of 64 tokens for 2 hours.
+_MIX = (
+    _Kind("text", 0.45, (200, 16_000)),
+    _Kind("images", 0.35, (50, 1_000), (1, 4), (64, 4_096)),
+    _Kind("15 s clips", 0.17, (50, 500), (30, 30), (64, 256)),
+    _Kind("15 min videos", 0.02, (100, 2_000), (1_800, 1_800), (64, 102)),
+    _Kind("2 h videos", 0.01, (100, 4_000), (2_880, 2_880), (64, 64)),
 )
 
 
 def draw_rows(generator: np.random.Generator, count: int, row_tokens: int) -> list[RowShape]:
-    """Draw samples of the mix and pack them, in order, into rows."""
+    """Draw samples of the mix and pack them, in order, into `count` rows of `row_tokens`."""
     rows: list[RowShape] = []
     lengths: list[int] = []
     pictures: list[PictureSlot] = []
     while len(rows) < count:
         text, sizes = _draw_sample(generator)
-        # Each picture stands between two tokens of its own.
+        # Each picture is enclosed by a start and an end token.
         length = text + sum(size + 2 for size in sizes)
         filled = sum(lengths)
         if filled + length > row_tokens:
@@ -56,7 +56,7 @@ def draw_rows(generator: np.random.Generator, count: int, row_tokens: int) -> li
                     row=0,
                     index=0,
                     start=start,
-                    num_patches=PATCHES_PER_TOKEN * size,
+                    num_patches=_PATCHES_PER_TOKEN * size,
                     num_tokens=size,
                 )
             )
@@ -66,7 +66,7 @@ def draw_rows(generator: np.random.Generator, count: int, row_tokens: int) -> li
 
 
 def _draw_sample(generator: np.random.Generator) -> tuple[int, list[int]]:
-    kind = MIX[int(generator.choice(len(MIX), p=[kind.share for kind in MIX]))]
+    kind = _MIX[int(generator.choice(len(_MIX), p=[kind.share for kind in _MIX]))]
 
     def draw(low: int, high: int) -> int:
         return round(np.exp(generator.uniform(np.log(low), np.log(high)))) if high else 0

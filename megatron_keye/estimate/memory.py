@@ -1,8 +1,8 @@
-"""What a run takes of a device's memory, before it runs: counted from sizes and degrees.
+"""Estimates the memory that a run needs on each device, from sizes and degrees.
 
-Activations are what autograd keeps in this code, tensor by tensor, with Megatron's own linear
-layers; test_memory.py holds the counts against what GPUs measured. Not counted are the context of
-CUDA and NCCL and what the allocator cannot use, together a few GiB. Standard library only.
+Activations are what autograd saves in this code, tensor by tensor, with Megatron's own linear
+layers; test_memory.py compares them with measurements on GPUs. Not counted are the contexts of
+CUDA and NCCL and the allocator's fragmentation, together a few GiB. Standard library only.
 """
 
 from collections.abc import Sequence
@@ -18,62 +18,62 @@ _MASTER, _MOMENTS, _SUM = 4, 8, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class Parameters:
     """Parameters of one kind on one rank."""
 
     part: Part
-    """Whose they are."""
+    """Part of the model."""
     is_expert: bool
-    """Whether they are spread over the expert axis."""
+    """Whether they are split over the expert axis."""
     count: int
-    """How many."""
+    """Elements on this rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one rank."""
+    """Expected bytes on one rank."""
 
     weights: float = 0.0
-    """In the type of the run."""
+    """Weights in the run's precision."""
     gradients: float = 0.0
-    """Sums over micro-batches, of what learns."""
+    """Gradients of trained parts, summed over micro-batches."""
     optimizer: float = 0.0
-    """Moments, and master weights in bf16."""
+    """Moments, and with bf16 master weights."""
     activations: float = 0.0
-    """Kept from forward to backward passes: of layers, or of a chunk of pictures."""
+    """Saved from forward to backward passes: of decoder layers, or of a chunk of pictures."""
     features: float = 0.0
-    """Of pictures, as they travel: a step's to the decoder, a row's from the ViT."""
+    """Features in transport: a step's on a decoder rank, a row's on a vision rank."""
     workspace: float = 0.0
-    """What one layer, or the logits, need for a moment."""
+    """Temporary tensors of one layer, or of the logits."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all."""
         return float(sum(vars(self).values()))
 
 
 def decoder_memory(
-    run: RunConfig, stage: int, held: Sequence[Held], *, num_labels: int, num_patches: int
+    run: RunConfig, stage: int, held: Sequence[Parameters], *, num_labels: int, num_patches: int
 ) -> Memory:
-    """Return what a rank of the decoder takes, with a share of the ViT where it is colocated.
+    """Return the memory of a decoder rank, with vision's where that is colocated.
 
     Args:
         run: Sizes and degrees.
-        stage: Pipeline stage.
+        stage: 0-based pipeline stage.
         held: Parameters on the rank.
-        num_labels: Tokens of a row that have a label; logits are made of these only.
+        num_labels: Tokens of a row that have a label; only these have logits.
         num_patches: Patches of a row's pictures.
     """
     degrees, training, decoder = run.parallel.decoder, run.training, run.model.decoder
     states = _states(run, held)
     num_tokens = run.data.row_tokens / degrees.context / degrees.tensor
-    kept, moment = layer_bytes(run), _layer_workspace(run)
+    saved, temporary = layer_bytes(run), _layer_workspace(run)
     layers = _layers_in_flight(run, stage)
-    activations, workspace = layers * kept * num_tokens, moment * num_tokens
+    activations, workspace = layers * saved * num_tokens, temporary * num_tokens
     if training.recompute_layers or training.only_indexers_learn:
-        # Of most layers only the input is kept, and one layer is whole at a time.
-        workspace += kept * num_tokens
-        activations = layers * _kept_input(run) * num_tokens
+        # Layers save only their input, except for one at a time.
+        workspace += saved * num_tokens
+        activations = layers * _saved_input(run) * num_tokens
     if stage == degrees.pipeline - 1:
         # Logits, their float32 copy and its gradient.
         width = decoder.vocab_size / degrees.tensor
@@ -84,13 +84,13 @@ def decoder_memory(
         features = _feature_bytes(run, num_patches / degrees.context / degrees.tensor)
         features *= training.rows_per_step / degrees.data
     if run.parallel.vision.placement == "colocated":
-        # Pictures are encoded before the decoder runs, and learn after it.
+        # Vision's passes come before and after the decoder's, so the larger of the two counts.
         activations = max(activations, _chunk_bytes(run))
     return Memory(**states, activations=activations, features=features, workspace=workspace)
 
 
-def vision_memory(run: RunConfig, held: Sequence[Held], *, num_patches: int) -> Memory:
-    """Return what a rank takes that encodes and nothing else.
+def vision_memory(run: RunConfig, held: Sequence[Parameters], *, num_patches: int) -> Memory:
+    """Return the memory of a dedicated vision rank.
 
     Args:
         run: Sizes and degrees.
@@ -108,30 +108,30 @@ def vision_memory(run: RunConfig, held: Sequence[Held], *, num_patches: int) -> 
 
 
 def layer_bytes(run: RunConfig) -> float:
-    """Return what autograd keeps of one decoder layer and own token, without tensor parallelism.
+    """Return the bytes that autograd saves per decoder layer and local token.
 
-    Under tensor parallelism each rank takes a share of all but the indexer, which runs whole on
-    every rank; that is counted as if it were shared, too, but for the lists of selected keys.
+    Under tensor parallelism each rank saves its share of all but the indexer, which runs whole on
+    every rank; it is counted as if it were split too, except for the selected keys.
     """
     decoder, size = run.model.decoder, _BYTES[run.training.precision]
-    numbers = _kept_by_attention(decoder, run.parallel.decoder.context)
-    return size * (numbers + _kept_by_experts(decoder)) + _selection(run)
+    numbers = _saved_by_attention(decoder, run.parallel.decoder.context)
+    return size * (numbers + _saved_by_experts(decoder)) + _selection(run)
 
 
-def _kept_input(run: RunConfig) -> float:
-    """Return what is kept of a layer and token if it runs again, or if only its indexer learns."""
+def _saved_input(run: RunConfig) -> float:
+    """Return the bytes per layer and token if layers are recomputed or only indexers learn."""
     decoder = run.model.decoder
     width = decoder.hidden_size
     if run.training.only_indexers_learn:
-        # Its queries and their gradients, which the loss makes at once.
+        # The indexer's queries and their gradients, which its loss computes in the forward pass.
         width += 2 * decoder.indexer.num_heads * decoder.indexer.head_dim
     return float(_BYTES[run.training.precision] * width)
 
 
-def _kept_by_attention(decoder: DecoderConfig, context: int) -> float:
-    """Count numbers: the residual stream and its norm, twice; queries, keys and values as they are
-    projected, as norms take them and as attention takes them, gathered over the context axis; its
-    output; the indexer's queries.
+def _saved_by_attention(decoder: DecoderConfig, context: int) -> float:
+    """Count elements: the residual stream and its norm, twice; queries, keys and values after the
+    projection, as inputs of norms and of attention, gathered over the context axis; its output;
+    the indexer's queries.
     """
     heads = decoder.num_heads * decoder.head_dim
     groups = decoder.num_kv_heads * decoder.head_dim
@@ -141,9 +141,9 @@ def _kept_by_attention(decoder: DecoderConfig, context: int) -> float:
     return 4 * decoder.hidden_size + projected + 2 * heads + gathered + heads + indexer
 
 
-def _kept_by_experts(decoder: DecoderConfig) -> float:
-    """Count numbers of each expert that a token visits: its input, gate and value, their product,
-    the output, and that once more when outputs are joined.
+def _saved_by_experts(decoder: DecoderConfig) -> float:
+    """Count elements of each expert that a token is routed to: its input, gate and value, their
+    product, the output, and that once more when outputs are combined.
     """
     experts = decoder.experts
     width = 3 * decoder.hidden_size + 3 * experts.intermediate_size
@@ -152,7 +152,7 @@ def _kept_by_experts(decoder: DecoderConfig) -> float:
 
 def _selection(run: RunConfig) -> float:
     """Return the bytes per token for its selected keys: indices, scores, the target of each group,
-    and a share of the union of neighbours, which is largest where they have nothing in common.
+    and a share of the union with neighbouring queries, at its largest, where they share no key.
     """
     if run.training.phase != "sparse":
         return 0.0
@@ -162,7 +162,7 @@ def _selection(run: RunConfig) -> float:
 
 
 def _layer_workspace(run: RunConfig) -> float:
-    """Return what experts need per token while they run: inputs and outputs in another order."""
+    """Return the bytes per token while experts run: inputs and outputs, permuted by expert."""
     decoder = run.model.decoder
     experts = decoder.experts
     width = 2 * decoder.hidden_size + experts.intermediate_size
@@ -173,55 +173,55 @@ def _layers_in_flight(run: RunConfig, stage: int) -> float:
     """Return how many layers' activations a stage holds at most, under (interleaved) 1F1B."""
     degrees = run.parallel.decoder
     micro_batches = run.training.rows_per_step // degrees.data
-    parts = degrees.virtual_stages
-    behind = degrees.pipeline - stage - 1
-    warm_up = behind if parts == 1 else 2 * behind + (parts - 1) * degrees.pipeline
-    held = min(warm_up + 1, micro_batches * parts)
+    num_virtual = degrees.virtual_stages
+    later = degrees.pipeline - stage - 1
+    warm_up = later if num_virtual == 1 else 2 * later + (num_virtual - 1) * degrees.pipeline
+    in_flight = min(warm_up + 1, micro_batches * num_virtual)
     layers = [
-        len(degrees.virtual_stage_layers(run.model.decoder.num_layers, stage, part))
-        for part in range(parts)
+        len(degrees.virtual_stage_layers(run.model.decoder.num_layers, stage, virtual))
+        for virtual in range(num_virtual)
     ]
-    return held * sum(layers) / parts
+    return in_flight * sum(layers) / num_virtual
 
 
 def _chunk_bytes(run: RunConfig) -> float:
-    """Return what a chunk of pictures takes: to learn, its layers' activations."""
-    vision, learning = run.model.vision, run.training.trained_parts
+    """Return the bytes of a chunk of pictures: of all saved activations if vision is trained."""
+    vision, trained = run.model.vision, run.training.trained_parts
     size = _BYTES[run.training.precision]
-    if not {"vision", "projector"} & set(learning):
+    if not {"vision", "projector"} & set(trained):
         return run.parallel.vision.chunk_patches * size * 4 * vision.intermediate_size
-    layers = vision.num_layers if "vision" in learning else 1
-    return run.parallel.vision.chunk_patches * size * layers * _kept_by_vision_layer(vision)
+    layers = vision.num_layers if "vision" in trained else 1
+    return run.parallel.vision.chunk_patches * size * layers * _saved_by_vision_layer(vision)
 
 
-def _kept_by_vision_layer(vision: VisionConfig) -> float:
-    """Count numbers per patch: the residual stream and its norm, twice; rotated queries and keys,
-    values, attention's output and that once more when frames are joined; both sides of the GELU.
+def _saved_by_vision_layer(vision: VisionConfig) -> float:
+    """Count elements per patch: the residual stream and its norm, twice; rotated queries and keys,
+    values, attention's output and that concatenated over frames; input and output of the GELU.
     """
     return 9 * vision.hidden_size + 2 * vision.intermediate_size
 
 
 def _feature_bytes(run: RunConfig, num_patches: float) -> float:
-    """Return the size of so many patches' features, of which gradients take the place later."""
+    """Return the bytes of the features of so many patches, later reused by their gradients."""
     tokens = num_patches / run.model.vision.merge_size**2
     return float(tokens * run.model.decoder.hidden_size * _BYTES[run.training.precision])
 
 
-def _states(run: RunConfig, held: Sequence[Held]) -> dict[str, float]:
+def _states(run: RunConfig, held: Sequence[Parameters]) -> dict[str, float]:
     """Return the bytes of weights, gradients and optimizer."""
-    size, rounded = _BYTES[run.training.precision], run.training.precision == "bf16"
+    size, is_bf16 = _BYTES[run.training.precision], run.training.precision == "bf16"
     trained = [each for each in held if each.part in run.training.trained_parts]
-    summed = _SUM if rounded else size
-    updated = _MASTER + _MOMENTS if rounded else 2 * size
+    gradient_size = _SUM if is_bf16 else size
+    optimizer_size = _MASTER + _MOMENTS if is_bf16 else 2 * size
     return {
         "weights": size * sum(each.count for each in held),
-        "gradients": summed * sum(each.count for each in trained),
-        "optimizer": updated * sum(each.count / _sharers(run, each) for each in trained),
+        "gradients": gradient_size * sum(each.count for each in trained),
+        "optimizer": optimizer_size * sum(each.count / _sharers(run, each) for each in trained),
     }
 
 
-def _sharers(run: RunConfig, held: Held) -> int:
-    """Return how many ranks share the optimizer of these parameters."""
+def _sharers(run: RunConfig, held: Parameters) -> int:
+    """Return the number of ranks that share the optimizer of these parameters."""
     degrees = run.parallel.decoder
     if not run.training.distributes_optimizer:
         return 1

@@ -1,4 +1,4 @@
-"""How many parameters each rank holds, by part of the model and by whether they are experts'.
+"""Counts the parameters on each rank, by part of the model and by whether experts own them.
 
 Counted from the released checkpoint's names and shapes. Needs no torch.
 """
@@ -13,15 +13,15 @@ from megatron_keye.checkpoint.hf.parameter_shapes import (
 from megatron_keye.config.model import ModelConfig
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import Part
-from megatron_keye.estimate.memory import Held
+from megatron_keye.estimate.memory import Parameters
 
 _EXPERTS = ".mlp.experts."
-# What tensor ranks split; norms, router and indexer stand on each of them whole.
+# Split over the tensor axis; norms, router and indexer are replicated along it.
 _SPLIT_BY_TENSOR = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def stage_layers(run: RunConfig, stage: int) -> list[int]:
-    """Return the decoder layers of a pipeline stage, virtual stage after virtual stage."""
+    """Return the 0-based decoder layers of a pipeline stage, by virtual stage."""
     degrees, num_layers = run.parallel.decoder, run.model.decoder.num_layers
     return [
         layer
@@ -30,37 +30,37 @@ def stage_layers(run: RunConfig, stage: int) -> list[int]:
     ]
 
 
-def vision_parameters(model: ModelConfig) -> list[Held]:
-    """Return the parameters of ViT and projector, which no rank splits."""
+def vision_parameters(model: ModelConfig) -> list[Parameters]:
+    """Return the parameters of ViT and projector, which every vision rank holds whole."""
     counts = count_parameters(parameter_shapes(model))
-    seeing: tuple[Part, ...] = ("vision", "projector")
-    return [Held(part=part, is_expert=False, count=counts[part]) for part in seeing]
+    parts: tuple[Part, ...] = ("vision", "projector")
+    return [Parameters(part=part, is_expert=False, count=counts[part]) for part in parts]
 
 
-def decoder_parameters(run: RunConfig, stage: int) -> list[Held]:
+def decoder_parameters(run: RunConfig, stage: int) -> list[Parameters]:
     """Return the decoder's and the indexers' parameters on one rank of a pipeline stage."""
     degrees = run.parallel.decoder
     layers = set(stage_layers(run, stage))
-    held: list[Held] = []
+    held: list[Parameters] = []
     for name, shape in parameter_shapes(run.model).items():
         part = part_of(name)
         if part in ("vision", "projector"):
             continue
         if not name.startswith("model.layers."):
             is_first, is_last = stage == 0, stage == degrees.pipeline - 1
-            stands_here = is_first if name.startswith("model.embed_tokens.") else is_last
+            is_local = is_first if name.startswith("model.embed_tokens.") else is_last
             split = 1 if name.startswith("model.norm.") else degrees.tensor
         else:
-            stands_here = int(name.split(".")[2]) in layers
+            is_local = int(name.split(".")[2]) in layers
             split = _num_sharers(name, degrees.tensor, degrees.expert)
-        if stands_here:
-            is_expert = _EXPERTS in name
-            held.append(Held(part=part, is_expert=is_expert, count=prod(shape) // split))
+        if is_local:
+            count, is_expert = prod(shape) // split, _EXPERTS in name
+            held.append(Parameters(part=part, is_expert=is_expert, count=count))
     return held
 
 
 def _num_sharers(name: str, tensor: int, expert: int) -> int:
-    """Return over how many ranks a layer's weight is split."""
+    """Return the number of ranks over which a layer's weight is split."""
     if _EXPERTS in name:
         return expert
     is_projection = name.split(".")[-2] in _SPLIT_BY_TENSOR and ".sa_indexer." not in name

@@ -1,9 +1,9 @@
-"""What each rank of a run holds, and the memory that it is expected to take."""
+"""Lists the ranks of a run: coordinates, layers, parameters and expected memory."""
 
 from dataclasses import dataclass
 
 from megatron_keye.config.run import RunConfig
-from megatron_keye.estimate.memory import Held, Memory, decoder_memory, vision_memory
+from megatron_keye.estimate.memory import Memory, Parameters, decoder_memory, vision_memory
 from megatron_keye.estimate.parameters import decoder_parameters, stage_layers, vision_parameters
 from megatron_keye.plan.places import decoder_place
 
@@ -13,17 +13,17 @@ class Rank:
     """One process of the job."""
 
     rank: int
-    """Its number."""
+    """Global rank."""
     role: str
     """ "decoder", "vision", or "decoder and vision" where they share ranks."""
     place: dict[str, int]
-    """Coordinates on the axes of its grid."""
+    """Coordinates in its grid, by axis."""
     layers: list[int]
-    """Decoder layers that it holds, from 0."""
+    """0-based decoder layers that it holds."""
     parameters: int
-    """Parameters that it holds."""
+    """Number of parameters that it holds."""
     memory: dict[str, float]
-    """GiB that it is expected to take, by what for."""
+    """Expected memory in GiB, by the fields of `Memory`."""
 
 
 def plan_ranks(run: RunConfig, num_labels: int | None) -> list[Rank]:
@@ -31,16 +31,16 @@ def plan_ranks(run: RunConfig, num_labels: int | None) -> list[Rank]:
 
     Args:
         run: Sizes and degrees.
-        num_labels: Labelled tokens of a row; a 64th of it for None.
+        num_labels: Labelled tokens of a row; None for a 64th of its tokens.
     """
-    degrees, dedicated = run.parallel.decoder, run.parallel.vision.num_ranks
-    role = "decoder" if dedicated else "decoder and vision"
-    seeing = vision_parameters(run.model)
+    degrees, num_dedicated = run.parallel.decoder, run.parallel.vision.num_ranks
+    role = "decoder" if num_dedicated else "decoder and vision"
+    of_vision = vision_parameters(run.model)
     patches = run.data.row_tokens * run.model.vision.merge_size**2
     labels = run.data.row_tokens // 64 if num_labels is None else num_labels
     stages: list[tuple[int, Memory]] = []
     for stage in range(degrees.pipeline):
-        held = decoder_parameters(run, stage) + ([] if dedicated else seeing)
+        held = decoder_parameters(run, stage) + ([] if num_dedicated else of_vision)
         memory = decoder_memory(run, stage, held, num_labels=labels, num_patches=patches)
         stages.append((_count(held), memory))
     ranks = []
@@ -57,22 +57,22 @@ def plan_ranks(run: RunConfig, num_labels: int | None) -> list[Rank]:
                 memory=_gibibytes(memory),
             )
         )
-    for number in range(dedicated):
-        memory = vision_memory(run, seeing, num_patches=patches)
+    for number in range(num_dedicated):
+        memory = vision_memory(run, of_vision, num_patches=patches)
         ranks.append(
             Rank(
                 rank=degrees.num_ranks + number,
                 role="vision",
                 place={"data": number},
                 layers=[],
-                parameters=_count(seeing),
+                parameters=_count(of_vision),
                 memory=_gibibytes(memory),
             )
         )
     return ranks
 
 
-def _count(held: list[Held]) -> int:
+def _count(held: list[Parameters]) -> int:
     return sum(each.count for each in held)
 
 

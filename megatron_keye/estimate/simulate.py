@@ -1,7 +1,7 @@
-"""Plays a step from its plan, without computing anything: who works when, who waits for whom.
+"""Discrete-event simulation of a step from its plan: when each rank works, and when it waits.
 
-Every rank is a generator that asks for time to pass or for an event to happen. It follows the
-same plan, the same orders and the same choice of next work as training does.
+Every rank is a generator that yields work or an event to wait for. It follows the same plan, the
+same orders and the same choice of next work as training.
 """
 
 import heapq
@@ -19,60 +19,58 @@ from megatron_keye.plan.step import StepPlan
 
 @dataclass(frozen=True, kw_only=True)
 class StepCosts:
-    """How long everything takes, in seconds."""
+    """Durations of the parts of a step, in seconds."""
 
     encode: Callable[[int], float]
-    """A chunk of pictures, decoded and encoded."""
+    """Decoding and encoding the chunk of this index."""
     vision_backward: Callable[[int], float]
-    """A chunk of pictures, encoded again and backward."""
+    """Encoding the chunk of this index again, and its backward."""
     decoder: Callable[[DecoderPlace, Pass], float]
-    """One pass of one rank."""
+    """One pass on one rank."""
     exchange: Callable[[Exchange], float]
     """An exchange, once all ranks have started it."""
-    optimizer: float = 0.0
-    """From the last gradient to the updated weights."""
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """What came of a step."""
+    """The timeline of a simulated step."""
 
     seconds: float
-    """From its start to its end."""
+    """Duration of the step."""
     spans: dict[int, list[Span]]
     """Work of every rank, in order."""
 
     def idle_share(self, rank: int) -> float:
-        """Return which part of the step a rank had nothing to do."""
+        """Return the share of the step in which a rank did no work."""
         return 1 - sum(span.end - span.start for span in self.spans[rank]) / self.seconds
 
     @property
     def mean_idle_share(self) -> float:
-        """Mean over all ranks."""
+        """Mean of `idle_share` over all ranks."""
         return sum(map(self.idle_share, self.spans)) / len(self.spans)
 
 
 @dataclass(frozen=True)
 class _Work:
-    phase: SpanName
+    name: SpanName
     label: str
     seconds: float
 
 
 _Rank = Generator[_Work | Hashable, None, None]
-"""Yields work, which takes time, or an event, which it waits for."""
+"""Yields work, which lasts for its time, or an event, which it waits for."""
 
 
 def simulate(
     plan: StepPlan, parallel: ParallelConfig, num_micro_batches: int, costs: StepCosts
 ) -> Simulated:
-    """Play one step on all ranks.
+    """Simulate one step on all ranks.
 
     Args:
         plan: The step's plan.
         parallel: Degrees and placement.
         num_micro_batches: Micro-batches of a replica.
-        costs: Times.
+        costs: Durations.
     """
     clock = _Clock()
     step = _Step(plan, parallel, num_micro_batches, costs, clock)
@@ -84,16 +82,16 @@ def simulate(
 
 @dataclass
 class _Clock:
-    """Runs generators in the order of their times."""
+    """Event loop: resumes the ranks' generators in the order of their times."""
 
     now: float = 0.0
     spans: dict[int, list[Span]] = field(default_factory=dict)
-    _due: list[tuple[float, int, int]] = field(default_factory=list)
+    _queue: list[tuple[float, int, int]] = field(default_factory=list)
     _ranks: dict[int, _Rank] = field(default_factory=dict)
-    _happened: set[Hashable] = field(default_factory=set)
+    _triggered: set[Hashable] = field(default_factory=set)
     _waiting: dict[Hashable, list[int]] = field(default_factory=dict)
-    _arrived: dict[Hashable, int] = field(default_factory=dict)
-    _later: dict[int, Hashable] = field(default_factory=dict)
+    _arrivals: dict[Hashable, int] = field(default_factory=dict)
+    _delayed: dict[int, Hashable] = field(default_factory=dict)
     _count: int = 0
 
     def add(self, rank: int, steps: _Rank) -> None:
@@ -101,56 +99,56 @@ class _Clock:
         self._push(0.0, rank)
 
     def run(self) -> float:
-        """Run until nothing is left; the time at which it ended."""
-        while self._due:
-            self.now, _, who = heapq.heappop(self._due)
-            if who in self._later:
-                self.happen(self._later.pop(who))
+        """Run until nothing is left, and return the time of the end."""
+        while self._queue:
+            self.now, _, who = heapq.heappop(self._queue)
+            if who in self._delayed:
+                self.trigger(self._delayed.pop(who))
             else:
                 self._resume(who)
-        assert not self._ranks, f"ranks {sorted(self._ranks)} wait for ever: {self._waiting}"
+        assert not self._ranks, f"ranks {sorted(self._ranks)} are deadlocked: {self._waiting}"
         return self.now
 
-    def has_happened(self, event: Hashable) -> bool:
-        return event in self._happened
+    def is_triggered(self, event: Hashable) -> bool:
+        return event in self._triggered
 
-    def happen(self, event: Hashable, after: float = 0.0) -> None:
-        """Let an event happen, now or later."""
-        if after > 0:
-            self._later[-self._count - 1] = event
-            self._push(self.now + after, -self._count - 1)
+    def trigger(self, event: Hashable, delay: float = 0.0) -> None:
+        """Resume the ranks that wait for an event, now or later."""
+        if delay > 0:
+            self._delayed[-self._count - 1] = event
+            self._push(self.now + delay, -self._count - 1)
             return
-        self._happened.add(event)
+        self._triggered.add(event)
         for rank in self._waiting.pop(event, []):
             self._push(self.now, rank)
 
-    def arrive(self, event: Hashable, expected: int, after: float = 0.0) -> None:
-        """Count an arrival; with the last one the event happens."""
-        self._arrived[event] = self._arrived.get(event, 0) + 1
-        if self._arrived[event] == expected:
-            self.happen(event, after)
+    def arrive(self, event: Hashable, expected: int, delay: float = 0.0) -> None:
+        """Count an arrival; the last one triggers the event."""
+        self._arrivals[event] = self._arrivals.get(event, 0) + 1
+        if self._arrivals[event] == expected:
+            self.trigger(event, delay)
 
     def _resume(self, rank: int) -> None:
         for wanted in self._ranks[rank]:
             if isinstance(wanted, _Work):
                 end = self.now + wanted.seconds
                 self.spans[rank].append(
-                    Span(name=wanted.phase, label=wanted.label, start=self.now, end=end)
+                    Span(name=wanted.name, label=wanted.label, start=self.now, end=end)
                 )
                 self._push(end, rank)
                 return
-            if wanted not in self._happened:
+            if wanted not in self._triggered:
                 self._waiting.setdefault(wanted, []).append(rank)
                 return
         del self._ranks[rank]
 
     def _push(self, when: float, who: int) -> None:
         self._count += 1
-        heapq.heappush(self._due, (when, self._count, who))
+        heapq.heappush(self._queue, (when, self._count, who))
 
 
 class _Step:
-    """What each kind of rank does."""
+    """The behaviour of each kind of rank."""
 
     def __init__(
         self,
@@ -168,33 +166,28 @@ class _Step:
         self.cursors = {
             rank: ExchangeCursor(plan.exchanges, parallel, rank) for rank in self.transport_ranks
         }
-        self.mine: dict[int, list[int]] = {rank: [] for rank in range(parallel.num_ranks)}
-        for number, chunk in enumerate(plan.chunks):
-            self.mine[chunk.vision_rank].append(number)
+        self.chunks: dict[int, list[int]] = {rank: [] for rank in range(parallel.num_ranks)}
+        for index, chunk in enumerate(plan.chunks):
+            self.chunks[chunk.vision_rank].append(index)
 
     def run(self, rank: int) -> _Rank:
         if rank >= self.parallel.decoder.num_ranks:
-            yield from self._encode_beside_the_decoder(rank)
-        else:
-            yield from self._encode_around_the_decoder(rank)
-        self.clock.arrive("optimizer", self.parallel.num_ranks)
-        yield "optimizer"
-        if self.costs.optimizer:
-            yield _Work("optimizer", "", self.costs.optimizer)
+            return self._encode_beside_the_decoder(rank)
+        return self._encode_around_the_decoder(rank)
 
     def _encode_beside_the_decoder(self, rank: int) -> _Rank:
         returns = any(exchange.kind == "gradients" for exchange in self.order)
-        to_encode = deque(self.mine[rank])
-        to_return = deque(self.mine[rank] if returns else [])
+        to_encode = deque(self.chunks[rank])
+        backwards = deque(self.chunks[rank] if returns else [])
         self._start_ready(rank, to_encode)
         while True:
             features = [e for e in self.cursors[rank].started if e.kind == "features"]
             work = next_work(
                 num_to_encode=len(to_encode),
-                num_to_return=len(to_return),
-                num_ahead=sum(not self.clock.has_happened(e) for e in features),
-                has_gradients=bool(to_return)
-                and all(map(self.clock.has_happened, self._gradients(to_return[0]))),
+                num_backwards=len(backwards),
+                num_ahead=sum(not self.clock.is_triggered(e) for e in features),
+                has_gradients=bool(backwards)
+                and all(map(self.clock.is_triggered, self._gradients(backwards[0]))),
             )
             if work == "nothing":
                 return
@@ -203,12 +196,12 @@ class _Step:
                 to_encode.popleft()
                 self._start_ready(rank, to_encode)
             else:
-                yield from self._gradients(to_return[0])
-                yield self._backward(to_return.popleft())
+                yield from self._gradients(backwards[0])
+                yield self._backward(backwards.popleft())
 
     def _encode_around_the_decoder(self, rank: int) -> _Rank:
         place = decoder_place(self.parallel.decoder, rank)
-        to_encode = deque(self.mine[rank])
+        to_encode = deque(self.chunks[rank])
         is_transporting = rank in self.cursors
         if is_transporting:
             self._start_ready(rank, to_encode)
@@ -221,7 +214,7 @@ class _Step:
             return
         self.cursors[rank].allow_all()
         self._start_ready(rank, to_encode)
-        for chunk in self.mine[rank]:
+        for chunk in self.chunks[rank]:
             gradients = self._gradients(chunk)
             if gradients:
                 yield from gradients
@@ -229,26 +222,26 @@ class _Step:
 
     def _run_decoder(self, rank: int, place: DecoderPlace) -> _Rank:
         degrees = self.parallel.decoder
-        # Tensor and context neighbours work in step with each other.
+        # Tensor and context ranks of a stage run in lockstep.
         together = ("decoder", place.data, place.pipeline)
         self.clock.arrive(together, degrees.tensor * degrees.context)
         yield together
         last = degrees.pipeline * degrees.virtual_stages - 1
         peers = (place.data, place.tensor, place.context)
         for step in pipeline_order(degrees, self.num_micro_batches, place.pipeline):
-            part = step.virtual_stage * degrees.pipeline + place.pipeline
-            if step.is_forward and part == 0:
+            virtual = step.virtual_stage * degrees.pipeline + place.pipeline
+            if step.is_forward and virtual == 0:
                 yield from self._features(rank, step.micro_batch)
             elif step.is_forward:
-                yield (True, part - 1, step.micro_batch, peers)
-            elif part < last:
-                yield (False, part + 1, step.micro_batch, peers)
+                yield (True, virtual - 1, step.micro_batch, peers)
+            elif virtual < last:
+                yield (False, virtual + 1, step.micro_batch, peers)
             name: SpanName = "forward" if step.is_forward else "backward"
             label = f"micro-batch {step.micro_batch}, virtual stage {step.virtual_stage}"
             yield _Work(name, label, self.costs.decoder(place, step))
-            self.clock.happen((step.is_forward, part, step.micro_batch, peers))
+            self.clock.trigger((step.is_forward, virtual, step.micro_batch, peers))
             gradients = Exchange("gradients", step.micro_batch)
-            is_returned = not step.is_forward and part == 0 and gradients in self.order
+            is_returned = not step.is_forward and virtual == 0 and gradients in self.order
             if is_returned and self.is_dedicated and self.plan.receives(rank, step.micro_batch):
                 self._start_through(rank, gradients)
 
@@ -275,11 +268,11 @@ class _Step:
         self._start_ready(rank, ())
 
     def _start_ready(self, rank: int, to_encode: Iterable[int]) -> None:
-        """Start what is allowed and needs no chunk that is still to be encoded."""
-        missing = {s.micro_batch for chunk in to_encode for s in self.plan.transfers_of(chunk)}
+        """Start the exchanges that are allowed and need none of the chunks still to be encoded."""
+        missing = {t.micro_batch for chunk in to_encode for t in self.plan.transfers_of(chunk)}
 
-        def has_part(exchange: Exchange) -> bool:
+        def is_ready(exchange: Exchange) -> bool:
             return exchange.kind == "gradients" or exchange.micro_batch not in missing
 
-        for exchange in self.cursors[rank].take_ready(has_part):
+        for exchange in self.cursors[rank].take_ready(is_ready):
             self.clock.arrive(exchange, len(self.transport_ranks), self.costs.exchange(exchange))

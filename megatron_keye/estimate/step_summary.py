@@ -1,4 +1,4 @@
-"""One step of a run's own samples, estimated: who encodes what, who idles, in which order."""
+"""Summarises one estimated step of a run's own samples: chunks, idle shares, exchanges."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from megatron_keye.estimate import forecast
 
 
 def summarize_step(run: RunConfig, number: int, *, suggests: bool) -> dict[str, Any]:
-    """Return the plan of one step with the expected idle time of each rank, ready for JSON.
+    """Return the plan of one step with the expected idle share of each rank, ready for JSON.
 
     Args:
         run: The run; its samples are read.
         number: 0-based number of the step.
-        suggests: Whether other numbers of vision ranks are tried.
+        suggests: Whether to simulate other numbers of vision ranks too.
 
     Raises:
         UserError: For samples that cannot be read.
@@ -23,8 +23,8 @@ def summarize_step(run: RunConfig, number: int, *, suggests: bool) -> dict[str, 
         read = loader.next_rows(run.training.rows_per_step)
     rows = forecast.balance_shapes([forecast.shape_of(row, run) for row in read], run)
     plan, speeds = forecast.plan_balanced(rows, run), forecast.Speeds()
-    played = forecast.Forecast(rows, run, speeds).play(plan)
-    tried = forecast.try_vision_ranks(rows, run, speeds) if suggests else []
+    simulated = forecast.Forecast(rows, run, speeds).play(plan)
+    suggestions = forecast.try_vision_ranks(rows, run, speeds) if suggests else []
     return {
         "step": number,
         "pictures": sum(len(chunk.pictures) for chunk in plan.chunks),
@@ -32,18 +32,18 @@ def summarize_step(run: RunConfig, number: int, *, suggests: bool) -> dict[str, 
             {
                 "chunks": len(plan.chunks_of(rank)),
                 "patches": sum(plan.chunks[chunk].num_patches for chunk in plan.chunks_of(rank)),
-                "idle_share": played.idle_share(rank),
+                "idle_share": simulated.idle_share(rank),
             }
-            for rank in played.spans
+            for rank in simulated.spans
         ],
-        "idle_share": played.mean_idle_share,
+        "idle_share": simulated.mean_idle_share,
         "exchanges": [f"{e.kind} {e.micro_batch}" for e in plan.exchanges],
         "suggestions": [
             {
-                "vision_ranks": number_of_ranks,
-                "relative_seconds": step.seconds / played.seconds,
-                "idle_share": step.mean_idle_share,
+                "vision_ranks": num_ranks,
+                "relative_seconds": suggested.seconds / simulated.seconds,
+                "idle_share": suggested.mean_idle_share,
             }
-            for number_of_ranks, step in tried
+            for num_ranks, suggested in suggestions
         ],
     }

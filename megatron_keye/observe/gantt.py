@@ -1,4 +1,4 @@
-"""Draws a step as an SVG: one bar per rank, one colour per kind of span."""
+"""Draws a step as an SVG Gantt chart: one bar per rank, one colour per kind of span."""
 
 from xml.sax.saxutils import escape
 
@@ -18,17 +18,17 @@ _COLOURS: dict[SpanName, str] = {
 _WIDTH, _LEFT, _BAR, _GAP, _TOP = 1000, 70, 22, 8, 34
 """Pixels."""
 _DRAWN_LAST: tuple[SpanName, ...] = ("wait", "send", "return")
-"""These lie within others or are short."""
+"""Short, or nested in other spans."""
 
 
 def draw(spans: dict[int, list[Span]], title: str) -> str:
-    """Return the picture.
+    """Return the SVG text.
 
     Args:
-        spans: Of each rank; times in seconds from a common start.
-        title: Stands above.
+        spans: Spans of each rank.
+        title: Text above the bars.
     """
-    end = max((span.end for own in spans.values() for span in own), default=0.0) or 1.0
+    end = max((s.end for rank_spans in spans.values() for s in rank_spans), default=0.0) or 1.0
     scale = (_WIDTH - _LEFT - 10) / end
     height = _TOP + len(spans) * (_BAR + _GAP) + 46
     lines = [
@@ -37,10 +37,10 @@ def draw(spans: dict[int, list[Span]], title: str) -> str:
         f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
         f'<text x="{_LEFT}" y="20" font-size="14">{escape(title)}</text>',
     ]
-    for place, (rank, own) in enumerate(sorted(spans.items())):
-        y = _TOP + place * (_BAR + _GAP)
+    for index, (rank, rank_spans) in enumerate(sorted(spans.items())):
+        y = _TOP + index * (_BAR + _GAP)
         lines.append(f'<text x="8" y="{y + 15}">rank {rank}</text>')
-        for span in sorted(own, key=lambda s: (s.name in _DRAWN_LAST, s.start)):
+        for span in sorted(rank_spans, key=lambda s: (s.name in _DRAWN_LAST, s.start)):
             lines.append(_bar(span, y, scale))
     lines += _axis(_TOP + len(spans) * (_BAR + _GAP), end, scale)
     return "\n".join([*lines, "</svg>"]) + "\n"
@@ -57,14 +57,14 @@ def _bar(span: Span, y: int, scale: float) -> str:
 
 
 def _axis(y: int, end: float, scale: float) -> list[str]:
-    """Return times below the bars, and the meaning of colours."""
+    """Return the time axis and the legend, below the bars."""
     lines = [
-        f'<text x="{_LEFT + end * part * scale:.0f}" y="{y + 12}" text-anchor="middle">'
-        f"{end * part:.3g} s</text>"
-        for part in (0, 0.25, 0.5, 0.75, 1)
+        f'<text x="{_LEFT + end * share * scale:.0f}" y="{y + 12}" text-anchor="middle">'
+        f"{end * share:.3g} s</text>"
+        for share in (0, 0.25, 0.5, 0.75, 1)
     ]
-    for place, (name, colour) in enumerate(_COLOURS.items()):
-        x = _LEFT + place * 95
+    for index, (name, colour) in enumerate(_COLOURS.items()):
+        x = _LEFT + index * 95
         lines.append(
             f'<rect x="{x}" y="{y + 24}" width="12" height="12" fill="{colour}" stroke="#999"/>'
             f'<text x="{x + 16}" y="{y + 34}">{name}</text>'

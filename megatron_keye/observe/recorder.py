@@ -1,7 +1,7 @@
-"""Records the spans of a step on this rank; a rank that does not record pays nothing.
+"""Records the spans of a step on this rank, at no cost where recording is off.
 
-On a GPU the times are those of the device, taken by events in the stream, so that recording never
-waits for it within a step.
+On a GPU the times come from CUDA events in the stream, so that recording never synchronises within
+a step.
 """
 
 import time
@@ -14,43 +14,43 @@ from torch import Tensor
 from megatron_keye.observe.span import Span, SpanName
 
 Mark = float | torch.cuda.Event | None
-"""A point in time."""
+"""A point in time: seconds on a CPU, an event on a GPU, None without recording."""
 
 
 class Recorder:
-    """Records nothing; `StepRecorder` does."""
+    """Does nothing; `StepRecorder` records."""
 
     @contextmanager
     def span(self, name: SpanName, label: str = "") -> Iterator[None]:
-        """Record start and end of what runs within.
+        """Record the time from entering to leaving the context.
 
         Args:
-            name: What runs.
-            label: On what.
+            name: Kind of work.
+            label: The chunk or micro-batch that it is on.
         """
         start = self.begin()
         yield
         self.end(name, label, start)
 
     def begin(self) -> Mark:
-        """Return a mark for `end`, where a span does not end in the function that starts it."""
+        """Return the present, as the start of a span that another function ends with `end`."""
         return None
 
     def end(self, name: SpanName, label: str, start: Mark) -> None:
         """Record a span that began at `start` and ends now."""
 
     def backward_of(self, output: Tensor, label: str) -> None:
-        """Record the span "backward" from when `output` gets its gradient to that pass's end."""
+        """Record as "backward" the time from the gradient of `output` to that pass's end."""
 
 
 class StepRecorder(Recorder):
-    """Records one step. Make it when all ranks have just met."""
+    """Records one step. Create it right after a barrier: its clock starts then."""
 
     def __init__(self, device: torch.device) -> None:
         """Start the clock.
 
         Args:
-            device: Whose time is taken.
+            device: Where this rank computes.
         """
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
@@ -59,7 +59,7 @@ class StepRecorder(Recorder):
         self._marks: list[tuple[SpanName, str, Mark, Mark]] = []
 
     def begin(self) -> Mark:
-        """Return the present, of the stream on a GPU."""
+        """Return the present; on a GPU, an event in the current stream."""
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -71,7 +71,7 @@ class StepRecorder(Recorder):
         self._marks.append((name, label, start, self.begin()))
 
     def backward_of(self, output: Tensor, label: str) -> None:
-        """Record the backward pass; a schedule of others starts it, so a hook must tell when."""
+        """Record the backward pass; Megatron's schedule starts it, so a hook marks its start."""
         if not output.requires_grad:
             return
 
@@ -84,7 +84,7 @@ class StepRecorder(Recorder):
         output.register_hook(begin)
 
     def spans(self) -> list[Span]:
-        """Return all spans; waits for the device."""
+        """Return all spans so far; synchronises with the device."""
         if self._on_gpu:
             torch.cuda.synchronize()
         return [
@@ -95,6 +95,6 @@ class StepRecorder(Recorder):
     def _seconds(self, mark: Mark) -> float:
         if isinstance(mark, float) and isinstance(self._start, float):
             return mark - self._start
-        assert isinstance(mark, torch.cuda.Event), "one clock for a whole step"
-        assert isinstance(self._start, torch.cuda.Event), "one clock for a whole step"
+        assert isinstance(mark, torch.cuda.Event), "a step has marks of one kind"
+        assert isinstance(self._start, torch.cuda.Event), "a step has marks of one kind"
         return float(self._start.elapsed_time(mark)) / 1000

@@ -1,6 +1,6 @@
-"""One stretch of a rank's step, and the names that such stretches have.
+"""A span: what a rank did during one interval of a step.
 
-Apart from the recorder because drawings and the simulator need no torch.
+Separate from the recorder, so that drawings and the simulator need no torch.
 """
 
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from typing import Literal
 SpanName = Literal[
     "decode", "encode", "send", "wait", "forward", "backward", "return", "vision", "optimizer"
 ]
-"""decode: files to patches. encode: the ViT forward. send: features leave. wait: for features, or
-for gradients. forward, backward: the decoder. return: gradients of features leave. vision: the
-ViT's second forward and its backward. optimizer: adding up gradients and updating."""
+"""decode: files to patches. encode: the ViT's forward. send: features are sent. wait: for features
+or their gradients. forward, backward: the decoder. return: gradients of features are sent. vision:
+the ViT's recomputed forward and backward. optimizer: reduction of gradients, update."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """What a rank did from one time to another."""
+    """What a rank did during one interval."""
 
     name: SpanName
-    """What ran."""
+    """Kind of work."""
     label: str
-    """On what: a chunk of pictures or a micro-batch."""
+    """The chunk or micro-batch that it was on."""
     start: float
-    """Seconds after the step's start, which all ranks have together."""
+    """Seconds after the step's start, which all ranks share."""
     end: float
     """Likewise."""

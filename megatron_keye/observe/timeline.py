@@ -1,4 +1,4 @@
-"""Writes down when each rank did what, and reads it back: for pictures, figures, the simulator."""
+"""Writes and reads the spans of all ranks, and derives times and a Chrome trace from them."""
 
 import json
 from collections import defaultdict
@@ -14,9 +14,9 @@ from megatron_keye.observe.recorder import StepRecorder
 from megatron_keye.observe.span import Span, SpanName
 
 VISION: tuple[SpanName, ...] = ("decode", "encode", "send", "vision")
-"""What a rank does for pictures."""
+"""Spans of work on pictures."""
 DECODER: tuple[SpanName, ...] = ("forward", "backward", "return")
-"""What a rank does for tokens."""
+"""Spans of work on tokens."""
 
 
 @dataclass(frozen=True)
@@ -26,39 +26,39 @@ class Timeline:
     spans: dict[int, list[Span]]
     """Spans of each rank."""
     peak_memory_mib: dict[int, float]
-    """Most memory that tensors took on each rank's GPU during the step; 0 on a CPU."""
+    """Peak of the memory of tensors on each rank's GPU during the step; 0 on a CPU."""
 
     @property
     def seconds(self) -> float:
-        """From the common start to the end of the last span."""
+        """Duration of the step, from the common start to the end of the last span."""
         return max(span.end for spans in self.spans.values() for span in spans)
 
     def busy_seconds(self, rank: int, names: Sequence[SpanName] | None = None) -> float:
-        """Return how long a rank worked, in spans of these names or in all but waits."""
+        """Return how long a rank worked, in spans of these names or in all except waits."""
         spans = self.spans[rank]
         return covered(s for s in spans if (s.name in names if names else s.name != "wait"))
 
     def vision_seconds(self) -> float:
-        """Return the pictures' time on the rank that had most to do for them."""
+        """Return the time of work on pictures on the busiest rank."""
         return max(self.busy_seconds(rank, VISION) for rank in self.spans)
 
     def decoder_seconds(self) -> float:
         """Return the decoder's time without waits for features, on the slowest rank.
 
-        Pipeline stages wait for each other in it, as they would without any picture.
+        Waits of pipeline stages for each other count, as they occur without pictures too.
         """
         longest = 0.0
         for spans in self.spans.values():
-            own = [span for span in spans if span.name in DECODER]
-            if own:
-                start, end = min(s.start for s in own), max(s.end for s in own)
+            passes = [span for span in spans if span.name in DECODER]
+            if passes:
+                start, end = min(s.start for s in passes), max(s.end for s in passes)
                 waits = [s for s in spans if s.name == "wait" and start <= s.start <= end]
                 longest = max(longest, end - start - covered(waits))
         return longest
 
 
 def covered(spans: Iterable[Span]) -> float:
-    """Return how much time spans cover together; what overlaps counts once."""
+    """Return the seconds that spans cover together; overlaps count once."""
     total, reached = 0.0, 0.0
     for span in sorted(spans, key=lambda span: span.start):
         total += max(0.0, span.end - max(span.start, reached))
@@ -69,14 +69,14 @@ def covered(spans: Iterable[Span]) -> float:
 def write_step(
     run_folder: Path, step: int, rank: int, device: torch.device, recorder: StepRecorder
 ) -> None:
-    """Append one step of a rank to its file.
+    """Append one step of this rank to its file.
 
     Args:
         run_folder: Folder of the run; files go to timeline/ in it.
         step: 0-based number of the step.
         rank: This rank.
-        device: Where it computes; the peak of its memory starts anew on a GPU.
-        recorder: Of this step.
+        device: Where it computes; on a GPU the counter of peak memory is reset.
+        recorder: Recorder of this step.
     """
     folder = run_folder / "timeline"
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,18 +90,18 @@ def write_step(
         file.write(line + "\n")
 
 
-def read_steps(folder: Path) -> dict[int, Timeline]:
-    """Read what all ranks wrote.
+def read_steps(run_folder: Path) -> dict[int, Timeline]:
+    """Return the timelines that all ranks wrote, by step.
 
     Args:
-        folder: The run's folder.
+        run_folder: Folder of the run.
 
     Raises:
-        UserError: When nothing was recorded there.
+        UserError: If the run has no timeline.
     """
     spans: dict[int, dict[int, list[Span]]] = defaultdict(dict)
     peaks: dict[int, dict[int, float]] = defaultdict(dict)
-    for path in sorted((folder / "timeline").glob("rank-*.jsonl")):
+    for path in sorted((run_folder / "timeline").glob("rank-*.jsonl")):
         rank = int(path.stem.removeprefix("rank-"))
         for line in path.read_text().splitlines():
             record = json.loads(line)
@@ -109,14 +109,14 @@ def read_steps(folder: Path) -> dict[int, Timeline]:
             peaks[record["step"]][rank] = record["peak_memory_mib"]
     if not spans:
         raise UserError(
-            f"{folder}: no timeline there, expected timeline/rank-*.jsonl; train with --set "
+            f"{run_folder}: got no timeline, expected timeline/rank-*.jsonl; train with --set "
             "training.records_timeline=true"
         )
     return {step: Timeline(spans[step], peaks[step]) for step in sorted(spans)}
 
 
 def chrome_trace(steps: dict[int, Timeline]) -> dict[str, Any]:
-    """Return all steps for chrome://tracing or ui.perfetto.dev, one behind the other."""
+    """Return all steps in a row, in the format of chrome://tracing and ui.perfetto.dev."""
     events: list[dict[str, Any]] = []
     offset = 0.0
     for number, timeline in steps.items():
@@ -135,9 +135,9 @@ def chrome_trace(steps: dict[int, Timeline]) -> dict[str, Any]:
                 for span in spans
             ]
         offset += timeline.seconds
-    names = sorted({rank for timeline in steps.values() for rank in timeline.spans})
+    ranks = sorted({rank for timeline in steps.values() for rank in timeline.spans})
     events += [
         {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
-        for rank in names
+        for rank in ranks
     ]
     return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -10,10 +10,10 @@ def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig) -> floa
 
     Args:
         step: 0-based number of the step.
-        num_steps: Steps of the whole run; the last one has nearly the smallest rate.
-        optimizer: Peak, floor and warm-up.
+        num_steps: Steps of the whole run, after which the rate would reach its minimum.
+        optimizer: Peak, minimum and warm-up.
     """
-    peak, low, warmup = (
+    peak, minimum, warmup = (
         optimizer.learning_rate,
         optimizer.min_learning_rate,
         optimizer.warmup_steps,
@@ -21,4 +21,4 @@ def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig) -> floa
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
-    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))

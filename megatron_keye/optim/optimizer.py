@@ -1,7 +1,6 @@
-"""Both optimizers of a rank, stepping as one: one gradient norm, one clip, all or none.
+"""The optimizers of decoder and vision as one: one gradient norm, one clipping, both or neither.
 
-Decoder and vision live on different grids, so each has a Megatron optimizer of its own; their
-norms are combined here.
+The two are on different grids, so each has its own Megatron optimizer; this combines their norms.
 """
 
 import math
@@ -26,22 +25,22 @@ class StepOutcome:
     """The result of one optimizer step."""
 
     gradient_norm: float
-    """Norm over decoder and vision together, before clipping."""
+    """L2 norm over decoder and vision together, before clipping."""
     learning_rate: float
-    """With which weights changed, if they did."""
+    """Learning rate of the step."""
     was_applied: bool
-    """False when a gradient was infinite or not a number; no weight changed then."""
+    """False if a gradient was infinite or NaN; no weight changed then."""
 
 
 class JointOptimizer:
-    """The optimizers of the decoder's part and of the vision part that this rank owns."""
+    """The optimizers of this rank's decoder stages and vision tower, as far as it has them."""
 
     def __init__(self, run: RunConfig, model: KeyeModel, grid: Grid) -> None:
         """Build the optimizers. All ranks must call it at the same point.
 
         Args:
             run: Optimizer settings.
-            model: What this rank owns.
+            model: This rank's modules.
             grid: Groups of both grids.
         """
         self._run, self._model, self._grid = run, model, grid
@@ -54,21 +53,21 @@ class JointOptimizer:
             self.vision = self._build([model.vision], grid.vision)
 
     def zero_gradients(self) -> None:
-        """Forget the gradients of the last step."""
+        """Clear the gradients of the last step."""
         for optimizer in (self.decoder, self.vision):
             if optimizer is not None:
-                # In fp32 each gradient still lies in the summing buffer, where the next backward
-                # pass would add to it twice.
+                # In fp32 gradients alias the summing buffer, and the next backward pass would
+                # add to it twice.
                 optimizer.zero_grad(set_to_none=True)
         for module in self._model.wrapped():
             module.zero_grad_buffer()
 
     def finish_gradients(self, divisor: int) -> None:
-        """Add up gradients over replicas and divide them once.
+        """Reduce gradients over replicas and divide them once.
 
         Args:
-            divisor: Tokens of the whole global batch that have a loss; every rank knows it from
-                the rows.
+            divisor: Labelled tokens of the global batch (`BatchCounts.divisor`), the same on all
+                ranks.
         """
         if self._grid.decoder is not None:
             finalize_model_grads(self._model.stages, None, pg_collection=self._grid.decoder)
@@ -85,8 +84,8 @@ class JointOptimizer:
 
         Args:
             learning_rate: The step's learning rate.
-            meanwhile: Called again and again while other ranks still make their gradients, until
-                it returns False. It must send nothing.
+            meanwhile: Called repeatedly while other ranks still compute gradients, until it
+                returns False. It must not communicate.
         """
         optimizers = [o for o in (self.decoder, self.vision) if o is not None]
         for optimizer in optimizers:
@@ -115,30 +114,30 @@ class JointOptimizer:
             pg_collection=groups,
         )
         assert isinstance(optimizer, ChainedOptimizer), "one for dense weights, one for experts"
-        for part in optimizer.chained_optimizers:
-            # Each would gather all weights, the other's too.
-            part._defer_param_sync = True
+        for inner in optimizer.chained_optimizers:
+            # Each would otherwise gather all weights, those of the others too.
+            inner._defer_param_sync = True
         return optimizer
 
     def _gather_weights(self) -> None:
-        """Give every replica what the others updated, where they share the optimizer."""
+        """All-gather updated weights where replicas share the optimizer."""
         if self._run.training.distributes_optimizer:
             for module in self._model.wrapped():
                 module.start_param_sync()
 
     def _joint_norm(self, meanwhile: Callable[[], bool]) -> float:
-        """Combine the norms of both grids, each of which all of its own ranks know."""
+        """Combine the norms of both grids; all ranks of a grid have the same one."""
         squares = [
             0.0 if optimizer is None else float(optimizer.get_grad_norm()) ** 2
             for optimizer in (self.decoder, self.vision)
         ]
         device = torch.cuda.current_device()
         both = torch.tensor(squares, dtype=torch.float64, device=device)
-        # A NaN must win over every number, which a maximum does not promise.
+        # A maximum need not propagate NaN, so it becomes infinity.
         both = both.nan_to_num(nan=math.inf, posinf=math.inf)
-        agreed = dist.all_reduce(both, op=dist.ReduceOp.MAX, async_op=True)
-        assert agreed is not None, "an asynchronous message"
-        while not agreed.is_completed() and meanwhile():
+        work = dist.all_reduce(both, op=dist.ReduceOp.MAX, async_op=True)
+        assert work is not None, "every rank is in the default group"
+        while not work.is_completed() and meanwhile():
             pass
-        agreed.wait()
+        work.wait()
         return float(both.sum().sqrt())

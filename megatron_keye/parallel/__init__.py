@@ -1,1 +1,1 @@
-"""Who computes: rank grids, process groups, and what travels between them."""
+"""Process groups of both grids, the schedule of a step, and the transport of features."""

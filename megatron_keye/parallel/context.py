@@ -1,9 +1,8 @@
-"""Gathers what context-parallel ranks hold of a row, in row order.
+"""Gathers the tokens [S/CP] of context-parallel ranks into a row [S], in row order.
 
-Queries stay where they are; keys and values are gathered, so that each rank can select among all
-keys of its queries without a merge. Which tokens a rank has is `plan.places.owned_positions`.
-Documents may straddle parts: attention goes by row positions, so packing needs no padding per
-document.
+Queries stay local; keys and values are gathered, so that each rank selects among all keys of its
+queries without a merge. `plan.places.owned_positions` defines which tokens a rank holds. Documents
+may straddle ranks: attention is masked by row positions, so packing pads no document.
 """
 
 import numpy as np
@@ -16,10 +15,10 @@ from megatron_keye.plan.places import owned_positions
 
 
 def gathered_order(row_tokens: int, num_ranks: int) -> Tensor:
-    """Return, for each row position, where it lies after concatenating all ranks' parts.
+    """Return the index of each of the S = row_tokens positions in all ranks' parts together.
 
     Returns:
-        int64 [S], so that gathered[order] stands in row order.
+        int64 [S], so that gathered[order] is in row order.
     """
     ranks = range(num_ranks)
     owned = np.concatenate([owned_positions(row_tokens, num_ranks, rank) for rank in ranks])
@@ -35,8 +34,7 @@ def gather_row(local: Tensor, order_S: Tensor, group: dist.ProcessGroup) -> Tens
         group: The context axis.
 
     Returns:
-        [S, ...]. The backward pass adds up all ranks' gradients and keeps the own part
-        (reduce-scatter).
+        [S, ...]. The backward pass is a reduce-scatter of the gradients.
     """
     if group.size() == 1:
         return local

@@ -1,7 +1,7 @@
-"""Lets Megatron-Core, which takes a GPU for granted, run on gloo processes without one.
+"""Lets Megatron-Core, which assumes a GPU, run in gloo processes without one.
 
-Every parallel layout can thus be proved on an ordinary machine. Each patch below stands for one
-assumption of megatron-core 0.19.2; nothing here runs when there is a GPU.
+So every parallel layout can be tested on an ordinary machine. Each patch below covers one
+assumption of megatron-core 0.19.2; none is active where there is a GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,12 +40,12 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _NoStream:
-    """Stands for a CUDA stream or event where everything already runs in order."""
+    """Stand-in for a CUDA stream or event, where everything already runs in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def wait_stream(self, stream: Any) -> None:
-        """Do nothing: work on one CPU thread is ordered."""
+        """Do nothing: work on the CPU is ordered."""
 
     def wait_event(self, event: Any) -> None:
         """Do nothing."""
@@ -78,14 +78,14 @@ def _no_context(*args: Any, **kwargs: Any) -> Iterator[None]:
 def run_megatron_on_cpu() -> None:
     """Make Megatron-Core's GPU calls work on the CPU, for the rest of this process.
 
-    Safe to call again. Call it before building any Megatron module.
+    Idempotent. Call it before building any Megatron module.
 
     Raises:
-        RuntimeError: When torch sees a GPU, where none of this may be active.
+        RuntimeError: If torch sees a GPU.
     """
     if torch.cuda.is_available():
         raise RuntimeError(
-            "run_megatron_on_cpu was called on a machine with a GPU; hide the GPU "
+            "run_megatron_on_cpu: got a machine with a GPU, expected none; hide the GPU "
             "(CUDA_VISIBLE_DEVICES=) to run on the CPU"
         )
     if _active:
@@ -113,12 +113,12 @@ def run_megatron_on_cpu() -> None:
 
 
 def _patch_megatron() -> None:
-    """Replace the two places where Megatron-Core reaches past torch's public functions."""
+    """Replace the functions in which Megatron-Core bypasses torch's public API."""
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import token_dispatcher
 
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # Upstream converts to NumPy only what lies on a GPU; the all-to-all then gets tensors.
+        # Upstream converts only GPU tensors to NumPy; the all-to-all would get tensors.
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = move

@@ -1,7 +1,7 @@
-"""Turns degrees into ranks and process groups, for the decoder grid and the vision grid.
+"""Makes the process groups of the decoder grid and of the vision grid.
 
-The only file that makes groups; everything else is handed the group it uses. `plan/places.py` has
-the numbering of ranks.
+No other file makes groups; functions get the groups that they use as arguments. `plan/places.py`
+numbers the ranks.
 """
 
 from dataclasses import dataclass
@@ -24,78 +24,78 @@ from megatron_keye.plan.places import (
 
 @dataclass(frozen=True)
 class Grid:
-    """Both grids as this rank sees them."""
+    """This rank and its process groups in both grids."""
 
     parallel: ParallelConfig
-    """The degrees."""
+    """Degrees and placement."""
     rank: int
-    """This process."""
+    """Global rank of this process."""
     decoder: ProcessGroupCollection | None
-    """The decoder's groups that this rank is in; None on a dedicated vision rank."""
+    """This rank's groups in the decoder grid; None on a dedicated vision rank."""
     vision: ProcessGroupCollection | None
-    """The vision grid's groups; None on a rank that does not encode."""
+    """This rank's groups in the vision grid; None on a rank that does not encode."""
     transport_ranks: tuple[int, ...]
-    """Ranks that encode or hold embeddings, ascending: between these features travel."""
+    """Ranks that exchange features, ascending: those that encode or hold embeddings."""
     transport: dist.ProcessGroup
-    """The transport ranks. One group for both directions: all exchanges of a step have one order
-    (`plan/order.py`), which a second group could only break."""
+    """Group of the transport ranks, one for both directions: all exchanges of a step have one
+    order (`plan/order.py`), which a second group could break."""
 
     @property
     def vision_ranks(self) -> range:
         """The ranks that encode."""
         return vision_ranks(self.parallel)
 
-    def place(self, rank: int | None = None) -> DecoderPlace:
-        """Return where `rank` (this process by default) stands in the decoder grid."""
-        return decoder_place(self.parallel.decoder, self.rank if rank is None else rank)
+    def place(self) -> DecoderPlace:
+        """Return this rank's coordinates in the decoder grid."""
+        return decoder_place(self.parallel.decoder, self.rank)
 
 
 def build_grid(parallel: ParallelConfig) -> Grid:
     """Make every process group of the job. All ranks must call it, after init_process_group.
 
     Args:
-        parallel: Degrees; their product must be the world size (RunConfig.check_num_ranks).
+        parallel: Degrees of as many ranks as the job has (RunConfig.check_num_ranks).
 
     Returns:
-        The grid as this rank sees it.
+        This rank's groups.
     """
-    # Sequence-parallel linears take their buffer from this global, which only
-    # initialize_model_parallel would have made.
+    # Sequence-parallel linear layers use this global buffer, which otherwise only
+    # initialize_model_parallel makes.
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
     rank, encoding = dist.get_rank(), vision_ranks(parallel)
     decoder = _decoder_groups(parallel.decoder)
     vision = _vision_groups(len(encoding), encoding.start)
-    travelling = transport_ranks(parallel)
+    exchanging = transport_ranks(parallel)
     return Grid(
         parallel=parallel,
         rank=rank,
         decoder=decoder if rank < parallel.decoder.num_ranks else None,
         vision=vision if rank in encoding else None,
-        transport_ranks=tuple(travelling),
-        transport=_connected_group(travelling),
+        transport_ranks=tuple(exchanging),
+        transport=_connected_group(exchanging),
     )
 
 
 def _connected_group(ranks: list[int]) -> dist.ProcessGroup:
-    """Make a group whose ranks have all met.
+    """Make a group and connect all its ranks by a first all-to-all.
 
-    NCCL connects two ranks when they first have something for each other, and holds both until
-    then; in the middle of a step one of them may be waiting for something else.
+    NCCL connects two ranks at their first message and blocks both until then; within a step one of
+    them may be waiting for another message.
     """
-    group: dist.ProcessGroup = dist.new_group(ranks, pg_options=_few_blocks())
+    group: dist.ProcessGroup = dist.new_group(ranks, pg_options=_transport_options())
     if dist.get_rank() in ranks:
-        greetings = torch.zeros(len(ranks), device=torch.cuda.current_device())
-        dist.all_to_all_single(torch.empty_like(greetings), greetings, group=group)
+        message = torch.zeros(len(ranks), device=torch.cuda.current_device())
+        dist.all_to_all_single(torch.empty_like(message), message, group=group)
     return group
 
 
-def _few_blocks() -> Any:
-    """Keep waiting exchanges small on a GPU.
+def _transport_options() -> Any:
+    """Return options that limit the blocks of NCCL's kernels, None for gloo.
 
-    A vision rank starts an exchange long before the decoder meets it, and until then NCCL's kernel
-    spins on multiprocessors that encoding could use. Eight blocks still carry a row's features in
-    milliseconds.
+    A vision rank starts an exchange long before the decoder reaches it, and until then NCCL's
+    kernel spins on multiprocessors that encoding could use. Eight blocks still move a row's
+    features in milliseconds.
     """
     if dist.get_backend() != "nccl":
         return None
@@ -105,15 +105,15 @@ def _few_blocks() -> Any:
 
 
 def _decoder_groups(degrees: DecoderParallel) -> ProcessGroupCollection:
-    """Make the decoder's groups: a base view, and a view that spreads experts over its ranks."""
+    """Make the decoder's groups: of its axes, and of a view with an expert axis instead."""
     grid = HyperCommGrid(
         [degrees.tensor, degrees.context, degrees.data, degrees.pipeline],
         ["tp", "cp", "dp", "pp"],
     )
-    sharers = degrees.tensor * degrees.context * degrees.data
+    stage_size = degrees.tensor * degrees.context * degrees.data
     grid.register_view(
         "experts",
-        [1, degrees.expert, sharers // degrees.expert, degrees.pipeline],
+        [1, degrees.expert, stage_size // degrees.expert, degrees.pipeline],
         ["expt_tp", "ep", "expt_dp", "pp"],
         shared_dims=["pp"],
     )
@@ -137,7 +137,7 @@ def _decoder_groups(degrees: DecoderParallel) -> ProcessGroupCollection:
 
 
 def _vision_groups(size: int, offset: int) -> ProcessGroupCollection:
-    """Make the vision grid's groups: data parallel over all of it, nothing else is split."""
+    """Make the vision grid's groups: data parallel over all its ranks, no other axis."""
     grid = HyperCommGrid([1, size], ["tp", "dp"], rank_offset=offset)
     alone, everyone = grid.create_pg("tp"), grid.create_pg("dp")
     names = ("tp", "cp", "pp", "mp", "tp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp")
@@ -147,7 +147,7 @@ def _vision_groups(size: int, offset: int) -> ProcessGroupCollection:
 
 
 def _collection(groups: dict[str, dist.ProcessGroup]) -> ProcessGroupCollection:
-    """Name the groups as Megatron does, with those that coincide when no weights are gathered."""
+    """Name the groups as Megatron does, with those that coincide without weight gathering."""
     return ProcessGroupCollection(
         **groups,
         dp_cp_gtp_remat=groups["dp_cp"],
@@ -155,7 +155,7 @@ def _collection(groups: dict[str, dist.ProcessGroup]) -> ProcessGroupCollection:
         tp_ep_pp_with_egtp_remat=groups["tp_ep_pp"],
         intra_dp_cp=groups["dp_cp"],
         intra_expt_dp=groups["expt_dp"],
-        # Embedding and output layer are untied, so no group ever adds up their gradients.
+        # Embedding and output layer are untied, so no group reduces their gradients.
         embd=None,
         pos_embd=None,
     )

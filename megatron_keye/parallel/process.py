@@ -13,7 +13,7 @@ from megatron_keye.errors import UserError
 from megatron_keye.parallel.cpu import run_megatron_on_cpu
 
 _TIMEOUT = timedelta(minutes=10)
-"""How long a collective waits for a rank that no longer answers."""
+"""How long a collective waits for an unresponsive rank."""
 
 
 @dataclass(frozen=True)
@@ -21,23 +21,23 @@ class Process:
     """One rank of the job."""
 
     rank: int
-    """Number of this process among all."""
+    """Global rank of this process."""
     num_ranks: int
-    """Processes of the whole job."""
+    """World size."""
     device: torch.device
     """Where this rank computes."""
     store: Store
-    """Small facts that all ranks see."""
+    """Key-value store that all ranks share."""
 
     def is_first_to_fail(self) -> bool:
-        """Tell whether no other rank has failed before, so that one error is told once.
+        """Return whether no other rank has failed before, so that one error is reported once.
 
-        A rank that loses its peers fails too, in ways that say nothing; the first one knows why.
+        A rank that loses its peers fails too, with errors that do not name the cause.
         """
         try:
             winner = self.store.compare_set("first_to_fail", "", str(self.rank))
         except RuntimeError:
-            # The rank that keeps the store is gone already, so this one was not the first.
+            # The rank that hosts the store has ended, so this one is not the first.
             return False
         return int(winner) == self.rank
 
@@ -46,11 +46,11 @@ def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int) -> t
     """Return the device of a rank.
 
     Args:
-        wanted: The run's setting.
-        local_rank: Number of this process on its machine.
+        wanted: The run's setting; "auto" is a GPU where there is one.
+        local_rank: 0-based index of this process on its machine.
 
     Raises:
-        UserError: When a GPU is asked for and this rank has none.
+        UserError: If a GPU is asked for, or found, and this rank has none.
     """
     num_gpus = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
@@ -64,17 +64,17 @@ def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int) -> t
 
 
 def join(device: torch.device, *, rank: int, num_ranks: int, init_method: str) -> Process:
-    """Enter the group of all ranks; gloo without a GPU, NCCL with one.
+    """Initialize the group of all ranks: gloo on CPUs, NCCL on GPUs.
 
     Args:
         device: From `resolve_device`.
-        rank: This process.
-        num_ranks: All processes.
-        init_method: Where the ranks meet, as torch.distributed takes it.
+        rank: Global rank of this process.
+        num_ranks: World size.
+        init_method: URL for the rendezvous, as in torch.distributed.
     """
     if device.type == "cpu":
         if torch.cuda.is_available():
-            # Megatron-Core asks torch whether there is a GPU; this run must not use the one.
+            # Megatron-Core asks torch whether there is a GPU, which this run must not use.
             torch.cuda.is_available = lambda: False
         run_megatron_on_cpu()
     else:

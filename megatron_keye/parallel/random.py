@@ -1,4 +1,4 @@
-"""Seeds every generator of a rank, including the ones that Megatron keeps per parallel axis."""
+"""Seeds all random generators of a rank, including Megatron's for parallel axes."""
 
 import random
 
@@ -10,20 +10,20 @@ from megatron_keye.parallel.grid import Grid
 
 
 def seed_rank(seed: int, grid: Grid) -> None:
-    """Seed Python, NumPy, torch and Megatron's tracker.
+    """Seed Python, NumPy, torch and Megatron's RNG tracker.
 
     Ranks of one tensor group draw different numbers where tensors are split, and the same ones
     where they are not.
 
     Args:
         seed: Seed of the run.
-        grid: This rank's groups.
+        grid: This rank and its groups.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     groups = grid.decoder or grid.vision
-    assert groups is not None, "each rank decodes or encodes"
+    assert groups is not None, "each rank is in a grid"
     model_parallel_cuda_manual_seed(
         seed,
         tp_rank=groups.tp.rank(),

@@ -1,9 +1,9 @@
-"""Carries features from vision ranks to the decoder ranks that own them, and gradients back.
+"""Sends features from vision ranks to the decoder ranks that own them, and gradients back.
 
-One uneven all-to-all per micro-batch and direction, whose counts both ends take from the plan, so
-only owned rows travel and any ratio of ranks is an ordinary case. Single messages would not do:
-NCCL runs those of one group in order and sets up each pair of ranks with both present, so ranks
-that are at different points of their schedules wait for each other for ever. All ranks start the
+One uneven all-to-all per micro-batch and direction, with counts from the plan, so that only owned
+rows are sent and any ratio of vision to decoder ranks works. Point-to-point messages deadlock:
+NCCL runs those of one group in order and connects two ranks only when both call, so ranks at
+different points of their schedules would wait for each other for ever. All ranks start the
 exchanges in the plan's order, which `plan/order.py` shows to be free of deadlock.
 """
 
@@ -22,42 +22,42 @@ from megatron_keye.plan.step import StepPlan, Transfer
 
 @dataclass
 class _State:
-    """What this rank does in one exchange."""
+    """One exchange on this rank."""
 
-    sent: list[Transfer]
-    """By the group's ranks, then by tag, as on the other side."""
-    taken: list[Transfer]
-    """Likewise."""
+    sends: list[Transfer]
+    """By destination, then by tag, as on the receiving rank."""
+    receives: list[Transfer]
+    """By source, then by tag."""
     num_sent: list[int]
     """Rows to each rank of the group."""
-    num_taken: list[int]
-    """Rows from each."""
+    num_received: list[int]
+    """Rows from each rank of the group."""
     outgoing: dict[int, Tensor] = field(default_factory=dict)
-    """Rows by tag, until it starts."""
+    """Rows to send by tag, until the exchange starts."""
     has_started: bool = False
     """Whether this rank has started it."""
     work: dist.Work | None = None
-    """Set from its start until it is waited for."""
+    """Handle, from the start until it is waited for."""
     buffers: tuple[Tensor, Tensor] | None = None
-    """Sent and received rows while they travel."""
+    """All sent and all received rows, until the exchange completes."""
     arrived: dict[int, Tensor] = field(default_factory=dict)
     """Received rows by tag, until they are taken."""
 
     @property
     def is_done(self) -> bool:
-        """Whether all rows have travelled."""
+        """Whether the exchange has completed."""
         return self.has_started and (self.work is None or self.work.is_completed())
 
     def wait(self) -> None:
-        """Wait until all rows have travelled, and drop the hold that torch keeps on them."""
-        assert self.has_started, "it has started"
+        """Wait until the exchange completes, and drop torch's references to its buffers."""
+        assert self.has_started, "only a started exchange can be waited for"
         if self.work is not None:
             self.work.wait()
             self.work = None
 
 
 class FeatureTransport:
-    """The messages of one step. Make a new one for each step."""
+    """The exchanges of one step. Make a new one for each step."""
 
     def __init__(
         self,
@@ -73,11 +73,11 @@ class FeatureTransport:
 
         Args:
             plan: The step's plan.
-            grid: The transport group, and this rank.
-            recorder: Notes when this rank sends and waits.
+            grid: This rank and the transport group.
+            recorder: Records when this rank sends and waits.
             width: Width D of a feature.
-            dtype: Type in which features and gradients travel.
-            device: Where buffers live.
+            dtype: Type in which features and gradients are sent.
+            device: Device of the buffers.
         """
         self._plan, self._grid, self._recorder, self._device = plan, grid, recorder, device
         self._empty = torch.empty(0, width, dtype=dtype, device=device)
@@ -85,13 +85,13 @@ class FeatureTransport:
         self._cursor = ExchangeCursor(plan.exchanges, grid.parallel, grid.rank)
 
     def start(self) -> None:
-        """Start what needs nothing of this rank, such as a first micro-batch without its part."""
+        """Start the exchanges that are allowed and to which this rank sends nothing."""
         self._start_ready()
 
     def send_features(self, chunk: int, features_MD: Tensor) -> None:
         """Send a chunk's features to their owners, without waiting.
 
-        A micro-batch goes out when the last of this rank's chunks that feed it is there.
+        A micro-batch's exchange starts with the last of this rank's chunks that it needs.
 
         Args:
             chunk: Index of the chunk in the plan; a rank sends its chunks in order.
@@ -105,7 +105,7 @@ class FeatureTransport:
             self._start_ready()
 
     def num_ahead(self) -> int:
-        """Return how many micro-batches' features this rank has sent that are still under way."""
+        """Return the number of micro-batches whose features are sent but not yet received."""
         started = self._cursor.started
         return sum(e.kind == "features" and not self._states[e].is_done for e in started)
 
@@ -113,7 +113,7 @@ class FeatureTransport:
         """Wait for the features that this rank owns in a micro-batch.
 
         Returns:
-            [M, D] in the order of their positions; [0, D] where the micro-batch has none here.
+            [M, D] in the order of their positions; [0, D] where this rank owns none.
         """
         receives = self._plan.receives(self._grid.rank, micro_batch)
         exchange = Exchange("features", micro_batch)
@@ -129,14 +129,14 @@ class FeatureTransport:
         """Send the gradients of a micro-batch's features back, without waiting.
 
         Args:
-            micro_batch: The micro-batch; a rank returns its micro-batches in order.
-            gradients_MD: [M, D] in the order in which `take_features` gave the features.
+            micro_batch: Index of the micro-batch; a rank returns its micro-batches in order.
+            gradients_MD: [M, D] in the order of `take_features`.
         """
         with self._recorder.span("return", f"micro-batch {micro_batch}"):
             receives = self._plan.receives(self._grid.rank, micro_batch)
             order = self._row_order(receives)
-            arrived = torch.empty_like(gradients_MD).index_copy(0, order, gradients_MD)
-            parts = arrived.to(self._empty.dtype).split([len(s.positions) for s in receives])
+            received = torch.empty_like(gradients_MD).index_copy(0, order, gradients_MD)
+            parts = received.to(self._empty.dtype).split([len(t.positions) for t in receives])
             exchange = Exchange("gradients", micro_batch)
             for transfer, part in zip(receives, parts, strict=True):
                 self._states[exchange].outgoing[transfer.tag] = part
@@ -144,12 +144,12 @@ class FeatureTransport:
                 self._allow_through(exchange)
 
     def finish_decoder(self) -> None:
-        """Tell that this rank neither takes features nor returns gradients any more."""
+        """Start the remaining exchanges, since this rank's decoder has finished."""
         self._cursor.allow_all()
         self._start_ready()
 
     def has_gradients(self, chunk: int) -> bool:
-        """Tell, without waiting, whether the gradient of a chunk's features is there."""
+        """Return, without waiting, whether the gradient of a chunk's features has arrived."""
         exchanges = {_gradients(transfer) for transfer in self._plan.transfers_of(chunk)}
         return all(self._states[exchange].is_done for exchange in exchanges)
 
@@ -168,77 +168,77 @@ class FeatureTransport:
             for transfer in self._plan.transfers_of(chunk):
                 rows = torch.from_numpy(transfer.feature_rows).to(self._device)
                 gradient.index_copy_(0, rows, self._take(_gradients(transfer), transfer))
-                # A gradient that has come back shows that its features have left.
-                self._let_go(self._states[_features(transfer)])
+                # A gradient that has arrived shows that its features were received.
+                self._free(self._states[_features(transfer)])
         return gradient
 
     def finish(self) -> None:
-        """Wait until what this rank sent has left, and check that the whole plan was done."""
-        left = self._cursor.waiting
-        assert not left, f"rank {self._grid.rank}: {left} of the plan never started"
+        """Wait for all exchanges, and check that each was started and its rows taken."""
+        pending = self._cursor.pending
+        assert not pending, f"rank {self._grid.rank}: {pending} of the plan never started"
         for exchange in self._cursor.order:
             state = self._states[exchange]
             state.wait()
-            is_taken = not state.arrived and not (state.taken and state.buffers is not None)
-            assert is_taken, f"rank {self._grid.rank}: {exchange} was not taken"
+            is_taken = not state.arrived and not (state.receives and state.buffers is not None)
+            assert is_taken, f"rank {self._grid.rank}: rows of {exchange} were not taken"
 
     def _state(self, exchange: Exchange) -> _State:
         sends = self._plan.sends(self._grid.rank, exchange.micro_batch)
         receives = self._plan.receives(self._grid.rank, exchange.micro_batch)
-        targets = _by_rank(sends, [s.destination for s in sends])
-        origins = _by_rank(receives, [s.source for s in receives])
+        outgoing = _by_rank(sends, [t.destination for t in sends])
+        incoming = _by_rank(receives, [t.source for t in receives])
         if exchange.kind == "gradients":
-            targets, origins = origins, targets
+            outgoing, incoming = incoming, outgoing
         ranks = self._grid.transport_ranks
         return _State(
-            sent=[s for to_one in targets.values() for s in to_one],
-            taken=[s for from_one in origins.values() for s in from_one],
-            num_sent=[_num_rows(targets.get(rank, [])) for rank in ranks],
-            num_taken=[_num_rows(origins.get(rank, [])) for rank in ranks],
+            sends=[t for transfers in outgoing.values() for t in transfers],
+            receives=[t for transfers in incoming.values() for t in transfers],
+            num_sent=[_num_rows(outgoing.get(rank, [])) for rank in ranks],
+            num_received=[_num_rows(incoming.get(rank, [])) for rank in ranks],
         )
 
     def _allow_through(self, exchange: Exchange) -> None:
-        """Start all exchanges up to this one, which the schedule has reached."""
+        """Start all exchanges up to and with this one, which the schedule has reached."""
         self._cursor.allow_through(exchange)
         self._start_ready()
         assert exchange in self._cursor.started, (
-            f"rank {self._grid.rank} reached {exchange} before it had its part of "
-            f"{self._cursor.waiting[0]}, which stands earlier in the plan's order"
+            f"rank {self._grid.rank} reached {exchange} before it had its rows of "
+            f"{self._cursor.pending[0]}, which comes earlier in the plan's order"
         )
 
     def _start_ready(self) -> None:
-        for exchange in self._cursor.take_ready(self._has_part):
-            self._let_go_of_sent()
+        for exchange in self._cursor.take_ready(self._is_ready):
+            self._free_sent()
             self._start(self._states[exchange])
 
-    def _has_part(self, exchange: Exchange) -> bool:
-        """Tell whether all rows that this rank sends in an exchange are there."""
+    def _is_ready(self, exchange: Exchange) -> bool:
+        """Return whether this rank has all rows that it sends in an exchange."""
         state = self._states[exchange]
-        return len(state.outgoing) == len(state.sent)
+        return len(state.outgoing) == len(state.sends)
 
     def _start(self, state: _State) -> None:
-        outgoing = torch.cat([self._empty, *(state.outgoing.pop(s.tag) for s in state.sent)])
-        incoming = self._empty.new_empty(sum(state.num_taken), self._empty.shape[1])
+        outgoing = torch.cat([self._empty, *(state.outgoing.pop(t.tag) for t in state.sends)])
+        incoming = self._empty.new_empty(sum(state.num_received), self._empty.shape[1])
         state.buffers, state.has_started = (outgoing, incoming), True
         state.work = dist.all_to_all_single(
             incoming,
             outgoing,
-            state.num_taken,
+            state.num_received,
             state.num_sent,
             group=self._grid.transport,
             async_op=True,
         )
 
-    def _let_go_of_sent(self) -> None:
-        """Free what has left, so that a step's features never lie on a vision rank together."""
+    def _free_sent(self) -> None:
+        """Free completed exchanges, so that a vision rank never holds all features of a step."""
         for exchange in self._cursor.started:
             state = self._states[exchange]
             if state.is_done:
-                self._let_go(state)
+                self._free(state)
 
-    def _let_go(self, state: _State) -> None:
-        """Free the buffers of an exchange that is done, unless rows in them are to be taken."""
-        if state.buffers is not None and not state.taken:
+    def _free(self, state: _State) -> None:
+        """Free the buffers of a completed exchange from which this rank takes no rows."""
+        if state.buffers is not None and not state.receives:
             state.wait()
             state.buffers = None
 
@@ -246,13 +246,13 @@ class FeatureTransport:
         state = self._states[exchange]
         if state.buffers is not None:
             state.wait()
-            parts = state.buffers[1].split([len(s.positions) for s in state.taken])
-            state.arrived = {s.tag: part for s, part in zip(state.taken, parts, strict=True)}
+            parts = state.buffers[1].split([len(t.positions) for t in state.receives])
+            state.arrived = {t.tag: part for t, part in zip(state.receives, parts, strict=True)}
             state.buffers = None
         return state.arrived.pop(transfer.tag)
 
     def _row_order(self, receives: list[Transfer]) -> Tensor:
-        positions = torch.cat([torch.from_numpy(s.positions) for s in receives])
+        positions = torch.cat([torch.from_numpy(t.positions) for t in receives])
         return positions.argsort().to(self._device)
 
 
@@ -265,7 +265,7 @@ def _gradients(transfer: Transfer) -> Exchange:
 
 
 def _by_rank(transfers: list[Transfer], ranks: list[int]) -> dict[int, list[Transfer]]:
-    """Sort transfers, which come by tag, to the ranks at their other end, ascending."""
+    """Group transfers by the rank at their other end, ranks ascending, each group by tag."""
     groups: dict[int, list[Transfer]] = {rank: [] for rank in sorted(set(ranks))}
     for transfer, rank in zip(transfers, ranks, strict=True):
         groups[rank].append(transfer)

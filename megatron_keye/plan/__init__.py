@@ -1,5 +1,5 @@
-"""What a step will do, decided from sizes alone: who holds, encodes, decodes and sends what.
+"""The plan of a step, from sizes alone: which rank holds which tokens, encodes and sends what.
 
-Standard library and numpy only, so that planning tools start at once and every rank, whatever its
-device, has the same plan without a message.
+Needs only the standard library and numpy, so that planning tools start fast. Every rank, whatever
+its device, computes the same plan without communication.
 """

@@ -1,10 +1,10 @@
 """Balances a step's work: pictures over vision ranks, rows over replicas.
 
-Pure functions of sizes, so that every rank has the same result without a message.
+Pure functions of sizes, so that every rank gets the same result without communication.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_keye.plan.cost import VisionCost
@@ -12,8 +12,7 @@ from megatron_keye.plan.cost import VisionCost
 
 @dataclass(frozen=True)
 class RowCost:
-    """What one packed row costs. All rows have the same length, so the decoder's share differs
-    only in attention."""
+    """Cost of one packed row. Rows have equal lengths, so the decoder's differs in attention."""
 
     attention: float
     """Cost of its attention, in any unit."""
@@ -22,20 +21,20 @@ class RowCost:
 
 
 def order_rows(costs: Sequence[RowCost], num_replicas: int) -> list[int]:
-    """Decide which row is which micro-batch of which replica.
+    """Assign rows to micro-batches and replicas.
 
     Replicas wait for each other in every micro-batch (they exchange features together), so each
-    micro-batch takes rows of similar attention cost; within it, the least loaded replica takes the
+    micro-batch holds rows of similar attention cost; within it, the least loaded replica gets the
     most expensive row. Micro-batches with few pictures come first and last: the decoder starts
-    while vision ranks still encode the others, and little is left to do when it has ended.
+    early, and little vision work is left when it has finished.
 
     Args:
-        costs: Of each row of the global batch.
-        num_replicas: Divides the number of rows.
+        costs: Cost of each row of the global batch.
+        num_replicas: Data-parallel replicas; divides the number of rows.
 
     Returns:
-        The rows in their new order: place p is micro-batch p // num_replicas of replica
-        p % num_replicas.
+        The rows in their new order: index i is micro-batch i // num_replicas of replica
+        i % num_replicas.
     """
     most_expensive_first = sorted(range(len(costs)), key=lambda row: (-costs[row].attention, row))
     load = [0.0] * num_replicas
@@ -50,49 +49,49 @@ def order_rows(costs: Sequence[RowCost], num_replicas: int) -> list[int]:
             rows[replica] = row
             load[replica] += costs[row].attention
         micro_batches.append(rows)
-    # A stable sort: equal micro-batches keep the order that cost gave them.
+    # The sort is stable: ties keep their order by attention cost.
     micro_batches.sort(key=lambda rows: sum(costs[row].vision for row in rows))
-    mountain = micro_batches[::2] + micro_batches[1::2][::-1]
-    return [row for rows in mountain for row in rows]
+    most_pictures_in_the_middle = micro_batches[::2] + micro_batches[1::2][::-1]
+    return [row for rows in most_pictures_in_the_middle for row in rows]
 
 
 def cut_frames(
     frames: Sequence[int], *, chunk_patches: int, num_ranks: int, cost: VisionCost
 ) -> list[range]:
-    """Cut frames into chunks of about equal cost, as many for each rank as the limit asks for.
+    """Cut frames into chunks of about equal cost, a multiple of num_ranks where sizes allow.
 
     Args:
-        frames: Patches of each frame, in the order of need; none is split.
+        frames: Patches of each frame, in the order in which they are needed; none is split.
         chunk_patches: Most patches of a chunk of more than one frame.
         num_ranks: Ranks that share the chunks.
-        cost: Of a frame.
+        cost: Cost model of a frame.
 
     Returns:
-        Runs of frames, in order, together all of them.
+        Index ranges that cover all frames in order, one for each chunk.
     """
     if not frames:
         return []
     rounds = -(-sum(frames) // (chunk_patches * num_ranks))
     target = sum(map(cost.of_frame, frames)) / (rounds * num_ranks)
-    starts, held, part, passed = [0], 0, 0, 0.0
+    starts, size, share, cost_before = [0], 0, 0, 0.0
     for index, num_patches in enumerate(frames):
-        # The middle of a frame tells in which of the equal parts it lies.
-        middle = int((passed + cost.of_frame(num_patches) / 2) / target)
-        if index > 0 and (middle > part or held + num_patches > chunk_patches):
+        # Of the equal shares of cost, a frame belongs to the one that holds its midpoint.
+        own_share = int((cost_before + cost.of_frame(num_patches) / 2) / target)
+        if index > 0 and (own_share > share or size + num_patches > chunk_patches):
             starts.append(index)
-            held = 0
-        part = middle
-        held += num_patches
-        passed += cost.of_frame(num_patches)
+            size = 0
+        share = own_share
+        size += num_patches
+        cost_before += cost.of_frame(num_patches)
     return [range(a, b) for a, b in zip(starts, [*starts[1:], len(frames)], strict=True)]
 
 
 def lpt_assign(costs: Sequence[float], load: dict[int, float]) -> list[int]:
-    """Give each chunk, the most expensive first, to the rank that has least to do so far.
+    """Assign each chunk, the most expensive first, to the least loaded rank.
 
     Args:
-        costs: Of the chunks that are needed at the same time.
-        load: What each rank has already; the chunks' costs are added to it.
+        costs: Cost of each chunk.
+        load: Cost assigned to each rank so far; updated in place.
 
     Returns:
         The rank of each chunk.
@@ -101,20 +100,11 @@ def lpt_assign(costs: Sequence[float], load: dict[int, float]) -> list[int]:
     first, at most 4/3 of the best makespan from an empty load.
     """
     owners = [0] * len(costs)
-    least_loaded = [(held, rank) for rank, held in load.items()]
+    least_loaded = [(assigned, rank) for rank, assigned in load.items()]
     heapq.heapify(least_loaded)
     for chunk in sorted(range(len(costs)), key=lambda c: (-costs[c], c)):
-        held, rank = least_loaded[0]
+        assigned, rank = least_loaded[0]
         owners[chunk] = rank
-        load[rank] = held + costs[chunk]
+        load[rank] = assigned + costs[chunk]
         heapq.heapreplace(least_loaded, (load[rank], rank))
     return owners
-
-
-def groups_by_need[T](needed_in: Sequence[T]) -> Iterator[tuple[T, range]]:
-    """Yield each run of equal neighbours as its value and its places."""
-    start = 0
-    for place in range(1, len(needed_in) + 1):
-        if place == len(needed_in) or needed_in[place] != needed_in[start]:
-            yield needed_in[start], range(start, place)
-            start = place

@@ -1,7 +1,6 @@
-"""In which order a step's passes run and its messages travel: one order, known to every rank.
+"""The order of a step's passes and exchanges, the same on every rank.
 
-Apart from the plan because it depends only on degrees and on the number of micro-batches, and
-because the simulator plays the same order.
+Separate from the plan, since it needs only the degrees and the number of micro-batches.
 """
 
 from collections.abc import Collection
@@ -11,20 +10,20 @@ from typing import Literal
 from megatron_keye.config.parallel import DecoderParallel, ParallelConfig
 
 _ENOUGH_AHEAD = 2
-"""Micro-batches whose features wait for the decoder before a vision rank turns to gradients: one
-that the decoder takes next, one for while a gradient is worked on."""
+"""Micro-batches of features to have ready for the decoder before a vision rank runs a backward
+pass: the one that the decoder runs next, and one more for the duration of that pass."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One virtual stage at work on one micro-batch."""
+    """A forward or backward pass of one virtual stage over one micro-batch."""
 
     is_forward: bool
-    """Forward, or backward."""
+    """False for backward."""
     virtual_stage: int
-    """Number of the virtual stage within its pipeline stage."""
+    """Index of the virtual stage within its pipeline stage."""
     micro_batch: int
-    """The micro-batch."""
+    """Index of the micro-batch within its replica."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,9 @@ class Exchange:
     """One all-to-all between all transport ranks."""
 
     kind: Literal["features", "gradients"]
-    """Features travel to the decoder, their gradients back."""
+    """Features go to the decoder, their gradients back."""
     micro_batch: int
-    """The micro-batch that they belong to."""
+    """Index of the micro-batch that they belong to."""
 
 
 def pipeline_order(degrees: DecoderParallel, num_micro_batches: int, stage: int) -> list[Pass]:
@@ -43,26 +42,27 @@ def pipeline_order(degrees: DecoderParallel, num_micro_batches: int, stage: int)
     Args:
         degrees: Stages, and virtual stages of each.
         num_micro_batches: Micro-batches of a replica; a multiple of the stages when interleaved.
-        stage: The stage.
+        stage: 0-based pipeline stage.
 
     Returns:
-        Warm-up forwards, then a forward and a backward in turn (1F1B), then backwards.
+        Warm-up forwards, then forwards and backwards in turn, then the remaining backwards: 1F1B,
+        interleaved with virtual stages (Narayanan et al., arXiv:2104.04473).
     """
-    stages, parts = degrees.pipeline, degrees.virtual_stages
-    if parts == 1:
+    num_stages, num_virtual = degrees.pipeline, degrees.virtual_stages
+    if num_virtual == 1:
         forwards = [(0, m) for m in range(num_micro_batches)]
-        num_warmup = stages - stage - 1
+        num_warmup = num_stages - stage - 1
     else:
-        # As many micro-batches as there are stages pass one virtual stage before the next one.
+        # A group of num_stages micro-batches runs one virtual stage after the other.
         forwards = [
-            (part, m)
-            for first in range(0, num_micro_batches, stages)
-            for part in range(parts)
-            for m in range(first, min(first + stages, num_micro_batches))
+            (virtual, m)
+            for first in range(0, num_micro_batches, num_stages)
+            for virtual in range(num_virtual)
+            for m in range(first, min(first + num_stages, num_micro_batches))
         ]
-        num_warmup = 2 * (stages - stage - 1) + (parts - 1) * stages
-    backwards = [Pass(False, parts - 1 - part, m) for part, m in forwards]
-    passes = [Pass(True, part, m) for part, m in forwards]
+        num_warmup = 2 * (num_stages - stage - 1) + (num_virtual - 1) * num_stages
+    backwards = [Pass(False, num_virtual - 1 - virtual, m) for virtual, m in forwards]
+    passes = [Pass(True, virtual, m) for virtual, m in forwards]
     num_warmup = min(num_warmup, len(passes))
     order = passes[:num_warmup]
     for number, forward in enumerate(passes[num_warmup:]):
@@ -79,20 +79,20 @@ def transport_order(
 ) -> list[Exchange]:
     """Return all exchanges of a step in the order in which every transport rank starts them.
 
-    It cannot deadlock. A rank starts an exchange only after those before it, and no rank waits
-    for one that stands later than what it has still to start:
+    It cannot deadlock: a rank starts exchanges in this order, and never waits for one that comes
+    after another which it has still to start.
 
-    - dedicated: the order is that of the first stage's own passes. Vision ranks start an exchange
-      of features when they have encoded their part, which needs no message, and one of gradients
-      at once. First-stage ranks start each where their schedule meets it, and until then wait for
-      earlier exchanges only. By induction every exchange is started by all and ends.
-    - colocated: all features, before any rank decodes; all gradients, after all have.
+    - dedicated: the order is that of the first stage's passes. A vision rank starts an exchange
+      of features once it has encoded its share, which needs no message, and one of gradients at
+      once. A first-stage rank starts each where its schedule reaches it, and until then waits for
+      earlier ones only. By induction every exchange is started by all ranks and completes.
+    - colocated: all features before any rank runs the decoder, all gradients after.
 
     Args:
         parallel: Degrees and placement.
         num_micro_batches: Micro-batches of a replica.
-        with_features: Those in which any replica has pictures; the others exchange nothing.
-        returns_gradients: Whether anything in front of the decoder learns.
+        with_features: Micro-batches in which any replica has pictures; others need no exchange.
+        returns_gradients: Whether ViT or projector is trained.
     """
     order = [
         Exchange("features" if step.is_forward else "gradients", step.micro_batch)
@@ -107,18 +107,18 @@ def transport_order(
 
 
 def next_work(
-    *, num_to_encode: int, num_to_return: int, num_ahead: int, has_gradients: bool
-) -> Literal["encode", "return", "nothing"]:
-    """Decide what a vision rank of its own does next; it waits only when nothing else is left.
+    *, num_to_encode: int, num_backwards: int, num_ahead: int, has_gradients: bool
+) -> Literal["encode", "backward", "nothing"]:
+    """Decide what a dedicated vision rank does next; it waits only when nothing else is left.
 
     Args:
-        num_to_encode: Chunks that it still has to encode.
-        num_to_return: Chunks whose backward it still has to run.
-        num_ahead: Micro-batches whose features wait for the decoder.
-        has_gradients: Whether the gradient of the next chunk to return is there.
+        num_to_encode: Chunks still to be encoded.
+        num_backwards: Chunks whose backward pass is still to run.
+        num_ahead: Micro-batches whose features the decoder has not received yet.
+        has_gradients: Whether the gradient for the next backward pass has arrived.
     """
     if num_to_encode == 0:
-        return "return" if num_to_return else "nothing"
-    if num_to_return and has_gradients and num_ahead >= _ENOUGH_AHEAD:
-        return "return"
+        return "backward" if num_backwards else "nothing"
+    if num_backwards and has_gradients and num_ahead >= _ENOUGH_AHEAD:
+        return "backward"
     return "encode"

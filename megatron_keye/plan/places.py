@@ -1,7 +1,7 @@
-"""Where each rank stands in its grid, and which tokens of a row it has.
+"""Coordinates of the ranks in their grids, and the tokens of a row that each rank holds.
 
 Decoder ranks come first, numbered with tensor fastest, then context, data, pipeline; dedicated
-vision ranks follow. Launchers give out these numbers, `parallel/grid.py` makes groups of them.
+vision ranks follow. Launchers assign these numbers; `parallel/grid.py` makes the process groups.
 """
 
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from megatron_keye.config.parallel import DecoderParallel, ParallelConfig
 
 @dataclass(frozen=True)
 class DecoderPlace:
-    """Where one rank stands in the decoder grid."""
+    """Coordinates of one rank in the decoder grid."""
 
     tensor: int
-    """Rank along the tensor axis; also the part of the sequence it holds between layers."""
+    """Rank along the tensor axis, along which sequence parallelism also splits the tokens."""
     context: int
     """Rank along the context axis."""
     data: int
-    """Replica, which decides the rows it works on."""
+    """Data-parallel replica, which decides the rows that the rank gets."""
     pipeline: int
     """Pipeline stage."""
     expert: int
-    """Rank along the expert axis, which runs over tensor, context and data together."""
+    """Rank along the expert axis, which spans tensor, context and data together."""
 
 
 def decoder_place(degrees: DecoderParallel, rank: int) -> DecoderPlace:
-    """Return where a decoder rank stands."""
-    assert 0 <= rank < degrees.num_ranks, f"rank {rank} is not one of {degrees.num_ranks}"
+    """Return the coordinates of a decoder rank."""
+    assert 0 <= rank < degrees.num_ranks, f"got rank {rank}, expected 0 to {degrees.num_ranks - 1}"
     pipeline, within_stage = divmod(rank, degrees.num_ranks // degrees.pipeline)
     rest, tensor = divmod(within_stage, degrees.tensor)
     data, context = divmod(rest, degrees.context)
@@ -49,7 +49,7 @@ def first_stage_ranks(degrees: DecoderParallel) -> range:
 
 
 def first_stage_rank(degrees: DecoderParallel, *, data: int, context: int, tensor: int) -> int:
-    """Return the rank of the first pipeline stage that stands at these places."""
+    """Return the rank of the first pipeline stage at these coordinates."""
     return (data * degrees.context + context) * degrees.tensor + tensor
 
 
@@ -62,15 +62,15 @@ def vision_ranks(parallel: ParallelConfig) -> range:
 
 
 def transport_ranks(parallel: ParallelConfig) -> list[int]:
-    """Return the ranks between which features travel: encoders and the first stage, ascending."""
+    """Return the ranks that exchange features: vision ranks and the first stage, ascending."""
     return sorted({*vision_ranks(parallel), *first_stage_ranks(parallel.decoder)})
 
 
 def owned_positions(row_tokens: int, num_ranks: int, rank: int) -> NDArray[np.int64]:
     """Return the row positions that a context-parallel rank holds.
 
-    The row is cut into 2 x CP equal parts and rank i takes parts i and 2 x CP - 1 - i, so that all
-    ranks have the same number of visible pairs under a causal mask.
+    The row is cut into 2 x CP equal parts and rank i holds parts i and 2 x CP - 1 - i, so that all
+    ranks have the same number of (query, key) pairs under a causal mask.
 
     Args:
         row_tokens: Length S of the row, a multiple of 2 x num_ranks unless num_ranks is 1.

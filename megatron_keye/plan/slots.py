@@ -1,6 +1,6 @@
 """The order of a step's rows and the plan of a step, from the sizes of documents and pictures.
 
-Training and the tools that estimate a step call the same functions, so that both have one plan.
+Training and estimates call the same functions, so that they agree on the plan.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from megatron_keye.plan.step import PictureSlot, StepPlan, plan_step
 def balanced_order(
     sizes: Sequence[tuple[Sequence[int], Sequence[int]]], run: RunConfig
 ) -> list[int]:
-    """Return the order of rows that spreads their cost over replicas and micro-batches.
+    """Return the rows in the order that balances replicas and micro-batches (`order_rows`).
 
     Args:
-        sizes: Of each row, the tokens of its documents and the patches of its pictures.
+        sizes: For each row, the tokens of its documents and the patches of its pictures.
         run: Sizes and degrees.
     """
     cost = vision_cost(run.model.vision, run.parallel.vision)
@@ -52,5 +52,5 @@ def plan_slots(slots: Sequence[PictureSlot], num_rows: int, run: RunConfig) -> S
 
 
 def returns_gradients(run: RunConfig) -> bool:
-    """Tell whether anything in front of the decoder learns from the features' gradients."""
+    """Return whether ViT or projector is trained, which needs the gradients of features."""
     return bool({"vision", "projector"} & set(run.training.trained_parts))

@@ -1,7 +1,7 @@
 """The plan of one step: which vision rank encodes which pictures, and who gets which features.
 
-Every rank computes it alone from sizes known before any pixel is decoded, so that no rank has to
-ask another what to expect, and both ends of each message agree on its length.
+Every rank computes it from sizes that are known before any pixel is decoded, so that both ends of
+each message agree on its length without communication.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_keye.config.parallel import ParallelConfig
-from megatron_keye.plan.balance import cut_frames, groups_by_need, lpt_assign
+from megatron_keye.plan.balance import cut_frames, lpt_assign
 from megatron_keye.plan.cost import VisionCost
 from megatron_keye.plan.order import Exchange, transport_order
 from megatron_keye.plan.places import first_stage_rank, owned_positions, vision_ranks
@@ -22,18 +22,18 @@ from megatron_keye.plan.places import first_stage_rank, owned_positions, vision_
 
 @dataclass(frozen=True)
 class PictureSlot:
-    """One picture of the step: its place in the global batch and its size."""
+    """One picture of the step: its position in the global batch and its size."""
 
     row: int
-    """Global row, 0 to rows_per_step - 1."""
+    """Index of its row in the global batch."""
     index: int
-    """Number of the picture within its row."""
+    """Index of the picture within its row."""
     start: int
     """Row position of its first placeholder."""
     num_patches: int
-    """Patches it is cut into."""
+    """Patches P of the picture."""
     num_tokens: int
-    """Decoder tokens it becomes."""
+    """Merged tokens M that it becomes."""
 
 
 @dataclass(frozen=True)
@@ -58,62 +58,62 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Features of one chunk that one decoder rank owns for one micro-batch: one message."""
+    """Features of one chunk that one decoder rank needs for one micro-batch."""
 
     tag: int
-    """Number of the message within the step."""
+    """Index of the transfer within the step."""
     chunk: int
     """Index of the chunk in the plan."""
     source: int
     """Vision rank that sends it."""
     destination: int
-    """First-stage decoder rank that takes it, and returns its gradient."""
+    """First-stage decoder rank that receives it, and returns its gradient."""
     micro_batch: int
     """Micro-batch of the destination."""
     feature_rows: NDArray[np.int64]
-    """Rows of the chunk's features that travel."""
+    """Rows of the chunk's features [M, D] that are sent."""
     positions: NDArray[np.int64]
     """Where they go in the destination's S/CP/TP embeddings, in the same order."""
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """All chunks and messages of one step."""
+    """All chunks, transfers and exchanges of one step."""
 
     chunks: tuple[Chunk, ...]
     """In the order in which the decoder needs them."""
     transfers: tuple[Transfer, ...]
-    """By chunk, row and owner; a transfer's tag is its place."""
+    """By chunk, row and destination; a transfer's tag is its index."""
     exchanges: tuple[Exchange, ...]
-    """What carries them, in the order in which every transport rank starts them."""
+    """All-to-alls that carry them, in the order in which every transport rank starts them."""
 
     def chunks_of(self, vision_rank: int) -> list[int]:
         """Return the indices of the chunks that a vision rank encodes."""
         return [i for i, chunk in enumerate(self.chunks) if chunk.vision_rank == vision_rank]
 
     def transfers_of(self, chunk: int) -> list[Transfer]:
-        """Return what is sent when a chunk is encoded."""
+        """Return the transfers of a chunk's features."""
         return self._by_chunk.get(chunk, [])
 
     def sends(self, source: int, micro_batch: int) -> list[Transfer]:
-        """Return what a vision rank sends for a micro-batch."""
+        """Return the transfers that a vision rank sends for a micro-batch."""
         return self._by_source.get((source, micro_batch), [])
 
     def receives(self, destination: int, micro_batch: int) -> list[Transfer]:
-        """Return what a decoder rank waits for before it starts a micro-batch."""
+        """Return the transfers that a decoder rank receives for a micro-batch."""
         return self._by_destination.get((destination, micro_batch), [])
 
     @cached_property
     def _by_chunk(self) -> dict[int, list[Transfer]]:
-        return _grouped((s.chunk, s) for s in self.transfers)
+        return _grouped((t.chunk, t) for t in self.transfers)
 
     @cached_property
     def _by_source(self) -> dict[tuple[int, int], list[Transfer]]:
-        return _grouped(((s.source, s.micro_batch), s) for s in self.transfers)
+        return _grouped(((t.source, t.micro_batch), t) for t in self.transfers)
 
     @cached_property
     def _by_destination(self) -> dict[tuple[int, int], list[Transfer]]:
-        return _grouped(((s.destination, s.micro_batch), s) for s in self.transfers)
+        return _grouped(((t.destination, t.micro_batch), t) for t in self.transfers)
 
 
 def plan_step(
@@ -132,14 +132,14 @@ def plan_step(
         num_rows: Rows of the global batch; row r is micro-batch r // data of replica r % data.
         row_tokens: Length S of a row.
         parallel: Degrees and the chunk limit.
-        cost: Of a frame.
-        returns_gradients: Whether anything in front of the decoder learns.
+        cost: Cost model of a frame.
+        returns_gradients: Whether ViT or projector is trained.
 
     Returns:
         The same plan on every rank.
     """
     return plan_messages(
-        list(balanced_chunks(pictures, parallel, cost)),
+        list(_balanced_chunks(pictures, parallel, cost)),
         num_rows=num_rows,
         row_tokens=row_tokens,
         parallel=parallel,
@@ -155,7 +155,7 @@ def plan_messages(
     parallel: ParallelConfig,
     returns_gradients: bool,
 ) -> StepPlan:
-    """Plan what is sent, given who encodes what; the arguments are those of `plan_step`."""
+    """Plan transfers and exchanges for given chunks; other arguments as in `plan_step`."""
     owners = _RowOwners(row_tokens, parallel)
     transfers: list[Transfer] = []
     for number, chunk in enumerate(chunks):
@@ -169,27 +169,25 @@ def plan_messages(
     return StepPlan(chunks=tuple(chunks), transfers=tuple(transfers), exchanges=tuple(exchanges))
 
 
-def balanced_chunks(
+def _balanced_chunks(
     pictures: Sequence[PictureSlot], parallel: ParallelConfig, cost: VisionCost
 ) -> Iterator[Chunk]:
-    """Cut and assign the pictures that are needed at the same time, group after group.
+    """Cut pictures that are needed at the same time into chunks, and assign these to ranks.
 
-    Vision ranks of their own work a micro-batch ahead of the decoder, so each micro-batch is
-    spread over all of them. Colocated, nothing is decoded before all is encoded.
+    Dedicated vision ranks work ahead of the decoder by micro-batches, so each micro-batch is
+    spread over all of them. Colocated, the decoder starts when all pictures are encoded.
     """
-    is_dedicated = parallel.vision.placement == "dedicated"
-    need = [p.row // parallel.decoder.data if is_dedicated else 0 for p in pictures]
+    data, is_dedicated = parallel.decoder.data, parallel.vision.placement == "dedicated"
     load = dict.fromkeys(vision_ranks(parallel), 0.0)
-    for _, group in groups_by_need(need):
-        frames = [pictures[place].num_patches for place in group]
+    for _, group in groupby(pictures, key=lambda p: p.row // data if is_dedicated else 0):
+        needed = list(group)
+        frames = [picture.num_patches for picture in needed]
         cuts = cut_frames(
             frames, chunk_patches=parallel.vision.chunk_patches, num_ranks=len(load), cost=cost
         )
         costs = [sum(cost.of_frame(frames[frame]) for frame in cut) for cut in cuts]
-        owners = lpt_assign(costs, load)
-        for rank, cut in zip(owners, cuts, strict=True):
-            held = pictures[group.start + cut.start : group.start + cut.stop]
-            yield Chunk(vision_rank=rank, pictures=tuple(held))
+        for rank, cut in zip(lpt_assign(costs, load), cuts, strict=True):
+            yield Chunk(vision_rank=rank, pictures=tuple(needed[cut.start : cut.stop]))
 
 
 def _grouped[K](transfers: Iterable[tuple[K, Transfer]]) -> dict[K, list[Transfer]]:
@@ -218,10 +216,10 @@ class _RowOwners:
 def _transfers_of_chunk(
     number: int, chunk: Chunk, owners: _RowOwners, parallel: ParallelConfig, first_tag: int
 ) -> Iterator[Transfer]:
-    """Yield the messages of one chunk, by row and then by owner."""
+    """Yield the transfers of one chunk, by row and then by owner."""
     data = parallel.decoder.data
     tag = first_tag
-    for row, feature_rows, positions in _rows_of(chunk):
+    for row, feature_rows, positions in _feature_rows(chunk):
         first_of_replica = first_stage_rank(parallel.decoder, data=row % data, context=0, tensor=0)
         for owner in np.unique(owners.owner[positions]):
             is_mine = owners.owner[positions] == owner
@@ -237,14 +235,14 @@ def _transfers_of_chunk(
             tag += 1
 
 
-def _rows_of(chunk: Chunk) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-    """Yield each row that a chunk feeds, with its rows of features and their row positions."""
+def _feature_rows(chunk: Chunk) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield each row with pictures in a chunk, their feature rows, and their row positions."""
     offset = 0
     for row, group in groupby(chunk.pictures, key=lambda picture: picture.row):
         pictures = list(group)
         counts = np.array([picture.num_tokens for picture in pictures])
         starts = np.array([picture.start for picture in pictures])
         before = np.cumsum(counts) - counts
-        places = np.arange(counts.sum())
-        yield row, offset + places, places + np.repeat(starts - before, counts)
-        offset += len(places)
+        indices = np.arange(counts.sum())
+        yield row, offset + indices, indices + np.repeat(starts - before, counts)
+        offset += len(indices)

@@ -1,7 +1,7 @@
-"""Recipes, and how one is found: by its name here, in a user's own file, or as an earlier run.
+"""Recipes, and their look-up: by name in this package, in a user's file, or from an earlier run.
 
-A recipe is a function that returns a RunConfig for the ranks that were started, in a file of its
-own name. Needs no torch.
+A recipe is a function, in a file of the same name, that returns a RunConfig for a given number of
+ranks. Needs no torch.
 """
 
 import importlib
@@ -20,33 +20,33 @@ _FOLDER = Path(__file__).parent
 
 
 class Recipe(Protocol):
-    """A function that makes a run."""
+    """A function that returns a run."""
 
     def __call__(self, *, num_ranks: int, has_gpu: bool) -> RunConfig:
         """Return the run.
 
         Args:
-            num_ranks: Ranks that were started, for which degrees are chosen.
-            has_gpu: By which precision is chosen.
+            num_ranks: Number of ranks, for which degrees are chosen.
+            has_gpu: Whether ranks have GPUs, for which precision is chosen.
         """
 
 
 def recipe_names() -> list[str]:
-    """Return the names of all recipes that the package has."""
+    """Return the names of all recipes of the package."""
     return sorted(path.stem for path in _FOLDER.glob("[a-z]*.py"))
 
 
 def load_recipe(name: str) -> Recipe:
-    """Return the function that makes a recipe.
+    """Return the function of a recipe.
 
     Args:
-        name: Name of a recipe of the package; FILE.py:FUNCTION for one of the user's own, where
-            FUNCTION may be left out if it is called as the file is; or a run.json that an earlier
-            run left in its folder, whose degrees stay as they are.
+        name: A recipe of the package; FILE.py:FUNCTION for a user's own, where FUNCTION defaults
+            to the name of the file; or the run.json in the folder of an earlier run, whose degrees
+            stay as they are.
 
     Raises:
-        UserError: For a name that is none of these, with near ones; a file that is not there or
-            has no such function; a run.json of another version, naming the field.
+        UserError: For an unknown name, suggesting similar ones; a missing file or function; a
+            run.json with an unknown field, naming it.
     """
     file, _, function = name.rpartition(":") if ".py:" in name else (name, "", "")
     if file.endswith(".py"):
@@ -61,11 +61,11 @@ def load_recipe(name: str) -> Recipe:
 
 def _load_function(file: Path, name: str) -> Recipe:
     if not file.is_file():
-        raise UserError(f"recipe: got {file}, which is not there, expected a Python file")
+        raise UserError(f"recipe: got {file}, which does not exist, expected a Python file")
     spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
     assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their module up
+    sys.modules[spec.name] = module  # in which dataclasses look up their module
     spec.loader.exec_module(module)
     recipe = getattr(module, name, None)
     if not callable(recipe):
@@ -93,7 +93,7 @@ def _check_parameters(recipe: Any, name: str) -> None:
     except TypeError as error:
         raise UserError(
             f"recipe: got {name}{signature}, expected a function that takes num_ranks and has_gpu "
-            "by name"
+            "as keyword arguments"
         ) from error
 
 

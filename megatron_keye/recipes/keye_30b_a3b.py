@@ -1,6 +1,6 @@
 """Keye-VL-2.0-30B-A3B at full size: 31,122,082,160 parameters, rows of 256K tokens.
 
-The sizes are the released checkpoint's; the degrees are a start for 64 GPUs of 80 GB, 8 a node.
+The sizes are the released checkpoint's; the degrees suit 64 GPUs of 80 GB in nodes of 8.
 """
 
 from megatron_keye.config import (
@@ -23,25 +23,25 @@ _RANKS_PER_REPLICA = 64
 
 
 def keye_30b_a3b(*, num_ranks: int, has_gpu: bool) -> RunConfig:
-    """Return the recipe for the ranks that were started.
+    """Return the run for the given number of ranks.
 
     Args:
-        num_ranks: A multiple of 64; every 64 ranks more are one more replica.
-        has_gpu: Decides the precision; the model itself needs GPUs.
+        num_ranks: A multiple of 64; each 64 ranks are a data-parallel replica.
+        has_gpu: Chooses bf16 or fp32; a model of this size needs GPUs.
     """
     replicas = max(1, num_ranks // _RANKS_PER_REPLICA)
     return RunConfig(
         name="keye_30b_a3b",
         model=ModelConfig(vision=_vision(), decoder=_decoder()),
-        # There is no default data of this size: --set data.samples=FILE names the run's own.
+        # There are no default samples of this size: set data.samples.
         data=DataConfig(samples="data/train.jsonl", row_tokens=_ROW_TOKENS),
         parallel=ParallelConfig(decoder=_degrees(replicas)),
         training=TrainingConfig(
             steps=10_000,
-            # Four rows for each of the four stages: the pipeline idles 3 of 19 slots.
+            # 16 micro-batches in 4 stages: the pipeline bubble is 3 of 19 slots.
             rows_per_step=16 * replicas,
             precision="bf16" if has_gpu else "fp32",
-            # 12 layers of 16K tokens a rank fit only as their inputs.
+            # 12 layers of 16K tokens per rank fit only if activations are recomputed.
             recompute_layers=True,
             optimizer=OptimizerConfig(
                 learning_rate=1e-5, min_learning_rate=1e-6, warmup_steps=200
@@ -52,12 +52,12 @@ def keye_30b_a3b(*, num_ranks: int, has_gpu: bool) -> RunConfig:
 
 
 def _degrees(replicas: int) -> DecoderParallel:
-    """Spread weights, gradients and optimizer (18 bytes a parameter) and the tokens of a row.
+    """Return degrees that fit weights, gradients, optimizer and activations into 80 GB.
 
-    Experts are 29.0 of the 30.5 billion parameters: over 4 stages x 8 expert ranks they take
-    16 GB a GPU. tensor 2 halves the rest and the logits. tensor 2 x context 8 leaves 16K tokens a
-    rank. Tensor and expert neighbours are consecutive ranks and so stay within a node of 8; only
-    context and pipeline, which can hide behind computation, cross nodes.
+    At 18 bytes per parameter, experts (29.0 of 30.5 billion parameters) take 16 GB per GPU with 4
+    stages x 8 expert ranks. tensor 2 halves the other weights and the logits; tensor 2 x context 8
+    leaves 16K tokens per rank. Tensor and expert groups are consecutive ranks, within a node of 8;
+    only context and pipeline, whose messages overlap with computation, cross nodes.
     """
     return DecoderParallel(tensor=2, pipeline=4, context=8, expert=8, data=replicas)
 

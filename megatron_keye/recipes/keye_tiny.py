@@ -1,7 +1,7 @@
-"""A tiny Keye-VL with every part of the real one, for a first run on any machine.
+"""A tiny Keye-VL with every part of the released one, for a first run on any machine.
 
-Real vocabulary and a real video, small widths: it learns to answer questions about a short film
-clip within minutes on two CPU cores.
+With the real vocabulary and a real video, but small hidden sizes, it learns to answer questions
+about a short film clip within minutes on two CPU cores.
 """
 
 from pathlib import Path
@@ -25,12 +25,12 @@ from megatron_keye.config import (
 
 
 def keye_tiny(*, num_ranks: int, has_gpu: bool) -> RunConfig:
-    """Return the recipe for the ranks that were started.
+    """Return the run for the given number of ranks.
 
     Args:
-        num_ranks: One rank does everything; two are one for the decoder and one for vision; from
-            four on, two vision ranks stand beside a decoder with tensor and expert parallelism.
-        has_gpu: Decides the precision.
+        num_ranks: 1 puts everything on one rank; 2 or 3 have one vision rank, more have two. The
+            rest are data-parallel or, if 4 or more and even, also tensor- and expert-parallel.
+        has_gpu: Chooses bf16 or fp32.
     """
     parallel = _parallel(num_ranks)
     return RunConfig(

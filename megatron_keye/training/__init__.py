@@ -1,1 +1,1 @@
-"""One step, and many of them."""
+"""One training step, and the loop over steps."""

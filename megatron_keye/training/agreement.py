@@ -1,8 +1,8 @@
-"""Makes sure that all ranks train on the same rows and leave out the same samples.
+"""Checks that all ranks train on the same rows and leave out the same samples.
 
-Where bad samples are skipped, a file that only some machines can read would give ranks different
-rows, and the first exchange of features would wait for ever. Damage that shows only in decoding is
-seen by the one rank that decodes.
+With data.on_bad_sample=skip, a file that only some machines can read would lead to different rows
+on different ranks, and to a deadlock at the first exchange of features. Damage that shows only in
+decoding is seen by one rank alone.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ from megatron_keye.data.row import IGNORED_LABEL, PackedRow
 
 
 def check_same_rows(rows: list[PackedRow] | None, device: torch.device) -> None:
-    """Compare this rank's rows with everyone's. All ranks must call it.
+    """Check that all ranks have the same rows. All ranks must call it.
 
     Args:
-        rows: All rows of the global batch, as this rank made them; None where it could not.
-        device: Where the message's tensor lives.
+        rows: All rows of the global batch, as this rank made them; None if it failed to.
+        device: Device of the message.
 
     Raises:
-        RuntimeError: On every rank, when any two ranks have different rows.
+        RuntimeError: On every rank, if any two ranks have different rows.
     """
     digest = hashlib.blake2b(digest_size=7)
     for row in rows or ():
@@ -33,43 +33,43 @@ def check_same_rows(rows: list[PackedRow] | None, device: torch.device) -> None:
         ]
         digest.update(repr((row.sample_names, pictures)).encode())
         digest.update(row.document_bounds.tobytes())
-    mark = int.from_bytes(digest.digest(), "little")
+    number = int.from_bytes(digest.digest(), "little")
     if rows is None:
-        mark = -1
-    ends = torch.tensor([mark, -mark], dtype=torch.int64, device=device)
-    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-    largest, negative_smallest = ends.tolist()
+        number = -1
+    extremes = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    largest, negative_smallest = extremes.tolist()
     if largest != -negative_smallest:
         names = ", ".join(name for row in rows or () for name in row.sample_names)
         raise RuntimeError(
-            "ranks made different rows, so a sample was skipped on some machines only: samples "
-            "and media must be equally readable on all of them. This rank, whose log names what "
-            f"it skipped, has {names or 'no rows at all'}"
+            "got different rows on different ranks, expected the same: a sample was skipped on "
+            "some machines only; make samples and media readable on all of them. This rank, whose "
+            f"log names what it skipped, has {names or 'no rows'}"
         )
 
 
 Damaged = dict[tuple[int, int], str]
-"""Why samples of a step are left out, by row and document."""
+"""Why samples of a step are left out, by index of the row and of the document in it."""
 
 
 def damaged_samples(rows: list[PackedRow], failed: Mapping[str, str]) -> Damaged:
-    """Find the samples that have a picture of a file that could not be decoded.
+    """Return the samples that have a picture from a file that could not be decoded.
 
     Args:
-        rows: Of the global batch.
-        failed: Files that could not be decoded, and why.
+        rows: Rows of the global batch.
+        failed: Reason by path, for files that could not be decoded.
     """
     damaged: Damaged = {}
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         for picture, document in zip(row.pictures, _documents_of_pictures(row), strict=True):
             if picture.medium.path in failed:
                 reason = f"{row.sample_names[document]}: {failed[picture.medium.path]}"
-                damaged.setdefault((place, document), reason)
+                damaged.setdefault((index, document), reason)
     return damaged
 
 
-def count_with_pictures(rows: list[PackedRow]) -> int:
-    """Return how many samples have a picture."""
+def count_samples_with_pictures(rows: list[PackedRow]) -> int:
+    """Return the number of samples that have a picture."""
     return sum(len(set(_documents_of_pictures(row))) for row in rows)
 
 
@@ -80,41 +80,41 @@ def _documents_of_pictures(row: PackedRow) -> list[int]:
 
 
 def agree_on_damaged(damaged: Damaged, device: torch.device) -> Damaged:
-    """Gather the damaged samples that ranks came upon. All ranks must call it.
+    """Merge the damaged samples that each rank found. All ranks must call it.
 
     Args:
-        damaged: This rank's, out of the same rows as everyone's.
-        device: Where the messages' tensors live.
+        damaged: Samples that this rank found, in rows that are the same on all ranks.
+        device: Device of the messages.
 
     Returns:
-        Those of all ranks in the order of rows, the same everywhere.
+        Those of all ranks, in row order, the same on every rank.
     """
     count = torch.tensor(len(damaged), device=device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     if not count:
         return {}
-    of_ranks: list[Damaged] = [{}] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, damaged)
+    gathered: list[Damaged] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, damaged)
     merged: Damaged = {}
-    for rank in reversed(of_ranks):
-        merged |= rank
+    for of_rank in reversed(gathered):
+        merged |= of_rank
     return dict(sorted(merged.items()))
 
 
 def without_labels(rows: list[PackedRow], damaged: Damaged) -> list[PackedRow]:
-    """Take the labels off damaged samples.
+    """Return the rows with the labels of damaged samples masked.
 
-    They stay in their rows, so that everything that was planned holds, and teach nothing.
+    The samples stay in their rows, so that the plan remains valid, but have no loss.
 
     Args:
-        rows: Of the global batch.
-        damaged: As all ranks agreed.
+        rows: Rows of the global batch.
+        damaged: Result of `agree_on_damaged`.
     """
-    labels = {place: rows[place].labels.copy() for place, _ in damaged}
-    for place, document in damaged:
-        start, stop = rows[place].document_bounds[document : document + 2]
-        labels[place][start:stop] = IGNORED_LABEL
+    labels = {index: rows[index].labels.copy() for index, _ in damaged}
+    for index, document in damaged:
+        start, stop = rows[index].document_bounds[document : document + 2]
+        labels[index][start:stop] = IGNORED_LABEL
     return [
-        replace(row, labels=labels[place]) if place in labels else row
-        for place, row in enumerate(rows)
+        replace(row, labels=labels[index]) if index in labels else row
+        for index, row in enumerate(rows)
     ]

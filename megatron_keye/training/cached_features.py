@@ -1,7 +1,7 @@
-"""Lets a frozen ViT see each picture once: what it made is taken from disk the next time.
+"""Caches a frozen ViT's features on disk, so that each picture is encoded once.
 
-The features in front of the projector are kept, so that a projector that learns sees the same
-input as without the cache, and its own weights need not be in any name.
+Cached is the input of the projector, so that a projector that is trained gets the same input as
+without the cache, and its weights are no part of a key.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from megatron_keye.data.video.decode_service import DecodeService, DecodeStatist
 
 
 class CachedFeatures:
-    """A source of ViT features instead of patches; the encoder then only projects.
+    """A `PatchSource` of ViT features instead of patches, of which only the projector runs.
 
     Args:
         run: A run whose vision is frozen and whose data.feature_cache is set.
-        encoder: The ViT; its weights are looked at when the first step starts.
-        decoding: Gives the patches of what is not kept yet.
-        decoder_name: What decodes; another decoder's pixels differ a little.
+        encoder: The ViT; its weights are hashed when the first step starts.
+        decoding: Decodes pictures that are not cached.
+        decoder_name: Name of the video decoder; pixels differ slightly between decoders.
         device: Where the ViT runs.
     """
 
@@ -48,28 +48,28 @@ class CachedFeatures:
         self._failed: dict[str, str] = {}
 
     def start_step(self, chunks: Sequence[Sequence[Picture]]) -> None:
-        """Announce the chunks of one more step; only those not kept in full are decoded."""
+        """Announce the chunks of one more step; only those not cached in full are decoded."""
         cache = self._open()
         due = [(chunk, all(map(cache.has, chunk))) for chunk in chunks]
         self._due.extend(due)
-        self._decoding.start_step([chunk for chunk, is_kept in due if not is_kept])
+        self._decoding.start_step([chunk for chunk, is_cached in due if not is_cached])
 
     def wait_until_decoded(self) -> dict[str, str]:
-        """Return which files of the next step could not be decoded, as `DecodeService` does."""
+        """Return the files of the next step that could not be decoded, as `DecodeService` does."""
         self._failed = self._decoding.wait_until_decoded()
         return self._failed
 
     @torch.no_grad()
     def take(self) -> Tensor:
-        """Return the features [P, W] of the next chunk, reading them or making and keeping them.
+        """Return the features [P, W] of the next chunk, read or else encoded and cached.
 
         Raises:
-            UserError: As `DecodeService.take`; also for kept features that are damaged.
+            UserError: As `DecodeService.take`; also for damaged features in the cache.
         """
         cache = self._open()
-        # What cannot be read or decoded stays due, for the same error when it is asked for again.
-        pictures, is_kept = self._due[0]
-        if is_kept:
+        # A chunk that fails stays in the queue, so that the next call raises the same error.
+        pictures, is_cached = self._due[0]
+        if is_cached:
             features_PW = torch.cat([cache.read(picture) for picture in pictures])
             self._due.popleft()
             return features_PW
@@ -83,11 +83,11 @@ class CachedFeatures:
         return features_PW
 
     def statistics(self) -> DecodeStatistics:
-        """Return what was decoded since the last call; kept pictures are not."""
+        """Return statistics of decoding since the last call; cached pictures are not decoded."""
         return self._decoding.statistics()
 
     def _open(self) -> FeatureCache:
-        """Open the cache of these weights, which are known once training starts."""
+        """Open the cache for the ViT's weights, which are loaded when the first step starts."""
         if self._cache is None:
             maker = f"{weights_digest(self._encoder)}-{self._decoder_name}"
             width = self._run.model.vision.hidden_size

@@ -1,4 +1,4 @@
-"""Runs vision chunk by chunk: once without activations, once more for the gradients.
+"""Runs vision chunk by chunk: forward without activations, later forward again and backward.
 
 Memory is bounded by one chunk, whatever the video's length.
 """
@@ -23,24 +23,24 @@ from megatron_keye.plan.step import StepPlan
 
 
 class PatchSource(Protocol):
-    """Gives the patches of chunks in the order in which they were announced."""
+    """Supplies the patches of chunks in the order in which they were announced."""
 
     def start_step(self, chunks: Sequence[Sequence[Picture]]) -> None:
         """Announce the pictures of each chunk of a step."""
 
     def wait_until_decoded(self) -> dict[str, str]:
-        """Wait for the next step as a whole; return which of its files failed, and why."""
+        """Wait until the whole next step is decoded; return the files that failed, and why."""
 
     def take(self) -> Tensor:
         """Return the next chunk's input of `vision`, P patches long, on any device."""
 
     def statistics(self) -> DecodeStatistics:
-        """Return what was counted since the last call."""
+        """Return statistics of decoding since the last call."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Due:
-    """One chunk of this rank."""
+class _PictureChunk:
+    """One chunk of this rank that is still to be encoded."""
 
     pictures: list[Picture]
     """Its pictures."""
@@ -59,14 +59,14 @@ class ChunkEncoder:
         device: torch.device,
         rank: int,
     ) -> None:
-        """Take what stays the same over steps.
+        """Create an encoder for all steps.
 
         Args:
             run: Sizes and precision.
             vision: ViT and projector in their data-parallel wrapper, or the projector alone.
-            source: Turns pictures into the input of `vision`.
-            device: Where the ViT runs.
-            rank: This rank, whose chunks the plan names.
+            source: Supplies the input of `vision`.
+            device: Where `vision` runs.
+            rank: This rank.
         """
         self._vision, self._source, self._device = vision, source, device
         self._rank = rank
@@ -74,60 +74,60 @@ class ChunkEncoder:
         self._learns = returns_gradients(run)
         self._inputs: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
         self._recorder = Recorder()
-        self._due: deque[tuple[int, _Due]] = deque()
-        self._announced: deque[list[_Due]] = deque()
+        self._due: deque[tuple[int, _PictureChunk]] = deque()
+        self._announced: deque[list[_PictureChunk]] = deque()
         self._ahead: deque[Tensor] = deque()
         vision_parallel = run.parallel.vision
         works_ahead = vision_parallel.placement == "dedicated" and not self._learns
         self._ahead_bytes = vision_parallel.max_ahead_mebibytes * 2**20 if works_ahead else 0
         self.num_pictures = 0
-        """Pictures of this step that are encoded."""
+        """Pictures of this step that are encoded so far."""
         self.seconds = 0.0
-        """Time spent on chunks in this step, those of the next one included."""
+        """Time spent on chunks during this step, those of the next step included."""
         self.wait_seconds = 0.0
-        """The part of it in which decoded chunks were waited for."""
-        self._agreeing_seconds = 0.0
+        """The part of it spent waiting for decoded chunks."""
+        self._whole_step_seconds = 0.0
 
     def announce(self, plan: StepPlan, rows: list[PackedRow]) -> None:
-        """Let the source work on a later step already.
+        """Let the source decode one more step, behind those that were announced before.
 
         Args:
-            plan: The next step's that was not announced yet.
-            rows: Its rows.
+            plan: Plan of the step.
+            rows: Its rows, in the plan's order.
         """
-        due = [_due(plan, rows, chunk) for chunk in plan.chunks_of(self._rank)]
-        self._announced.append(due)
-        self._source.start_step([chunk.pictures for chunk in due])
+        chunks = [_picture_chunk(plan, rows, chunk) for chunk in plan.chunks_of(self._rank)]
+        self._announced.append(chunks)
+        self._source.start_step([chunk.pictures for chunk in chunks])
 
     def wait_until_decoded(self) -> dict[str, str]:
-        """Wait until the next step, announced before, is decoded as a whole.
+        """Wait until the whole next step, announced before, is decoded.
 
         Returns:
-            Its files that could not be decoded, and why; their pictures are grey.
+            Reason by path, for files that could not be decoded; their pictures are grey.
         """
         started = time.perf_counter()
         failed = self._source.wait_until_decoded()
-        self._agreeing_seconds = time.perf_counter() - started
+        self._whole_step_seconds = time.perf_counter() - started
         return failed
 
     def start_step(self, plan: StepPlan, rows: list[PackedRow], recorder: Recorder) -> None:
-        """Take the plan and the rows of the next step announced, and what notes its phases."""
+        """Begin the next announced step, given its plan and rows again, and its recorder."""
         self._recorder = recorder
         self._inputs.clear()
         self.num_pictures = 0
-        self.seconds = self.wait_seconds = self._agreeing_seconds
-        self._agreeing_seconds = 0.0
+        self.seconds = self.wait_seconds = self._whole_step_seconds
+        self._whole_step_seconds = 0.0
         chunks = plan.chunks_of(self._rank)
         self._due = deque(zip(chunks, self._announced.popleft(), strict=True))
-        is_announced = all(due == _due(plan, rows, chunk) for chunk, due in self._due)
+        is_announced = all(due == _picture_chunk(plan, rows, chunk) for chunk, due in self._due)
         assert is_announced, "steps run in the order in which they were announced"
 
     @torch.no_grad()
     def encode(self, chunk: int) -> Tensor:
-        """Encode a decoded chunk, keeping its patches on the CPU if a backward pass will come.
+        """Encode the next chunk, keeping its patches on the CPU if a backward pass follows.
 
         Args:
-            chunk: Index in the plan; this rank's chunks come in the plan's order.
+            chunk: Index in the plan; a rank encodes its chunks in the plan's order.
 
         Returns:
             Features [M, D].
@@ -141,17 +141,17 @@ class ChunkEncoder:
 
     @torch.no_grad()
     def encode_ahead(self) -> bool:
-        """Encode one more chunk of the next step, for a decoder that is still at this one.
+        """Encode one more chunk of the next step while the decoder still runs this one.
 
-        Features are kept until their step comes: weights that do not learn give them now as then.
-        A file that cannot be decoded is left for its step to report.
+        Its features are kept for that step; frozen weights make them valid then too. An error of
+        a file is left for that step to raise.
 
         Returns:
-            Whether it did: no step may be announced, or the limit be reached.
+            Whether it did; not if nothing is left to encode or the memory limit is reached.
         """
         if not self._announced or len(self._ahead) == len(self._announced[0]):
             return False
-        assert not self._due, "this step comes first"
+        assert not self._due, "all chunks of this step are encoded first"
         due = self._announced[0][len(self._ahead)]
         held = sum(len(features_MD) for features_MD in self._ahead) + due.num_tokens
         if held * self._width * self._dtype.itemsize > self._ahead_bytes:
@@ -163,11 +163,11 @@ class ChunkEncoder:
         return True
 
     def backward(self, chunk: int, gradient_MD: Tensor) -> None:
-        """Encode a chunk again and add up the gradients of the weights.
+        """Encode a chunk again and accumulate the gradients of the weights.
 
         Args:
             chunk: Index in the plan.
-            gradient_MD: [M, D], gradient of the chunk's features.
+            gradient_MD: Gradient [M, D] of the chunk's features.
         """
         started = time.perf_counter()
         with self._recorder.span("vision", f"chunk {chunk}"):
@@ -176,11 +176,11 @@ class ChunkEncoder:
         self.seconds += time.perf_counter() - started
 
     def statistics(self) -> DecodeStatistics:
-        """Return what was decoded since the last call."""
+        """Return statistics of decoding since the last call."""
         return self._source.statistics()
 
-    def _encode(self, due: _Due, label: str, keep_as: int | None = None) -> Tensor:
-        """Encode the chunk that is decoded next, and keep its input under a number if need be."""
+    def _encode(self, due: _PictureChunk, label: str, keep_as: int | None = None) -> Tensor:
+        """Encode the next decoded chunk; `keep_as` is where to keep its input for backward."""
         started, decoding = time.perf_counter(), self._recorder.begin()
         patch_grids = [picture.patch_grid for picture in due.pictures]
         patches = self._source.take()
@@ -192,7 +192,7 @@ class ChunkEncoder:
         with self._recorder.span("encode", label):
             features_MD = self._forward(patches, patch_grids)
         if keep_as is None and self._device.type == "cuda":
-            # No copy holds the host, which has to see after each chunk how far the decoder is.
+            # No copy synchronises here, but the host checks the decoder after each chunk.
             torch.cuda.current_stream().synchronize()
         self.seconds += time.perf_counter() - started
         return features_MD
@@ -202,8 +202,8 @@ class ChunkEncoder:
         return features
 
 
-def _due(plan: StepPlan, rows: list[PackedRow], chunk: int) -> _Due:
+def _picture_chunk(plan: StepPlan, rows: list[PackedRow], chunk: int) -> _PictureChunk:
     """Look up the pictures of a chunk."""
     planned = plan.chunks[chunk]
     pictures = [rows[slot.row].pictures[slot.index] for slot in planned.pictures]
-    return _Due(pictures=pictures, num_tokens=planned.num_tokens)
+    return _PictureChunk(pictures=pictures, num_tokens=planned.num_tokens)

@@ -1,7 +1,7 @@
 """Runs the decoder's micro-batches through Megatron's pipeline schedule.
 
 The first stage waits for the features of each micro-batch when it starts it, and returns their
-gradients when its backward pass is done, so that the schedule itself knows nothing of vision.
+gradients after its backward pass, so that the schedule does not depend on vision.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from megatron_keye.training.microbatch import cut_row
 
 
 class DecoderPass:
-    """The decoder's part of one step on this rank."""
+    """Forward and backward of the decoder on this rank."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class DecoderPass:
         stages: list[DistributedDataParallel],
         device: torch.device,
     ) -> None:
-        """Take what stays the same over steps.
+        """Prepare for all steps.
 
         Args:
             run: Sizes, phase and degrees.
@@ -65,18 +65,18 @@ class DecoderPass:
         indexer_loss_weight: float,
         balance_loss_scale: float,
     ) -> None:
-        """Run forward and backward of this replica's rows; gradients stay unreduced.
+        """Run forward and backward of this replica's rows; gradients are not reduced yet.
 
         Args:
             rows: All rows of the global batch.
-            transport: Brings features and takes their gradients.
-            meter: Takes "language_loss" and what layers report.
-            recorder: Notes when passes run.
-            indexer_loss_weight: What one query's KL weighs beside one token's language loss.
+            transport: Receives features and returns their gradients.
+            meter: Accumulates "language_loss" and what layers report.
+            recorder: Records when passes run.
+            indexer_loss_weight: Weight of one query's KL relative to one token's language loss.
             balance_loss_scale: Factor on the router's balancing loss, which Megatron sums over
                 the tokens of all micro-batches.
         """
-        mine = rows[self._place.data :: self._run.parallel.decoder.data]
+        own_rows = rows[self._place.data :: self._run.parallel.decoder.data]
         scale = torch.tensor([balance_loss_scale], device=self._device)
         self._config.moe_grad_scale_func = lambda: scale
         forward = partial(
@@ -88,9 +88,9 @@ class DecoderPass:
         )
         self._schedule(
             forward_step_func=forward,
-            data_iterator=[self._batches(mine) for _ in self._stages],
+            data_iterator=[self._batches(own_rows) for _ in self._stages],
             model=self._stages,
-            num_microbatches=len(mine),
+            num_microbatches=len(own_rows),
             # Megatron divides it by the context and tensor degrees itself.
             seq_length=self._run.data.row_tokens,
             micro_batch_size=1,
@@ -135,7 +135,7 @@ class DecoderPass:
             features_MD.requires_grad_()
 
             def send(leaf: Tensor) -> None:
-                assert leaf.grad is not None, "the hook runs after the gradient is there"
+                assert leaf.grad is not None, "the hook runs after accumulation"
                 transport.return_gradients(micro_batch, leaf.grad)
                 leaf.grad = None
 
@@ -143,7 +143,7 @@ class DecoderPass:
         return features_MD
 
     def _report(self, loss_sum: Tensor, *, meter: RowMeter) -> tuple[Tensor, Tensor, None]:
-        """Hand the loss to the schedule; gradients are divided by the token count later."""
+        """Return the loss as the schedule expects it: 0 tokens, since division comes later."""
         if self._place.tensor == 0:
             meter.accumulate("language_loss", loss_sum)
         return loss_sum, torch.zeros((), dtype=torch.int, device=loss_sum.device), None

@@ -1,6 +1,6 @@
-"""What a step measured, reduced over all ranks in one message.
+"""The metrics of a step, reduced over all ranks.
 
-Every rank contributes sums of its own, zeros where it has none, and all learn the result.
+Every rank contributes its sums, zeros where it has none, and all get the result.
 """
 
 from collections.abc import Sequence
@@ -32,22 +32,22 @@ _SUMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class BatchCounts:
-    """Sizes of one global batch, by most of which losses are divided."""
+    """Token counts of one global batch, and its FLOPs."""
 
     loss_tokens: int
     """Tokens that have a label."""
     queries: int
     """Real tokens."""
     indexer_queries: int
-    """Those of them whose rows have an indexer loss."""
+    """Real tokens in rows that have an indexer loss."""
     tokens: int
-    """All tokens, padding too."""
+    """All tokens, padding included."""
     flops: float
-    """Operations that the batch asks for."""
+    """Model FLOPs of the training step (`throughput.step_flops`)."""
 
     @property
     def divisor(self) -> int:
-        """What all gradients are divided by; without any label, the other losses still count."""
+        """Divisor of all gradients: labelled tokens, or real tokens where none has a label."""
         return self.loss_tokens or max(1, self.queries)
 
 
@@ -68,52 +68,52 @@ def count_batch(rows: Sequence[PackedRow], run: RunConfig) -> BatchCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """One step's figures, the same on every rank."""
+    """Metrics of one step, the same on every rank."""
 
     loss: float
     """Language loss, mean over the tokens that have one, in nats."""
     indexer_kl: float
-    """KL of the attention against the indexer, mean over queries, groups and layers, in nats; over
-    rows that do not attend densely, NaN without any."""
+    """KL divergence of attention from the indexer, mean over queries, groups and layers, in nats,
+    in rows that do not attend densely; NaN without any."""
     indexer_recall: float
     """Share of dense attention mass on the selected keys, over sampled queries of sparse
     rows; NaN without any."""
     router_load: float
-    """Tokens of the busiest expert over the mean, averaged over layers; 1 is even."""
+    """Tokens of the busiest expert over the mean, averaged over layers; 1 is balanced."""
     gradient_norm: float
-    """Joint norm of decoder and vision before clipping."""
+    """L2 norm over decoder and vision together, before clipping."""
     learning_rate: float
     """Learning rate of the step."""
     was_applied: bool
     """False when a gradient was not finite and the step was skipped."""
     tokens_per_second: float
-    """Real tokens of the global batch by the slowest rank's time."""
+    """Real tokens of the global batch per second of the slowest rank."""
     tflops_per_device: float
-    """1e12 operations of the model's mathematics per second and rank (training/throughput.py)."""
+    """Model FLOPs (`throughput.step_flops`) per second and rank, in 1e12."""
     mfu: float
-    """The same over what a device could do at best; NaN where that is unknown."""
+    """Model FLOPs utilization: the same over the device's peak; NaN where that is unknown."""
     step_seconds: float
     """The whole step on the slowest rank."""
     decoder_seconds: float
-    """Decoding, waits for features and other stages included, on the slowest decoder rank."""
+    """The decoder's passes, waits for features and other stages included, on the slowest rank."""
     vision_seconds: float
     """Both passes of the ViT and waits for decoded pictures, on the busiest rank that encodes."""
     vision_wait_seconds: float
-    """Wait for decoded pictures, on the rank that waited longest."""
+    """Waits for decoded pictures, on the rank that waited longest."""
     decoded_per_second: float
-    """Images and frames decoded in a second of decoding, all ranks together."""
+    """Images and frames per second of decoding, summed over ranks."""
     decode_queue: float
-    """Decoded chunks that were ready when the encoder came for one, on average; 0 means that
-    decoding is what it waits for."""
+    """Mean number of decoded chunks that were ready when the encoder asked for one; at 0 it waits
+    for decoding."""
     pictures: int
-    """Images and frames that were decoded and encoded."""
+    """Images and frames that were encoded."""
     padding_share: float
-    """Part of the packed rows that is padding."""
+    """Share of padding in the packed rows."""
     asks_to_stop: bool
     """Whether any rank was asked to stop before this step ended."""
 
     def scalars(self) -> dict[str, float]:
-        """Return all figures as floats by name."""
+        """Return all metrics as floats, by name."""
         return {name: float(value) for name, value in asdict(self).items()}
 
 
@@ -127,20 +127,20 @@ def collect_metrics(
     seconds: dict[str, float],
     asks_to_stop: bool,
 ) -> StepMetrics:
-    """Add up what all ranks measured. All ranks must call it.
+    """Reduce what all ranks measured. All ranks must call it.
 
     Args:
         meter: Sums of this rank's rows and layers.
         router_load: Counts of this rank's routers.
         run: Sizes and degrees.
-        counts: Of the global batch.
-        outcome: Of the optimizer.
-        seconds: This rank's time in the "step", as "decoder" and for "vision", of that in
-            "vision_wait".
-        asks_to_stop: Whether this rank was asked to stop; travels with the times.
+        counts: Counts of the global batch.
+        outcome: Result of the optimizer step.
+        seconds: This rank's seconds in the "step", the "decoder", "vision" and, as a part of
+            vision, "vision_wait".
+        asks_to_stop: Whether this rank was asked to stop; reduced with the times.
     """
     maxima = seconds | {"stop": asks_to_stop}
-    sums, largest, counts_LE = _exchange(meter, router_load, maxima)
+    sums, largest, counts_LE = _reduce(meter, router_load, maxima)
     device = router_load.counts_LE.device
     decoder = run.model.decoder
     kl_terms = counts.indexer_queries * decoder.num_kv_heads * decoder.num_layers
@@ -170,7 +170,7 @@ def collect_metrics(
 
 
 def decode_sums(statistics: DecodeStatistics) -> dict[str, float]:
-    """Return what a rank that encodes contributes about its decoding, by the names of sums."""
+    """Return the sums that a rank contributes about its decoding, by name."""
     busy = statistics.busy_seconds
     return {
         "decoded_per_second": statistics.pictures / busy if busy else 0.0,
@@ -179,10 +179,10 @@ def decode_sums(statistics: DecodeStatistics) -> dict[str, float]:
     }
 
 
-def _exchange(
+def _reduce(
     meter: RowMeter, router_load: RouterLoad, maxima: dict[str, float]
 ) -> tuple[dict[str, float], dict[str, float], Tensor]:
-    """Sum one vector over all ranks: named sums, and router counts; take the largest of maxima."""
+    """Sum the meter and the router counts over all ranks, and take the largest of `maxima`."""
     device = router_load.counts_LE.device
     zero = torch.zeros((), dtype=torch.float64, device=device)
     named = torch.stack([meter.sums.get(name, zero) for name in _SUMS])

@@ -1,7 +1,7 @@
-"""Turns the rows of a global batch into what ranks work on: their order, the plan, tensors.
+"""Turns the rows of a global batch into their order, the step's plan and each rank's tensors.
 
-Data and decoder meet here: rows know their documents and pictures, the decoder its position rule,
-and the rank grid which tokens are this rank's.
+It combines documents and pictures from the data, position ids from the decoder, and the tokens
+that a rank holds from its grid.
 """
 
 import numpy as np
@@ -19,9 +19,9 @@ from megatron_keye.plan.step import StepPlan
 
 
 def balance_rows(rows: list[PackedRow], run: RunConfig) -> list[PackedRow]:
-    """Return the rows in the order that spreads their cost over replicas and micro-batches.
+    """Return the rows in the order that balances replicas and micro-batches.
 
-    The loss is a sum over the global batch, so their order changes rounding alone.
+    The loss is a sum over the global batch, so their order changes only rounding.
     """
     sizes = [
         (np.diff(row.document_bounds).tolist(), [p.num_patches for p in row.pictures])
@@ -34,11 +34,11 @@ def plan_rows(rows: list[PackedRow], run: RunConfig) -> StepPlan:
     """Plan the step of a global batch.
 
     Args:
-        rows: In the order in which they are decoded.
+        rows: In the order in which the decoder runs them.
         run: Sizes and degrees.
 
     Raises:
-        UserError: When a row's placeholders are not where its pictures go.
+        UserError: If a row's placeholders are not where its pictures go.
     """
     return plan_slots(picture_slots(rows, run), len(rows), run)
 
@@ -49,7 +49,7 @@ def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:
     Args:
         row: The row.
         run: Sizes, placeholders and degrees.
-        place: The rank's place in the decoder grid.
+        place: The rank's coordinates in the decoder grid.
     """
     degrees, merge = run.parallel.decoder, run.model.vision.merge_size
     sizes = [(p.patch_grid[0] // merge, p.patch_grid[1] // merge) for p in row.pictures]

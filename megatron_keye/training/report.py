@@ -1,6 +1,6 @@
-"""What a person sees of a run: progress, TensorBoard events, a closing table, summary.json.
+"""Reports a run to its user: progress, TensorBoard events, a closing table, summary.json.
 
-Only rank 0 reports; the other ranks hold the same figures already.
+Only rank 0 reports, since metrics are the same on all ranks.
 """
 
 import json
@@ -22,7 +22,7 @@ class Report:
     """Shows the steps of a run as they happen."""
 
     def __init__(self, run: RunConfig, first_step: int, last_step: int) -> None:
-        """Open the run's folder for events and write the configuration into it.
+        """Create the run's folder, open it for events and write the configuration into it.
 
         Args:
             run: The run.
@@ -56,7 +56,7 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Take the bar away and finish the events."""
+        """Remove the bar and close the events."""
         self._bar.stop()
         self._events.close()
 
@@ -65,7 +65,7 @@ class Report:
 
         Args:
             step: Steps done, this one included.
-            metrics: Its figures.
+            metrics: Its metrics.
         """
         for name, value in metrics.scalars().items():
             self._events.add_scalar(f"train/{name}", value, step)
@@ -84,12 +84,12 @@ class Report:
             self._console.out(f"step {step}/{self._last_step}  {figures}", highlight=False)
 
     def show_skipped(self, step: int, num_skipped: int, reasons: list[str]) -> None:
-        """Record which samples were left out.
+        """Write the skipped samples to TensorBoard.
 
         Args:
             step: Steps done.
-            num_skipped: Samples left out since the run began.
-            reasons: A sentence for each, in the order of the rows.
+            num_skipped: Samples skipped since the run began.
+            reasons: A sentence for each sample that was skipped since the last call.
         """
         self._events.add_scalar("data/skipped_samples", num_skipped, step)
         if reasons:
@@ -97,19 +97,19 @@ class Report:
 
 
 def write_summary(run: RunConfig, summary: dict[str, Any]) -> None:
-    """Write the summary of a run into its folder."""
+    """Write the summary of a run to summary.json in its folder."""
     _summary_file(run).write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def read_summary(run: RunConfig) -> dict[str, Any]:
-    """Read what `write_summary` wrote; only the run's name when there is none."""
+    """Return what `write_summary` wrote, or only the run's name if there is none."""
     file = _summary_file(run)
     summary: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"run": run.name}
     return summary
 
 
-def show_summary(summary: dict[str, Any], note: str = "") -> None:
-    """Show the summary of a run as a table."""
+def show_summary(summary: dict[str, Any], note: str) -> None:
+    """Print the summary of a run as a table, with a note below it."""
     table = Table(title=summary["run"], caption=note, show_header=False)
     for name, value in summary.items():
         shown = f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Counts how many tokens each expert gets, from Megatron's routers as they run."""
+"""Counts the tokens that each expert gets, by hooks on Megatron's routers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,33 +12,33 @@ from megatron_keye.config.model import DecoderConfig
 
 
 class RouterLoad:
-    """Tokens by layer and expert, as far as this rank's routers saw them in one step."""
+    """Tokens by layer and expert in one step, as routed on this rank."""
 
     def __init__(
         self, decoder: DecoderConfig, stages: list[DistributedDataParallel], device: torch.device
     ) -> None:
-        """Listen to the routers of all stages.
+        """Register hooks on the routers of all stages.
 
         Args:
             decoder: Number of layers and experts.
             stages: Virtual stages of this rank.
-            device: Where counts are kept.
+            device: Device of the counts.
         """
         size = (decoder.num_layers, decoder.experts.num_experts)
         self.counts_LE = torch.zeros(size, dtype=torch.float64, device=device)
-        """float64 [layers, experts]; a token counts once for each expert it visits."""
+        """float64 [layers, experts]; a token counts once for each expert that it is routed to."""
         for stage in stages:
             for module in stage.modules():
                 if isinstance(module, TopKRouter):
-                    module.register_forward_hook(self._listen())
+                    module.register_forward_hook(self._make_hook())
 
     def reset(self) -> None:
-        """Start a new step."""
+        """Set all counts to 0."""
         self.counts_LE.zero_()
 
-    def _listen(self) -> Callable[[torch.nn.Module, Any, tuple[Tensor, Tensor]], None]:
+    def _make_hook(self) -> Callable[[torch.nn.Module, Any, tuple[Tensor, Tensor]], None]:
         def count(router: Any, _: Any, output: tuple[Tensor, Tensor]) -> None:
-            # A recomputed layer runs twice; only the pass that has gradients counts.
+            # A recomputed layer runs twice; only the pass with gradients counts.
             if torch.is_grad_enabled():
                 self.counts_LE[router.layer_number - 1] += output[1].sum(dim=0)
 

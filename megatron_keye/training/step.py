@@ -23,7 +23,7 @@ from megatron_keye.plan.slots import returns_gradients
 from megatron_keye.plan.step import StepPlan
 from megatron_keye.training.agreement import (
     agree_on_damaged,
-    count_with_pictures,
+    count_samples_with_pictures,
     damaged_samples,
     without_labels,
 )
@@ -41,21 +41,21 @@ from megatron_keye.training.router_load import RouterLoad
 from megatron_keye.training.stop import StopRequest
 
 _MAX_STEPS_WITHOUT_PICTURES = 10
-"""Steps in a row of which no picture decodes, after which it is no accident."""
+"""Most steps in a row in which no picture decodes; with one more the run ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Planned:
-    """One global batch as it will be worked on; planning takes seconds on hundreds of ranks."""
+    """One global batch with its plan, kept since planning for hundreds of ranks takes seconds."""
 
     rows: list[PackedRow]
-    """In the order in which the decoder takes them."""
+    """In the order in which the decoder runs them."""
     plan: StepPlan
-    """Of these rows."""
+    """Plan of these rows."""
 
 
 class TrainingStep:
-    """Plans, encodes, runs the decoder, updates: the same code on every kind of rank."""
+    """Plans, encodes, runs the decoder and updates; the same code on every kind of rank."""
 
     def __init__(
         self,
@@ -68,15 +68,15 @@ class TrainingStep:
         stop: StopRequest,
         device: torch.device,
     ) -> None:
-        """Take what stays the same over steps.
+        """Prepare for all steps.
 
         Args:
             run: The run.
             grid: Groups of this rank.
-            model: What this rank owns.
-            optimizer: Its optimizers.
-            source: Decodes pictures into patches, on ranks that encode; None on others.
-            stop: Looked at once per step.
+            model: This rank's modules.
+            optimizer: Their optimizers.
+            source: Supplies the patches of pictures, on ranks that encode; None on others.
+            stop: Read once per step.
             device: Where this rank computes.
         """
         self._run, self._grid, self._model, self._optimizer = run, grid, model, optimizer
@@ -84,16 +84,16 @@ class TrainingStep:
         self._decoder_pass = DecoderPass(run, grid, model.stages, device) if model.stages else None
         self._decoder_seconds = 0.0
         self.recorder: StepRecorder | None = None
-        """The last step's phases, where the run records them."""
+        """Recorder of the last step, where the run records its timeline."""
         self.damaged: list[str] = []
-        """Why samples of the last step taught nothing, a sentence for each, equal on all ranks."""
+        """A sentence for each sample left out of the last step, the same on all ranks."""
         self._num_steps_without_pictures = 0
         self._announced: deque[tuple[list[PackedRow], _Planned]] = deque()
         self._router_load = RouterLoad(run.model.decoder, model.stages, device)
         self._encoder: ChunkEncoder | None = None
         if model.vision is not None:
-            assert source is not None, "a rank that encodes needs pictures"
-            # The source then gives what the ViT made, and only the projector is left to run.
+            assert source is not None, "a rank that encodes needs a source"
+            # With the cache, the source supplies the ViT's features, and only the projector runs.
             projects_only = bool(run.data.feature_cache)
             vision = model.vision.module.projector if projects_only else model.vision
             self._encoder = ChunkEncoder(run, vision, source, device, grid.rank)
@@ -106,7 +106,7 @@ class TrainingStep:
             step: 0-based number of the step.
 
         Returns:
-            What was measured, the same on every rank.
+            The step's metrics, the same on every rank.
         """
         recorder = self._start_recorder()
         started = time.perf_counter()
@@ -143,10 +143,10 @@ class TrainingStep:
         )
 
     def announce(self, rows: list[PackedRow]) -> None:
-        """Let this rank decode the pictures of a step before it runs.
+        """Let this rank decode the pictures of a later step.
 
         Args:
-            rows: Of the next step that was not announced yet; steps then run in this order.
+            rows: All rows of its global batch; steps run in the order of their announcement.
         """
         if self._encoder is not None:
             planned = self._plan(rows)
@@ -154,7 +154,7 @@ class TrainingStep:
             self._encoder.announce(planned.plan, planned.rows)
 
     def _take_planned(self, rows: list[PackedRow]) -> _Planned:
-        """Return what was planned when these rows were announced, or plan them now."""
+        """Return the plan made when these rows were announced, or plan them now."""
         if not self._announced:
             planned = self._plan(rows)
             if self._encoder is not None:
@@ -165,25 +165,24 @@ class TrainingStep:
         return planned
 
     def _without_damaged(self, planned: _Planned) -> _Planned:
-        """Agree on what did not decode, once all of the step is decoded, and leave it out."""
+        """Wait until the whole step is decoded, agree on damaged samples, mask their labels."""
         failed = self._encoder.wait_until_decoded() if self._encoder is not None else {}
-        mine = damaged_samples(planned.rows, failed)
-        damaged = agree_on_damaged(mine, self._device)
+        damaged = agree_on_damaged(damaged_samples(planned.rows, failed), self._device)
         self.damaged = list(damaged.values())
-        self._check_some_decode(count_with_pictures(planned.rows))
+        self._check_some_decode(count_samples_with_pictures(planned.rows))
         return replace(planned, rows=without_labels(planned.rows, damaged))
 
-    def _check_some_decode(self, num_pictured: int) -> None:
-        """Refuse to go on for long when no picture at all decodes, as on a broken device."""
-        if num_pictured > len(self.damaged):
+    def _check_some_decode(self, num_with_pictures: int) -> None:
+        """End the run after many steps in which no picture decodes, as on a broken device."""
+        if num_with_pictures > len(self.damaged):
             self._num_steps_without_pictures = 0
-        elif num_pictured:
+        elif num_with_pictures:
             self._num_steps_without_pictures += 1
         if self._num_steps_without_pictures > _MAX_STEPS_WITHOUT_PICTURES:
             raise UserError(
                 "data.on_bad_sample=skip: no picture decoded in "
-                f"{self._num_steps_without_pictures} steps in a row, expected media that can be "
-                f"read on the ranks that encode; the last reason was {self.damaged[-1]}"
+                f"{self._num_steps_without_pictures} steps in a row, expected some; make the "
+                f"media readable on the ranks that encode. The last reason was {self.damaged[-1]}"
             )
 
     def _plan(self, rows: list[PackedRow]) -> _Planned:
@@ -191,7 +190,7 @@ class TrainingStep:
         return _Planned(rows=balanced, plan=plan_rows(balanced, self._run))
 
     def _start_recorder(self) -> Recorder:
-        """Return what notes this step's phases, on a clock that starts on all ranks together."""
+        """Return this step's recorder, whose clock starts on all ranks at a barrier."""
         if not self._run.training.records_timeline:
             return Recorder()
         dist.barrier()
@@ -224,9 +223,9 @@ class TrainingStep:
             meter.accumulate(
                 "pictures", torch.tensor(self._encoder.num_pictures, device=self._device)
             )
-            for name, sum_ in decode_sums(self._encoder.statistics()).items():
+            for name, value in decode_sums(self._encoder.statistics()).items():
                 meter.accumulate(
-                    name, torch.tensor(sum_, dtype=torch.float64, device=self._device)
+                    name, torch.tensor(value, dtype=torch.float64, device=self._device)
                 )
 
     def _run_decoder(
@@ -245,8 +244,8 @@ class TrainingStep:
             transport,
             meter,
             recorder,
-            # All gradients are divided by the loss tokens at the end; these factors turn the
-            # other losses into means over queries and over tokens.
+            # All gradients are divided by counts.divisor at the end; these factors turn the other
+            # losses into means over queries and over tokens.
             indexer_loss_weight=weight * counts.divisor / max(1, counts.indexer_queries),
             balance_loss_scale=counts.divisor / counts.tokens,
         )

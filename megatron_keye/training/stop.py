@@ -1,7 +1,7 @@
-"""Lets a signal end a run after its step, with a checkpoint, instead of in the middle of it.
+"""Lets a signal end a run after the current step, with a checkpoint.
 
-Slurm warns with USR1 and ends with TERM, a person presses Ctrl-C; often several come, to some
-ranks or to all. A signal only leaves a mark; ranks agree on what to do with the step's metrics.
+Slurm warns with USR1 and ends with TERM, a user presses Ctrl-C; often several arrive, at some
+ranks or at all. A signal is only noted; ranks agree to stop when they reduce the step's metrics.
 """
 
 import signal
@@ -15,14 +15,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def hidden_from_children() -> Iterator[None]:
-    """Start processes inside that never see these signals; this one sees them at the end.
+    """Block these signals for processes started inside; this one gets them at the end.
 
-    Slurm signals every process of a step. Megatron's checkpoints keep one for their results from
-    the first save on, and the save of a stop would fail without it.
+    Slurm signals every process of a step. Megatron's checkpointing keeps a process from the first
+    save on, and the save at a stop would fail if a signal had ended it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    # Python's own helper of spawned processes unblocks INT and TERM when it starts, so it comes
-    # before the second call, and after the first, as USR1 would end it.
+    # Python's resource tracker unblocks INT and TERM when it starts, so they are blocked again
+    # after it; it starts after the first call, since USR1 would end it.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -35,12 +35,12 @@ class StopRequest:
     """Whether this process was asked to stop."""
 
     def __init__(self) -> None:
-        """Listen to nothing yet, so that building a run can still be interrupted."""
+        """Install no handler yet, so that signals can still interrupt the building of a run."""
         self.name = ""
-        """Of the first signal that came, "" before."""
+        """Name of the first signal, "" before."""
 
     def listen(self) -> None:
-        """Take the signals from now on; any number of them is as one."""
+        """Handle the signals from now on; those after the first have no effect."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 

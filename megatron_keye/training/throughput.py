@@ -1,10 +1,9 @@
-"""What a step asks for in floating-point operations, and what a device could do at best.
+"""Model FLOPs of a training step, and the peak of a device.
 
-Counted are the products of the model's mathematics over real tokens, both directions: a matrix
-that learns is multiplied three times. Not counted are padding, norms and other elementwise work,
-the optimizer, and whatever an implementation does twice: layers that are recomputed, chunks that
-the ViT encodes again for its backward pass, products of queries and keys that the indexer's loss
-needs once more. Model FLOPs utilization so defined: PaLM (arXiv:2204.02311), appendix B.
+Counted are the model's matrix products over real tokens, forward and backward: a trained matrix
+counts three times. Not counted are padding, norms and other elementwise work, the optimizer, and
+recomputation: of decoder layers, of chunks for the ViT's backward pass, of products of queries and
+keys for the indexer's loss. Model FLOPs utilization as in PaLM (arXiv:2204.02311), appendix B.
 """
 
 import math
@@ -15,7 +14,6 @@ import torch
 
 from megatron_keye.config.model import DecoderConfig
 from megatron_keye.config.run import RunConfig
-from megatron_keye.config.training import Part
 from megatron_keye.data.row import PackedRow
 from megatron_keye.plan.cost import (
     block_flops,
@@ -41,15 +39,15 @@ PEAK_TFLOPS = {
     "NVIDIA B200": 2250.0,
     "NVIDIA GB200": 2500.0,
 }
-"""Dense bf16 peaks of NVIDIA's data sheets, by the beginning of the name that CUDA gives."""
+"""Dense bf16 peaks of NVIDIA's data sheets in TFLOP/s, by prefix of CUDA's device name."""
 
 
 def peak_tflops(run: RunConfig, device_name: str) -> float:
-    """Return what one device can do at best, in 1e12 operations per second; NaN if unknown.
+    """Return the peak of one device in TFLOP/s; NaN if unknown.
 
     Args:
-        run: Its `training.device_peak_tflops` comes first. Names are known in bf16 only.
-        device_name: As CUDA gives it.
+        run: Its `training.device_peak_tflops` takes precedence; the table holds for bf16 only.
+        device_name: From `device_name`.
     """
     if run.training.device_peak_tflops:
         return run.training.device_peak_tflops
@@ -62,55 +60,54 @@ def peak_tflops(run: RunConfig, device_name: str) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name that CUDA gives a GPU, "CPU" for the rest."""
+    """Return CUDA's name of a GPU, or "CPU"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def step_flops(rows: Sequence[PackedRow], run: RunConfig) -> float:
-    """Return the operations of one training step, over all ranks together.
+    """Return the model FLOPs of one training step, summed over all ranks.
 
     Args:
-        rows: Of the global batch.
-        run: Sizes, phase, and which parts learn. With a feature cache the ViT counts nothing.
+        rows: Rows of the global batch.
+        run: Sizes, phase and trained parts. With a feature cache the ViT counts as 0.
     """
     return sum(_vision_flops(row, run) + _decoder_flops(row, run) for row in rows)
 
 
 def _vision_flops(row: PackedRow, run: RunConfig) -> float:
-    vision, learning = run.model.vision, run.training.trained_parts
+    vision, trained = run.model.vision, run.training.trained_parts
     sizes = [picture.num_patches for picture in row.pictures]
     encoder = patch_flops(vision) * sum(sizes)
     encoder += sum(frame_attention_flops(vision, size) for size in sizes)
     projector = projector_flops(vision, run.model.decoder.hidden_size) * sum(sizes)
-    encoded = 0 if run.data.feature_cache else 3 if "vision" in learning else 1
-    projected = 1 + ("vision" in learning) + ("projector" in learning)
-    return encoded * encoder + projected * projector
+    encoder_passes = 0 if run.data.feature_cache else 3 if "vision" in trained else 1
+    projector_passes = 1 + ("vision" in trained) + ("projector" in trained)
+    return encoder_passes * encoder + projector_passes * projector
 
 
 def _decoder_flops(row: PackedRow, run: RunConfig) -> float:
-    decoder, learning = run.model.decoder, run.training.trained_parts
-    # The padding's document comes last, and nobody learns from it.
+    decoder, trained = run.model.decoder, run.training.trained_parts
+    # Padding is the last document, and does not count.
     bounds = np.minimum(row.document_bounds, row.num_real_tokens)
     lengths, num_tokens = np.diff(bounds), row.num_real_tokens
     phase = run.training.row_phase(row.longest_document)
     passes_gradients = not run.training.only_indexers_learn
-    multiplied = 1 + passes_gradients + ("decoder" in learning)
+    num_products = 1 + passes_gradients + ("decoder" in trained)
     top_k = decoder.indexer.top_k if phase == "sparse" else None
-    met = num_pairs(lengths, top_k)
-    layer = multiplied * block_flops(decoder) * num_tokens
-    layer += (1 + 2 * passes_gradients) * pair_flops(decoder) * met
+    attended, scored = num_pairs(lengths, top_k), num_pairs(lengths)
+    layer = num_products * block_flops(decoder) * num_tokens
+    layer += (1 + 2 * passes_gradients) * pair_flops(decoder) * attended
     if phase != "dense":
-        layer += _indexer_flops(decoder, learning, num_tokens, scored=num_pairs(lengths), met=met)
-    head = 2.0 * decoder.hidden_size * decoder.vocab_size * row.num_loss_tokens
-    return decoder.num_layers * layer + multiplied * head
+        layer += _indexer_flops(
+            decoder, num_tokens, scored=scored, attended=attended, learns="indexer" in trained
+        )
+    output = 2.0 * decoder.hidden_size * decoder.vocab_size * row.num_loss_tokens
+    return decoder.num_layers * layer + num_products * output
 
 
 def _indexer_flops(
-    decoder: DecoderConfig, learning: Sequence[Part], num_tokens: int, *, scored: float, met: float
+    decoder: DecoderConfig, num_tokens: int, *, scored: float, attended: float, learns: bool
 ) -> float:
-    """Return one layer's operations; its loss compares the pairs that attention met, and ends
-    at what the indexer is given.
-    """
-    learns = "indexer" in learning
-    made = (1 + learns) * indexing_flops(decoder) * num_tokens
-    return made + score_flops(decoder) * (scored + 2 * learns * met)
+    """Return one layer's FLOPs; backward covers attended pairs and ends at the indexer's input."""
+    projections = (1 + learns) * indexing_flops(decoder) * num_tokens
+    return projections + score_flops(decoder) * (scored + 2 * learns * attended)

@@ -1,4 +1,4 @@
-"""The whole of a run: build, resume, step, save, summarise."""
+"""A run from start to end: build, resume, step, save, summarise."""
 
 import logging
 import math
@@ -29,24 +29,24 @@ from megatron_keye.training.stop import StopRequest, hidden_from_children
 from megatron_keye.training.throughput import device_name
 
 _Rows = tuple[list[PackedRow], dict[str, int | str]]
-"""Rows of a step, and where the loader stands behind them."""
+"""Rows of a step, and the loader's state after them."""
 
 _logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One rank's part of a run."""
+    """Runs the training on one rank."""
 
     def __init__(self, run: RunConfig, process: Process, *, uses_transformer_engine: bool) -> None:
-        """Build everything and continue from a checkpoint where the run asks for it.
+        """Build all parts, and load the checkpoint that the run's settings ask for, if any.
 
         Args:
             run: The run; its degrees must fit the number of ranks.
             process: This rank.
-            uses_transformer_engine: Whether linears and experts are Transformer Engine's.
+            uses_transformer_engine: Whether linear layers and experts are Transformer Engine's.
 
         Raises:
-            UserError: For degrees, samples or a checkpoint that do not fit.
+            UserError: For degrees, samples or a checkpoint that do not fit the run.
         """
         run.check_num_ranks(process.num_ranks)
         self._run, self._process, self._stop = run, process, StopRequest()
@@ -82,7 +82,7 @@ class Trainer:
         self._resume()
 
     def train(self) -> dict[str, Any]:
-        """Train to the last step, saving on the way, or until a signal asks to stop.
+        """Train to the last step, or until a signal asks to stop, saving on the way.
 
         Returns:
             The summary that rank 0 also writes to summary.json.
@@ -108,7 +108,7 @@ class Trainer:
         return summary
 
     def _start_decoding(self) -> DecodeService:
-        """Start the thread that decodes for this rank's encoder."""
+        """Return the service that decodes pictures for this rank's encoder."""
         decode, device = self._run.data.decode, self._process.device
         backend = self._decode_backend()
         if self._process.rank == self._grid.vision_ranks[0]:
@@ -120,7 +120,7 @@ class Trainer:
         return DecodeService(decoder, self._run.model.vision, decode, skips_bad=skips_bad)
 
     def _source(self) -> PatchSource | None:
-        """Return where the encoder's input comes from; None on a rank without one."""
+        """Return the source of the encoder's input; None on a rank that does not encode."""
         vision, decoding = self._model.vision, self._decode_service
         if vision is None or decoding is None or not self._run.data.feature_cache:
             return decoding
@@ -133,15 +133,15 @@ class Trainer:
         )
 
     def _decode_backend(self) -> Literal["pyav", "dali"]:
-        """Return what decodes video on the ranks that encode."""
+        """Return the video decoder of the ranks that encode."""
         wanted, has_gpu = self._run.data.decode.backend, self._process.device.type == "cuda"
         return decode_backend(wanted, has_gpu=has_gpu)
 
     def _already_ended(self, last: int) -> dict[str, Any]:
-        """Show the summary of the finished run; a job that is queued again must not fail."""
+        """Show the summary of a finished run; a job that is queued again must not fail."""
         summary = read_summary(self._run)
         if self._process.rank == 0:
-            show_summary(summary, note=f"step {last} is done; raise training.steps to go on")
+            show_summary(summary, note=f"step {last} is done; raise training.steps to continue")
         return summary
 
     def _train_to(self, last: int, report: Report | None) -> Path | None:
@@ -167,7 +167,7 @@ class Trainer:
         if not self.was_stopped:
             return ""
         step, signal_name = self._progress.step, self._stop.name or "a signal to another rank"
-        return f"stopped after step {step} of {last} by {signal_name}; --resume auto goes on"
+        return f"stopped after step {step} of {last} by {signal_name}; --resume auto continues it"
 
     def _train_one(self, number: int, *, is_last: bool) -> StepMetrics:
         rows, state = self._take_rows()
@@ -192,7 +192,7 @@ class Trainer:
         """Return the rows of the next step.
 
         Raises:
-            UserError: Naming the sample that could not be read, now that it is its turn.
+            UserError: For a sample that could not be read, once its step is due.
         """
         fetched = self._upcoming or self._fetch()
         if isinstance(fetched, UserError):
@@ -200,33 +200,33 @@ class Trainer:
         return fetched
 
     def _fetch(self) -> _Rows | UserError:
-        """Take the rows of one more step, and announce what is to be decoded for them.
+        """Read the rows of one more step, and announce their pictures for decoding.
 
         Returns:
-            What is wrong with a sample instead, since the step before it may still be run.
+            The error of an unreadable sample instead, since the step before it can still run.
         """
-        rows, wrong = None, None
+        rows, failure = None, None
         try:
             rows = self._loader.next_rows(self._run.training.rows_per_step)
         except UserError as error:
-            wrong = error
+            failure = error
         if self._run.data.on_bad_sample == "skip":
             check_same_rows(rows, self._process.device)
         if rows is None:
-            assert wrong is not None, "there are rows or a reason for none"
-            return wrong
+            assert failure is not None, "there are either rows or an error"
+            return failure
         self._step.announce(rows)
         return rows, self._loader.state_dict()
 
     def _note_damaged(self) -> None:
-        """Count and tell what did not decode in the last step."""
+        """Count and log the samples that did not decode in the last step."""
         self._num_damaged += len(self._step.damaged)
         if self._process.rank == 0:
             for reason in self._step.damaged:
                 _logger.warning("sample skipped: %s", reason)
 
     def _num_skipped(self) -> int:
-        """Return the samples left out since the run began."""
+        """Return the number of samples skipped since the run began."""
         return self._loader.num_skipped + self._num_damaged
 
     def _save(self) -> Path:
@@ -252,7 +252,7 @@ class Trainer:
 
     def _summary(self, checkpoint: str) -> dict[str, Any]:
         metrics, parallel = self._metrics, self._run.parallel
-        # The first step also warms up allocators and the video reader.
+        # The first step also warms up allocators and the video decoder.
         timed = metrics[1:] or metrics
         rates = [m.tokens_per_second for m in timed]
         tflops = [m.tflops_per_device for m in timed]

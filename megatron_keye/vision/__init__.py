@@ -1,7 +1,6 @@
-"""Patches to decoder embeddings: the native-resolution ViT and the projector behind it.
+"""Patches to decoder embeddings: the native-resolution ViT and the projector.
 
-Plain torch modules that know nothing of ranks, so that any placement can run them on any chunk of
-frames.
+Plain torch modules without communication, so that any rank can run them on any chunk.
 """
 
 from megatron_keye.vision.encoder import VisionEncoder

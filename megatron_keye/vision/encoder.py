@@ -1,6 +1,6 @@
 """The vision transformer: patches of packed frames to one feature per patch.
 
-Frames of any size stand one behind the other without padding; attention stays within a frame.
+Frames (or images) of any size are concatenated without padding; attention is within each frame.
 Parameters are named as in the released checkpoint, below `visual.vision_model`.
 
 Shape letters: P patches, W vision hidden size, H heads, C channels of a head, N frames.
@@ -20,13 +20,13 @@ from megatron_keye.vision.rotary import rotary_tables
 
 
 class VisionEncoder(nn.Module):
-    """Native-resolution ViT of pre-norm layers with learned and 2-D rotary positions.
+    """Native-resolution pre-norm ViT with learned and 2-D rotary positions.
 
     Source: arXiv 2606.10651, vision encoder (SigLIP so400m with 2-D rotary positions).
     """
 
     def __init__(self, config: VisionConfig) -> None:
-        """Make the parameters of `config`'s sizes; `VisionTower` initialises them."""
+        """Allocate the parameters; `VisionTower` initialises them."""
         super().__init__()
         self.config = config
         self.embeddings = PatchEmbeddings(config)
@@ -34,19 +34,19 @@ class VisionEncoder(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches_PCXX: Tensor, patch_grids: Sequence[PatchGrid]) -> Tensor:
-        """Encode frames packed one behind the other.
+        """Encode packed frames.
 
         Args:
-            patches_PCXX: [P, 3, patch, patch], normalised pixels in the parameters' type, each
+            patches_PCXX: [P, 3, patch, patch], normalised pixels in the parameters' dtype, each
                 frame's patches in raster order.
-            patch_grids: Patches down and across each frame; empty for no frame, which gives no
-                feature and, backward, a gradient of 0 for every parameter.
+            patch_grids: Patches down and across each frame; if empty, there are no features, and
+                the backward pass gives every parameter a gradient of 0.
 
         Returns:
-            features_PW, type of the parameters.
+            features_PW, in the parameters' dtype.
 
         Raises:
-            ValueError: When patches have another shape or do not add up to the patch_grids.
+            ValueError: When patches have another shape or number than the patch_grids say.
         """
         patch_size = self.config.patch_size
         if patches_PCXX.shape[1:] != (3, patch_size, patch_size):
@@ -62,40 +62,40 @@ class VisionEncoder(nn.Module):
 
 
 class PatchEmbeddings(nn.Module):
-    """Linear embedding of a patch's pixels plus its stretched learned position."""
+    """Linear embedding of a patch's pixels plus its interpolated learned position."""
 
     def __init__(self, config: VisionConfig) -> None:
-        """Make both tables and the convolution that holds the linear map."""
+        """Allocate the position tables and the convolution that holds the linear map."""
         super().__init__()
         width, side = config.hidden_size, config.image_size // config.patch_size
         self.patch_embedding = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size)
         self.position_embedding = nn.Embedding(side * side, width)
         if config.num_packing_positions > 0:
-            # Only carried between checkpoints: the released model never reads it.
+            # Converted with checkpoints but never used, as in the released model.
             self.packing_position_embedding = nn.Embedding(config.num_packing_positions, width)
             self.packing_position_embedding.requires_grad_(False)
 
     def forward(self, patches_PCXX: Tensor, patch_grids: Sequence[PatchGrid]) -> Tensor:
         """Return features_PW of patches [P, 3, patch, patch]."""
-        # A convolution whose stride is its kernel is a linear map of each patch.
+        # A convolution whose stride equals its kernel size is a linear map of each patch.
         weight = self.patch_embedding.weight.flatten(1)
         embedded_PW = functional.linear(patches_PCXX.flatten(1), weight, self.patch_embedding.bias)
         return embedded_PW + packed_positions(self.position_embedding.weight, patch_grids)
 
 
 class LayerStack(nn.Module):
-    """All layers, with the rotary tables that they share."""
+    """All layers, and the rotary tables that they share."""
 
     def __init__(self, config: VisionConfig) -> None:
-        """Make `config.num_layers` layers."""
+        """Allocate `config.num_layers` layers."""
         super().__init__()
         self.head_dim = config.hidden_size // config.num_heads
         self.rope_theta = config.rope_theta
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
 
     def forward(self, features_PW: Tensor, patch_grids: Sequence[PatchGrid]) -> Tensor:
-        """Return features_PW after the last layer, not yet normed."""
-        # The tables stay at least float32: bf16 has not the digits for the far patches' angles.
+        """Return features_PW after the last layer, before the final norm."""
+        # At least float32: bf16 is too coarse for the angles of patches far from the origin.
         dtype = torch.promote_types(features_PW.dtype, torch.float32)
         cos_PC, sin_PC = rotary_tables(
             patch_grids, self.head_dim, self.rope_theta, dtype=dtype, device=features_PW.device
@@ -106,10 +106,10 @@ class LayerStack(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and beside the residual stream."""
+    """Pre-norm attention and MLP, each with a residual connection."""
 
     def __init__(self, config: VisionConfig) -> None:
-        """Make one layer."""
+        """Allocate one layer."""
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.layer_norm1 = nn.LayerNorm(width, eps=eps)
@@ -131,7 +131,7 @@ class FrameAttention(nn.Module):
     """Bidirectional attention among the patches of one frame."""
 
     def __init__(self, config: VisionConfig) -> None:
-        """Make the four projections."""
+        """Allocate the four projections."""
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_heads
@@ -143,7 +143,7 @@ class FrameAttention(nn.Module):
     def forward(
         self, features_PW: Tensor, patch_grids: Sequence[PatchGrid], cos_PC: Tensor, sin_PC: Tensor
     ) -> Tensor:
-        """Return features_PW, each patch's sum over its own frame."""
+        """Return features_PW: attention of each patch over its frame, projected."""
         heads = (self.num_heads, -1)
         q_PHC = rotate(self.q_proj(features_PW).unflatten(1, heads), cos_PC, sin_PC)
         k_PHC = rotate(self.k_proj(features_PW).unflatten(1, heads), cos_PC, sin_PC)
@@ -158,16 +158,15 @@ def attend_within_frames(
 ) -> Tensor:
     """Return attention [P, H, C] of each patch to all patches of its frame.
 
-    A run of equal frames is one batched call; frames of different size never meet, so that
-    nothing is padded.
+    Consecutive frames of equal size are one batched call, so that nothing is padded.
 
     Args:
         q_PHC: Queries, any float type; logits are scaled by C^-0.5.
         k_PHC: Keys.
         v_PHC: Values.
-        patch_grids: PatchGrid of every frame.
+        patch_grids: Patches down and across each frame.
     """
-    # Starting from no rows of all three keeps them in the graph when there is no frame.
+    # An empty slice keeps all three in the graph when there is no frame.
     parts = [(q_PHC + k_PHC + v_PHC)[:0]]
     runs = zip(*(split_runs(packed, patch_grids) for packed in (q_PHC, k_PHC, v_PHC)), strict=True)
     for run in runs:
@@ -178,16 +177,16 @@ def attend_within_frames(
 
 
 class FeedForward(nn.Module):
-    """Two linear maps around a GELU in its tanh form."""
+    """Two linear maps around a GELU (tanh approximation)."""
 
     def __init__(self, config: VisionConfig) -> None:
-        """Make both maps."""
+        """Allocate both maps."""
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, features_PW: Tensor) -> Tensor:
-        """Return features_PW, each patch on its own."""
+        """Return features_PW, patch by patch."""
         widened = functional.gelu(self.fc1(features_PW), approximate="tanh")
         narrowed_PW: Tensor = self.fc2(widened)
         return narrowed_PW

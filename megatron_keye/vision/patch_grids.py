@@ -1,7 +1,6 @@
-"""Frames packed one behind the other, described by their patch_grids of patches.
+"""Patch grids of packed frames, and runs of consecutive frames of equal size.
 
-Neighbouring frames of one video have one size; handled as a run, they cost one call instead of
-one a frame.
+Frames of one video have one size; as a run they need one call instead of one per frame.
 
 Shape letters: P patches, W vision hidden size, N frames.
 """
@@ -16,23 +15,23 @@ PatchGrid = tuple[int, int]
 
 
 def equal_runs(patch_grids: Sequence[PatchGrid]) -> list[tuple[PatchGrid, int]]:
-    """Return the runs of neighbouring frames of equal size, as (patch_grid, number of frames)."""
+    """Return the runs of consecutive frames of equal size: (patch grid, number of frames)."""
     return [(patch_grid, len(list(frames))) for patch_grid, frames in groupby(patch_grids)]
 
 
 def num_patches(patch_grids: Sequence[PatchGrid]) -> int:
-    """Return the patches P of all frames together."""
+    """Return P, the number of patches of all frames."""
     return sum(height * width for height, width in patch_grids)
 
 
 def split_runs(
     packed: Tensor, patch_grids: Sequence[PatchGrid]
 ) -> Iterator[tuple[PatchGrid, Tensor]]:
-    """Yield each run of equal frames as its patch_grid and its part [N, height * width, ...].
+    """Yield the patch grid and the part [N, height * width, ...] of each run of equal frames.
 
     Args:
-        packed: [P, ...], frames one behind the other, each in raster order.
-        patch_grids: PatchGrid of every frame, in the order of `packed`.
+        packed: [P, ...], concatenated frames, each in raster order.
+        patch_grids: Patches down and across each frame, in the order of `packed`.
     """
     runs = equal_runs(patch_grids)
     sizes = [height * width * num_frames for (height, width), num_frames in runs]
@@ -47,12 +46,12 @@ def check_patch_grids(
 
     Args:
         packed: [P, ...].
-        patch_grids: PatchGrid of every frame.
-        name: What `packed` is called, for the message.
-        multiple: What the sides of every patch_grid must be divisible by.
+        patch_grids: Patches down and across each frame.
+        name: Name of `packed` in the message.
+        multiple: Divisor of both sides of every patch grid.
 
     Raises:
-        ValueError: When the patches do not add up, or a side is not a positive multiple.
+        ValueError: When the number of patches differs, or a side is not a positive multiple.
     """
     for index, (height, width) in enumerate(patch_grids):
         if height < 1 or width < 1 or height % multiple or width % multiple:
@@ -63,5 +62,5 @@ def check_patch_grids(
     if packed.shape[0] != num_patches(patch_grids):
         raise ValueError(
             f"{name}: got {packed.shape[0]} patches, expected {num_patches(patch_grids)} as the "
-            f"{len(patch_grids)} patch_grids add up to; pass the patch_grids of these very patches"
+            f"{len(patch_grids)} patch_grids add up to; pass the patch_grids of these patches"
         )

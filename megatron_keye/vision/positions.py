@@ -1,6 +1,6 @@
-"""Learned absolute positions, stretched from their square table to any patch_grid.
+"""Learned absolute positions, interpolated from a square table to any patch grid.
 
-The table was learned at one image size; frames keep their native resolution.
+The table was learned at one image size; frames have their native resolution.
 
 Shape letters: P patches, W vision hidden size, N frames.
 """
@@ -22,7 +22,7 @@ def interpolate_positions(table: Tensor, patch_grid: PatchGrid) -> Tensor:
 
     Args:
         table: [side * side, W], raster order.
-        patch_grid: Patches down and across; at the table's own size the result is the table.
+        patch_grid: Patches down and across; (side, side) returns the table itself.
     """
     side = math.isqrt(table.shape[0])
     square = table.T.reshape(1, table.shape[1], side, side)
@@ -33,13 +33,13 @@ def interpolate_positions(table: Tensor, patch_grid: PatchGrid) -> Tensor:
 
 
 def packed_positions(table: Tensor, patch_grids: Sequence[PatchGrid]) -> Tensor:
-    """Return the positions of all patches [P, W] of frames packed one behind the other."""
-    made = {
+    """Return the positions [P, W] of all patches of packed frames."""
+    interpolated = {
         patch_grid: interpolate_positions(table, patch_grid) for patch_grid in set(patch_grids)
     }
     parts = [
-        made[patch_grid].repeat(num_frames, 1)
+        interpolated[patch_grid].repeat(num_frames, 1)
         for patch_grid, num_frames in equal_runs(patch_grids)
     ]
-    # The empty part keeps the table in the graph when a rank has no frame to encode.
+    # The empty slice keeps the table in the graph when there is no frame.
     return torch.cat([table[:0], *parts])

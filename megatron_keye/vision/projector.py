@@ -1,7 +1,6 @@
-"""The projector: neighbouring patches merged into one token of the decoder's width.
+"""The projector: merges neighbouring patches into one token of the decoder's hidden size.
 
-It is where spatial detail is traded for decoder tokens; names follow the released checkpoint,
-below `mlp_AR`.
+Parameters are named as in the released checkpoint, below `mlp_AR`.
 
 Shape letters: P patches, M merged tokens, W vision hidden size, D decoder hidden size, N frames.
 """
@@ -16,14 +15,14 @@ from megatron_keye.config import VisionConfig
 from megatron_keye.vision.patch_grids import PatchGrid, check_patch_grids, split_runs
 
 _NORM_EPS = 1e-5
-"""Epsilon of the projector's LayerNorm; fixed in the released code, in no configuration."""
+"""Epsilon of the projector's LayerNorm; a constant of the released code."""
 
 
 class Projector(nn.Module):
-    """Merge merge_size x merge_size patches, norm the merged vector, two linear maps."""
+    """Merges merge_size x merge_size patches, then LayerNorm and an MLP with exact GELU."""
 
     def __init__(self, config: VisionConfig, decoder_hidden_size: int) -> None:
-        """Make the parameters; `VisionTower` initialises them.
+        """Allocate the parameters; `VisionTower` initialises them.
 
         Args:
             config: Sizes of the encoder and of the merge.
@@ -37,17 +36,17 @@ class Projector(nn.Module):
         self.linear_2 = nn.Linear(merged_width, decoder_hidden_size)
 
     def forward(self, features_PW: Tensor, patch_grids: Sequence[PatchGrid]) -> Tensor:
-        """Project frames packed one behind the other.
+        """Project packed frames.
 
         Args:
-            features_PW: From the encoder, each frame in raster order.
+            features_PW: Output of the encoder, each frame in raster order.
             patch_grids: Patches down and across each frame, multiples of merge_size; may be empty.
 
         Returns:
-            merged_MD, each frame's merged cells in raster order.
+            merged_MD, each frame's merged tokens in raster order.
 
         Raises:
-            UserError: When a patch_grid is not a multiple of merge_size or patches do not add up.
+            ValueError: When a patch grid is no multiple of merge_size, or patches do not add up.
         """
         check_patch_grids(features_PW, patch_grids, "features_PW", multiple=self.merge_size)
         normed = self.pre_norm(merge_neighbours(features_PW, patch_grids, self.merge_size))
@@ -58,14 +57,14 @@ class Projector(nn.Module):
 def merge_neighbours(
     features_PW: Tensor, patch_grids: Sequence[PatchGrid], merge_size: int
 ) -> Tensor:
-    """Return each square cell of patches as one vector [M, merge_size^2 * W].
+    """Return each cell of merge_size x merge_size patches as one vector [M, merge_size^2 * W].
 
-    Within a cell the patches stand in raster order: along the row first, then the next row.
+    A vector concatenates the cell's patches in raster order.
 
     Args:
         features_PW: Each frame in raster order.
-        patch_grids: PatchGrid of every frame, multiples of `merge_size`.
-        merge_size: Patches a side of a cell.
+        patch_grids: Patches down and across each frame, multiples of `merge_size`.
+        merge_size: Side of a cell, in patches.
     """
     parts = [features_PW[:0].reshape(0, merge_size**2 * features_PW.shape[1])]
     for (height, width), part_NPW in split_runs(features_PW, patch_grids):

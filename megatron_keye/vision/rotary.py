@@ -1,7 +1,6 @@
 """2-D rotary positions of patches: half of a head's channels rotate by row, half by column.
 
-The learned positions are stretched to every patch grid and so blur with size; these give exact
-relative offsets at any size.
+Unlike the learned positions, which are interpolated, they encode exact offsets at any size.
 
 Shape letters: P patches, H heads, C channels of a head.
 """
@@ -37,15 +36,15 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of every patch's angles.
 
-    A head has head_dim / 4 frequencies theta^(-i / (head_dim / 4)) an axis. The angles of a patch
-    are [row frequencies, column frequencies], that list twice, for rotate-half.
+    Each direction has head_dim / 4 frequencies theta^(-i / (head_dim / 4)). The angles of a patch
+    are [row angles, column angles], repeated once for rotate-half.
 
     Args:
-        patch_grids: PatchGrid of every frame; rows and columns count from 0 in each frame.
+        patch_grids: Patches down and across each frame; rows and columns count from 0 in each.
         head_dim: C, a multiple of 4.
         theta: Base of the frequencies.
         dtype: Type of the tables; the angles are computed in float64.
-        device: Where the tables are made.
+        device: Device of the tables.
 
     Returns:
         cos_PC and sin_PC.

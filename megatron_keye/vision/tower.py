@@ -1,6 +1,4 @@
-"""The whole vision side of the model: encoder, then projector.
-
-One module, so that whoever schedules vision work has a single thing to run, save and initialise.
+"""The vision part of the model: encoder and projector as one module.
 
 Shape letters: P patches, M merged tokens, D decoder hidden size.
 """
@@ -20,10 +18,10 @@ _INIT_STD = 0.02
 
 
 class VisionTower(nn.Module):
-    """Patches of packed frames to embeddings of the decoder's width."""
+    """Maps patches of packed frames to embeddings of the decoder's hidden size."""
 
     def __init__(self, config: VisionConfig, decoder_hidden_size: int) -> None:
-        """Make the parameters; call `reset_parameters` or load a checkpoint before use.
+        """Allocate the parameters; call `reset_parameters` or load a checkpoint before use.
 
         Args:
             config: Sizes of the encoder and of the merge.
@@ -34,10 +32,10 @@ class VisionTower(nn.Module):
         self.projector = Projector(config, decoder_hidden_size)
 
     def forward(self, patches_PCXX: Tensor, patch_grids: Sequence[PatchGrid]) -> Tensor:
-        """Return merged_MD of frames packed one behind the other.
+        """Encode and project packed frames.
 
         Args:
-            patches_PCXX: [P, 3, patch, patch], normalised pixels in the parameters' type, each
+            patches_PCXX: [P, 3, patch, patch], normalised pixels in the parameters' dtype, each
                 frame's patches in raster order.
             patch_grids: Patches down and across each frame, multiples of merge_size; may be empty.
 
@@ -45,14 +43,14 @@ class VisionTower(nn.Module):
             merged_MD, one row for each merge_size x merge_size cell, in raster order.
 
         Raises:
-            UserError: When patches or patch_grids do not fit the configuration or each other.
+            ValueError: When patches or patch_grids do not fit the configuration or each other.
         """
         merged_MD: Tensor = self.projector(self.encoder(patches_PCXX, patch_grids), patch_grids)
         return merged_MD
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Initialise every parameter from `seed` alone: equal on every rank, device and type.
+        """Initialise every parameter from `seed` alone: equally on every rank, device and dtype.
 
         Weights are normal with standard deviation 0.02, biases 0, norms 1. The values are drawn
         on the CPU in float32 and then rounded to each parameter's type.

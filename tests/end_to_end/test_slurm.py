@@ -117,9 +117,10 @@ def test_ranks_that_do_not_fit_the_grid_end_the_job_with_a_sentence(
 FAULT = """
 import os
 if os.environ.get("RANK") == "1":
+    from megatron_keye.errors import UserError
     from megatron_keye.training.chunk_encoder import ChunkEncoder
     def failing(self, *arguments, **more):
-        raise ValueError("a deliberate fault of the second node")
+        raise UserError("a deliberate fault of the second node")
     ChunkEncoder.backward = failing
 """
 """Python imports it at its start, as sitecustomize."""

@@ -95,7 +95,7 @@ def test_it_is_the_wheel_that_runs(installed: tuple[Path, Path], tmp_path: Path)
     assert all(Path(word).is_relative_to(target) for word in told.stdout.split())
     shown = run(installed, tmp_path, "settings", "data")
     assert shown.returncode == 0, shown.stderr
-    assert "data.row_tokens" in shown.stdout and "training." not in shown.stdout
+    assert "data.row_tokens" in shown.stdout and "training.steps" not in shown.stdout
 
 
 def test_it_trains(installed: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Save on one grid, load on another, continue as if nothing had happened."""
+"""A run that is saved on one grid and loaded on another continues as an unbroken one."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ GRIDS = {
     "one rank": {},
     "pipeline": {"pipeline": 2},
     "interleaved pipeline": {"pipeline": 2, "virtual_stages": 2},
-    "context and vision": {"context": 2, "vision_ranks": 1},
+    "context, dedicated vision": {"context": 2, "vision_ranks": 1},
     "data": {"data": 2},
 }
 SAVED_ON = {"tensor": 2, "expert": 2}
@@ -27,26 +27,26 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unbroken() -> Trained:
+def reference() -> Trained:
     return train(tiny_run(**SAVED_ON), [mixed_rows(step) for step in range(4)])
 
 
 @pytest.mark.parametrize("degrees", GRIDS.values(), ids=GRIDS)
 def test_training_continues_on_another_grid(
-    degrees: dict[str, int], checkpoint: Path, unbroken: Trained
+    degrees: dict[str, int], checkpoint: Path, reference: Trained
 ) -> None:
     rest = [mixed_rows(2), mixed_rows(3)]
     continued = train(tiny_run(**degrees), rest, load_from=checkpoint)
-    assert_same_metrics(continued.metrics, unbroken.metrics[2:])
+    assert_same_metrics(continued.metrics, reference.metrics[2:])
 
 
-def test_on_the_same_grid_it_continues_bit_for_bit(checkpoint: Path, unbroken: Trained) -> None:
+def test_on_the_same_grid_it_continues_bit_for_bit(checkpoint: Path, reference: Trained) -> None:
     rest = [mixed_rows(2), mixed_rows(3)]
     continued = train(tiny_run(**SAVED_ON), rest, load_from=checkpoint)
-    assert not continued.changed(unbroken)
+    assert not continued.changed(reference)
 
 
-def test_a_checkpoint_cut_short_is_not_found(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_not_found(tmp_path: Path) -> None:
     run = tiny_run().with_overrides([f"output_dir={tmp_path}", "training.checkpoint.resume=auto"])
     checkpoints = run.folder / "checkpoints"
     (checkpoints / "step-00000007.partial").mkdir(parents=True)
@@ -55,7 +55,7 @@ def test_a_checkpoint_cut_short_is_not_found(tmp_path: Path) -> None:
     assert find_checkpoint(run) == checkpoints / "step-00000005"
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
     run = tiny_run().with_overrides([f"training.checkpoint.resume={tmp_path}"])
     with pytest.raises(ValueError, match="expected the folder of a complete checkpoint"):
         find_checkpoint(run)

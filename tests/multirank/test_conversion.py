@@ -58,7 +58,7 @@ def test_what_a_grid_trained_is_exported_bit_for_bit(
 
 
 def released(weights: dict[str, Tensor], run: RunConfig) -> dict[str, Tensor]:
-    """Spell the released tensors out from whole native ones, apart from the table."""
+    """Return the released tensors of whole native ones, without the weight mapping."""
     out = {
         "model.embed_tokens.weight": weights["decoder.embedding.weight"],
         "model.norm.weight": weights["decoder.block.final_layernorm.weight"],
@@ -127,7 +127,7 @@ def test_a_converted_checkpoint_starts_any_grid(
 
 
 def _load_and_save(run_json: str, weights: Path) -> bool:
-    """Begin with weights, save, and return whether all master weights equal them."""
+    """Load weights, save, and return whether all master weights equal them."""
     run = RunConfig.from_json(run_json)
     grid = build_grid(run.parallel)
     model = build_model(run, grid, torch.device("cpu"), uses_transformer_engine=False)
@@ -159,13 +159,13 @@ def test_weights_of_another_model_are_refused(
     assert re.search(message, refusal), refusal
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(converted: Path) -> None:
+def test_a_folder_that_is_not_a_checkpoint_is_refused(converted: Path) -> None:
     (refusal,) = run_on_ranks(1, _refusal, tiny_run().to_json(), converted / "hf")
     assert "expected a complete native checkpoint" in refusal
 
 
 def _refusal(run_json: str, weights: Path) -> str:
-    """Return what loading complains of; a rank that raised would have to be started anew."""
+    """Return the error of loading; a rank that raised would have to be restarted."""
     try:
         _load_and_save(run_json, weights)
     except ValueError as error:
@@ -186,16 +186,16 @@ def test_the_full_size_modules_have_the_released_names_and_shapes() -> None:
 
 
 def _module_shapes(run_json: str) -> dict[str, tuple[int, ...]]:
-    """Build all modules without memory and return the shapes, layers and experts stacked."""
+    """Build all modules on the meta device and return the shapes, layers and experts stacked."""
     run = RunConfig.from_json(run_json)
     groups = build_grid(run.parallel).decoder
     config = decoder_config(run, on_gpu=False, grouped_experts=False)
     with torch.device("meta"):
-        chunk = VirtualStage(run, config, groups, index=0, uses_transformer_engine=False)
+        stage = VirtualStage(run, config, groups, index=0, uses_transformer_engine=False)
         tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
     shapes = {f"vision.{name}": tuple(p.shape) for name, p in tower.named_parameters()}
     stacks: dict[str, list[tuple[int, ...]]] = {}
-    for name, parameter in chunk.named_parameters():
+    for name, parameter in stage.named_parameters():
         assert parameter.is_meta, name
         name = re.sub(r"layers\.\d+\.", "layers.", f"decoder.{name}")
         name = re.sub(r"local_experts\.\d+\.", "experts.", name)
@@ -203,8 +203,8 @@ def _module_shapes(run_json: str) -> dict[str, tuple[int, ...]]:
     decoder = run.model.decoder
     for name, stack in stacks.items():
         assert len(set(stack)) == 1, f"{name} differs between layers or experts"
-        lead = (decoder.num_layers,) if ".layers." in name else ()
-        lead += (decoder.experts.num_experts,) if ".experts.experts." in name else ()
-        assert len(stack) == torch.Size(lead).numel(), name
-        shapes[name] = (*lead, *stack[0])
+        stacked = (decoder.num_layers,) if ".layers." in name else ()
+        stacked += (decoder.experts.num_experts,) if ".experts.experts." in name else ()
+        assert len(stack) == torch.Size(stacked).numel(), name
+        shapes[name] = (*stacked, *stack[0])
     return shapes

@@ -1,4 +1,4 @@
-"""A file that does not decode: its sample teaches nothing, and all ranks agree on that."""
+"""A sample whose file does not decode has no loss, and all ranks agree on that."""
 
 from dataclasses import replace
 from typing import Any
@@ -23,9 +23,9 @@ def damaged_rows(step: int) -> list[PackedRow]:
     rows = mixed_rows(step)
     pictures = [
         replace(picture, medium=Medium(f"damaged {picture.medium.path}", "video"))
-        if place == 0
+        if index == 0
         else picture
-        for place, picture in enumerate(rows[2].pictures)
+        for index, picture in enumerate(rows[2].pictures)
     ]
     return [*rows[:2], replace(rows[2], pictures=tuple(pictures)), rows[3]]
 
@@ -38,7 +38,7 @@ def without_first_document(rows: list[PackedRow]) -> list[PackedRow]:
 
 
 @pytest.mark.parametrize("degrees", [{}, {"pipeline": 2}, {"vision_ranks": 1}])
-def test_a_damaged_sample_leaves_the_loss_and_nothing_else(degrees: dict[str, int]) -> None:
+def test_a_damaged_sample_loses_its_loss_and_nothing_else(degrees: dict[str, int]) -> None:
     batches = [damaged_rows(0), mixed_rows(1)]
     expected = train(tiny_run(**degrees), [without_first_document(batches[0]), batches[1]])
     got = train(skipping(tiny_run(**degrees)), batches)
@@ -68,15 +68,15 @@ def test_a_run_in_which_nothing_decodes_ends() -> None:
 
 def damaged_of_steps(run_json: str) -> Any:
     _, model, _, step = build_step(RunConfig.from_json(run_json))
-    told = []
+    damaged = []
     for number, rows in enumerate((damaged_rows(0), mixed_rows(1))):
         step(rows, number)
-        told.append(step.damaged)
+        damaged.append(step.damaged)
     let_go(model)
-    return told
+    return damaged
 
 
-def test_every_rank_names_it() -> None:
+def test_every_rank_names_the_damaged_sample() -> None:
     run = skipping(tiny_run(vision_ranks=1))
     answers = run_on_ranks(run.parallel.num_ranks, damaged_of_steps, run.to_json())
     assert answers == [[["sample 2-0: is damaged"], []]] * 2

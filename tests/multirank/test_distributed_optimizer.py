@@ -1,4 +1,4 @@
-"""Replicas that share the optimizer train as those that each keep all, from one checkpoint."""
+"""A distributed optimizer trains as a replicated one, and both share their checkpoints."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +25,13 @@ SHARING = {
     "data": {"data": 2},
     "data, expert": {"data": 2, "expert": 2},
     "context": {"context": 2},
-    "vision of its own": {"vision_ranks": 2},
+    "dedicated vision": {"vision_ranks": 2},
     "tensor, data": {"tensor": 2, "data": 2},
     "pipeline, data, expert": {"pipeline": 2, "data": 2, "expert": 2},
 }
 
 UNEVEN = tiny_model(num_layers=3)
-"""Halves of its weights end inside of one."""
+"""Half of its weights' elements end inside of a weight."""
 
 
 def sharing(run: RunConfig) -> RunConfig:
@@ -54,7 +54,7 @@ def test_sharing_masters_changes_nothing_but_rounding() -> None:
 
 
 def _kept(run_json: str) -> dict[str, Any]:
-    """Return how much this rank's optimizers keep, and of how many weights only a part."""
+    """Return how much state this rank's optimizers keep, and for how many weights in part."""
     _, model, optimizer, step = build_step(RunConfig.from_json(run_json))
     step(mixed_rows(0), 0)
     shards = [shard for each in optimizers_of(optimizer) for shard in shards_of(each)]
@@ -80,11 +80,11 @@ def test_each_replica_keeps_its_share(precision: str) -> None:
     (alone, _), shared = (run_on_ranks(2, _kept, each.to_json()) for each in (run, sharing(run)))
     kinds = ["exp_avg", "exp_avg_sq"] + ["master"] * (precision == "bf16")
     assert alone["divided"] == 0
-    # Experts stand on one rank each, so that only the rest is shared.
+    # Each expert is on one rank, so that only the rest is shared.
     for rank in shared:
         assert rank["kinds"] == kinds
         assert rank["elements"] < 0.75 * alone["elements"]
-        assert rank["divided"] >= 1, "no weight is divided, and the test proves less than it says"
+        assert rank["divided"] >= 1, "no weight is divided, so the test proves nothing"
     assert sum(len(rank["gather_whole"]) for rank in shared) == shared[0]["divided"]
     # Dense weights once, experts on each rank.
     num_weights = sum(rank["weights"] for rank in shared)
@@ -97,8 +97,8 @@ def _tensors(checkpoint: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_checkpoint_is_the_same_whoever_keeps_it(tmp_path: Path, precision: str) -> None:
-    """From sharing replicas to one that keeps all, to other sharing ones, bit for bit."""
+def test_a_checkpoint_does_not_depend_on_sharing(tmp_path: Path, precision: str) -> None:
+    """From sharing replicas to one that keeps all, to other sharing replicas, bit for bit."""
     same: dict[str, Any] = {"model": UNEVEN, "training": {"precision": precision}}
     runs = [
         sharing(tiny_run(data=2, expert=2, **same)),
@@ -125,16 +125,16 @@ def test_a_checkpoint_is_the_same_whoever_keeps_it(tmp_path: Path, precision: st
         assert not [key for key, tensor in expected.items() if not torch.equal(got[key], tensor)]
 
 
-def test_a_resumed_run_goes_on_as_the_unbroken_one(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_as_the_uninterrupted_one(tmp_path: Path) -> None:
     run = sharing(tiny_run(data=2, expert=2))
     steps = [mixed_rows(step) for step in range(4)]
-    unbroken = train(run, steps)
+    uninterrupted = train(run, steps)
     train(run, steps[:2], save_to=tmp_path)
     checkpoint = tmp_path / "tiny" / "checkpoints" / "step-00000002"
     same = train(run, steps[2:], load_from=checkpoint)
-    assert not same.changed(unbroken)
+    assert not same.changed(uninterrupted)
     alone: Trained = train(tiny_run(), steps[2:], load_from=checkpoint)
-    assert_same_metrics(alone.metrics, unbroken.metrics[2:])
+    assert_same_metrics(alone.metrics, uninterrupted.metrics[2:])
 
 
 def test_four_replicas_keep_a_quarter() -> None:

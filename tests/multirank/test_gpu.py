@@ -32,7 +32,7 @@ TWO_GPUS = {
     "interleaved pipeline": {"pipeline": 2, "virtual_stages": 2},
     "context": {"context": 2},
     "data, expert": {"data": 2, "expert": 2},
-    "vision of its own": {"vision_ranks": 1},
+    "dedicated vision": {"vision_ranks": 1},
 }
 SHARING = {name: TWO_GPUS[name] for name in ("tensor and sequence", "context", "data, expert")}
 SHARED = replace(tiny_run().training.optimizer, distributed=True)
@@ -64,7 +64,7 @@ def test_two_gpus_that_share_the_optimizer_train_as_one(
 
 
 @needs_two
-def test_text_alone_trains_beside_an_idle_vision_gpu() -> None:
+def test_text_alone_trains_with_an_unused_vision_gpu() -> None:
     batches = [text_rows(0), mixed_rows(1)]
     expected = train(tiny_run(device="cuda"), batches)
     assert_same_training(train(tiny_run(device="cuda", vision_ranks=1), batches), expected)
@@ -79,27 +79,27 @@ def test_a_frozen_vision_gpu_works_a_step_ahead() -> None:
     assert min(span.start for span in encoded_ahead(first[1])) < decoder_ends
     _, _, expected = train_announced(without_work_ahead(run), mixed_rows(0))
     for mine, theirs in zip(figures, expected, strict=True):
-        # Kernels that add up in any order keep it from being equal to the last bit.
+        # Kernels with atomic additions keep it from being equal to the last bit.
         assert mine == pytest.approx(theirs, rel=LOSS_TOLERANCE)
 
 
 @needs_two
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_shared_optimizer_is_saved_and_goes_on(tmp_path: Path, precision: str) -> None:
+def test_a_distributed_optimizer_is_saved_and_continues(tmp_path: Path, precision: str) -> None:
     same: dict[str, Any] = {
         "device": "cuda",
-        "model": tiny_model(num_layers=3),  # Halves of its weights end inside of one.
+        "model": tiny_model(num_layers=3),  # Half of its elements end inside of a weight.
         "training": {"precision": precision, "optimizer": SHARED},
     }
     steps = [mixed_rows(step) for step in range(3)]
     run = tiny_run(data=2, expert=2, **same)
-    unbroken = train(run, steps)
+    uninterrupted = train(run, steps)
     train(run, steps[:2], save_to=tmp_path)
     checkpoint = tmp_path / "tiny" / "checkpoints" / "step-00000002"
     for degrees in ({"data": 2, "expert": 2}, {}):
         (got,) = train(tiny_run(**degrees, **same), steps[2:], load_from=checkpoint).metrics
         relative = LOSS_TOLERANCE if precision == "fp32" else 1e-3
-        assert got.loss == pytest.approx(unbroken.metrics[2].loss, rel=relative)
+        assert got.loss == pytest.approx(uninterrupted.metrics[2].loss, rel=relative)
 
 
 @pytest.mark.skipif(transformer_engine_version() is None, reason="no Transformer Engine")

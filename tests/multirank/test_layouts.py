@@ -50,9 +50,7 @@ def test_combinations_train_as_one(degrees: dict[str, int], one_rank: Trained) -
 
 
 @pytest.mark.parametrize("degrees", DEDICATED.values(), ids=DEDICATED)
-def test_vision_ranks_of_their_own_train_as_one(
-    degrees: dict[str, int], one_rank: Trained
-) -> None:
+def test_dedicated_vision_ranks_train_as_one(degrees: dict[str, int], one_rank: Trained) -> None:
     assert_same_training(train(tiny_run(**degrees)), one_rank)
 
 
@@ -86,7 +84,7 @@ def test_dense_rows_beside_sparse_ones_train_as_one_rank(degrees: dict[str, int]
     assert_same_training(train(tiny_run(**degrees, training=training)), expected)
 
 
-def test_text_alone_trains_beside_idle_vision_ranks() -> None:
+def test_text_alone_trains_with_unused_vision_ranks() -> None:
     batches = [text_rows(0), mixed_rows(1), text_rows(2)]
     expected = train(tiny_run(), batches)
     assert_same_training(train(tiny_run(vision_ranks=2), batches), expected)
@@ -118,7 +116,7 @@ def test_one_huge_video_beside_text_trains_as_one(degrees: dict[str, int]) -> No
     "degrees", [{"pipeline": 2}, {"pipeline": 2, "vision_ranks": 1}, {"tensor": 2}]
 )
 def test_the_projector_alone_trains_as_on_one_rank(degrees: dict[str, int]) -> None:
-    """Text alone then gives a micro-batch without any gradient."""
+    """A micro-batch of text alone then has no gradient at all."""
     training = {"frozen": ("vision", "decoder", "indexer")}
     expected = train(tiny_run(training=training))
     assert_same_training(train(tiny_run(training=training, **degrees)), expected)

@@ -1,4 +1,4 @@
-"""Which loss trains what: language loss and indexer loss never mix."""
+"""Which loss trains which weights: language loss and indexer loss never mix."""
 
 import math
 from dataclasses import replace
@@ -61,7 +61,7 @@ def test_warm_up_trains_the_indexer_alone_and_lowers_its_loss() -> None:
     assert trained.metrics[-1].indexer_kl < 0.8 * trained.metrics[0].indexer_kl
 
 
-def test_rows_of_short_documents_attend_densely_and_their_indexer_rests() -> None:
+def test_rows_of_short_documents_attend_densely_and_train_no_indexer() -> None:
     rows = mixed_rows(0)
     assert [row.longest_document for row in rows] == [35, 35, 21, 34]
 
@@ -71,7 +71,7 @@ def test_rows_of_short_documents_attend_densely_and_their_indexer_rests() -> Non
 
     short, dense = trained(rows[2:], dense_up_to=34), trained(rows[2:], phase="dense")
     changed = short.changed(dense)
-    assert not changed, "the very weights of the dense phase, the indexer's too"
+    assert not changed, "weights differ from those of the dense phase"
     assert short.metrics[0].loss == dense.metrics[0].loss
     assert math.isnan(short.metrics[0].indexer_kl) and math.isnan(short.metrics[0].indexer_recall)
     mixed, long = trained(rows, dense_up_to=34), trained(rows[:2])
@@ -102,7 +102,7 @@ def test_frozen_weights_cost_no_backward_products() -> None:
     assert still < 0.65 * learning
 
 
-def test_a_frozen_decoder_has_no_weight_gradients_and_no_room_for_them() -> None:
+def test_a_frozen_decoder_has_no_weight_gradients_and_no_buffer_for_them() -> None:
     run = tiny_run(vision_ranks=1, training={"frozen": ("vision", "decoder", "indexer")})
     decoder, vision = run_on_ranks(2, _gradients_after_a_step, run.to_json())
     assert decoder == {}
@@ -111,7 +111,7 @@ def test_a_frozen_decoder_has_no_weight_gradients_and_no_room_for_them() -> None
 
 
 def _gradients_after_a_step(run_json: str) -> dict[str, float]:
-    """Return the norms of the gradients that this rank's weights have, made or summed."""
+    """Return the norms of the gradients that this rank's weights have."""
     _, model, _, step = build_step(RunConfig.from_json(run_json))
     step(mixed_rows(0), 0)
     norms = {}
@@ -153,7 +153,7 @@ def test_frozen_vision_gets_no_gradients_and_the_rest_trains() -> None:
     assert changed and not any(name.startswith("vision.") for name in changed)
 
 
-def test_packed_documents_do_not_see_each_other() -> None:
+def test_packed_documents_do_not_attend_to_each_other() -> None:
     together = text_rows(0)[:1]
     other = _with_other_first_document(together[0])
     assert not np.array_equal(other.token_ids, together[0].token_ids)

@@ -1,4 +1,4 @@
-"""Vision and decoder work at the same time, as the simulator foretells from the same plan."""
+"""Vision and decoder overlap, as the simulator predicts from the same plan."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,17 +24,17 @@ from tests.support.train import (
 )
 
 TIME_TOLERANCE = 0.15
-"""Relative, of a step: what no phase covers, on ranks that share two cores."""
+"""Relative, of a step's time: what no span covers, on ranks that share two cores."""
 IDLE_TOLERANCE = 0.1
 """Absolute, of a rank's idle share."""
 ATTEMPTS = 3
-"""Recordings of which one must agree: others may fall on the machine's bad moments."""
+"""Recordings of which one must agree, since other processes may disturb some."""
 ROWS = 8
 Spans = dict[int, list[Span]]
 
 
 def record(run: RunConfig, rows: list[PackedRow]) -> Spans:
-    """Train two steps on all ranks and return the second one's phases but the optimizer's."""
+    """Train two steps on all ranks and return the second one's spans without the optimizer's."""
     answers = run_on_ranks(run.parallel.num_ranks, _record_on_rank, run.to_json(), rows)
     return {
         rank: [span for span in spans if span.name != "optimizer"]
@@ -60,15 +60,15 @@ def recording_run(**degrees: int) -> RunConfig:
     return tiny_run(training=training, chunk_patches=72, **degrees)
 
 
-def seconds(spans: list[Span], phases: tuple[SpanName, ...], label: str) -> float:
-    return sum(s.end - s.start for s in spans if s.name in phases and s.label == label)
+def seconds(spans: list[Span], names: tuple[SpanName, ...], label: str) -> float:
+    return sum(s.end - s.start for s in spans if s.name in names and s.label == label)
 
 
 def replay(plan: StepPlan, run: RunConfig, spans: Spans) -> Simulated:
-    """Simulate the step with the recorded phases as its costs."""
+    """Simulate the step with the recorded spans as its costs."""
 
-    def vision(chunk: int, *phases: SpanName) -> float:
-        return seconds(spans[plan.chunks[chunk].vision_rank], phases, f"chunk {chunk}")
+    def vision(chunk: int, *names: SpanName) -> float:
+        return seconds(spans[plan.chunks[chunk].vision_rank], names, f"chunk {chunk}")
 
     def decoder(place: DecoderPlace, step: Pass) -> float:
         rank = next(
@@ -76,10 +76,10 @@ def replay(plan: StepPlan, run: RunConfig, spans: Spans) -> Simulated:
             for rank in range(run.parallel.decoder.num_ranks)
             if decoder_place(run.parallel.decoder, rank) == place
         )
-        phase: SpanName = "forward" if step.is_forward else "backward"
+        name: SpanName = "forward" if step.is_forward else "backward"
         return seconds(
             spans[rank],
-            (phase,),
+            (name,),
             f"micro-batch {step.micro_batch}, virtual stage {step.virtual_stage}",
         )
 
@@ -102,8 +102,8 @@ def test_a_real_step_runs_as_simulated(degrees: dict[str, int]) -> None:
         real = record(run, rows)
         simulated = replay(plan, run, real)
         for rank, spans in real.items():
-            for phases in (("forward", "backward"), ("encode",), ("vision",)):
-                assert _order(spans, phases) == _order(simulated.spans[rank], phases)
+            for names in (("forward", "backward"), ("encode",), ("vision",)):
+                assert _order(spans, names) == _order(simulated.spans[rank], names)
         _assert_overlap(real, run.parallel.decoder.num_ranks)
         if _takes_as_long(simulated, real) or attempt + 1 == ATTEMPTS:
             break
@@ -112,7 +112,7 @@ def test_a_real_step_runs_as_simulated(degrees: dict[str, int]) -> None:
 
 
 def _takes_as_long(simulated: Simulated, real: Spans) -> bool:
-    """Tell whether the step's time and every rank's idle share are those of the real step."""
+    """Return whether the step's time and every rank's idle share agree with the real step."""
     ends = max(span.end for spans in real.values() for span in spans)
     busy = {rank: sum(s.end - s.start for s in simulated.spans[rank]) for rank in real}
     return simulated.seconds == pytest.approx(ends, rel=TIME_TOLERANCE) and all(
@@ -121,13 +121,13 @@ def _takes_as_long(simulated: Simulated, real: Spans) -> bool:
     )
 
 
-def _order(spans: list[Span], phases: tuple[str, ...]) -> list[tuple[str, str]]:
-    chosen = [span for span in spans if span.name in phases]
+def _order(spans: list[Span], names: tuple[str, ...]) -> list[tuple[str, str]]:
+    chosen = [span for span in spans if span.name in names]
     return [(span.name, span.label) for span in sorted(chosen, key=lambda span: span.start)]
 
 
 def _assert_overlap(real: Spans, num_decoder: int) -> None:
-    """Early gradients are worked on while the decoder still starts on later micro-batches."""
+    """Backward passes of vision begin before the decoder's last forward pass."""
     decoder = [span for rank in range(num_decoder) for span in real[rank]]
     last_forward = max(span.start for span in decoder if span.name == "forward")
     for rank in range(num_decoder, len(real)):
@@ -146,7 +146,7 @@ def test_frozen_vision_ranks_work_a_step_ahead(degrees: dict[str, int]) -> None:
     decoder_ends = max(span.end for span in decoder if span.name == "backward")
     for rank in range(num_decoder, run.parallel.num_ranks):
         assert min(span.start for span in encoded_ahead(first[rank])) < decoder_ends
-        assert not encoded_ahead(second[rank]), "nothing is announced behind the second step"
-    unhurried, _, expected = train_announced(without_work_ahead(run), rows)
-    assert not any(encoded_ahead(spans) for spans in unhurried)
+        assert not encoded_ahead(second[rank]), "nothing is announced after the second step"
+    not_ahead, _, expected = train_announced(without_work_ahead(run), rows)
+    assert not any(encoded_ahead(spans) for spans in not_ahead)
     assert figures == expected

@@ -1,4 +1,4 @@
-"""The operations that MFU counts are those that a real step multiplies, counted by torch."""
+"""The FLOPs that MFU counts are those of a real step, as counted by torch."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ FROZEN = ("vision", "projector", "decoder")
 
 
 def _matrix_products(run_json: str) -> int:
-    """Count the products with weights in a step of one row of text; those of pairs are batched."""
+    """Count the FLOPs of products with weights in a step of one row; those of pairs use bmm."""
     _, model, _, step = build_step(RunConfig.from_json(run_json))
     with FlopCounterMode(display=False) as counter:
         step([mixed_rows(0)[1]], 0)
@@ -30,13 +30,13 @@ def _matrix_products(run_json: str) -> int:
 
 
 def _pair_products(phase: str, *, passes_gradients: bool) -> float:
-    """Count the products of queries with keys and values in documents of 20, 9 and 35 tokens."""
+    """Count the FLOPs of (query, key) pairs in documents of 20, 9 and 35 tokens."""
     pairs = [np.arange(1, length + 1) for length in (20, 9, 35)]
     scored = sum(each.sum() for each in pairs)
     selected = sum(np.minimum(each, TOP_K).sum() for each in pairs)
-    met = selected if phase == "sparse" else scored
-    attention = 4 * HEADS * met * (3 if passes_gradients else 1)
-    indexer = 0 if phase == "dense" else 2 * INDEXER * (scored + 2 * met)
+    attended = selected if phase == "sparse" else scored
+    attention = 4 * HEADS * attended * (3 if passes_gradients else 1)
+    indexer = 0 if phase == "dense" else 2 * INDEXER * (scored + 2 * attended)
     return float(LAYERS * (attention + indexer))
 
 
@@ -50,13 +50,13 @@ def test_every_product_with_a_weight_is_counted(phase: str, frozen: tuple[str, .
     row = mixed_rows(0)[1]
     expected = step_flops([row], run) - _pair_products(phase, passes_gradients=not only_indexers)
     if only_indexers:
-        # The language loss starts the backward pass, for nothing but its own sake.
+        # The backward pass starts at the language loss, though nothing is trained by it.
         expected += 2 * WIDTH * run.model.decoder.vocab_size * row.num_loss_tokens
     (counted,) = run_on_ranks(1, _matrix_products, run.to_json())
     assert counted == expected
 
 
-def test_padding_asks_for_nothing() -> None:
+def test_padding_has_no_flops() -> None:
     run, row = tiny_run(), mixed_rows(0)[3]
     assert row.num_real_tokens == 30
     bounds = row.document_bounds
@@ -66,7 +66,7 @@ def test_padding_asks_for_nothing() -> None:
     assert step_flops([row], run) == step_flops([whole], run) > 0
 
 
-def test_pictures_ask_for_what_learns() -> None:
+def test_vision_flops_depend_on_trained_parts() -> None:
     row = mixed_rows(0)[0]
     without = replace(row, pictures=(), picture_starts=())
 
@@ -102,8 +102,8 @@ def test_peaks_are_known_by_name_and_precision() -> None:
     assert math.isnan(peak_tflops(run, "NVIDIA H2000"))
     assert math.isnan(peak_tflops(run, "CPU"))
     assert math.isnan(peak_tflops(tiny_run(), "NVIDIA H200"))
-    told = tiny_run(training={"device_peak_tflops": 5.0})
-    assert peak_tflops(told, "CPU") == 5.0
+    configured = tiny_run(training={"device_peak_tflops": 5.0})
+    assert peak_tflops(configured, "CPU") == 5.0
 
 
 def test_a_step_reports_its_rate_per_rank() -> None:

@@ -1,8 +1,9 @@
-"""Vision ranks hold no more of what travels than is still to be worked on."""
+"""Vision ranks hold no more features and gradients than they still need."""
 
 import gc
 
 import torch
+import torch.distributed as dist
 
 from megatron_keye.config import RunConfig
 from megatron_keye.data.row import PackedRow
@@ -24,7 +25,7 @@ def test_features_are_freed_when_their_gradient_is_back() -> None:
 
 
 def _rows_held(run_json: str, rows: list[PackedRow]) -> dict[str, int]:
-    """Carry one micro-batch there and back; count a vision rank's rows of features on the way."""
+    """Send features and return their gradients; count the rows that a vision rank holds."""
     run = RunConfig.from_json(run_json)
     grid, plan, cpu = build_grid(run.parallel), plan_rows(rows, run), torch.device("cpu")
     transport = FeatureTransport(
@@ -33,11 +34,13 @@ def _rows_held(run_json: str, rows: list[PackedRow]) -> dict[str, int]:
     transport.start()
     held = {}
     if grid.rank == 0:
+        dist.barrier()  # The features stay under way until the vision rank has counted them.
         transport.return_gradients(0, transport.take_features(0))
         transport.finish_decoder()
     else:
         transport.send_features(0, torch.ones(plan.chunks[0].num_tokens, WIDTH))
         held["sent"] = _count_rows(skip=12)
+        dist.barrier()
         transport.take_gradients(0)
         held["returned"] = _count_rows()
     transport.finish()

@@ -1,6 +1,6 @@
-"""Times kernels on a GPU and writes what `tools/report_benchmarks.py` reads: one JSON line a case.
+"""Times kernels on a GPU; writes a JSON line per case for `tools/report_benchmarks.py`.
 
-Ratios compare within one process: a case and its peer get the same inputs on the same GPU.
+A case and its peer run in one process, with the same inputs on the same GPU.
 """
 
 import json
@@ -21,10 +21,10 @@ _L2_BYTES = 256 * 2**20
 
 
 class Recorder:
-    """Times cases, prints them and adds a line for each to a file."""
+    """Times cases, prints them and appends a line for each to a file."""
 
     def __init__(self, path: Path) -> None:
-        """Write to `path`, after what it holds."""
+        """Append to `path`."""
         self._path = path
         self._machine = _describe_machine()
 
@@ -42,15 +42,14 @@ class Recorder:
         """Time one case.
 
         Args:
-            op: What is timed, such as "sparse_attention_backward".
-            impl: Which implementation.
-            run: Does it once.
-            fields: What else the line says: shape, dtype, selection.
-            flop: Useful floating-point operations of one call, 2 for a multiplication and
-                addition.
-            peer: Name and milliseconds of what it is compared with.
-            in_graph: Whether a CUDA graph of it is timed, each time with nothing of use in the
-                L2 cache: for what takes less time than its launches.
+            op: Operator, such as "sparse_attention_backward".
+            impl: Implementation.
+            run: Runs the case once.
+            fields: Other fields of the line: shape, dtype, selection.
+            flop: Useful floating-point operations of one call; a multiply-add counts 2.
+            peer: Name and milliseconds of the case to compare with.
+            in_graph: Whether to time a CUDA graph of it, with a cold L2 cache, as for a case that
+                takes less time than its kernel launches.
 
         Returns:
             Median of the repetitions in milliseconds.
@@ -58,9 +57,9 @@ class Recorder:
         for _ in range(_WARM_UPS):
             run()
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         flush = torch.empty(_L2_BYTES if in_graph else 0, dtype=torch.uint8, device="cuda")
-        timed = _captured(run) if in_graph else run
+        timed = _graph_of(run) if in_graph else run
         milliseconds = torch.tensor([_milliseconds(timed, flush) for _ in range(_REPEATS)])
         low, median, high = milliseconds.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
         line = {
@@ -71,28 +70,28 @@ class Recorder:
             "p10_us": round(low * 1e3, 1),
             "p90_us": round(high * 1e3, 1),
             "tflop_per_s": round(flop / median / 1e9, 1),
-            "peak_mib": round((torch.cuda.max_memory_allocated() - held) / 2**20),
+            "peak_mib": round((torch.cuda.max_memory_allocated() - allocated) / 2**20),
         }
         if peer is not None:
             line |= {"peer": peer[0], "times_faster": round(peer[1] / median, 3)}
         with self._path.open("a") as file:
             file.write(json.dumps(line | self._machine) + "\n")
-        beside = f"  {line['times_faster']:.2f}x {peer[0]}" if peer else ""
-        sys.stdout.write(f"\n{op} {impl}: {median:.2f} ms, {line['tflop_per_s']} TFLOP/s{beside}")
+        ratio = f"  {line['times_faster']:.2f}x {peer[0]}" if peer else ""
+        sys.stdout.write(f"\n{op} {impl}: {median:.2f} ms, {line['tflop_per_s']} TFLOP/s{ratio}")
         return float(median)
 
 
 def gradients_of(
     run: Callable[[], Tensor], inputs: tuple[Tensor, ...]
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """Return what runs only the backward pass of `run`, for random gradients of its output."""
+    """Return a function that runs only the backward pass of `run`, for a random gradient."""
     out = run()
     dout = torch.randn_like(out)
     return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
 
-def _captured(run: Callable[[], object]) -> Callable[[], None]:
-    """Return the replay of a CUDA graph of `run`."""
+def _graph_of(run: Callable[[], object]) -> Callable[[], None]:
+    """Capture `run` in a CUDA graph and return its replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -110,7 +109,7 @@ def _milliseconds(run: Callable[[], object], flush: Tensor) -> float:
 
 
 def _describe_machine() -> dict[str, str]:
-    """Return GPU, versions, commit and command, the same on all lines of a run."""
+    """Return GPU, versions, commit and command, which all lines of a run share."""
     command = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {

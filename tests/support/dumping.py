@@ -1,4 +1,4 @@
-"""Dumps of toy checkpoints by the library, and what NumPy makes of the same inputs."""
+"""Dumps of tiny checkpoints by the library and by transformers, and inputs of both."""
 
 from pathlib import Path
 from typing import Any
@@ -26,30 +26,30 @@ Arrays = dict[str, NDArray[Any]]
 def dump_folder(
     folder: Path, inputs: Arrays, precision: Precision = "fp64", *, gradients: bool = False
 ) -> Arrays:
-    """Return what the library computes from a Hugging Face folder, in a process of its own."""
-    found: Arrays = run_on_ranks(1, _dump, folder, inputs, precision, gradients)[0]
-    return found
+    """Return the library's dump of a Hugging Face folder, computed in another process."""
+    dumped: Arrays = run_on_ranks(1, _dump, folder, inputs, precision, gradients)[0]
+    return dumped
 
 
 def dump_transformers(folder: Path, inputs: Arrays, precision: Precision) -> Arrays:
-    """Return what transformers computes from the same folder."""
-    found: Arrays = run_on_ranks(1, _dump_transformers, folder, inputs, precision)[0]
-    return found
+    """Return the dump of transformers for a Hugging Face folder."""
+    dumped: Arrays = run_on_ranks(1, _dump_transformers, folder, inputs, precision)[0]
+    return dumped
 
 
 def save_native(folder: Path, to: Path) -> Path:
-    """Save the weights of a Hugging Face folder as training saves them; return the checkpoint."""
+    """Save the weights of a Hugging Face folder as a native checkpoint and return its path."""
     saved: Path = run_on_ranks(1, _save_native, folder, to)[0]
     return saved
 
 
 def mixed_inputs(seed: int = 1) -> Arrays:
-    """Return a document with an image and two frames and one of text, with targets."""
+    """Return inputs of two documents, with targets: one has an image and two frames, one text."""
     generator = np.random.default_rng(seed)
 
     def text(length: int) -> list[int]:
-        found: list[int] = generator.integers(0, 90, length).tolist()
-        return found
+        tokens: list[int] = generator.integers(0, 90, length).tolist()
+        return tokens
 
     def picture(token: int, count: int) -> list[int]:
         return [START, *[token] * count, END]
@@ -70,9 +70,9 @@ def mixed_inputs(seed: int = 1) -> Arrays:
 
 
 def numpy_row(inputs: Arrays, positions: NDArray[np.int64]) -> Row:
-    """Return the inputs as the NumPy model takes them."""
+    """Return the inputs in the form of the NumPy model."""
 
-    def grids(name: str) -> list[tuple[int, int]]:
+    def patch_grids(name: str) -> list[tuple[int, int]]:
         return [(int(height), int(width)) for _, height, width in inputs.get(name, [])]
 
     none = np.empty((0, 3, PATCH, PATCH))
@@ -81,9 +81,9 @@ def numpy_row(inputs: Arrays, positions: NDArray[np.int64]) -> Row:
         positions=positions,
         bounds=inputs.get("cu_seqlens", np.array([0, len(inputs["input_ids"])])).tolist(),
         image_patches=inputs.get("pixel_values", none).astype(np.float64),
-        image_grids=grids("image_grid_thw"),
+        image_patch_grids=patch_grids("image_grid_thw"),
         video_patches=inputs.get("pixel_values_videos", none).astype(np.float64),
-        video_grids=grids("video_grid_thw"),
+        video_patch_grids=patch_grids("video_grid_thw"),
         targets=inputs["targets"],
     )
 

@@ -1,4 +1,4 @@
-"""Random Keye-VL checkpoints of toy size in the released format, written as a user has them."""
+"""Random Keye-VL checkpoints of tiny size in the released format."""
 
 import json
 from pathlib import Path
@@ -63,16 +63,16 @@ CONFIG: dict[str, Any] = {
         "rope_theta": 100.0,
     },
 }
-"""Sizes that no two dimensions share by chance, epsilons unlike the fixed ones."""
+"""Its dimensions differ in size, and its epsilons from the fixed ones, to expose mix-ups."""
 
 
 def config_with(*, top_k: int = 6) -> dict[str, Any]:
-    """Return CONFIG with another number of selected keys."""
+    """Return CONFIG with `top_k` selected keys."""
     return CONFIG | {"sa_config": CONFIG["sa_config"] | {"topk": top_k}}
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return every name and shape of model.md 2.6 (fused experts) for the sizes of `config`."""
+    """Return the names and shapes of all tensors, with fused experts, for `config`."""
     width, size, heads = config["hidden_size"], config["head_dim"], config["num_attention_heads"]
     keys, num_experts, inner = (
         config[f"num_{name}"] if name else config["moe_intermediate_size"]
@@ -86,7 +86,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "lm_head.weight": (config["vocab_size"], width),
     }
     for layer in range(config["num_hidden_layers"]):
-        own = {
+        tensors = {
             "input_layernorm.weight": (width,),
             "post_attention_layernorm.weight": (width,),
             "self_attn.q_proj.weight": (heads * size, width),
@@ -104,7 +104,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             "mlp.experts.gate_up_proj": (num_experts, width, 2 * inner),
             "mlp.experts.down_proj": (num_experts, inner, width),
         }
-        found |= {f"model.layers.{layer}.{name}": shape for name, shape in own.items()}
+        found |= {f"model.layers.{layer}.{name}": shape for name, shape in tensors.items()}
     return found | _vision_shapes(config)
 
 
@@ -128,18 +128,18 @@ def _vision_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     }
     norms = {"mlp_AR.pre_norm": merged, f"{base}.post_layernorm": width}
     for layer in range(vision["num_hidden_layers"]):
-        own = f"{base}.encoder.layers.{layer}"
-        norms |= {f"{own}.layer_norm{number}": width for number in (1, 2)}
-        attention = [f"{own}.self_attn.{name}_proj" for name in ("q", "k", "v", "out")]
+        prefix = f"{base}.encoder.layers.{layer}"
+        norms |= {f"{prefix}.layer_norm{number}": width for number in (1, 2)}
+        attention = [f"{prefix}.self_attn.{name}_proj" for name in ("q", "k", "v", "out")]
         linears |= dict.fromkeys(attention, (width, width))
-        linears |= {f"{own}.mlp.fc1": (inner, width), f"{own}.mlp.fc2": (width, inner)}
+        linears |= {f"{prefix}.mlp.fc1": (inner, width), f"{prefix}.mlp.fc2": (width, inner)}
     found |= {f"{name}.weight": shape for name, shape in linears.items()}
     found |= {f"{name}.bias": shape[:1] for name, shape in linears.items()}
     return found | {f"{n}.{part}": (w,) for n, w in norms.items() for part in ("weight", "bias")}
 
 
 def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, NDArray[np.float32]]:
-    """Return random float32 weights, of sizes that keep every part of the model alive."""
+    """Return random float32 weights, large enough that every part affects the result."""
     generator = np.random.default_rng(seed)
     weights = {}
     for name, shape in shapes(config).items():
@@ -150,7 +150,7 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, NDArray[n
 
 
 def per_expert(weights: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-    """Return the weights with experts in the layout of the base model."""
+    """Return the weights with one tensor per expert and projection, as in Qwen3."""
     split = {}
     for name, weight in weights.items():
         prefix, _, kind = name.rpartition(".experts.")

@@ -1,7 +1,7 @@
-"""Second, independent definitions of the operators as plain loops in float64, and test inputs.
+"""Independent definitions of the operators, as plain loops in float64, and test inputs.
 
-An eager form that is only compared with itself proves nothing; these loops follow the formulas
-entry by entry and share no code with the library.
+The loops follow the formulas entry by entry and share no code with the library, so that its
+references are tested against something else than themselves.
 
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query heads,
 G key-value heads, C channels of a head, K selected keys.
@@ -17,13 +17,13 @@ Indices = NDArray[np.int64]
 
 
 def make_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return standard normal numbers of a generator of their own, rounded to `dtype`."""
+    """Return standard normal numbers drawn from `seed`, rounded to `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def device(impl: str) -> torch.device:
-    """Return where tests run an implementation: Triton on a GPU if there is one, else the CPU."""
+    """Return the device on which tests run `impl`: for Triton a GPU if there is one, else CPU."""
     on_gpu = impl == "triton" and torch.cuda.is_available()
     return torch.device("cuda" if on_gpu else "cpu")
 
@@ -34,44 +34,44 @@ def moved[Tensors: tuple[Tensor, ...]](tensors: Tensors, impl: str) -> Tensors:
 
 
 def make_selection(kind: str, num_queries: int, num_keys: int, k: int, seed: int) -> Tensor:
-    """Return int32 [T, K] as select_top_k would, for the last T positions of a causal row.
+    """Return a random selection int32 [T, K] for the last T positions of a causal row.
 
     Args:
-        kind: "uniform" draws from everything visible. "local" lets the 16 queries of a tile draw
-            from one pool of 4 k keys, of which the next tile keeps nine in ten: their union is
-            then about 4 k. Either way a few draws meet, which leaves places of a row empty.
+        kind: "uniform" draws from all visible keys. "local" draws for the 16 queries of a tile
+            from one pool of 4 k keys, whose union is about 4 k, and of which the next tile keeps
+            nine in ten. Keys drawn twice leave some entries of a query empty.
         num_queries: T.
         num_keys: S.
         k: K.
-        seed: Of the random draws, which a GPU makes if there is one.
+        seed: Seed of the random draws, which run on a GPU if there is one.
     """
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(where).manual_seed(seed)
-    pieces = []
+    selected = []
     rows_of_all = torch.arange(num_keys - num_queries, num_keys, device=where)
     for rows in torch.split(rows_of_all, 4096):
         visible_T1 = rows[:, None] + 1
-        # One draw from each of k equal parts, so that hardly any two are the same.
-        place_K = torch.arange(k, device=where)
+        # One draw from each of k equal parts, so that few are the same.
+        slot_K = torch.arange(k, device=where)
         drawn_TK = torch.rand((len(rows), k), generator=generator, device=where)
-        drawn_TK = (drawn_TK + place_K) / k
+        drawn_TK = (drawn_TK + slot_K) / k
         if kind == "local":
             member_TK = (drawn_TK * 4 * k).long()
             tile_T1 = rows[:, None] // 16
             epoch_TK = (tile_T1 + member_TK) // 10
-            # An even spread over what the tile's first query sees, by multiplicative hashing.
+            # Spread evenly over the keys of the tile's first query by multiplicative hashing.
             hashed_TK = (member_TK * 2_654_435_761 + epoch_TK * 40_503_000_001) % 1_000_003
             drawn_TK = hashed_TK / 1_000_003 * (16 * tile_T1 + 1) / visible_T1
         key_TK = (drawn_TK * visible_T1).long().clamp(max=num_keys - 1).sort(dim=1).values
         key_TK[:, 1:][key_TK[:, 1:] == key_TK[:, :-1]] = num_keys
-        key_TK = torch.where(visible_T1 <= k, place_K.expand_as(key_TK), key_TK)
+        key_TK = torch.where(visible_T1 <= k, slot_K.expand_as(key_TK), key_TK)
         key_TK = key_TK.masked_fill(key_TK >= visible_T1, num_keys).sort(dim=1).values
-        pieces.append(key_TK.masked_fill(key_TK == num_keys, -1).int())
-    return torch.cat(pieces).cpu()
+        selected.append(key_TK.masked_fill(key_TK == num_keys, -1).int())
+    return torch.cat(selected).cpu()
 
 
 def trainable[Tensors: tuple[Tensor, ...]](tensors: Tensors) -> Tensors:
-    """Return `tensors` after asking for their gradients."""
+    """Return `tensors` after setting requires_grad."""
     for tensor in tensors:
         tensor.requires_grad_()
     return tensors
@@ -90,7 +90,7 @@ def document_ranges(*lengths: int) -> tuple[Tensor, Tensor]:
 
 
 def odd_ranges(num_queries: int, num_keys: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return arbitrary ranges: every fifth is empty, the first is reversed, the last is whole."""
+    """Return random ranges: every fifth is empty, the first reversed, the last has all keys."""
     generator = torch.Generator().manual_seed(seed)
     start_T = torch.randint(0, num_keys, (num_queries,), generator=generator)
     length_T = torch.randint(0, num_keys, (num_queries,), generator=generator)
@@ -169,7 +169,7 @@ def loop_attention(
 
 
 def listed(indices_TK: Tensor) -> list[list[int]]:
-    """Return the real entries of each row of a selection."""
+    """Return the selected keys of each query, without -1."""
     return [[key for key in row if key >= 0] for row in indices_TK.tolist()]
 
 
@@ -185,9 +185,9 @@ def loop_divergence(target: Array, scores: Array, keys_of_query: list[list[int]]
     for query, keys in enumerate(keys_of_query):
         for group in range(target.shape[1] if keys else 0):
             predicted = softmax(scores[query, keys])
-            for wanted, given in zip(target[query, group, keys], predicted, strict=True):
-                if wanted > 0:
-                    divergence[query, group] += wanted * np.log(wanted / given)
+            for p, q in zip(target[query, group, keys], predicted, strict=True):
+                if p > 0:
+                    divergence[query, group] += p * np.log(p / q)
     return divergence
 
 

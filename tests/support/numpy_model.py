@@ -1,7 +1,6 @@
-"""The whole model a second time: plain float64 NumPy, from config.json and checkpoint names alone.
+"""An independent implementation of the whole model in float64 NumPy, for comparison.
 
-Shares no code with the library and follows the published rules sentence by sentence, so that the
-library can be held to them. Slow and small on purpose.
+It shares no code with the library and reads only config.json and a released checkpoint's tensors.
 
 Shape letters: T tokens, D decoder width, H query heads, G key-value heads, C channels of a head,
 I / J indexer heads and channels, E experts, P patches, W vision width, M merged tokens.
@@ -32,9 +31,9 @@ class Row:
     """[3, T]."""
     bounds: list[int]
     image_patches: Array
-    image_grids: list[tuple[int, int]]
+    image_patch_grids: list[tuple[int, int]]
     video_patches: Array
-    video_grids: list[tuple[int, int]]
+    video_patch_grids: list[tuple[int, int]]
     targets: Integers
 
     def may_see(self) -> NDArray[np.bool_]:
@@ -45,16 +44,18 @@ class Row:
 
 
 def run_model(weights: Weights, config: Config, row: Row, *, is_sparse: bool) -> dict[str, Any]:
-    """Return what one forward pass computes, named as verify_checkpoint's dump; KL as "kl"."""
+    """Return the results of a forward pass, named as in the dump of verify; KL as "kl"."""
     hidden = weights["model.embed_tokens.weight"][row.token_ids].copy()
-    images = embed_pictures(weights, config, row.image_patches, row.image_grids)
-    videos = embed_pictures(weights, config, row.video_patches, row.video_grids)
+    images = embed_pictures(weights, config, row.image_patches, row.image_patch_grids)
+    videos = embed_pictures(weights, config, row.video_patches, row.video_patch_grids)
     hidden[row.token_ids == config["image_token_id"]] = images
     hidden[row.token_ids == config["video_token_id"]] = videos
     layers: dict[str, list[Any]] = {"hidden": [], "topk_indices": [], "kl": []}
     for layer in range(config["num_hidden_layers"]):
-        own = _below(weights, f"model.layers.{layer}.")
-        hidden, selected, divergence = decoder_layer(own, config, hidden, row, is_sparse=is_sparse)
+        params = _below(weights, f"model.layers.{layer}.")
+        hidden, selected, divergence = decoder_layer(
+            params, config, hidden, row, is_sparse=is_sparse
+        )
         layers["hidden"].append(hidden)
         layers["topk_indices"].append(selected)
         layers["kl"].append(divergence)
@@ -90,7 +91,7 @@ def decoder_layer(
 
 
 def indexer_scores(weights: Weights, config: Config, normed: Array, positions: Integers) -> Array:
-    """Return I(t, s) for all pairs [T, T]: project, norm, rotate; gates and J^-0.5, no I^-0.5."""
+    """Return I(t, s) for all pairs [T, T], scaled by J^-0.5 and not by I^-0.5."""
     heads, width = (config["sa_config"][f"indexer_{name}"] for name in ("num_heads", "head_dim"))
     projected = normed @ weights["q_proj.weight"].T
     gates = projected[:, heads * width :]
@@ -124,7 +125,7 @@ def chosen_mask(selected: Integers, num_keys: int) -> NDArray[np.bool_]:
 def attention(
     weights: Weights, config: Config, normed: Array, positions: Integers, keys: NDArray[np.bool_]
 ) -> tuple[Array, Array]:
-    """Return the output [T, D] and each group's normalised sum of weights [T, G, S]."""
+    """Return the output [T, D] and each group's mean attention weights [T, G, S]."""
     width, groups = config["head_dim"], config["num_key_value_heads"]
     eps, theta, sections = config["rms_norm_eps"], config["rope_theta"], mrope_sections(config)
     q, k, v = (
@@ -165,53 +166,53 @@ def experts(weights: Weights, config: Config, normed: Array) -> Array:
 
 
 def embed_pictures(
-    weights: Weights, config: Config, patches: Array, grids: list[tuple[int, int]]
+    weights: Weights, config: Config, patches: Array, patch_grids: list[tuple[int, int]]
 ) -> Array:
-    """Return the embeddings [M, D] of pictures, one after the other."""
-    taken, embeddings = 0, [np.empty((0, config["hidden_size"]))]
-    for grid in grids:
-        size = grid[0] * grid[1]
+    """Return the embeddings [M, D] of consecutive pictures."""
+    start, embeddings = 0, [np.empty((0, config["hidden_size"]))]
+    for patch_grid in patch_grids:
+        size = patch_grid[0] * patch_grid[1]
         features = encode(
-            _below(weights, "visual.vision_model."), config, patches[taken:][:size], grid
+            _below(weights, "visual.vision_model."), config, patches[start:][:size], patch_grid
         )
-        embeddings.append(project(_below(weights, "mlp_AR."), config, features, grid))
-        taken += size
+        embeddings.append(project(_below(weights, "mlp_AR."), config, features, patch_grid))
+        start += size
     return np.concatenate(embeddings)
 
 
-def encode(weights: Weights, config: Config, patches: Array, grid: tuple[int, int]) -> Array:
+def encode(weights: Weights, config: Config, patches: Array, patch_grid: tuple[int, int]) -> Array:
     """Return the features [P, W] of one picture."""
     vision = config["vision_config"]
-    eps, own = vision["layer_norm_eps"], _below(weights, "embeddings.")
-    kernel = own["patch_embedding.weight"]
+    eps, embeddings = vision["layer_norm_eps"], _below(weights, "embeddings.")
+    kernel = embeddings["patch_embedding.weight"]
     hidden = patches.reshape(len(patches), -1) @ kernel.reshape(len(kernel), -1).T
-    hidden = hidden + own["patch_embedding.bias"]
-    hidden = hidden + stretch(own["position_embedding.weight"], grid)
+    hidden = hidden + embeddings["patch_embedding.bias"]
+    hidden = hidden + interpolate(embeddings["position_embedding.weight"], patch_grid)
     for layer in range(vision["num_hidden_layers"]):
-        own = _below(weights, f"encoder.layers.{layer}.")
-        normed = layer_norm(hidden, own, "layer_norm1", eps)
-        hidden = hidden + patch_attention(_below(own, "self_attn."), vision, normed, grid)
-        widened = linear(layer_norm(hidden, own, "layer_norm2", eps), own, "mlp.fc1")
+        params = _below(weights, f"encoder.layers.{layer}.")
+        normed = layer_norm(hidden, params, "layer_norm1", eps)
+        hidden = hidden + patch_attention(_below(params, "self_attn."), vision, normed, patch_grid)
+        widened = linear(layer_norm(hidden, params, "layer_norm2", eps), params, "mlp.fc1")
         cubic = math.sqrt(2 / math.pi) * (widened + 0.044715 * widened**3)
-        hidden = hidden + linear(0.5 * widened * (1 + np.tanh(cubic)), own, "mlp.fc2")
+        hidden = hidden + linear(0.5 * widened * (1 + np.tanh(cubic)), params, "mlp.fc2")
     return layer_norm(hidden, weights, "post_layernorm", eps)
 
 
-def stretch(table: Array, grid: tuple[int, int]) -> Array:
-    """Return the bilinear stretch of a square table [side^2, W]; centres lie at half-integers."""
+def interpolate(table: Array, patch_grid: tuple[int, int]) -> Array:
+    """Interpolate a square table [side^2, W] bilinearly; centres are at half-integers."""
     side = math.isqrt(len(table))
     square = table.reshape(side, side, -1)
-    for axis, size in enumerate(grid):
+    for axis, size in enumerate(patch_grid):
         place = np.clip((np.arange(size) + 0.5) * side / size - 0.5, 0, side - 1)
         low = np.floor(place).astype(int)
         high = np.minimum(low + 1, side - 1)
         share = (place - low).reshape([-1 if d == axis else 1 for d in range(3)])
         square = square.take(low, axis) * (1 - share) + square.take(high, axis) * share
-    return square.reshape(grid[0] * grid[1], -1)
+    return square.reshape(patch_grid[0] * patch_grid[1], -1)
 
 
 def patch_attention(
-    weights: Weights, vision: Config, normed: Array, grid: tuple[int, int]
+    weights: Weights, vision: Config, normed: Array, patch_grid: tuple[int, int]
 ) -> Array:
     """Return attention among all patches of one picture, rotated by row and column."""
     heads = vision["num_attention_heads"]
@@ -220,22 +221,24 @@ def patch_attention(
     )
     quarter = q.shape[-1] // 4
     frequencies = vision.get("rope_theta", 1e4) ** (-np.arange(quarter) / quarter)
-    rows, columns = np.divmod(np.arange(len(normed)), grid[1])
+    rows, columns = np.divmod(np.arange(len(normed)), patch_grid[1])
     angles = np.concatenate([np.outer(rows, frequencies), np.outer(columns, frequencies)], axis=1)
-    q, k = turn(q, angles), turn(k, angles)
+    q, k = rotate_pairs(q, angles), rotate_pairs(k, angles)
     share = softmax(np.einsum("phc,qhc->phq", q, k) * q.shape[-1] ** -0.5, np.array(True))
     mixed = np.einsum("phq,qhc->phc", share, v).reshape(len(normed), -1)
     return linear(mixed, weights, "out_proj")
 
 
-def project(weights: Weights, config: Config, features: Array, grid: tuple[int, int]) -> Array:
-    """Return merged tokens [M, D]: cells row by row, the norm after the merge, exact GELU."""
+def project(
+    weights: Weights, config: Config, features: Array, patch_grid: tuple[int, int]
+) -> Array:
+    """Return vision tokens [M, D]: cells row by row, the norm after the merge, exact GELU."""
     merge = config["vision_config"]["spatial_merge_size"]
-    square = features.reshape(*grid, -1)
+    square = features.reshape(*patch_grid, -1)
     cells = [
         square[top : top + merge, left : left + merge].reshape(-1)
-        for top in range(0, grid[0], merge)
-        for left in range(0, grid[1], merge)
+        for top in range(0, patch_grid[0], merge)
+        for left in range(0, patch_grid[1], merge)
     ]
     widened = linear(layer_norm(np.stack(cells), weights, "pre_norm", 1e-5), weights, "linear_1")
     exact = 0.5 * widened * (1 + _exact_error_function(widened / math.sqrt(2)))
@@ -247,18 +250,18 @@ def rotate(x: Array, positions: Integers, sections: list[int], theta: float) -> 
     half = x.shape[-1] // 2
     assert sum(sections) == half, "sections fill half a head"
     axis = np.repeat([0, 1, 2], sections)
-    return turn(x, positions[axis].T * theta ** (-2 * np.arange(half) / (2 * half)))
+    return rotate_pairs(x, positions[axis].T * theta ** (-2 * np.arange(half) / (2 * half)))
 
 
-def turn(x: Array, angles: Array) -> Array:
-    """Turn channel pairs (i, i + C/2) of [T, H, C] by angles [T, C/2]."""
+def rotate_pairs(x: Array, angles: Array) -> Array:
+    """Rotate channel pairs (i, i + C/2) of [T, H, C] by angles [T, C/2]."""
     first, second = np.split(x, 2, axis=-1)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def mrope_sections(config: Config) -> list[int]:
-    """Return the sections of the main rotary positions."""
+    """Return the M-RoPE sections of the attention."""
     sections: list[int] = config["rope_scaling"]["mrope_section"]
     return sections
 

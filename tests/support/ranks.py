@@ -1,7 +1,7 @@
-"""Runs a function on n processes, gloo or NCCL; pools are kept, since imports take seconds.
+"""Runs a function on n processes with gloo or NCCL; they are reused, since imports take seconds.
 
-Each call joins and leaves the group of all ranks anew, through a file instead of a port, so that
-calls do not see each other's groups.
+Each call makes and destroys the process group of all ranks, with a file instead of a port, so that
+calls do not share groups.
 """
 
 import atexit
@@ -30,12 +30,12 @@ def run_on_ranks(
 
     Args:
         num_ranks: Processes of the job.
-        function: Defined at the top of a module, so that workers can import it.
-        arguments: Anything that pickles.
-        device: "cpu" for gloo, "cuda" for NCCL with one GPU a rank.
+        function: A function at module level, which workers can import.
+        arguments: Picklable arguments.
+        device: "cpu" for gloo, "cuda" for NCCL with one GPU per rank.
 
     Raises:
-        RankError: With the first failing rank's traceback, or when ranks do not answer.
+        RankError: With the first failing rank's traceback, or when ranks time out.
     """
     key = (num_ranks, device)
     if key not in _pools:
@@ -63,9 +63,9 @@ class _Pool:
 
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
         self._calls += 1
-        meeting = f"file://{Path(self._folder.name) / str(self._calls)}"
+        init_method = f"file://{Path(self._folder.name) / str(self._calls)}"
         for _, pipe in self._workers:
-            pipe.send((function, arguments, meeting))
+            pipe.send((function, arguments, init_method))
         results: dict[int, Any] = {}
         pipes = {pipe: rank for rank, (_, pipe) in enumerate(self._workers)}
         while pipes:
@@ -96,7 +96,7 @@ def _receive(pipe: Connection, rank: int) -> Any:
 
 
 def _work(pipe: Connection, rank: int, num_ranks: int, device_type: str) -> None:
-    """Serve calls until the parent goes away."""
+    """Serve calls until the parent closes the pipe."""
     import faulthandler
 
     import torch
@@ -108,19 +108,19 @@ def _work(pipe: Connection, rank: int, num_ranks: int, device_type: str) -> None
     device = torch.device("cpu") if device_type == "cpu" else torch.device("cuda", rank)
     while True:
         try:
-            function, arguments, meeting = pipe.recv()
+            function, arguments, init_method = pipe.recv()
         except EOFError:
             sys.exit(0)
         try:
-            join(device, rank=rank, num_ranks=num_ranks, init_method=meeting)
-            answer = (False, function(*arguments))
+            join(device, rank=rank, num_ranks=num_ranks, init_method=init_method)
+            result = (False, function(*arguments))
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         except BaseException:
-            answer = (True, traceback.format_exc())
-        # Models hold their groups in cycles, and each gloo group holds threads.
+            result = (True, traceback.format_exc())
+        # Models hold their groups in reference cycles, and each gloo group has threads.
         gc.collect()
-        pipe.send(answer)
+        pipe.send(result)
 
 
 @atexit.register

@@ -1,4 +1,4 @@
-"""A model and rows small enough to train in a test, with every part of the real one."""
+"""A model and rows small enough to train in a test, with every part of the released one."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ PATCH = 4
 
 
 def tiny_model(**decoder: object) -> ModelConfig:
-    """Return sizes that divide by two on every axis."""
+    """Return a model whose sizes are divisible by two along every axis of parallelism."""
     sizes = {
         "num_layers": 4,
         "hidden_size": 32,
@@ -73,12 +73,12 @@ def tiny_run(
     device: str = "cpu",
     **decoder_degrees: int,
 ) -> RunConfig:
-    """Return a run of the tiny model; `vision_ranks` above 0 makes vision dedicated."""
+    """Return a run of the tiny model; vision is dedicated if `vision_ranks` is above 0."""
     options: dict[str, object] = {
         "steps": 8,
         "rows_per_step": 4,
         "precision": "fp32",
-        # A large epsilon keeps tiny gradients, whose sign is rounding, from deciding a step.
+        # A large epsilon, since the sign of tiny gradients depends on rounding.
         "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=2, epsilon=1e-4),
     }
     return RunConfig(
@@ -99,24 +99,24 @@ def tiny_run(
 
 
 def packed_row(seed: int, *documents: tuple[int, tuple[tuple[int, int], ...]]) -> PackedRow:
-    """Make a row of random documents.
+    """Return a row of random documents.
 
     Args:
-        seed: Of tokens and pictures.
-        documents: For each, its number of text tokens and its pictures' grids in patches; the
+        seed: Seed of tokens and pictures.
+        documents: Number of text tokens and patch grids of the pictures of each document; the
             pictures come first, each between vision start and end.
     """
     generator = np.random.default_rng(seed)
     tokens: list[int] = []
     labels: list[int] = []
     bounds, pictures, starts = [0], [], []
-    for number, (num_text, grids) in enumerate(documents):
+    for number, (num_text, patch_grids) in enumerate(documents):
         ids: list[int] = []
-        for index, grid in enumerate(grids):
+        for index, patch_grid in enumerate(patch_grids):
             starts.append(len(tokens) + len(ids) + 1)
-            media = f"{seed}-{number}"
-            pictures.append(Picture(medium=Medium(media, "video"), frame=index, patch_grid=grid))
-            ids += [START, *[VIDEO] * (grid[0] * grid[1] // 4), END]
+            medium = Medium(f"{seed}-{number}", "video")
+            pictures.append(Picture(medium=medium, frame=index, patch_grid=patch_grid))
+            ids += [START, *[VIDEO] * (patch_grid[0] * patch_grid[1] // 4), END]
         text = generator.integers(0, 90, num_text).tolist()
         ids += text
         following = [*ids[1:], 0]
@@ -125,7 +125,7 @@ def packed_row(seed: int, *documents: tuple[int, tuple[tuple[int, int], ...]]) -
         tokens += ids
         bounds.append(len(tokens))
     padding = ROW_TOKENS - len(tokens)
-    assert padding >= 0, f"documents take {len(tokens)} of {ROW_TOKENS} tokens"
+    assert padding >= 0, f"got {len(tokens)} tokens, expected at most {ROW_TOKENS}"
     return PackedRow(
         token_ids=np.array(tokens + [0] * padding, dtype=np.int64),
         labels=np.array(labels + [IGNORED_LABEL] * padding, dtype=np.int64),
@@ -138,7 +138,7 @@ def packed_row(seed: int, *documents: tuple[int, tuple[tuple[int, int], ...]]) -
 
 
 def mixed_rows(step: int) -> list[PackedRow]:
-    """Return a global batch with one big video, packed documents, text alone, and padding."""
+    """Return a global batch with one large video, packed documents, text only, and padding."""
     seed = 10 * step
     return [
         packed_row(seed, (12, ((4, 6), (4, 6), (2, 4), (2, 2)))),
@@ -149,12 +149,12 @@ def mixed_rows(step: int) -> list[PackedRow]:
 
 
 def text_rows(step: int) -> list[PackedRow]:
-    """Return a global batch without any picture."""
+    """Return a global batch without pictures."""
     return [packed_row(100 + 10 * step + row, (40, ()), (20, ())) for row in range(4)]
 
 
 class SyntheticPatches:
-    """Stands for the decode service, without files; those named "damaged" fail."""
+    """Replaces the decode service without reading files; those named "damaged" fail."""
 
     def __init__(self) -> None:
         self._chunks: deque[Sequence[Picture]] = deque()
@@ -176,7 +176,7 @@ class SyntheticPatches:
 
 
 def synthetic_patches(pictures: Sequence[Picture]) -> Tensor:
-    """Make each picture's patches from its name, as a decoder would from its file."""
+    """Return random patches of pictures, seeded by the file's name and the frame."""
     parts = []
     for picture in pictures:
         seed = sum(map(ord, picture.medium.path)) * 1000 + picture.frame

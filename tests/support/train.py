@@ -1,4 +1,4 @@
-"""Trains the tiny model for some steps on the ranks of a test, and compares what came out."""
+"""Trains the tiny model for a few steps on the ranks of a test, and compares results."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,16 +26,16 @@ from tests.support.ranks import run_on_ranks
 from tests.support.tiny import SyntheticPatches, mixed_rows
 
 LOSS_TOLERANCE = 2e-5
-"""Relative, of losses and gradient norms after a few updates in float32."""
+"""Relative tolerance of losses and gradient norms after a few updates in float32."""
 WEIGHT_TOLERANCE = 5e-5
-"""Absolute, of weights that a few updates of 0.01 have moved."""
+"""Absolute tolerance of weights after a few updates with a learning rate of 0.01."""
 
 Batches = Sequence[list[PackedRow]]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run of some steps came to."""
+    """Results of a run of a few steps."""
 
     metrics: list[StepMetrics]
     weights: dict[str, Tensor]
@@ -52,26 +52,26 @@ def train(
     save_to: Path | None = None,
     load_from: Path | None = None,
 ) -> Trained:
-    """Train on as many ranks as the run asks for, and put the weights together.
+    """Train on as many ranks as the run needs, and gather whole weights.
 
     Args:
         run: The run.
-        batches: Rows of each step; two mixed steps by default, none for fresh weights.
-        save_to: Folder under which a checkpoint is written at the end.
-        load_from: Checkpoint to start from; `batches` then are the steps after it.
+        batches: Rows of each step; two mixed steps by default, an empty list for initial weights.
+        save_to: Parent folder of the checkpoint to save at the end.
+        load_from: Checkpoint to start from; `batches` are the steps after it.
     """
     if batches is None:
         batches = [mixed_rows(step) for step in range(2)]
     arguments = (run.to_json(), batches, save_to, load_from)
-    answers = run_on_ranks(run.parallel.num_ranks, _train_on_rank, *arguments, device=run.device)
+    results = run_on_ranks(run.parallel.num_ranks, _train_on_rank, *arguments, device=run.device)
     weights: dict[str, Tensor] = {}
-    for _, parts in answers:
-        for key, shape, offset, part in parts:
+    for _, shards in results:
+        for key, shape, offset, shard in shards:
             whole = weights.setdefault(key, torch.full(shape, torch.nan))
-            spans = zip(offset, part.shape, strict=True)
-            whole[tuple(slice(start, start + size) for start, size in spans)] = part
-    assert not any(weight.isnan().any() for weight in weights.values()), "weights have holes"
-    return Trained(metrics=answers[0][0], weights=weights)
+            ranges = zip(offset, shard.shape, strict=True)
+            whole[tuple(slice(start, start + size) for start, size in ranges)] = shard
+    assert not any(weight.isnan().any() for weight in weights.values()), "weights are incomplete"
+    return Trained(metrics=results[0][0], weights=weights)
 
 
 def assert_same_training(got: Trained, expected: Trained) -> None:
@@ -84,7 +84,7 @@ def assert_same_training(got: Trained, expected: Trained) -> None:
 
 
 def assert_same_metrics(got: list[StepMetrics], expected: list[StepMetrics]) -> None:
-    """Compare all that does not depend on time or on which queries were sampled."""
+    """Compare all metrics that do not depend on time or on the sampled queries."""
     assert len(got) == len(expected), "runs have different numbers of steps"
     for step, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
         for name in ("loss", "gradient_norm", "indexer_kl", "router_load", "pictures"):
@@ -122,17 +122,17 @@ def _train_on_rank(
 def train_announced(
     run: RunConfig, rows: list[PackedRow]
 ) -> tuple[list[list[Span]], list[list[Span]], list[tuple[float, ...]]]:
-    """Train two steps on the same rows, announced before the first runs, as the trainer does.
+    """Train two steps on the same rows, both announced before the first, as the trainer does.
 
     Returns:
-        The phases of the first step by rank, those of the second, and for each step its loss,
+        The spans of the first step by rank, those of the second, and for each step its loss,
         gradient norm and number of pictures.
     """
     arguments = (run.to_json(), rows)
     ranks = run.parallel.num_ranks
-    answers = run_on_ranks(ranks, _train_announced_on_rank, *arguments, device=run.device)
-    first, second, figures = zip(*answers, strict=True)
-    return list(first), list(second), figures[0]
+    results = run_on_ranks(ranks, _train_announced_on_rank, *arguments, device=run.device)
+    first, second, metrics = zip(*results, strict=True)
+    return list(first), list(second), metrics[0]
 
 
 def _train_announced_on_rank(run_json: str, rows: list[PackedRow]) -> Any:
@@ -151,19 +151,19 @@ def _train_announced_on_rank(run_json: str, rows: list[PackedRow]) -> Any:
 
 
 def encoded_ahead(spans: list[Span]) -> list[Span]:
-    """Return the phases in which a rank encoded chunks of the next step."""
-    own = [span for span in spans if span.name == "encode"]
-    return [span for span in own if span.label.startswith("next step's")]
+    """Return the spans in which a rank encoded chunks of the next step."""
+    encoded = [span for span in spans if span.name == "encode"]
+    return [span for span in encoded if span.label.startswith("next step's")]
 
 
 def without_work_ahead(run: RunConfig) -> RunConfig:
-    """Return the run with vision ranks that wait for the next step."""
+    """Return the run with vision ranks that do not encode the next step ahead."""
     vision = replace(run.parallel.vision, max_ahead_mebibytes=0)
     return replace(run, parallel=replace(run.parallel, vision=vision))
 
 
 def build_step(run: RunConfig) -> tuple[Grid, KeyeModel, JointOptimizer, TrainingStep]:
-    """Build what one rank trains with; call `let_go` at the end."""
+    """Build the training objects of one rank; call `let_go` at the end."""
     grid = build_grid(run.parallel)
     seed_rank(run.training.seed, grid)
     device = torch.device("cpu" if run.device == "cpu" else torch.cuda.current_device())
@@ -176,17 +176,17 @@ def build_step(run: RunConfig) -> tuple[Grid, KeyeModel, JointOptimizer, Trainin
 
 
 def let_go(model: KeyeModel) -> None:
-    """Free a model's groups.
+    """Free a model's process groups.
 
-    Autograd's hooks hold the wrapper in a cycle through C++, which no collector sees; its groups
-    would keep their threads.
+    Autograd hooks hold the wrapper in a reference cycle through C++, which Python cannot collect,
+    so that the threads of its groups would stay.
     """
     for wrapped in model.wrapped():
         vars(wrapped).clear()
 
 
 def _owned_weights(state: dict[str, Any]) -> Iterator[tuple[str, Any, Any, Tensor]]:
-    """Yield key, whole shape, offset and data of every part of a weight on this rank."""
+    """Yield key, global shape, offset and data of every weight shard on this rank."""
     apply_factories(state)
     for tensor in nested_values(state):
         if isinstance(tensor, ShardedTensor) and tensor.data is not None:

@@ -146,7 +146,7 @@ def _patch_grid(
             f"the image or frame is {height} x {width} pixels, expected sides of at most "
             f"{MAX_ASPECT_RATIO} : 1; crop it"
         )
-    side = vision.pixels_per_token
+    side = vision.token_side_pixels
     if height < side:
         height, width = side, round(width * side / height)
     if width < side:

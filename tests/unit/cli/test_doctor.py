@@ -1,4 +1,4 @@
-"""The doctor names each broken combination and the command that mends it.
+"""The doctor names each broken combination and the command that fixes it.
 
 Packages are faked as folders of metadata, since the broken ones must not be installed anywhere.
 """
@@ -104,7 +104,7 @@ def test_parts_of_different_versions_are_refused(site: Site) -> None:
         backends.transformer_engine_version()
 
 
-def test_apex_of_the_index_is_told_from_that_of_nvidia(site: Site) -> None:
+def test_apex_of_the_package_index_is_refused(site: Site) -> None:
     site.install("apex", "0.9.10", ("apex/__init__.py", "apex/models.py"))
     with pytest.raises(RuntimeError, match="not NVIDIA's.*pip uninstall -y apex"):
         backends.apex_version()
@@ -122,7 +122,7 @@ def test_a_healthy_machine_has_no_problem() -> None:
 def test_another_megatron_core_is_a_problem() -> None:
     problem = only_problem(facts_with(versions={**HEALTHY.versions, "megatron-core": "0.16.1"}))
     assert "got 0.16.1" in problem.what
-    assert problem.mend == f"pip install megatron-core=={doctor.pinned_version('megatron-core')}"
+    assert problem.fix == f"pip install megatron-core=={doctor.pinned_version('megatron-core')}"
 
 
 def test_torch_without_cuda_is_a_problem_only_beside_gpus() -> None:
@@ -149,18 +149,18 @@ def test_transformer_engine_for_another_cuda_is_a_problem(site: Site) -> None:
 def test_a_failing_import_is_a_problem() -> None:
     problem = only_problem(facts_with(import_errors={"megatron_keye._C": "undefined symbol: x"}))
     assert "undefined symbol: x" in problem.what
-    assert problem.mend == doctor.EXTENSION_BUILD
+    assert problem.fix == doctor.EXTENSION_BUILD
 
 
 def test_a_probe_that_crashes_is_reported() -> None:
     assert machine.probe("print('noise'); print('{\"a\": 1}')") == ({"a": 1}, "")
     assert machine.probe("raise ValueError('broken')") == ({}, "ValueError: broken")
     found, error = machine.probe("import os; os.abort()")
-    assert found == {} and error, "a crash gives an error text"
+    assert found == {} and error, "a crash has an error text"
 
 
 @pytest.mark.parametrize(("nvcc", "status"), [(None, 0), ("12.8", 0), ("bad", 1)])
-def test_exit_status_tells_whether_training_works(
+def test_exit_status_is_whether_training_works(
     nvcc: str | None,
     status: int,
     site: Site,

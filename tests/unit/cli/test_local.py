@@ -27,11 +27,11 @@ grace = float(sys.argv[2])
 sys.exit(launch(command, 2, stop_grace_seconds=grace, failure_grace_seconds=grace))
 """
 LONG = 60.0
-"""Grace of tests that don't wait for its end."""
+"""Grace period of tests that do not wait for it."""
 AT_ONCE = 10.0
-"""Bound of what must not wait for the grace, on a busy machine."""
+"""Limit for what must not wait for the grace period, on a busy machine."""
 SAVES = """
-exec 2>/dev/null  # the shell tells when its `sleep` is ended
+exec 2>/dev/null  # where the shell reports that its `sleep` was killed
 trap 'echo saved; exit 7' TERM
 trap 'echo passed on; exit 75' USR1
 echo ready
@@ -51,7 +51,7 @@ def run(script: str, num_ranks: int = 2, grace_seconds: float = LONG) -> int:
 
 @contextmanager
 def started(script: str, grace_seconds: float = LONG, how: str = "") -> Iterator["Started"]:
-    """Start a launcher with two ranks, in a process group of its own, and wait for both."""
+    """Start a launcher with two ranks in a new process group, and wait for both."""
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, script, str(grace_seconds), how],
         stdout=subprocess.PIPE,
@@ -70,7 +70,7 @@ def started(script: str, grace_seconds: float = LONG, how: str = "") -> Iterator
 
 
 class Started:
-    """A launcher that runs."""
+    """A running launcher."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -91,9 +91,11 @@ def test_ranks_find_their_numbers_and_each_other(tmp_path: Path) -> None:
     names = ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = " ".join(f"${name}" for name in names)
     assert run(f"echo {values} > {tmp_path}/$RANK", num_ranks=3) == 0
-    told = [(tmp_path / str(rank)).read_text().split() for rank in range(3)]
-    assert [words[:4] for words in told] == [[str(r), "3", "3", "127.0.0.1"] for r in range(3)]
-    assert len({words[4] for words in told}) == 1 and int(told[0][4]) > 1023
+    variables = [(tmp_path / str(rank)).read_text().split() for rank in range(3)]
+    assert [words[:4] for words in variables] == [
+        [str(r), "3", "3", "127.0.0.1"] for r in range(3)
+    ]
+    assert len({words[4] for words in variables}) == 1 and int(variables[0][4]) > 1023
 
 
 def test_a_rank_gets_its_environment_and_nothing_to_read(
@@ -111,15 +113,15 @@ def test_the_first_failure_ends_the_others_and_is_the_status(
     began = time.monotonic()
     assert run('[ "$RANK" = 1 ] && exit 3; ' + SAVES) == 3
     assert time.monotonic() - began < AT_ONCE
-    told = capfd.readouterr()
-    assert "saved" in told.out.splitlines() and not told.err
+    written = capfd.readouterr()
+    assert "saved" in written.out.splitlines() and not written.err
 
 
 def test_a_rank_that_a_signal_ends_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     script = 'if [ "$RANK" = 1 ]; then echo $$; kill -9 $$; fi; trap "exit 0" TERM; sleep 9 & wait'
     assert run(script) == 128 + signal.SIGKILL
-    told = capfd.readouterr()
-    assert f"process {told.out.strip()} was ended by signal 9\n" in told.err
+    written = capfd.readouterr()
+    assert f"process {written.out.strip()} was ended by signal 9\n" in written.err
 
 
 def test_a_rank_that_does_not_end_is_killed_after_the_grace() -> None:
@@ -157,7 +159,7 @@ def test_usr1_is_passed_on(reaches_all: bool) -> None:
     assert "passed on" in output and set(output) <= {"passed on", "saved"}
 
 
-def test_quit_ends_nobody() -> None:
+def test_quit_is_ignored() -> None:
     with started(SAVES) as running:
         running.send_to_all(signal.SIGQUIT)
         time.sleep(0.5)
@@ -175,7 +177,7 @@ def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
         assert running.outcome()[0] == 143
 
 
-def test_handlers_are_given_back() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)]
     assert run("true", num_ranks=1) == 0
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)] == before

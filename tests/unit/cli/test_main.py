@@ -1,4 +1,4 @@
-"""The one command starts quickly, knows its commands, and its help is help and nothing else."""
+"""The program imports only what a command needs, and finds its commands and their help."""
 
 import importlib
 import subprocess
@@ -60,7 +60,9 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"megatron-keye {megatron_keye.__version__}\n"
 
 
-def test_an_unknown_command_is_told_with_a_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_refused_with_a_similar_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["pln", "keye_tiny"])
     assert ended.value.code == 2

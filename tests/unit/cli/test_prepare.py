@@ -1,4 +1,4 @@
-"""The command prepares, shows, refuses in sentences, and survives being killed."""
+"""The command makes a store, prints its totals, refuses bad samples, and continues if killed."""
 
 import json
 import os
@@ -64,14 +64,14 @@ def test_bad_samples_are_sentences(samples: Path, capsys: pytest.CaptureFixture[
         stream.writelines(f"\n{line('<image>', images=[f'gone-{n}.png'])}" for n in range(25))
     out = samples.parent / "out"
     assert prepare.main([str(samples), "--out", str(out), *RECIPE]) == 2
-    told = capsys.readouterr().err
-    assert "25 of 28 samples are unusable" in told and "--on-bad-sample skip" in told
-    assert f"{samples}:4: gone-0.png: " in told and "... and 5 more" in told
+    errors = capsys.readouterr().err
+    assert "25 of 28 samples are unusable" in errors and "--on-bad-sample skip" in errors
+    assert f"{samples}:4: gone-0.png: " in errors and "... and 5 more" in errors
     assert not out.exists()
     arguments = [str(samples), "--out", str(out), *RECIPE, "--on-bad-sample", "skip"]
     assert prepare.main(arguments) == 0
-    told = capsys.readouterr().out
-    assert f"{samples}:23: gone-19.png: " in told and "... and 5 more" in told
+    output = capsys.readouterr().out
+    assert f"{samples}:23: gone-19.png: " in output and "... and 5 more" in output
     assert len((out / "refused.txt").read_text().splitlines()) == 25
 
 
@@ -93,7 +93,7 @@ def test_wrong_arguments_are_sentences(
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on_where_it_was(samples: Path) -> None:
+def test_a_killed_command_continues(samples: Path) -> None:
     text = line("<video>What?", videos=["v.mp4"])
     samples.write_text("\n".join(f"{text}\n{line(f'Why {n}?')}" for n in range(600)))
     out = samples.parent / "out"

@@ -32,5 +32,5 @@ def test_configuration_and_recipes_need_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_package_says_that_it_is_typed() -> None:
+def test_the_package_is_marked_as_typed() -> None:
     assert (Path(megatron_keye.__file__).with_name("py.typed")).is_file()

@@ -33,9 +33,9 @@ def test_one_section_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_unknown_section_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["training.optimiser"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: settings: got 'training.optimiser'")
-    assert "did you mean training.optimizer" in told and told.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: settings: got 'training.optimiser'")
+    assert "did you mean training.optimizer" in errors and errors.count("\n") == 1
 
 
 def test_bars_do_not_break_a_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What `megatron-keye train` does before a rank starts, and how a rank reads its command line."""
+"""The command `train` before it starts ranks, and the command line of a rank."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_ranks_default_to_the_variable_the_gpus_or_four(
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
-def test_a_wrong_number_of_ranks_is_told(
+def test_a_wrong_number_of_ranks_is_refused(
     text: str,
     launched: list[tuple[list[str], int]],
     monkeypatch: pytest.MonkeyPatch,
@@ -114,7 +114,7 @@ def test_gpus_are_counted_by_another_process(monkeypatch: pytest.MonkeyPatch) ->
         local.count_gpus()
 
 
-def test_a_wrong_flag_is_told_once_and_by_the_script_too() -> None:
+def test_the_script_reports_a_wrong_flag_once() -> None:
     words = [
         "bash",
         str(ROOT / "launch" / "local.sh"),
@@ -147,7 +147,7 @@ def test_a_rank_refuses_another_number_of_ranks(
     assert rank.make_run(options, 4).parallel.num_ranks == 4
 
 
-def test_only_rank_0_tells_a_wrong_recipe(
+def test_only_rank_0_reports_a_wrong_recipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(rank, "complete_environment", lambda *a, **k: None)
@@ -155,7 +155,7 @@ def test_only_rank_0_tells_a_wrong_recipe(
     monkeypatch.setattr(rank.signal, "signal", lambda *a: None)
     monkeypatch.setattr(rank, "SECONDS_FOR_RANK_0", 0.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for number, told in (("0", 1), ("1", 0)):
+    for number, reports in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", number)
         assert train.main(["keye_tini"]) == 2
-        assert capsys.readouterr().err.count("error: recipe: got 'keye_tini'") == told
+        assert capsys.readouterr().err.count("error: recipe: got 'keye_tini'") == reports

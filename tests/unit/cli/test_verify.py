@@ -1,4 +1,4 @@
-"""The command verify: once as a user runs it, then behind its command line."""
+"""The command verify, once as a process, else by its functions."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def verify(*words: object) -> tuple[bool, str]:
-    """Run the command behind its group of one process; return its verdict and what it printed."""
+    """Verify in a group of one process; return the verdict and the printed text."""
     found: tuple[bool, str] = run_on_ranks(1, _verify, [*map(str, words), "--device", "cpu"])[0]
     return found
 
@@ -45,7 +45,7 @@ def _verify(words: list[str]) -> tuple[bool, str]:
 
 
 @pytest.mark.slow
-def test_inputs_go_in_and_a_dump_comes_out(folder: Path, tmp_path: Path) -> None:
+def test_inputs_are_read_and_a_dump_is_written(folder: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "in.npz", **mixed_inputs())
     words = ("--inputs", tmp_path / "in.npz", "--dump", tmp_path / "out.npz", "--gradients")
     command = [*COMMAND, "--hf", folder, *words, "--dtype", "float64"]

@@ -1,4 +1,4 @@
-"""The configuration refuses what does not fit, and says what would."""
+"""The configuration refuses invalid settings and states what is expected."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_overrides_reach_every_kind_of_field() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("training.stepz=5", "training.stepz: no such field; did you mean steps?"),
         ("trainin.steps=5", "trainin: no such field; did you mean training?"),
@@ -49,15 +49,15 @@ def test_overrides_reach_every_kind_of_field() -> None:
         ("training.frozen=[vision", "expected one of"),
     ],
 )
-def test_a_wrong_override_is_told_in_one_sentence(override: str, says: str) -> None:
+def test_a_wrong_override_is_one_sentence(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=".") as error:
         tiny_run().with_overrides([override])
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["parallel.decoder.tensor=8"], "parallel.decoder.tensor: got 8"),
         (["parallel.decoder.expert=3"], "parallel.decoder.expert: got 3"),
@@ -78,7 +78,7 @@ def test_a_wrong_override_is_told_in_one_sentence(override: str, says: str) -> N
             "a divisor of each stage's layers, [3, 1]",
         ),
         (["parallel.decoder.virtual_stages=2"], "1 unless parallel.decoder.pipeline"),
-        (["parallel.decoder.data=3"], "a divisor of 4 rows a step"),
+        (["parallel.decoder.data=3"], "a divisor of 4 rows per step"),
         (["parallel.decoder.context=3"], "data.row_tokens"),
         (
             ["parallel.decoder.pipeline=2", "parallel.decoder.virtual_stages=2"]
@@ -101,13 +101,13 @@ def test_a_wrong_override_is_told_in_one_sentence(override: str, says: str) -> N
         (["training.optimizer.min_learning_rate=9"], "min_learning_rate"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(overrides: list[str], says: str) -> None:
+def test_invalid_combinations_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=".") as error:
         tiny_run().with_overrides(overrides)
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
-def test_overrides_that_fit_only_together_are_taken() -> None:
+def test_overrides_that_are_valid_only_together_are_applied() -> None:
     run = tiny_run().with_overrides(
         ["parallel.vision.num_ranks=2", "parallel.vision.placement=dedicated"]
     )
@@ -151,12 +151,12 @@ def test_phase_and_frozen_parts_decide_what_learns(
         ),
     ],
 )
-def test_layers_are_dealt_to_stages_and_chunks(
+def test_layers_are_split_over_virtual_stages(
     degrees: dict[str, int], expected: list[list[range]]
 ) -> None:
     decoder = DecoderParallel(**degrees)
     got = [
-        [decoder.virtual_stage_layers(12, stage, chunk) for chunk in range(decoder.virtual_stages)]
+        [decoder.virtual_stage_layers(12, stage, index) for index in range(decoder.virtual_stages)]
         for stage in range(decoder.pipeline)
     ]
     assert got == expected
@@ -170,7 +170,7 @@ def test_rows_of_short_documents_alone_are_dense_up_to_the_setting() -> None:
         assert tiny_run(training={"phase": phase}).training.row_phase(1) == phase
 
 
-def test_a_run_of_an_earlier_version_is_read_under_todays_names() -> None:
+def test_former_names_of_settings_are_read() -> None:
     run = tiny_run(pipeline=2, virtual_stages=2, data=2)
     written = run.to_json().replace('"virtual_stages"', '"chunks_per_stage"')
     assert written != run.to_json()

@@ -1,4 +1,4 @@
-"""The list of settings is that of the dataclasses, and each one says what it is for."""
+"""The list of settings agrees with the dataclasses, and each has a docstring."""
 
 import json
 
@@ -52,14 +52,14 @@ def test_types_and_defaults_are_in_words(name: str, kind: str, default: str | No
     assert (SETTINGS[name].type, SETTINGS[name].default) == (kind, default)
 
 
-def test_defaults_are_values_that_set_takes() -> None:
+def test_defaults_are_valid_values_of_set() -> None:
     run = load_recipe("keye_tiny")(num_ranks=1, has_gpu=False)
     given = [f"{s.name}={s.default}" for s in SETTINGS.values() if is_plain(s)]
     assert isinstance(run.with_overrides(given), RunConfig)
 
 
 def is_plain(setting: Setting) -> bool:
-    """Return whether the tiny recipe can take the default, whatever it has set itself."""
+    """Return whether the default is valid in the tiny recipe, whatever else it sets."""
     return setting.default not in (None, '""') and setting.name not in (
         "model.decoder.rope_sections",
     )
@@ -75,7 +75,7 @@ def test_a_prefix_selects_whole_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("trainin", "did you mean training"),
         ("training.step", "training.steps"),
@@ -85,7 +85,7 @@ def test_a_prefix_selects_whole_names() -> None:
         ("xyzzy", "known are: data, data.decode"),
     ],
 )
-def test_an_unknown_name_is_told_with_near_ones(name: str, says: str) -> None:
+def test_an_unknown_name_is_refused_with_similar_ones(name: str, message: str) -> None:
     with pytest.raises(UserError, match="expected a section or a setting") as error:
         select_sections(name)
-    assert says in str(error.value)
+    assert message in str(error.value)

@@ -12,7 +12,7 @@ def test_text_alone_counts_up_in_all_three() -> None:
     assert (got == np.arange(5)).all()
 
 
-def test_a_picture_spans_rows_and_columns_and_text_goes_on_behind_its_longer_side() -> None:
+def test_text_continues_after_the_longer_side_of_a_picture() -> None:
     # Two text tokens, a picture of 2 x 3 tokens, two text tokens.
     got = position_ids(np.array([0, 10]), [2], [(2, 3)])
     assert got[0].tolist() == [0, 1, 2, 2, 2, 2, 2, 2, 5, 6]

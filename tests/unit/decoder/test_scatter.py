@@ -1,4 +1,4 @@
-"""Features go where their placeholders are, and a mismatch never passes."""
+"""Features replace their placeholders, and a mismatch is refused."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Memory is what GPUs measured, and follows sizes and degrees as it must."""
+"""Estimated memory agrees with measurements on GPUs, and follows sizes and degrees."""
 
 from dataclasses import replace
 
@@ -35,15 +35,15 @@ def of_decoder(run: RunConfig, stage: int = 0, num_labels: int = 0) -> Memory:
     return decoder_memory(run, stage, held, num_labels=num_labels, num_patches=patches)
 
 
-def test_a_layers_activations_are_those_of_an_h100() -> None:
-    """One layer of rows of 16K, 32K and 64K tokens, Megatron's linears: MiB a layer."""
+def test_a_layers_activations_agree_with_an_h100() -> None:
+    """Rows of 16K, 32K and 64K tokens, Megatron's linear layers: MiB per layer."""
     for tokens, measured in ((16384, 3712), (32768, 7410), (65536, 14623)):
         expected = layer_bytes(two_gpus()) * tokens / MEBIBYTE
         assert expected == pytest.approx(measured, rel=0.03)
 
 
-def test_a_layer_that_runs_again_takes_what_an_h100_measured() -> None:
-    """Two layers, their inputs kept and one of them whole: MiB at the backward pass's peak."""
+def test_a_recomputed_layers_memory_agrees_with_an_h100() -> None:
+    """Two layers that save their input, and one recomputed: MiB at the backward pass's peak."""
     run = two_gpus("training.recompute_layers=true", "model.decoder.num_layers=2")
     memory = of_decoder(run)
     peak = memory.activations + memory.workspace
@@ -58,7 +58,7 @@ def test_a_layer_that_runs_again_takes_what_an_h100_measured() -> None:
         ([*COLOCATED, SHARED], 51_357, None),
     ],
 )
-def test_a_run_takes_what_two_h200_measured(
+def test_a_runs_memory_agrees_with_two_h200(
     settings: list[str], decoder: int, vision: int | None
 ) -> None:
     """Peaks in MiB of keye_two_gpus, the second one of commit 9f4363e, the others of b4f55dc."""
@@ -70,7 +70,7 @@ def test_a_run_takes_what_two_h200_measured(
         assert memory.total / MEBIBYTE == pytest.approx(vision, rel=0.03)
 
 
-def test_sharing_the_optimizer_leaves_a_share() -> None:
+def test_a_distributed_optimizer_is_divided_by_the_replicas() -> None:
     run = full_size()
     shared, alone = of_decoder(full_size(SHARED)), of_decoder(run)
     assert replace(shared, optimizer=0.0) == replace(alone, optimizer=0.0)
@@ -78,7 +78,7 @@ def test_sharing_the_optimizer_leaves_a_share() -> None:
     assert 0.25 < shared.optimizer / alone.optimizer < 0.4
 
 
-def test_frozen_parts_keep_their_weights_alone() -> None:
+def test_frozen_parts_need_memory_for_weights_alone() -> None:
     run = full_size("training.frozen=vision,projector,decoder")
     memory, learning = of_decoder(run), of_decoder(full_size())
     assert memory.weights == learning.weights
@@ -92,9 +92,9 @@ def test_earlier_stages_hold_more_micro_batches() -> None:
     assert held == pytest.approx([held[3] * times for times in (4, 3, 2, 1)])
     few = full_size(*kept, "training.rows_per_step=2")
     assert of_decoder(few).activations == pytest.approx(2 * held[3])
-    chunks = full_size(*kept, "parallel.decoder.virtual_stages=6")
-    # 2 x 3 + 5 x 4 + 1 chunks of 2 layers, of 12 layers held 4 times.
-    assert of_decoder(chunks).activations == pytest.approx(held[0] * 27 * 2 / 48)
+    interleaved = full_size(*kept, "parallel.decoder.virtual_stages=6")
+    # 2 x 3 + 5 x 4 + 1 virtual stages of 2 layers, instead of 12 layers 4 times.
+    assert of_decoder(interleaved).activations == pytest.approx(held[0] * 27 * 2 / 48)
 
 
 def test_labels_make_logits_on_the_last_stage() -> None:

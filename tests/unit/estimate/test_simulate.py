@@ -1,4 +1,4 @@
-"""The simulated step: never stuck, nothing lost, never faster than its busiest rank."""
+"""A simulated step never deadlocks, loses no work, and is no faster than its busiest rank."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ COSTS = StepCosts(
 
 
 def random_pictures(generator: np.random.Generator, num_rows: int) -> list[PictureSlot]:
-    """Draw rows of one huge video, of some pictures, and of none."""
+    """Draw rows with one huge video, with some pictures, and with none."""
     slots = []
     for row in range(num_rows):
         count, largest = [(0, 1), (3, 6), (1, 90)][int(generator.integers(3))]
@@ -47,7 +47,7 @@ def random_pictures(generator: np.random.Generator, num_rows: int) -> list[Pictu
     return slots
 
 
-def played(
+def simulated(
     parallel: ParallelConfig, pictures: list[PictureSlot], num_rows: int, *, returns: bool = True
 ) -> tuple[StepPlan, Simulated]:
     plan = plan_step(
@@ -64,7 +64,7 @@ def played(
 @pytest.mark.parametrize("returns", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("vision", VISIONS, ids=lambda v: f"{v.placement} {v.num_ranks}")
 @pytest.mark.parametrize("decoder", DECODERS, ids=lambda d: f"{d.num_ranks} decoder ranks")
-def test_no_mix_of_rows_gets_stuck_and_every_chunk_runs_once(
+def test_no_mix_of_rows_deadlocks_and_every_chunk_runs_once(
     decoder: DecoderParallel, vision: VisionParallel, returns: bool
 ) -> None:
     parallel = ParallelConfig(decoder=decoder, vision=vision)
@@ -72,7 +72,7 @@ def test_no_mix_of_rows_gets_stuck_and_every_chunk_runs_once(
     for _ in range(5):
         num_rows = 4 * decoder.data
         pictures = random_pictures(generator, num_rows)
-        plan, step = played(parallel, pictures, num_rows, returns=returns)
+        plan, step = simulated(parallel, pictures, num_rows, returns=returns)
         spans = [span for own in step.spans.values() for span in own]
         wanted = sorted(f"chunk {number}" for number in range(len(plan.chunks)))
         assert sorted(span.label for span in spans if span.name == "encode") == wanted
@@ -92,7 +92,7 @@ def one_video(num_rows: int) -> list[PictureSlot]:
 
 def test_vision_works_while_the_decoder_does() -> None:
     parallel = ParallelConfig(vision=VisionParallel(placement="dedicated", num_ranks=1))
-    _, step = played(parallel, one_video(10), 10)
+    _, step = simulated(parallel, one_video(10), 10)
     vision = sum(span.end - span.start for span in step.spans[1])
     decoder = sum(span.end - span.start for span in step.spans[0])
     assert (vision, decoder) == (pytest.approx(40), pytest.approx(30))
@@ -109,15 +109,15 @@ def test_the_decoder_waits_for_its_first_features_only() -> None:
         exchange=lambda _: 0.0,
     )
     parallel = ParallelConfig(vision=VisionParallel(placement="dedicated", num_ranks=1))
-    plan, _ = played(parallel, one_video(5), 5)
+    plan, _ = simulated(parallel, one_video(5), 5)
     step = simulate(plan, parallel, 5, costs)
     starts = [span.start for span in step.spans[0]]
     assert starts == [1 + 3 * number for number in range(10)]
     assert step.seconds == 1 + 30 + 1
 
 
-def test_pipeline_bubble_is_that_of_the_formula() -> None:
+def test_the_pipeline_bubble_is_that_of_1f1b() -> None:
     parallel = ParallelConfig(decoder=DecoderParallel(pipeline=4))
-    _, step = played(parallel, [], 12)
+    _, step = simulated(parallel, [], 12)
     assert step.seconds == (12 + 3) * 3
     assert step.mean_idle_share == pytest.approx(3 / 15)

@@ -1,4 +1,4 @@
-"""Figures and pictures of a timeline follow from its phases alone."""
+"""Times, trace and drawing of a timeline follow from its spans alone."""
 
 import json
 from pathlib import Path
@@ -15,8 +15,8 @@ from megatron_keye.observe.timeline import Timeline, chrome_trace, read_steps, w
 from tests.support.tiny import tiny_run
 
 
-def span(phase: SpanName, start: float, end: float) -> Span:
-    return Span(name=phase, label="x <1>", start=start, end=end)
+def span(name: SpanName, start: float, end: float) -> Span:
+    return Span(name=name, label="x <1>", start=start, end=end)
 
 
 STEP = Timeline(
@@ -28,7 +28,7 @@ STEP = Timeline(
 )
 
 
-def test_waiting_is_no_work_and_what_overlaps_counts_once() -> None:
+def test_waits_are_not_busy_and_overlaps_count_once() -> None:
     assert STEP.seconds == 8
     assert STEP.busy_seconds(0) == 3
     assert STEP.busy_seconds(1) == STEP.vision_seconds() == 4.5
@@ -48,26 +48,26 @@ def test_what_a_rank_wrote_is_read_back(tmp_path: Path) -> None:
     steps = read_steps(run.folder)
     assert list(steps) == [4, 5]
     assert steps[5].spans == {3: recorder.spans()}
-    phases = [(s.name, s.label) for s in steps[4].spans[3]]
-    assert phases == [("encode", "chunk 0"), ("backward", "micro-batch 0")]
+    names = [(s.name, s.label) for s in steps[4].spans[3]]
+    assert names == [("encode", "chunk 0"), ("backward", "micro-batch 0")]
 
 
-def test_a_run_without_a_timeline_is_told_how_to_make_one(tmp_path: Path) -> None:
+def test_a_missing_timeline_raises_with_the_setting_that_records_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"training\.records_timeline=true"):
         read_steps(tmp_path)
 
 
-def test_trace_and_picture_hold_every_phase() -> None:
+def test_trace_and_drawing_hold_every_span() -> None:
     events = json.loads(json.dumps(chrome_trace({0: STEP, 1: STEP})))["traceEvents"]
     bars = [event for event in events if event["ph"] == "X"]
     assert len(bars) == 14
     assert max(bar["ts"] + bar["dur"] for bar in bars) == pytest.approx(16e6)
-    picture = ElementTree.fromstring(gantt.draw(STEP.spans, "a & b"))
-    titles = [title.text for title in picture.iter("{http://www.w3.org/2000/svg}title")]
+    drawing = ElementTree.fromstring(gantt.draw(STEP.spans, "a & b"))
+    titles = [title.text for title in drawing.iter("{http://www.w3.org/2000/svg}title")]
     assert "vision x <1>: 3000.0 ms" in titles and len(titles) == 7
 
 
-def test_the_fit_finds_the_break_even_it_was_made_from() -> None:
+def test_the_fit_recovers_the_break_even_size() -> None:
     frames = [[64] * 100, [1024] * 8, [4096] * 2]
     seconds = [sum(2e-6 * n * (1 + n / 3000) for n in sizes) for sizes in frames]
     assert fit_break_even(frames, seconds) == 3000

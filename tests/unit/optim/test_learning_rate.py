@@ -1,4 +1,4 @@
-"""The learning rate grows, peaks, falls, and depends on nothing but the step."""
+"""The learning rate warms up linearly and decays by a cosine."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def test_warm_up_is_linear_and_reaches_the_peak() -> None:
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
 
 
-def test_decay_is_a_cosine_down_to_the_floor() -> None:
+def test_decay_is_a_cosine_down_to_the_minimum() -> None:
     assert learning_rate(12, 20, OPTIMIZER) == pytest.approx(0.55)
     assert learning_rate(20, 20, OPTIMIZER) == pytest.approx(0.1)
     assert learning_rate(99, 20, OPTIMIZER) == pytest.approx(0.1)

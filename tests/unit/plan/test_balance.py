@@ -1,4 +1,4 @@
-"""Work is shared out evenly, without losing or splitting anything."""
+"""Rows and chunks are balanced, and none is lost or split."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def random_costs(count: int, seed: int = 0) -> list[RowCost]:
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 8])
-def test_every_row_is_decoded_once(replicas: int) -> None:
+def test_every_row_is_assigned_once(replicas: int) -> None:
     costs = random_costs(24)
     assert sorted(order_rows(costs, replicas)) == list(range(24))
 
@@ -30,7 +30,7 @@ def test_replicas_wait_less_for_each_other_than_in_loading_order() -> None:
     costs = random_costs(64)
 
     def slowest(order: list[int]) -> float:
-        """Add up each micro-batch's dearest row, which all replicas wait for."""
+        """Sum the most expensive row of each micro-batch, which all replicas wait for."""
         groups = np.array([costs[row].attention for row in order]).reshape(-1, 8)
         return float(groups.max(axis=1).sum())
 
@@ -69,7 +69,7 @@ def test_large_frames_count_for_more_than_their_patches() -> None:
     assert max(costs) < 1.2 * min(costs)
 
 
-def test_the_longest_go_first_to_the_idlest_rank() -> None:
+def test_lpt_assigns_the_longest_first_to_the_least_loaded_rank() -> None:
     load = {4: 0.0, 5: 3.0}
     assert lpt_assign([2.0, 5.0, 4.0], load) == [4, 4, 5]
     assert load == {4: 7.0, 5: 7.0}

@@ -1,4 +1,4 @@
-"""Orders agree with Megatron's own tables, and the messages' order with the first stage's."""
+"""Passes are in Megatron's order, and exchanges in that of the first stage's passes."""
 
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
@@ -7,19 +7,19 @@ from megatron_keye.config import DecoderParallel, ParallelConfig, VisionParallel
 from megatron_keye.plan.order import pipeline_order, transport_order
 
 GRIDS = [(1, 1, 3), (2, 1, 1), (4, 1, 6), (4, 1, 2), (2, 2, 4), (4, 3, 8), (2, 4, 2)]
-"""Stages, chunks a stage, micro-batches."""
+"""Stages, virtual stages of each, micro-batches."""
 
 
-@pytest.mark.parametrize(("stages", "chunks", "count"), GRIDS)
-def test_every_pass_runs_once_in_megatrons_order(stages: int, chunks: int, count: int) -> None:
-    degrees = DecoderParallel(pipeline=stages, virtual_stages=chunks)
-    table = get_schedule_table(count, chunks, stages)
+@pytest.mark.parametrize(("stages", "virtual", "count"), GRIDS)
+def test_every_pass_runs_once_in_megatrons_order(stages: int, virtual: int, count: int) -> None:
+    degrees = DecoderParallel(pipeline=stages, virtual_stages=virtual)
+    table = get_schedule_table(count, virtual, stages)
     for stage in range(stages):
         order = pipeline_order(degrees, count, stage)
         forwards = [(p.micro_batch, p.virtual_stage) for p in order if p.is_forward]
         backwards = [(p.micro_batch, p.virtual_stage) for p in order if not p.is_forward]
         assert forwards == table
-        assert backwards == [(m, chunks - 1 - chunk) for m, chunk in table]
+        assert backwards == [(m, virtual - 1 - index) for m, index in table]
 
 
 def test_one_forward_one_backward_after_the_warm_up() -> None:
@@ -45,7 +45,7 @@ def exchanges(placement: str, *, returns: bool = True) -> list[str]:
     return [f"{exchange.kind[0]}{exchange.micro_batch}" for exchange in order]
 
 
-def test_messages_follow_the_first_stage_and_skip_micro_batches_without_pictures() -> None:
+def test_exchanges_follow_the_first_stage_and_skip_micro_batches_without_pictures() -> None:
     assert exchanges("dedicated") == ["f0", "g0", "f2", "g2"]
     assert exchanges("colocated") == ["f0", "f2", "g0", "g2"]
     assert exchanges("dedicated", returns=False) == ["f0", "f2"]

@@ -101,7 +101,7 @@ def test_work_is_spread_over_all_vision_ranks() -> None:
     assert loads == [32] * 5
 
 
-def test_a_step_without_pictures_has_no_messages() -> None:
+def test_a_step_without_pictures_has_no_transfers() -> None:
     for parallel in PARALLELS:
         plan = plan_for(parallel, [])
         assert plan.chunks == () and plan.transfers == ()

@@ -77,7 +77,7 @@ def test_an_earlier_run_keeps_its_degrees(tmp_path: Path) -> None:
     assert made(load_recipe(str(path)), 1) == run
 
 
-def test_a_wrong_name_is_told_with_near_ones(tmp_path: Path) -> None:
+def test_an_unknown_name_is_refused_with_similar_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="got 'keye_tine'.*did you mean keye_tiny") as error:
         load_recipe("keye_tine")
     assert "FILE.py:FUNCTION, or the run.json of an earlier run" in str(error.value)
@@ -86,22 +86,22 @@ def test_a_wrong_name_is_told_with_near_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
-        ("gone.py", "gone.py, which is not there, expected a Python file"),
-        ("gone.py:own", "gone.py, which is not there"),
+        ("gone.py", "gone.py, which does not exist, expected a Python file"),
+        ("gone.py:own", "gone.py, which does not exist"),
         ("own.py:other", "own.py:other, expected a function of that name"),
         ("own.py:number", "own.py:number, expected a function of that name"),
         ("own.py:narrow", "own.py:narrow(num_ranks), expected a function that takes num_ranks"),
     ],
 )
-def test_a_wrong_file_or_function_is_told(name: str, says: str, own: Path) -> None:
+def test_a_wrong_file_or_function_is_refused(name: str, message: str, own: Path) -> None:
     with pytest.raises(UserError) as error:
         load_recipe(str(own.with_name(name)))
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
-def test_a_function_that_returns_no_run_is_told(own: Path) -> None:
+def test_a_function_that_returns_no_run_is_refused(own: Path) -> None:
     with pytest.raises(UserError, match="own.py:empty returned NoneType, expected a RunConfig"):
         made(load_recipe(f"{own}:empty"))
 
@@ -114,7 +114,7 @@ def test_an_error_in_a_users_file_keeps_its_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         (None, "cannot be read"),
         ("{", "cannot be read"),
@@ -123,10 +123,10 @@ def test_an_error_in_a_users_file_keeps_its_traceback(tmp_path: Path) -> None:
         ('{"nam": "x"}', "nam: no such field; did you mean name"),
     ],
 )
-def test_a_wrong_run_is_told(text: str | None, says: str, tmp_path: Path) -> None:
+def test_a_wrong_run_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError) as error:
         load_recipe(str(path))
-    assert str(path) in str(error.value) and says in str(error.value)
+    assert str(path) in str(error.value) and message in str(error.value)

@@ -1,4 +1,4 @@
-"""Each tool that is a command runs the command itself."""
+"""Each script that stands for a command runs it."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""The report shows every line of a file and refuses one that is not a benchmark's."""
+"""The report shows every line of a file and refuses lines of other form."""
 
 import json
 from pathlib import Path
@@ -45,13 +45,15 @@ def test_a_line_becomes_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "| 32 x 1000 | local | decode, triton | 800 us" in shown
 
 
-def test_runs_get_a_table_each() -> None:
+def test_each_run_has_a_table() -> None:
     shown = report_benchmarks.tables([LINE, LINE | {"commit": "def"}, LINE])
     assert shown.count("| tokens |") == 2
     assert shown.index("commit abc") < shown.index("commit def")
 
 
-def test_what_is_no_benchmark_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_of_other_form_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = written(tmp_path / "lines.jsonl", LINE, {"op": "x"})
     assert report_benchmarks.main([path]) == 2
     assert "lines.jsonl, line 2: lacks gpu, torch" in capsys.readouterr().err

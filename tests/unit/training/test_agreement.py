@@ -1,4 +1,4 @@
-"""Ranks that were given other rows hear of it instead of waiting for each other."""
+"""Ranks with different rows raise instead of waiting for each other."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from tests.support.tiny import packed_row
 
 
 def check(rank_with_other_row: int, is_other_name: bool) -> str:
-    """Return what this rank hears."""
+    """Return the error on this rank."""
     row = packed_row(0, (9, ((4, 4),)), (5, ()))
     if torch.distributed.get_rank() == rank_with_other_row:
         names = tuple(f"other {name}" for name in row.sample_names)
@@ -32,11 +32,11 @@ def check(rank_with_other_row: int, is_other_name: bool) -> str:
 
 
 @pytest.mark.parametrize("is_other_name", [False, True])
-def test_every_rank_hears_of_other_rows(is_other_name: bool) -> None:
+def test_every_rank_raises_on_different_rows(is_other_name: bool) -> None:
     assert run_on_ranks(2, check, -1, is_other_name) == ["", ""]
     for rank in (0, 1):
-        told = run_on_ranks(2, check, rank, is_other_name)
-        assert all("skipped on some machines only" in sentence for sentence in told)
+        errors = run_on_ranks(2, check, rank, is_other_name)
+        assert all("skipped on some machines only" in error for error in errors)
 
 
 def check_without_rows(rank_without: int) -> str:
@@ -48,8 +48,8 @@ def check_without_rows(rank_without: int) -> str:
     return ""
 
 
-def test_every_rank_hears_of_one_that_has_no_rows() -> None:
-    assert all("on some machines only" in told for told in run_on_ranks(2, check_without_rows, 1))
+def test_every_rank_raises_if_one_has_no_rows() -> None:
+    assert all("on some machines only" in text for text in run_on_ranks(2, check_without_rows, 1))
 
 
 def agree(of_ranks: list[Damaged]) -> list[tuple[tuple[int, int], str]]:
@@ -69,7 +69,7 @@ def test_ranks_agree_on_what_is_damaged(of_ranks: list[Damaged], agreed: list[ob
     assert run_on_ranks(2, agree, of_ranks) == [agreed, agreed]
 
 
-def test_damage_takes_the_labels_of_its_document_alone() -> None:
+def test_damage_masks_the_labels_of_its_document_alone() -> None:
     rows = [
         packed_row(0, (9, ()), (8, ((4, 4),)), (7, ((2, 2),))),
         packed_row(1, (5, ((2, 2), (2, 2))), (6, ())),
@@ -77,11 +77,11 @@ def test_damage_takes_the_labels_of_its_document_alone() -> None:
     damaged = damaged_samples(rows, {"0-1": "is cut", "1-0": "is gone", "elsewhere": "is far"})
     assert damaged == {(0, 1): "sample 0-1: is cut", (1, 0): "sample 1-0: is gone"}
     masked = without_labels(rows, damaged)
-    for place, (before, after) in enumerate(zip(rows, masked, strict=True)):
+    for index, (before, after) in enumerate(zip(rows, masked, strict=True)):
         assert dataclasses.replace(after, labels=before.labels) == before
         for document in range(len(before.sample_names)):
-            span = slice(*before.document_bounds[document : document + 2].tolist())
-            is_kept = (place, document) not in damaged
-            expected = before.labels[span] if is_kept else IGNORED_LABEL
-            assert (after.labels[span] == expected).all()
+            tokens = slice(*before.document_bounds[document : document + 2].tolist())
+            is_kept = (index, document) not in damaged
+            expected = before.labels[tokens] if is_kept else IGNORED_LABEL
+            assert (after.labels[tokens] == expected).all()
     assert without_labels(rows, {}) == rows

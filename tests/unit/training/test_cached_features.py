@@ -1,4 +1,4 @@
-"""Kept features: those of the ViT, found again only as long as nothing that made them changed."""
+"""Cached features equal the ViT's, and are used only while nothing they depend on changes."""
 
 import threading
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from tests.support.clips import make_clip
 from tests.support.tiny import tiny_run
 
 CPU = torch.device("cpu")
-GRID = (4, 6)
+PATCH_GRID = (4, 6)
 
 
 class CountingService(DecodeService):
-    """Notes how many chunks were to be decoded."""
+    """Counts the chunks that are announced for decoding."""
 
     announced = 0
 
@@ -57,7 +57,7 @@ def chunks(tmp_path: Path) -> list[list[Picture]]:
     image = tmp_path / "image.png"
     Image.effect_noise((40, 30), 50).save(image)
     frames = [
-        Picture(medium=Medium(str(clip), "video"), frame=f, patch_grid=GRID)
+        Picture(medium=Medium(str(clip), "video"), frame=f, patch_grid=PATCH_GRID)
         for f in range(0, 8, 2)
     ]
     still = Picture(medium=Medium(str(image), "image"), frame=0, patch_grid=(2, 4))
@@ -75,7 +75,7 @@ def take_all(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_kept_features_are_the_vits_bit_for_bit(
+def test_cached_features_equal_the_vits_bit_for_bit(
     tmp_path: Path, chunks: list[list[Picture]], precision: str
 ) -> None:
     run = run_with_cache(tmp_path / "cache", precision)
@@ -83,18 +83,16 @@ def test_kept_features_are_the_vits_bit_for_bit(
     made, num_decoded = take_all(run, encoder, chunks)
     assert num_decoded == 2
     kept, num_decoded = take_all(run, encoder, chunks)
-    assert num_decoded == 0, "kept pictures were decoded again"
+    assert num_decoded == 0, "cached pictures were decoded again"
     for first, second in zip(made, kept, strict=True):
         assert first.dtype == second.dtype and torch.equal(first, second)
-    # Pictures are found one by one, in chunks of any other cut.
+    # Pictures are found one by one, whatever chunk they are in.
     (mixed,), num_decoded = take_all(run, encoder, [[chunks[1][2], *chunks[0]]])
     assert num_decoded == 0 and torch.equal(mixed, torch.cat([made[1][-2 * 4 :], made[0]]))
 
 
-@pytest.mark.parametrize("what", ["weight", "file", "grid", "decoder", "precision"])
-def test_what_has_changed_is_made_anew(
-    tmp_path: Path, chunks: list[list[Picture]], what: str
-) -> None:
+@pytest.mark.parametrize("what", ["weight", "file", "patch grid", "decoder", "precision"])
+def test_a_change_misses_the_cache(tmp_path: Path, chunks: list[list[Picture]], what: str) -> None:
     run = run_with_cache(tmp_path / "cache")
     encoder, decoder_name = tower(run).encoder, "pyav"
     take_all(run, encoder, chunks)
@@ -103,7 +101,7 @@ def test_what_has_changed_is_made_anew(
             next(iter(encoder.parameters())).view(-1)[0] += 1e-6
     elif what == "file":
         make_clip(Path(chunks[0][0].medium.path), 9)
-    elif what == "grid":
+    elif what == "patch grid":
         chunks = [[replace(picture, patch_grid=(6, 4)) for picture in chunk] for chunk in chunks]
     elif what == "decoder":
         decoder_name = "dali"
@@ -114,7 +112,7 @@ def test_what_has_changed_is_made_anew(
     assert take_all(run, encoder, chunks, decoder_name)[1] == 0
 
 
-def test_features_of_a_picture_that_failed_are_not_kept(
+def test_features_of_a_picture_that_failed_are_not_cached(
     tmp_path: Path, chunks: list[list[Picture]]
 ) -> None:
     run = run_with_cache(tmp_path / "cache")
@@ -205,7 +203,7 @@ def test_writers_at_once_leave_whole_features(tmp_path: Path, chunks: list[list[
     for thread in threads:
         thread.join()
     assert not errors
-    assert not list((tmp_path / "cache").rglob("*.partial")), "a writer left something behind"
+    assert not list((tmp_path / "cache").rglob("*.partial")), "a writer left a temporary file"
 
 
 def test_damaged_features_are_refused(tmp_path: Path, chunks: list[list[Picture]]) -> None:
@@ -227,7 +225,7 @@ def test_a_missing_file_is_named(tmp_path: Path, chunks: list[list[Picture]]) ->
         take_all(run, tower(run).encoder, chunks)
 
 
-def test_a_vit_that_learns_is_not_kept() -> None:
+def test_a_trained_vit_is_not_cached() -> None:
     run = tiny_run()
     with pytest.raises(ValueError, match=r"data\.feature_cache: got 'x'.*vision learns"):
         replace(run, data=replace(run.data, feature_cache="x"))
@@ -242,7 +240,7 @@ def test_any_bit_of_a_weight_counts() -> None:
     assert weights_digest(module) != before
 
 
-def test_a_broken_file_is_told_as_often_as_its_chunk_is_asked_for(
+def test_a_broken_file_raises_whenever_its_chunk_is_taken(
     tmp_path: Path, chunks: list[list[Picture]]
 ) -> None:
     run = run_with_cache(tmp_path / "cache")

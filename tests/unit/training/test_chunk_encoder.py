@@ -1,4 +1,4 @@
-"""Chunks of steps that were announced ahead come out as those of steps that were not."""
+"""Announcing and encoding steps ahead changes no feature."""
 
 from dataclasses import replace
 
@@ -52,7 +52,7 @@ def test_announcing_ahead_changes_no_feature() -> None:
         assert plain.num_pictures == ahead.num_pictures == 2, f"step {number}"
 
 
-def test_another_step_than_the_announced_one_is_noticed() -> None:
+def test_a_step_that_was_not_announced_is_refused() -> None:
     encoder = make_encoder()
     encoder.announce(*step(1))
     with pytest.raises(AssertionError, match="order in which they were announced"):
@@ -65,7 +65,7 @@ def frozen_encoder(mebibytes: int = 1) -> ChunkEncoder:
     return make_encoder(replace(run, parallel=replace(run.parallel, vision=vision)))
 
 
-def test_a_frozen_encoder_works_one_step_ahead_and_gives_the_same() -> None:
+def test_a_frozen_encoder_works_one_step_ahead_with_equal_features() -> None:
     steps = [step(seed) for seed in (1, 2, 3)]
     plain, ahead = make_encoder(), frozen_encoder()
     ahead.announce(*steps[0])
@@ -77,7 +77,7 @@ def test_a_frozen_encoder_works_one_step_ahead_and_gives_the_same() -> None:
             encoder.start_step(plan, rows, Recorder())
         for chunk in plan.chunks_of(0):
             assert torch.equal(plain.encode(chunk), ahead.encode(chunk))
-        # Two chunks of this rank in the next step, none behind the last one.
+        # Two chunks of this rank in the next step, none after the last step.
         assert [ahead.encode_ahead() for _ in range(3)] == [number < 2, number < 2, False]
         assert plain.num_pictures == ahead.num_pictures == 2
 
@@ -97,7 +97,7 @@ def test_working_ahead_keeps_its_limit(mebibytes: int, num_ahead: int) -> None:
     )
 
 
-def test_a_broken_file_of_the_next_step_is_told_when_its_step_comes() -> None:
+def test_a_broken_file_of_the_next_step_raises_in_its_step() -> None:
     class Broken(SyntheticPatches):
         def take(self) -> torch.Tensor:
             raise UserError("broken.mp4")

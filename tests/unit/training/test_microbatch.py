@@ -1,4 +1,4 @@
-"""Rows become work: nothing misplaced gets through, and order changes nothing but order."""
+"""Rows become a plan: misplaced pictures are refused, and balancing only reorders rows."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def test_balanced_rows_are_the_same_rows() -> None:
         assert sorted(map(id, ordered)) == sorted(map(id, rows))
 
 
-def test_all_ranks_make_one_plan() -> None:
+def test_planning_is_deterministic() -> None:
     run = tiny_run(data=2, pipeline=2, vision_ranks=3)
     plans = [plan_rows(balance_rows(mixed_rows(0), run), run) for _ in range(2)]
     assert plans[0].chunks == plans[1].chunks
@@ -56,13 +56,13 @@ def test_all_ranks_make_one_plan() -> None:
         assert np.array_equal(mine.positions, theirs.positions)
 
 
-def test_rows_that_attend_densely_teach_no_indexer() -> None:
+def test_rows_that_attend_densely_have_no_indexer_loss() -> None:
     rows = mixed_rows(0)
     assert [row.longest_document for row in rows] == [35, 35, 21, 34]
     real = [row.num_real_tokens for row in rows]
-    for dense_up_to, teach in ((0, real), (33, [*real[:2], real[3]]), (34, real[:2]), (35, [])):
+    for dense_up_to, sparse in ((0, real), (33, [*real[:2], real[3]]), (34, real[:2]), (35, [])):
         run = tiny_run(training={"dense_up_to": dense_up_to})
-        assert count_batch(rows, run).indexer_queries == sum(teach)
+        assert count_batch(rows, run).indexer_queries == sum(sparse)
     for phase, queries in (
         ("dense", 0),
         ("indexer_warmup", sum(row.num_real_tokens for row in rows)),
@@ -82,10 +82,10 @@ def test_a_rows_cost_is_that_of_the_attention_it_gets() -> None:
     sizes = [(each, []) for each in lengths]
     for dense_up_to, order in ((0, [0, 1]), (34, [1, 0])):
         run = tiny_run(training={"dense_up_to": dense_up_to, "rows_per_step": 2})
-        assert balanced_order(sizes, run) == order, "the dearer one first"
+        assert balanced_order(sizes, run) == order, "the more expensive one first"
 
 
-def test_the_forecast_takes_rows_in_trainings_order() -> None:
+def test_the_forecast_orders_rows_as_training_does() -> None:
     run = tiny_run(training={"dense_up_to": 34})
     rows = balance_rows(mixed_rows(0), run)
     assert balance_shapes([shape_of(row, run) for row in mixed_rows(0)], run) == [

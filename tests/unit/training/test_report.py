@@ -1,4 +1,4 @@
-"""TensorBoard hears of every sample that was left out, by name."""
+"""Skipped samples are written to TensorBoard by name."""
 
 import dataclasses
 from pathlib import Path
@@ -21,5 +21,5 @@ def test_skipped_samples_reach_tensorboard(tmp_path: Path) -> None:
     assert counts == [(1, 0.0), (2, 2.0), (3, 2.0)]
     texts = events.Tensors("data/skipped/text_summary")
     assert [event.step for event in texts] == [2]
-    told = texts[0].tensor_proto.string_val[0].decode()
-    assert "a.mp4 is not there" in told and "b.mp4 is cut" in told
+    text = texts[0].tensor_proto.string_val[0].decode()
+    assert "a.mp4 is not there" in text and "b.mp4 is cut" in text

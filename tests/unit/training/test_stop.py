@@ -1,4 +1,4 @@
-"""Signals leave a mark on the process that trains and nothing on those that it starts."""
+"""Signals are noted by the process that trains and reach none of those that it starts."""
 
 import multiprocessing
 import os
@@ -15,20 +15,20 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def answer_after_signals() -> str:
-    """Start a process as checkpoints do, send it every signal, and ask it for something."""
+    """Start a process as checkpointing does, send it every signal, and use it afterwards."""
     stop = StopRequest()
     stop.listen()
     with hidden_from_children():
         manager = multiprocessing.get_context("spawn").Manager()
         queue = manager.Queue()
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert not stop.name, "the signal comes when the processes have been started"
+        assert not stop.name, "the signal is delivered at the end of the block"
     assert stop.name == "SIGUSR1"
     for number in SIGNALS:
         os.kill(manager._process.pid, number)
         os.kill(os.getpid(), number)
     queue.put("still there")
-    assert stop.name == "SIGUSR1", "only the first is told"
+    assert stop.name == "SIGUSR1", "only the first is noted"
     return str(queue.get())
 
 

@@ -1,4 +1,4 @@
-"""What the trainer does about samples that cannot be read, without a model."""
+"""The trainer and samples that cannot be read or decoded, without a model."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +13,15 @@ from tests.support.tiny import mixed_rows, tiny_run
 
 
 class Loader:
-    """Gives rows for one step, then meets a file that is not there."""
+    """Returns rows for one step, then raises for a missing file."""
 
     def __init__(self) -> None:
-        self.num_skipped, self._given = 3, False
+        self.num_skipped, self._is_exhausted = 3, False
 
     def next_rows(self, count: int) -> Any:
-        if self._given:
+        if self._is_exhausted:
             raise UserError("samples.jsonl:7: gone.mp4 is not there")
-        self._given = True
+        self._is_exhausted = True
         return mixed_rows(0)[:count]
 
     def state_dict(self) -> dict[str, int | str]:
@@ -29,13 +29,13 @@ class Loader:
 
 
 class Step:
-    """Notes the steps that ran; of each, one sample did not decode."""
+    """Records the steps that ran; in each, one sample did not decode."""
 
     recorder = None
 
     def __init__(self) -> None:
         self.ran: list[int] = []
-        self.damaged = ["samples.jsonl:2: hollow.mp4 does not decode"]
+        self.damaged = ["samples.jsonl:2: damaged.mp4 does not decode"]
 
     def announce(self, rows: Any) -> None:
         pass
@@ -62,7 +62,7 @@ def trainer_without_model() -> Any:
     return trainer
 
 
-def test_a_sample_of_the_next_step_ends_the_run_when_it_is_its_turn() -> None:
+def test_a_missing_file_of_the_next_step_ends_the_run_in_its_step() -> None:
     trainer = trainer_without_model()
     trainer._train_one(0, is_last=False)
     assert trainer._step.ran == [0] and trainer._progress.step == 1
@@ -76,5 +76,5 @@ def test_damaged_samples_are_logged_counted_and_saved(caplog: pytest.LogCaptureF
     trainer._train_one(0, is_last=True)
     assert trainer._num_skipped() == trainer._progress.data["num_skipped"] == 4
     assert [record.message for record in caplog.records] == [
-        "sample skipped: samples.jsonl:2: hollow.mp4 does not decode"
+        "sample skipped: samples.jsonl:2: damaged.mp4 does not decode"
     ]

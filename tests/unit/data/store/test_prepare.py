@@ -211,7 +211,7 @@ def test_skipped_samples_are_counted_and_named_in_the_store(bad_samples: Path) -
 
 def test_unusable_files_leave_no_store(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "s.jsonl", ["{}", "[]", "3"])
-    with pytest.raises(ValueError, match="no sample of any use"):
+    with pytest.raises(ValueError, match="has no usable sample"):
         prepared(path, tmp_path / "out", skips_bad=True)
     with pytest.raises(ValueError, match="holds no samples"):
         prepared(write_lines(path, ["", ""]), tmp_path / "out")
