@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from megatron_keye.config.parallel import ParallelConfig
 from megatron_keye.plan.order import Exchange
-from megatron_keye.plan.places import transport_ranks
+from megatron_keye.plan.places import first_stage_ranks, vision_ranks
 
 
 class ExchangeCursor:
@@ -26,7 +26,9 @@ class ExchangeCursor:
             parallel: Degrees and placement.
             rank: This rank; one outside the transport group has no exchanges.
         """
-        self.order = list(order) if rank in transport_ranks(parallel) else []
+        # Two ranges: `transport_ranks` sorts all of them, and every step makes a cursor.
+        transports = rank in vision_ranks(parallel) or rank in first_stage_ranks(parallel.decoder)
+        self.order = list(order) if transports else []
         self._num_started = 0
         if rank >= parallel.decoder.num_ranks:
             self._num_allowed = len(self.order)
