@@ -15,6 +15,7 @@ from megatron_keye.config.megatron import (
     weight_dtype,
 )
 from megatron_keye.config.run import RunConfig
+from megatron_keye.config.training import Part
 from megatron_keye.decoder.initialization import initialize_weights
 from megatron_keye.decoder.virtual_stage import VirtualStage
 from megatron_keye.parallel.grid import Grid
@@ -61,9 +62,21 @@ def build_model(
             )
             sharded = stage.sharded_state_dict(metadata={"dp_cp_group": grid.decoder.dp_cp})
             initialize_weights(sharded, std=run.model.decoder.init_std, seed=run.training.seed)
-            _freeze(stage, run, part="decoder")
+            _freeze(stage, run)
             stages.append(_wrap(stage.to(device), run, config, grid.decoder))
     return KeyeModel(stages=stages, vision=_build_vision(run, grid, device))
+
+
+def part_of(name: str) -> Part:
+    """Return the part of the model that a parameter belongs to.
+
+    Args:
+        name: Its name in a virtual stage or in the vision tower, wrapped or not.
+    """
+    if ".indexer." in name:
+        return "indexer"
+    children: dict[str, Part] = {"encoder": "vision", "projector": "projector"}
+    return children.get(name.removeprefix("module.").partition(".")[0], "decoder")
 
 
 def _build_vision(
@@ -73,17 +86,15 @@ def _build_vision(
         return None
     tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
     tower.reset_parameters(run.training.seed)
-    _freeze(tower.encoder, run, part="vision")
-    _freeze(tower.projector, run, part="projector")
+    _freeze(tower, run)
     tower = tower.to(device=device, dtype=weight_dtype(run))
     return _wrap(tower, run, vision_config(run), grid.vision)
 
 
-def _freeze(module: torch.nn.Module, run: RunConfig, *, part: str) -> None:
-    """Freeze the parameters that this run does not train; indexers are frozen separately."""
+def _freeze(module: torch.nn.Module, run: RunConfig) -> None:
+    """Freeze the parameters that this run does not train."""
     for name, parameter in module.named_parameters():
-        owner = "indexer" if ".indexer." in name else part
-        if owner not in run.training.trained_parts:
+        if part_of(name) not in run.training.trained_parts:
             parameter.requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ Megatron's optimizers.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -57,8 +58,8 @@ def is_sharded(optimizer: MegatronOptimizer) -> bool:
 
 
 def shards_of(optimizer: MegatronOptimizer) -> Iterator[Shard]:
-    """Yield the shards of one optimizer, creating moments that do not exist yet."""
-    optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    """Yield the shards of one optimizer, creating state that does not exist yet."""
+    _create_state(optimizer)
     for weight, updated, elements in _updated(optimizer):
         kept = {name: optimizer.optimizer.state[updated][name] for name in MOMENTS}
         if updated.dtype != weight.dtype:
@@ -82,6 +83,33 @@ def gather_whole(optimizer: MegatronOptimizer) -> Iterator[Shard]:
                 whole = _gather_on_first(shard, holders, optimizer.data_parallel_group)
                 if whole is not None:
                     yield whole
+
+
+def set_steps(optimizer: MegatronOptimizer, steps: int) -> None:
+    """Set the number of updates that an optimizer's moments have seen, which decides its bias.
+
+    torch counts per weight; fused optimizers per parameter group, from their first step on.
+    """
+    inner = optimizer.optimizer
+    for group in inner.param_groups:
+        if not isinstance(inner, torch.optim.Adam):
+            group["step"] = steps
+            continue
+        for weight in group["params"]:
+            inner.state[weight]["step"] = torch.tensor(float(steps))
+
+
+def _create_state(optimizer: MegatronOptimizer) -> None:
+    """Create moments of 0 for weights that were never updated.
+
+    Megatron leaves out torch's count of updates, without which a weight that has moments fails at
+    its next update.
+    """
+    inner = optimizer.optimizer
+    optimizer.init_state_fn(inner, optimizer.config)
+    if isinstance(inner, torch.optim.Adam):
+        for weight in optimizer.get_parameters():
+            inner.state[weight].setdefault("step", torch.tensor(0.0))
 
 
 def _updated(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, range]]:

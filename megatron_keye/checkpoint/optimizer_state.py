@@ -17,6 +17,7 @@ from megatron_keye.checkpoint.optimizer_shards import (
     gather_whole,
     is_sharded,
     optimizers_of,
+    set_steps,
     shards_of,
 )
 from megatron_keye.checkpoint.state import Sharded, data_of
@@ -87,18 +88,9 @@ def wanted_optimizer(joint: JointOptimizer, weights: Sharded) -> WantedOptimizer
 
 
 def set_optimizer_steps(joint: JointOptimizer, steps: int) -> None:
-    """Set the number of updates that the optimizers' moments have seen.
-
-    torch counts per weight; fused optimizers per parameter group, from their first step on.
-    """
+    """Set the number of updates that the optimizers' moments have seen."""
     for optimizer in optimizers_of(joint):
-        inner = optimizer.optimizer
-        for group in inner.param_groups:
-            if not isinstance(inner, torch.optim.Adam):
-                group["step"] = steps
-                continue
-            for parameter in group["params"]:
-                inner.state[parameter]["step"] = torch.tensor(float(steps))
+        set_steps(optimizer, steps)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_keye.checkpoint.continuation import check_continues
 from megatron_keye.checkpoint.convert.check_tensors import check_shapes
 from megatron_keye.checkpoint.convert.native_folder import NativeFolder
 from megatron_keye.checkpoint.convert.to_native import native_shapes
@@ -30,6 +31,7 @@ from megatron_keye.checkpoint.optimizer_state import (
     wanted_optimizer,
 )
 from megatron_keye.checkpoint.state import copy_loaded, data_of, weight_state
+from megatron_keye.config.check import check
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.model import KeyeModel
@@ -37,6 +39,8 @@ from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import Grid
 
 _NAME = re.compile(r"step-(\d{8})")
+_TRACES = ("run.json", "events", "checkpoints")
+"""What a run leaves in its folder; the first of them before its first step."""
 
 
 @dataclass
@@ -79,14 +83,20 @@ def find_checkpoint(run: RunConfig) -> Path | None:
     return folder
 
 
-def set_aside(run: RunConfig, rank: int) -> None:
+def set_aside(run: RunConfig, rank: int, *, continued: Path | None) -> None:
     """Append a number to the folder of an earlier run of this name, so that nothing is lost.
 
+    Also that of a run that was lost before its first checkpoint: its events must not mix with
+    those of this run.
+
     Args:
-        run: The run that starts afresh.
+        run: The run that begins.
         rank: Rank 0 renames; the others write nothing before the next collective call.
+        continued: The checkpoint that it continues, if any; in the run's own folder, nothing is
+            renamed.
     """
-    if rank != 0 or not _complete_checkpoints(run.folder / "checkpoints"):
+    goes_on = continued is not None and _is_inside(continued, run.folder)
+    if rank != 0 or goes_on or not any((run.folder / trace).exists() for trace in _TRACES):
         return
     names = (run.folder.with_name(f"{run.name}.{number}") for number in itertools.count(1))
     run.folder.rename(next(name for name in names if not name.exists()))
@@ -148,7 +158,11 @@ def load(
 
     Returns:
         Progress of the saved run.
+
+    Raises:
+        UserError: When the run's settings do not allow to continue it, on all ranks.
     """
+    check_continues(folder, run)
     common = dist_checkpointing.load_common_state_dict(str(folder))
     saved = common["progress"]
     weights = weight_state(model, grid)
@@ -175,18 +189,27 @@ def load_weights(
 ) -> None:
     """Read only the weights of a checkpoint that training or a conversion wrote.
 
-    Collective: all ranks must call it. Weights are rounded to the model's type where types differ.
+    Collective: all ranks must call it, before the first update, so that moments begin at 0.
+    Weights are rounded to the model's type where types differ.
 
     Args:
         folder: A complete checkpoint, saved on any grid.
         run: The run that begins.
         model: Takes the weights.
-        optimizer: Takes them as its master weights.
+        optimizer: Takes the rounded ones as its master weights.
         grid: Groups of this rank.
 
     Raises:
-        UserError: When the folder is no complete checkpoint, or not one of this model.
+        UserError: When the folder is no complete checkpoint, or not one of this model, or lies in
+            the folder of this run's name, which `set_aside` will rename.
     """
+    check(
+        not _is_inside(folder, run.folder),
+        "training.checkpoint.weights",
+        str(folder),
+        f"a checkpoint outside of {run.folder}, which is set aside when this run begins; give the "
+        "run another name",
+    )
     shapes = {key: tensor.shape for key, tensor in NativeFolder(folder).tensors.items()}
     check_shapes(shapes, native_shapes(run.model), where=str(folder))
     weights = weight_state(model, grid)
@@ -216,6 +239,10 @@ def _restore_random(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _complete_checkpoints(folder: Path) -> list[Path]:

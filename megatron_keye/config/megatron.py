@@ -102,7 +102,8 @@ def vision_config(run: RunConfig) -> TransformerConfig:
 def data_parallel_config(run: RunConfig) -> DistributedDataParallelConfig:
     """Translate the reduction of gradients over replicas."""
     return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        # Otherwise in the type of the weights, as float64 needs.
+        grad_reduce_in_fp32=run.training.precision != "fp64",
         use_distributed_optimizer=run.training.distributes_optimizer,
         overlap_grad_reduce=False,
         check_for_nan_in_grad=False,

@@ -109,6 +109,15 @@ class RunConfig:
             "Slurm, nodes x GPUs per node)",
         )
 
+    def differing_settings(self, other: Self) -> dict[str, tuple[Any, Any]]:
+        """Return the settings that differ in another run, by dotted name, with both values."""
+        theirs = _leaves(_plain(other))
+        return {
+            name: (value, theirs[name])
+            for name, value in _leaves(_plain(self)).items()
+            if value != theirs[name]
+        }
+
     def to_json(self) -> str:
         """Return the configuration as indented JSON."""
         return json.dumps(_plain(self), indent=2) + "\n"
@@ -141,6 +150,15 @@ def _plain(node: Any) -> Any:
     if dataclasses.is_dataclass(node):
         return {f.name: _plain(getattr(node, f.name)) for f in dataclasses.fields(node) if f.init}
     return [_plain(item) for item in node] if isinstance(node, tuple) else node
+
+
+def _leaves(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Return the settings of nested sections by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        inside = _leaves(value, f"{path}{name}.") if isinstance(value, dict) else {}
+        found |= inside or {f"{path}{name}": value}
+    return found
 
 
 def _fields(section: type) -> dict[str, Any]:

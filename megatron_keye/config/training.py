@@ -1,5 +1,6 @@
 """Settings of training: phase, steps, optimizer, precision, checkpoints."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,22 +9,40 @@ from megatron_keye.config.check import check
 Phase = Literal["dense", "indexer_warmup", "sparse"]
 LinearLayers = Literal["auto", "megatron", "transformer_engine"]
 Part = Literal["vision", "projector", "decoder", "indexer"]
+Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
 
 PARTS: tuple[Part, ...] = ("vision", "projector", "decoder", "indexer")
+SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay of the learning rate."""
+    """AdamW, its learning rate over the steps, and the rates of parts of the model."""
 
     learning_rate: float = 1e-4
     """Peak learning rate."""
     min_learning_rate: float = 0.0
     """Learning rate at the end of the decay."""
+    schedule: Schedule = "cosine"
+    """Learning rate after the warm-up: "cosine" and "linear" decay until the last step, "constant"
+    stays at the peak, "warmup_stable_decay" stays there until decay_steps before the end and then
+    decays linearly."""
     warmup_steps: int = 0
     """Steps in which the learning rate grows linearly from 0."""
+    decay_steps: int = 0
+    """With warmup_stable_decay, the steps of the decay at the end; 0 with other schedules."""
+    vision_rate_multiplier: float = 1.0
+    """Factor of the ViT's learning rate."""
+    projector_rate_multiplier: float = 1.0
+    """Factor of the projector's learning rate."""
+    decoder_rate_multiplier: float = 1.0
+    """Factor of the decoder's learning rate, indexers excluded."""
+    indexer_rate_multiplier: float = 1.0
+    """Factor of the indexers' learning rate."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; norms and biases have none."""
+    """Decoupled weight decay of weights with two dimensions or more: matrices, the patch
+    embedding, and also the router, token embeddings and position tables. Norms and biases, all
+    that have one dimension, have none."""
     beta1: float = 0.9
     """Decay rate of the first moment."""
     beta2: float = 0.95
@@ -38,9 +57,39 @@ class OptimizerConfig:
     Otherwise each keeps all. Checkpoints are the same for both; ignored with fp64."""
 
     def __post_init__(self) -> None:
-        rate, low = self.learning_rate, self.min_learning_rate
-        check(rate > 0, "training.optimizer.learning_rate", rate, "a number above 0")
-        check(0 <= low <= rate, "training.optimizer.min_learning_rate", low, f"0 to {rate}")
+        peak, low = self.learning_rate, self.min_learning_rate
+        self._check(0 < peak < math.inf, "learning_rate", "a finite number above 0")
+        self._check(0 <= low <= peak, "min_learning_rate", f"0 to learning_rate = {peak}")
+        self._check(self.schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}")
+        self._check(
+            low == 0 or self.schedule != "constant",
+            "min_learning_rate",
+            '0 with schedule = "constant", which never decays to it',
+        )
+        self._check(self.warmup_steps >= 0, "warmup_steps", "0 or more")
+        if self.schedule == "warmup_stable_decay":
+            self._check(self.decay_steps > 0, "decay_steps", "1 or more with warmup_stable_decay")
+        else:
+            rule = f'0 with schedule = "{self.schedule}", which has no decay of its own length'
+            self._check(self.decay_steps == 0, "decay_steps", rule)
+        for part in PARTS:
+            self._check(
+                0 < self.rate_multiplier(part) < math.inf,
+                f"{part}_rate_multiplier",
+                f"a finite number above 0; to leave it as it is, add {part} to training.frozen",
+            )
+        for name in ("weight_decay", "clip_gradient_norm"):
+            self._check(0 <= getattr(self, name) < math.inf, name, "a finite number, 0 or more")
+        for name in ("beta1", "beta2"):
+            self._check(0 <= getattr(self, name) < 1, name, "0 or more, and below 1")
+        self._check(0 < self.epsilon < math.inf, "epsilon", "a finite number above 0")
+
+    def _check(self, holds: bool, name: str, expected: str) -> None:
+        check(holds, f"training.optimizer.{name}", getattr(self, name), expected)
+
+    def rate_multiplier(self, part: Part) -> float:
+        """Return the factor of a part's learning rate."""
+        return float(getattr(self, f"{part}_rate_multiplier"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +107,8 @@ class CheckpointConfig:
     run, any other value is the folder of a checkpoint to continue from."""
     weights: str = ""
     """Folder of a native checkpoint, for example of megatron-keye convert, whose weights a new run
-    starts with; "" for random weights. A resumed run ignores it."""
+    starts with, moments at 0; "" for random weights. They are rounded to this run's precision, and
+    master weights begin as the rounded ones. A resumed run ignores it."""
 
     def __post_init__(self) -> None:
         for name in ("interval_steps", "keep"):
@@ -72,6 +122,8 @@ class TrainingConfig:
 
     steps: int
     """Optimizer steps of the whole run, over which the learning-rate schedule extends."""
+    max_skipped_steps: int = 10
+    """Steps in a row that are skipped because a gradient is not finite, at which the run ends."""
     stop_after_step: int = 0
     """Save and stop after this step, without changing the schedule; 0: run to the end."""
     rows_per_step: int = 1
@@ -113,6 +165,11 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check(self.steps > 0, "training.steps", self.steps, "1 or more")
         check(self.rows_per_step > 0, "training.rows_per_step", self.rows_per_step, "1 or more")
+        skipped, weight = self.max_skipped_steps, self.indexer_loss_weight
+        check(skipped > 0, "training.max_skipped_steps", skipped, "1 or more")
+        check(
+            0 <= weight < math.inf, "training.indexer_loss_weight", weight, "a finite number, 0 or more"
+        )
         phases = ("dense", "indexer_warmup", "sparse")
         check(self.phase in phases, "training.phase", self.phase, f"one of {phases}")
         check(self.dense_up_to >= 0, "training.dense_up_to", self.dense_up_to, "0 or more")
@@ -129,6 +186,12 @@ class TrainingConfig:
         unknown = [part for part in self.frozen if part not in PARTS]
         check(not unknown, "training.frozen", self.frozen, f"parts out of {PARTS}")
         check(bool(self.trained_parts), "training.frozen", self.frozen, "a part that still learns")
+        check(
+            weight > 0 or not self.only_indexers_learn,
+            "training.indexer_loss_weight",
+            weight,
+            "a number above 0, since only the indexer learns, and from this loss alone",
+        )
 
     def row_phase(self, longest_document: int) -> Phase:
         """Return the phase of a row.

@@ -9,14 +9,21 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_keye.config.check import check
 from megatron_keye.config.megatron import optimizer_config
 from megatron_keye.config.run import RunConfig
 from megatron_keye.model import KeyeModel
+from megatron_keye.optim.parameter_groups import (
+    drop_empty_groups,
+    group_overrides,
+    set_learning_rate,
+    set_weight_decay,
+)
 from megatron_keye.parallel.grid import Grid
 
 
@@ -27,7 +34,7 @@ class StepOutcome:
     gradient_norm: float
     """L2 norm over decoder and vision together, before clipping."""
     learning_rate: float
-    """Learning rate of the step."""
+    """Learning rate of the step, before the multipliers of parts."""
     was_applied: bool
     """False if a gradient was infinite or NaN; no weight changed then."""
 
@@ -42,7 +49,17 @@ class JointOptimizer:
             run: Optimizer settings.
             model: This rank's modules.
             grid: Groups of both grids.
+
+        Raises:
+            UserError: For float64 where Megatron takes a fused optimizer.
         """
+        check(
+            run.training.precision != "fp64" or megatron_optimizer.USING_PYTORCH_OPTIMIZER,
+            "training.precision",
+            run.training.precision,
+            "fp32 or bf16, since the fused optimizers of Transformer Engine and apex, one of "
+            "which is installed, have no float64; or train without both",
+        )
         self._run, self._model, self._grid = run, model, grid
         self.decoder: MegatronOptimizer | None = None
         self.vision: MegatronOptimizer | None = None
@@ -83,23 +100,19 @@ class JointOptimizer:
         """Clip by the joint norm and update the weights of both parts, or of none.
 
         Args:
-            learning_rate: The step's learning rate.
+            learning_rate: The step's learning rate, before the multipliers of parts.
             meanwhile: Called repeatedly while other ranks still compute gradients, until it
                 returns False. It must not communicate.
         """
         optimizers = [o for o in (self.decoder, self.vision) if o is not None]
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(optimizer, learning_rate)
             optimizer.prepare_grads()
         norm = self._joint_norm(meanwhile)
         if not math.isfinite(norm):
             return StepOutcome(norm, learning_rate, was_applied=False)
-        limit = self._run.training.optimizer.clip_gradient_norm
         for optimizer in optimizers:
-            parameters = optimizer.get_parameters()
-            if limit > 0 and parameters:
-                clip_grad_by_total_norm_fp32(parameters, limit, norm)
+            self._clip(optimizer, norm)
             optimizer.step_with_ready_grads()
         self._gather_weights()
         return StepOutcome(norm, learning_rate, was_applied=True)
@@ -110,6 +123,7 @@ class JointOptimizer:
         optimizer = get_megatron_optimizer(
             optimizer_config(self._run),
             modules,
+            config_overrides=group_overrides(self._run),
             use_gloo_process_groups=False,
             pg_collection=groups,
         )
@@ -117,7 +131,20 @@ class JointOptimizer:
         for inner in optimizer.chained_optimizers:
             # Each would otherwise gather all weights, those of the others too.
             inner._defer_param_sync = True
+            drop_empty_groups(inner)
+        set_weight_decay(optimizer)
         return optimizer
+
+    def _clip(self, optimizer: MegatronOptimizer, norm: float) -> None:
+        """Scale gradients down so that their joint `norm` becomes the limit of the run.
+
+        Megatron's clipping refuses float64.
+        """
+        limit = self._run.training.optimizer.clip_gradient_norm
+        gradients = [w.grad for w in optimizer.get_parameters() if w.grad is not None]
+        scale = limit / (norm + 1e-6)
+        if 0 < scale < 1 and gradients:
+            torch._foreach_mul_(gradients, scale)
 
     def _gather_weights(self) -> None:
         """All-gather updated weights where replicas share the optimizer."""

@@ -24,6 +24,7 @@ from megatron_keye.training.cached_features import CachedFeatures
 from megatron_keye.training.chunk_encoder import PatchSource
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
+from megatron_keye.training.skipped_steps import SkippedSteps
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.stop import StopRequest, hidden_from_children
 from megatron_keye.training.throughput import device_name
@@ -79,6 +80,7 @@ class Trainer:
         self._media: set[str] = set()
         self._upcoming: _Rows | UserError | None = None
         self._num_damaged = 0
+        self._skipped_steps = SkippedSteps(run)
         self._resume()
 
     def train(self) -> dict[str, Any]:
@@ -153,9 +155,12 @@ class Trainer:
             if report is not None:
                 report.show(number + 1, metrics)
                 report.show_skipped(number + 1, self._num_skipped(), skipped)
+            is_last = number + 1 == last
+            self._skipped_steps.note(number + 1, metrics)
+            if is_last:
+                self._skipped_steps.check_learned(self._progress.updates, metrics)
             settings = self._run.training.checkpoint
             is_due = settings.interval_steps and (number + 1) % settings.interval_steps == 0
-            is_last = number + 1 == last
             self.was_stopped = metrics.asks_to_stop and not is_last
             if is_due or self.was_stopped or (is_last and settings.saves_last):
                 folder = self._save()
@@ -236,19 +241,16 @@ class Trainer:
             )
 
     def _resume(self) -> None:
-        folder = training_checkpoint.find_checkpoint(self._run)
-        if folder is None:
-            training_checkpoint.set_aside(self._run, self._process.rank)
-            weights = self._run.training.checkpoint.weights
-            if weights:
-                training_checkpoint.load_weights(
-                    Path(weights), self._run, self._model, self._optimizer, self._grid
-                )
-            return
-        self._progress = training_checkpoint.load(
-            folder, self._run, self._model, self._optimizer, self._grid
-        )
-        self._loader.load_state_dict(self._progress.data)
+        run, weights = self._run, self._run.training.checkpoint.weights
+        parts = (self._model, self._optimizer, self._grid)
+        folder = training_checkpoint.find_checkpoint(run)
+        if folder is not None:
+            self._progress = training_checkpoint.load(folder, run, *parts)
+            self._loader.load_state_dict(self._progress.data)
+        elif weights:
+            training_checkpoint.load_weights(Path(weights), run, *parts)
+        # What fails above leaves an earlier run where it is.
+        training_checkpoint.set_aside(run, self._process.rank, continued=folder)
 
     def _summary(self, checkpoint: str) -> dict[str, Any]:
         metrics, parallel = self._metrics, self._run.parallel

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_keye.checkpoint.training_checkpoint import find_checkpoint, set_aside
-from tests.support.tiny import mixed_rows, tiny_run
-from tests.support.train import Trained, assert_same_metrics, train
+from megatron_keye.checkpoint.training_checkpoint import find_checkpoint, load, set_aside
+from megatron_keye.config import RunConfig
+from megatron_keye.errors import UserError
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import mixed_rows, tiny_model, tiny_run
+from tests.support.train import Trained, assert_same_metrics, build_step, let_go, train
 
 GRIDS = {
     "the same": {"tensor": 2, "expert": 2},
@@ -46,6 +49,32 @@ def test_on_the_same_grid_it_continues_bit_for_bit(checkpoint: Path, reference: 
     assert not continued.changed(reference)
 
 
+UNFIT = {
+    "phase": (tiny_run(data=2, training={"phase": "dense"}), "training.phase=dense"),
+    "precision": (tiny_run(data=2, training={"precision": "bf16"}), "training.precision=bf16"),
+    "layers": (tiny_run(data=2, model=tiny_model(num_layers=3)), "num_layers=3"),
+}
+
+
+@pytest.mark.parametrize(("run", "says"), UNFIT.values(), ids=UNFIT)
+def test_all_ranks_refuse_what_does_not_fit(run: RunConfig, says: str, checkpoint: Path) -> None:
+    refusals = run_on_ranks(2, _refusal, run.to_json(), checkpoint)
+    assert len(set(refusals)) == 1 and says in refusals[0]
+
+
+def _refusal(run_json: str, folder: Path) -> str:
+    """Return the error of loading; a rank that raised would have to be restarted."""
+    run = RunConfig.from_json(run_json)
+    grid, model, optimizer, _ = build_step(run)
+    try:
+        load(folder, run, model, optimizer, grid)
+    except UserError as error:
+        return str(error)
+    finally:
+        let_go(model)
+    return "nothing"
+
+
 def test_an_incomplete_checkpoint_is_not_found(tmp_path: Path) -> None:
     run = tiny_run().with_overrides([f"output_dir={tmp_path}", "training.checkpoint.resume=auto"])
     checkpoints = run.folder / "checkpoints"
@@ -61,13 +90,40 @@ def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
         find_checkpoint(run)
 
 
-def test_a_fresh_run_moves_earlier_ones_aside(tmp_path: Path) -> None:
+LEFT = {
+    "checkpoints": "checkpoints/step-00000001/.metadata",
+    "an unfinished checkpoint": "checkpoints/step-00000001.partial/.metadata",
+    "events alone": "events/events.out.tfevents.1",
+    "settings alone": "run.json",
+}
+
+
+@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
+def test_a_run_that_begins_moves_what_earlier_ones_left(left: str, tmp_path: Path) -> None:
     run = tiny_run().with_overrides([f"output_dir={tmp_path}"])
     for number in (1, 2):
-        (run.folder / "checkpoints" / f"step-0000000{number}").mkdir(parents=True)
-        set_aside(run, rank=1)
+        (run.folder / left).parent.mkdir(parents=True)
+        (run.folder / left).touch()
+        set_aside(run, rank=1, continued=None)
         assert run.folder.exists()
-        set_aside(run, rank=0)
+        # Another run's checkpoint is continued in this run's own, new folder.
+        set_aside(run, rank=0, continued=tmp_path / "other" / "checkpoints" / "step-00000002")
         assert not run.folder.exists()
-        assert (tmp_path / f"tiny.{number}" / "checkpoints" / f"step-0000000{number}").exists()
-    set_aside(run, rank=0)
+        assert (tmp_path / f"tiny.{number}" / left).exists()
+    set_aside(run, rank=0, continued=None)
+
+
+def test_a_run_that_goes_on_in_its_folder_moves_nothing(tmp_path: Path) -> None:
+    run = tiny_run().with_overrides([f"output_dir={tmp_path}"])
+    checkpoint = run.folder / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    set_aside(run, rank=0, continued=checkpoint)
+    assert checkpoint.exists()
+
+
+def test_a_folder_without_a_trace_of_a_run_stays(tmp_path: Path) -> None:
+    run = tiny_run().with_overrides([f"output_dir={tmp_path}"])
+    run.folder.mkdir()
+    (run.folder / "console.log").touch()
+    set_aside(run, rank=0, continued=None)
+    assert run.folder.exists()

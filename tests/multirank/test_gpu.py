@@ -24,6 +24,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+needs_four = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="fewer than four GPUs")
+needs_engine = pytest.mark.skipif(
+    transformer_engine_version() is None, reason="no Transformer Engine"
+)
 
 TWO_GPUS = {
     "tensor and sequence": {"tensor": 2},
@@ -33,6 +37,21 @@ TWO_GPUS = {
     "context": {"context": 2},
     "data, expert": {"data": 2, "expert": 2},
     "dedicated vision": {"vision_ranks": 1},
+}
+FOUR_GPUS = {
+    "tensor x pipeline": {"tensor": 2, "pipeline": 2},
+    "tensor x context, expert 4": {"tensor": 2, "context": 2, "expert": 4},
+    "interleaved pipeline x data, expert": {
+        "pipeline": 2,
+        "virtual_stages": 2,
+        "data": 2,
+        "expert": 2,
+    },
+    "pipeline x context": {"pipeline": 2, "context": 2},
+    "tensor 4, expert 4": {"tensor": 4, "expert": 4},
+    "context 4": {"context": 4},
+    "tensor and two vision ranks": {"tensor": 2, "vision_ranks": 2},
+    "pipeline and a vision rank": {"pipeline": 2, "vision_ranks": 1},
 }
 SHARING = {name: TWO_GPUS[name] for name in ("tensor and sequence", "context", "data, expert")}
 SHARED = replace(tiny_run().training.optimizer, distributed=True)
@@ -51,6 +70,12 @@ def test_one_gpu_trains_as_the_cpu(one_gpu: Trained) -> None:
 @needs_two
 @pytest.mark.parametrize("degrees", TWO_GPUS.values(), ids=TWO_GPUS)
 def test_two_gpus_train_as_one(degrees: dict[str, int], one_gpu: Trained) -> None:
+    assert_same_training(train(tiny_run(device="cuda", **degrees)), one_gpu)
+
+
+@needs_four
+@pytest.mark.parametrize("degrees", FOUR_GPUS.values(), ids=FOUR_GPUS)
+def test_four_gpus_train_as_one(degrees: dict[str, int], one_gpu: Trained) -> None:
     assert_same_training(train(tiny_run(device="cuda", **degrees)), one_gpu)
 
 

@@ -1,6 +1,7 @@
 """Trains the tiny model for a few steps on the ranks of a test, and compares results."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_keye.parallel.random import seed_rank
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.stop import StopRequest
+from tests.support.fused_adam import fused_adam
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import SyntheticPatches, mixed_rows
 
@@ -51,6 +53,8 @@ def train(
     *,
     save_to: Path | None = None,
     load_from: Path | None = None,
+    weights_from: Path | None = None,
+    with_fused_adam: bool = False,
 ) -> Trained:
     """Train on as many ranks as the run needs, and gather whole weights.
 
@@ -59,10 +63,12 @@ def train(
         batches: Rows of each step; two mixed steps by default, an empty list for initial weights.
         save_to: Parent folder of the checkpoint to save at the end.
         load_from: Checkpoint to start from; `batches` are the steps after it.
+        weights_from: Checkpoint whose weights alone a new run starts from.
+        with_fused_adam: Whether the optimizer keeps its state as fused ones do.
     """
     if batches is None:
         batches = [mixed_rows(step) for step in range(2)]
-    arguments = (run.to_json(), batches, save_to, load_from)
+    arguments = (run.to_json(), batches, save_to, load_from, weights_from, with_fused_adam)
     results = run_on_ranks(run.parallel.num_ranks, _train_on_rank, *arguments, device=run.device)
     weights: dict[str, Tensor] = {}
     for _, shards in results:
@@ -99,13 +105,21 @@ def assert_same_metrics(got: list[StepMetrics], expected: list[StepMetrics]) -> 
 
 
 def _train_on_rank(
-    run_json: str, batches: Batches, save_to: Path | None, load_from: Path | None
+    run_json: str,
+    batches: Batches,
+    save_to: Path | None,
+    load_from: Path | None,
+    weights_from: Path | None,
+    with_fused_adam: bool,
 ) -> Any:
     run = RunConfig.from_json(run_json)
     if save_to is not None:
         run = replace(run, output_dir=str(save_to))
-    grid, model, optimizer, step = build_step(run)
+    with fused_adam() if with_fused_adam else nullcontext():
+        grid, model, optimizer, step = build_step(run)
     progress = training_checkpoint.Progress(step=0, updates=0, data={})
+    if weights_from is not None:
+        training_checkpoint.load_weights(weights_from, run, model, optimizer, grid)
     if load_from is not None:
         progress = training_checkpoint.load(load_from, run, model, optimizer, grid)
     metrics = []

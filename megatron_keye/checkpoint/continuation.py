@@ -1,0 +1,131 @@
+"""Whether a run may continue a checkpoint: what must be as it was, what may change and is said.
+
+State of another phase or precision does not fit, and an order of samples from another seed would
+repeat some and leave out others.
+"""
+
+import json
+import logging
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from megatron_keye.checkpoint.convert.to_native import native_shapes
+from megatron_keye.config.run import RunConfig
+from megatron_keye.errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+
+class Change(Enum):
+    """What becomes of a setting that differs between a checkpoint and the run that continues it."""
+
+    REFUSED = "the saved state does not fit it, or would mean something else"
+    SAID = "the run goes on with it, which the log says"
+    FREE = "it does not change what the run computes from here on"
+
+
+_CHANGES = {
+    # Also settings that are not listed, and so every new one until it is decided.
+    "": Change.SAID,
+    "model": Change.REFUSED,
+    "model.decoder.experts.balance_loss_weight": Change.SAID,
+    "model.decoder.indexer.quantization": Change.SAID,
+    "model.decoder.indexer.top_k": Change.SAID,
+    "model.decoder.init_std": Change.FREE,
+    "data.decode": Change.FREE,
+    "data.feature_cache": Change.FREE,
+    # The position of the data says where all its sources are; their content is compared there.
+    "data.samples": Change.FREE,
+    "data.shuffles": Change.REFUSED,
+    "parallel": Change.FREE,
+    "training.phase": Change.REFUSED,
+    "training.frozen": Change.REFUSED,
+    "training.precision": Change.REFUSED,
+    "training.seed": Change.REFUSED,
+    "training.checkpoint": Change.FREE,
+    "training.device_peak_tflops": Change.FREE,
+    "training.linear_layers": Change.FREE,
+    "training.max_skipped_steps": Change.FREE,
+    "training.optimizer.distributed": Change.FREE,
+    "training.recompute_layers": Change.FREE,
+    "training.records_timeline": Change.FREE,
+    "training.stop_after_step": Change.FREE,
+    "device": Change.FREE,
+    "name": Change.FREE,
+    "output_dir": Change.FREE,
+}
+"""By setting or section; the longest name that matches decides."""
+
+
+def change_of(name: str) -> Change:
+    """Return what becomes of a setting that differs, by its dotted name."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
+    return next(_CHANGES[prefix] for prefix in prefixes if prefix in _CHANGES)
+
+
+def check_continues(folder: Path, run: RunConfig) -> None:
+    """Refuse settings under which a checkpoint can't be continued, and log others that changed.
+
+    Args:
+        folder: A complete checkpoint.
+        run: The run that continues it.
+
+    Raises:
+        UserError: Names each setting that must be as it was saved, with both values.
+    """
+    saved = _saved_run(folder)
+    different = saved.differing_settings(run)
+    if saved.training.trained_parts == run.training.trained_parts:
+        # Written in another order, or frozen in a phase that trains no such part anyway.
+        different.pop("training.frozen", None)
+    refused = {n: v for n, v in different.items() if change_of(n) is Change.REFUSED}
+    if refused:
+        raise UserError(
+            f"{folder}: was saved with {_list(refused, 0)}, and this run has {_list(refused, 1)}; "
+            f"{_remedy(folder, saved, run)}"
+        )
+    said = [
+        f"{name}={_written(old)} -> {_written(new)}"
+        for name, (old, new) in different.items()
+        if change_of(name) is Change.SAID
+    ]
+    if said:
+        _logger.warning("%s continues with other settings: %s", folder, ", ".join(said))
+    weights = run.training.checkpoint.weights
+    if weights != saved.training.checkpoint.weights and weights:
+        _logger.warning("%s continues, so training.checkpoint.weights=%s is not read", folder, weights)
+
+
+def _saved_run(folder: Path) -> RunConfig:
+    file = folder / "run.json"
+    try:
+        return RunConfig.from_json(file.read_text())
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file}: cannot be read ({error}), expected the settings of the run that saved this "
+            "checkpoint; copy the folder again, or begin a run from its weights with "
+            f"training.checkpoint.weights={folder}"
+        ) from error
+
+
+def _remedy(folder: Path, saved: RunConfig, run: RunConfig) -> str:
+    back = "set back what differs to continue"
+    if native_shapes(saved.model) != native_shapes(run.model):
+        return f"{back}, since weights fit models of their own size only"
+    return (
+        f"{back}, or begin a run of another name from its weights with "
+        f"training.checkpoint.weights={folder}"
+    )
+
+
+def _list(different: dict[str, tuple[Any, Any]], index: int) -> str:
+    return ", ".join(f"{name}={_written(values[index])}" for name, values in different.items())
+
+
+def _written(value: Any) -> str:
+    """Return a value as --set takes it."""
+    return value if isinstance(value, str) and value else json.dumps(value)

@@ -1,0 +1,230 @@
+"""Makes a needle task: texts and videos in which one key of many answers each question.
+
+    python tools/needle_task.py OUT [--samples 2000] [--seed 0]
+
+A text lists pairs of a key and a value between filler words; a video shows one colour a second.
+Questions name a key, or a second, and the answer is its value, or the colour of that frame. So
+each answer needs attention to one or two keys out of a document's two hundred, and a model whose
+indexer selects few keys answers only if the indexer finds them.
+
+Writes OUT/{text,frames}.{train,held_out}.jsonl, OUT/videos/ and OUT/tokenizer/, whose vocabulary
+of whole words keeps the model small. tools/needle_recipe.py trains on them.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from megatron_keye.cli.arguments import make_parser
+from megatron_keye.cli.status import reports_user_errors
+from megatron_keye.config import (
+    CheckpointConfig,
+    DataConfig,
+    DecoderConfig,
+    ExpertsConfig,
+    FrameConfig,
+    IndexerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+    VisionConfig,
+)
+
+FOLDER = "runs/needles"
+COLOURS = {
+    "red": (220, 20, 20),
+    "green": (20, 180, 20),
+    "blue": (20, 20, 220),
+    "yellow": (230, 220, 20),
+    "purple": (150, 20, 170),
+    "cyan": (20, 210, 220),
+    "white": (245, 245, 245),
+    "black": (10, 10, 10),
+}
+NUM_PAIRS, NUM_FILLERS, NUM_FRAMES, NUM_QUESTIONS = 40, 40, 24, 8
+_KEYS = [f"key{number}" for number in range(64)]
+_VALUES = [f"value{number}" for number in range(32)]
+_FILLERS = [f"word{number}" for number in range(16)]
+_CONTROLS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+)
+_FRAME_SIDE = 56
+
+
+def vocabulary() -> dict[str, int]:
+    """Return the words of the task and ChatML's control tokens, by id."""
+    chat = ["system", "user", "assistant", "seconds", "<", ">", "."]
+    times = [str(number) for number in range(NUM_FRAMES)]
+    words = [*_CONTROLS, *chat, *times, *COLOURS, *_KEYS, *_VALUES, *_FILLERS]
+    return {word: number for number, word in enumerate(words)}
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = make_parser("tools/needle_task.py", __doc__)
+    parser.add_argument("out", type=Path, help="folder for samples, videos and the tokenizer")
+    parser.add_argument(
+        "--samples", type=int, default=2000, help="of each kind for training; default: 2000"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    return parser.parse_args(arguments)
+
+
+@reports_user_errors
+def main(arguments: Sequence[str]) -> int:
+    """Write everything and return the exit status."""
+    options = parse_arguments(arguments)
+    (options.out / "videos").mkdir(parents=True, exist_ok=True)
+    write_tokenizer(options.out / "tokenizer")
+    makers: dict[str, Callable[[np.random.Generator, str], dict[str, Any]]] = {
+        "text": lambda generator, name: text_sample(generator),
+        "frames": lambda generator, name: frames_sample(generator, options.out, name),
+    }
+    for number, (kind, make) in enumerate(makers.items()):
+        for part, count in (("train", options.samples), ("held_out", 64)):
+            generator = np.random.default_rng((options.seed, number, part == "train"))
+            lines = [json.dumps(make(generator, f"{part}-{line}")) for line in range(count)]
+            file = options.out / f"{kind}.{part}.jsonl"
+            file.write_text("\n".join(lines) + "\n")
+            sys.stdout.write(f"{file}: {count} samples\n")
+    return 0
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of whole words in Hugging Face's form."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel(vocabulary(), unk_token="<|endoftext|>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens(list(_CONTROLS))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+
+
+def text_sample(generator: np.random.Generator) -> dict[str, Any]:
+    """Return a conversation about a text of pairs and fillers."""
+    keys = generator.permutation(_KEYS)[:NUM_PAIRS].tolist()
+    values = generator.choice(_VALUES, NUM_PAIRS).tolist()
+    pieces = [f"{key} {value}" for key, value in zip(keys, values, strict=True)]
+    pieces += generator.choice(_FILLERS, NUM_FILLERS).tolist()
+    text = " ".join(generator.permutation(np.array(pieces, dtype=object)).tolist())
+    asked = generator.permutation(NUM_PAIRS)[:NUM_QUESTIONS]
+    turns = [(keys[place], values[place]) for place in asked]
+    return {"messages": _messages(text + " ", turns)}
+
+
+def frames_sample(generator: np.random.Generator, folder: Path, name: str) -> dict[str, Any]:
+    """Write a video of one colour a second, and return a conversation about it."""
+    names = list(COLOURS)
+    colours = [names[number] for number in generator.integers(0, len(names), NUM_FRAMES)]
+    path = Path("videos") / f"{name}.mp4"
+    write_video(folder / path, colours)
+    asked = generator.permutation(NUM_FRAMES)[:NUM_QUESTIONS]
+    turns = [(f"{second} . 0 seconds", colours[second]) for second in asked]
+    messages = _messages("", turns)
+    question = messages[0]["content"]
+    video, text = {"type": "video", "video": str(path)}, {"type": "text", "text": question}
+    messages[0]["content"] = [video, text]
+    return {"messages": messages}
+
+
+def write_video(path: Path, colours: Sequence[str]) -> None:
+    """Encode one frame of each colour, a second apart."""
+    with av.open(str(path), "w") as target:
+        stream = target.add_stream("libx264", rate=1, options={"preset": "ultrafast", "bf": "0"})
+        stream.width = stream.height = _FRAME_SIDE
+        stream.pix_fmt = "yuv420p"
+        for second, colour in enumerate(colours):
+            pixels = np.full((_FRAME_SIDE, _FRAME_SIDE, 3), COLOURS[colour], dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = second, Fraction(1)
+            target.mux(stream.encode(frame))
+        target.mux(stream.encode(None))
+
+
+def _messages(start: str, turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Return turns of question and answer; the first question follows `start`."""
+    messages: list[dict[str, Any]] = []
+    for number, (question, answer) in enumerate(turns):
+        asked = question if number else start + question
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+def dense(*, num_ranks: int, has_gpu: bool) -> RunConfig:
+    """Return the run that learns the task with attention to all keys."""
+    ids = vocabulary()
+    return RunConfig(
+        name="needle_dense",
+        parallel=ParallelConfig(),
+        model=ModelConfig(
+            vision=VisionConfig(num_layers=1, hidden_size=64, intermediate_size=128, num_heads=4),
+            decoder=_decoder(len(ids)),
+            image_token_id=ids["<|image_pad|>"],
+            video_token_id=ids["<|video_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"],
+            vision_end_token_id=ids["<|vision_end|>"],
+        ),
+        data=DataConfig(
+            samples=f"{FOLDER}/text.train.jsonl=1,{FOLDER}/frames.train.jsonl=1",
+            row_tokens=8192,
+            tokenizer=f"{FOLDER}/tokenizer",
+            frames=FrameConfig(
+                frames_per_second=1.0, min_tokens_per_frame=1, max_tokens_per_frame=1
+            ),
+        ),
+        training=TrainingConfig(
+            steps=3000,
+            rows_per_step=1,
+            phase="dense",
+            precision="bf16" if has_gpu else "fp32",
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100),
+            checkpoint=CheckpointConfig(interval_steps=1000),
+        ),
+    )
+
+
+def warmup(*, num_ranks: int, has_gpu: bool) -> RunConfig:
+    """Return the run in which the indexers learn what dense attention attends to."""
+    run = dense(num_ranks=num_ranks, has_gpu=has_gpu)
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=20)
+    training = replace(run.training, steps=300, phase="indexer_warmup", optimizer=optimizer)
+    return replace(run, name="needle_warmup", training=training)
+
+
+def sparse(*, num_ranks: int, has_gpu: bool) -> RunConfig:
+    """Return the run in which everything learns and attends to 16 keys."""
+    run = dense(num_ranks=num_ranks, has_gpu=has_gpu)
+    optimizer = OptimizerConfig(learning_rate=3e-4, warmup_steps=20)
+    training = replace(run.training, steps=300, phase="sparse", optimizer=optimizer)
+    return replace(run, name="needle_sparse", training=training)
+
+
+def _decoder(vocab_size: int) -> DecoderConfig:
+    return DecoderConfig(
+        num_layers=4,
+        hidden_size=128,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=32,
+        vocab_size=vocab_size,
+        experts=ExpertsConfig(num_experts=4, num_experts_per_token=2, intermediate_size=128),
+        indexer=IndexerConfig(num_heads=4, head_dim=16, top_k=16),
+        rope_theta=10_000.0,
+        rope_sections=(4, 6, 6),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
