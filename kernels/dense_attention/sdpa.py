@@ -115,8 +115,41 @@ def _asked(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> SDPAParams:
 
 
 def _cudnn_takes(asked: SDPAParams) -> bool:
-    version = torch.backends.cudnn.version() or 0
-    return version >= _CUDNN_VERSION and can_use_cudnn_attention(asked)
+    return not _cudnn_fault() and can_use_cudnn_attention(asked)
+
+
+@functools.cache
+def _cudnn_fault() -> str:
+    """Ask torch for its cuDNN once per process, and say if it can't be used.
+
+    torch raises only when it is asked first, and answers afterwards as if nothing were wrong.
+    """
+    found: int | RuntimeError | None
+    try:
+        found = torch.backends.cudnn.version()
+    except RuntimeError as error:
+        found = error
+    fault = cudnn_fault(found)
+    if fault:
+        _logger.warning("dense_attention: FlashAttention runs in place of cuDNN: %s", fault)
+    return fault
+
+
+def cudnn_fault(found: int | RuntimeError | None) -> str:
+    """Return why cuDNN's attention must not run, "" if it may.
+
+    Args:
+        found: cuDNN's version as torch gives it, such as 91501; None without cuDNN; torch's error
+            where an older library was loaded than torch is compiled for, as by Transformer Engine.
+    """
+    if found is None:
+        return "torch has no cuDNN"
+    if isinstance(found, RuntimeError):
+        # The versions, less torch's advice.
+        return " ".join(str(found).partition(". ")[0].split())
+    if found < _CUDNN_VERSION:
+        return f"got cuDNN {found}, expected {_CUDNN_VERSION} or later, whose results are right"
+    return ""
 
 
 @functools.cache

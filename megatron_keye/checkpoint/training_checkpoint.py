@@ -55,6 +55,10 @@ class Progress:
     """Position of the data."""
     first_loss: float = math.nan
     """Language loss of the very first step."""
+    tokens: int = 0
+    """Real tokens of all steps."""
+    seconds: float = 0.0
+    """Duration of all steps."""
 
 
 def checkpoint_folder(run: RunConfig, step: int) -> Path:

@@ -90,7 +90,7 @@ def find_problems(facts: Facts) -> list[Problem]:
 
 
 def find_cuda_problems(facts: Facts) -> list[Problem]:
-    """Return conflicts between the CUDA versions of torch, driver, nvcc and Transformer Engine."""
+    """Return conflicts between torch's CUDA and cuDNN and those of other packages."""
     torch = facts.torch
     if torch is None:
         return []
@@ -113,6 +113,16 @@ def find_cuda_problems(facts: Facts) -> list[Problem]:
                 breaks_training=False,
             )
         )
+    if facts.cudnn_error:
+        problems.append(
+            Problem(
+                what=f"{facts.cudnn_error}: FlashAttention runs in its place, which takes 1.7 "
+                "times as long on rows of 128K tokens",
+                fix="unset CUDNN_HOME, so that a run sets it to the cuDNN that torch brings, and "
+                "take folders with another one out of LD_LIBRARY_PATH",
+                breaks_training=False,
+            )
+        )
     engine_cuda = backends.transformer_engine_cuda()
     if engine_cuda is not None and str(engine_cuda) != major:
         problems.append(
@@ -123,6 +133,11 @@ def find_cuda_problems(facts: Facts) -> list[Problem]:
             )
         )
     return problems
+
+
+def cudnn_version(number: int | None) -> str:
+    """Return cuDNN's version as text, such as 9.15.1 for 91501; "" for None."""
+    return f"{number // 10_000}.{number // 100 % 100}.{number % 100}" if number else ""
 
 
 def make_rows(facts: Facts, transformer_engine: str, apex: str) -> list[Row]:
@@ -149,6 +164,11 @@ def make_rows(facts: Facts, transformer_engine: str, apex: str) -> list[Row]:
             "builds megatron_keye._C",
             "kernels in Triton or PyTorch instead of CUDA C++",
         ),
+        "cuDNN": (
+            cudnn_version(facts.cudnn),
+            "dense attention of long rows",
+            "FlashAttention in its place",
+        ),
         "NVDEC": (
             "libnvcuvid loads" if facts.has_nvdec else "",
             "hardware video decoder for DALI",
@@ -171,12 +191,13 @@ def show(rows: list[Row], problems: list[Problem]) -> None:
     """Print the table, then each problem with its fix."""
     try:
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
     except ImportError:  # itself one of the packages that may be missing
         for row in rows:
             print(f"{row.name}: {row.version or f'absent; {row.if_absent}'}")
     else:
-        table = Table("component", "found", "provides", "if absent", title="megatron_keye")
+        columns = Column("component", no_wrap=True), "found", "provides", "if absent"
+        table = Table(*columns, title="megatron_keye")
         for row in rows:
             found = row.version or "[yellow]absent[/]"
             table.add_row(row.name, found, row.provides, "" if row.version else row.if_absent)

@@ -1,5 +1,6 @@
 """The environment variables of a rank, in one place for every launcher."""
 
+import importlib.util
 import os
 from collections.abc import MutableMapping
 
@@ -21,3 +22,18 @@ def complete_environment(environment: MutableMapping[str, str], *, local_ranks: 
     environment.setdefault("OMP_NUM_THREADS", str(min(max(threads, 1), _MAX_THREADS)))
     # For processes that a rank starts: the folder kernels/ must not shadow the package `kernels`.
     environment.setdefault("PYTHONSAFEPATH", "1")
+    # Transformer Engine looks there first. Without it, it loads the system's cuDNN beside the one
+    # that torch brings, and torch refuses to compute with an older one.
+    folder = bundled_cudnn()
+    if folder:
+        environment.setdefault("CUDNN_HOME", folder)
+
+
+def bundled_cudnn() -> str:
+    """Return the folder of the cuDNN that is installed as a Python package; "" without one."""
+    # Looking for a part of a package that is not there would fail.
+    if importlib.util.find_spec("nvidia") is None:
+        return ""
+    found = importlib.util.find_spec("nvidia.cudnn")
+    folders = found.submodule_search_locations if found else None
+    return next(iter(folders), "") if folders else ""

@@ -23,6 +23,7 @@ OPTIONAL = {
     "nvidia-dali": ("video decoded on the GPU", "video is decoded on the CPU"),
     "zarr": ("stores of prepared samples", "samples are tokenized again in each run"),
     "tensorboard": ("event files of a run", "no event files, only the log"),
+    "wandb": ("curves on a server", "curves in files only"),
 }
 ALIASES = {"nvidia-dali": backends.DALI_NAMES}
 IMPORT_SECONDS = 180
@@ -31,6 +32,22 @@ TORCH_PROBE = """
 import json, torch
 print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda,
                   "num_gpus": torch.cuda.device_count()}))
+"""
+CUDNN_PROBE = """
+import json, os
+from megatron_keye.cli.environment import complete_environment
+complete_environment(os.environ, local_ranks=1)
+import torch
+try:
+    import transformer_engine.pytorch  # may load another cuDNN, as in a rank
+except Exception:
+    pass  # Megatron-Core's import shows what is wrong with it
+version, error = None, ""
+try:
+    version = torch.backends.cudnn.version()
+except RuntimeError as conflict:
+    error = " ".join(str(conflict).partition(". ")[0].split())
+print(json.dumps({"version": version, "error": error}))
 """
 EXTENSION_PROBE = """
 import importlib.util, json
@@ -60,6 +77,8 @@ class Facts:
     versions: dict[str, str | None]
     torch: Torch | None = None
     nvcc: str | None = None
+    cudnn: int | None = None
+    cudnn_error: str = ""
     gpus: list[str] = field(default_factory=list)
     has_nvdec: bool = False
     has_extension: bool = False
@@ -106,13 +125,15 @@ def gather_facts() -> Facts:
     release = re.search(r"release (\S+),", output_of("nvcc", "--version"))
     query = ("--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
     with ThreadPoolExecutor(max_workers=4) as pool:
-        probes = (TORCH_PROBE, MEGATRON_PROBE, EXTENSION_PROBE, NVDEC_PROBE)
-        torch, megatron, extension, nvdec = pool.map(probe, probes)
+        probes = (TORCH_PROBE, CUDNN_PROBE, MEGATRON_PROBE, EXTENSION_PROBE, NVDEC_PROBE)
+        torch, cudnn, megatron, extension, nvdec = pool.map(probe, probes)
     errors = {"torch": torch[1], "megatron.core": megatron[1], "megatron_keye._C": extension[1]}
     return Facts(
         versions=versions,
         torch=None if torch[1] else Torch(**torch[0]),  # type: ignore[arg-type]
         nvcc=release[1] if release else None,
+        cudnn=cudnn[0].get("version"),  # type: ignore[arg-type]
+        cudnn_error=str(cudnn[0].get("error", "")),
         gpus=output_of("nvidia-smi", *query).strip().splitlines(),
         has_nvdec=not nvdec[1],
         has_extension=bool(extension[0].get("built")),

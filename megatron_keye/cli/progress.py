@@ -32,17 +32,21 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
         self._task = self._bar.add_task(what, total=None)
 
     def __enter__(self) -> Self:
-        """Show the bar."""
-        self._bar.start()
+        """Show the bar on a terminal; elsewhere it is written at the end, if work began."""
+        if self._bar.console.is_terminal:
+            self._bar.start()
         return self
 
     def __exit__(self, *failure: object) -> None:
-        """Stop updating the bar."""
-        self._bar.stop()
+        """Stop updating the bar; erase it if no work began, as before an error's sentence."""
+        if self._bar.live.is_started:
+            self._bar.live.transient = self._bar.tasks[self._task].total is None
+            self._bar.stop()
 
     def begin(self, total: int, done: int = 0) -> None:
         """Set the total amount of work and the amount already done."""
         self._bar.update(self._task, total=total, completed=done)
+        self._bar.start()
 
     def advance(self, amount: int) -> None:
         """Add the amount done since the last call."""

@@ -20,6 +20,7 @@ APEX_INSTALL = (
     "git+https://github.com/NVIDIA/apex"
 )
 DALI_INSTALL = 'pip install "nvidia-dali-cuda130==2.4.*"'
+WANDB_INSTALL = 'pip install "megatron-keye[wandb]"'
 # One distribution per CUDA release.
 DALI_NAMES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 # Transformer Engine's core library, one distribution per CUDA release.
@@ -118,6 +119,22 @@ def decode_backend(wanted: DecodeBackend, *, has_gpu: bool) -> Literal["pyav", "
             f"'auto'; to install it: {DALI_INSTALL}"
         )
     return "dali" if wanted != "pyav" and has_gpu and is_installed else "pyav"
+
+
+def check_wandb(project: str) -> None:
+    """Check that wandb is installed where a run asks for it.
+
+    Args:
+        project: The run's training.logging.wandb_project.
+
+    Raises:
+        UserError: When it is not.
+    """
+    if project and _find("wandb") is None:
+        raise UserError(
+            f"training.logging.wandb_project: got {project!r} where wandb is not installed, "
+            f"expected ''; to install it: {WANDB_INSTALL}"
+        )
 
 
 def transformer_engine_cuda() -> int | None:

@@ -117,6 +117,20 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where a run's figures go beside the console and the files of its folder."""
+
+    wandb_project: str = ""
+    """Project of Weights & Biases that gets the run's curves; "": none. A resumed run continues
+    its wandb run."""
+    wandb_entity: str = ""
+    """User or team that owns the project; "" for the default of the login."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """"offline" writes to wandb/ in the run's folder, for `wandb sync`; for nodes without
+    internet."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Steps, phase, precision, and which parts of the model learn."""
 
@@ -161,6 +175,8 @@ class TrainingConfig:
     """AdamW and its schedule."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and resuming."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Figures beside the console."""
 
     def __post_init__(self) -> None:
         check(self.steps > 0, "training.steps", self.steps, "1 or more")

@@ -1,11 +1,15 @@
-"""Megatron's router, with float64 probabilities in a float64 run.
+"""Megatron's router, with float64 probabilities in a float64 run, and for a rank without tokens.
 
 Megatron rounds them to float32 whatever moe_router_dtype is, by far the largest error of a float64
 run. It also computes the load-balancing loss (Switch Transformer, arXiv:2101.03961, equations 4 to
 6), per row.
+
+A row of training has tokens on every rank. Whoever runs a layer on parts of other lengths may have
+none on some, whose experts the others still need; there megatron-core 0.19.2 neither shapes the
+logits nor divides the balancing loss.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
@@ -14,6 +18,20 @@ from torch import Tensor
 
 class Router(TopKRouter):
     """Softmax over the top-k experts of a token, in float32 or, in a float64 run, float64."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Compute logits; called by Megatron's router.
+
+        Args:
+            input: [S, 1, D]; S may be 0.
+
+        Returns:
+            [S, 1, E]. The backward pass gives the weight a gradient, zeros where S is 0.
+        """
+        if input.numel() == 0:
+            dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+            return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype))
+        return cast(Tensor, super().gating(input))
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts; called by Megatron's router.
@@ -32,3 +50,12 @@ class Router(TopKRouter):
         is_chosen_SE = routed[1]
         logits_SE = logits.flatten(0, 1).masked_fill(~is_chosen_SE, -torch.inf)
         return logits_SE.softmax(dim=-1), is_chosen_SE
+
+    def _apply_aux_loss(
+        self, probs: Tensor, scores_for_aux_loss: Tensor, *arguments: Any, **options: Any
+    ) -> Tensor:
+        """Attach the balancing loss; a row without tokens has none, on all ranks that share it."""
+        if scores_for_aux_loss.shape[0] == 0:
+            return probs
+        attached = super()._apply_aux_loss(probs, scores_for_aux_loss, *arguments, **options)
+        return cast(Tensor, attached)

@@ -4,6 +4,7 @@ Computed once per row and passed through Megatron's block, so that there are no 
 """
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,16 +13,36 @@ from megatron_keye.config.model import DecoderConfig
 from megatron_keye.config.training import Phase
 from megatron_keye.decoder.positions import rotary_table
 
+MeterName = Literal[
+    "language_loss",
+    "indexer_kl",
+    "recall",
+    "recall_queries",
+    "pictures",
+    "decoded_per_second",
+    "ready_chunks",
+    "taken_chunks",
+]
+"""Every sum of a meter; the step's metrics read all of them."""
+METER_NAMES: tuple[MeterName, ...] = get_args(MeterName)
+"""The same as a tuple."""
+
 
 @dataclass
 class RowMeter:
     """Sums that layers accumulate over rows, without a host synchronisation."""
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    """Float tensors by name."""
+    sums: dict[MeterName, Tensor] = field(default_factory=dict)
+    """Scalars, float64, by name; without those to which this rank adds nothing."""
 
-    def accumulate(self, name: str, value: Tensor) -> None:
-        """Add `value` (detached) to the sum called `name`."""
+    def accumulate(self, name: MeterName, value: Tensor) -> None:
+        """Add `value` (detached) to the sum called `name`.
+
+        Raises:
+            ValueError: For a name outside METER_NAMES, which no metric would read.
+        """
+        if name not in METER_NAMES:
+            raise ValueError(f"meter: got {name!r}, expected one of {METER_NAMES}")
         value = value.detach().double()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 

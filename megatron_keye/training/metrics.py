@@ -3,6 +3,7 @@
 Every rank contributes its sums, zeros where it has none, and all get the result.
 """
 
+import resource
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -13,21 +14,10 @@ from torch import Tensor
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.row import PackedRow
 from megatron_keye.data.video.decode_service import DecodeStatistics
-from megatron_keye.decoder.row import RowMeter
+from megatron_keye.decoder.row import METER_NAMES, MeterName, RowMeter
 from megatron_keye.optim.optimizer import StepOutcome
 from megatron_keye.training.router_load import RouterLoad
 from megatron_keye.training.throughput import device_name, peak_tflops, step_flops
-
-_SUMS = (
-    "language_loss",
-    "indexer_kl",
-    "recall",
-    "recall_queries",
-    "pictures",
-    "decoded_per_second",
-    "ready_chunks",
-    "taken_chunks",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +76,8 @@ class StepMetrics:
     """Learning rate of the step."""
     was_applied: bool
     """False when a gradient was not finite and the step was skipped."""
+    tokens: int
+    """Real tokens of the global batch."""
     tokens_per_second: float
     """Real tokens of the global batch per second of the slowest rank."""
     tflops_per_device: float
@@ -109,6 +101,9 @@ class StepMetrics:
     """Images and frames that were encoded."""
     padding_share: float
     """Share of padding in the packed rows."""
+    peak_memory_gib: float
+    """GiB of tensors on the fullest GPU, at their peak so far (with training.records_timeline, in
+    this step); without GPUs, the peak of the largest process."""
     asks_to_stop: bool
     """Whether any rank was asked to stop before this step ended."""
 
@@ -139,9 +134,9 @@ def collect_metrics(
             vision, "vision_wait".
         asks_to_stop: Whether this rank was asked to stop; reduced with the times.
     """
-    maxima = seconds | {"stop": asks_to_stop}
-    sums, largest, counts_LE = _reduce(meter, router_load, maxima)
     device = router_load.counts_LE.device
+    maxima = seconds | {"stop": asks_to_stop, "peak_memory": _peak_memory_gib(device)}
+    sums, largest, counts_LE = _reduce(meter, router_load, maxima)
     decoder = run.model.decoder
     kl_terms = counts.indexer_queries * decoder.num_kv_heads * decoder.num_layers
     nan = float("nan")
@@ -154,6 +149,7 @@ def collect_metrics(
         gradient_norm=outcome.gradient_norm,
         learning_rate=outcome.learning_rate,
         was_applied=outcome.was_applied,
+        tokens=counts.queries,
         tokens_per_second=counts.queries / largest["step"],
         tflops_per_device=tflops,
         mfu=tflops / peak_tflops(run, device_name(device)),
@@ -165,11 +161,19 @@ def collect_metrics(
         decode_queue=sums["ready_chunks"] / max(1.0, sums["taken_chunks"]),
         pictures=round(sums["pictures"]),
         padding_share=1 - counts.queries / counts.tokens,
+        peak_memory_gib=largest["peak_memory"],
         asks_to_stop=bool(largest["stop"]),
     )
 
 
-def decode_sums(statistics: DecodeStatistics) -> dict[str, float]:
+def _peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Linux counts in KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def decode_sums(statistics: DecodeStatistics) -> dict[MeterName, float]:
     """Return the sums that a rank contributes about its decoding, by name."""
     busy = statistics.busy_seconds
     return {
@@ -181,16 +185,17 @@ def decode_sums(statistics: DecodeStatistics) -> dict[str, float]:
 
 def _reduce(
     meter: RowMeter, router_load: RouterLoad, maxima: dict[str, float]
-) -> tuple[dict[str, float], dict[str, float], Tensor]:
+) -> tuple[dict[MeterName, float], dict[str, float], Tensor]:
     """Sum the meter and the router counts over all ranks, and take the largest of `maxima`."""
     device = router_load.counts_LE.device
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    named = torch.stack([meter.sums.get(name, zero) for name in _SUMS])
+    named = torch.stack([meter.sums.get(name, zero) for name in METER_NAMES])
     vector = torch.cat([named, router_load.counts_LE.flatten()])
     largest = torch.tensor(list(maxima.values()), dtype=torch.float64, device=device)
     dist.all_reduce(vector)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     vector = vector.cpu()
-    sums = dict(zip(_SUMS, vector[: len(_SUMS)].tolist(), strict=True))
-    counts_LE = vector[len(_SUMS) :].view_as(router_load.counts_LE)
+    num_sums = len(METER_NAMES)
+    sums = dict(zip(METER_NAMES, vector[:num_sums].tolist(), strict=True))
+    counts_LE = vector[num_sums:].view_as(router_load.counts_LE)
     return sums, dict(zip(maxima, largest.tolist(), strict=True)), counts_LE

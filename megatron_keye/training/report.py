@@ -1,49 +1,53 @@
-"""Reports a run to its user: progress, TensorBoard events, a closing table, summary.json.
+"""Reports a run to its user: a line or a bar per step, files and curves, a closing table.
 
 Only rank 0 reports, since metrics are the same on all ranks.
 """
 
-import json
 import math
-from pathlib import Path
+import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.training.metrics import StepMetrics
+from megatron_keye.training.sinks import Losses, open_sinks
+
+_NOTABLE_WAIT = 0.05
+"""Share of a step from which waiting for decoded pictures is worth a place on the step's line."""
 
 
 class Report:
-    """Shows the steps of a run as they happen."""
+    """Shows the steps of a run as they happen, and writes them to the run's sinks."""
 
     def __init__(self, run: RunConfig, first_step: int, last_step: int) -> None:
-        """Create the run's folder, open it for events and write the configuration into it.
+        """Create the run's folder, write the configuration into it and open the sinks.
 
         Args:
             run: The run.
             first_step: Steps already done.
             last_step: Step after which this process stops.
+
+        Raises:
+            UserError: If a sink that the run asks for cannot be opened.
         """
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "run.json").write_text(run.to_json())
         self._console = Console()
-        self._events = SummaryWriter(str(run.folder / "events"))
+        self._sinks = open_sinks(run, first_step)
         self._bar = Progress(
             TextColumn(run.name),
-            BarColumn(),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task("", completed=first_step, total=last_step, figures="")
         self._last_step = last_step
+        self._begun: tuple[int, float] | None = None
 
     def __enter__(self) -> Self:
         """Show the bar."""
@@ -56,9 +60,10 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Remove the bar and close the events."""
+        """Remove the bar and close the sinks."""
         self._bar.stop()
-        self._events.close()
+        for sink in self._sinks:
+            sink.close(failed=kind is not None)
 
     def show(self, step: int, metrics: StepMetrics) -> None:
         """Show one finished step.
@@ -67,55 +72,94 @@ class Report:
             step: Steps done, this one included.
             metrics: Its metrics.
         """
-        for name, value in metrics.scalars().items():
-            self._events.add_scalar(f"train/{name}", value, step)
-        mfu = "" if math.isnan(metrics.mfu) else f", MFU {metrics.mfu:.1%}"
-        figures = (
-            f"loss {metrics.loss:.4f}  {metrics.tokens_per_second:,.0f} tokens/s  "
-            f"{metrics.tflops_per_device:.3g} TFLOP/s per rank{mfu}  "
-            f"step {metrics.step_seconds:.2f} s  "
-            f"decoder {metrics.decoder_seconds:.2f} s  vision {metrics.vision_seconds:.2f} s "
-            f"(waits {metrics.vision_wait_seconds:.2f})"
-        )
-        if not metrics.was_applied:
-            figures += "  skipped: gradient not finite"
+        for sink in self._sinks:
+            sink.log_step(step, metrics)
+        figures = describe_step(metrics, seconds_left=self._seconds_left(step))
         self._bar.update(self._task, completed=step, figures=figures)
-        if not self._console.is_terminal:
-            self._console.out(f"step {step}/{self._last_step}  {figures}", highlight=False)
+        self._print(f"step {step}/{self._last_step}  {figures}")
+
+    def show_validation(self, step: int, losses: Losses) -> None:
+        """Show the result of a validation.
+
+        Args:
+            step: Steps done.
+            losses: Figures by source; "all" are all of them.
+        """
+        for sink in self._sinks:
+            sink.log_validation(step, losses)
+        parts = [f"{source} {figures['loss']:.4f}" for source, figures in losses.items()]
+        self._bar.console.out(f"validation after step {step}: {', '.join(parts)}", highlight=False)
 
     def show_skipped(self, step: int, num_skipped: int, reasons: list[str]) -> None:
-        """Write the skipped samples to TensorBoard.
+        """Write the skipped samples to the sinks; the log names them already.
 
         Args:
             step: Steps done.
             num_skipped: Samples skipped since the run began.
             reasons: A sentence for each sample that was skipped since the last call.
         """
-        self._events.add_scalar("data/skipped_samples", num_skipped, step)
-        if reasons:
-            self._events.add_text("data/skipped", "\n\n".join(reasons), step)
+        for sink in self._sinks:
+            sink.log_skipped(step, num_skipped, reasons)
+
+    def _print(self, line: str) -> None:
+        """Print a line where there is no bar."""
+        if not self._console.is_terminal:
+            self._console.out(line, highlight=False)
+
+    def _seconds_left(self, step: int) -> float:
+        """Return the time to the last step, NaN after the first one, which also warms up."""
+        now = time.monotonic()
+        if self._begun is None:
+            self._begun = step, now
+            return math.nan
+        begun_step, begun = self._begun
+        return (now - begun) / (step - begun_step) * (self._last_step - step)
 
 
-def write_summary(run: RunConfig, summary: dict[str, Any]) -> None:
-    """Write the summary of a run to summary.json in its folder."""
-    _summary_file(run).write_text(json.dumps(summary, indent=2) + "\n")
+def describe_step(metrics: StepMetrics, *, seconds_left: float) -> str:
+    """Return a step in a line of at most 100 columns, less what is out of the ordinary.
+
+    These are the figures by which one sees from afar whether a run learns, how fast it is and when
+    it ends. Times by role and all others are in the run's files.
+
+    Args:
+        metrics: Metrics of the step.
+        seconds_left: Time to the last step; NaN if not known.
+    """
+    has_kl, has_mfu = not math.isnan(metrics.indexer_kl), not math.isnan(metrics.mfu)
+    memory = metrics.peak_memory_gib
+    speed = f"MFU {metrics.mfu:.1%}" if has_mfu else f"{metrics.tflops_per_device:.2g} TFLOP/s"
+    parts = [
+        f"loss {metrics.loss:.4f}",
+        f"KL {metrics.indexer_kl:.3f}" if has_kl else "",
+        f"lr {metrics.learning_rate:.1e}",
+        f"norm {metrics.gradient_norm:.3g}",
+        f"{short_number(metrics.tokens_per_second)} tok/s",
+        speed,
+        f"{metrics.step_seconds:.3g} s",
+        f"{memory:.{int(memory < 10)}f} GiB",
+        "" if math.isnan(seconds_left) else f"left {short_time(seconds_left)}",
+    ]
+    if metrics.vision_wait_seconds > _NOTABLE_WAIT * metrics.step_seconds:
+        parts.append(f"vision waits {metrics.vision_wait_seconds:.3g} s for pictures")
+    if not metrics.was_applied:
+        parts.append("skipped: gradient not finite")
+    return "  ".join(part for part in parts if part)
 
 
-def read_summary(run: RunConfig) -> dict[str, Any]:
-    """Return what `write_summary` wrote, or only the run's name if there is none."""
-    file = _summary_file(run)
-    summary: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"run": run.name}
-    return summary
+def short_number(value: float) -> str:
+    """Return a number of 0 or more in at most five characters, as 525, 18.5K or 1.85M."""
+    for suffix in ("", "K", "M"):
+        if value < 999.5:
+            return f"{value:.3g}{suffix}"
+        value /= 1000
+    return f"{value:.3g}G"
 
 
-def show_summary(summary: dict[str, Any], note: str) -> None:
-    """Print the summary of a run as a table, with a note below it."""
-    table = Table(title=summary["run"], caption=note, show_header=False)
-    for name, value in summary.items():
-        shown = f"{value:,.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name.replace("_", " "), shown)
-    Console().print(table)
-
-
-def _summary_file(run: RunConfig) -> Path:
-    return run.folder / "summary.json"
+def short_time(seconds: float) -> str:
+    """Return a duration as h:mm:ss, from 100 hours on as days and hours."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours}:{minutes:02}:{rest:02}"

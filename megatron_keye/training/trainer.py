@@ -1,7 +1,6 @@
 """A run from start to end: build, resume, step, save, summarise."""
 
 import logging
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +22,12 @@ from megatron_keye.training.agreement import check_same_rows
 from megatron_keye.training.cached_features import CachedFeatures
 from megatron_keye.training.chunk_encoder import PatchSource
 from megatron_keye.training.metrics import StepMetrics
-from megatron_keye.training.report import Report, read_summary, show_summary, write_summary
+from megatron_keye.training.provenance import host_names, record_start
+from megatron_keye.training.report import Report
 from megatron_keye.training.skipped_steps import SkippedSteps
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.stop import StopRequest, hidden_from_children
+from megatron_keye.training.summary import measure, read_summary, show_summary, write_summary
 from megatron_keye.training.throughput import device_name
 
 _Rows = tuple[list[PackedRow], dict[str, int | str]]
@@ -100,11 +101,13 @@ class Trainer:
         last = min(training.stop_after_step or training.steps, training.steps)
         if self._progress.step >= last:
             return self._already_ended(last)
+        hosts, first_step = host_names(), self._progress.step
         self._stop.listen()
         if self._process.rank != 0:
-            return self._summary(str(self._train_to(last, None)))
-        with Report(self._run, self._progress.step, last) as report:
-            summary = self._summary(str(self._train_to(last, report)))
+            return self._summary(self._train_to(last, None))
+        record_start(self._run, first_step, hosts, device_name(self._process.device))
+        with Report(self._run, first_step, last) as report:
+            summary = self._summary(self._train_to(last, report))
         write_summary(self._run, summary)
         show_summary(summary, note=self._note_of_stop(last))
         return summary
@@ -187,6 +190,8 @@ class Trainer:
             self._progress.first_loss = metrics.loss
         self._progress.step = number + 1
         self._progress.updates += metrics.was_applied
+        self._progress.tokens += metrics.tokens
+        self._progress.seconds += metrics.step_seconds
         self._note_damaged()
         num_skipped = int(state["num_skipped"]) + self._num_damaged
         self._progress.data = state | {"num_skipped": num_skipped}
@@ -252,31 +257,22 @@ class Trainer:
         # What fails above leaves an earlier run where it is.
         training_checkpoint.set_aside(run, self._process.rank, continued=folder)
 
-    def _summary(self, checkpoint: str) -> dict[str, Any]:
-        metrics, parallel = self._metrics, self._run.parallel
-        # The first step also warms up allocators and the video decoder.
-        timed = metrics[1:] or metrics
-        rates = [m.tokens_per_second for m in timed]
-        tflops = [m.tflops_per_device for m in timed]
-        mfu = sum(m.mfu for m in timed) / len(timed)
+    def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
+        parallel, progress = self._run.parallel, self._progress
         is_dedicated = parallel.vision.placement == "dedicated"
         return {
             "run": self._run.name,
-            "steps": self._progress.step,
-            "first_loss": self._progress.first_loss,
-            "last_loss": metrics[-1].loss,
-            "tokens_per_second": sum(rates) / len(rates),
-            "tflops_per_device": sum(tflops) / len(tflops),
-            **({} if math.isnan(mfu) else {"mfu": mfu}),
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "wall_seconds": progress.seconds,
+            "first_loss": progress.first_loss,
+            **measure(self._metrics),
             "ranks": {
                 "decoder": parallel.decoder.num_ranks,
                 "vision": parallel.vision.num_ranks if is_dedicated else "on the decoder's ranks",
             },
             "device": device_name(self._process.device),
-            "video": sorted(self._media),
             "video_decoder": self._decode_backend(),
-            "decoded_frames": sum(m.pictures for m in metrics),
-            "padding_share": sum(m.padding_share for m in metrics) / len(metrics),
             "skipped_samples": self._num_skipped(),
-            "checkpoint": checkpoint,
+            "checkpoint": str(checkpoint) if checkpoint else None,
         }

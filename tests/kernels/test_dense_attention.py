@@ -1,5 +1,6 @@
 """Tests of the attention over whole ranges."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -154,6 +155,65 @@ def test_a_gpus_operators_equal_eager_on_documents(lengths: tuple[int, ...]) -> 
         gradients(got[0], *inputs), gradients(wanted[0], *inputs), strict=True
     ):
         assert_norm_close(actual, expected, 2e-2)
+
+
+TORCHS_REFUSAL = RuntimeError(
+    "cuDNN version incompatibility: PyTorch was compiled  against (9, 19, 0) but found runtime "
+    "version (9, 14, 0). PyTorch already comes bundled with cuDNN. One option to resolving this"
+)
+
+
+@pytest.mark.parametrize(
+    ("found", "fault"),
+    [
+        (91_501, ""),
+        (91_900, ""),
+        (91_500, "got cuDNN 91500, expected 91501 or later"),
+        (None, "torch has no cuDNN"),
+        (TORCHS_REFUSAL, "against (9, 19, 0) but found runtime version (9, 14, 0)"),
+    ],
+    ids=["first right", "later", "wrong results", "none", "older library loaded"],
+)
+def test_cudnn_runs_only_where_it_is_there_and_right(
+    found: int | RuntimeError | None, fault: str
+) -> None:
+    assert fault in sdpa.cudnn_fault(found) and bool(fault) == bool(sdpa.cudnn_fault(found))
+
+
+@pytest.fixture
+def refused_cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let torch refuse its cuDNN when asked first, and then give a version, as it does."""
+    answers: list[Any] = [TORCHS_REFUSAL]
+
+    def version() -> int:
+        if answers:
+            raise answers.pop()
+        return 91_900
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    sdpa._cudnn_fault.cache_clear()
+    yield
+    sdpa._cudnn_fault.cache_clear()
+
+
+def test_a_refused_cudnn_is_asked_and_reported_once(
+    refused_cudnn: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert sdpa._cudnn_fault() and sdpa._cudnn_fault() == sdpa.cudnn_fault(TORCHS_REFUSAL)
+    assert [record.message for record in caplog.records] == [
+        f"dense_attention: FlashAttention runs in place of cuDNN: {sdpa._cudnn_fault()}"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_flash_attention_takes_long_rows_where_cudnn_is_refused(refused_cudnn: None) -> None:
+    shapes = ((4096, 4, 64), (4096, 2, 64), (4096, 2, 64))
+    inputs = [make_tensor(*s, seed=i, dtype=torch.bfloat16).cuda() for i, s in enumerate(shapes)]
+    ranges = tuple(bound.cuda() for bound in document_ranges(4096))
+    got = dense_attention(*inputs, *ranges, scale=SCALE, impl="sdpa")
+    expected = dense_attention(*inputs, *ranges, scale=SCALE, impl="eager")
+    assert_close(got.float(), expected.float(), 2e-2)
 
 
 @pytest.mark.gpu

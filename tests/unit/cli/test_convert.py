@@ -40,6 +40,6 @@ def test_a_wrong_checkpoint_is_one_sentence(
 ) -> None:
     arguments = ["hf-to-native", "--hf", str(hf), "--out", str(tmp_path / "n"), *RECIPE]
     assert convert.main(arguments) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and "--set model.decoder.num_layers=1" in error
     assert not (tmp_path / "n.partial").exists()

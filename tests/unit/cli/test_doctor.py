@@ -20,6 +20,7 @@ HEALTHY = machine.Facts(
         "nvidia-dali": None,
         "zarr": None,
         "tensorboard": "2.21.0",
+        "wandb": None,
     },
     torch=machine.Torch(version="2.11.0", cuda="13.0", num_gpus=0),
 )
@@ -139,6 +140,20 @@ def test_a_compiler_of_another_cuda_is_noted_but_training_works() -> None:
     problem = only_problem(facts_with(nvcc="12.8"))
     assert "nvcc is CUDA 12.8" in problem.what
     assert not problem.breaks_training
+
+
+def test_an_older_cudnn_is_named_with_both_versions_but_training_works() -> None:
+    pair = "PyTorch was compiled against (9, 19, 0) but found runtime version (9, 14, 0)"
+    facts = facts_with(cudnn_error=f"cuDNN version incompatibility: {pair}")
+    problem = only_problem(facts)
+    assert pair in problem.what and "FlashAttention runs in its place" in problem.what
+    assert not problem.breaks_training
+    (row,) = [row for row in doctor.make_rows(facts, "", "") if row.name == "cuDNN"]
+    assert row.version == ""
+
+
+def test_cudnns_version_is_shown_with_dots() -> None:
+    assert [doctor.cudnn_version(n) for n in (91_501, 92_000, None)] == ["9.15.1", "9.20.0", ""]
 
 
 def test_transformer_engine_for_another_cuda_is_a_problem(site: Site) -> None:

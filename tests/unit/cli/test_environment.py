@@ -1,9 +1,13 @@
 """A rank's environment is completed, and what the user has set stays."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
 
 from megatron_keye.cli import environment
-from megatron_keye.cli.environment import complete_environment
+from megatron_keye.cli.environment import bundled_cudnn, complete_environment
 
 
 @pytest.mark.parametrize(("cores", "ranks", "threads"), [(64, 4, "8"), (8, 4, "2"), (2, 4, "1")])
@@ -11,17 +15,39 @@ def test_ranks_share_the_cores(
     cores: int, ranks: int, threads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment.os, "sched_getaffinity", lambda process: range(cores))
+    monkeypatch.setattr(environment, "bundled_cudnn", lambda: "/site/nvidia/cudnn")
     variables: dict[str, str] = {}
     complete_environment(variables, local_ranks=ranks)
     assert variables == {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "CUDNN_HOME": "/site/nvidia/cudnn",
         "OMP_NUM_THREADS": threads,
         "PYTHONSAFEPATH": "1",
     }
 
 
 def test_the_users_values_stay() -> None:
-    mine = {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "OMP_NUM_THREADS": "5", "PYTHONSAFEPATH": ""}
+    mine = {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "8",
+        "CUDNN_HOME": "/opt/cudnn",
+        "OMP_NUM_THREADS": "5",
+        "PYTHONSAFEPATH": "",
+    }
     variables = dict(mine)
     complete_environment(variables, local_ranks=2)
     assert variables == mine
+
+
+def test_the_cudnn_of_torch_is_found_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "nvidia"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert bundled_cudnn() == "", "no package of NVIDIA"
+    (tmp_path / "nvidia" / "nccl").mkdir(parents=True)
+    importlib.invalidate_caches()
+    assert bundled_cudnn() == "", "another one"
+    (tmp_path / "nvidia" / "cudnn").mkdir()
+    importlib.invalidate_caches()
+    assert bundled_cudnn() == str(tmp_path / "nvidia" / "cudnn")

@@ -1,8 +1,14 @@
-"""Each script that stands for a command runs it."""
+"""Each script that stands for a command runs it, and each tool's help is all that it prints."""
 
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[3]
 
 TOOLS = {
     "convert_checkpoint": "convert",
@@ -24,3 +30,17 @@ def test_a_tool_is_its_command(tool: str, command: str) -> None:
 def test_the_launch_script_is_the_command() -> None:
     of_script = importlib.import_module("launch.train").main
     assert of_script is importlib.import_module("megatron_keye.cli.train").main
+
+
+@pytest.mark.parametrize(
+    "module", [f"tools.{path.stem}" for path in sorted((ROOT / "tools").glob("*.py"))]
+)
+def test_help_is_all_that_a_tool_prints(module: str, tmp_path: Path) -> None:
+    environment = os.environ | {"CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(
+        words, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    is_part_of_a_tool = module == "tools.benchmark_clips"
+    assert (done.returncode, done.stderr) == (0, "")
+    assert is_part_of_a_tool or done.stdout.startswith("usage: ")

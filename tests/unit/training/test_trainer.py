@@ -9,6 +9,7 @@ import torch
 from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.errors import UserError
 from megatron_keye.training.trainer import Trainer
+from tests.support.metrics import step_metrics
 from tests.support.tiny import mixed_rows, tiny_run
 
 
@@ -42,7 +43,7 @@ class Step:
 
     def __call__(self, rows: Any, number: int) -> Any:
         self.ran.append(number)
-        return SimpleNamespace(loss=1.0, was_applied=True)
+        return step_metrics()
 
 
 def trainer_without_model() -> Any:

@@ -1,0 +1,75 @@
+"""metrics.jsonl in the run's folder: one JSON object a line, for pandas, jq and scripts.
+
+A step is {"step": 1, "loss": ..., ...} with every metric by name. A validation is {"step": 1,
+"validation": {source: {"loss": ...}}}, and samples left out are {"step": 1, "skipped_samples":
+total, "reasons": [...]}. A number that is not finite is null, as JSON has none.
+"""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_keye.config.run import RunConfig
+from megatron_keye.training.metrics import StepMetrics
+from megatron_keye.training.sinks.sink import Losses
+
+
+class JsonLines:
+    """A `Sink` whose lines are complete on disk after every step."""
+
+    def __init__(self, run: RunConfig, first_step: int) -> None:
+        """Open the file, without what a process that was lost wrote after `first_step`."""
+        path = run.folder / "metrics.jsonl"
+        _cut_after(path, first_step)
+        self._file = path.open("a")
+
+    def log_step(self, step: int, metrics: StepMetrics) -> None:
+        """Write all metrics."""
+        self._write({"step": step, **asdict(metrics)})
+
+    def log_validation(self, step: int, losses: Losses) -> None:
+        """Write the figures of each source."""
+        self._write({"step": step, "validation": {name: dict(of) for name, of in losses.items()}})
+
+    def log_skipped(self, step: int, num_skipped: int, reasons: list[str]) -> None:
+        """Write the count and the reasons, where there are new ones."""
+        if reasons:
+            self._write({"step": step, "skipped_samples": num_skipped, "reasons": reasons})
+
+    def close(self, *, failed: bool) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def _cut_after(path: Path, last_step: int) -> None:
+    """Cut the file at its first line of a later step, or that is not complete."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        length = 0
+        for line in file:
+            if _step_of(line) > last_step:
+                break
+            length += len(line)
+        file.truncate(length)
+
+
+def _step_of(line: bytes) -> float:
+    """Return the step of a line, infinity if it is not complete."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with None for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

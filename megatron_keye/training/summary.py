@@ -1,0 +1,100 @@
+"""The summary of a run: summary.json in its folder, and the closing table."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_keye.config.run import RunConfig
+from megatron_keye.training.metrics import StepMetrics
+from megatron_keye.training.report import short_time
+
+_SHOWN = {
+    "tokens": ("tokens seen", ""),
+    "tokens_per_second": ("rate", "tokens/s"),
+    "tflops_per_device": ("rate per rank", "TFLOP/s"),
+    "step_seconds": ("mean step", "s"),
+    "peak_memory_gib": ("peak memory", "GiB"),
+}
+"""Label and unit of each figure whose name is not the best label."""
+
+
+def measure(metrics: Sequence[StepMetrics]) -> dict[str, Any]:
+    """Return what the steps of this process say about its speed and its input.
+
+    Rates are over all steps but the first, which also warms up allocators and the video decoder.
+
+    Args:
+        metrics: Metrics of the steps, at least one.
+    """
+    timed = metrics[1:] or metrics
+    seconds = sum(m.step_seconds for m in timed)
+    mfu = sum(m.mfu * m.step_seconds for m in timed) / seconds
+    return {
+        "last_loss": metrics[-1].loss,
+        "tokens_per_second": sum(m.tokens for m in timed) / seconds,
+        "tflops_per_device": sum(m.tflops_per_device * m.step_seconds for m in timed) / seconds,
+        **({} if math.isnan(mfu) else {"mfu": mfu}),
+        "step_seconds": seconds / len(timed),
+        "peak_memory_gib": max(m.peak_memory_gib for m in metrics),
+        "pictures": sum(m.pictures for m in metrics),
+        "padding_share": sum(m.padding_share for m in metrics) / len(metrics),
+    }
+
+
+def write_summary(run: RunConfig, summary: dict[str, Any]) -> None:
+    """Write the summary of a run to summary.json in its folder."""
+    _summary_file(run).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def read_summary(run: RunConfig) -> dict[str, Any]:
+    """Return what `write_summary` wrote, or only the run's name if there is none."""
+    file = _summary_file(run)
+    summary: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"run": run.name}
+    return summary
+
+
+def show_summary(summary: dict[str, Any], note: str) -> None:
+    """Print the summary of a run as a table, below it the checkpoint's path, whole, and a note."""
+    table = Table(title=summary["run"], show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in summary.items():
+        if name not in ("run", "checkpoint"):
+            table.add_row(*_row(name, value))
+    console = Console()
+    console.print(table)
+    # Not in the table, whose cells are cut or wrapped: a path is there to be copied.
+    if summary.get("checkpoint"):
+        console.out(f"checkpoint: {summary['checkpoint']}", highlight=False)
+    if note:
+        console.out(note, highlight=False)
+
+
+def _row(name: str, value: Any) -> tuple[str, str]:
+    """Return a figure's label, and its value with the unit."""
+    label, unit = _SHOWN.get(name, (name.replace("_", " "), ""))
+    match name, value:
+        case "wall_seconds", _:
+            return "wall time", short_time(value)
+        case "mfu", _:
+            return "MFU", f"{value:.1%}"
+        case "padding_share", _:
+            return "padding", f"{value:.1%}"
+        case _, dict():
+            shown = ", ".join(f"{part}: {of}" for part, of in value.items())
+        case _, float():
+            shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        case _, int():
+            shown = f"{value:,}"
+        case _:
+            shown = str(value)
+    return label, f"{shown} {unit}".rstrip()
+
+
+def _summary_file(run: RunConfig) -> Path:
+    return run.folder / "summary.json"
