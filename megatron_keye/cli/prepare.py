@@ -1,6 +1,6 @@
-"""Prepares samples for training: tokenizes conversations in JSON lines into a zarr store.
+"""Prepares samples for training: tokenizes conversations into a zarr store.
 
-    megatron-keye prepare INPUT.jsonl --out STORE --workers 8 --preview 6
+    megatron-keye prepare INPUT --out STORE --workers 8 --preview 6
     megatron-keye train RECIPE --set data.samples=STORE
 
 The tokens depend on the recipe's tokenizer, frame rate and image sizes; a run with other
@@ -33,7 +33,9 @@ from megatron_keye.errors import UserError
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser("megatron-keye prepare", __doc__)
-    parser.add_argument("input", type=Path, metavar="INPUT.jsonl", help="samples to prepare")
+    parser.add_argument(
+        "input", type=Path, metavar="INPUT", help="JSON lines, a JSON list, or parquet"
+    )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="STORE", help="store to write; must not exist"
     )
@@ -51,7 +53,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="write N samples to STORE.preview.png (images) and STORE.preview.txt (text)",
+        help="write N samples to STORE.preview.png (images) and STORE.preview.txt (text), with "
+        "what is predicted and its weight",
     )
     return parser.parse_args(arguments)
 
@@ -99,6 +102,7 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 
 def show(options: argparse.Namespace, report: dict[str, Any]) -> None:
     """Print the totals."""
+    from megatron_keye.data.conversation import describe_unread
     from megatron_keye.data.store.make import shortened
 
     table = Table(title=str(options.out), show_header=False)
@@ -118,6 +122,8 @@ def show(options: argparse.Namespace, report: dict[str, Any]) -> None:
             f"some samples are longer than data.row_tokens = {report['row_tokens']:,}; a run "
             "needs longer rows, or data.on_bad_sample=skip\n"
         )
+    if report["unread"]:
+        sys.stdout.write(f"{describe_unread(report['unread'])}\n")
     if report["num_refused"]:
         reasons = (options.out / "refused.txt").read_text().splitlines()
         sys.stdout.write(f"left out:\n{shortened(reasons)}\n")

@@ -7,6 +7,8 @@ from typing import Literal
 from megatron_keye.config.check import check
 
 LossTokens = Literal["assistant", "text"]
+Thinking = Literal["keep", "qwen3"]
+LossWeighting = Literal["token", "sample", "root"]
 BadSamplePolicy = Literal["refuse", "skip"]
 DecodeBackend = Literal["auto", "pyav", "dali"]
 
@@ -105,6 +107,20 @@ class DataConfig:
     tokenizer."""
     loss_tokens: LossTokens = "assistant"
     """Which tokens have labels: those of the assistant's answers, or all text."""
+    thinking: Thinking = "keep"
+    """Where the assistant's thinking (reasoning_content, or <think> in the text) is written.
+    "keep" writes it in every turn that has it. "qwen3" writes what the template of Qwen3 gives a
+    model that is served: thinking of turns before the user's last question is left out, and a last
+    answer without any begins with an empty block, which is not predicted."""
+    trains_on_thinking: bool = True
+    """Whether thinking is predicted; otherwise only what follows it."""
+    trains_on_shortened_turns: bool = False
+    """Whether turns that lost their thinking to "qwen3" are predicted; a model that learns them
+    learns to answer without thinking."""
+    loss_weighting: LossWeighting = "token"
+    """What a label weighs beside the weight of its turn: with "token" the same everywhere, so that
+    long answers dominate; with "sample" 1/n and with "root" 1/sqrt(n), where n is the number of
+    labels of its sample."""
     shuffles: bool = True
     """Whether each epoch has a new order of samples, drawn from training.seed."""
     frames: FrameConfig = field(default_factory=FrameConfig)
@@ -129,6 +145,15 @@ class DataConfig:
             "data.loss_tokens",
             self.loss_tokens,
             "'assistant' or 'text'",
+        )
+        check(
+            self.thinking in ("keep", "qwen3"), "data.thinking", self.thinking, "'keep' or 'qwen3'"
+        )
+        check(
+            self.loss_weighting in ("token", "sample", "root"),
+            "data.loss_weighting",
+            self.loss_weighting,
+            "'token', 'sample' or 'root'",
         )
         object.__setattr__(self, "sources", _parse_sources(self.samples))
 

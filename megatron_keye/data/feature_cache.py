@@ -84,7 +84,9 @@ class FeatureCache:
 
     def _create(self, folder: Path, picture: Picture) -> None:
         """Create the array for all frames of a file."""
-        num_frames = probe(Path(picture.medium.path)).num_frames if picture.is_video else 1
+        num_frames = (
+            probe(Path(picture.medium.path)).num_frames if picture.medium.kind == "video" else 1
+        )
         zarr.create_array(
             folder,
             shape=(num_frames, picture.num_patches, self._width),

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_keye.config import DataConfig, ModelConfig
 from megatron_keye.config.check import check
 from megatron_keye.data.blend import Blend
+from megatron_keye.data.conversation import describe_unread
 from megatron_keye.data.media import resolve_media
 from megatron_keye.data.packing import PackingWindow, WaitingSample, pack
 from megatron_keye.data.row import PackedRow, Sample
@@ -54,6 +55,9 @@ class RowLoader:
         self._sources = [
             open_source(source.path, tokenizer, config, model) for source in config.sources
         ]
+        for source in self._sources:
+            if source.unread:
+                _logger.warning("%s: %s", source.path, describe_unread(source.unread))
         self._weights = [source.weight for source in config.sources]
         self._blend = Blend(
             [source.num_samples for source in self._sources],
@@ -164,7 +168,14 @@ class RowLoader:
             samples = iter(self._load([sample for row in rows for sample in row]))
             for row in rows:
                 of_row = list(islice(samples, len(row)))
-                packed.append(pack(of_row, row_tokens, pad_token_id=self._pad_token_id))
+                packed.append(
+                    pack(
+                        of_row,
+                        row_tokens,
+                        pad_token_id=self._pad_token_id,
+                        weighting=self._config.loss_weighting,
+                    )
+                )
         return packed
 
     def _draw(self) -> WaitingSample:

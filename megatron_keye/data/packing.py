@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_keye.config.data import LossWeighting
 from megatron_keye.data.row import IGNORED_LABEL, PackedRow, Sample
+from megatron_keye.data.weighting import loss_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,13 @@ class PackingWindow:
         return bisect_right(self._by_length, (sample.num_tokens, -arrival)) - 1
 
 
-def pack(samples: Sequence[Sample], row_tokens: int, *, pad_token_id: int) -> PackedRow:
+def pack(
+    samples: Sequence[Sample],
+    row_tokens: int,
+    *,
+    pad_token_id: int,
+    weighting: LossWeighting = "token",
+) -> PackedRow:
     """Lay samples end to end and pad the rest of the row as a document of its own.
 
     Labels stay inside their document: a sample's last position has none.
@@ -95,6 +103,7 @@ def pack(samples: Sequence[Sample], row_tokens: int, *, pad_token_id: int) -> Pa
         samples: Samples that fit into one row together.
         row_tokens: Length of the row.
         pad_token_id: Token of the padding document.
+        weighting: What a label weighs beside its sample's others (`data.loss_weighting`).
 
     Returns:
         A row with at least one document.
@@ -108,17 +117,20 @@ def pack(samples: Sequence[Sample], row_tokens: int, *, pad_token_id: int) -> Pa
     bounds = np.cumsum([0, *lengths], dtype=np.int64)
     token_ids = np.full(row_tokens, pad_token_id, dtype=np.int64)
     labels = np.full(row_tokens, IGNORED_LABEL, dtype=np.int64)
+    weights = np.zeros(row_tokens, dtype=np.float32)
     picture_starts: list[int] = []
     for sample, start in zip(samples, bounds[:-1].tolist(), strict=True):
         stop = start + len(sample.token_ids)
         token_ids[start:stop] = sample.token_ids
         labels[start:stop] = sample.labels
+        weights[start:stop] = loss_weights(sample.weights, weighting)
         picture_starts += [start + position for position in sample.picture_starts]
     if num_real < row_tokens:
         bounds = np.append(bounds, row_tokens)
     return PackedRow(
         token_ids=token_ids,
         labels=labels,
+        weights=weights,
         document_bounds=bounds,
         num_real_tokens=num_real,
         pictures=tuple(picture for sample in samples for picture in sample.pictures),

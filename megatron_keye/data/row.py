@@ -1,4 +1,4 @@
-"""A packed row before it reaches a device: tokens, labels, documents and picture positions.
+"""A packed row before it reaches a device: tokens, weighted labels, documents, picture positions.
 
 Cheap to build and equal on every rank, so that each rank plans a whole step by itself; pixels are
 decoded later, only by the rank that encodes them.
@@ -30,8 +30,8 @@ class Picture:
 
     @property
     def is_video(self) -> bool:
-        """Whether it is a frame of a video."""
-        return self.medium.kind == "video"
+        """Whether it is a frame of a video, which may be a file of its own."""
+        return self.seconds is not None
 
     @property
     def num_patches(self) -> int:
@@ -53,6 +53,8 @@ class Sample:
     """Token ids [T]; a picture's placeholders are contiguous."""
     labels: NDArray[np.int64]
     """Next token to predict at each position [T], IGNORED_LABEL where there is none."""
+    weights: NDArray[np.float32]
+    """Weight of each label in the loss [T], above 0; 0 where there is no label."""
     pictures: tuple[Picture, ...]
     """Pictures in the order of their placeholders."""
     picture_starts: tuple[int, ...]
@@ -71,6 +73,8 @@ class PackedRow:
     """Token ids [T]."""
     labels: NDArray[np.int64]
     """Next token at each position [T], IGNORED_LABEL where none is predicted."""
+    weights: NDArray[np.float32]
+    """Weight of each label in the loss [T]; those of positions without a label do not count."""
     document_bounds: NDArray[np.int64]
     """Where documents start and end [documents + 1]: 0, ..., T."""
     num_real_tokens: int
@@ -88,6 +92,21 @@ class PackedRow:
         return int((self.labels != IGNORED_LABEL).sum())
 
     @property
+    def loss_weight(self) -> float:
+        """Sum of the weights of all labels, in float64."""
+        return float(self.weights[self.labels != IGNORED_LABEL].sum(dtype=np.float64))
+
+    @property
     def longest_document(self) -> int:
         """Tokens of the longest document, padding included."""
         return int(np.diff(self.document_bounds).max())
+
+
+def labels_of(token_ids: NDArray[np.int64], weights: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the labels [T] of one sample: the next token wherever that has a weight.
+
+    Args:
+        token_ids: [T].
+        weights: Weight of each position's label [T], 0 where none is wanted and at the end.
+    """
+    return np.where(weights > 0, np.append(token_ids[1:], IGNORED_LABEL), IGNORED_LABEL)

@@ -3,14 +3,15 @@
 The other source, a prepared store, is in store/reader.py; the loader uses the interface alone.
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 from megatron_keye.config import DataConfig, ModelConfig
-from megatron_keye.data.conversation import read_conversations
+from megatron_keye.data.conversation import Conversation, parse_conversation
+from megatron_keye.data.records.file import RecordFile
 from megatron_keye.data.row import Sample
 from megatron_keye.data.sample import make_sample
 from megatron_keye.data.tokens import Tokenizer
@@ -28,6 +29,8 @@ class SampleSource(Protocol):
     """Changes with the content, so that a checkpoint identifies its samples."""
     num_samples: int
     """How many there are, numbered from 0."""
+    unread: Mapping[str, int]
+    """Samples by what was not read of their records (`Conversation.unread`)."""
 
     def name(self, index: int) -> str:
         """Return the file and line that a sample comes from."""
@@ -40,10 +43,10 @@ class SampleSource(Protocol):
 
 
 class ConversationFile:
-    """Samples of a file with JSON lines.
+    """Samples of a file of conversations, which are checked at once and read when drawn.
 
     Args:
-        path: The file.
+        path: JSON lines, one JSON list, or parquet.
         tokenizer: Vocabulary.
         config: Budgets, loss tokens, packing window.
         model: Ids of placeholders, patch and merge size.
@@ -57,16 +60,19 @@ class ConversationFile:
         self, path: Path, tokenizer: Tokenizer, config: DataConfig, model: ModelConfig
     ) -> None:
         self.path = path
-        self.digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-        self._conversations = read_conversations(path)
-        self.num_samples = len(self._conversations)
+        self._records = RecordFile(path)
+        self.digest = self._records.digest
+        self.num_samples = len(self._records)
+        self.unread: Mapping[str, int] = Counter(
+            name for index in range(self.num_samples) for name in self._parse(index).unread
+        )
         self._tokenizer, self._config, self._model = tokenizer, config, model
         # Samples in the packing window have been tokenized already, for their lengths.
         self._sample = lru_cache(max(_SAMPLES_KEPT, 2 * config.packing_window))(self._make)
 
     def name(self, index: int) -> str:
         """Return the file and line that a sample comes from."""
-        return self._conversations[index].name
+        return self._records.name(index)
 
     def measure(self, index: int) -> int:
         """Tokenize one sample and return its length; UserError when that fails."""
@@ -76,5 +82,8 @@ class ConversationFile:
         """Return samples in the order asked for; UserError naming an unusable one."""
         return [self._sample(index) for index in indices]
 
+    def _parse(self, index: int) -> Conversation:
+        return parse_conversation(self._records.read(index), self.name(index), self.path.parent)
+
     def _make(self, index: int) -> Sample:
-        return make_sample(self._conversations[index], self._tokenizer, self._config, self._model)
+        return make_sample(self._parse(index), self._tokenizer, self._config, self._model)

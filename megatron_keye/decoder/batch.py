@@ -16,6 +16,8 @@ class Batch:
     """int64 [L]: local positions, 0 to S/CP - 1, with a label."""
     labels_L: Tensor
     """int64 [L]: labels at these positions."""
+    weights_L: Tensor
+    """float32 [L]: weight of each label in the loss."""
     position_ids_3T: Tensor
     """int64 [3, S/CP]: time, height and width position of each token."""
     key_start_T: Tensor

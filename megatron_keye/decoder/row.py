@@ -75,7 +75,7 @@ class DecoderRow:
     phase: Phase
     """Which attention and which indexer loss run."""
     indexer_loss_weight: float
-    """Weight of one query's KL in the sum that is divided by the number of labelled tokens."""
+    """Weight of one query's KL in the sum that is divided by the weight of all labels."""
     meter: RowMeter
     """Receives the layers' measurements."""
 

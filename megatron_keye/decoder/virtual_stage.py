@@ -112,8 +112,8 @@ class VirtualStage(MegatronModule):
             phase: Which attention and which indexer loss run.
 
         Returns:
-            In the last stage the language loss summed over this rank's labels, a scalar; in others
-            hidden states [S/CP/TP, 1, D].
+            In the last stage the weighted language loss summed over this rank's labels, a scalar;
+            in others hidden states [S/CP/TP, 1, D].
         """
         hidden_SBD = None
         if self.pre_process:
@@ -167,7 +167,7 @@ class VirtualStage(MegatronModule):
         )
 
     def _loss(self, hidden_SBD: Tensor, batch: Batch) -> Tensor:
-        """Sum the loss of labelled tokens.
+        """Sum the loss of labelled tokens, each times its weight.
 
         Only these get logits, which are as wide as the vocabulary: a long video has a hundred
         times more tokens than its answer.
@@ -178,4 +178,4 @@ class VirtualStage(MegatronModule):
             )
         hidden_LBD = hidden_SBD.index_select(0, batch.label_positions_L)
         loss_LB = token_losses(self.logits(hidden_LBD), batch.labels_L[:, None], self.tp_group)
-        return loss_LB.sum()
+        return (loss_LB * batch.weights_L[:, None]).sum()

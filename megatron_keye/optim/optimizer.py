@@ -79,12 +79,12 @@ class JointOptimizer:
         for module in self._model.wrapped():
             module.zero_grad_buffer()
 
-    def finish_gradients(self, divisor: int) -> None:
+    def finish_gradients(self, divisor: float) -> None:
         """Reduce gradients over replicas and divide them once.
 
         Args:
-            divisor: Labelled tokens of the global batch (`BatchCounts.divisor`), the same on all
-                ranks.
+            divisor: Weight of all labels of the global batch (`BatchCounts.divisor`), the same on
+                all ranks.
         """
         if self._grid.decoder is not None:
             finalize_model_grads(self._model.stages, None, pg_collection=self._grid.decoder)

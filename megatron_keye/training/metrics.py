@@ -3,6 +3,7 @@
 Every rank contributes its sums, zeros where it has none, and all get the result.
 """
 
+import math
 import resource
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,8 +25,8 @@ from megatron_keye.training.throughput import device_name, peak_tflops, step_flo
 class BatchCounts:
     """Token counts of one global batch, and its FLOPs."""
 
-    loss_tokens: int
-    """Tokens that have a label."""
+    loss_weight: float
+    """Sum of the weights of all labels; the number of labels where each weighs 1."""
     queries: int
     """Real tokens."""
     indexer_queries: int
@@ -36,15 +37,16 @@ class BatchCounts:
     """Model FLOPs of the training step (`throughput.step_flops`)."""
 
     @property
-    def divisor(self) -> int:
-        """Divisor of all gradients: labelled tokens, or real tokens where none has a label."""
-        return self.loss_tokens or max(1, self.queries)
+    def divisor(self) -> float:
+        """Divisor of all gradients: the labels' weight, or real tokens where none has a label."""
+        return self.loss_weight or float(max(1, self.queries))
 
 
 def count_batch(rows: Sequence[PackedRow], run: RunConfig) -> BatchCounts:
     """Count the rows of a global batch."""
     return BatchCounts(
-        loss_tokens=sum(row.num_loss_tokens for row in rows),
+        # Rounded once, so that it does not depend on the order of rows, which is the grid's.
+        loss_weight=math.fsum(row.loss_weight for row in rows),
         queries=sum(row.num_real_tokens for row in rows),
         indexer_queries=sum(
             row.num_real_tokens
@@ -61,7 +63,7 @@ class StepMetrics:
     """Metrics of one step, the same on every rank."""
 
     loss: float
-    """Language loss, mean over the tokens that have one, in nats."""
+    """Language loss, mean over labels by their weights, in nats."""
     indexer_kl: float
     """KL divergence of attention from the indexer, mean over queries, groups and layers, in nats,
     in rows that do not attend densely; NaN without any."""
@@ -142,7 +144,7 @@ def collect_metrics(
     nan = float("nan")
     tflops = counts.flops / largest["step"] / run.parallel.num_ranks / 1e12
     return StepMetrics(
-        loss=sums["language_loss"] / counts.loss_tokens if counts.loss_tokens else nan,
+        loss=sums["language_loss"] / counts.loss_weight if counts.loss_weight else nan,
         indexer_kl=sums["indexer_kl"] / kl_terms if kl_terms else nan,
         indexer_recall=sums["recall"] / sums["recall_queries"] if sums["recall_queries"] else nan,
         router_load=float((counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1)).mean()),

@@ -67,6 +67,7 @@ def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:
         token_ids_BS=token_ids[None],
         label_positions_L=is_predicted.nonzero().squeeze(1),
         labels_L=labels[is_predicted],
+        weights_L=torch.from_numpy(row.weights)[positions][is_predicted],
         position_ids_3T=torch.from_numpy(ids_3T)[:, positions].contiguous(),
         key_start_T=bounds[document],
         key_end_T=positions + 1,

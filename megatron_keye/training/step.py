@@ -245,7 +245,7 @@ class TrainingStep:
             meter,
             recorder,
             # All gradients are divided by counts.divisor at the end; these factors turn the other
-            # losses into means over queries and over tokens.
+            # losses into means over queries and over tokens, whatever labels weigh.
             indexer_loss_weight=weight * counts.divisor / max(1, counts.indexer_queries),
             balance_loss_scale=counts.divisor / counts.tokens,
         )

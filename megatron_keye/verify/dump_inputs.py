@@ -73,6 +73,7 @@ class DumpInputs:
             token_ids_BS=self.token_ids[None],
             label_positions_L=is_predicted.nonzero().squeeze(1),
             labels_L=targets[is_predicted],
+            weights_L=torch.ones(int(is_predicted.sum())),
             position_ids_3T=self.position_ids,
             key_start_T=self.document_bounds[document],
             key_end_T=positions + 1,

@@ -15,7 +15,14 @@ from megatron_keye.plan.places import DecoderPlace
 from megatron_keye.training.microbatch import cut_row
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import ROW_TOKENS, mixed_rows, text_rows, tiny_model, tiny_run
-from tests.support.train import WEIGHT_TOLERANCE, Trained, build_step, let_go, train
+from tests.support.train import (
+    WEIGHT_TOLERANCE,
+    Trained,
+    assert_same_training,
+    build_step,
+    let_go,
+    train,
+)
 
 PLAIN = OptimizerConfig(learning_rate=1e-2, clip_gradient_norm=0.0, weight_decay=0.0, epsilon=1e-4)
 """No clipping and no decay, by which one loss could touch another's weights."""
@@ -196,3 +203,44 @@ def test_the_indexer_learns_from_rows_without_any_label() -> None:
     training = {"optimizer": PLAIN, "phase": "indexer_warmup", "rows_per_step": 1}
     trained = train(tiny_run(training=training), [unlabelled])
     assert trained.changed(train(tiny_run(training=training), []))
+
+
+def _weighted(rows: list[PackedRow]) -> list[PackedRow]:
+    """Return the rows with another weight on each label."""
+    generator = np.random.default_rng(3)
+    return [
+        replace(row, weights=generator.uniform(0.1, 2, len(row.weights)).astype("f4"))
+        for row in rows
+    ]
+
+
+def test_the_loss_is_the_mean_by_weight_and_its_scale_changes_nothing() -> None:
+    rows = text_rows(0)[:2]
+    run = tiny_run(training={"optimizer": PLAIN, "rows_per_step": 2})
+    unlabelled = [replace(row, labels=np.full_like(row.labels, -100)) for row in rows]
+    alone = [
+        train(run, [[rows[0], unlabelled[1]]]).metrics[0].loss,
+        train(run, [[unlabelled[0], rows[1]]]).metrics[0].loss,
+    ]
+    shares = [row.num_loss_tokens * weight for row, weight in zip(rows, (0.5, 3.0), strict=True)]
+
+    def by_row(*weights: float) -> Trained:
+        weighted = [
+            replace(row, weights=np.full_like(row.weights, weight))
+            for row, weight in zip(rows, weights, strict=True)
+        ]
+        return train(run, [weighted])
+
+    together, quadrupled = by_row(0.5, 3.0), by_row(2.0, 12.0)
+    assert together.metrics[0].loss == pytest.approx(np.average(alone, weights=shares), rel=1e-6)
+    # Powers of two only move exponents; the indexer's and the balancing loss keep their parts.
+    assert not together.changed(quadrupled)
+    assert together.metrics[0].gradient_norm == quadrupled.metrics[0].gradient_norm
+    assert together.metrics[0].indexer_kl == quadrupled.metrics[0].indexer_kl
+
+
+def test_weights_are_those_of_one_rank_on_every_grid() -> None:
+    batches = [_weighted(mixed_rows(step)) for step in range(2)]
+    expected = train(tiny_run(), batches)
+    assert_same_training(train(tiny_run(context=2, data=2), batches), expected)
+    assert expected.metrics[0].loss != train(tiny_run(), [mixed_rows(0)]).metrics[0].loss

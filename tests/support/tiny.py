@@ -129,6 +129,7 @@ def packed_row(seed: int, *documents: tuple[int, tuple[tuple[int, int], ...]]) -
     return PackedRow(
         token_ids=np.array(tokens + [0] * padding, dtype=np.int64),
         labels=np.array(labels + [IGNORED_LABEL] * padding, dtype=np.int64),
+        weights=np.ones(ROW_TOKENS, dtype=np.float32),
         document_bounds=np.array([*bounds, ROW_TOKENS][: None if padding else -1], dtype=np.int64),
         num_real_tokens=len(tokens),
         pictures=tuple(pictures),

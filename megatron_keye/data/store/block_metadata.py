@@ -24,7 +24,7 @@ class StoredMedium(FileIdentity):
     name: str
     """Name as written in the sample file."""
     is_video: bool
-    """Whether it is a video or an image."""
+    """Whether it is a video, or an image or one frame of a video."""
     seconds: float
     """From the first to the last frame; 0 for an image."""
 
@@ -70,13 +70,13 @@ class BlockMetadata:
         key = picture.medium
         if key not in self._numbers:
             path, seconds = Path(key.path), 0.0
-            if picture.is_video:
+            if key.kind == "video":
                 times = probes.probe(path).times
                 seconds = float(times[-1] - times[0])
             self.media.append(
                 StoredMedium(
                     name=names[key.path],
-                    is_video=picture.is_video,
+                    is_video=key.kind == "video",
                     seconds=seconds,
                     **vars(identify(path)),
                 )

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_keye.config import DataConfig, ModelConfig
-from megatron_keye.data.store.prepare import BlockMaker, SampleFile, scan
+from megatron_keye.data.records.file import SampleFile, scan
+from megatron_keye.data.store.prepare import BlockMaker
 from megatron_keye.data.store.probe_cache import ProbeCache
 from megatron_keye.data.store.settings import deciding_settings
 from megatron_keye.data.store.writer import write_store
@@ -37,7 +38,7 @@ def make_store(
     """Make a store, or go on with what a killed attempt left.
 
     Args:
-        samples: JSON lines.
+        samples: JSON lines, one JSON list, or parquet.
         out: The store; must not exist.
         config: Budgets, tokenizer and loss tokens.
         model: Ids of placeholders, patch and merge size.

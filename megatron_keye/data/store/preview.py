@@ -1,9 +1,11 @@
 """A contact sheet of prepared samples: frames as the model sees them, and the exact text.
 
-For a person to check before a long run; the whole text also goes to a file beside it, since
-Pillow's built-in font has Latin letters only.
+What is predicted is blue in the sheet and bracketed in the text, with its weight. For a person to
+check before a long run; the whole text also goes to a file beside it, since Pillow's built-in font
+has Latin letters only.
 """
 
+import re
 import textwrap
 from itertools import groupby
 from pathlib import Path
@@ -12,12 +14,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from megatron_keye.config import DataConfig, ModelConfig
+from megatron_keye.config.data import LossWeighting
+from megatron_keye.data.conversation import describe_unread
 from megatron_keye.data.row import Picture, Sample
 from megatron_keye.data.store.reader import SampleStore
 from megatron_keye.data.store.settings import deciding_settings
 from megatron_keye.data.tokens import Tokenizer, load_tokenizer
 from megatron_keye.data.video.image import decode_image
 from megatron_keye.data.video.pyav import iterate_frames
+from megatron_keye.data.weighting import loss_weights
 
 MAX_PICTURES = 12
 """Pictures shown of one sample, evenly spread over it."""
@@ -28,6 +33,13 @@ _LINE_HEIGHT = 15
 _CHARACTERS_PER_LINE = 110
 _MARGIN = 12
 _WIDTH = 1600
+_PREDICTED = "\u27e6", "\u27e7"
+"""Brackets around predicted text, which hardly any text has."""
+_COLORS = {False: "black", True: "blue"}
+_LEGEND = (
+    f"Text between {_PREDICTED[0]} and {_PREDICTED[1]} is predicted; where a label of it does not "
+    "weigh 1, its weight stands in front."
+)
 
 
 def write_preview(store: Path, config: DataConfig, model: ModelConfig, count: int) -> None:
@@ -43,7 +55,10 @@ def write_preview(store: Path, config: DataConfig, model: ModelConfig, count: in
     source = SampleStore(store, deciding_settings(tokenizer, config, model))
     spread = np.linspace(0, source.num_samples - 1, min(count, source.num_samples))
     samples = source.load(spread.round().astype(int).tolist())
-    texts = [abbreviated_text(sample, tokenizer, model) for sample in samples]
+    texts = [
+        marked_text(sample, tokenizer, model, weighting=config.loss_weighting)
+        for sample in samples
+    ]
     side = model.vision.patch_size
     sheets = [_sheet(sample, text, side) for sample, text in zip(samples, texts, strict=True)]
     whole = Image.new("RGB", (_WIDTH, sum(sheet.height for sheet in sheets)), "white")
@@ -53,28 +68,63 @@ def write_preview(store: Path, config: DataConfig, model: ModelConfig, count: in
         top += sheet.height
     whole.save(store.with_name(f"{store.name}.preview.png"))
     store.with_name(f"{store.name}.preview.txt").write_text(
-        "\n".join(f"{_title(s)}\n{text}\n" for s, text in zip(samples, texts, strict=True)),
+        "\n".join(
+            [
+                _LEGEND,
+                *([unread] if (unread := describe_unread(source.unread)) else []),
+                *(f"\n{_title(s)}\n{text}" for s, text in zip(samples, texts, strict=True)),
+                "",
+            ]
+        ),
         encoding="utf-8",
     )
 
 
-def abbreviated_text(sample: Sample, tokenizer: Tokenizer, model: ModelConfig) -> str:
-    """Return the text that the model sees, with runs of placeholders as `<|video_pad|>x128`."""
+def marked_text(
+    sample: Sample,
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    *,
+    weighting: LossWeighting = "token",
+) -> str:
+    """Return the text that the model sees, what is predicted in brackets.
+
+    Runs of placeholders are shortened to `<|video_pad|>x128`.
+
+    Args:
+        sample: What to show.
+        tokenizer: Its vocabulary.
+        model: Ids of placeholders.
+        weighting: As in `data.loss_weighting`; decides the weights that are shown.
+    """
+    # A token is predicted at the position before it.
+    weights = [0.0, *loss_weights(sample.weights, weighting)[:-1].tolist()]
     parts = []
-    for key, run in groupby(
-        sample.token_ids.tolist(), lambda token: token if token in model.vision_token_ids else -1
+    for weight, run in groupby(
+        zip(sample.token_ids.tolist(), weights, strict=True), lambda x: x[1]
     ):
-        token_ids = list(run)
-        is_long = key >= 0 and len(token_ids) > 1
-        text = tokenizer.decode(token_ids[:1] if is_long else token_ids)
-        parts.append(f"{text}x{len(token_ids)}" if is_long else text)
+        text = _abbreviated([token for token, _ in run], tokenizer, model)
+        shown = text if weight in (0, 1) else f"{weight:.3g}: {text}"
+        parts.append(f"{_PREDICTED[0]}{shown}{_PREDICTED[1]}" if weight else shown)
+    return "".join(parts)
+
+
+def _abbreviated(token_ids: list[int], tokenizer: Tokenizer, model: ModelConfig) -> str:
+    parts = []
+    for key, group in groupby(
+        token_ids, lambda token: token if token in model.vision_token_ids else -1
+    ):
+        run = list(group)
+        is_long = key >= 0 and len(run) > 1
+        text = tokenizer.decode(run[:1] if is_long else run)
+        parts.append(f"{text}x{len(run)}" if is_long else text)
     return "".join(parts)
 
 
 def _title(sample: Sample) -> str:
     num_predicted = int((sample.labels >= 0).sum())
     return (
-        f"{sample.name}: {len(sample.token_ids):,} tokens, {num_predicted:,} predicted, "
+        f"{sample.name}: {len(sample.token_ids):,} tokens, {num_predicted:,} predicted (blue), "
         f"{len(sample.pictures):,} images and frames"
     )
 
@@ -103,8 +153,16 @@ def _sheet(sample: Sample, text: str, patch_size: int) -> Image.Image:
         label = _label(pictures[index], patch_size)
         draw.text((left, top + thumbnail.height + 1), label, fill="black", font=font)
     left = _MARGIN + min(len(pictures), _COLUMNS) * (_CELL[0] + _MARGIN)
+    is_predicted = False
     for number, line in enumerate(lines):
-        draw.text((left, first_row + number * _LINE_HEIGHT), line, fill="black", font=font)
+        place = float(left)
+        for piece in re.split(f"([{''.join(_PREDICTED)}])", line):
+            if piece in _PREDICTED:
+                is_predicted = piece == _PREDICTED[0]
+                continue
+            top = first_row + number * _LINE_HEIGHT
+            draw.text((place, top), piece, fill=_COLORS[is_predicted], font=font)
+            place += font.getlength(piece)
     return sheet
 
 
@@ -112,7 +170,9 @@ def _label(picture: Picture, patch_size: int) -> str:
     size = f"{picture.patch_grid[1] * patch_size} x {picture.patch_grid[0] * patch_size}"
     if picture.seconds is None:
         return f"image, {size}"
-    return f"{picture.seconds:.2f} s, frame {picture.frame}, {size}"
+    is_file = picture.medium.kind == "image"
+    frame = Path(picture.medium.path).name if is_file else f"frame {picture.frame}"
+    return f"{picture.seconds:.2f} s, {frame}, {size}"
 
 
 def _thumbnails(pictures: list[Picture], patch_size: int) -> dict[int, Image.Image]:

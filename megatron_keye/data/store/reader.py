@@ -4,7 +4,7 @@ Bounds and the list of media files stay in memory, 40 bytes per sample and about
 tokens are read for whole rows at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from megatron_keye.data.media import FileIdentity, Medium, resolve_media
-from megatron_keye.data.row import Picture, Sample
+from megatron_keye.data.row import Picture, Sample, labels_of
 from megatron_keye.data.store.settings import check_settings
 from megatron_keye.data.store.writer import FORMAT
 from megatron_keye.errors import UserError
@@ -44,6 +44,7 @@ class SampleStore:
         """Attributes of the store: totals, settings, sample file."""
         self.digest: str = attributes["digest"]
         self.num_samples: int = attributes["num_samples"]
+        self.unread: Mapping[str, int] = attributes["unread"]
         self._base = (path.resolve().parent / attributes["media_base"]).resolve()
         self._tokens, self._pictures = _array(group, "tokens"), _array(group, "pictures")
         self._lines = _whole(group, "samples/lines")
@@ -88,15 +89,24 @@ class SampleStore:
         tokens = _gather(self._tokens, self._token_bounds, indices)
         pictures = _gather(self._pictures, self._picture_bounds, indices)
         return [
-            Sample(
-                name=self.name(index),
-                token_ids=pairs[:, 0].astype(np.int64),
-                labels=pairs[:, 1].astype(np.int64),
-                pictures=tuple(map(self._picture, rows.tolist())),
-                picture_starts=tuple(rows[:, 4].astype(np.int64).tolist()),
-            )
+            self._sample(index, pairs, rows)
             for index, pairs, rows in zip(indices, tokens, pictures, strict=True)
         ]
+
+    def _sample(
+        self, index: int, pairs: NDArray[np.int32], pictures: NDArray[np.float64]
+    ) -> Sample:
+        token_ids = pairs[:, 0].astype(np.int64)
+        # The second column has the bits of a float32.
+        weights = pairs[:, 1].copy().view(np.float32)
+        return Sample(
+            name=self.name(index),
+            token_ids=token_ids,
+            labels=labels_of(token_ids, weights),
+            weights=weights,
+            pictures=tuple(map(self._picture, pictures.tolist())),
+            picture_starts=tuple(pictures[:, 4].astype(np.int64).tolist()),
+        )
 
     def _picture(self, row: list[float]) -> Picture:
         medium, frame, down, across = map(int, row[:4])
@@ -105,7 +115,7 @@ class SampleStore:
             medium=Medium(self._media_path(medium), "video" if is_video else "image"),
             frame=frame,
             patch_grid=(down, across),
-            seconds=row[5] if is_video else None,
+            seconds=None if np.isnan(row[5]) else row[5],
         )
 
     def _find_medium(self, medium: int) -> str:

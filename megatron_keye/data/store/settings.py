@@ -27,6 +27,9 @@ def deciding_settings(
     settings = frames | {
         "data.tokenizer": f"vocabulary {tokenizer.digest}",
         "data.loss_tokens": config.loss_tokens,
+        "data.thinking": config.thinking,
+        "data.trains_on_thinking": config.trains_on_thinking,
+        "data.trains_on_shortened_turns": config.trains_on_shortened_turns,
         "model.vision.patch_size": model.vision.patch_size,
         "model.vision.merge_size": model.vision.merge_size,
         "model.image_token_id": model.image_token_id,

@@ -6,6 +6,7 @@ distinct media files.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from zarr.codecs import ZstdCodec
 from megatron_keye.data.store.block_metadata import BlockMetadata, StoredMedium
 from megatron_keye.errors import UserError
 
-FORMAT = "megatron_keye.samples.1"
+FORMAT = "megatron_keye.samples.2"
 REFUSED = "refused.txt"
 """File in the store that lists the lines left out, and why."""
 # Reading costs about 1 ms for each chunk touched, whatever its length.
@@ -26,7 +27,8 @@ _CHUNK_LENGTH = 65_536
 _SHARD_LENGTH = 64 * _CHUNK_LENGTH
 # Type and row shape of each array; bounds are [N + 1] and begin with 0.
 _ARRAYS: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
-    # Of each token: its id and its label.
+    # Of each token: its id, and the bits of the float32 weight of its label, which is the next
+    # token if the weight is above 0.
     "tokens": ("int32", (2,)),
     "samples/token_bounds": ("int64", ()),
     "samples/picture_bounds": ("int64", ()),
@@ -164,16 +166,18 @@ def write_store(
         attributes: What readers need beside arrays and totals.
 
     Returns:
-        Totals: num_samples, num_tokens, num_pictures, longest, num_media, video_seconds and
-        num_refused.
+        Totals: num_samples, num_tokens, num_pictures, longest, num_media, video_seconds,
+        num_refused, and samples by what was not read of them.
 
     Raises:
         UserError: Naming a media file that changed between blocks.
     """
     writer = _StoreWriter(folder)
     refused: list[str] = []
+    unread: Counter[str] = Counter()
     for path, record in blocks.items():
         writer.add_block(path, record["num_tokens"])
+        unread.update(record["unread"])
         refused += record["refused"]
     writer.finish()
     (folder / REFUSED).write_text("".join(f"{reason}\n" for reason in refused))
@@ -186,6 +190,7 @@ def write_store(
         "num_media": len(writer.media),
         "video_seconds": sum(medium.seconds for medium in writer.media),
         "num_refused": len(refused),
+        "unread": dict(unread),
     }
     content = json.dumps([attributes, totals, refused], sort_keys=True).encode()
     digest = hashlib.blake2b(content, digest_size=16).hexdigest()

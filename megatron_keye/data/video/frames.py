@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_keye.config import FrameConfig, VisionConfig
+from megatron_keye.data.video.limits import MediaLimits
 from megatron_keye.data.video.probe import VideoInfo
 from megatron_keye.errors import UserError
 
@@ -40,6 +41,7 @@ def plan_video(
     *,
     start_seconds: float | None = None,
     end_seconds: float | None = None,
+    limits: MediaLimits | None = None,
 ) -> VideoPlan:
     """Decide the frames and their size.
 
@@ -49,13 +51,20 @@ def plan_video(
         vision: Patch and merge size.
         start_seconds: Where the window starts; None for the video's start.
         end_seconds: Where the window ends, itself left out; None for the video's end.
+        limits: What the sample says about rate and size; None for nothing.
 
     Raises:
         UserError: For a window without frames or a refused aspect ratio, naming the file.
     """
+    limits = limits or MediaLimits()
     try:
+        config = limits.of_video(config, vision)
         chosen = choose_frames(
-            info.times, config, start_seconds=start_seconds, end_seconds=end_seconds
+            info.times,
+            config,
+            start_seconds=start_seconds,
+            end_seconds=end_seconds,
+            limits=limits,
         )
         patch_grid = frame_patch_grid(info.height, info.width, len(chosen), config, vision)
     except UserError as error:
@@ -69,6 +78,7 @@ def choose_frames(
     *,
     start_seconds: float | None = None,
     end_seconds: float | None = None,
+    limits: MediaLimits | None = None,
 ) -> NDArray[np.int64]:
     """Choose the frame that is on screen at each sampling instant, each frame once.
 
@@ -81,6 +91,7 @@ def choose_frames(
         config: Rate and budgets.
         start_seconds: First instant; None or anything earlier means the first frame's time.
         end_seconds: Instants come before this; None lets the last frame's time be the last.
+        limits: May ask for more or fewer instants, evenly spaced over the window.
 
     Returns:
         int64 indices into `times`, ascending, at least one.
@@ -98,7 +109,12 @@ def choose_frames(
         )
     stop = min(end - _SLACK_SECONDS, last + _SLACK_SECONDS)
     num_instants = int(max(0.0, stop - start) * config.frames_per_second) + 1
-    instants = start + np.arange(num_instants) / config.frames_per_second
+    num_wanted = limits.num_frames(num_instants) if limits is not None else num_instants
+    if num_wanted == num_instants:
+        instants = start + np.arange(num_instants) / config.frames_per_second
+    else:
+        # The last one is inside the window also after the slack that is added below.
+        instants = np.linspace(start, max(start, stop - 1.5 * _SLACK_SECONDS), num_wanted)
     on_screen = np.searchsorted(times, instants + _SLACK_SECONDS, side="right") - 1
     chosen = np.unique(on_screen).astype(np.int64)
     most = config.max_tokens_per_video // config.min_tokens_per_frame

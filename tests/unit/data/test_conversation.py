@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from megatron_keye.config import DataConfig, FrameConfig
-from megatron_keye.data.conversation import parse_conversation, read_conversations
+from megatron_keye.data.conversation import parse_conversation
 from megatron_keye.data.row import IGNORED_LABEL, Sample
 from megatron_keye.data.sample import make_sample
 from megatron_keye.data.tokens import load_tokenizer
@@ -131,8 +131,9 @@ def test_formats_of_other_trainers_are_one_sample(tmp_path: Path) -> None:
         assert first.pictures == other.pictures
 
 
-def test_markers_without_lists_are_plain_text() -> None:
-    sample = sample_of({"messages": [user("<image> is HTML"), ANSWER]})
+def test_markers_in_parts_are_plain_text() -> None:
+    text = {"type": "text", "text": "<image> is HTML"}
+    sample = sample_of({"messages": [user([text]), ANSWER]})
     assert not sample.pictures and "<image> is HTML" in text_of(sample)
 
 
@@ -154,20 +155,20 @@ def test_user_text_cannot_close_its_turn() -> None:
         ({"messages": [user(3)]}, "text or a list of parts"),
         ({"messages": [user([{"type": "audio", "audio": "a"}])]}, "text, image, video"),
         ({"messages": [user([{"type": "video"}])]}, "expected text at 'video'"),
+        ({"messages": [user("<image> is HTML"), ANSWER]}, "more <image> markers"),
         ({"messages": [user([{"type": "video", "video": "v", "strat": 1}])]}, "start"),
         ({"messages": [user([{"type": "video", "video": "v", "end": "1"}])]}, "seconds as a"),
         ({"messages": [user("<image>")], "images": []}, "more <image> markers"),
         ({"messages": [user("x")], "videos": ["v.mp4"]}, "names 1 more than"),
         ({"messages": [user("x")], "videos": "v.mp4"}, "list of file names"),
-        ({"messages": [user("x")], "videos": [["a.png", "b.png"]]}, "list of file names"),
-        ({"messages": [user("x"), ANSWER], "tools": "[]"}, "'tools'.*would be ignored"),
-        ({"messages": [user("x"), ANSWER | {"loss": False}]}, "'loss': False.*would be ignored"),
+        ({"messages": [user("x"), ANSWER], "tools": "{}"}, "'tools'.*list of tools"),
+        ({"messages": [user("x"), ANSWER | {"loss": False}]}, "no assistant message that is"),
         ({"messages": [user("<image>")], "image": "https://a/b.png"}, "no file name.*download"),
-        ({"conversations": [{"from": "tool", "value": "x"}]}, "got role 'tool'"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "got role 'robot'"),
         ({"conversations": [{"from": "human"}]}, "got content None"),
         (
             {"messages": [user([{"type": "video", "video": "v", "end": 1, "video_end": 2}])]},
-            "expected one of them",
+            "mean the same and differ",
         ),
         ({"messages": [user("x")]}, "no assistant message"),
         ({"messages": [user([{"type": "video", "video": "gone.mp4"}]), ANSWER]}, "is not there"),
@@ -180,14 +181,21 @@ def test_malformed_samples_are_named(tmp_path: Path, record: Any, words: str) ->
         sample_of(record, tmp_path)
 
 
-def test_malformed_lines_are_named_with_their_number(tmp_path: Path) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps({"messages": [ANSWER]}) + "\n\n{oops\n")
-    with pytest.raises(ValueError, match=r"bad\.jsonl:3: is not valid JSON"):
-        read_conversations(path)
-    path.write_text("\n")
-    with pytest.raises(ValueError, match=r"bad\.jsonl: holds no samples"):
-        read_conversations(path)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"bad\.jsonl: cannot be read as UTF-8"):
-        read_conversations(path)
+def test_grounding_marks_are_tokens_where_the_sample_says_so() -> None:
+    text = "<|object_ref_start|>cat<|object_ref_end|><|box_start|>(1,2)<|box_end|><|im_end|>"
+    record = {"messages": [user("Q"), {"role": "assistant", "content": text}]}
+    marks = [151646, 151647, 151648, 151649]
+    plain = sample_of(record)
+    tokens = sample_of(record | {"grounding_tokens": True})
+    assert text_of(plain) == text_of(tokens)
+    assert not set(plain.token_ids.tolist()) & set(marks)
+    assert [token for token in tokens.labels.tolist() if token in marks] == marks
+    assert (tokens.token_ids == 151_645).sum() == 2, "the text closed its turn"
+    unknown = {"messages": [ANSWER | {"content": "<|clip_start|>"}], "grounding_tokens": True}
+    with pytest.raises(ValueError, match=r"no token <\|clip_start\|>"):
+        sample_of(unknown)
+
+
+def test_a_turn_that_is_not_the_assistants_may_not_weigh() -> None:
+    with pytest.raises(ValueError, match="file.jsonl:7: a turn of 'user' has the weight 1"):
+        sample_of({"messages": [user("Q") | {"train": True}, ANSWER]})

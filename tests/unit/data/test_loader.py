@@ -24,7 +24,15 @@ RECIPE_SAMPLES = Path(__file__).parents[3] / "megatron_keye" / "recipes" / "keye
 def made_sample(length: int, name: str = "s") -> Sample:
     token_ids = np.arange(1, length + 1)
     labels = np.append(token_ids[1:], IGNORED_LABEL)
-    return Sample(name=name, token_ids=token_ids, labels=labels, pictures=(), picture_starts=())
+    weights = (labels != IGNORED_LABEL).astype(np.float32)
+    return Sample(
+        name=name,
+        token_ids=token_ids,
+        labels=labels,
+        weights=weights,
+        pictures=(),
+        picture_starts=(),
+    )
 
 
 def same(left: list[PackedRow], right: list[PackedRow]) -> bool:
@@ -34,6 +42,7 @@ def same(left: list[PackedRow], right: list[PackedRow]) -> bool:
         and a.picture_starts == b.picture_starts
         and np.array_equal(a.token_ids, b.token_ids)
         and np.array_equal(a.labels, b.labels)
+        and np.array_equal(a.weights, b.weights)
         and np.array_equal(a.document_bounds, b.document_bounds)
         for a, b in zip(left, right, strict=True)
     )

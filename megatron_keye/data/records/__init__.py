@@ -1,0 +1,1 @@
+"""Records of sample files: JSON lines, one JSON list, or parquet, by number and in blocks."""
