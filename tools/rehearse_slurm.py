@@ -6,7 +6,9 @@ the loopback interface only; a Slurm that already runs here is not affected.
 
     python tools/rehearse_slurm.py [--ranks-per-node N] [--sbatch=OPTION] RECIPE [ARGUMENTS]
 
-RECIPE and ARGUMENTS are passed to launch/train.py. Ctrl-C cancels the job. Exit status: the job's.
+RECIPE and ARGUMENTS are passed to launch/train.py. The run's folder is temporary too, so that an
+earlier run of its name stays as it is, unless ARGUMENTS set output_dir. Ctrl-C cancels the job.
+Exit status: the job's.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -246,6 +248,11 @@ def follow(slurm: LocalSlurm, job: str, log: Path) -> int:
         time.sleep(0.5)
 
 
+def job_arguments(recipe: str, arguments: Sequence[str], folder: Path) -> list[str]:
+    """Return the job's arguments, which write to `folder` unless they name another one."""
+    return [recipe, "--set", f"output_dir={folder / 'runs'}", *arguments]
+
+
 def main() -> int:
     """Submit the job, print its log and return its exit status."""
     parser = make_parser("tools/rehearse_slurm.py", __doc__)
@@ -261,8 +268,7 @@ def main() -> int:
     with LocalSlurm() as slurm, tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "job.log"
         job = slurm.submit(
-            options.recipe,
-            *options.arguments,
+            *job_arguments(options.recipe, options.arguments, Path(folder)),
             ranks_per_node=options.ranks_per_node,
             options=(f"--output={log}", *options.sbatch),
         )

@@ -95,7 +95,9 @@ def check_continues(folder: Path, run: RunConfig) -> None:
         _logger.warning("%s continues with other settings: %s", folder, ", ".join(said))
     weights = run.training.checkpoint.weights
     if weights != saved.training.checkpoint.weights and weights:
-        _logger.warning("%s continues, so training.checkpoint.weights=%s is not read", folder, weights)
+        _logger.warning(
+            "%s continues, so training.checkpoint.weights=%s is not read", folder, weights
+        )
 
 
 def _saved_run(folder: Path) -> RunConfig:

@@ -9,7 +9,7 @@ import math
 import random
 import re
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from megatron_keye.checkpoint.continuation import check_continues
 from megatron_keye.checkpoint.convert.check_tensors import check_shapes
 from megatron_keye.checkpoint.convert.native_folder import NativeFolder
 from megatron_keye.checkpoint.convert.to_native import native_shapes
+from megatron_keye.checkpoint.history import HISTORY, PastRun, past_run, text_of
 from megatron_keye.checkpoint.optimizer_state import (
     copy_to_masters,
     saved_optimizer,
@@ -59,6 +60,8 @@ class Progress:
     """Real tokens of all steps."""
     seconds: float = 0.0
     """Duration of all steps."""
+    earlier: list[PastRun] = field(default_factory=list)
+    """Runs that trained the weights which this one started from."""
 
 
 def checkpoint_folder(run: RunConfig, step: int) -> Path:
@@ -138,6 +141,8 @@ def save(
     dist.barrier()
     if grid.rank == 0:
         (partial / "run.json").write_text(run.to_json())
+        history = [*progress.earlier, past_run(run, progress.step)]
+        (partial / HISTORY).write_text(text_of(history))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         _prune(folder.parent, run.training.checkpoint.keep)
@@ -223,6 +228,7 @@ def load_weights(
     loaded = dist_checkpointing.load({"weights": wanted}, str(folder))
     copy_loaded(loaded["weights"], targets)
     copy_to_masters(optimizer)
+    set_optimizer_steps(optimizer, 0)
 
 
 def _random_state(grid: Grid) -> ShardedObject:

@@ -28,7 +28,7 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add RECIPE, the first argument, and --set."""
     parser.add_argument("recipe", metavar="RECIPE", help=_RECIPE_HELP)
-    _add_settings(parser)
+    add_settings(parser)
 
 
 def add_recipe_option(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
@@ -41,16 +41,19 @@ def add_recipe_option(parser: argparse.ArgumentParser, *, default: str | None = 
         help=f"recipe whose settings apply: {_RECIPE_HELP}"
         + (f"; default: {default}" if default else ""),
     )
-    _add_settings(parser)
+    add_settings(parser)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def add_settings(
+    parser: argparse.ArgumentParser, meaning: str = "change a setting of the recipe; repeatable"
+) -> None:
+    """Add --set."""
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="SECTION.FIELD=VALUE",
-        help="change a setting of the recipe; repeatable; megatron-keye settings lists all",
+        help=f"{meaning}; megatron-keye settings lists all",
     )
 
 

@@ -1,9 +1,11 @@
 """Shows the ranks, stages, parameters and memory that a recipe needs; runs without a GPU.
 
-    megatron-keye plan keye_30b_a3b --ranks 64 --set parallel.decoder.tensor=4 --json
+    megatron-keye plan keye_30b_a3b --ranks 128
+    megatron-keye plan keye_30b_a3b --set parallel.decoder.tensor=4 --json
     megatron-keye plan keye_tiny --ranks 4 --batch SAMPLES:STEP --suggest
 
-Ranks are numbered as by megatron-keye train, torchrun and srun. --batch plans one step: how much
+Ranks are numbered as by megatron-keye train, torchrun and srun; those that are alike share a line
+(--json lists each). --batch plans one step: how much
 each rank encodes, and its expected idle time; without SAMPLES it reads the recipe's samples.
 --suggest simulates that step with several numbers of vision ranks. Expected times are counted
 operations divided by an assumed speed of a device. Expected memory assumes packed rows full of
@@ -31,7 +33,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser("megatron-keye plan", __doc__)
     add_recipe(parser)
-    add_count(parser, "--ranks", "ranks for which the recipe chooses its degrees", default=1)
+    add_count(
+        parser,
+        "--ranks",
+        "ranks that will be started, for which the recipe chooses its degrees; default: the "
+        "fewest that the recipe is made for",
+    )
     parser.add_argument(
         "--labels",
         type=int,
@@ -50,7 +57,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Print the plan and return the exit status."""
     options = parse_arguments(arguments)
-    run = chosen_run(options, num_ranks=options.ranks, has_gpu=True)
+    run = chosen_run(options, num_ranks=options.ranks or 1, has_gpu=True)
+    if options.ranks not in (None, run.parallel.num_ranks):
+        raise UserError(
+            f"--ranks: got {options.ranks}, expected {run.parallel.num_ranks}, since the degrees "
+            f"of {options.recipe} for {options.ranks} ranks are {run.parallel.describe()}; "
+            "training would not start; change --ranks, or a degree with --set"
+        )
     plan = make_plan(run, options.labels)
     if options.suggest and options.batch is None:
         raise UserError("--suggest: got no --batch, expected --batch SAMPLES:STEP with it")

@@ -20,7 +20,7 @@ APEX_INSTALL = (
     "git+https://github.com/NVIDIA/apex"
 )
 DALI_INSTALL = 'pip install "nvidia-dali-cuda130==2.4.*"'
-WANDB_INSTALL = 'pip install "megatron-keye[wandb]"'
+WANDB_INSTALL = 'pip install "wandb>=0.31"'
 # One distribution per CUDA release.
 DALI_NAMES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 # Transformer Engine's core library, one distribution per CUDA release.

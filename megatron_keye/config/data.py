@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_keye.config.check import check
+from megatron_keye.config.check import check, check_numbers
 
 LossTokens = Literal["assistant", "text"]
 Thinking = Literal["keep", "qwen3"]
@@ -25,18 +25,27 @@ class FrameConfig:
     """Larger frames are shrunk to at most this many tokens."""
     max_tokens_per_video: int = 184_320
     """Most vision tokens of one video; first its frames are shrunk, then fewer are sampled."""
+    max_seconds: float = 0.0
+    """Longest video, or window of one, in seconds. A sample with a longer one is refused as
+    data.on_bad_sample says: give it a start and an end, or cut it (megatron-keye interleave). 0:
+    any length."""
     min_tokens_per_image: int = 4
     """Smaller images are enlarged to about this many tokens."""
     max_tokens_per_image: int = 20_480
     """Larger images are shrunk to at most this many tokens."""
 
     def __post_init__(self) -> None:
-        rate = self.frames_per_second
-        check(rate > 0, "data.frames.frames_per_second", rate, "a rate above 0")
+        check_numbers(
+            self,
+            "data.frames",
+            above_zero="frames_per_second min_tokens_per_frame max_tokens_per_frame "
+            "max_tokens_per_video min_tokens_per_image max_tokens_per_image",
+            zero_or_more="max_seconds",
+        )
         for kind in ("frame", "image"):
             low = getattr(self, f"min_tokens_per_{kind}")
             high = getattr(self, f"max_tokens_per_{kind}")
-            check(0 < low <= high, f"data.frames.min_tokens_per_{kind}", low, f"1 to {high}")
+            check(low <= high, f"data.frames.min_tokens_per_{kind}", low, f"1 to {high}")
         check(
             self.max_tokens_per_video >= self.min_tokens_per_frame,
             "data.frames.max_tokens_per_video",
@@ -77,10 +86,12 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         backends = ("auto", "pyav", "dali")
         check(self.backend in backends, "data.decode.backend", self.backend, f"one of {backends}")
-        check(self.num_threads >= 0, "data.decode.num_threads", self.num_threads, "0 or more")
-        for name in ("max_ahead_chunks", "max_ahead_mebibytes", "timeout_seconds"):
-            number = getattr(self, name)
-            check(number > 0, f"data.decode.{name}", number, "a number above 0")
+        check_numbers(
+            self,
+            "data.decode",
+            above_zero="max_ahead_chunks max_ahead_mebibytes timeout_seconds",
+            zero_or_more="num_threads",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +146,10 @@ class DataConfig:
     """The sources in `samples`, with weights that add up to 1."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "data", above_zero="row_tokens packing_window")
         check(self.row_tokens > 1, "data.row_tokens", self.row_tokens, "2 or more")
-        window = self.packing_window
-        check(window > 0, "data.packing_window", window, "1 or more samples")
+        check(bool(self.samples), "data.samples", self.samples, "a sample file or a store")
+        check(bool(self.tokenizer), "data.tokenizer", self.tokenizer, "'qwen' or a folder")
         policy = self.on_bad_sample
         check(policy in ("refuse", "skip"), "data.on_bad_sample", policy, "'refuse' or 'skip'")
         check(

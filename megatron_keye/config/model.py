@@ -4,9 +4,9 @@ Standard library only, so that planning needs no torch. Names follow the release
 configuration where it has one.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from megatron_keye.config.check import check
+from megatron_keye.config.check import check, check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,13 @@ class VisionConfig:
     never used; 0 for none."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "patch_size"):
-            check(
-                getattr(self, name) > 0, f"model.vision.{name}", getattr(self, name), "1 or more"
-            )
+        check_numbers(
+            self,
+            "model.vision",
+            above_zero="num_layers hidden_size intermediate_size num_heads patch_size image_size "
+            "merge_size layer_norm_eps rope_theta",
+            zero_or_more="num_packing_positions",
+        )
         check(
             self.hidden_size % (4 * self.num_heads) == 0,
             "model.vision.hidden_size",
@@ -74,11 +77,17 @@ class ExpertsConfig:
     """Weight of the router's load-balancing loss (Switch Transformer, per row); 0: none."""
 
     def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "model.decoder.experts",
+            above_zero="num_experts num_experts_per_token intermediate_size",
+            zero_or_more="balance_loss_weight",
+        )
         check(
-            0 < self.num_experts_per_token <= self.num_experts,
+            self.num_experts_per_token <= self.num_experts,
             "model.decoder.experts.num_experts_per_token",
             self.num_experts_per_token,
-            f"between 1 and num_experts = {self.num_experts}",
+            f"at most num_experts = {self.num_experts}",
         )
 
 
@@ -98,10 +107,9 @@ class IndexerConfig:
     rounding. "none" computes in the precision of training."""
 
     def __post_init__(self) -> None:
-        check(self.num_heads > 0, "model.decoder.indexer.num_heads", self.num_heads, "1 or more")
-        check(self.top_k > 0, "model.decoder.indexer.top_k", self.top_k, "1 or more")
+        check_numbers(self, "model.decoder.indexer", above_zero="num_heads head_dim top_k")
         check(
-            self.head_dim > 0 and self.head_dim % 4 == 0,
+            self.head_dim % 4 == 0,
             "model.decoder.indexer.head_dim",
             self.head_dim,
             "a positive multiple of 4",
@@ -150,17 +158,24 @@ class DecoderConfig:
     """Standard deviation of initial linear and embedding weights."""
 
     def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "model.decoder",
+            above_zero="num_layers hidden_size num_heads num_kv_heads head_dim vocab_size "
+            "rope_theta rms_norm_eps init_std",
+        )
         check(
             self.num_heads % self.num_kv_heads == 0,
             "model.decoder.num_heads",
             self.num_heads,
             f"a multiple of num_kv_heads = {self.num_kv_heads}",
         )
+        sections = self.rope_sections
         check(
-            2 * sum(self.rope_sections) == self.head_dim,
+            2 * sum(sections) == self.head_dim and min(sections) >= 0,
             "model.decoder.rope_sections",
-            self.rope_sections,
-            f"three numbers whose sum is head_dim / 2 = {self.head_dim / 2:g}",
+            sections,
+            f"three numbers of 0 or more whose sum is head_dim / 2 = {self.head_dim / 2:g}",
         )
         scaled = [
             section * self.indexer.head_dim % self.head_dim for section in self.rope_sections
@@ -195,10 +210,19 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vision_token_ids", (self.image_token_id, self.video_token_id))
-        for name in ("image_token_id", "video_token_id", "vision_start_token_id"):
+        names = [field.name for field in fields(self) if field.name.endswith("_token_id")]
+        check_numbers(self, "model", zero_or_more=" ".join(names))
+        ids = [getattr(self, name) for name in names]
+        for name, token_id in zip(names, ids, strict=True):
             check(
-                0 <= getattr(self, name) < self.decoder.vocab_size,
+                token_id < self.decoder.vocab_size,
                 f"model.{name}",
-                getattr(self, name),
+                token_id,
                 f"an id below model.decoder.vocab_size = {self.decoder.vocab_size}",
+            )
+            check(
+                ids.count(token_id) == 1,
+                f"model.{name}",
+                token_id,
+                f"an id of its own, but {', '.join(names)} are {ids}",
             )

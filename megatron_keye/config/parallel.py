@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_keye.config.check import check
+from megatron_keye.config.check import check, check_numbers
 
 Placement = Literal["dedicated", "colocated"]
 
@@ -30,9 +30,12 @@ class DecoderParallel:
     """Data-parallel replicas."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "virtual_stages", "context", "expert", "data"):
-            degree = getattr(self, name)
-            check(degree > 0, f"parallel.decoder.{name}", degree, "1 or more")
+        check_numbers(
+            self,
+            "parallel.decoder",
+            above_zero="tensor pipeline virtual_stages context expert data",
+            zero_or_more="first_stage_layers last_stage_layers",
+        )
         stage_ranks = self.tensor * self.context * self.data
         check(
             stage_ranks % self.expert == 0,
@@ -49,7 +52,7 @@ class DecoderParallel:
         for name in ("first_stage_layers", "last_stage_layers"):
             layers = getattr(self, name)
             check(
-                layers == 0 or (layers > 0 and self.pipeline > 1),
+                layers == 0 or self.pipeline > 1,
                 f"parallel.decoder.{name}",
                 layers,
                 "0, or 1 and more where parallel.decoder.pipeline is above 1",
@@ -123,6 +126,12 @@ class VisionParallel:
     works; this is the most memory for such features, in MiB. 0: they do not work ahead."""
 
     def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "parallel.vision",
+            above_zero="chunk_patches",
+            zero_or_more="num_ranks attention_break_even_patches max_ahead_mebibytes",
+        )
         check(
             self.placement in ("dedicated", "colocated"),
             "parallel.vision.placement",
@@ -143,24 +152,6 @@ class VisionParallel:
                 self.num_ranks,
                 "0, since parallel.vision.placement is 'colocated' (the decoder's ranks encode)",
             )
-        check(
-            self.chunk_patches > 0,
-            "parallel.vision.chunk_patches",
-            self.chunk_patches,
-            "1 or more",
-        )
-        check(
-            self.attention_break_even_patches >= 0,
-            "parallel.vision.attention_break_even_patches",
-            self.attention_break_even_patches,
-            "0 or more",
-        )
-        check(
-            self.max_ahead_mebibytes >= 0,
-            "parallel.vision.max_ahead_mebibytes",
-            self.max_ahead_mebibytes,
-            "0 or more",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -57,6 +58,9 @@ class RunConfig:
         Raises:
             UserError: Names the setting, its value and what was expected.
         """
+        # The run's files are in output_dir/name, and an earlier run's move to output_dir/name.1.
+        is_folder = self.name not in ("", ".", "..") and not {"/", "\0"} & set(self.name)
+        check(is_folder, "name", self.name, "the name of a folder, without '/'")
         decoder, degrees = self.model.decoder, self.parallel.decoder
         self._check_divides(decoder.num_kv_heads, "tensor", "key-value heads")
         self._check_divides(decoder.vocab_size, "tensor", "vocabulary rows")
@@ -217,6 +221,7 @@ def _build(wanted: Any, value: Any, path: str) -> Any:
         check(value in arguments, path, value, f"one of {arguments}")
         return value
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        check(abs(value) <= sys.float_info.max, path, value, "a number below 1e308")
         return float(value)
     assert not isinstance(wanted, types.UnionType), f"{path}: config fields have one type"
     check(type(value) is wanted, path, value, f"a value of type {wanted.__name__}")

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_keye.config.check import check
+from megatron_keye.config.check import check, check_numbers
 
 Phase = Literal["dense", "indexer_warmup", "sparse"]
 LinearLayers = Literal["auto", "megatron", "transformer_engine"]
@@ -129,6 +129,16 @@ class LoggingConfig:
     """"offline" writes to wandb/ in the run's folder, for `wandb sync`; for nodes without
     internet."""
 
+    def __post_init__(self) -> None:
+        modes, mode, entity = ("online", "offline"), self.wandb_mode, self.wandb_entity
+        check(mode in modes, "training.logging.wandb_mode", mode, f"one of {modes}")
+        check(
+            bool(self.wandb_project) or not entity,
+            "training.logging.wandb_entity",
+            entity,
+            "'' without training.logging.wandb_project",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -155,6 +165,10 @@ class TrainingConfig:
     relative to the mean language loss. Only the indexer gets gradients from it."""
     frozen: tuple[Part, ...] = ()
     """Parts of the model that do not learn."""
+    checks_hand_over: bool = True
+    """Whether a new run refuses weights (training.checkpoint.weights) that its phase makes no
+    sense after: sparse training needs indexers that were warmed up, and dense training or a
+    warm-up does not follow it. Their training_history.json tells what trained them."""
     recompute_layers: bool = False
     """Whether the backward pass recomputes decoder layers (full activation recomputation)."""
     precision: Literal["fp64", "fp32", "bf16"] = "bf16"
@@ -179,24 +193,22 @@ class TrainingConfig:
     """Figures beside the console."""
 
     def __post_init__(self) -> None:
-        check(self.steps > 0, "training.steps", self.steps, "1 or more")
-        check(self.rows_per_step > 0, "training.rows_per_step", self.rows_per_step, "1 or more")
-        skipped, weight = self.max_skipped_steps, self.indexer_loss_weight
-        check(skipped > 0, "training.max_skipped_steps", skipped, "1 or more")
-        check(
-            0 <= weight < math.inf, "training.indexer_loss_weight", weight, "a finite number, 0 or more"
+        weight = self.indexer_loss_weight
+        check_numbers(
+            self,
+            "training",
+            above_zero="steps rows_per_step max_skipped_steps",
+            zero_or_more="stop_after_step dense_up_to indexer_loss_weight seed device_peak_tflops",
         )
+        check(self.seed < 2**32, "training.seed", self.seed, f"at most {2**32 - 1}")
         phases = ("dense", "indexer_warmup", "sparse")
         check(self.phase in phases, "training.phase", self.phase, f"one of {phases}")
-        check(self.dense_up_to >= 0, "training.dense_up_to", self.dense_up_to, "0 or more")
         check(
             self.dense_up_to == 0 or self.phase == "sparse",
             "training.dense_up_to",
             self.dense_up_to,
             '0 unless training.phase is "sparse"',
         )
-        peak = self.device_peak_tflops
-        check(peak >= 0, "training.device_peak_tflops", peak, "0 or more")
         precisions = ("fp64", "fp32", "bf16")
         check(self.precision in precisions, "training.precision", self.precision, f"{precisions}")
         unknown = [part for part in self.frozen if part not in PARTS]

@@ -1,8 +1,9 @@
-"""Megatron's router, with float64 probabilities in a float64 run, and for a rank without tokens.
+"""Megatron's router, in the precision of the run, and for a rank without tokens.
 
-Megatron rounds them to float32 whatever moe_router_dtype is, by far the largest error of a float64
-run. It also computes the load-balancing loss (Switch Transformer, arXiv:2101.03961, equations 4 to
-6), per row.
+Megatron rounds probabilities to float32 whatever moe_router_dtype is, by far the largest error of
+a float64 run. It also computes the load-balancing loss (Switch Transformer, arXiv:2101.03961,
+equations 4 to 6), per row. Where Transformer Engine is installed it multiplies with its GEMM,
+which rounds float32 to TF32, 10 bits of mantissa; bfloat16 loses nothing by that.
 
 A row of training has tokens on every rank. Whoever runs a layer on parts of other lengths may have
 none on some, whose experts the others still need; there megatron-core 0.19.2 neither shapes the
@@ -28,10 +29,10 @@ class Router(TopKRouter):
         Returns:
             [S, 1, E]. The backward pass gives the weight a gradient, zeros where S is 0.
         """
-        if input.numel() == 0:
-            dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-            return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype))
-        return cast(Tensor, super().gating(input))
+        if input.dtype == torch.bfloat16 and input.numel():
+            return cast(Tensor, super().gating(input))
+        wide = torch.promote_types(input.dtype, torch.float32)
+        return torch.nn.functional.linear(input.to(wide), self.weight.to(wide))
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts; called by Megatron's router.

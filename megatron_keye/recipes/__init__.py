@@ -1,9 +1,10 @@
 """Recipes, and their look-up: by name in this package, in a user's file, or from an earlier run.
 
-A recipe is a function, in a file of the same name, that returns a RunConfig for a given number of
-ranks. Needs no torch.
+A recipe is a function that returns a RunConfig for a given number of ranks. A file of this package
+lists its recipes by name in RECIPES. Needs no torch.
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -33,7 +34,15 @@ class Recipe(Protocol):
 
 def recipe_names() -> list[str]:
     """Return the names of all recipes of the package."""
-    return sorted(path.stem for path in _FOLDER.glob("[a-z]*.py"))
+    return sorted(_recipes())
+
+
+@functools.cache
+def _recipes() -> dict[str, Recipe]:
+    """Return the recipes of all files of the package, by name."""
+    files = sorted(_FOLDER.glob("[a-z]*.py"))
+    modules = (importlib.import_module(f"{__name__}.{file.stem}") for file in files)
+    return {name: recipe for module in modules for name, recipe in module.RECIPES.items()}
 
 
 def load_recipe(name: str) -> Recipe:
@@ -53,10 +62,10 @@ def load_recipe(name: str) -> Recipe:
         return _load_function(Path(file), function or Path(file).stem)
     if name.endswith(".json"):
         return _load_run(Path(name))
-    if name not in recipe_names():
-        raise UserError(f"recipe: got {name!r}, expected {FORMS}; {suggest(name, recipe_names())}")
-    recipe: Recipe = getattr(importlib.import_module(f"{__name__}.{name}"), name)
-    return recipe
+    recipes = _recipes()
+    if name not in recipes:
+        raise UserError(f"recipe: got {name!r}, expected {FORMS}; {suggest(name, recipes)}")
+    return recipes[name]
 
 
 def _load_function(file: Path, name: str) -> Recipe:

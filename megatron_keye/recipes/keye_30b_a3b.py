@@ -83,3 +83,6 @@ def _decoder() -> DecoderConfig:
         experts=ExpertsConfig(num_experts=128, num_experts_per_token=8, intermediate_size=768),
         indexer=IndexerConfig(num_heads=16, head_dim=64, top_k=2048),
     )
+
+
+RECIPES = {"keye_30b_a3b": keye_30b_a3b}

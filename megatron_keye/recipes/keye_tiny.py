@@ -80,3 +80,6 @@ def _parallel(num_ranks: int) -> ParallelConfig:
         decoder=DecoderParallel(tensor=tensor, expert=tensor, data=data),
         vision=VisionParallel(placement="dedicated", num_ranks=num_vision),
     )
+
+
+RECIPES = {"keye_tiny": keye_tiny}

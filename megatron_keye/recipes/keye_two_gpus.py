@@ -43,3 +43,6 @@ def keye_two_gpus(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             checkpoint=CheckpointConfig(saves_last=False),
         ),
     )
+
+
+RECIPES = {"keye_two_gpus": keye_two_gpus}

@@ -15,8 +15,10 @@ from megatron_keye.config.run import RunConfig
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.sinks import Losses, open_sinks
 
-_NOTABLE_WAIT = 0.05
-"""Share of a step from which waiting for decoded pictures is worth a place on the step's line."""
+_NOTABLE_SHARE = 0.05
+"""Share of a step from which a wait is worth a place on the step's line."""
+_WAITS = {"vision_wait_seconds": "vision waits {:.3g} s for pictures"}
+"""Metrics that are waits, and how the line tells of them."""
 
 
 class Report:
@@ -140,8 +142,10 @@ def describe_step(metrics: StepMetrics, *, seconds_left: float) -> str:
         f"{memory:.{int(memory < 10)}f} GiB",
         "" if math.isnan(seconds_left) else f"left {short_time(seconds_left)}",
     ]
-    if metrics.vision_wait_seconds > _NOTABLE_WAIT * metrics.step_seconds:
-        parts.append(f"vision waits {metrics.vision_wait_seconds:.3g} s for pictures")
+    for name, text in _WAITS.items():
+        seconds = getattr(metrics, name)
+        if seconds > _NOTABLE_SHARE * metrics.step_seconds:
+            parts.append(text.format(seconds))
     if not metrics.was_applied:
         parts.append("skipped: gradient not finite")
     return "  ".join(part for part in parts if part)

@@ -18,6 +18,7 @@ from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import Process
 from megatron_keye.parallel.random import seed_rank
+from megatron_keye.training import hand_over
 from megatron_keye.training.agreement import check_same_rows
 from megatron_keye.training.cached_features import CachedFeatures
 from megatron_keye.training.chunk_encoder import PatchSource
@@ -51,6 +52,7 @@ class Trainer:
             UserError: For degrees, samples or a checkpoint that do not fit the run.
         """
         run.check_num_ranks(process.num_ranks)
+        earlier = hand_over.begin(run, process.rank)
         self._run, self._process, self._stop = run, process, StopRequest()
         self.was_stopped = False
         """Whether a signal ended the run before its last step."""
@@ -75,7 +77,7 @@ class Trainer:
             device=process.device,
         )
         self._progress = training_checkpoint.Progress(
-            step=0, updates=0, data=self._loader.state_dict()
+            step=0, updates=0, data=self._loader.state_dict(), earlier=earlier
         )
         self._metrics: list[StepMetrics] = []
         self._media: set[str] = set()

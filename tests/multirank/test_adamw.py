@@ -167,7 +167,15 @@ def _decays(run_json: str) -> dict[str, float]:
     _, model, optimizer, _ = build_step(RunConfig.from_json(run_json))
     names = {id(w): n for wrapped in model.wrapped() for n, w in wrapped.named_parameters()}
     groups = [group for part in optimizers_of(optimizer) for group in part.param_groups]
-    known = {"params", "is_expert_parallel", "default_config", "lr", "betas", "eps", "weight_decay"}
+    known = {
+        "params",
+        "is_expert_parallel",
+        "default_config",
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+    }
     for group in groups:
         # All that Megatron's scheduler would have read, had it not been replaced.
         assert group["max_lr"] == SETTINGS.learning_rate

@@ -18,7 +18,11 @@ from tests.support.train import Batches, build_step, let_go, train
 
 DRAWN_WITH = 1234
 SCHEDULED = OptimizerConfig(
-    learning_rate=1e-2, warmup_steps=1, schedule="linear", epsilon=1e-4, indexer_rate_multiplier=2.0
+    learning_rate=1e-2,
+    warmup_steps=1,
+    schedule="linear",
+    epsilon=1e-4,
+    indexer_rate_multiplier=2.0,
 )
 BATCHES = [mixed_rows(step) for step in range(3)]
 # Float64 is without the balancing loss, whose router computes in float32.

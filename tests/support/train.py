@@ -128,7 +128,7 @@ def _train_on_rank(
         progress = replace(progress, step=progress.step + 1, updates=progress.updates + 1)
     if save_to is not None:
         training_checkpoint.save(run, model, optimizer, grid, progress)
-    owned = list(_owned_weights(weight_state(model, grid)))
+    owned = list(owned_weights(weight_state(model, grid)))
     let_go(model)
     return metrics, owned
 
@@ -199,7 +199,7 @@ def let_go(model: KeyeModel) -> None:
         vars(wrapped).clear()
 
 
-def _owned_weights(state: dict[str, Any]) -> Iterator[tuple[str, Any, Any, Tensor]]:
+def owned_weights(state: dict[str, Any]) -> Iterator[tuple[str, Any, Any, Tensor]]:
     """Yield key, global shape, offset and data of every weight shard on this rank."""
     apply_factories(state)
     for tensor in nested_values(state):

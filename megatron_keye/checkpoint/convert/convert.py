@@ -21,6 +21,7 @@ from megatron_keye.checkpoint.convert.to_native import NativeMaker, native_shape
 from megatron_keye.checkpoint.hf.config import CONFIG, check_config, make_config, read_config
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout, layout_of, parameter_shapes
 from megatron_keye.checkpoint.hf.safetensors_index import INDEX, open_folder
+from megatron_keye.checkpoint.history import HISTORY, read_history, released, text_of
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.files.partial_folder import PartialFolder
@@ -72,7 +73,9 @@ def hf_to_native(hf: Path, out: Path, run: RunConfig, options: Options) -> None:
     dtype = check_types(types, where=str(hf), wanted=options.dtype)
     maker = NativeMaker(run.model, layout, MixedSource(origins), dtype, options.checks_finite)
     sources = sorted({entry.file for entry in origins.values()})
-    write_native(maker, out, run, sources, options, carried_from=hf)
+    history = read_history(hf)
+    notes = {HISTORY: text_of([released(hf.resolve().name)] if history is None else history)}
+    write_native(maker, out, run, sources, options, carried_from=hf, notes=notes)
 
 
 def write_native(
@@ -149,6 +152,9 @@ def native_to_hf(
     _carry(carried, folder.path)
     config = make_config(run.model, str(dtype).removeprefix("torch."), base)
     (folder.path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    history = read_history(native)
+    if history is not None:
+        (folder.path / HISTORY).write_text(text_of(history))
     folder.finish()
 
 

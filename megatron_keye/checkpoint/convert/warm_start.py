@@ -15,7 +15,9 @@ from megatron_keye.checkpoint.convert.to_native import NativeMaker
 from megatron_keye.checkpoint.hf.config import CONFIG, check_config
 from megatron_keye.checkpoint.hf.parameter_shapes import layout_of, parameter_shapes, part_of
 from megatron_keye.checkpoint.hf.safetensors_index import Entry, open_folder
+from megatron_keye.checkpoint.history import HISTORY, PastRun, text_of
 from megatron_keye.config.run import RunConfig
+from megatron_keye.config.training import Part
 from megatron_keye.errors import UserError
 
 ORIGINS = "origins.json"
@@ -63,7 +65,10 @@ def warm_start(
     sources = sorted({entry.file for entry in found.values()})
     described = {name: _describe(origin) for name, origin in origins.items()}
     report = json.dumps(described, indent=2) + "\n"
-    write_native(maker, out, run, sources, options, carried_from=qwen, notes={ORIGINS: report})
+    parts: list[Part] = ["decoder"] if vision is None else ["vision", "decoder"]
+    text_model = PastRun(run=qwen.resolve().name, phase="dense", steps=0, trained=parts)
+    notes = {ORIGINS: report, HISTORY: text_of([text_model])}
+    write_native(maker, out, run, sources, options, carried_from=qwen, notes=notes)
     return described
 
 

@@ -54,7 +54,8 @@ def plan_video(
         limits: What the sample says about rate and size; None for nothing.
 
     Raises:
-        UserError: For a window without frames or a refused aspect ratio, naming the file.
+        UserError: For a window without frames, one that exceeds max_seconds or a refused aspect
+            ratio, naming the file.
     """
     limits = limits or MediaLimits()
     try:
@@ -97,7 +98,7 @@ def choose_frames(
         int64 indices into `times`, ascending, at least one.
 
     Raises:
-        UserError: For a window that is empty or lies outside the video.
+        UserError: For a window that is empty, lies outside the video or exceeds max_seconds.
     """
     first, last = float(times[0]), float(times[-1])
     start = first if start_seconds is None else max(first, start_seconds)
@@ -108,6 +109,12 @@ def choose_frames(
             f"meets {first:.3f} to {last:.3f} s; correct start and end"
         )
     stop = min(end - _SLACK_SECONDS, last + _SLACK_SECONDS)
+    if config.max_seconds and stop - start > config.max_seconds + _SLACK_SECONDS:
+        raise UserError(
+            f"{stop - start:.3f} s would be shown, expected at most data.frames.max_seconds = "
+            f"{config.max_seconds:g}; give the video a start and an end, or cut it into pieces "
+            "(megatron-keye interleave)"
+        )
     num_instants = int(max(0.0, stop - start) * config.frames_per_second) + 1
     num_wanted = limits.num_frames(num_instants) if limits is not None else num_instants
     if num_wanted == num_instants:

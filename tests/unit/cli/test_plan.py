@@ -43,7 +43,35 @@ def test_parameters_of_all_ranks_add_up_when_nothing_is_repeated() -> None:
 
 def test_text_names_ranks_and_layers() -> None:
     text = describe(plan.make_plan(GRIDS[3]))
-    assert "layers 0, 2" in text and "pipeline 1" in text
+    lines = [line.split() for line in text.splitlines() if "decoder and vision" in line]
+    assert [(line[0], line[4], line[7:]) for line in lines] == [
+        ("0-1", "0", ["0,", "2"]),
+        ("2-3", "1", ["1,", "3"]),
+    ]
+
+
+def test_a_line_stands_for_all_ranks_that_are_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--set",
+        "parallel.vision.placement=dedicated",
+        "--set",
+        "parallel.vision.num_ranks=6",
+    ]
+    assert plan.main(["keye_30b_a3b", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    starts = [line.split()[0] for line in lines if " decoder   " in line or " vision   " in line]
+    assert starts[-5:] == ["0-15", "16-31", "32-47", "48-63", "64-69"]
+
+
+@pytest.mark.parametrize(("ranks", "planned"), [(65, 64), (63, 64), (100, 64)])
+def test_ranks_that_would_not_all_work_are_refused(
+    ranks: int, planned: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main(["keye_30b_a3b", "--ranks", str(ranks)]) == 2
+    message = capsys.readouterr().err
+    assert f"--ranks: got {ranks}, expected {planned}, since the degrees" in message
+    assert f"= {planned} ranks; training would not start" in message
 
 
 def test_a_wrong_setting_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,9 @@ def test_numbers_of_the_optimizer_that_make_no_sense(name: str, value: float) ->
 
 def test_every_number_of_the_optimizer_is_checked() -> None:
     default = OptimizerConfig()
-    numbers = {n for n, v in vars(default).items() if isinstance(v, int | float) and v is not False}
+    numbers = {
+        n for n, v in vars(default).items() if isinstance(v, int | float) and v is not False
+    }
     assert numbers == NUMBERS.keys() | {"decay_steps"}
 
 

@@ -17,7 +17,7 @@ from megatron_keye.data.tokens import load_tokenizer
 from tests.support.clips import BIG_BUCK_BUNNY, make_clip, tiny_model
 
 FRAMES = FrameConfig(min_tokens_per_frame=1, max_tokens_per_frame=3)
-CONFIG = DataConfig(samples="", row_tokens=4096, frames=FRAMES)
+CONFIG = DataConfig(samples="none", row_tokens=4096, frames=FRAMES)
 MODEL = tiny_model()
 
 

@@ -19,7 +19,7 @@ from tests.support.clips import make_clip, tiny_model
 
 SAMPLES_PER_SECOND = 30
 TOKENS_PER_SECOND = 300_000
-CONFIG = DataConfig(samples="", row_tokens=32_768)
+CONFIG = DataConfig(samples="none", row_tokens=32_768)
 MODEL = tiny_model()
 
 

@@ -163,7 +163,7 @@ def blends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"file": file, "store": store, "blend": f"{store}=0.7,{bad}=0.3"}
 
 
-SKIPPING = DataConfig(samples="", row_tokens=60, on_bad_sample="skip")
+SKIPPING = DataConfig(samples="none", row_tokens=60, on_bad_sample="skip")
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -7,6 +7,7 @@ import pytest
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.recipes import Recipe, load_recipe, recipe_names
+from megatron_keye.recipes.stages import CHAINS
 
 OWN = """
 from dataclasses import dataclass, replace
@@ -53,14 +54,15 @@ def made(recipe: Recipe, num_ranks: int = 2) -> RunConfig:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_of_the_package_makes_a_run_of_its_name(name: str) -> None:
-    ranks = {"keye_30b_a3b": 64}.get(name, 2)
+    ranks = 2 if "tiny" in name or "two" in name else 64
     run = made(load_recipe(name), ranks)
     assert run.name == name
     run.check_num_ranks(ranks)
 
 
 def test_the_package_has_these_recipes() -> None:
-    assert recipe_names() == ["keye_30b_a3b", "keye_tiny", "keye_two_gpus"]
+    stages = [name for chain in CHAINS.values() for name in chain]
+    assert recipe_names() == sorted(["keye_30b_a3b", "keye_tiny", "keye_two_gpus", *stages])
 
 
 def test_a_users_file_names_its_function_or_is_named_like_it(own: Path) -> None:

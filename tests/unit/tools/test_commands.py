@@ -13,9 +13,11 @@ ROOT = Path(__file__).parents[3]
 TOOLS = {
     "convert_checkpoint": "convert",
     "doctor": "doctor",
+    "interleave_captions": "interleave",
     "plan_grid": "plan",
     "prepare_data": "prepare",
     "profile_throughput": "profile",
+    "run_stages": "run_stages",
     "simulate_schedule": "simulate",
     "verify_checkpoint": "verify",
 }

@@ -27,7 +27,7 @@ from tests.support.clips import make_clip, tiny_model
 
 MODEL = tiny_model()
 FRAMES = FrameConfig(min_tokens_per_frame=1, max_tokens_per_frame=4)
-CONFIG = DataConfig(samples="", row_tokens=512, frames=FRAMES)
+CONFIG = DataConfig(samples="none", row_tokens=512, frames=FRAMES)
 TOKENIZER = load_tokenizer("qwen")
 
 

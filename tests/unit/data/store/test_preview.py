@@ -19,7 +19,7 @@ from tests.support.clips import HEIGHT, WIDTH, make_clip, read_number, tiny_mode
 
 MODEL = tiny_model()
 CONFIG = DataConfig(
-    samples="",
+    samples="none",
     row_tokens=4096,
     frames=FrameConfig(min_tokens_per_frame=8, max_tokens_per_frame=10),
 )

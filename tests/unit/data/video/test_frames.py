@@ -11,6 +11,7 @@ from megatron_keye.data.video.frames import (
     plan_video,
 )
 from megatron_keye.data.video.probe import probe
+from megatron_keye.errors import UserError
 from tests.support.clips import BIG_BUCK_BUNNY, real_clip, tiny_vision
 
 VISION = tiny_vision()
@@ -54,6 +55,18 @@ def test_rounding_of_times_loses_no_frame() -> None:
 def test_windows_without_frames_are_refused(window: tuple[float, float | None]) -> None:
     with pytest.raises(ValueError, match="holds no frame"):
         choose_frames(np.arange(10.0), TWO, start_seconds=window[0], end_seconds=window[1])
+
+
+def test_a_longer_video_than_the_stage_allows_is_refused_until_a_window_fits() -> None:
+    info, limited = probe(real_clip(BIG_BUCK_BUNNY)), FrameConfig(max_seconds=2.0)
+    with pytest.raises(UserError, match=r"bunny\.mp4: 5\.240 s would be shown, expected at most"):
+        plan_video(info, limited, VISION)
+    with pytest.raises(UserError, match=r"2\.240 s would be shown"):
+        plan_video(info, limited, VISION, start_seconds=3.0)
+    plan = plan_video(info, limited, VISION, start_seconds=1.0, end_seconds=3.0)
+    assert plan.frame_indices.tolist() == [25, 37, 50, 62]
+    whole = plan_video(info, FrameConfig(max_seconds=5.24), VISION)
+    assert len(whole.frame_indices) == 11
 
 
 def test_frames_shrink_first_then_fewer_are_chosen() -> None:

@@ -116,6 +116,13 @@ def test_a_missing_package_is_refused_before_the_model_is_built(
     backends.check_wandb("")
 
 
+def test_settings_that_would_have_no_effect_are_refused() -> None:
+    with pytest.raises(UserError, match=r"wandb_entity: got 'team', expected '' without"):
+        LoggingConfig(wandb_entity="team")
+    with pytest.raises(UserError, match=r"wandb_mode: got 'off', expected one of"):
+        LoggingConfig(wandb_project="keye", wandb_mode="off")  # type: ignore[arg-type]
+
+
 def test_the_package_itself_takes_what_is_sent(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     run = run_in(tmp_path, wandb_mode="offline")
