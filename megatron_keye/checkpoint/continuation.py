@@ -18,7 +18,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Change(Enum):
-    """What becomes of a setting that differs between a checkpoint and the run that continues it."""
+    """What becomes of a setting that a run changes when it continues a checkpoint."""
 
     REFUSED = "the saved state does not fit it, or would mean something else"
     SAID = "the run goes on with it, which the log says"

@@ -62,6 +62,14 @@ class Progress:
     """Duration of all steps."""
     earlier: list[PastRun] = field(default_factory=list)
     """Runs that trained the weights which this one started from."""
+    validated_step: int = 0
+    """Steps that were done at the last validation."""
+    best_step: int = 0
+    """Steps that were done at the best validation."""
+    best_loss: float = math.inf
+    """Its loss over all sources, in an indexer warm-up its KL, in nats."""
+    num_without_progress: int = 0
+    """Validations since then."""
 
 
 def checkpoint_folder(run: RunConfig, step: int) -> Path:
@@ -145,7 +153,9 @@ def save(
         (partial / HISTORY).write_text(text_of(history))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        _prune(folder.parent, run.training.checkpoint.keep)
+        best_step = progress.best_step if run.training.validation.patience else 0
+        best = checkpoint_folder(run, best_step)
+        _prune(folder.parent, run.training.checkpoint.keep, kept_too=best)
     dist.barrier()
     return folder
 
@@ -189,7 +199,8 @@ def load(
     set_optimizer_steps(optimizer, saved["updates"])
     if keeps_random:
         _restore_random(loaded["random"])
-    known = {f.name: saved[f.name] for f in fields(Progress)}
+    # What an earlier version did not save is as at the beginning.
+    known = {f.name: saved[f.name] for f in fields(Progress) if f.name in saved}
     return Progress(**known)
 
 
@@ -261,6 +272,7 @@ def _complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int, *, kept_too: Path) -> None:
     for old in _complete_checkpoints(folder)[:-keep] if keep else []:
-        shutil.rmtree(old)
+        if old != kept_too:
+            shutil.rmtree(old)

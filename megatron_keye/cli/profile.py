@@ -81,6 +81,7 @@ def train(options: argparse.Namespace) -> int:
         f"output_dir={options.timeline}",
         "training.records_timeline=true",
         f"training.steps={options.steps}",
+        "training.epochs=0",
         "training.checkpoint.resume=none",
         "training.checkpoint.saves_last=false",
     ]

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from megatron_keye.cli import local
 from megatron_keye.cli.arguments import add_count, add_folder, add_settings, make_parser
 from megatron_keye.cli.stage_plan import PlannedStage, plan_stages
+from megatron_keye.cli.stage_report import draw_stages, print_table, read_curves
 from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.cli.train import default_ranks
 from megatron_keye.errors import UserError
@@ -110,9 +111,6 @@ def walk(model: str, stages: Sequence[PlannedStage]) -> int:
 
 def show(model: str, stages: Sequence[PlannedStage]) -> None:
     """Print the table of stages and draw their curves."""
-    # Late, since TensorBoard takes seconds to import.
-    from megatron_keye.cli.stage_report import draw_stages, print_table, read_curves
-
     curves = [read_curves(stage.run.folder) for stage in stages]
     print_table(model, stages, curves)
     file = draw_stages(model, stages, curves)

@@ -1,13 +1,12 @@
 """Shows how far the stages of a model are: a table, and a picture of their curves."""
 
-import math
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from megatron_keye.cli.stage_plan import PlannedStage
 from megatron_keye.observe.curves import Curves, StageCurves, draw
@@ -20,23 +19,19 @@ def read_curves(folder: Path) -> Curves:
     """Return the metrics of a run by their names in METRICS.
 
     Args:
-        folder: The run's folder.
+        folder: The run's folder, with the metrics.jsonl that training writes.
 
     Returns:
         Step and value of each finite one, in order; nothing for a run that has not begun.
     """
-    # 0 keeps all; by default TensorBoard keeps a sample.
-    events = EventAccumulator(str(folder / "events"), size_guidance={SCALARS: 0})
-    if (folder / "events").is_dir():
-        events.Reload()
-    known = events.Tags()[SCALARS]
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for name, metric in METRICS.items():
-        scalars = events.Scalars(f"train/{metric}") if f"train/{metric}" in known else []
-        # The last value of a step counts, if a crash made it run twice.
-        values = {scalar.step: scalar.value for scalar in scalars}
-        curves[name] = sorted((s, v) for s, v in values.items() if math.isfinite(v))
-    return curves
+    file = folder / "metrics.jsonl"
+    # Behind the last line break stands nothing, or a line that is being written.
+    lines = file.read_text().split("\n")[:-1] if file.is_file() else []
+    steps = [record for record in map(json.loads, lines) if "loss" in record]
+    return {
+        name: [(step["step"], step[metric]) for step in steps if step[metric] is not None]
+        for name, metric in METRICS.items()
+    }
 
 
 def print_table(model: str, stages: Sequence[PlannedStage], curves: Sequence[Curves]) -> None:

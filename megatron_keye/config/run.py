@@ -48,6 +48,12 @@ class RunConfig:
         return Path(self.output_dir) / self.name
 
     @property
+    def rows_multiple(self) -> int:
+        """Divisor of the number of rows of every batch: rows that run in the same pass."""
+        degrees = self.parallel.decoder
+        return degrees.data * (degrees.pipeline if degrees.virtual_stages > 1 else 1)
+
+    @property
     def rows_per_replica(self) -> int:
         """Micro-batches of each data-parallel replica in one step."""
         return self.training.rows_per_step // self.parallel.decoder.data
@@ -61,6 +67,8 @@ class RunConfig:
         # The run's files are in output_dir/name, and an earlier run's move to output_dir/name.1.
         is_folder = self.name not in ("", ".", "..") and not {"/", "\0"} & set(self.name)
         check(is_folder, "name", self.name, "the name of a folder, without '/'")
+        samples = self.data.samples
+        check(bool(samples), "data.samples", samples, "a sample file, a store or a blend of them")
         decoder, degrees = self.model.decoder, self.parallel.decoder
         self._check_divides(decoder.num_kv_heads, "tensor", "key-value heads")
         self._check_divides(decoder.vocab_size, "tensor", "vocabulary rows")
@@ -94,6 +102,13 @@ class RunConfig:
             self.data.feature_cache,
             "'', since vision learns in this run, so that its features change with every step; or "
             "add vision to training.frozen",
+        )
+        check(
+            self.training.validation.patience == 0 or bool(self.data.validation),
+            "data.validation",
+            self.data.validation,
+            "samples to validate on, since training.validation.patience is "
+            f"{self.training.validation.patience}",
         )
 
     def _check_divides(self, count: int, axis: str, what: str) -> None:

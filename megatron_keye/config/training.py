@@ -141,11 +141,46 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """When the loss of data.validation is computed, and when it ends the run."""
+
+    interval_steps: int = 0
+    """Steps from one validation to the next; 0: only after the last step of the run."""
+    num_rows: int = 0
+    """Most packed rows of each source in one validation, always the same ones; 0: all."""
+    patience: int = 0
+    """Validations in a row without progress after which the run ends, with a checkpoint; 0: never.
+    Progress is measured by the loss over all sources, in an indexer warm-up by the indexer's KL.
+    With it, each best step so far is saved, and kept beside the newest checkpoints."""
+    min_delta: float = 0.0
+    """Progress is a loss that is lower than the best one before by more than this, in nats."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "training.validation",
+            zero_or_more="interval_steps num_rows patience min_delta",
+        )
+        check(
+            self.patience == 0 or self.interval_steps > 0,
+            "training.validation.interval_steps",
+            self.interval_steps,
+            f"1 or more with training.validation.patience = {self.patience}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Steps, phase, precision, and which parts of the model learn."""
 
-    steps: int
-    """Optimizer steps of the whole run, over which the learning-rate schedule extends."""
+    steps: int = 0
+    """Optimizer steps of the whole run, over which the learning-rate schedule extends; 0 where
+    training.epochs says when it ends."""
+    epochs: float = 0.0
+    """Ends the run when the samples were drawn this many times, in place of training.steps: each
+    sample of a single source so often, and of a blend as many samples as all sources hold, by
+    their weights. The last step may have fewer rows. The learning-rate schedule extends over the
+    samples drawn."""
     max_skipped_steps: int = 10
     """Steps in a row that are skipped because a gradient is not finite, at which the run ends."""
     stop_after_step: int = 0
@@ -191,16 +226,25 @@ class TrainingConfig:
     """Saving and resuming."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Figures beside the console."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """The loss of samples that are not trained on."""
 
     def __post_init__(self) -> None:
-        weight = self.indexer_loss_weight
+        weight, epochs = self.indexer_loss_weight, self.epochs
         check_numbers(
             self,
             "training",
-            above_zero="steps rows_per_step max_skipped_steps",
-            zero_or_more="stop_after_step dense_up_to indexer_loss_weight seed device_peak_tflops",
+            above_zero="rows_per_step max_skipped_steps",
+            zero_or_more="steps epochs stop_after_step dense_up_to indexer_loss_weight seed "
+            "device_peak_tflops",
         )
         check(self.seed < 2**32, "training.seed", self.seed, f"at most {2**32 - 1}")
+        expected = (
+            f"0, since training.epochs = {epochs:g} says when the run ends"
+            if epochs
+            else "1 or more, or training.epochs above 0"
+        )
+        check((self.steps > 0) != (epochs > 0), "training.steps", self.steps, expected)
         phases = ("dense", "indexer_warmup", "sparse")
         check(self.phase in phases, "training.phase", self.phase, f"one of {phases}")
         check(

@@ -6,8 +6,7 @@ state.
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
+from megatron_keye.data.permutation import Permutation
 
 
 def next_source(weights: Sequence[float], num_drawn: Sequence[int]) -> int:
@@ -40,22 +39,26 @@ class Blend:
         """Samples drawn from each source; may be set, to resume at any position."""
         self._sizes, self._weights, self._seed = sizes, weights, seed
         self._shuffles = shuffles
-        # One order per source: a small source's many epochs must not evict a large one's order.
-        self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
+        # One order per source, since making one costs more than a look-up.
+        self._orders: dict[int, tuple[int, Permutation]] = {}
 
     def draw(self) -> tuple[int, int]:
         """Return the next source and the index of a sample in it, and advance."""
         source = next_source(self._weights, self.num_drawn)
         epoch, position = divmod(self.num_drawn[source], self._sizes[source])
         self.num_drawn[source] += 1
-        return source, int(self._order(source, epoch)[position]) if self._shuffles else position
+        return source, self._order(source, epoch)[position] if self._shuffles else position
 
-    def _order(self, source: int, epoch: int) -> NDArray[np.int64]:
-        """Return the order of one epoch of one source, 8 bytes per sample."""
+    def ends_epoch(self, source: int) -> bool:
+        """Return whether the last sample drawn from a source was the last of its epoch."""
+        return self.num_drawn[source] % self._sizes[source] == 0
+
+    def _order(self, source: int, epoch: int) -> Permutation:
+        """Return the order of one epoch of one source."""
         kept_epoch, order = self._orders.get(source, (-1, None))
         if order is None or kept_epoch != epoch:
             # Source 0 adds nothing to the seed: a source alone is ordered as the first of a blend.
-            generator = np.random.default_rng((self._seed, epoch, *([source] if source else [])))
-            order = generator.permutation(self._sizes[source])
+            key = (self._seed, epoch, *([source] if source else []))
+            order = Permutation(self._sizes[source], key)
             self._orders[source] = epoch, order
         return order

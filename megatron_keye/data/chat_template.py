@@ -98,14 +98,14 @@ class _TurnWriter:
     def weight(self, message: Message) -> float:
         """Return what the labels of a turn weigh."""
         predicts_all = self.config.loss_tokens == "text"
-        if message.weight is None:
-            return float(message.role == "assistant" or predicts_all)
-        if message.weight and message.role != "assistant" and not predicts_all:
+        if message.role == "assistant":
+            return _or_one(message.weight)
+        if message.weight and not predicts_all:
             raise UserError(
                 f"a turn of {message.role!r} has the weight {message.weight:g}, expected 0: only "
                 "the assistant's turns are predicted; drop it, or set data.loss_tokens to 'text'"
             )
-        return message.weight
+        return _or_one(message.weight) if predicts_all else 0.0
 
     def turn(self, role: str, parts: Sequence[Part], weight: float) -> Iterator[Piece]:
         """Write a turn whose parts weigh the same."""
@@ -136,11 +136,11 @@ class _TurnWriter:
         self, message: Message, *, is_after_query: bool, is_last: bool
     ) -> Iterator[Piece]:
         """Write an answer: thinking, text, calls."""
-        config, weight = self.config, self.weight(message)
-        follows_template = config.thinking == "qwen3"
+        config, follows_template = self.config, self.config.thinking == "qwen3"
         keeps = bool(message.thinking) and (is_after_query or not follows_template)
-        if message.thinking and not keeps and not config.trains_on_shortened_turns:
-            weight = 0.0
+        lost_thinking = bool(message.thinking) and not keeps
+        share = 0.0 if lost_thinking and not config.trains_on_shortened_turns else 1.0
+        weight = share * self.weight(message)
         frame = weight if config.loss_tokens == "text" else 0.0
         yield from self._open("assistant", frame)
         yield Piece(part=_text("\n"), weight=frame)
@@ -151,10 +151,13 @@ class _TurnWriter:
             is_learnt = keeps and config.trains_on_thinking
             yield Piece(part=_text(block), weight=weight if is_learnt else frame)
             parts = _without_leading_newlines(parts)
-        # As the template does, even where only newlines stood that thinking took away.
-        calls = _calls(message.tool_calls, follows_content=bool(message.parts))
-        for part in (*parts, *calls):
-            yield Piece(part=part, weight=weight)
+        yield from (Piece(part=part, weight=weight) for part in parts)
+        for index, call in enumerate(message.tool_calls):
+            weight = share * _or_one(call.weight)
+            # As the template does, even where only newlines stood that thinking took away.
+            newline = "\n" if index or message.parts else ""
+            text = f"{newline}<tool_call>\n{call.value}\n</tool_call>"
+            yield Piece(part=_text(text), weight=weight)
         yield from self._close(weight, frame)
 
     def _open(self, role: str, weight: float) -> Iterator[Piece]:
@@ -171,10 +174,8 @@ def _text(value: str) -> Part:
     return Part(kind="text", value=value)
 
 
-def _calls(calls: Sequence[str], *, follows_content: bool) -> Iterator[Part]:
-    for index, call in enumerate(calls):
-        newline = "\n" if index or follows_content else ""
-        yield _text(f"{newline}<tool_call>\n{call}\n</tool_call>")
+def _or_one(weight: float | None) -> float:
+    return 1.0 if weight is None else weight
 
 
 def _without_leading_newlines(parts: tuple[Part, ...]) -> tuple[Part, ...]:

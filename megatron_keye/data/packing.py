@@ -43,28 +43,33 @@ class PackingWindow:
         # Negative arrival numbers put the oldest of equally long samples last, where bisect looks.
         self._by_length: list[tuple[int, int]] = []
         for sample in waiting:
-            self._add(sample)
+            self.add(sample)
 
     @property
     def waiting(self) -> list[WaitingSample]:
         """The samples that wait, in the order they were drawn."""
         return list(self._by_arrival.values())
 
-    def fill_row(self, row_tokens: int, draw: Callable[[], WaitingSample]) -> list[WaitingSample]:
+    def fill_row(
+        self, row_tokens: int, draw: Callable[[], WaitingSample | None]
+    ) -> list[WaitingSample]:
         """Choose the samples of one row by best fit.
 
         Args:
             row_tokens: Length of the row; no sample is longer.
-            draw: Returns the next sample of the stream.
+            draw: Returns the next sample of the stream, None at its end.
 
         Returns:
-            At least one sample, together at most `row_tokens` long, in the order of the row.
+            At least one sample, together at most `row_tokens` long, in the order of the row; none
+            when the stream has ended and no sample waits.
         """
         taken: list[WaitingSample] = []
         room = row_tokens
         while room:
-            while len(self._by_arrival) < self._size:
-                self._add(draw())
+            while len(self._by_arrival) < self._size and (sample := draw()) is not None:
+                self.add(sample)
+            if not self._by_arrival:
+                break
             position = self._longest_within(room) if taken else self._oldest()
             if position < 0:
                 break
@@ -74,7 +79,8 @@ class PackingWindow:
         assert room >= 0, f"samples are {-room} tokens longer than a row of {row_tokens}"
         return taken
 
-    def _add(self, sample: WaitingSample) -> None:
+    def add(self, sample: WaitingSample) -> None:
+        """Let a sample wait behind those that wait already."""
         self._by_arrival[self._num_added] = sample
         insort(self._by_length, (sample.num_tokens, -self._num_added))
         self._num_added += 1

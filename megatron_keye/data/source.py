@@ -1,6 +1,7 @@
 """The interface of sample sources, and the source that tokenizes a file of conversations.
 
-The other source, a prepared store, is in store/reader.py; the loader uses the interface alone.
+The other source, a prepared store, is in store/reader.py; beyond `open_source` the interface alone
+is used.
 """
 
 from collections import Counter
@@ -11,10 +12,13 @@ from typing import Protocol
 
 from megatron_keye.config import DataConfig, ModelConfig
 from megatron_keye.data.conversation import Conversation, parse_conversation
+from megatron_keye.data.media import resolve_media
 from megatron_keye.data.records.file import RecordFile
 from megatron_keye.data.row import Sample
 from megatron_keye.data.sample import make_sample
+from megatron_keye.data.store.settings import deciding_settings
 from megatron_keye.data.tokens import Tokenizer
+from megatron_keye.errors import UserError
 
 # Small files are tokenized once; a long sample takes megabytes, so large files are not kept.
 _SAMPLES_KEPT = 256
@@ -52,21 +56,21 @@ class ConversationFile:
         model: Ids of placeholders, patch and merge size.
 
     Raises:
-        UserError: Naming file and line of what is malformed; media are opened when their
-            sample is drawn.
+        UserError: Naming file and line of what is malformed, unless bad samples are skipped;
+            media are opened when their sample is drawn.
     """
 
     def __init__(
         self, path: Path, tokenizer: Tokenizer, config: DataConfig, model: ModelConfig
     ) -> None:
         self.path = path
+        self._tokenizer, self._config, self._model = tokenizer, config, model
         self._records = RecordFile(path)
         self.digest = self._records.digest
         self.num_samples = len(self._records)
         self.unread: Mapping[str, int] = Counter(
-            name for index in range(self.num_samples) for name in self._parse(index).unread
+            name for index in range(self.num_samples) for name in self._unread(index)
         )
-        self._tokenizer, self._config, self._model = tokenizer, config, model
         # Samples in the packing window have been tokenized already, for their lengths.
         self._sample = lru_cache(max(_SAMPLES_KEPT, 2 * config.packing_window))(self._make)
 
@@ -82,8 +86,29 @@ class ConversationFile:
         """Return samples in the order asked for; UserError naming an unusable one."""
         return [self._sample(index) for index in indices]
 
+    def _unread(self, index: int) -> tuple[str, ...]:
+        """Check one record; a malformed one that may be skipped is refused when it is drawn."""
+        try:
+            return self._parse(index).unread
+        except UserError:
+            if self._config.on_bad_sample == "refuse":
+                raise
+            return ()
+
     def _parse(self, index: int) -> Conversation:
         return parse_conversation(self._records.read(index), self.name(index), self.path.parent)
 
     def _make(self, index: int) -> Sample:
         return make_sample(self._parse(index), self._tokenizer, self._config, self._model)
+
+
+def open_source(
+    name: str, tokenizer: Tokenizer, config: DataConfig, model: ModelConfig
+) -> SampleSource:
+    """Open a file of conversations, or a store if `name` is a folder."""
+    if not Path(name).is_dir():
+        return ConversationFile(resolve_media(name, Path()), tokenizer, config, model)
+    # zarr takes most of a second to import, and runs on sample files do not need it.
+    from megatron_keye.data.store.reader import SampleStore
+
+    return SampleStore(Path(name), deciding_settings(tokenizer, config, model))

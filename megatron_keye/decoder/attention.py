@@ -147,6 +147,11 @@ class SparseSelfAttention(MegatronModule):
             projected_SBD = attach_loss(projected_SBD, loss)
         return projected_SBD, None
 
+    @property
+    def _measures_indexer(self) -> bool:
+        """False in the first of the two passes of a recomputed layer."""
+        return torch.is_grad_enabled() or not self.training
+
     def _project(self, hidden_SBD: Tensor, row: DecoderRow) -> _Heads:
         mixed_SBX = self.linear_qkv(hidden_SBD)[0]
         mixed_TGX = mixed_SBX.squeeze(1).unflatten(
@@ -182,7 +187,7 @@ class SparseSelfAttention(MegatronModule):
     def _attend_sparsely(
         self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow
     ) -> tuple[Tensor, Tensor | None]:
-        """Return out_THC and the indexer's loss, or None without gradients."""
+        """Return out_THC and the indexer's loss, or None where it is not measured."""
         indices_TK = lightning_indexer(
             indexer.q_TIJ.detach(),
             indexer.k_SJ.detach(),
@@ -198,9 +203,9 @@ class SparseSelfAttention(MegatronModule):
             heads.v_SGC,
             indices_TK,
             scale=self.head_dim**-0.5,
-            with_target=torch.is_grad_enabled(),
+            with_target=self._measures_indexer,
         )
-        if not torch.is_grad_enabled():
+        if not self._measures_indexer:
             return out_THC, None
         scores_TK = selected_indexer_scores(
             indexer.q_TIJ, indexer.k_SJ, indexer.gate_TI, indices_TK
@@ -214,7 +219,7 @@ class SparseSelfAttention(MegatronModule):
     ) -> tuple[Tensor, Tensor | None]:
         """Return out_THC of dense attention and the indexer's loss over all keys, or None."""
         out_THC, lse_TH = self._attend_densely(heads, row)
-        if not torch.is_grad_enabled():
+        if not self._measures_indexer:
             return out_THC, None
         loss, kl_TG = dense_indexer_loss(
             indexer.q_TIJ,

@@ -24,7 +24,7 @@ from megatron_keye.plan.cost import (
 )
 from megatron_keye.plan.order import Exchange, Pass
 from megatron_keye.plan.places import DecoderPlace, vision_ranks
-from megatron_keye.plan.slots import balanced_order, plan_slots, returns_gradients
+from megatron_keye.plan.slots import balanced_order, plan_slots, vision_learns
 from megatron_keye.plan.step import Chunk, PictureSlot, StepPlan, plan_messages
 
 _TRIED_FACTORS = (0.8, 1.0, 1.25, 1.6)
@@ -108,7 +108,7 @@ def plan_dealt(
         num_rows=len(rows),
         row_tokens=run.data.row_tokens,
         parallel=run.parallel,
-        returns_gradients=returns_gradients(run),
+        returns_gradients=vision_learns(run),
     )
 
 
@@ -170,7 +170,7 @@ class Forecast:
     @property
     def vision_passes(self) -> int:
         """Vision's work in forward passes: backward is two, and recomputing the chunk one."""
-        return 4 if returns_gradients(self._run) else 1
+        return 4 if vision_learns(self._run) else 1
 
     @property
     def decoder_passes(self) -> int:

@@ -33,24 +33,34 @@ def balanced_order(
     return order_rows(costs, run.parallel.decoder.data)
 
 
-def plan_slots(slots: Sequence[PictureSlot], num_rows: int, run: RunConfig) -> StepPlan:
+def plan_slots(
+    slots: Sequence[PictureSlot],
+    num_rows: int,
+    run: RunConfig,
+    *,
+    returns_gradients: bool | None = None,
+) -> StepPlan:
     """Plan the step of a global batch.
 
     Args:
         slots: All pictures of the global batch, rows ascending.
         num_rows: Rows of the global batch.
         run: Sizes and degrees.
+        returns_gradients: Whether gradients of features travel back; by default where the run
+            trains vision or the projector.
     """
+    if returns_gradients is None:
+        returns_gradients = vision_learns(run)
     return plan_step(
         slots,
         num_rows=num_rows,
         row_tokens=run.data.row_tokens,
         parallel=run.parallel,
         cost=vision_cost(run.model.vision, run.parallel.vision),
-        returns_gradients=returns_gradients(run),
+        returns_gradients=returns_gradients,
     )
 
 
-def returns_gradients(run: RunConfig) -> bool:
+def vision_learns(run: RunConfig) -> bool:
     """Return whether ViT or projector is trained, which needs the gradients of features."""
     return bool({"vision", "projector"} & set(run.training.trained_parts))

@@ -18,8 +18,8 @@ from megatron_keye.recipes.keye_tiny import keye_tiny
 
 _K, _BILLION = 1024, 10**9
 _CONTEXT_RANK_TOKENS = 32 * _K
-"""Row tokens of a context-parallel rank, which two tensor-parallel ranks share: all that fits with
-12 layers. Shorter rows make replicas of the context ranks instead."""
+"""Row tokens of a context-parallel rank, shared by two tensor-parallel ones, as in keye_30b_a3b.
+Shorter rows leave context ranks without work, so these become replicas."""
 _TINY_STEPS = 8
 _TINY_ROW, _TINY_LONG_ROW = 384, 768
 

@@ -86,6 +86,10 @@ class CachedFeatures:
         """Return statistics of decoding since the last call; cached pictures are not decoded."""
         return self._decoding.statistics()
 
+    def close(self) -> None:
+        """Close the decoding."""
+        self._decoding.close()
+
     def _open(self) -> FeatureCache:
         """Open the cache for the ViT's weights, which are loaded when the first step starts."""
         if self._cache is None:

@@ -18,7 +18,6 @@ from megatron_keye.data.row import PackedRow, Picture
 from megatron_keye.data.video.decode_service import DecodeStatistics
 from megatron_keye.errors import UserError
 from megatron_keye.observe.recorder import Recorder
-from megatron_keye.plan.slots import returns_gradients
 from megatron_keye.plan.step import StepPlan
 
 
@@ -36,6 +35,9 @@ class PatchSource(Protocol):
 
     def statistics(self) -> DecodeStatistics:
         """Return statistics of decoding since the last call."""
+
+    def close(self) -> None:
+        """Let go of threads and devices; chunks that were not taken are dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ class ChunkEncoder:
         source: PatchSource,
         device: torch.device,
         rank: int,
+        *,
+        learns: bool,
     ) -> None:
         """Create an encoder for all steps.
 
@@ -67,11 +71,12 @@ class ChunkEncoder:
             source: Supplies the input of `vision`.
             device: Where `vision` runs.
             rank: This rank.
+            learns: Whether chunks have a backward pass.
         """
         self._vision, self._source, self._device = vision, source, device
         self._rank = rank
         self._dtype, self._width = weight_dtype(run), run.model.decoder.hidden_size
-        self._learns = returns_gradients(run)
+        self._learns = learns
         self._inputs: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
         self._recorder = Recorder()
         self._due: deque[tuple[int, _PictureChunk]] = deque()
@@ -91,13 +96,16 @@ class ChunkEncoder:
     def announce(self, plan: StepPlan, rows: list[PackedRow]) -> None:
         """Let the source decode one more step, behind those that were announced before.
 
+        May run in another thread.
+
         Args:
             plan: Plan of the step.
             rows: Its rows, in the plan's order.
         """
         chunks = [_picture_chunk(plan, rows, chunk) for chunk in plan.chunks_of(self._rank)]
-        self._announced.append(chunks)
         self._source.start_step([chunk.pictures for chunk in chunks])
+        # Last, since `encode_ahead` may look at it from another thread.
+        self._announced.append(chunks)
 
     def wait_until_decoded(self) -> dict[str, str]:
         """Wait until the whole next step, announced before, is decoded.

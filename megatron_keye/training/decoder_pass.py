@@ -23,12 +23,12 @@ from megatron_keye.decoder.virtual_stage import VirtualStage
 from megatron_keye.observe.recorder import Recorder
 from megatron_keye.parallel.grid import Grid
 from megatron_keye.parallel.transport import FeatureTransport
-from megatron_keye.plan.slots import returns_gradients
+from megatron_keye.plan.slots import vision_learns
 from megatron_keye.training.microbatch import cut_row
 
 
 class DecoderPass:
-    """Forward and backward of the decoder on this rank."""
+    """Forward and backward of the decoder on this rank, or forward only."""
 
     def __init__(
         self,
@@ -36,6 +36,8 @@ class DecoderPass:
         grid: Grid,
         stages: list[DistributedDataParallel],
         device: torch.device,
+        *,
+        is_forward_only: bool = False,
     ) -> None:
         """Prepare for all steps.
 
@@ -44,11 +46,13 @@ class DecoderPass:
             grid: Groups of this rank.
             stages: Virtual stages of this rank, wrapped.
             device: Where they run.
+            is_forward_only: Whether there is no backward pass; stages are in evaluation mode then.
         """
         assert grid.decoder is not None, "only decoder ranks run the decoder"
         self._run, self._groups, self._stages, self._device = run, grid.decoder, stages, device
         self._place, self._rank = grid.place(), grid.rank
-        self._returns_gradients = returns_gradients(run)
+        self._is_forward_only = is_forward_only
+        self._returns_gradients = vision_learns(run) and not is_forward_only
         self._config = get_model_config(stages[0])
         self._schedule = get_forward_backward_func(
             pp_size=run.parallel.decoder.pipeline,
@@ -65,7 +69,7 @@ class DecoderPass:
         indexer_loss_weight: float,
         balance_loss_scale: float,
     ) -> None:
-        """Run forward and backward of this replica's rows; gradients are not reduced yet.
+        """Run the passes of this replica's rows; gradients are not reduced yet.
 
         Args:
             rows: All rows of the global batch.
@@ -86,17 +90,19 @@ class DecoderPass:
             recorder=recorder,
             indexer_loss_weight=indexer_loss_weight,
         )
-        self._schedule(
-            forward_step_func=forward,
-            data_iterator=[self._batches(own_rows) for _ in self._stages],
-            model=self._stages,
-            num_microbatches=len(own_rows),
-            # Megatron divides it by the context and tensor degrees itself.
-            seq_length=self._run.data.row_tokens,
-            micro_batch_size=1,
-            p2p_communicator=P2PCommunicator(pp_group=self._groups.pp, config=self._config),
-            pg_collection=self._groups,
-        )
+        with torch.set_grad_enabled(not self._is_forward_only):
+            self._schedule(
+                forward_step_func=forward,
+                data_iterator=[self._batches(own_rows) for _ in self._stages],
+                model=self._stages,
+                num_microbatches=len(own_rows),
+                # Megatron divides it by the context and tensor degrees itself.
+                seq_length=self._run.data.row_tokens,
+                micro_batch_size=1,
+                forward_only=self._is_forward_only,
+                p2p_communicator=P2PCommunicator(pp_group=self._groups.pp, config=self._config),
+                pg_collection=self._groups,
+            )
 
     def _batches(self, rows: list[PackedRow]) -> Iterator[tuple[int, PackedRow, Batch]]:
         for micro_batch, row in enumerate(rows):
@@ -131,7 +137,7 @@ class DecoderPass:
 
     def _features(self, transport: FeatureTransport, micro_batch: int) -> Tensor:
         features_MD = transport.take_features(micro_batch)
-        if self._returns_gradients and len(features_MD) > 0 and torch.is_grad_enabled():
+        if self._returns_gradients and len(features_MD) > 0:
             features_MD.requires_grad_()
 
             def send(leaf: Tensor) -> None:

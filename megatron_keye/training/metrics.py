@@ -5,8 +5,9 @@ Every rank contributes its sums, zeros where it has none, and all get the result
 
 import math
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,11 @@ class BatchCounts:
     flops: float
     """Model FLOPs of the training step (`throughput.step_flops`)."""
 
+    def __add__(self, other: Self) -> Self:
+        """Return the counts of two batches together."""
+        mine, theirs = asdict(self), asdict(other)
+        return type(self)(**{name: mine[name] + theirs[name] for name in mine})
+
     @property
     def divisor(self) -> float:
         """Divisor of all gradients: the labels' weight, or real tokens where none has a label."""
@@ -59,17 +65,44 @@ def count_batch(rows: Sequence[PackedRow], run: RunConfig) -> BatchCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepMetrics:
-    """Metrics of one step, the same on every rank."""
+class MeanLosses:
+    """Losses of rows, means over all ranks."""
 
     loss: float
-    """Language loss, mean over labels by their weights, in nats."""
+    """Language loss, mean over labels by their weights, in nats; NaN without any."""
     indexer_kl: float
     """KL divergence of attention from the indexer, mean over queries, groups and layers, in nats,
     in rows that do not attend densely; NaN without any."""
     indexer_recall: float
     """Share of dense attention mass on the selected keys, over sampled queries of sparse
     rows; NaN without any."""
+
+
+def mean_losses(
+    sums: Mapping[MeterName, float], counts: BatchCounts, run: RunConfig
+) -> MeanLosses:
+    """Return the means of losses.
+
+    Args:
+        sums: Sums over all ranks by the meter's names; "language_loss", "indexer_kl", "recall" and
+            "recall_queries" are read.
+        counts: Counts of the same rows.
+        run: Sizes.
+    """
+    decoder, nan = run.model.decoder, float("nan")
+    kl_terms = counts.indexer_queries * decoder.num_kv_heads * decoder.num_layers
+    queries = sums["recall_queries"]
+    return MeanLosses(
+        loss=sums["language_loss"] / counts.loss_weight if counts.loss_weight else nan,
+        indexer_kl=sums["indexer_kl"] / kl_terms if kl_terms else nan,
+        indexer_recall=sums["recall"] / queries if queries else nan,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics(MeanLosses):
+    """Metrics of one step, the same on every rank."""
+
     router_load: float
     """Tokens of the busiest expert over the mean, averaged over layers; 1 is balanced."""
     gradient_norm: float
@@ -81,13 +114,19 @@ class StepMetrics:
     tokens: int
     """Real tokens of the global batch."""
     tokens_per_second: float
-    """Real tokens of the global batch per second of the slowest rank."""
+    """Real tokens of the global batch per second of `step_seconds`."""
     tflops_per_device: float
     """Model FLOPs (`throughput.step_flops`) per second and rank, in 1e12."""
     mfu: float
     """Model FLOPs utilization: the same over the device's peak; NaN where that is unknown."""
     step_seconds: float
-    """The whole step on the slowest rank."""
+    """From the end of the step before to the end of this one, on the slowest rank."""
+    data_wait_seconds: float
+    """The part of it spent waiting for this step's rows, on the rank that waited longest."""
+    save_seconds: float
+    """The part of it spent on a checkpoint after the step before, on the slowest rank."""
+    validation_seconds: float
+    """The part of it spent on a validation after the step before, on the slowest rank."""
     decoder_seconds: float
     """The decoder's passes, waits for features and other stages included, on the slowest rank."""
     vision_seconds: float
@@ -132,21 +171,16 @@ def collect_metrics(
         run: Sizes and degrees.
         counts: Counts of the global batch.
         outcome: Result of the optimizer step.
-        seconds: This rank's seconds in the "step", the "decoder", "vision" and, as a part of
-            vision, "vision_wait".
+        seconds: This rank's seconds in the "step", its parts "data_wait", "save" and
+            "validation", the "decoder", "vision" and, as a part of vision, "vision_wait".
         asks_to_stop: Whether this rank was asked to stop; reduced with the times.
     """
     device = router_load.counts_LE.device
     maxima = seconds | {"stop": asks_to_stop, "peak_memory": _peak_memory_gib(device)}
     sums, largest, counts_LE = _reduce(meter, router_load, maxima)
-    decoder = run.model.decoder
-    kl_terms = counts.indexer_queries * decoder.num_kv_heads * decoder.num_layers
-    nan = float("nan")
     tflops = counts.flops / largest["step"] / run.parallel.num_ranks / 1e12
     return StepMetrics(
-        loss=sums["language_loss"] / counts.loss_weight if counts.loss_weight else nan,
-        indexer_kl=sums["indexer_kl"] / kl_terms if kl_terms else nan,
-        indexer_recall=sums["recall"] / sums["recall_queries"] if sums["recall_queries"] else nan,
+        **vars(mean_losses(sums, counts, run)),
         router_load=float((counts_LE.amax(1) / counts_LE.mean(1).clamp(min=1)).mean()),
         gradient_norm=outcome.gradient_norm,
         learning_rate=outcome.learning_rate,
@@ -156,6 +190,9 @@ def collect_metrics(
         tflops_per_device=tflops,
         mfu=tflops / peak_tflops(run, device_name(device)),
         step_seconds=largest["step"],
+        data_wait_seconds=largest["data_wait"],
+        save_seconds=largest["save"],
+        validation_seconds=largest["validation"],
         decoder_seconds=largest["decoder"],
         vision_seconds=largest["vision"],
         vision_wait_seconds=largest["vision_wait"],

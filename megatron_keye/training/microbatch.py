@@ -30,17 +30,22 @@ def balance_rows(rows: list[PackedRow], run: RunConfig) -> list[PackedRow]:
     return [rows[place] for place in balanced_order(sizes, run)]
 
 
-def plan_rows(rows: list[PackedRow], run: RunConfig) -> StepPlan:
+def plan_rows(
+    rows: list[PackedRow], run: RunConfig, *, returns_gradients: bool | None = None
+) -> StepPlan:
     """Plan the step of a global batch.
 
     Args:
         rows: In the order in which the decoder runs them.
         run: Sizes and degrees.
+        returns_gradients: Whether gradients of features travel back; by default where the run
+            trains vision or the projector.
 
     Raises:
         UserError: If a row's placeholders are not where its pictures go.
     """
-    return plan_slots(picture_slots(rows, run), len(rows), run)
+    slots = picture_slots(rows, run)
+    return plan_slots(slots, len(rows), run, returns_gradients=returns_gradients)
 
 
 def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:

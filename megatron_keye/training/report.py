@@ -17,7 +17,10 @@ from megatron_keye.training.sinks import Losses, open_sinks
 
 _NOTABLE_SHARE = 0.05
 """Share of a step from which a wait is worth a place on the step's line."""
-_WAITS = {"vision_wait_seconds": "vision waits {:.3g} s for pictures"}
+_WAITS = {
+    "data_wait_seconds": "waits {:.3g} s for rows",
+    "vision_wait_seconds": "vision waits {:.3g} s for pictures",
+}
 """Metrics that are waits, and how the line tells of them."""
 
 
@@ -91,6 +94,11 @@ class Report:
             sink.log_validation(step, losses)
         parts = [f"{source} {figures['loss']:.4f}" for source, figures in losses.items()]
         self._bar.console.out(f"validation after step {step}: {', '.join(parts)}", highlight=False)
+
+    def expect(self, last_step: int) -> None:
+        """Change the step after which this process is expected to stop."""
+        self._last_step = last_step
+        self._bar.update(self._task, total=last_step)
 
     def show_skipped(self, step: int, num_skipped: int, reasons: list[str]) -> None:
         """Write the skipped samples to the sinks; the log names them already.

@@ -53,8 +53,8 @@ class SkippedSteps:
     def _causes(self, metrics: StepMetrics) -> str:
         training = self._run.training
         return (
-            f"since a gradient was not finite (loss {metrics.loss}, indexer KL "
-            f"{metrics.indexer_kl}); likely causes are weights that are not finite "
+            f"since a gradient was not finite (loss {metrics.loss:.4g}, indexer KL "
+            f"{metrics.indexer_kl:.4g}); likely causes are weights that are not finite "
             f"(training.checkpoint.weights={training.checkpoint.weights or '""'}; megatron-keye "
             "convert --check-finite finds them), a training.optimizer.learning_rate too high "
             f"(got {training.optimizer.learning_rate}) or a loss weight "

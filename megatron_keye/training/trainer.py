@@ -1,16 +1,12 @@
-"""A run from start to end: build, resume, step, save, summarise."""
+"""A run from start to end: build, resume, step, validate, save, summarise."""
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_keye.checkpoint import training_checkpoint
-from megatron_keye.config.backends import decode_backend
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.loader import RowLoader
-from megatron_keye.data.row import PackedRow
-from megatron_keye.data.video.decode_service import DecodeService
-from megatron_keye.data.video.frame_decoder import make_decoder
 from megatron_keye.errors import UserError
 from megatron_keye.model import build_model
 from megatron_keye.observe.timeline import write_step
@@ -20,19 +16,28 @@ from megatron_keye.parallel.process import Process
 from megatron_keye.parallel.random import seed_rank
 from megatron_keye.training import hand_over
 from megatron_keye.training.agreement import check_same_rows
-from megatron_keye.training.cached_features import CachedFeatures
-from megatron_keye.training.chunk_encoder import PatchSource
+from megatron_keye.training.early_end import (
+    early_end,
+    is_validation_due,
+    note_validation,
+    summarize_validation,
+)
 from megatron_keye.training.metrics import StepMetrics
+from megatron_keye.training.patch_source import (
+    log_video_decoder,
+    open_patch_source,
+    video_decoder,
+)
 from megatron_keye.training.provenance import host_names, record_start
+from megatron_keye.training.read_ahead import ReadAhead, StepRows
 from megatron_keye.training.report import Report
 from megatron_keye.training.skipped_steps import SkippedSteps
 from megatron_keye.training.step import TrainingStep
+from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.stop import StopRequest, hidden_from_children
 from megatron_keye.training.summary import measure, read_summary, show_summary, write_summary
 from megatron_keye.training.throughput import device_name
-
-_Rows = tuple[list[PackedRow], dict[str, int | str]]
-"""Rows of a step, and the loader's state after them."""
+from megatron_keye.training.validation import ValidationResult, open_validation
 
 _logger = logging.getLogger(__name__)
 
@@ -53,12 +58,14 @@ class Trainer:
         """
         run.check_num_ranks(process.num_ranks)
         earlier = hand_over.begin(run, process.rank)
-        self._run, self._process, self._stop = run, process, StopRequest()
+        self._run, self._process = run, process
+        self._stop, self._clock = StopRequest(), StepClock()
         self.was_stopped = False
         """Whether a signal ended the run before its last step."""
         self._grid = build_grid(run.parallel)
         seed_rank(run.training.seed, self._grid)
-        self._loader = RowLoader(run.data, run.model, run.training.seed)
+        training = run.training
+        self._loader = RowLoader(run.data, run.model, training.seed, epochs=training.epochs)
         self._model = build_model(
             run,
             self._grid,
@@ -66,25 +73,39 @@ class Trainer:
             uses_transformer_engine=uses_transformer_engine,
         )
         self._optimizer = JointOptimizer(run, self._model, self._grid)
-        self._decode_service = self._start_decoding() if self._model.vision else None
+        log_video_decoder(run, self._grid, process.device)
+        self._patches = open_patch_source(run, self._model, process.device)
         self._step = TrainingStep(
             run,
             self._grid,
             self._model,
             self._optimizer,
-            source=self._source(),
+            source=self._patches,
             stop=self._stop,
+            clock=self._clock,
             device=process.device,
         )
+        self._validation = open_validation(
+            run,
+            self._grid,
+            self._model,
+            padding_row=self._loader.padding_row(),
+            device=process.device,
+        )
+        self._last_validation: ValidationResult | None = None
         self._progress = training_checkpoint.Progress(
             step=0, updates=0, data=self._loader.state_dict(), earlier=earlier
         )
         self._metrics: list[StepMetrics] = []
-        self._media: set[str] = set()
-        self._upcoming: _Rows | UserError | None = None
         self._num_damaged = 0
         self._skipped_steps = SkippedSteps(run)
         self._resume()
+        self._has_rows = (
+            not self._loader.is_exhausted
+            if training.epochs
+            else self._progress.step < training.steps
+        )
+        self._ahead = ReadAhead(run, self._loader, self._progress.step, self._step.announce)
 
     def train(self) -> dict[str, Any]:
         """Train to the last step, or until a signal asks to stop, saving on the way.
@@ -95,96 +116,105 @@ class Trainer:
         try:
             return self._train()
         finally:
-            if self._decode_service is not None:
-                self._decode_service.close()
+            self._ahead.close()
+            if self._patches is not None:
+                self._patches.close()
 
     def _train(self) -> dict[str, Any]:
-        training = self._run.training
-        last = min(training.stop_after_step or training.steps, training.steps)
-        if self._progress.step >= last:
-            return self._already_ended(last)
+        if self._is_over():
+            return self._already_ended()
         hosts, first_step = host_names(), self._progress.step
         self._stop.listen()
         if self._process.rank != 0:
-            return self._summary(self._train_to(last, None))
+            return self._summary(self._run_steps(None))
         record_start(self._run, first_step, hosts, device_name(self._process.device))
-        with Report(self._run, first_step, last) as report:
-            summary = self._summary(self._train_to(last, report))
+        with Report(self._run, first_step, self._last_step(0)) as report:
+            summary = self._summary(self._run_steps(report))
         write_summary(self._run, summary)
-        show_summary(summary, note=self._note_of_stop(last))
+        show_summary(summary, note=self._note())
         return summary
 
-    def _start_decoding(self) -> DecodeService:
-        """Return the service that decodes pictures for this rank's encoder."""
-        decode, device = self._run.data.decode, self._process.device
-        backend = self._decode_backend()
-        if self._process.rank == self._grid.vision_ranks[0]:
-            _logger.info(
-                "decoding video with %s (data.decode.backend=%s)", backend, decode.backend
-            )
-        decoder = make_decoder(backend, device, decode.num_threads)
-        skips_bad = self._run.data.on_bad_sample == "skip"
-        return DecodeService(decoder, self._run.model.vision, decode, skips_bad=skips_bad)
+    def _is_over(self) -> bool:
+        """Return whether this process has no more steps to run."""
+        stop_after = self._run.training.stop_after_step
+        is_stopped = 0 < stop_after <= self._progress.step
+        return not self._has_rows or is_stopped or bool(early_end(self._run, self._progress))
 
-    def _source(self) -> PatchSource | None:
-        """Return the source of the encoder's input; None on a rank that does not encode."""
-        vision, decoding = self._model.vision, self._decode_service
-        if vision is None or decoding is None or not self._run.data.feature_cache:
-            return decoding
-        return CachedFeatures(
-            self._run,
-            vision.module.encoder,
-            decoding,
-            decoder_name=self._decode_backend(),
-            device=self._process.device,
-        )
+    def _last_step(self, num_steps: int) -> int:
+        """Return the step after which this process stops if the run has `num_steps`."""
+        training = self._run.training
+        steps = training.steps or num_steps
+        return min(training.stop_after_step or steps, steps)
 
-    def _decode_backend(self) -> Literal["pyav", "dali"]:
-        """Return the video decoder of the ranks that encode."""
-        wanted, has_gpu = self._run.data.decode.backend, self._process.device.type == "cuda"
-        return decode_backend(wanted, has_gpu=has_gpu)
-
-    def _already_ended(self, last: int) -> dict[str, Any]:
+    def _already_ended(self) -> dict[str, Any]:
         """Show the summary of a finished run; a job that is queued again must not fail."""
         summary = read_summary(self._run)
+        setting = "steps" if self._run.training.steps else "epochs"
+        done = f"step {self._progress.step} is done; raise training.{setting} to continue"
         if self._process.rank == 0:
-            show_summary(summary, note=f"step {last} is done; raise training.steps to continue")
+            show_summary(summary, note=early_end(self._run, self._progress) or done)
         return summary
 
-    def _train_to(self, last: int, report: Report | None) -> Path | None:
+    def _run_steps(self, report: Report | None) -> Path | None:
         """Run the remaining steps and return the last checkpoint's folder, None without one."""
         folder = None
-        for number in range(self._progress.step, last):
-            metrics = self._train_one(number, is_last=number + 1 == last)
-            skipped = self._loader.take_skipped() + self._step.damaged
+        self._clock.end_step()  # Building the run is no part of its first step.
+        self._ahead.start()
+        # One that a signal left no time for, after the step that was saved.
+        self._validate(report)
+        while not self._is_over():
+            batch = self._take_rows()
+            metrics = self._train_one(batch)
             if report is not None:
-                report.show(number + 1, metrics)
-                report.show_skipped(number + 1, self._num_skipped(), skipped)
-            is_last = number + 1 == last
-            self._skipped_steps.note(number + 1, metrics)
-            if is_last:
+                report.expect(self._last_step(batch.num_steps))
+                report.show(self._progress.step, metrics)
+                skipped = batch.skipped + self._step.damaged
+                num_skipped = self._progress.data["num_skipped"]
+                report.show_skipped(self._progress.step, num_skipped, skipped)
+            self._skipped_steps.note(self._progress.step, metrics)
+            if not self._has_rows:
                 self._skipped_steps.check_learned(self._progress.updates, metrics)
-            settings = self._run.training.checkpoint
-            is_due = settings.interval_steps and (number + 1) % settings.interval_steps == 0
-            self.was_stopped = metrics.asks_to_stop and not is_last
-            if is_due or self.was_stopped or (is_last and settings.saves_last):
+            self.was_stopped = metrics.asks_to_stop and not self._is_over()
+            is_best = not self.was_stopped and self._validate(report)
+            if self._is_checkpoint_due(is_best=is_best):
                 folder = self._save()
             if self.was_stopped:
                 break
         return folder
 
-    def _note_of_stop(self, last: int) -> str:
+    def _note(self) -> str:
+        """Return why the run ended before its last step, "" if it did not."""
         if not self.was_stopped:
-            return ""
-        step, signal_name = self._progress.step, self._stop.name or "a signal to another rank"
-        return f"stopped after step {step} of {last} by {signal_name}; --resume auto continues it"
+            return early_end(self._run, self._progress)
+        signal_name = self._stop.name or "a signal to another rank"
+        step = self._progress.step
+        return f"stopped after step {step} by {signal_name}; --resume auto continues it"
 
-    def _train_one(self, number: int, *, is_last: bool) -> StepMetrics:
-        rows, state = self._take_rows()
-        # Decoding works on the next step while this one runs.
-        self._upcoming = None if is_last else self._fetch()
-        self._media |= {picture.medium.path for row in rows for picture in row.pictures}
-        metrics = self._step(rows, number)
+    def _take_rows(self) -> StepRows:
+        """Wait for the rows of the next step, and begin to read those of the one behind it.
+
+        Raises:
+            UserError: For a sample that could not be read, once its step is due.
+        """
+        batch, failure = None, None
+        with self._clock.part("data_wait"):
+            try:
+                batch = self._ahead.take()
+            except UserError as error:
+                failure = error
+        if self._run.data.on_bad_sample == "skip":
+            check_same_rows(batch.rows if batch else None, self._process.device)
+        if batch is None:
+            assert failure is not None, "there are either rows or an error"
+            raise failure
+        is_stop = self._progress.step + 1 == self._run.training.stop_after_step
+        if not batch.is_last and not is_stop:
+            self._ahead.start()
+        return batch
+
+    def _train_one(self, batch: StepRows) -> StepMetrics:
+        number = self._progress.step
+        metrics = self._step(batch.rows, number, batch.num_steps)
         if self._step.recorder is not None:
             rank, device = self._process.rank, self._process.device
             write_step(self._run.folder, number, rank, device, self._step.recorder)
@@ -195,40 +225,31 @@ class Trainer:
         self._progress.tokens += metrics.tokens
         self._progress.seconds += metrics.step_seconds
         self._note_damaged()
-        num_skipped = int(state["num_skipped"]) + self._num_damaged
-        self._progress.data = state | {"num_skipped": num_skipped}
+        num_skipped = batch.state["num_skipped"] + self._num_damaged
+        self._progress.data = batch.state | {"num_skipped": num_skipped}
+        self._has_rows = not batch.is_last
         self._metrics.append(metrics)
         return metrics
 
-    def _take_rows(self) -> _Rows:
-        """Return the rows of the next step.
+    def _validate(self, report: Report | None) -> bool:
+        """Validate if that is due, and return whether it was the best so far."""
+        is_last = not self._has_rows
+        is_due = is_validation_due(self._run, self._progress, is_last=is_last)
+        if self._validation is None or not is_due:
+            return False
+        with self._clock.part("validation"):
+            self._last_validation = self._validation()
+        if report is not None:
+            report.show_validation(self._progress.step, self._last_validation.figures())
+        return note_validation(self._run, self._progress, self._last_validation)
 
-        Raises:
-            UserError: For a sample that could not be read, once its step is due.
-        """
-        fetched = self._upcoming or self._fetch()
-        if isinstance(fetched, UserError):
-            raise fetched
-        return fetched
-
-    def _fetch(self) -> _Rows | UserError:
-        """Read the rows of one more step, and announce their pictures for decoding.
-
-        Returns:
-            The error of an unreadable sample instead, since the step before it can still run.
-        """
-        rows, failure = None, None
-        try:
-            rows = self._loader.next_rows(self._run.training.rows_per_step)
-        except UserError as error:
-            failure = error
-        if self._run.data.on_bad_sample == "skip":
-            check_same_rows(rows, self._process.device)
-        if rows is None:
-            assert failure is not None, "there are either rows or an error"
-            return failure
-        self._step.announce(rows)
-        return rows, self._loader.state_dict()
+    def _is_checkpoint_due(self, *, is_best: bool) -> bool:
+        settings, step = self._run.training.checkpoint, self._progress.step
+        keeps_best = is_best and self._run.training.validation.patience > 0
+        is_due = settings.interval_steps > 0 and step % settings.interval_steps == 0
+        return (
+            is_due or keeps_best or self.was_stopped or (self._is_over() and settings.saves_last)
+        )
 
     def _note_damaged(self) -> None:
         """Count and log the samples that did not decode in the last step."""
@@ -237,12 +258,8 @@ class Trainer:
             for reason in self._step.damaged:
                 _logger.warning("sample skipped: %s", reason)
 
-    def _num_skipped(self) -> int:
-        """Return the number of samples skipped since the run began."""
-        return self._loader.num_skipped + self._num_damaged
-
     def _save(self) -> Path:
-        with hidden_from_children():
+        with self._clock.part("save"), hidden_from_children():
             return training_checkpoint.save(
                 self._run, self._model, self._optimizer, self._grid, self._progress
             )
@@ -260,6 +277,8 @@ class Trainer:
         training_checkpoint.set_aside(run, self._process.rank, continued=folder)
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
+        if not self._metrics:  # The first validation ended the run.
+            return read_summary(self._run)
         parallel, progress = self._run.parallel, self._progress
         is_dedicated = parallel.vision.placement == "dedicated"
         return {
@@ -274,7 +293,8 @@ class Trainer:
                 "vision": parallel.vision.num_ranks if is_dedicated else "on the decoder's ranks",
             },
             "device": device_name(self._process.device),
-            "video_decoder": self._decode_backend(),
-            "skipped_samples": self._num_skipped(),
+            "video_decoder": video_decoder(self._run, self._process.device),
+            "skipped_samples": progress.data["num_skipped"],
+            **summarize_validation(progress, self._last_validation),
             "checkpoint": str(checkpoint) if checkpoint else None,
         }

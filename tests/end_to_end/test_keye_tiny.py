@@ -106,6 +106,11 @@ USER_ERRORS = {
         ("data.samples={folder}/hollow.jsonl", "data.row_tokens=600"),
         "hollow.mp4",
     ),
+    "no step that can be applied": (
+        {"ranks": 2},
+        ("training.steps=2", "training.indexer_loss_weight=1e300"),
+        "no step changed a weight",
+    ),
     "unreadable video": ({"ranks": 1}, ("data.samples={folder}/broken.jsonl",), "broken.mp4"),
 }
 

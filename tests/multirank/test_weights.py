@@ -71,6 +71,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "fp64": {"precision": "fp64"},
     "bf16": {"precision": "bf16"},
+    "fp32, vision frozen": {"precision": "fp32", "phase": "indexer_warmup"},
     "bf16, shared": {"precision": "bf16", "shares": True, "data": 2, "expert": 2},
     "fp32, shared, vision alone": {"precision": "fp32", "shares": True, "vision_ranks": 1},
     "bf16, warm-up, tensor": {"precision": "bf16", "phase": "indexer_warmup", "tensor": 2},

@@ -175,6 +175,9 @@ class SyntheticPatches:
     def statistics(self) -> DecodeStatistics:
         return DecodeStatistics()
 
+    def close(self) -> None:
+        pass
+
 
 def synthetic_patches(pictures: Sequence[Picture]) -> Tensor:
     """Return random patches of pictures, seeded by the file's name and the frame."""

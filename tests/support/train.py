@@ -22,6 +22,7 @@ from megatron_keye.parallel.grid import Grid, build_grid
 from megatron_keye.parallel.random import seed_rank
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.step import TrainingStep
+from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.stop import StopRequest
 from tests.support.fused_adam import fused_adam
 from tests.support.ranks import run_on_ranks
@@ -184,8 +185,16 @@ def build_step(run: RunConfig) -> tuple[Grid, KeyeModel, JointOptimizer, Trainin
     engine = run.training.linear_layers == "transformer_engine"
     model = build_model(run, grid, device, uses_transformer_engine=engine)
     optimizer = JointOptimizer(run, model, grid)
-    source, stop = SyntheticPatches(), StopRequest()
-    step = TrainingStep(run, grid, model, optimizer, source=source, stop=stop, device=device)
+    step = TrainingStep(
+        run,
+        grid,
+        model,
+        optimizer,
+        source=SyntheticPatches(),
+        stop=StopRequest(),
+        clock=StepClock(),
+        device=device,
+    )
     return grid, model, optimizer, step
 
 

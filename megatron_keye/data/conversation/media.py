@@ -31,6 +31,8 @@ WINDOW_KEYS = ("start", "end", "video_start", "video_end")
 _SCHEME = re.compile(r"(?i)[a-z][a-z0-9+.-]*://|data:")
 _MOST_BYTES_OF_A_NAME = 255
 """Longest name that Linux file systems hold, between two slashes."""
+_MOST_BYTES_OF_A_PATH = 2048
+"""Half of what Linux takes, since the folder of the samples comes before it."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,12 @@ def file_name(name: str) -> str:
             f"{shown(name)} is no file name, expected a file on this machine; download it first"
         )
     longest = max(len(part.encode(errors="replace")) for part in name.split("/"))
-    if longest > _MOST_BYTES_OF_A_NAME or "\0" in name:
+    is_too_long = longest > _MOST_BYTES_OF_A_NAME or len(name) > _MOST_BYTES_OF_A_PATH
+    if is_too_long or "\0" in name:
         raise UserError(
             f"{shown(name)} is no file name, expected at most {_MOST_BYTES_OF_A_NAME} bytes "
-            "between slashes; write data that stands in the record to a file and name it"
+            f"between slashes and {_MOST_BYTES_OF_A_PATH} in all; write data that stands in the "
+            "record to a file and name it"
         )
     return name
 

@@ -1,6 +1,7 @@
 """Reads one record of a sample file into a conversation."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _PROCESSOR = "mm_processor_kwargs"
 _READ = {
     *("tools", _GROUNDING, _PROCESSOR, *LIST_KEYS["image"], *LIST_KEYS["video"], *_LIMITS),
 }
+_SURROGATE = re.compile(r"(?i)\\ud[89a-f]")
 
 
 def parse_conversation(record: Any, name: str, base: Path) -> Conversation:
@@ -52,12 +54,21 @@ def _loaded(record: Any) -> Any:
     if not isinstance(record, (str, bytes)):
         return record
     try:
-        return json.loads(record if isinstance(record, str) else record.decode())
+        text = record if isinstance(record, str) else record.decode()
+        loaded = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(loaded, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise UserError(f"is not UTF-8 ({error}); convert the file") from error
+    except UnicodeEncodeError as error:
+        raise UserError(
+            "has half of a character that JSON writes in two (\\ud800 to \\udfff), expected both; "
+            "text was cut in between"
+        ) from error
     # Also for a whole number of more digits than Python reads.
     except ValueError as error:
         raise UserError(f"is not valid JSON ({error}); one object per line") from error
+    return loaded
 
 
 def _conversation(record: Any, name: str, base: Path) -> Conversation:

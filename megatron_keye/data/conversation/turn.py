@@ -8,7 +8,7 @@ from megatron_keye.data.conversation.content import MediaLists, read_content
 from megatron_keye.data.conversation.keys import REFUSED_IN_MESSAGE, refuse_keys, unread_keys
 from megatron_keye.data.conversation.media import LIST_KEYS
 from megatron_keye.data.conversation.tools import read_calls, to_json
-from megatron_keye.data.conversation.turns import Message, Part, Role
+from megatron_keye.data.conversation.turns import Message, Part, Role, ToolCall
 from megatron_keye.data.conversation.values import is_given, number, one_of, shown, text
 from megatron_keye.errors import UserError
 
@@ -62,11 +62,12 @@ def read_message(raw: Any, media: MediaLists, unread: set[str]) -> Message:
         ]
     else:
         parts = _content("" if content is None else content, raw, media, unread)
+    weight = one_of(raw, _WEIGHT_KEYS, _weight)
     message = Message(
         role=role,
         parts=tuple(parts),
-        weight=one_of(raw, _WEIGHT_KEYS, _weight),
-        tool_calls=calls,
+        weight=weight,
+        tool_calls=tuple(ToolCall(value=call, weight=weight) for call in calls),
     )
     thinking = one_of(raw, _THINKING_KEYS, text) or ""
     if role != "assistant":
@@ -109,17 +110,12 @@ def joined(before: Message, calls: Message) -> Message:
     """Return an assistant's turn with the calls of a turn of their own behind it.
 
     Raises:
-        UserError: When the two weigh differently.
+        UserError: When the calls have thinking of their own.
     """
-    weights = {message.weight for message in (before, calls) if message.weight is not None}
-    if len(weights) > 1:
-        raise UserError(
-            f"got the weights {sorted(weights)} for an assistant's turn and the calls that belong "
-            "to it, expected one weight for the whole turn"
-        )
+    if before.thinking and calls.thinking:
+        raise UserError("thinks again between an assistant's text and its calls, expected once")
     return replace(
         before,
-        weight=next(iter(weights), None),
         thinking=before.thinking or calls.thinking,
         tool_calls=before.tool_calls + calls.tool_calls,
     )
@@ -128,7 +124,8 @@ def joined(before: Message, calls: Message) -> Message:
 def _as_calls(message: Message, unread: set[str]) -> Message:
     """Return a turn whose text is calls in JSON."""
     content = "".join(part.value for part in message.parts)
-    return replace(message, parts=(), tool_calls=read_calls(content, unread))
+    calls = (ToolCall(value=c, weight=message.weight) for c in read_calls(content, unread))
+    return replace(message, parts=(), tool_calls=(*calls, *message.tool_calls))
 
 
 def _weight(value: Any, key: str) -> float:

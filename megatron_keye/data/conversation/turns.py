@@ -31,6 +31,17 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A call that an assistant makes."""
+
+    value: str
+    """A JSON object of "name" and "arguments"."""
+    weight: float | None
+    """What its labels weigh, which may differ from the text before it: in some forms of records a
+    call is a turn of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Message:
     """One turn."""
 
@@ -42,8 +53,8 @@ class Message:
     """What a label of the turn weighs in the loss, 0 or more; None for what its role decides."""
     thinking: str = ""
     """The chain of thought before an assistant's answer."""
-    tool_calls: tuple[str, ...] = ()
-    """Calls that follow an assistant's text, as JSON objects of "name" and "arguments"."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Calls that follow an assistant's text."""
 
 
 @dataclass(frozen=True, kw_only=True)

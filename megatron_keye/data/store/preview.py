@@ -153,16 +153,11 @@ def _sheet(sample: Sample, text: str, patch_size: int) -> Image.Image:
         label = _label(pictures[index], patch_size)
         draw.text((left, top + thumbnail.height + 1), label, fill="black", font=font)
     left = _MARGIN + min(len(pictures), _COLUMNS) * (_CELL[0] + _MARGIN)
-    is_predicted = False
     for number, line in enumerate(lines):
-        place = float(left)
-        for piece in re.split(f"([{''.join(_PREDICTED)}])", line):
-            if piece in _PREDICTED:
-                is_predicted = piece == _PREDICTED[0]
-                continue
-            top = first_row + number * _LINE_HEIGHT
-            draw.text((place, top), piece, fill=_COLORS[is_predicted], font=font)
-            place += font.getlength(piece)
+        place, top = float(left), first_row + number * _LINE_HEIGHT
+        for text, is_predicted in line:
+            draw.text((place, top), text, fill=_COLORS[is_predicted], font=font)
+            place += font.getlength(text)
     return sheet
 
 
@@ -195,16 +190,28 @@ def _thumbnails(pictures: list[Picture], patch_size: int) -> dict[int, Image.Ima
     return found
 
 
-def _wrapped(text: str) -> list[str]:
-    """Break text into lines for the sheet, as many as fit; the text file has them all."""
-    lines = [
+def _wrapped(text: str) -> list[list[tuple[str, bool]]]:
+    """Break text into lines for the sheet, of pieces that are predicted or not.
+
+    Of more lines than fit the middle is left out; the text file has them all.
+    """
+    wrapped = [
         part
         for line in text.splitlines()
         for part in textwrap.wrap(line, _CHARACTERS_PER_LINE, break_on_hyphens=False) or [""]
     ]
-    if len(lines) <= _MAX_LINES:
+    lines: list[list[tuple[str, bool]]] = []
+    is_predicted = False
+    for line in wrapped:
+        lines.append([])
+        for piece in re.split(f"([{''.join(_PREDICTED)}])", line):
+            if piece in _PREDICTED:
+                is_predicted = piece == _PREDICTED[0]
+            elif piece:
+                lines[-1].append((piece, is_predicted))
+    num_more = len(lines) - _MAX_LINES + 1
+    if num_more <= 1:
         return lines
-    return [
-        *lines[: _MAX_LINES - 1],
-        f"... {len(lines) - _MAX_LINES + 1} more lines in the .txt",
-    ]
+    first = _MAX_LINES // 2
+    note = [(f"... {num_more} more lines in the .txt", False)]
+    return [*lines[:first], note, *lines[first + num_more :]]

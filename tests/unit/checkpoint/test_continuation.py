@@ -1,4 +1,4 @@
-"""What a run may change when it continues a checkpoint: refused by name, said, or without effect."""
+"""What a run changes when it continues a checkpoint is refused by name, said, or no matter."""
 
 import json
 import logging
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_keye.checkpoint import continuation
 from megatron_keye.checkpoint.continuation import Change, change_of, check_continues
 from megatron_keye.config import RunConfig
 from megatron_keye.config.settings import read_sections
@@ -28,7 +29,7 @@ def continued(folder: Path, *settings: str) -> RunConfig:
 
 REFUSED = {
     "training.phase=indexer_warmup": "training.phase=sparse, and this run has training.phase=",
-    'training.frozen=["vision"]': 'training.frozen=[], and this run has training.frozen=["vision"]',
+    'training.frozen=["vision"]': 'frozen=[], and this run has training.frozen=["vision"];',
     "training.precision=bf16": "training.precision=fp32, and",
     "training.seed=1": "training.seed=1234, and this run has training.seed=1;",
     "data.shuffles=false": "data.shuffles=true, and",
@@ -116,3 +117,9 @@ def test_a_checkpoint_without_its_settings_is_refused(
         (tmp_path / "run.json").write_text(content)
     with pytest.raises(UserError, match=says):
         continued(tmp_path)
+
+
+def test_every_decision_is_about_a_setting_that_there_is() -> None:
+    names = [setting.name for section in read_sections() for setting in section.settings]
+    for decided in continuation._CHANGES:
+        assert any(f"{name}.".startswith(f"{decided}.") or not decided for name in names), decided

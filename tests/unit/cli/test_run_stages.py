@@ -1,11 +1,11 @@
 """The walk over stages: in order, from the last one's weights, and on from where it stopped."""
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_keye.checkpoint.history import HISTORY, past_run, read_history, text_of
 from megatron_keye.cli import local, run_stages, train
@@ -36,10 +36,12 @@ class FakeTraining:
         folder.mkdir(parents=True)
         history = [*(read_history(Path(weights)) or []), past_run(run, step)]
         (folder / HISTORY).write_text(text_of(history))
-        with SummaryWriter(str(run.folder / "events")) as events:
-            for number in range(1, step + 1):
-                events.add_scalar("train/loss", 3.0 / number, number)
-                events.add_scalar("train/indexer_kl", float("nan"), number)
+        steps = [
+            {"step": n, "loss": 3.0 / n, "indexer_kl": None, "indexer_recall": None}
+            for n in range(1, step + 1)
+        ]
+        lines = [json.dumps(line) + "\n" for line in [*steps, {"step": 1, "validation": {}}]]
+        (run.folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 3, "lo')
         return 143 if step < run.training.steps else 0
 
 

@@ -99,6 +99,16 @@ def test_a_wrong_override_is_one_sentence(override: str, message: str) -> None:
         (["training.dense_up_to=64"], "less than data.row_tokens = 64"),
         (["data.frames.min_tokens_per_frame=999"], "data.frames.min_tokens_per_frame"),
         (["training.optimizer.min_learning_rate=9"], "min_learning_rate"),
+        (["training.steps=0"], "training.steps: got 0, expected 1 or more, or training.epochs"),
+        (["training.epochs=2"], "training.steps: got 8, expected 0, since training.epochs = 2"),
+        (["training.epochs=NaN"], "training.epochs: got nan"),
+        (["training.validation.num_rows=-1"], "training.validation.num_rows: got -1"),
+        (["training.validation.min_delta=NaN"], "training.validation.min_delta: got nan"),
+        (["training.validation.patience=2"], "training.validation.interval_steps: got 0"),
+        (
+            ["training.validation.patience=2", "training.validation.interval_steps=9"],
+            "data.validation: got '', expected samples to validate on",
+        ),
     ],
 )
 def test_invalid_combinations_are_refused(overrides: list[str], message: str) -> None:

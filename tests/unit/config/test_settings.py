@@ -62,6 +62,7 @@ def is_plain(setting: Setting) -> bool:
     """Return whether the default is valid in the tiny recipe, whatever else it sets."""
     return setting.default not in (None, '""') and setting.name not in (
         "model.decoder.rope_sections",
+        "training.steps",
     )
 
 

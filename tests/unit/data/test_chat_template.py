@@ -199,9 +199,15 @@ def test_an_agent_trajectory_of_ms_swift_is_that_of_openai() -> None:
     for other in others:
         np.testing.assert_array_equal(first.token_ids, other.token_ids)
         np.testing.assert_array_equal(first.weights, other.weights)
+    swift["messages"][1]["loss"], swift["messages"][3]["loss"] = False, 0.5
     written = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
     assert weighed_text(first) == [
         (f"<think>\nhm\n</think>\n\nFirst\n{written}\n{written}<|im_end|>", 1.0),
+        ("A<|im_end|>", 1.0),
+    ]
+    assert weighed_text(sample_of(swift)) == [
+        (f"\n{written}", 1.0),
+        (f"\n{written}<|im_end|>", 0.5),
         ("A<|im_end|>", 1.0),
     ]
 

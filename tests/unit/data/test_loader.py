@@ -235,8 +235,87 @@ def test_skipped_samples_are_counted_and_named(
 
 def test_a_source_of_bad_samples_alone_ends_the_run(blends: dict[str, str]) -> None:
     config = dataclasses.replace(SKIPPING, samples=blends["store"], row_tokens=4)
-    with pytest.raises(ValueError, match="9 samples in a row were skipped.*tokens long"):
+    with pytest.raises(ValueError, match="a.zarr: all 9 samples were skipped.*tokens long"):
         RowLoader(config, MODEL, seed=1).next_rows(1)
+
+
+def answers(path: Path, *lengths: int) -> str:
+    """Write samples of about so many words; 0 is one with a missing file."""
+    missing = {"messages": [{"role": "assistant", "content": "<image>"}], "images": ["gone.png"]}
+    lines = [
+        {"messages": [{"role": "assistant", "content": "word " * length}]} if length else missing
+        for length in lengths
+    ]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return str(path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_skipping_goes_on_while_a_source_has_one_good_sample(tmp_path: Path, seed: int) -> None:
+    half, good = answers(tmp_path / "half", 0, 5), answers(tmp_path / "good", 3, 4, 5)
+    mostly_bad = answers(tmp_path / "bad", *[0] * 9, 7)
+    for samples in (half, mostly_bad, f"{good}=0.5,{mostly_bad}=0.5"):
+        loader = RowLoader(dataclasses.replace(SKIPPING, samples=samples), MODEL, seed)
+        loader.next_rows(25)
+        assert loader.num_skipped >= 25
+
+
+@pytest.mark.parametrize("stop", [0, 2, 5])
+def test_skipping_ends_with_the_first_epoch_without_a_good_sample(
+    tmp_path: Path, stop: int
+) -> None:
+    good, bad = answers(tmp_path / "good", 50, 50, 50), answers(tmp_path / "bad", *[0] * 6)
+    config = dataclasses.replace(SKIPPING, samples=f"{good}=0.5,{bad}=0.5")
+    loader = RowLoader(config, MODEL, seed=1)
+    loader.next_rows(stop)
+    state = loader.state_dict()
+    loader = RowLoader(config, MODEL, seed=1)
+    loader.load_state_dict(state)
+    with pytest.raises(ValueError, match="bad: all 6 samples were skipped in a whole epoch"):
+        loader.next_rows(20)
+    assert loader.num_skipped == 6 and loader.state_dict()["num_drawn"] == state["num_drawn"]
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=9).filter(any),
+    epochs=st.sampled_from([1.0, 2.0, 3.0]),
+    window=st.integers(1, 4),
+    count=st.integers(1, 3),
+    stop=st.integers(0, 5),
+)
+def test_epochs_hold_every_good_sample_equally_often(
+    tmp_path: Path, lengths: list[int], epochs: float, window: int, count: int, stop: int
+) -> None:
+    samples = answers(tmp_path / "s.jsonl", *lengths)
+    config = dataclasses.replace(SKIPPING, samples=samples, packing_window=window)
+    loader = RowLoader(config, MODEL, seed=2, epochs=epochs)
+    rows: list[PackedRow] = []
+    while not loader.is_exhausted:
+        if stop == 0:
+            state = json.loads(json.dumps(loader.state_dict()))
+            loader = RowLoader(config, MODEL, seed=2, epochs=epochs)
+            loader.load_state_dict(state)
+        stop -= 1
+        some = loader.next_rows(count)
+        assert 0 < len(some) <= count, "the end was not seen before"
+        rows += some
+    assert loader.next_rows(count) == [] and loader.share_done == 1
+    names = [name for row in rows for name in row.sample_names]
+    good = [f"{samples}:{line}" for line, length in enumerate(lengths, start=1) if length]
+    assert sorted(names) == sorted(good * int(epochs))
+
+
+def test_a_part_of_an_epoch_is_rounded_to_samples(config: DataConfig) -> None:
+    loader = RowLoader(config, MODEL, seed=1, epochs=0.5)
+    names = [name for row in loader.next_rows(9) for name in row.sample_names]
+    assert len(names) == 4 and loader.is_exhausted
+
+
+def test_a_padding_row_has_no_sample(config: DataConfig) -> None:
+    row = RowLoader(config, MODEL, seed=1).padding_row()
+    assert row.num_real_tokens == row.num_loss_tokens == 0 and row.sample_names == ()
+    assert row.document_bounds.tolist() == [0, 50]
 
 
 def test_state_of_another_blend_is_refused(blends: dict[str, str]) -> None:
@@ -263,3 +342,27 @@ def test_the_recipe_samples_are_real() -> None:
         ]
         assert np.flatnonzero(row.token_ids == 151_656).tolist() == placeholders
         assert row.num_loss_tokens > 0
+
+
+def test_malformed_records_are_skipped_where_samples_are(config: DataConfig) -> None:
+    path = Path(config.samples)
+    whole = path.read_text()
+    path.write_text(f"{{oops\n{whole}\n" + '{"messages": [], "label": true}\n')
+    with pytest.raises(ValueError, match=r"samples\.jsonl:1: is not valid JSON"):
+        RowLoader(config, MODEL, 0)
+    loader = RowLoader(dataclasses.replace(config, on_bad_sample="skip", shuffles=False), MODEL, 0)
+    names = {name for row in loader.next_rows(6) for name in row.sample_names}
+    assert names == {f"{path}:{line}" for line in range(2, 9)}
+    assert loader.num_skipped >= 2
+
+
+def test_keys_that_nothing_reads_are_told_once(
+    config: DataConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Path(config.samples)
+    records = [json.loads(line) | {"source": "web"} for line in path.read_text().splitlines()]
+    path.write_text("\n".join(map(json.dumps, records)))
+    loader = RowLoader(config, MODEL, 0)
+    loader.next_rows(3)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"{path}: keys that were not read: source (7)"]

@@ -145,9 +145,9 @@ def test_the_projector_learns_as_without_the_cache(
         with CountingService(PyavDecoder(), run.model.vision, run.data.decode) as service:
             cached = CachedFeatures(run, vision.encoder, service, decoder_name="pyav", device=CPU)
             encoder = (
-                ChunkEncoder(run, vision.projector, cached, CPU, rank=0)
+                ChunkEncoder(run, vision.projector, cached, CPU, rank=0, learns=True)
                 if uses_cache
-                else ChunkEncoder(run, vision, service, CPU, rank=0)
+                else ChunkEncoder(run, vision, service, CPU, rank=0, learns=True)
             )
             rows = cast("list[PackedRow]", [Row(chunk) for chunk in chunks])
             encoder.announce(plan, rows)

@@ -10,6 +10,7 @@ from megatron_keye.data.media import Medium
 from megatron_keye.data.row import PackedRow, Picture
 from megatron_keye.errors import UserError
 from megatron_keye.observe.recorder import Recorder
+from megatron_keye.plan.slots import vision_learns
 from megatron_keye.plan.step import Chunk, PictureSlot, StepPlan
 from megatron_keye.training.chunk_encoder import ChunkEncoder
 from megatron_keye.vision import VisionTower
@@ -35,7 +36,7 @@ def step(seed: int) -> tuple[StepPlan, list[PackedRow]]:
 def make_encoder(run: RunConfig = RUN) -> ChunkEncoder:
     tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
     tower.reset_parameters(1)
-    return ChunkEncoder(run, tower, SyntheticPatches(), CPU, rank=0)
+    return ChunkEncoder(run, tower, SyntheticPatches(), CPU, rank=0, learns=vision_learns(run))
 
 
 def test_announcing_ahead_changes_no_feature() -> None:

@@ -1,81 +1,249 @@
-"""The trainer and samples that cannot be read or decoded, without a model."""
+"""The trainer's loop without a model: bad samples, waits, epochs, validations, the end."""
 
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_keye.checkpoint.training_checkpoint import Progress
+from megatron_keye.checkpoint.training_checkpoint import Progress, _prune, checkpoint_folder
+from megatron_keye.config import DataConfig, RunConfig
+from megatron_keye.config.training import ValidationConfig
+from megatron_keye.data.loader import RowLoader
+from megatron_keye.data.row import PackedRow
 from megatron_keye.errors import UserError
+from megatron_keye.training.metrics import MeanLosses
+from megatron_keye.training.read_ahead import ReadAhead
+from megatron_keye.training.skipped_steps import SkippedSteps
+from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.trainer import Trainer
+from megatron_keye.training.validation import ValidationResult
+from tests.support.clips import tiny_model as model_of_words
 from tests.support.metrics import step_metrics
 from tests.support.tiny import mixed_rows, tiny_run
 
 
 class Loader:
-    """Returns rows for one step, then raises for a missing file."""
+    """Returns rows for some steps, each after a while, then raises for a missing file."""
 
-    def __init__(self) -> None:
-        self.num_skipped, self._is_exhausted = 3, False
+    def __init__(self, num_steps: int, seconds: float = 0.0) -> None:
+        self.num_left, self.seconds = num_steps, seconds
 
-    def next_rows(self, count: int) -> Any:
-        if self._is_exhausted:
+    def next_rows(self, count: int) -> list[PackedRow]:
+        time.sleep(self.seconds)
+        if not self.num_left:
             raise UserError("samples.jsonl:7: gone.mp4 is not there")
-        self._is_exhausted = True
+        self.num_left -= 1
         return mixed_rows(0)[:count]
 
-    def state_dict(self) -> dict[str, int | str]:
-        return {"num_skipped": self.num_skipped}
+    def state_dict(self) -> dict[str, int]:
+        return {"num_skipped": 3}
+
+    def take_skipped(self) -> list[str]:
+        return []
+
+    def padding_row(self) -> PackedRow:
+        return mixed_rows(0)[0]
 
 
 class Step:
-    """Records the steps that ran; in each, one sample did not decode."""
+    """Records the steps that ran, and what the clock said of each; one sample does not decode."""
 
     recorder = None
 
-    def __init__(self) -> None:
-        self.ran: list[int] = []
+    def __init__(self, clock: StepClock, seconds: float = 0.0) -> None:
+        self.clock, self.seconds = clock, seconds
+        self.ran: list[tuple[int, list[PackedRow], int]] = []
+        self.times: list[dict[str, float]] = []
         self.damaged = ["samples.jsonl:2: damaged.mp4 does not decode"]
 
-    def announce(self, rows: Any) -> None:
+    def announce(self, rows: list[PackedRow]) -> None:
         pass
 
-    def __call__(self, rows: Any, number: int) -> Any:
-        self.ran.append(number)
+    def __call__(self, rows: list[PackedRow], number: int, num_steps: int) -> Any:
+        time.sleep(self.seconds)
+        self.ran.append((number, rows, num_steps))
+        self.times.append(self.clock.end_step())
         return step_metrics()
 
 
-def trainer_without_model() -> Any:
+def trainer_without_model(
+    run: RunConfig, loader: Any, *, losses: Iterator[float] | None = None, seconds: float = 0.0
+) -> Any:
+    """Return a trainer of a fake step, with the losses of its validations."""
     trainer = object.__new__(Trainer)
+    clock = StepClock()
+    step = Step(clock, seconds)
     fields: dict[str, Any] = {
-        "run": tiny_run(),
+        "run": run,
         "process": SimpleNamespace(rank=0, device=torch.device("cpu")),
-        "loader": Loader(),
-        "step": Step(),
+        "clock": clock,
+        "step": step,
+        "ahead": ReadAhead(run, loader, 0, step.announce),
+        "validation": _validation(losses) if losses else None,
+        "last_validation": None,
         "progress": Progress(step=0, updates=0, data={}),
         "metrics": [],
-        "media": set(),
-        "upcoming": None,
         "num_damaged": 0,
+        "skipped_steps": SkippedSteps(run),
+        "has_rows": True,
+        "saved": [],
     }
     vars(trainer).update({f"_{name}": value for name, value in fields.items()})
+    trainer.was_stopped = False
+    trainer._save = lambda: trainer._saved.append(trainer._progress.step)
     return trainer
 
 
+def _validation(losses: Iterator[float]) -> Callable[[], ValidationResult]:
+    def validate() -> ValidationResult:
+        means = MeanLosses(loss=next(losses), indexer_kl=1.0, indexer_recall=1.0)
+        return ValidationResult(by_source={"a": means}, total=means, num_damaged=0)
+
+    return validate
+
+
+def run_of(num_steps: int, **training: Any) -> RunConfig:
+    return tiny_run(training={"steps": num_steps, **training})
+
+
 def test_a_missing_file_of_the_next_step_ends_the_run_in_its_step() -> None:
-    trainer = trainer_without_model()
-    trainer._train_one(0, is_last=False)
-    assert trainer._step.ran == [0] and trainer._progress.step == 1
+    trainer = trainer_without_model(run_of(2), Loader(num_steps=1))
     with pytest.raises(ValueError, match=r"gone\.mp4 is not there"):
-        trainer._train_one(1, is_last=True)
-    assert trainer._step.ran == [0]
+        trainer._run_steps(None)
+    assert [number for number, _, _ in trainer._step.ran] == [0] and trainer._progress.step == 1
 
 
 def test_damaged_samples_are_logged_counted_and_saved(caplog: pytest.LogCaptureFixture) -> None:
-    trainer = trainer_without_model()
-    trainer._train_one(0, is_last=True)
-    assert trainer._num_skipped() == trainer._progress.data["num_skipped"] == 4
+    trainer = trainer_without_model(run_of(1), Loader(num_steps=1))
+    trainer._run_steps(None)
+    assert trainer._progress.data["num_skipped"] == 4 and trainer._saved == [1]
     assert [record.message for record in caplog.records] == [
         "sample skipped: samples.jsonl:2: damaged.mp4 does not decode"
     ]
+
+
+def test_slow_rows_are_hidden_behind_a_longer_step_and_seen_behind_a_shorter_one() -> None:
+    slow = 0.2
+    for step_seconds, waits in ((2 * slow, False), (0.0, True)):
+        loader = Loader(num_steps=3, seconds=slow)
+        trainer = trainer_without_model(run_of(3), loader, seconds=step_seconds)
+        trainer._run_steps(None)
+        first, *later = trainer._step.times
+        assert first["data_wait"] >= 0.9 * slow, "nothing runs beside the first rows"
+        for times in later:
+            assert (times["data_wait"] >= 0.7 * slow) == waits
+            # Nothing is left out of a step's time, whatever it was spent on.
+            assert times["step"] >= 0.9 * max(slow, step_seconds)
+            assert times["step"] == pytest.approx(times["data_wait"] + step_seconds, abs=slow / 3)
+
+
+def test_a_validation_is_a_part_of_the_next_step() -> None:
+    run = run_of(2, validation=ValidationConfig(interval_steps=1))
+    run = replace(run, data=replace(run.data, validation="v.jsonl"))
+    trainer = trainer_without_model(run, Loader(num_steps=2), losses=iter([2.0, 1.0]))
+    validate = trainer._validation
+
+    def slowly() -> ValidationResult:
+        time.sleep(0.1)
+        return validate()
+
+    trainer._validation = slowly
+    trainer._run_steps(None)
+    first, second = trainer._step.times
+    assert first["validation"] == 0.0
+    assert 0.1 <= second["validation"] <= second["step"]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_epochs_end_with_the_last_sample_and_fill_the_last_step(
+    tmp_path: Path, replicas: int
+) -> None:
+    samples, num_samples, epochs = tmp_path / "s.jsonl", 29, 2.0
+    lines = [
+        {"messages": [{"role": "assistant", "content": "word " * (3 + number % 7)}]}
+        for number in range(num_samples)
+    ]
+    samples.write_text("\n".join(map(json.dumps, lines)))
+    run = tiny_run(training={"steps": 0, "epochs": epochs, "rows_per_step": 4}, data=replicas)
+    data = DataConfig(samples=str(samples), row_tokens=32, packing_window=3)
+    run = replace(run, data=data)
+    loader = RowLoader(data, model_of_words(), seed=1, epochs=epochs)
+    trainer = trainer_without_model(run, loader)
+    trainer._run_steps(None)
+    ran = trainer._step.ran
+    names = [name for _, rows, _ in ran for row in rows for name in row.sample_names]
+    assert sorted(names) == sorted([f"{samples}:{n}" for n in range(1, num_samples + 1)] * 2)
+    assert trainer._saved == [len(ran)] and loader.is_exhausted
+    assert all(len(rows) == 4 for _, rows, _ in ran[:-1])
+    assert len(ran[-1][1]) % replicas == 0
+    assert sum(not row.sample_names for row in ran[-1][1]) < replicas
+    # The estimate of all steps, by which the learning rate decays, ends at their number.
+    assert ran[-1][2] == len(ran)
+    assert all(abs(num_steps - len(ran)) <= 2 for _, _, num_steps in ran)
+
+
+def early_ending_run(tmp_path: Path, **validation: Any) -> RunConfig:
+    run = run_of(40)
+    training = replace(
+        run.training,
+        validation=ValidationConfig(**{"interval_steps": 2, "patience": 2, **validation}),
+    )
+    data = replace(run.data, validation="v.jsonl")
+    return replace(run, data=data, training=training, output_dir=str(tmp_path))
+
+
+def test_a_run_without_progress_ends_with_its_best_step_saved(tmp_path: Path) -> None:
+    run = early_ending_run(tmp_path, min_delta=0.1)
+    losses = [5.0, 4.0, 3.95, 3.8, float("nan"), 3.75]
+    trainer = trainer_without_model(run, Loader(num_steps=40), losses=iter(losses))
+    trainer._run_steps(None)
+    progress = trainer._progress
+    assert (progress.step, progress.best_step, progress.best_loss) == (12, 8, 3.8)
+    assert trainer._saved == [2, 4, 8, 12]
+    assert "no progress in 2 validations since step 8 with 3.8000" in trainer._note()
+    assert str(checkpoint_folder(run, 8)) in trainer._note()
+    # Started again, it has ended, unless it may go on for longer.
+    assert trainer._is_over()
+    trainer._run = early_ending_run(tmp_path, patience=3)
+    assert not trainer._is_over()
+
+
+def test_a_resumed_run_ends_where_the_unbroken_one_does(tmp_path: Path) -> None:
+    run, losses = early_ending_run(tmp_path), [5.0, 4.0, 4.5, 4.5]
+    unbroken = trainer_without_model(run, Loader(num_steps=40), losses=iter(losses))
+    unbroken._run_steps(None)
+    for stop in range(1, unbroken._progress.step):
+        stopping = replace(run, training=replace(run.training, stop_after_step=stop))
+        first = trainer_without_model(stopping, Loader(num_steps=40), losses=iter(losses))
+        first._run_steps(None)
+        assert first._progress.step == stop
+        rest = iter(losses[stop // 2 :])
+        second = trainer_without_model(run, Loader(num_steps=40), losses=rest)
+        second._progress = first._progress
+        second._run_steps(None)
+        assert replace(second._progress, data={}) == replace(unbroken._progress, data={})
+
+
+def test_a_validation_that_a_stop_left_out_comes_first_after_it(tmp_path: Path) -> None:
+    run = early_ending_run(tmp_path)
+    trainer = trainer_without_model(run, Loader(num_steps=40), losses=iter([5.0, 5.0, 5.0]))
+    trainer._progress.step = 2
+    trainer._ahead = ReadAhead(run, Loader(num_steps=40), 2, trainer._step.announce)
+    trainer._run_steps(None)
+    assert trainer._progress.best_step == 2 and trainer._progress.step == 6
+
+
+def test_the_best_checkpoint_is_not_pruned(tmp_path: Path) -> None:
+    run = early_ending_run(tmp_path)
+    for step in (2, 4, 6, 8):
+        checkpoint_folder(run, step).mkdir(parents=True)
+    _prune(checkpoint_folder(run, 2).parent, 2, kept_too=checkpoint_folder(run, 4))
+    assert [path.name[-1] for path in sorted(checkpoint_folder(run, 2).parent.iterdir())] == list(
+        "468"
+    )

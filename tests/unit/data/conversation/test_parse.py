@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_keye.data.conversation import Conversation, describe_unread, parse_conversation
 from megatron_keye.data.video.limits import MediaLimits
+from megatron_keye.errors import UserError
 
 USER = {"role": "user", "content": "Q"}
 ANSWER = {"role": "assistant", "content": "A"}
@@ -40,6 +43,11 @@ def test_all_forms_are_one_conversation(record: Any) -> None:
     conversation = parsed(record)
     assert shown(conversation) == [("system", "S"), ("user", "Q"), ("assistant", "A")]
     assert not conversation.unread and not conversation.tools
+
+
+def test_characters_in_two_halves_are_one() -> None:
+    (question, _) = parsed({"query": "\U0001f600", "response": "A"}).messages
+    assert question.parts[0].value == "\U0001f600"
 
 
 def test_history_and_input_are_turns_and_lines() -> None:
@@ -193,11 +201,14 @@ def test_turns_that_would_be_misread_are_refused(more: dict[str, Any], words: st
         parsed({"messages": [USER, ANSWER | more]})
 
 
-def test_calls_of_another_weight_than_their_turn_are_refused() -> None:
-    call = {"role": "tool_call", "content": '{"name": "f"}', "loss": 0}
-    assert parsed({"messages": [USER, ANSWER, call]}).messages[1].weight == 0
-    with pytest.raises(ValueError, match="message 3: .*one weight for the whole turn"):
-        parsed({"messages": [USER, ANSWER | {"loss": 1}, call]})
+def test_calls_in_a_turn_of_their_own_have_their_own_weight() -> None:
+    call = {"role": "tool_call", "content": '{"name": "f"}', "reasoning": "hm"}
+    turns = [USER, ANSWER | {"loss": 0}, call, call | {"loss": 0.5, "reasoning": None}]
+    answer = parsed({"messages": turns}).messages[1]
+    assert (answer.weight, [c.weight for c in answer.tool_calls]) == (0, [None, 0.5])
+    assert answer.thinking == "hm"
+    with pytest.raises(ValueError, match="message 4: thinks again"):
+        parsed({"messages": [*turns[:3], call]})
 
 
 @pytest.mark.parametrize(
@@ -216,6 +227,7 @@ def test_calls_of_another_weight_than_their_turn_are_refused() -> None:
         ({"type": "image", "image": {"bytes": "abc", "path": "i"}}, "bytes of a file"),
         ({"type": "image", "image": "iVBORw0KGgo" * 99}, "at most 255 bytes between slashes"),
         ({"type": "image", "image": "a\0b"}, "no file name"),
+        ({"type": "image", "image": "a/" * 2000}, "2048 in all"),
         ({"type": "image", "image": "HTTP://a/b.png"}, "'HTTP://a/b.png' is no file name"),
         ({"type": "image", "image": "s3://bucket/b.png"}, "download it first"),
         ({"type": "image", "image": "data:image/png;base64,AAAA"}, "download it first"),
@@ -237,6 +249,7 @@ def test_media_that_would_be_misread_are_refused(part: Any, words: str) -> None:
         ('{"messages": ' + "[" * 100_000, "nested too deeply"),
         ('{"messages": [{"role": "user", "content": ' + "9" * 5000 + "}]}", "not valid JSON"),
         (b'{"messages": "\xff"}', "is not UTF-8"),
+        (r'{"query": "\ud83d", "response": "A"}', "has half of a character"),
         ("{oops", r"is not valid JSON .*one object per line"),
         ("3", "got int"),
     ],
@@ -244,3 +257,49 @@ def test_media_that_would_be_misread_are_refused(part: Any, words: str) -> None:
 def test_lines_that_are_no_records_are_sentences(line: Any, words: str) -> None:
     with pytest.raises(ValueError, match=f"^s:1: .*{words}"):
         parse_conversation(line, "s:1", Path())
+
+
+KEYS = [
+    *("messages", "conversations", "query", "response", "history", "instruction", "output"),
+    *("role", "from", "content", "value", "tools", "tool_calls", "function", "name", "arguments"),
+    *("type", "text", "image", "video", "image_url", "url", "images", "videos", "fps", "nframes"),
+    *("max_pixels", "start", "loss", "weight", "reasoning", "system", "mm_processor_kwargs"),
+]
+WORDS = [
+    *("system", "user", "assistant", "tool", "tool_call", "text", "image", "video", "image_url"),
+    *("function", "a.png", "<image>", "<think>", "</think>a", "[]", "{", "\ud800", "file://"),
+]
+LEAVES = st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from(WORDS)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+TURNS = st.lists(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": st.sampled_from(WORDS),
+            "content": VALUES,
+            "tool_calls": VALUES,
+            "images": VALUES,
+            "loss": LEAVES,
+            "reasoning": LEAVES,
+        },
+    ),
+    max_size=3,
+)
+
+
+@given(
+    VALUES | st.fixed_dictionaries({"messages": TURNS}, optional=dict.fromkeys(KEYS[1:], VALUES))
+)
+def test_any_record_is_a_conversation_or_a_sentence(record: Any) -> None:
+    try:
+        conversation = parsed(record)
+    except UserError as error:
+        assert str(error).startswith("s:1: ") and len(str(error)) < 1000
+    else:
+        assert conversation.messages

@@ -79,7 +79,8 @@ def test_the_mask_of_an_agents_file_is_shown(tmp_path: Path) -> None:
     first, last = 0.5 / num_labels, 1 / num_labels
     called = '<tool_call>\n{"name": "look", "arguments": {"start": 1, "end": 2}}\n</tool_call>'
     assert (
-        f"assistant\n\u27e6{first:.3g}: First\n{called}<|im_end|>\u27e7\n"
+        f"assistant\n\u27e6{first:.3g}: First\u27e7"
+        f"\u27e6{last:.3g}: \n{called}<|im_end|>\u27e7\n"
         "<|im_start|>user\n<tool_response>\n<frames>\n</tool_response><|im_end|>\n"
         f"<|im_start|>assistant\n\u27e6{last:.3g}: <think>\nSo\n</think>\n\n"
         "At 1.5 s<|im_end|>\u27e7\n"

@@ -1,0 +1,34 @@
+"""Where a step's time goes, from the end of one step to the end of the next.
+
+Nothing lies between two steps, so that rates leave nothing out.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+Part = Literal["data_wait", "save", "validation"]
+
+
+class StepClock:
+    """Measures steps on this rank, and the parts of them that are no training."""
+
+    def __init__(self) -> None:
+        """Begin the first step."""
+        self._began = time.perf_counter()
+        self._parts: dict[Part, float] = dict.fromkeys(get_args(Part), 0.0)
+
+    @contextmanager
+    def part(self, name: Part) -> Iterator[None]:
+        """Count the time inside the context as a part of the step that has begun."""
+        started = time.perf_counter()
+        yield
+        self._parts[name] += time.perf_counter() - started
+
+    def end_step(self) -> dict[str, float]:
+        """End the step, begin the next one, and return the seconds of "step" and of each part."""
+        now = time.perf_counter()
+        seconds = {"step": now - self._began} | {str(name): of for name, of in self._parts.items()}
+        self._began, self._parts = now, dict.fromkeys(self._parts, 0.0)
+        return seconds
