@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_keye.checkpoint.continuation import check_continues
+from megatron_keye.checkpoint.convert.carried_files import carry_on
 from megatron_keye.checkpoint.convert.check_tensors import check_shapes
 from megatron_keye.checkpoint.convert.native_folder import NativeFolder
 from megatron_keye.checkpoint.convert.to_native import native_shapes
@@ -151,6 +152,7 @@ def save(
         (partial / "run.json").write_text(run.to_json())
         history = [*progress.earlier, past_run(run, progress.step)]
         (partial / HISTORY).write_text(text_of(history))
+        carry_on(run.folder, partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
         best_step = progress.best_step if run.training.validation.patience else 0

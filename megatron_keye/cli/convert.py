@@ -5,8 +5,9 @@
     megatron-keye convert warm-start --qwen DIR --vision DIR --out DIR --recipe keye_30b_a3b
 
 A killed conversion continues when the same command is run again. To train from the result, pass
---set training.checkpoint.weights=DIR. Exit status 2 for a wrong argument or checkpoint, which
-leaves no output behind.
+--set training.checkpoint.weights=DIR. Tokenizer, template, processor and code files of the source
+travel along, through training's checkpoints too; native-to-hf says what a server will miss.
+Exit status 2 for a wrong argument or checkpoint, which leaves no output behind.
 """
 
 import argparse
@@ -44,10 +45,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default="fused",
         help="one tensor for all experts of a layer, or one per expert; default: fused",
     )
-    add_folder(
-        to_hf,
-        "--files-from",
-        "folder with tokenizer and processor files; default: those stored in the checkpoint",
+    to_hf.add_argument(
+        "--require-complete",
+        action="store_true",
+        help="fail where a file that a server needs is missing, instead of naming it",
     )
     to_hf.add_argument(
         "--shard-gigabytes",
@@ -63,6 +64,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add_folder(warm, "--vision", "Keye-VL-1.5 or SigLIP checkpoint; default: random weights")
     for parsed in (to_native, warm):
         add_recipe_option(parsed)
+    for parsed in (to_hf, warm):
+        add_folder(
+            parsed,
+            "--files-from",
+            "folder with tokenizer, processor and code files, which are added to those that the "
+            "checkpoint carries, or replace them",
+        )
     for parsed in (to_native, to_hf, warm):
         _add_common(parsed)
     return parser.parse_args(arguments)
@@ -127,7 +135,8 @@ def convert(options: argparse.Namespace, progress: ProgressBar) -> None:
             conversion,
             layout=options.expert_layout,
             file_bytes=int(options.shard_gigabytes * GIGABYTE),
-            carried_from=options.files_from,
+            files_from=options.files_from,
+            needs_all_files=options.require_complete,
         )
         return
     run = chosen_run(options, num_ranks=1, has_gpu=True)
@@ -136,6 +145,13 @@ def convert(options: argparse.Namespace, progress: ProgressBar) -> None:
         return
     from megatron_keye.checkpoint.convert.warm_start import warm_start
 
-    origins = warm_start(options.qwen, options.vision, options.out, run, conversion)
+    origins = warm_start(
+        options.qwen,
+        options.vision,
+        options.out,
+        run,
+        conversion,
+        files_from=options.files_from,
+    )
     for origin, count in sorted(Counter(origins.values()).items()):
         sys.stdout.write(f"{count:6d} tensors from {origin}\n")

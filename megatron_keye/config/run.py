@@ -150,7 +150,8 @@ class RunConfig:
         """Return a copy with `section.field=value` settings applied, which are checked together.
 
         Args:
-            overrides: Arguments of `--set`; values are JSON, or text without quotes.
+            overrides: Arguments of `--set`; values are JSON, or text without quotes, with commas
+                between the items of a list. `as_override` writes such an argument.
 
         Raises:
             UserError: For a setting without "=", an unknown field (suggesting similar ones), a
@@ -162,6 +163,22 @@ class RunConfig:
             check(bool(equals), "--set", override, "section.field=value")
             _assign(type(self), tree, name.strip(), text.strip())
         return typing.cast(Self, _build(type(self), tree, path=""))
+
+
+def as_override(name: str, value: object) -> str:
+    """Return the argument of `--set` that gives a setting this value, as messages advise it.
+
+    Args:
+        name: Dotted name of the setting.
+        value: Its value; a list or tuple for a setting that is a list.
+    """
+    if isinstance(value, str):
+        return f"{name}={value}"
+    is_list = isinstance(value, list | tuple)
+    items = [str(item) for item in typing.cast(list[object], value)] if is_list else []
+    if items and not any("," in item for item in items):
+        return f"{name}={','.join(items)}"
+    return f"{name}={json.dumps(value)}"
 
 
 def _plain(node: Any) -> Any:
@@ -206,14 +223,20 @@ def _assign(section: type, tree: dict[str, Any], name: str, text: str) -> None:
     if dataclasses.is_dataclass(wanted):
         inside = ", ".join(_fields(typing.cast(type, wanted)))
         raise UserError(f"{name}: is a section; set one of its fields: {inside}")
-    tree[leaf] = text if wanted is str else _parse(text)
+    tree[leaf] = _parse(text, wanted)
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str, wanted: Any) -> Any:
+    """Return an override's text as JSON data of the `wanted` type, or as it is."""
+    arguments = typing.get_args(wanted)
+    if wanted is str or (typing.get_origin(wanted) is Literal and text in arguments):
+        return text
+    if typing.get_origin(wanted) is tuple and not text.startswith("["):
+        return [_parse(item.strip(), arguments[0]) for item in text.split(",")] if text else []
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return text.split(",") if "," in text else text
+        return text
 
 
 def _build(wanted: Any, value: Any, path: str) -> Any:

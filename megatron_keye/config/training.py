@@ -102,6 +102,12 @@ class CheckpointConfig:
     """Whether the last step is always saved; benchmarks need no checkpoint."""
     keep: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
+    export_every: int = 0
+    """Every this many checkpoints of interval_steps, and after the last step, the checkpoint is
+    also exported as a Hugging Face folder, exports/step-N in the run's folder; 0: never. All ranks
+    write it, and training waits for it. A run that a signal stops does not export."""
+    keep_exports: int = 2
+    """Newest exports to keep; 0 keeps all."""
     resume: str = "none"
     """"auto" continues from the newest checkpoint of this run if there is one, "none" starts a new
     run, any other value is the folder of a checkpoint to continue from."""
@@ -111,9 +117,21 @@ class CheckpointConfig:
     master weights begin as the rounded ones. A resumed run ignores it."""
 
     def __post_init__(self) -> None:
-        for name in ("interval_steps", "keep"):
+        for name in ("interval_steps", "keep", "export_every", "keep_exports"):
             number = getattr(self, name)
             check(number >= 0, f"training.checkpoint.{name}", number, "0 or more")
+
+    def exports(self, step: int, *, is_last: bool) -> bool:
+        """Return whether the checkpoint after a step is exported.
+
+        Args:
+            step: Steps done.
+            is_last: Whether no step follows.
+        """
+        if not self.export_every:
+            return False
+        interval = self.interval_steps * self.export_every
+        return is_last or (interval > 0 and step % interval == 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,11 +148,12 @@ class _TurnWriter:
         if keeps or (follows_template and is_after_query and is_last):
             block = f"<think>\n{message.thinking}\n</think>\n\n"
             # The empty block is the template's, not the assistant's.
-            is_learnt = keeps and config.trains_on_thinking
-            yield Piece(part=_text(block), weight=weight if is_learnt else frame)
+            own = weight * config.trains_on_thinking
+            yield Piece(part=_text(block), weight=own if keeps else frame)
             parts = _without_leading_newlines(parts)
         yield from (Piece(part=part, weight=weight) for part in parts)
         for index, call in enumerate(message.tool_calls):
+            # The end of the turn weighs what stands before it.
             weight = share * _or_one(call.weight)
             # As the template does, even where only newlines stood that thinking took away.
             newline = "\n" if index or message.parts else ""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_keye.checkpoint import training_checkpoint
+from megatron_keye.checkpoint.export import export_checkpoint, take_carried_files
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.errors import UserError
@@ -178,6 +179,9 @@ class Trainer:
             is_best = not self.was_stopped and self._validate(report)
             if self._is_checkpoint_due(is_best=is_best):
                 folder = self._save()
+                if self._is_export_due():
+                    with self._clock.part("save"):
+                        export_checkpoint(self._run, folder)
             if self.was_stopped:
                 break
         return folder
@@ -251,6 +255,10 @@ class Trainer:
             is_due or keeps_best or self.was_stopped or (self._is_over() and settings.saves_last)
         )
 
+    def _is_export_due(self) -> bool:
+        settings, step = self._run.training.checkpoint, self._progress.step
+        return not self.was_stopped and settings.exports(step, is_last=self._is_over())
+
     def _note_damaged(self) -> None:
         """Count and log the samples that did not decode in the last step."""
         self._num_damaged += len(self._step.damaged)
@@ -275,6 +283,8 @@ class Trainer:
             training_checkpoint.load_weights(Path(weights), run, *parts)
         # What fails above leaves an earlier run where it is.
         training_checkpoint.set_aside(run, self._process.rank, continued=folder)
+        if self._process.rank == 0:
+            take_carried_files(run)
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
         if not self._metrics:  # The first validation ended the run.

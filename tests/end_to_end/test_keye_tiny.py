@@ -67,8 +67,12 @@ def test_it_trains_on_a_real_video_across_vision_and_decoder_ranks(unbroken: Pat
 def test_a_stopped_run_resumes_as_if_unbroken(unbroken: Path, tmp_path: Path) -> None:
     first = launch(tmp_path, *SMALL, "training.stop_after_step=2")
     assert first.returncode == 0, first.stderr
-    second = launch(tmp_path, *SMALL, "training.checkpoint.resume=auto")
+    exports = "training.checkpoint.export_every=1"
+    second = launch(tmp_path, *SMALL, "training.checkpoint.resume=auto", exports)
     assert second.returncode == 0, second.stderr
+    exported = tmp_path / "keye_tiny" / "exports" / "step-00000004"
+    assert (exported / "config.json").is_file(), second.stderr
+    assert f"{exported} will lack, for serving" in second.stderr
     assert losses(tmp_path) == losses(unbroken)
     lines = (tmp_path / "keye_tiny" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]

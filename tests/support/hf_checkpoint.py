@@ -1,6 +1,7 @@
 """Random Keye-VL checkpoints of tiny size in the released format."""
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,59 @@ def write_checkpoint(
     index = {"metadata": {"total_size": total}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+CODE = """from transformers import PretrainedConfig
+
+class KeyeVL2Config(PretrainedConfig):
+    model_type = "KeyeVL2"
+"""
+TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+UNREAD_FIELDS = {
+    "auto_map": {"AutoConfig": "configuration_keye_vl_2.KeyeVL2Config"},
+    "eos_token_id": 89,
+    "made_up": {"answer": [42]},
+}
+"""Fields of config.json that conversions do not read."""
+
+
+def write_small_files(folder: Path) -> dict[str, str]:
+    """Write what a released folder has beside weights, and return the content of each file.
+
+    config.json, which must be there, gets UNREAD_FIELDS. The tokenizer knows single characters.
+    """
+    # Late, since it comes with transformers, which most tests here do without.
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | UNREAD_FIELDS))
+    # In bytes, as the pre-tokenizer writes them.
+    letters = sorted(set(string.ascii_letters + ".,?:0123456789") | {"\u0120", "\u010a"})
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>")]
+    )
+    generation = {"do_sample": True, "temperature": 0.6, "eos_token_id": [89]}
+    files = {
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+        ),
+        "chat_template.jinja": TEMPLATE,
+        "additional_chat_templates/plain.jinja": "{{ messages[0].content }}",
+        "generation_config.json": json.dumps(generation),
+        "preprocessor_config.json": json.dumps({"patch_size": PATCH}),
+        "configuration_keye_vl_2.py": CODE,
+        "LICENSE": "Apache-2.0",
+        "README.md": "A model.",
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+    return files

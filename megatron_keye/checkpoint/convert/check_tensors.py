@@ -106,6 +106,8 @@ def _remedy_for_missing(name: str) -> str:
         return _REMEDY_FOR_NATIVE
     if name == PACKING_TABLE:
         return "it is unused, omit it with --set model.vision.num_packing_positions=0"
+    if name == "lm_head.weight":
+        return "a model that ties its output layer to the embedding is another one"
     if ".sa_indexer." in name or name.startswith(("visual.", "mlp_AR.")):
         return "to begin from a plain Qwen3 folder, use warm-start instead of hf-to-native"
     return "complete the folder, or correct the sizes with --recipe or --set model...."

@@ -64,10 +64,15 @@ class NativeFolder:
         """
         metadata_file = folder / ".metadata"
         if not metadata_file.is_file() or not (folder / "metadata.json").is_file():
+            is_released = any(folder.glob("*.safetensors"))
             raise UserError(
                 f"{folder}: got no .metadata with metadata.json, expected a complete native "
                 "checkpoint (.../checkpoints/step-NNNNNNNN, or what megatron-keye convert made); "
-                "check --native or training.checkpoint.weights"
+                + (
+                    "make one of this Hugging Face folder with megatron-keye convert hf-to-native"
+                    if is_released
+                    else "check --native or training.checkpoint.weights"
+                )
             )
         self.path = folder
         with metadata_file.open("rb") as file:

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_keye.checkpoint.hf.config import CONFIG, make_config
+from megatron_keye.checkpoint.hf.config import CONFIG
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout, parameter_shapes
 from megatron_keye.checkpoint.hf.safetensors_file import (
     file_name,
@@ -17,6 +17,7 @@ from megatron_keye.checkpoint.hf.safetensors_file import (
     write_blocks,
     write_index,
 )
+from megatron_keye.checkpoint.hf.write_config import make_config
 from megatron_keye.config.model import ModelConfig
 
 Shape = tuple[int, ...]

@@ -5,13 +5,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_keye.checkpoint.convert.check_tensors import check_finite
-from megatron_keye.checkpoint.convert.native_folder import NativeFolder
 from megatron_keye.checkpoint.convert.one_thread import one_thread
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout, parameter_shapes
 from megatron_keye.checkpoint.hf.safetensors_file import (
@@ -26,6 +25,13 @@ from megatron_keye.config.model import ModelConfig
 from megatron_keye.files.workers import Advance
 
 
+class NativeSource(Protocol):
+    """Gives each native weight, as stored or changed on the way; can be pickled."""
+
+    def read(self, key: str, stacked_index: tuple[int, ...]) -> Tensor:
+        """Return the weight of one layer (and expert); () for a tensor without stacked axes."""
+
+
 @dataclass(frozen=True)
 class HfMaker:
     """Makes safetensors files of about one size."""
@@ -34,7 +40,7 @@ class HfMaker:
     """Sizes."""
     layout: ExpertLayout
     """Expert layout to write."""
-    native: NativeFolder
+    native: NativeSource
     """Source of the weights."""
     dtype: torch.dtype
     """Type to write."""

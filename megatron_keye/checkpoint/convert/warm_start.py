@@ -8,13 +8,16 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_keye.checkpoint.convert.carried_files import check_files_from
 from megatron_keye.checkpoint.convert.check_tensors import check_shapes, check_types
 from megatron_keye.checkpoint.convert.convert import Options, write_native
 from megatron_keye.checkpoint.convert.sources import FreshTensor, MixedSource
 from megatron_keye.checkpoint.convert.to_native import NativeMaker
 from megatron_keye.checkpoint.hf.config import CONFIG, check_config
+from megatron_keye.checkpoint.hf.config_fields import QWEN, VISION_ENCODER
+from megatron_keye.checkpoint.hf.folder import open_unquantised
 from megatron_keye.checkpoint.hf.parameter_shapes import layout_of, parameter_shapes, part_of
-from megatron_keye.checkpoint.hf.safetensors_index import Entry, open_folder
+from megatron_keye.checkpoint.hf.safetensors_index import Entry
 from megatron_keye.checkpoint.history import HISTORY, PastRun, text_of
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import Part
@@ -29,7 +32,13 @@ _VISION_STD = 0.02
 
 
 def warm_start(
-    qwen: Path, vision: Path | None, out: Path, run: RunConfig, options: Options
+    qwen: Path,
+    vision: Path | None,
+    out: Path,
+    run: RunConfig,
+    options: Options,
+    *,
+    files_from: Path | None = None,
 ) -> dict[str, str]:
     """Make a native checkpoint that training can start from.
 
@@ -39,6 +48,7 @@ def warm_start(
         out: Folder to make; must not exist.
         run: Sizes and seed.
         options: How to convert.
+        files_from: Folder whose small files are added to those of `qwen`, or replace them.
 
     Returns:
         The origin of each tensor: a file, or "fresh".
@@ -46,9 +56,10 @@ def warm_start(
     Raises:
         UserError: When a folder does not fit or is damaged; nothing is left then.
     """
-    entries = open_folder(qwen)
-    if (qwen / CONFIG).is_file():
-        check_config(qwen / CONFIG, run.model, model_type="qwen3_moe")
+    if files_from is not None:
+        check_files_from(files_from)
+    entries = open_unquantised(qwen)
+    check_config(qwen / CONFIG, run.model, QWEN)
     layout = layout_of(entries)
     shapes = parameter_shapes(run.model, layout)
     decoder = {name: shape for name, shape in shapes.items() if part_of(name) == "decoder"}
@@ -56,7 +67,7 @@ def warm_start(
     check_shapes(got, decoder, where=str(qwen), dropped=options.dropped)
     found: dict[str, Entry] = {name: entries[name] for name in decoder}
     if vision is not None:
-        found |= _vision_entries(vision, shapes)
+        found |= _vision_entries(vision, shapes, run)
     types = {name: entry.dtype for name, entry in found.items()}
     where = str(qwen) if vision is None else f"{qwen} and {vision}"
     dtype = check_types(types, where=where, wanted=options.dtype)
@@ -68,13 +79,16 @@ def warm_start(
     parts: list[Part] = ["decoder"] if vision is None else ["vision", "decoder"]
     text_model = PastRun(run=qwen.resolve().name, phase="dense", steps=0, trained=parts)
     notes = {ORIGINS: report, HISTORY: text_of([text_model])}
-    write_native(maker, out, run, sources, options, carried_from=qwen, notes=notes)
+    carried = [qwen] if files_from is None else [qwen, files_from]
+    write_native(maker, out, run, sources, options, carried_from=carried, notes=notes)
     return described
 
 
-def _vision_entries(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
+def _vision_entries(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], run: RunConfig
+) -> dict[str, Entry]:
     """Return the ViT's tensors under our names; the folder may have others."""
-    entries = open_folder(folder)
+    entries = open_unquantised(folder, prefixes=_VISION_PREFIXES)
     prefix = next((p for p in _VISION_PREFIXES if any(n.startswith(p) for n in entries)), None)
     if prefix is None:
         raise UserError(
@@ -86,6 +100,7 @@ def _vision_entries(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict
         for name, entry in entries.items()
         if name.startswith(prefix)
     }
+    check_config(folder / CONFIG, run.model, VISION_ENCODER)
     wanted = {name: shape for name, shape in shapes.items() if part_of(name) == "vision"}
     held = {name: renamed[name] for name in wanted if name in renamed}
     # SigLIP has no packing table, which is unused: like all that is absent, it is initialized.

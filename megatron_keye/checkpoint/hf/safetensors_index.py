@@ -6,6 +6,7 @@ map lives as long as its tensor, so that memory stays small whatever the checkpo
 
 import json
 import mmap
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -15,20 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_keye.checkpoint.hf.folder_kinds import LFS_POINTER, check_folder
 from megatron_keye.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 _HEADER_LENGTH_BYTES = 8
+_NUMBERED = re.compile(r"(.*?)(\d+)-of-(\d+)\.safetensors")
 _TYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,
+    # Read by no conversion, but named when they are refused.
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
 }
 TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
@@ -87,14 +97,13 @@ def open_folder(folder: Path) -> dict[str, Entry]:
         The entry of each tensor.
 
     Raises:
-        UserError: For a folder without tensors, a file cut short or broken, a tensor that two
-            files hold, or an index that disagrees with the files.
+        UserError: For a folder without tensors or of another kind, a file that is absent, cut
+            short or broken, a tensor that two files hold, or an index that disagrees with them.
     """
+    check_folder(folder)
+    mapping = _read_index(folder)
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"{folder}: got no *.safetensors file, expected a checkpoint folder; check the path"
-        )
+    _check_all_there(folder, files, mapping)
     entries: dict[str, Entry] = {}
     for file in files:
         for name, entry in read_header(file).items():
@@ -104,7 +113,8 @@ def open_folder(folder: Path) -> dict[str, Entry]:
                     f"{folder}, expected it once; remove the file that the index does not name"
                 )
             entries[name] = entry
-    _check_index(folder, entries)
+    if mapping is not None:
+        _check_index(folder, entries, mapping)
     return entries
 
 
@@ -114,8 +124,16 @@ def read_header(file: Path) -> dict[str, Entry]:
     Raises:
         UserError: When the header is broken or the file is shorter than it states.
     """
+    if not file.is_file():
+        raise UserError(f"{file}: got a link to no file, expected safetensors; download it again")
     size = file.stat().st_size
     with file.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(
+                f"{file}: got the pointer of git LFS, expected the file that it stands for; run "
+                "git lfs pull in the folder, or download with the Hugging Face hub's client"
+            )
+        stream.seek(0)
         length = int.from_bytes(stream.read(_HEADER_LENGTH_BYTES), "little")
         body = _HEADER_LENGTH_BYTES + length
         if size < body or length < 2:
@@ -140,11 +158,11 @@ def _entries(file: Path, body: int, described: dict[str, Any]) -> Iterator[tuple
         if name == "__metadata__":
             continue
         if info["dtype"] not in _TYPES:
-            raise UserError(f"tensor {name} has the unknown type {info['dtype']}")
+            raise ValueError(f"tensor {name} has the unknown type {info['dtype']}")
         first, end = info["data_offsets"]
         entry = Entry(file, _TYPES[info["dtype"]], tuple(info["shape"]), body + first)
         if entry.size_bytes != end - first:
-            raise UserError(
+            raise ValueError(
                 f"tensor {name} of {info['dtype']} {info['shape']} takes {entry.size_bytes} "
                 f"bytes, but its offsets leave {end - first}"
             )
@@ -158,22 +176,42 @@ def _cut_short(file: Path, what: str, size: int, expected: int) -> UserError:
     )
 
 
-def _check_index(folder: Path, entries: dict[str, Entry]) -> None:
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Return the file of each tensor; None for a folder without an index."""
     path = folder / INDEX
     if not path.is_file():
-        return
+        return None
     try:
         mapping: dict[str, str] = json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: got no readable weight_map ({error}), expected JSON with one; copy it again"
         ) from error
+    return mapping
+
+
+def _check_all_there(folder: Path, files: list[Path], mapping: dict[str, str] | None) -> None:
+    """Raise unless all files are there that the index, or their numbering, tells of."""
+    numbered = [match for file in files if (match := _NUMBERED.fullmatch(file.name))]
+    wanted = {
+        f"{match[1]}{number:0{len(match[2])}d}-of-{match[3]}.safetensors"
+        for match in numbered
+        for number in range(1, int(match[3]) + 1)
+    }
+    if mapping is not None:
+        wanted = set(mapping.values())
+    # A link into a cache whose target was removed is no file.
+    absent = sorted(name for name in wanted if not (folder / name).is_file())
+    if absent:
+        source = "its index names" if mapping is not None else "its numbering tells of"
+        raise UserError(
+            f"{folder}: got {len(wanted) - len(absent)} of the {len(wanted)} files that {source}, "
+            f"expected all; download {', '.join(absent[:3])}{' ...' if len(absent) > 3 else ''}"
+        )
+
+
+def _check_index(folder: Path, entries: dict[str, Entry], mapping: dict[str, str]) -> None:
     for name, file in mapping.items():
-        if not (folder / file).is_file():
-            raise UserError(
-                f"tensor {name}: the index places it in {file}, which is not in {folder}; copy "
-                "that file"
-            )
         held = entries[name].file.name if name in entries else "no file"
         if held != file:
             raise UserError(

@@ -84,14 +84,13 @@ class MediaLists:
                 )
 
 
-def read_content(content: Any, media: MediaLists, unread: set[str]) -> list[Part]:
+def read_content(content: Any, media: MediaLists) -> list[Part]:
     """Read the content of a turn.
 
     Args:
         content: Text, in which <image> and <video> stand for listed files, or a list of parts,
             in whose text they are plain.
         media: Files that markers and parts without a name take.
-        unread: Receives keys that nothing reads.
 
     Raises:
         UserError: Saying what was got and expected.
@@ -101,7 +100,7 @@ def read_content(content: Any, media: MediaLists, unread: set[str]) -> list[Part
         return [_text_or_medium(piece, media) for piece in pieces]
     if not isinstance(content, list):
         raise UserError(f"got content {shown(content)}, expected text or a list of parts")
-    return [_part(part, media, unread) for part in content]
+    return [_part(part, media) for part in content]
 
 
 def _text_or_medium(piece: str, media: MediaLists) -> Part:
@@ -110,7 +109,7 @@ def _text_or_medium(piece: str, media: MediaLists) -> Part:
     return Part(kind="text", value=piece)
 
 
-def _part(raw: Any, media: MediaLists, unread: set[str]) -> Part:
+def _part(raw: Any, media: MediaLists) -> Part:
     """Read one part of a list; a key that nothing reads is refused, since it would be ignored."""
     if isinstance(raw, str):
         return Part(kind="text", value=raw)

@@ -28,6 +28,7 @@ _READ = {
     *("tools", _GROUNDING, _PROCESSOR, *LIST_KEYS["image"], *LIST_KEYS["video"], *_LIMITS),
 }
 _SURROGATE = re.compile(r"(?i)\\ud[89a-f]")
+"""Escape of a half of a character, which is text only beside its other half."""
 
 
 def parse_conversation(record: Any, name: str, base: Path) -> Conversation:

@@ -57,11 +57,10 @@ def read_message(raw: Any, media: MediaLists, unread: set[str]) -> Message:
             f"got message {shown(raw)}, expected 'role' and 'content', got content None"
         )
     if given_role in _CALL_ROLES:
-        parts = [
-            Part(kind="text", value=content if isinstance(content, str) else to_json(content))
-        ]
-    else:
-        parts = _content("" if content is None else content, raw, media, unread)
+        # Markers in it are part of the JSON.
+        written = content if isinstance(content, str) else to_json(content)
+        content = [{"type": "text", "text": written}]
+    parts = _content("" if content is None else content, raw, media)
     weight = one_of(raw, _WEIGHT_KEYS, _weight)
     message = Message(
         role=role,
@@ -81,9 +80,7 @@ def read_message(raw: Any, media: MediaLists, unread: set[str]) -> Message:
     return _as_calls(message, unread) if given_role in _CALL_ROLES else message
 
 
-def _content(
-    content: Any, raw: Mapping[str, Any], media: MediaLists, unread: set[str]
-) -> list[Part]:
+def _content(content: Any, raw: Mapping[str, Any], media: MediaLists) -> list[Part]:
     """Read the content of a turn, whose own files come before those of the record."""
     own = MediaLists.of(raw, media.limits)
     both = MediaLists(
@@ -91,7 +88,7 @@ def _content(
         limits=media.limits,
         shown_kinds=media.shown_kinds,
     )
-    parts = read_content(content, both, unread)
+    parts = read_content(content, both)
     own.check_empty()
     return parts
 
@@ -102,7 +99,7 @@ def _calls(value: Any, unread: set[str]) -> tuple[str, ...]:
 
 def joins(before: Message, raw: Mapping[str, Any]) -> bool:
     """Return whether a turn of calls goes on with the turn before it."""
-    role = raw.get("role", raw.get("from"))
+    role = raw.get("role") or raw.get("from")
     return role in _CALL_ROLES and before.role == "assistant"
 
 
@@ -148,7 +145,7 @@ def _with_thinking(message: Message, thinking: str) -> Message:
     if thinking:
         raise UserError(f"has thinking in a key of its own and {_END} in its text, expected one")
     before, _, answer = parts[marked].value.partition(_END)
-    ahead, opening, inside = before.rpartition("<think>")
+    ahead, _, inside = before.rpartition("<think>")
     if marked or ahead.strip() or _END in answer or any(_END in p.value for p in parts[1:]):
         raise UserError(
             f"got {shown(parts[marked].value)}, expected thinking once, at the start of the turn"

@@ -84,13 +84,7 @@ def frame_pictures(
         limits=part.limits,
     ).tolist()
     paths = {index: resolve_media(names[index], base) for index in chosen}
-    height, width = probe_image(paths[chosen[0]])
-    for path in paths.values():
-        if (size := probe_image(path)) != (height, width):
-            raise UserError(
-                f"{path}: is {size[0]} x {size[1]} pixels, expected {height} x {width} as the "
-                f"first frame of {where}; make all frames of a video equally large"
-            )
+    height, width = _common_size(list(paths.values()), where)
     patch_grid = frame_patch_grid(height, width, len(chosen), limited, vision)
     return [
         Picture(
@@ -101,3 +95,15 @@ def frame_pictures(
         )
         for index in chosen
     ]
+
+
+def _common_size(paths: Sequence[Path], where: str) -> tuple[int, int]:
+    """Return height and width of all frames of a video; refuse other sizes than the first."""
+    height, width = probe_image(paths[0])
+    for path in paths[1:]:
+        if (size := probe_image(path)) != (height, width):
+            raise UserError(
+                f"{path}: is {size[0]} x {size[1]} pixels, expected {height} x {width} as the "
+                f"first frame of {where}; make all frames of a video equally large"
+            )
+    return height, width

@@ -28,9 +28,12 @@ def test_both_directions_by_command_line(
     native, back = tmp_path / "native", tmp_path / "back"
     arguments = ["hf-to-native", "--hf", str(hf), "--out", str(native), *RECIPE, *LAYERS]
     assert convert.main(arguments) == 0
+    assert capsys.readouterr().out.split() == [str(native)]
     arguments = ["native-to-hf", "--native", str(native), "--out", str(back), "--workers", "1"]
+    assert convert.main([*arguments, "--require-complete"]) == 2
+    assert "tokenizer.json (text can't be read)" in capsys.readouterr().err
     assert convert.main([*arguments, "--check-finite"]) == 0
-    assert capsys.readouterr().out.split() == [str(native), str(back)]
+    assert capsys.readouterr().out.split() == [str(back)]
     got, expected = open_folder(back), open_folder(hf)
     assert not [n for n, e in expected.items() if not torch.equal(e.read(), got[n].read())]
 

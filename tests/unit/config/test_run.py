@@ -1,8 +1,14 @@
 """The configuration refuses invalid settings and states what is expected."""
 
+import dataclasses
+from collections.abc import Iterator
+
 import pytest
 
-from megatron_keye.config import DecoderParallel, RunConfig
+from megatron_keye.config import CheckpointConfig, DecoderParallel, RunConfig
+from megatron_keye.config.run import as_override
+from megatron_keye.config.settings import read_sections
+from megatron_keye.recipes import load_recipe, recipe_names
 from tests.support.tiny import tiny_run
 
 
@@ -187,3 +193,69 @@ def test_former_names_of_settings_are_read() -> None:
     assert RunConfig.from_json(written) == run
     with pytest.raises(ValueError, match=r"is called parallel\.decoder\.virtual_stages now"):
         run.with_overrides(["parallel.decoder.chunks_per_stage=1"])
+
+
+def leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the dotted name and the value of every setting of a run."""
+    for field in dataclasses.fields(node):  # type: ignore[arg-type]
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        elif field.init:
+            yield f"{prefix}{field.name}", value
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_setting_can_be_set_as_messages_advise_it(name: str) -> None:
+    run = load_recipe(name)(num_ranks=8, has_gpu=True)
+    # Lists that are not empty, and a text that would be another type in JSON.
+    run = run.with_overrides(["training.frozen=vision,projector", "name=7"])
+    settings = dict(leaves(run))
+    assert run.with_overrides([as_override(*each) for each in settings.items()]) == run
+    for setting, value in settings.items():
+        assert run.with_overrides([as_override(setting, value)]) == run, setting
+
+
+def test_every_default_can_be_set_as_the_list_of_settings_prints_it() -> None:
+    run = load_recipe("keye_30b_a3b")(num_ranks=8, has_gpu=True)
+    plain = dict(leaves(run))
+    for section in read_sections():
+        for setting in section.settings:
+            if setting.default is None or setting.name.startswith(("parallel.", "training.steps")):
+                continue  # degrees are valid only together, 0 steps only with epochs
+            text = "" if setting.default == '""' else setting.default
+            changed = dict(leaves(run.with_overrides([f"{setting.name}={text}"])))
+            shown = plain[setting.name]
+            assert type(changed[setting.name]) is type(shown), setting.name
+            again = run.with_overrides([as_override(setting.name, changed[setting.name])])
+            assert dict(leaves(again)) == changed, setting.name
+
+
+@pytest.mark.parametrize("text", ["4,2,2", "[4,2,2]", "[4, 2, 2]", "4, 2, 2"])
+def test_a_list_is_written_with_or_without_brackets(text: str) -> None:
+    run = tiny_run().with_overrides([f"model.decoder.rope_sections={text}"])
+    assert run.model.decoder.rope_sections == (4, 2, 2)
+
+
+@pytest.mark.parametrize("text", ["", "[]"])
+def test_a_list_can_be_emptied(text: str) -> None:
+    run = tiny_run(training={"frozen": ("vision",)})
+    assert run.with_overrides([f"training.frozen={text}"]).training.frozen == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "exported"),
+    [
+        ({}, []),
+        ({"export_every": 1}, [7]),
+        ({"interval_steps": 2, "export_every": 1}, [2, 4, 6, 7]),
+        ({"interval_steps": 2, "export_every": 2}, [4, 7]),
+        ({"interval_steps": 3, "export_every": 9}, [7]),
+    ],
+    ids=str,
+)
+def test_every_nth_checkpoint_and_the_last_one_are_exported(
+    settings: dict[str, int], exported: list[int]
+) -> None:
+    checkpoint = CheckpointConfig(**settings)
+    assert [n for n in range(1, 8) if checkpoint.exports(n, is_last=n == 7)] == exported

@@ -163,6 +163,12 @@ def test_text_mode_predicts_all_text_but_turns_of_weight_0() -> None:
         ("user\nQ<|im_end|>\n", 1.0),
         ("<|im_start|>user\nR<|im_end|>\n", 0.5),
     ]
+    config = dataclasses.replace(config, trains_on_thinking=False)
+    record = {"messages": [user("Q"), assistant("A", reasoning="hm")]}
+    assert weighed_text(sample_of(record, config)) == [
+        ("user\nQ<|im_end|>\n<|im_start|>assistant\n", 1.0),
+        ("A<|im_end|>\n", 1.0),
+    ]
 
 
 def test_an_agent_trajectory_of_ms_swift_is_that_of_openai() -> None:

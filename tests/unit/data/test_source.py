@@ -9,6 +9,7 @@ import pytest
 from megatron_keye.config import DataConfig
 from megatron_keye.data.source import ConversationFile
 from megatron_keye.data.tokens import load_tokenizer
+from megatron_keye.errors import UserError
 from tests.support.clips import tiny_model
 
 
@@ -64,7 +65,7 @@ def test_a_file_that_is_written_to_is_not_read_on(tmp_path: Path) -> None:
     source = opened(path)
     with path.open("a") as stream:
         stream.write("\n")
-    with pytest.raises(RuntimeError, match="s.jsonl: was written to during the run"):
+    with pytest.raises(UserError, match="s.jsonl: was written to during the run"):
         source.load([0])
 
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_keye.checkpoint.convert.convert import CARRIED, Options, hf_to_native, native_to_hf
+from megatron_keye.checkpoint.convert.carried_files import CARRIED
+from megatron_keye.checkpoint.convert.convert import Options, hf_to_native, native_to_hf
 from megatron_keye.checkpoint.convert.synthetic import write_synthetic
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout
 from megatron_keye.checkpoint.hf.safetensors_index import INDEX, open_folder
@@ -83,7 +84,7 @@ def test_small_files_are_copied(hf: Path, tmp_path: Path) -> None:
     assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
     assert json.loads((tmp_path / "back" / "config.json").read_text())["auto_map"]
     shutil.rmtree(tmp_path / "native" / CARRIED)
-    native_to_hf(tmp_path / "native", tmp_path / "again", Options(), carried_from=hf)
+    native_to_hf(tmp_path / "native", tmp_path / "again", Options(), files_from=hf)
     assert (tmp_path / "again" / "tokenizer.json").is_file()
 
 
@@ -115,6 +116,7 @@ FAILURES: dict[str, tuple[str, Callable[[Tensor], Tensor | None], str]] = {
         lambda t: None,
         "sa_indexer.k_proj.weight: got none .*use warm-start",
     ),
+    "tied output layer": ("lm_head.weight", lambda t: None, "lm_head.weight: got none .*ties"),
     "surplus": (
         "visual.head.x",
         lambda t: t,
@@ -164,9 +166,18 @@ def test_a_recipe_of_other_sizes_is_refused(hf: Path, tmp_path: Path) -> None:
     run = tiny_run(model=tiny_model(num_layers=2))
     with pytest.raises(ValueError, match="num_hidden_layers = 4, expected 2"):
         hf_to_native(hf, tmp_path / "native", run, Options())
-    (hf / "config.json").unlink()
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {"num_hidden_layers": None}))
     with pytest.raises(ValueError, match=r"tensor model.layers.2.*expected no such tensor"):
         hf_to_native(hf, tmp_path / "native", run, Options())
+    (hf / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"got no config.json, expected one"):
+        hf_to_native(hf, tmp_path / "native", run, Options())
+
+
+def test_a_released_folder_is_not_taken_for_a_native_one(hf: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected a complete native .*hf-to-native"):
+        native_to_hf(hf, tmp_path / "out", Options())
 
 
 def test_an_existing_folder_is_not_written_over(hf: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from megatron_keye.checkpoint.convert.synthetic import write_noise
 from megatron_keye.checkpoint.convert.warm_start import ORIGINS, warm_start
 from megatron_keye.checkpoint.hf.parameter_shapes import parameter_shapes, part_of
 from megatron_keye.checkpoint.hf.safetensors_index import open_folder
+from megatron_keye.errors import UserError
 from tests.support.tiny import tiny_run
 
 RUN = tiny_run()
@@ -24,8 +25,14 @@ def qwen(tmp_path: Path) -> Path:
     shapes = {name: shape for name, shape in SHAPES.items() if part_of(name) == "decoder"}
     write_noise(tmp_path / "qwen", shapes, dtype=DTYPE, file_bytes=100_000)
     config = {"model_type": "qwen3_moe", "hidden_size": 32, "rope_scaling": None}
+    config |= {"num_experts_per_tok": 2, "norm_topk_prob": True}
     (tmp_path / "qwen" / "config.json").write_text(json.dumps(config))
     return tmp_path / "qwen"
+
+
+def write_vision_config(folder: Path, **vision: object) -> None:
+    config = {"model_type": "siglip", "vision_config": vision, "text_config": {"vocab_size": 7}}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture
@@ -34,6 +41,7 @@ def siglip(tmp_path: Path) -> Path:
     seen = {n.removeprefix("visual."): s for n, s in SHAPES.items() if part_of(n) == "vision"}
     seen |= {"vision_model.head.probe": (1, 1, 16), "text_model.final_layer_norm.weight": (16,)}
     write_noise(tmp_path / "siglip", seen, dtype=DTYPE, file_bytes=10_000)
+    write_vision_config(tmp_path / "siglip", num_attention_heads=2)
     return tmp_path / "siglip"
 
 
@@ -91,6 +99,7 @@ def test_fresh_tensors_depend_on_name_and_seed_alone(
 def test_folders_of_different_types_need_a_choice(qwen: Path, tmp_path: Path) -> None:
     seen = {name: shape for name, shape in SHAPES.items() if part_of(name) == "vision"}
     write_noise(tmp_path / "keye15", seen, dtype=torch.float32, file_bytes=10_000)
+    write_vision_config(tmp_path / "keye15", num_attention_heads=2)
     with pytest.raises(ValueError, match=r"got type F32 .*expected BF16 .*--dtype"):
         warm_start(qwen, tmp_path / "keye15", tmp_path / "native", RUN, Options())
     warm_start(qwen, tmp_path / "keye15", tmp_path / "native", RUN, Options(dtype=DTYPE))
@@ -100,3 +109,43 @@ def test_a_folder_without_a_vit_is_refused(qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got no tensor below .*--vision"):
         warm_start(qwen, qwen, tmp_path / "native", RUN, Options())
     assert {path.name for path in tmp_path.iterdir()} == {"qwen"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm_topk_prob": False}, "got norm_topk_prob = False, expected True"),
+        ({"norm_topk_prob": None}, "got no norm_topk_prob, which means False"),
+        ({"num_experts_per_tok": None}, "got no num_experts_per_tok, which means 8, expected 2"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "got rope_theta = 1000000.0, expected 10000.0"),
+        ({"model_type": "KeyeVL2"}, "this is a Keye-VL-2.0 model; convert it with hf-to-native"),
+    ],
+    ids=str,
+)
+def test_a_text_model_that_computes_otherwise_is_refused(
+    change: dict[str, object], message: str, qwen: Path, tmp_path: Path
+) -> None:
+    config = json.loads((qwen / "config.json").read_text()) | change
+    (qwen / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        warm_start(qwen, None, tmp_path / "native", RUN, Options())
+
+
+@pytest.mark.parametrize(
+    ("vision", "message"),
+    [
+        ({}, "got no vision_config.num_attention_heads, which means 12, expected 2"),
+        ({"num_attention_heads": 2, "layer_norm_eps": 1e-5}, "layer_norm_eps = 1e-05, expected"),
+        ({"num_attention_heads": 2, "hidden_act": "gelu"}, "hidden_act = gelu, expected gelu_py"),
+    ],
+    ids=str,
+)
+def test_a_vision_encoder_that_computes_otherwise_is_refused(
+    vision: dict[str, object], message: str, qwen: Path, siglip: Path, tmp_path: Path
+) -> None:
+    write_vision_config(siglip, **vision)
+    with pytest.raises(UserError, match=message):
+        warm_start(qwen, siglip, tmp_path / "native", RUN, Options())
+    (siglip / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model"} | vision))
+    with pytest.raises(UserError, match=message):
+        warm_start(qwen, siglip, tmp_path / "native", RUN, Options())

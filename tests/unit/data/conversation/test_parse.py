@@ -190,6 +190,7 @@ def test_what_carries_meaning_is_never_dropped(more: dict[str, Any], words: str)
         ({"role": "tool", "reasoning": "a"}, "turn of 'tool', expected them in the assistant's"),
         ({"role": "user", "from": "gpt"}, "differ"),
         ({"role": "tool_call"}, "expected JSON"),
+        ({"role": "tool_call", "content": '{"name": "f"}', "images": ["i"]}, "names 1 more than"),
         ({"refusal": "No."}, "'refusal'"),
         ({"prefix": True}, "'prefix'"),
         ({"train_detail": [1]}, "'train_detail'"),

@@ -1,9 +1,13 @@
 """Many samples of a store are read at once: all, in order, and few rows between them."""
 
+import tracemalloc
+from pathlib import Path
+
 import numpy as np
 import pytest
+import zarr
 
-from megatron_keye.data.store import reader
+from megatron_keye.data.store import reader, writer
 
 CHUNK = 10
 
@@ -42,3 +46,47 @@ def test_only_neighbours_share_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
     array.read.clear()
     reader._gather(array, bounds, range(200))
     assert max(array.read) <= 4 * CHUNK and sum(array.read) == 1000
+
+
+def test_an_open_store_of_ten_million_samples_would_hold_less_than_a_gibibyte(
+    tmp_path: Path,
+) -> None:
+    num_samples = 50_000
+    write_videos(tmp_path / "large.zarr", num_samples)
+    tracemalloc.start()
+    store = reader.SampleStore(tmp_path / "large.zarr", settings={})
+    kept_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Less of it than here would be zarr's own.
+    assert kept_bytes / num_samples * 10_000_000 < 2**30
+    with pytest.raises(ValueError, match=f"line:50000.*videos/{num_samples - 1:050d}.mp4"):
+        store.measure(num_samples - 1)
+
+
+def write_videos(path: Path, num_samples: int) -> None:
+    """Write a store of samples that have one token and a video of their own each."""
+    group = zarr.open_group(path, mode="w", zarr_format=3)
+    arrays = {name: writer._Appender(group, name) for name in writer._ARRAYS}
+    numbers, generator = np.arange(num_samples), np.random.default_rng(0)
+    names = "".join(f"videos/{number:050d}.mp4" for number in numbers).encode()
+    contents = {
+        "tokens": np.zeros((num_samples, 2)),
+        "samples/lines": numbers + 1,
+        "samples/media": numbers,
+        "pictures": np.zeros((num_samples, 6)),
+        "media/names": np.frombuffer(names, dtype=np.uint8),
+        "media/is_video": np.ones(num_samples, dtype=bool),
+        "media/seconds": np.ones(num_samples),
+        "media/size_bytes": generator.integers(0, 2**40, num_samples),
+        "media/modified_nanoseconds": generator.integers(0, 2**60, num_samples),
+        "media/content_keys": generator.integers(0, 256, (num_samples, 16)),
+    }
+    for name, content in contents.items():
+        arrays[name].append(content)
+    for name in writer._ARRAYS:
+        if name.endswith("_bounds"):
+            length = len(names) // num_samples if name == "media/name_bounds" else 1
+            arrays[name].append_lengths([length] * num_samples)
+        arrays[name].flush()
+    attributes = {"settings": {}, "sample_file": "line", "media_base": ".", "digest": ""}
+    group.attrs.put({"format": writer.FORMAT, "num_samples": num_samples, **attributes})
