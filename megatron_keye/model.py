@@ -8,6 +8,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_keye.config.lora import is_adapter
 from megatron_keye.config.megatron import (
     data_parallel_config,
     decoder_config,
@@ -19,7 +20,7 @@ from megatron_keye.config.training import Part
 from megatron_keye.decoder.initialization import initialize_weights
 from megatron_keye.decoder.virtual_stage import VirtualStage
 from megatron_keye.parallel.grid import Grid
-from megatron_keye.vision import VisionTower
+from megatron_keye.vision import VisionTower, add_adapters
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def _build_vision(
         return None
     tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
     tower.reset_parameters(run.training.seed)
+    add_adapters(tower, run.training.lora, seed=run.training.seed)
     _freeze(tower, run)
     tower = tower.to(device=device, dtype=weight_dtype(run))
     return _wrap(tower, run, vision_config(run), grid.vision)
@@ -94,7 +96,7 @@ def _build_vision(
 def _freeze(module: torch.nn.Module, run: RunConfig) -> None:
     """Freeze the parameters that this run does not train."""
     for name, parameter in module.named_parameters():
-        if part_of(name) not in run.training.trained_parts:
+        if not run.training.is_trained(part_of(name), is_adapter=is_adapter(name)):
             parameter.requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from megatron_keye.checkpoint.adapters import MERGE
 from megatron_keye.checkpoint.convert.to_native import native_shapes
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
@@ -41,6 +42,7 @@ _CHANGES = {
     "parallel": Change.FREE,
     "training.phase": Change.REFUSED,
     "training.frozen": Change.REFUSED,
+    "training.lora": Change.REFUSED,
     "training.precision": Change.REFUSED,
     "training.seed": Change.REFUSED,
     "training.checkpoint": Change.FREE,
@@ -80,6 +82,8 @@ def check_continues(folder: Path, run: RunConfig) -> None:
     if saved.training.trained_parts == run.training.trained_parts:
         # Written in another order, or frozen in a phase that trains no such part anyway.
         different.pop("training.frozen", None)
+    if saved.training.lora.is_same(run.training.lora):
+        different.pop("training.lora.targets", None)
     refused = {n: v for n, v in different.items() if change_of(n) is Change.REFUSED}
     if refused:
         raise UserError(
@@ -118,6 +122,8 @@ def _remedy(folder: Path, saved: RunConfig, run: RunConfig) -> str:
     back = "set back what differs to continue"
     if native_shapes(saved.model) != native_shapes(run.model):
         return f"{back}, since weights fit models of their own size only"
+    if saved.training.lora.is_on and not saved.training.lora.is_same(run.training.lora):
+        return f"{back}, or {MERGE}, and begin a run of another name from that"
     return (
         f"{back}, or begin a run of another name from its weights with "
         f"training.checkpoint.weights={folder}"

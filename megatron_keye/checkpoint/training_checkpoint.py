@@ -20,11 +20,15 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from megatron_keye.checkpoint.adapters import (
+    check_adapters,
+    holds_adapters,
+    shapes_with_adapters,
+)
 from megatron_keye.checkpoint.continuation import check_continues
 from megatron_keye.checkpoint.convert.carried_files import carry_on
 from megatron_keye.checkpoint.convert.check_tensors import check_shapes
 from megatron_keye.checkpoint.convert.native_folder import NativeFolder
-from megatron_keye.checkpoint.convert.to_native import native_shapes
 from megatron_keye.checkpoint.history import HISTORY, PastRun, past_run, text_of
 from megatron_keye.checkpoint.optimizer_state import (
     copy_to_masters,
@@ -34,6 +38,7 @@ from megatron_keye.checkpoint.optimizer_state import (
 )
 from megatron_keye.checkpoint.state import copy_loaded, data_of, weight_state
 from megatron_keye.config.check import check
+from megatron_keye.config.lora import is_adapter
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.model import KeyeModel
@@ -212,7 +217,8 @@ def load_weights(
     """Read only the weights of a checkpoint that training or a conversion wrote.
 
     Collective: all ranks must call it, before the first update, so that moments begin at 0.
-    Weights are rounded to the model's type where types differ.
+    Weights are rounded to the model's type where types differ. Adapters that the checkpoint lacks
+    stay as they were drawn.
 
     Args:
         folder: A complete checkpoint, saved on any grid.
@@ -222,8 +228,9 @@ def load_weights(
         grid: Groups of this rank.
 
     Raises:
-        UserError: When the folder is no complete checkpoint, or not one of this model, or lies in
-            the folder of this run's name, which `set_aside` will rename.
+        UserError: When the folder is no complete checkpoint, or not one of this model, or has
+            other adapters than the run, or lies in the folder of this run's name, which
+            `set_aside` will rename.
     """
     check(
         not _is_inside(folder, run.folder),
@@ -233,9 +240,12 @@ def load_weights(
         "run another name",
     )
     shapes = {key: tensor.shape for key, tensor in NativeFolder(folder).tensors.items()}
-    check_shapes(shapes, native_shapes(run.model), where=str(folder))
+    check_adapters(folder, shapes, run)
+    check_shapes(shapes, shapes_with_adapters(run, shapes), where=str(folder))
     weights = weight_state(model, grid)
     targets = data_of(weights)
+    if not holds_adapters(shapes):
+        targets = {name: data for name, data in targets.items() if not is_adapter(name)}
     # Without the extra states of linears, which training does not read.
     wanted = {name: weights[name] for name in targets}
     loaded = dist_checkpointing.load({"weights": wanted}, str(folder))

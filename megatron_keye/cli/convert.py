@@ -2,6 +2,7 @@
 
     megatron-keye convert hf-to-native --hf DIR --out DIR --recipe keye_30b_a3b
     megatron-keye convert native-to-hf --native DIR --out DIR
+    megatron-keye convert native-to-hf --native DIR --out DIR --adapter
     megatron-keye convert warm-start --qwen DIR --vision DIR --out DIR --recipe keye_30b_a3b
 
 A killed conversion continues when the same command is run again. To train from the result, pass
@@ -14,6 +15,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_keye.cli.arguments import (
     add_folder,
@@ -26,7 +28,11 @@ from megatron_keye.cli.arguments import (
 from megatron_keye.cli.noise import quieten_libraries
 from megatron_keye.cli.progress import ProgressBar, byte_bar
 from megatron_keye.cli.status import report_error, reports_user_errors
+from megatron_keye.errors import UserError
 from megatron_keye.files import worker_origin
+
+if TYPE_CHECKING:
+    import torch
 
 GIGABYTE = 1_000_000_000
 
@@ -56,6 +62,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         default=5.0,
         metavar="GB",
         help="maximum size of one file; default: 5",
+    )
+    to_hf.add_argument(
+        "--adapter",
+        action="store_true",
+        help="export the adapters (training.lora) alone, in the format of PEFT; default: merge "
+        "them into the weights",
     )
     warm = directions.add_parser(
         "warm-start", help="native checkpoint from those of Qwen3-MoE and of a vision encoder"
@@ -128,6 +140,9 @@ def convert(options: argparse.Namespace, progress: ProgressBar) -> None:
         dropped=tuple(options.drop),
         progress=progress,
     )
+    if options.direction == "native-to-hf" and options.adapter:
+        export_adapter(options, conversion.dtype)
+        return
     if options.direction == "native-to-hf":
         conversions.native_to_hf(
             options.native,
@@ -155,3 +170,22 @@ def convert(options: argparse.Namespace, progress: ProgressBar) -> None:
     )
     for origin, count in sorted(Counter(origins.values()).items()):
         sys.stdout.write(f"{count:6d} tensors from {origin}\n")
+
+
+def export_adapter(options: argparse.Namespace, dtype: "torch.dtype | None") -> None:
+    """Write the adapters alone."""
+    from megatron_keye.checkpoint.convert.to_peft import native_to_peft
+
+    if options.files_from is not None:
+        raise UserError(
+            "--files-from: got a folder, expected none with --adapter, which needs no tokenizer; "
+            "leave one of the two out"
+        )
+    native_to_peft(
+        options.native,
+        options.out,
+        dtype=dtype,
+        checks_finite=options.check_finite,
+        dropped=tuple(options.drop),
+        layout=options.expert_layout,
+    )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_keye.config.check import check, check_numbers
+from megatron_keye.config.lora import TARGETS, LoraConfig
 
 Phase = Literal["dense", "indexer_warmup", "sparse"]
 LinearLayers = Literal["auto", "megatron", "transformer_engine"]
@@ -217,7 +218,8 @@ class TrainingConfig:
     """Weight of the indexer's KL loss (mean over queries, sum over layers and key-value heads)
     relative to the mean language loss. Only the indexer gets gradients from it."""
     frozen: tuple[Part, ...] = ()
-    """Parts of the model that do not learn."""
+    """Parts of the model that do not learn. With training.lora all weights but the indexers' are
+    frozen anyway."""
     checks_hand_over: bool = True
     """Whether a new run refuses weights (training.checkpoint.weights) that its phase makes no
     sense after: sparse training needs indexers that were warmed up, and dense training or a
@@ -246,6 +248,8 @@ class TrainingConfig:
     """Figures beside the console."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The loss of samples that are not trained on."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters that learn instead of the weights."""
 
     def __post_init__(self) -> None:
         weight, epochs = self.indexer_loss_weight, self.epochs
@@ -275,6 +279,7 @@ class TrainingConfig:
         check(self.precision in precisions, "training.precision", self.precision, f"{precisions}")
         unknown = [part for part in self.frozen if part not in PARTS]
         check(not unknown, "training.frozen", self.frozen, f"parts out of {PARTS}")
+        self.lora.check_learns(self.phase, self.frozen)
         check(bool(self.trained_parts), "training.frozen", self.frozen, "a part that still learns")
         check(
             weight > 0 or not self.only_indexers_learn,
@@ -293,13 +298,28 @@ class TrainingConfig:
 
     @property
     def trained_parts(self) -> tuple[Part, ...]:
-        """Parts that learn: those of the phase that are not frozen."""
+        """Parts that learn, or whose adapters do: those of the phase that are not frozen."""
         of_phase: dict[str, tuple[Part, ...]] = {
             "dense": ("vision", "projector", "decoder"),
             "indexer_warmup": ("indexer",),
             "sparse": PARTS,
         }
-        return tuple(part for part in of_phase[self.phase] if part not in self.frozen)
+        parts = tuple(part for part in of_phase[self.phase] if part not in self.frozen)
+        if not self.lora.is_on:
+            return parts
+        adapted = {TARGETS[target] for target in self.lora.targets}
+        return tuple(part for part in parts if part in adapted or part == "indexer")
+
+    def is_trained(self, part: Part, *, is_adapter: bool) -> bool:
+        """Return whether the weights of a part learn, or its adapters.
+
+        Args:
+            part: Part of the model.
+            is_adapter: Whether its adapters are meant.
+        """
+        return part in self.trained_parts and (
+            is_adapter or part == "indexer" or not self.lora.is_on
+        )
 
     @property
     def distributes_optimizer(self) -> bool:

@@ -6,6 +6,7 @@ stale is ever read.
 """
 
 import hashlib
+from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from zarr.errors import ContainsArrayError
 
 from megatron_keye.data.row import Picture
 from megatron_keye.data.video.probe import probe
+from megatron_keye.data.video.video_info import VideoInfo
 from megatron_keye.errors import UserError
 
 FORMAT = "megatron_keye.features.1"
@@ -36,11 +38,19 @@ class FeatureCache:
         maker: Folder name that identifies all that decides features besides the picture.
         width: Features per patch.
         dtype: Of the features.
+        probe_video: Tells what a file holds.
     """
 
-    def __init__(self, folder: Path, maker: str, width: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        maker: str,
+        width: int,
+        dtype: torch.dtype,
+        probe_video: Callable[[Path], VideoInfo] = probe,
+    ) -> None:
         self._folder = folder / FORMAT / maker
-        self._width, self._dtype = width, dtype
+        self._width, self._dtype, self._probe_video = width, dtype, probe_video
         # numpy has no bfloat16; its bits are stored as integers.
         self._stored = torch.uint16 if dtype == torch.bfloat16 else dtype
 
@@ -84,9 +94,8 @@ class FeatureCache:
 
     def _create(self, folder: Path, picture: Picture) -> None:
         """Create the array for all frames of a file."""
-        num_frames = (
-            probe(Path(picture.medium.path)).num_frames if picture.medium.kind == "video" else 1
-        )
+        path = Path(picture.medium.path)
+        num_frames = self._probe_video(path).num_frames if picture.medium.kind == "video" else 1
         zarr.create_array(
             folder,
             shape=(num_frames, picture.num_patches, self._width),

@@ -8,6 +8,7 @@ import logging
 from collections import defaultdict
 from functools import partial
 from itertools import islice, takewhile
+from pathlib import Path
 from typing import Any
 
 from megatron_keye.config import DataConfig, ModelConfig
@@ -18,6 +19,8 @@ from megatron_keye.data.packing import PackingWindow, WaitingSample, pack
 from megatron_keye.data.row import PackedRow, Sample
 from megatron_keye.data.source import open_source
 from megatron_keye.data.tokens import END_OF_TEXT, load_tokenizer
+from megatron_keye.data.video.probe_cache import node_cache
+from megatron_keye.data.video.video_info import VideoInfo
 from megatron_keye.errors import UserError
 
 # A store is faster at large reads; this many tokens take about 100 MB of memory.
@@ -71,6 +74,7 @@ class RowLoader:
         self._pad_token_id = tokenizer.control_id(END_OF_TEXT)
         # Of each source, samples in a row that were skipped.
         self._num_unusable = [0] * len(self._sources)
+        self._probes = node_cache()
         self._num_skipped = 0
         self._newly_skipped: list[str] = []
 
@@ -99,6 +103,15 @@ class RowLoader:
         """Return the reason for each sample skipped since the last call, one sentence each."""
         newly, self._newly_skipped = self._newly_skipped, []
         return newly
+
+    def probe_video(self, path: Path) -> VideoInfo:
+        """Return what is known of a video in rows that were made lately; from any thread.
+
+        Raises:
+            UserError: As `probe`.
+        """
+        known = (source.video_info(path) for source in self._sources)
+        return next((info for info in known if info is not None), None) or self._probes.probe(path)
 
     def next_rows(self, count: int) -> list[PackedRow]:
         """Return the next rows of the whole run, whatever the number of ranks.

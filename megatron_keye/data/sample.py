@@ -19,7 +19,8 @@ from megatron_keye.data.tokens import Tokenizer
 from megatron_keye.data.video.frame_files import frame_names, frame_pictures
 from megatron_keye.data.video.frames import image_patch_grid, plan_video
 from megatron_keye.data.video.image import probe_image
-from megatron_keye.data.video.probe import VideoInfo, probe
+from megatron_keye.data.video.probe import probe
+from megatron_keye.data.video.video_info import VideoInfo
 from megatron_keye.errors import UserError
 
 

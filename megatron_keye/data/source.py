@@ -18,6 +18,8 @@ from megatron_keye.data.row import Sample
 from megatron_keye.data.sample import make_sample
 from megatron_keye.data.store.settings import deciding_settings
 from megatron_keye.data.tokens import Tokenizer
+from megatron_keye.data.video.probe_cache import node_cache
+from megatron_keye.data.video.video_info import VideoInfo
 from megatron_keye.errors import UserError
 
 # Small files are tokenized once; a long sample takes megabytes, so large files are not kept.
@@ -45,6 +47,9 @@ class SampleSource(Protocol):
     def load(self, indices: Sequence[int]) -> list[Sample]:
         """Return samples in the order asked for; UserError as `measure`."""
 
+    def video_info(self, path: Path) -> VideoInfo | None:
+        """Return what it keeps of a video of a sample that was loaded lately; None if nothing."""
+
 
 class ConversationFile:
     """Samples of a file of conversations, which are checked at once and read when drawn.
@@ -71,6 +76,7 @@ class ConversationFile:
         self.unread: Mapping[str, int] = Counter(
             name for index in range(self.num_samples) for name in self._unread(index)
         )
+        self._probes = node_cache()
         # Samples in the packing window have been tokenized already, for their lengths.
         self._sample = lru_cache(max(_SAMPLES_KEPT, 2 * config.packing_window))(self._make)
 
@@ -86,6 +92,9 @@ class ConversationFile:
         """Return samples in the order asked for; UserError naming an unusable one."""
         return [self._sample(index) for index in indices]
 
+    def video_info(self, path: Path) -> None:
+        """Return None: a file of conversations keeps nothing of its videos."""
+
     def _unread(self, index: int) -> tuple[str, ...]:
         """Check one record; a malformed one that may be skipped is refused when it is drawn."""
         try:
@@ -99,7 +108,13 @@ class ConversationFile:
         return parse_conversation(self._records.read(index), self.name(index), self.path.parent)
 
     def _make(self, index: int) -> Sample:
-        return make_sample(self._parse(index), self._tokenizer, self._config, self._model)
+        return make_sample(
+            self._parse(index),
+            self._tokenizer,
+            self._config,
+            self._model,
+            probe_video=self._probes.probe,
+        )
 
 
 def open_source(

@@ -10,10 +10,14 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
+from megatron_keye.config.lora import LORA_A, LORA_B, initial_std
+
 
 @torch.no_grad()
 def initialize_weights(sharded_state: dict[str, Any], *, std: float, seed: int) -> None:
     """Draw every matrix from a normal distribution; norms and biases keep their values.
+
+    An adapter begins as 0: its B is 0, and its A is drawn with a deviation of its own.
 
     Each matrix is drawn whole, from a generator seeded with its key and its layer and expert
     index; the local shard is copied from it.
@@ -34,11 +38,17 @@ def _draw(tensor: ShardedTensor, std: float, seed: int) -> None:
     whole_shape, offsets = tensor.global_shape[first:], tensor.global_offset[first:]
     if len(whole_shape) < 2:
         return
+    data = tensor.data
+    assert data is not None, "only tensors with data are drawn"
+    kind = tensor.key.rpartition(".")[2]
+    if kind == LORA_B:
+        data.zero_()
+        return
+    if kind == LORA_A:
+        std = initial_std(whole_shape[-1])
     name = f"{seed}/{tensor.key}/{tensor.global_offset[:first]}"
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     whole = torch.empty(whole_shape).normal_(0.0, std, generator=generator)
-    data = tensor.data
-    assert data is not None, "only tensors with data are drawn"
     for dim, (offset, size) in enumerate(zip(offsets, data.shape, strict=True)):
         whole = whole.narrow(dim, offset, size)
     data.copy_(whole)

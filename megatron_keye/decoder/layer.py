@@ -16,7 +16,9 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from megatron_keye.config.lora import LoraConfig
 from megatron_keye.config.model import DecoderConfig
+from megatron_keye.decoder.adapters import adapt_column, adapt_experts, adapt_row
 from megatron_keye.decoder.attention import AttentionLinears, SparseSelfAttention
 from megatron_keye.decoder.norm import RMSNorm
 from megatron_keye.decoder.router import Router
@@ -28,6 +30,7 @@ def block_spec(
     *,
     uses_transformer_engine: bool,
     only_indexers_learn: bool,
+    lora: LoraConfig,
 ) -> TransformerBlockSubmodules:
     """Return the spec of `num_layers` equal layers and the final norm.
 
@@ -37,22 +40,22 @@ def block_spec(
         uses_transformer_engine: Whether linears and experts are Transformer Engine's.
         only_indexers_learn: If True, only the residual stream has a backward pass, to reach the
             attached losses; attention and experts have none and save no activations.
+        lora: Which linears have adapters.
     """
     norm = partial(RMSNorm, passes_gradients=not only_indexers_learn)
     backend = _backend(uses_transformer_engine)
+    column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+    if lora.is_adapting("attention"):
+        column, row = adapt_column(column, lora), adapt_row(row, lora)
     attention = ModuleSpec(
         module=SparseSelfAttention,
         params={"decoder": decoder},
-        submodules=AttentionLinears(
-            column=backend.column_parallel_linear(), row=backend.row_parallel_linear()
-        ),
+        submodules=AttentionLinears(column=column, row=row),
     )
-    experts = partial(
-        MoELayer,
-        submodules=MoESubmodules(
-            router=Router, experts=backend.grouped_mlp_modules(uses_transformer_engine)
-        ),
-    )
+    experts = backend.grouped_mlp_modules(uses_transformer_engine)
+    if lora.is_adapting("experts"):
+        experts = adapt_experts(experts, lora)
+    mlp = partial(MoELayer, submodules=MoESubmodules(router=Router, experts=experts))
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -60,7 +63,7 @@ def block_spec(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=experts,
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -27,6 +27,8 @@ class Parameters:
     """Whether they are split over the expert axis."""
     count: int
     """Elements on this rank."""
+    is_adapter: bool = False
+    """Whether they are low-rank adapters beside the part's weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Memory:
     weights: float = 0.0
     """Weights in the run's precision."""
     gradients: float = 0.0
-    """Gradients of trained parts, summed over micro-batches."""
+    """Gradients of what learns, summed over micro-batches."""
     optimizer: float = 0.0
     """Moments, and with bf16 master weights."""
     activations: float = 0.0
@@ -210,7 +212,8 @@ def _feature_bytes(run: RunConfig, num_patches: float) -> float:
 def _states(run: RunConfig, held: Sequence[Parameters]) -> dict[str, float]:
     """Return the bytes of weights, gradients and optimizer."""
     size, is_bf16 = _BYTES[run.training.precision], run.training.precision == "bf16"
-    trained = [each for each in held if each.part in run.training.trained_parts]
+    is_trained = run.training.is_trained
+    trained = [each for each in held if is_trained(each.part, is_adapter=each.is_adapter)]
     gradient_size = _SUM if is_bf16 else size
     optimizer_size = _MASTER + _MOMENTS if is_bf16 else 2 * size
     return {

@@ -1,6 +1,7 @@
 """Counts the parameters on each rank, by part of the model and by whether experts own them.
 
-Counted from the released checkpoint's names and shapes. Needs no torch.
+Counted from the released checkpoint's names and shapes, adapters from the sizes of their linears.
+Needs no torch.
 """
 
 from math import prod
@@ -10,7 +11,7 @@ from megatron_keye.checkpoint.hf.parameter_shapes import (
     parameter_shapes,
     part_of,
 )
-from megatron_keye.config.model import ModelConfig
+from megatron_keye.config.lora import TARGETS, Target
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import Part
 from megatron_keye.estimate.memory import Parameters
@@ -30,11 +31,12 @@ def stage_layers(run: RunConfig, stage: int) -> list[int]:
     ]
 
 
-def vision_parameters(model: ModelConfig) -> list[Parameters]:
+def vision_parameters(run: RunConfig) -> list[Parameters]:
     """Return the parameters of ViT and projector, which every vision rank holds whole."""
-    counts = count_parameters(parameter_shapes(model))
+    counts = count_parameters(parameter_shapes(run.model))
     parts: tuple[Part, ...] = ("vision", "projector")
-    return [Parameters(part=part, is_expert=False, count=counts[part]) for part in parts]
+    held = [Parameters(part=part, is_expert=False, count=counts[part]) for part in parts]
+    return held + _vision_adapters(run)
 
 
 def decoder_parameters(run: RunConfig, stage: int) -> list[Parameters]:
@@ -56,7 +58,7 @@ def decoder_parameters(run: RunConfig, stage: int) -> list[Parameters]:
         if is_local:
             count, is_expert = prod(shape) // split, _EXPERTS in name
             held.append(Parameters(part=part, is_expert=is_expert, count=count))
-    return held
+    return held + _decoder_adapters(run, len(layers))
 
 
 def _num_sharers(name: str, tensor: int, expert: int) -> int:
@@ -65,3 +67,39 @@ def _num_sharers(name: str, tensor: int, expert: int) -> int:
         return expert
     is_projection = name.split(".")[-2] in _SPLIT_BY_TENSOR and ".sa_indexer." not in name
     return tensor if is_projection else 1
+
+
+def _vision_adapters(run: RunConfig) -> list[Parameters]:
+    vision, lora = run.model.vision, run.training.lora
+    width, merged = vision.hidden_size, vision.hidden_size * vision.merge_size**2
+    sizes: dict[Target, int] = {
+        "vision": vision.num_layers * (4 * 2 * width + 2 * (width + vision.intermediate_size)),
+        "projector": 2 * merged + merged + run.model.decoder.hidden_size,
+    }
+    return [
+        Parameters(part=TARGETS[target], is_expert=False, is_adapter=True, count=lora.rank * size)
+        for target, size in sizes.items()
+        if lora.is_adapting(target)
+    ]
+
+
+def _decoder_adapters(run: RunConfig, num_layers: int) -> list[Parameters]:
+    """Return the adapters of so many layers: inputs and outputs of each linear, times the rank."""
+    decoder, degrees, lora = run.model.decoder, run.parallel.decoder, run.training.lora
+    width, hidden = decoder.hidden_size, decoder.experts.intermediate_size
+    queries, keys = (n * decoder.head_dim for n in (decoder.num_heads, decoder.num_kv_heads))
+    # On the hidden states' side, matrices are replicated along the tensor axis.
+    attention = 2 * width + (2 * queries + 2 * keys) // degrees.tensor
+    expert = (width + 2 * hidden) + (hidden + width)
+    num_experts = decoder.experts.num_experts // degrees.expert
+    sizes: dict[Target, int] = {"attention": attention, "experts": num_experts * expert}
+    return [
+        Parameters(
+            part="decoder",
+            is_expert=target == "experts",
+            is_adapter=True,
+            count=num_layers * lora.rank * size,
+        )
+        for target, size in sizes.items()
+        if lora.is_adapting(target)
+    ]

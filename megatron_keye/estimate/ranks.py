@@ -35,7 +35,7 @@ def plan_ranks(run: RunConfig, num_labels: int | None) -> list[Rank]:
     """
     degrees, num_dedicated = run.parallel.decoder, run.parallel.vision.num_ranks
     role = "decoder" if num_dedicated else "decoder and vision"
-    of_vision = vision_parameters(run.model)
+    of_vision = vision_parameters(run)
     patches = run.data.row_tokens * run.model.vision.merge_size**2
     labels = run.data.row_tokens // 64 if num_labels is None else num_labels
     stages: list[tuple[int, Memory]] = []

@@ -6,7 +6,7 @@ without the cache, and its weights are no part of a key.
 
 import hashlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -18,6 +18,8 @@ from megatron_keye.config.run import RunConfig
 from megatron_keye.data.feature_cache import FeatureCache
 from megatron_keye.data.row import Picture
 from megatron_keye.data.video.decode_service import DecodeService, DecodeStatistics
+from megatron_keye.data.video.probe import probe
+from megatron_keye.data.video.video_info import VideoInfo
 
 
 class CachedFeatures:
@@ -29,6 +31,7 @@ class CachedFeatures:
         decoding: Decodes pictures that are not cached.
         decoder_name: Name of the video decoder; pixels differ slightly between decoders.
         device: Where the ViT runs.
+        probe_video: Tells what a file holds.
     """
 
     def __init__(
@@ -39,9 +42,10 @@ class CachedFeatures:
         *,
         decoder_name: str,
         device: torch.device,
+        probe_video: Callable[[Path], VideoInfo] = probe,
     ) -> None:
         self._run, self._encoder, self._decoding = run, encoder, decoding
-        self._decoder_name, self._device = decoder_name, device
+        self._decoder_name, self._device, self._probe_video = decoder_name, device, probe_video
         self._dtype = weight_dtype(run)
         self._cache: FeatureCache | None = None
         self._due: deque[tuple[Sequence[Picture], bool]] = deque()
@@ -96,7 +100,7 @@ class CachedFeatures:
             maker = f"{weights_digest(self._encoder)}-{self._decoder_name}"
             width = self._run.model.vision.hidden_size
             folder = Path(self._run.data.feature_cache)
-            self._cache = FeatureCache(folder, maker, width, self._dtype)
+            self._cache = FeatureCache(folder, maker, width, self._dtype, self._probe_video)
         return self._cache
 
 

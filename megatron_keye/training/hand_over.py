@@ -97,7 +97,8 @@ def _doubts(run: RunConfig, history: Sequence[PastRun]) -> list[str]:
     if run.training.phase == "sparse":
         used.append("indexer")
     learned = {part for past in history for part in past["trained"]}
-    never = [part for part in used if part not in learned | set(run.training.trained_parts)]
+    learned |= {part for part in used if run.training.is_trained(part, is_adapter=False)}
+    never = [part for part in used if part not in learned]
     if not never:
         return []
     return [

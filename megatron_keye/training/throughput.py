@@ -1,9 +1,10 @@
 """Model FLOPs of a training step, and the peak of a device.
 
 Counted are the model's matrix products over real tokens, forward and backward: a trained matrix
-counts three times. Not counted are padding, norms and other elementwise work, the optimizer, and
-recomputation: of decoder layers, of chunks for the ViT's backward pass, of products of queries and
-keys for the indexer's loss. Model FLOPs utilization as in PaLM (arXiv:2204.02311), appendix B.
+counts three times, a frozen one that passes gradients twice. Not counted are padding, norms and
+other elementwise work, adapters, the optimizer, and recomputation: of decoder layers, of chunks
+for the ViT's backward pass, of products of queries and keys for the indexer's loss. Model FLOPs
+utilization as in PaLM (arXiv:2204.02311), appendix B.
 """
 
 import math
@@ -75,13 +76,16 @@ def step_flops(rows: Sequence[PackedRow], run: RunConfig) -> float:
 
 
 def _vision_flops(row: PackedRow, run: RunConfig) -> float:
-    vision, trained = run.model.vision, run.training.trained_parts
+    vision, training = run.model.vision, run.training
+    passes_gradients = "vision" in training.trained_parts
+    encoder_learns = training.is_trained("vision", is_adapter=False)
+    projector_learns = training.is_trained("projector", is_adapter=False)
     sizes = [picture.num_patches for picture in row.pictures]
     encoder = patch_flops(vision) * sum(sizes)
     encoder += sum(frame_attention_flops(vision, size) for size in sizes)
     projector = projector_flops(vision, run.model.decoder.hidden_size) * sum(sizes)
-    encoder_passes = 0 if run.data.feature_cache else 3 if "vision" in trained else 1
-    projector_passes = 1 + ("vision" in trained) + ("projector" in trained)
+    encoder_passes = 0 if run.data.feature_cache else 1 + passes_gradients + encoder_learns
+    projector_passes = 1 + passes_gradients + projector_learns
     return encoder_passes * encoder + projector_passes * projector
 
 
@@ -92,7 +96,8 @@ def _decoder_flops(row: PackedRow, run: RunConfig) -> float:
     lengths, num_tokens = np.diff(bounds), row.num_real_tokens
     phase = run.training.row_phase(row.longest_document)
     passes_gradients = not run.training.only_indexers_learn
-    num_products = 1 + passes_gradients + ("decoder" in trained)
+    learns = run.training.is_trained("decoder", is_adapter=False)
+    num_products = 1 + passes_gradients + learns
     top_k = decoder.indexer.top_k if phase == "sparse" else None
     attended, scored = num_pairs(lengths, top_k), num_pairs(lengths)
     layer = num_products * block_flops(decoder) * num_tokens

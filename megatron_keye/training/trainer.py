@@ -75,7 +75,9 @@ class Trainer:
         )
         self._optimizer = JointOptimizer(run, self._model, self._grid)
         log_video_decoder(run, self._grid, process.device)
-        self._patches = open_patch_source(run, self._model, process.device)
+        self._patches = open_patch_source(
+            run, self._model, process.device, self._loader.probe_video
+        )
         self._step = TrainingStep(
             run,
             self._grid,

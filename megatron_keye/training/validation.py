@@ -20,6 +20,7 @@ from megatron_keye.config.data import ALL_SOURCES
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.one_pass import OnePass
 from megatron_keye.data.row import PackedRow
+from megatron_keye.data.video.probe_cache import node_cache
 from megatron_keye.decoder.row import MeterName, RowMeter
 from megatron_keye.model import KeyeModel
 from megatron_keye.observe.recorder import Recorder
@@ -189,7 +190,7 @@ def open_validation(
         model,
         sources,
         padding_row=padding_row,
-        open_patches=partial(open_patch_source, run, model, device),
+        open_patches=partial(open_patch_source, run, model, device, node_cache().probe),
         device=device,
     )
 

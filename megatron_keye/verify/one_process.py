@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
+from megatron_keye.checkpoint.adapters import MERGE, holds_adapters
 from megatron_keye.checkpoint.convert.native_folder import NativeFolder
 from megatron_keye.checkpoint.hf.folder import HfFolder
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout
@@ -118,7 +119,7 @@ class OneProcessModel:
             folder: The checkpoint, saved on any grid.
 
         Raises:
-            UserError: When it is incomplete, or of a model of other sizes.
+            UserError: When it is incomplete, of a model of other sizes, or has adapters.
         """
         self._check_native(NativeFolder(folder))
         state = _sharded_state(self.stage, self.tower, self.grid)
@@ -128,6 +129,10 @@ class OneProcessModel:
 
     def _check_native(self, folder: NativeFolder) -> None:
         """Compare names and shapes with the model's before Megatron reads the weights."""
+        if holds_adapters(folder.tensors):
+            raise UserError(
+                f"{folder.path}: got adapters beside the weights, expected weights alone; {MERGE}"
+            )
         weights = self.parameters()
         for mapping in weight_mappings(self.run.model, "fused"):
             expected = [*mapping.stacked_shape, *weights[parameter_name(mapping)].shape]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_keye.config.backends import transformer_engine_version
+from megatron_keye.config.lora import LoraConfig
 from tests.support.tiny import mixed_rows, text_rows, tiny_model, tiny_run
 from tests.support.train import (
     LOSS_TOLERANCE,
@@ -134,6 +135,21 @@ def test_transformer_engine_trains_as_megatrons_own_layers(one_gpu: Trained) -> 
     assert got.weights.keys() == one_gpu.weights.keys(), "checkpoint keys differ"
     # Its matrix products round float32 to TF32, 10 bits of mantissa.
     assert got.metrics[0].loss == pytest.approx(one_gpu.metrics[0].loss, rel=1e-3)
+
+
+@needs_engine
+def test_adapters_of_transformer_engine_train_as_those_of_megatrons_own_layers() -> None:
+    lora = LoraConfig(rank=4, alpha=8.0, targets=("attention", "experts"))
+    runs = [
+        tiny_run(device="cuda", training={"lora": lora, "linear_layers": kind})
+        for kind in ("megatron", "transformer_engine")
+    ]
+    drawn, drawn_by_engine = (train(run, []) for run in runs)
+    assert not drawn_by_engine.changed(drawn)
+    expected, got = (train(run) for run in runs)
+    assert got.changed(drawn) == expected.changed(drawn)
+    for mine, theirs in zip(got.metrics, expected.metrics, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-3)
 
 
 def test_bf16_follows_fp32(one_gpu: Trained) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_keye.config import RunConfig
+from megatron_keye.config.lora import LoraConfig
 from megatron_keye.training.throughput import peak_tflops, step_flops
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import mixed_rows, tiny_run
@@ -64,6 +65,12 @@ def test_padding_has_no_flops() -> None:
         row, token_ids=row.token_ids[:30], labels=row.labels[:30], document_bounds=bounds[:2]
     )
     assert step_flops([row], run) == step_flops([whole], run) > 0
+
+
+def test_weights_beside_adapters_count_as_frozen_ones() -> None:
+    row, lora = mixed_rows(0)[1], LoraConfig(rank=2)
+    frozen = step_flops([row], tiny_run(training={"frozen": ("decoder",)}))
+    assert step_flops([row], tiny_run(training={"lora": lora})) == frozen
 
 
 def test_vision_flops_depend_on_trained_parts() -> None:

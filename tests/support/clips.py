@@ -96,7 +96,9 @@ def make_clip(
         stream = container.add_stream(codec, rate=25, options=options or {})
         stream.width, stream.height = scale * WIDTH - cut_columns, scale * HEIGHT - cut_rows
         stream.pix_fmt = pixel_format
-        stream.codec_context.time_base = stream.time_base = av.AVRational(1, 1000)
+        # MPEG-1 and MPEG-2 know some frame rates only.
+        ticks = 25 if codec in ("mpeg1video", "mpeg2video") else 1000
+        stream.codec_context.time_base = stream.time_base = av.AVRational(1, ticks)
         if color_space is not None:
             stream.codec_context.colorspace = color_space
         if rotation or is_mirrored:

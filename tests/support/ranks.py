@@ -11,9 +11,12 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 _TIMEOUT_SECONDS = 300
 _pools: dict[tuple[int, str], "_Pool"] = {}
@@ -78,8 +81,11 @@ class _Pool:
         return [results[rank] for rank in sorted(results)]
 
     def stop(self) -> None:
-        """End all workers."""
+        """End all workers, and the processes that Megatron's checkpointing keeps in each."""
         for process, _ in self._workers:
+            with suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
             process.kill()
             process.join()
         self._folder.cleanup()

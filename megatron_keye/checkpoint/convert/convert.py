@@ -98,7 +98,7 @@ def native_to_hf(
     files_from: Path | None = None,
     needs_all_files: bool = False,
 ) -> None:
-    """Make a released checkpoint from a native one, saved on any grid.
+    """Make a released checkpoint from a native one, saved on any grid, its adapters merged.
 
     Args:
         native: Folder of a checkpoint, with its run.json.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_keye.checkpoint.adapters import shapes_with_adapters
 from megatron_keye.checkpoint.convert.carried_files import (
     CARRIED,
     check_files_from,
@@ -20,10 +21,10 @@ from megatron_keye.checkpoint.convert.carried_files import (
 )
 from megatron_keye.checkpoint.convert.check_tensors import check_shapes, check_types
 from megatron_keye.checkpoint.convert.fingerprint import fingerprint
+from megatron_keye.checkpoint.convert.merged_weights import MergedWeights
 from megatron_keye.checkpoint.convert.native_folder import NativeFolder
 from megatron_keye.checkpoint.convert.options import Options
 from megatron_keye.checkpoint.convert.to_hf import HfMaker
-from megatron_keye.checkpoint.convert.to_native import native_shapes
 from megatron_keye.checkpoint.hf.config import CONFIG, read_config
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout
 from megatron_keye.checkpoint.hf.write_config import changes_of_config, make_config
@@ -100,13 +101,15 @@ def begin_export(
         )
     run = RunConfig.from_json((native / "run.json").read_text())
     got = {key: tensor.shape for key, tensor in source.tensors.items()}
-    check_shapes(got, native_shapes(run.model), where=str(native), dropped=options.dropped)
+    expected = shapes_with_adapters(run, got)
+    check_shapes(got, expected, where=str(native), dropped=options.dropped)
     types = {key: tensor.dtype for key, tensor in source.tensors.items()}
     dtype = check_types(types, where=str(native), wanted=options.dtype)
     files = _files(native, files_from)
     config = _make_config(run, dtype, files.pop(CONFIG, None))
     _check_complete(files, config, out, needs_all_files=needs_all_files)
-    maker = HfMaker(run.model, layout, source, dtype, options.checks_finite, file_bytes)
+    merged = MergedWeights(source, run.training.lora)
+    maker = HfMaker(run.model, layout, merged, dtype, options.checks_finite, file_bytes)
     settings = [run.to_json(), json.dumps(config), layout, str(dtype)]
     settings += [str(options.checks_finite), str(file_bytes)]
     mark = fingerprint(settings, [*source.source_files(), *files.values()])

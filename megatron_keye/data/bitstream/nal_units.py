@@ -1,13 +1,15 @@
 """What H.264 and HEVC frames declare in the headers of their NAL units, read without decoding.
 
-A decoder on the GPU is given segments of a file, and counts the frames that it is given; both need
-facts that containers state wrongly or not at all.
+Where decoding can start, and which frames no other needs, are facts that containers state wrongly
+or not at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 SPS_TYPES = {"h264": 7, "hevc": 33}
 """Type of the NAL units that hold a sequence parameter set."""
+PARAMETER_SET_TYPES = {"h264": range(7, 9), "hevc": range(32, 35)}
+"""Types of the NAL units that hold parameter sets of any kind."""
 _LENGTH_BYTE = {"h264": 4, "hevc": 21}
 """Place in a record of the byte that declares how long a NAL unit's length is."""
 _SLICES = {"h264": range(1, 6), "hevc": range(32)}
@@ -25,18 +27,39 @@ def split_nal_units(codec: str, packet: bytes, extradata: bytes) -> list[bytes]:
         extradata: The stream's. Begins with 1 where lengths separate NAL units, as in MP4 and
             Matroska.
     """
-    length_byte = _LENGTH_BYTE[codec]
-    if extradata[:1] != b"\1" or len(extradata) <= length_byte:
-        nal_units = packet.split(b"\0\0\1")[1:]
-    else:
-        nal_units = []
-        width = (extradata[length_byte] & 3) + 1
+    nal_units = (packet[start:stop] for start, stop in _spans(codec, packet, extradata))
+    return [stripped for nal_unit in nal_units if (stripped := nal_unit.rstrip(b"\0"))]
+
+
+def nal_units_of(types: Sequence[int], codec: str, packet: bytes, extradata: bytes) -> list[bytes]:
+    """Return those of a packet's NAL units that have one of these types, copying no other."""
+    return [
+        packet[start:stop].rstrip(b"\0")
+        for start, stop in _spans(codec, packet, extradata)
+        if start < stop and nal_type(codec, packet[start : start + 1]) in types
+    ]
+
+
+def length_bytes(codec: str, extradata: bytes) -> int:
+    """Return how many bytes hold the length of a NAL unit, 0 where start codes separate them."""
+    place = _LENGTH_BYTE[codec]
+    return (extradata[place] & 3) + 1 if extradata[:1] == b"\1" and len(extradata) > place else 0
+
+
+def _spans(codec: str, packet: bytes, extradata: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where each NAL unit of a packet starts and stops."""
+    if width := length_bytes(codec, extradata):
         start = width
         while start < len(packet):
             stop = start + int.from_bytes(packet[start - width : start])
-            nal_units.append(packet[start:stop])
+            yield start, min(stop, len(packet))
             start = stop + width
-    return [stripped for nal_unit in nal_units if (stripped := nal_unit.rstrip(b"\0"))]
+        return
+    start = packet.find(b"\0\0\1")
+    while start >= 0:
+        following = packet.find(b"\0\0\1", start + 3)
+        yield start + 3, following if following >= 0 else len(packet)
+        start = following
 
 
 def nal_type(codec: str, nal_unit: bytes) -> int:
@@ -59,8 +82,13 @@ def is_random_access_point(codec: str, packet: bytes, extradata: bytes) -> bool:
         return True
     slices = _slices(codec, packet, extradata)
     if codec == "h264":
-        return _H264_IDR in (nal_type(codec, nal_unit) for nal_unit in slices)
+        return _H264_IDR in (nal_type(codec, head) for head in slices)
     return bool(slices) and nal_type(codec, slices[0]) in _HEVC_RANDOM_ACCESS
+
+
+def is_h264_reference(packet: bytes, extradata: bytes) -> bool:
+    """Return whether other frames of H.264 may refer to this one."""
+    return any(head[0] & 0x60 for head in _slices("h264", packet, extradata))
 
 
 def unreferenced_frames(codec: str, packets: Sequence[bytes], extradata: bytes) -> list[bool]:
@@ -87,11 +115,12 @@ def _layer_if_unreferenced(codec: str, packet: bytes, extradata: bytes) -> tuple
     if not slices:
         return 0, False
     if codec == "h264":
-        return 0, not any(nal_unit[0] & 0x60 for nal_unit in slices)
+        return 0, not any(head[0] & 0x60 for head in slices)
     layer = (int.from_bytes(slices[0][:2]) & 7) - 1
     return layer, nal_type(codec, slices[0]) in _HEVC_UNREFERENCED
 
 
 def _slices(codec: str, packet: bytes, extradata: bytes) -> list[bytes]:
-    nal_units = split_nal_units(codec, packet, extradata)
-    return [nal_unit for nal_unit in nal_units if nal_type(codec, nal_unit) in _SLICES[codec]]
+    """Return the headers of a packet's slices."""
+    heads = (packet[start : start + 2] for start, _ in _spans(codec, packet, extradata))
+    return [head for head in heads if head and nal_type(codec, head) in _SLICES[codec]]

@@ -22,6 +22,13 @@ def shows_earlier_frame(packet: bytes) -> bool:
     return bool(header[0] & (4 if header[0] >> 4 & 3 == 3 else 8))
 
 
+def is_vp9_keyframe(packet: bytes) -> bool:
+    """Return whether the first frame of a packet refers to no other, of any profile."""
+    header = _frames(packet)[0][0]
+    # Marker, profile, in profile 3 a reserved bit, whether a frame is shown again, not a keyframe.
+    return (header >> 1 if header >> 4 & 3 == 3 else header >> 2) & 3 == 0
+
+
 def has_size(packet: bytes, width: int, height: int) -> bool:
     """Return whether all sizes that a packet's frames declare, stored and shown, are this one.
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_keye.data.media import FileIdentity, Medium, identify
 from megatron_keye.data.row import Picture, Sample
-from megatron_keye.data.store.probe_cache import ProbeCache
+from megatron_keye.data.video.probe_cache import ProbeCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class StoredMedium(FileIdentity):
     """Whether it is a video, or an image or one frame of a video."""
     seconds: float
     """From the first to the last frame; 0 for an image."""
+    video_info: bytes
+    """What was probed of a video, by `VideoInfo.to_bytes`; empty for an image."""
 
 
 @dataclass
@@ -69,15 +71,16 @@ class BlockMetadata:
         """Return the number of a picture's file in `media`, appending a new file."""
         key = picture.medium
         if key not in self._numbers:
-            path, seconds = Path(key.path), 0.0
+            path, seconds, video_info = Path(key.path), 0.0, b""
             if key.kind == "video":
-                times = probes.probe(path).times
-                seconds = float(times[-1] - times[0])
+                info = probes.probe(path)
+                seconds, video_info = float(info.times[-1] - info.times[0]), info.to_bytes()
             self.media.append(
                 StoredMedium(
                     name=names[key.path],
                     is_video=key.kind == "video",
                     seconds=seconds,
+                    video_info=video_info,
                     **vars(identify(path)),
                 )
             )
@@ -87,8 +90,14 @@ class BlockMetadata:
     def to_bytes(self) -> bytes:
         """Return everything as an .npz archive."""
         media = [
-            asdict(medium) | {"content_key": medium.content_key.hex()} for medium in self.media
+            asdict(medium)
+            | {
+                "content_key": medium.content_key.hex(),
+                "video_info": len(medium.video_info),
+            }
+            for medium in self.media
         ]
+        video_infos = b"".join(medium.video_info for medium in self.media)
         stream = io.BytesIO()
         np.savez(
             stream,
@@ -97,6 +106,7 @@ class BlockMetadata:
             ),
             pictures=np.array(self.pictures, dtype=np.float64).reshape(-1, 6),
             media=np.frombuffer(json.dumps(media).encode(), dtype=np.uint8),
+            video_infos=np.frombuffer(video_infos, dtype=np.uint8),
         )
         return stream.getvalue()
 
@@ -107,6 +117,7 @@ class BlockMetadata:
             lines, lengths, counts = arrays["samples"].tolist()
             pictures = [tuple(row) for row in arrays["pictures"].tolist()]
             media = json.loads(arrays["media"].tobytes())
+            video_infos = io.BytesIO(arrays["video_infos"].tobytes())
         return cls(
             line_numbers=lines,
             lengths=lengths,
@@ -114,7 +125,11 @@ class BlockMetadata:
             pictures=pictures,
             media=[
                 StoredMedium(
-                    **described | {"content_key": bytes.fromhex(described["content_key"])}
+                    **described
+                    | {
+                        "content_key": bytes.fromhex(described["content_key"]),
+                        "video_info": video_infos.read(described["video_info"]),
+                    }
                 )
                 for described in media
             ],

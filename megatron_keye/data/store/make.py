@@ -12,10 +12,10 @@ from typing import Any
 from megatron_keye.config import DataConfig, ModelConfig
 from megatron_keye.data.records.file import SampleFile, scan
 from megatron_keye.data.store.prepare import BlockMaker
-from megatron_keye.data.store.probe_cache import ProbeCache
 from megatron_keye.data.store.settings import deciding_settings
 from megatron_keye.data.store.writer import write_store
 from megatron_keye.data.tokens import load_tokenizer
+from megatron_keye.data.video.probe_cache import ProbeCache
 from megatron_keye.errors import UserError
 from megatron_keye.files.partial_folder import PartialFolder
 from megatron_keye.files.progress import NoProgress, Progress

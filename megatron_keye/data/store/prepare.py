@@ -18,8 +18,8 @@ from megatron_keye.data.records.file import SampleFile
 from megatron_keye.data.row import Sample
 from megatron_keye.data.sample import make_sample, media_names
 from megatron_keye.data.store.block_metadata import BlockMetadata
-from megatron_keye.data.store.probe_cache import ProbeCache
 from megatron_keye.data.tokens import load_tokenizer
+from megatron_keye.data.video.probe_cache import ProbeCache
 from megatron_keye.errors import UserError
 
 

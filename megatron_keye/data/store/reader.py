@@ -4,6 +4,7 @@ Bounds and what identifies media files stay in memory, 32 bytes per sample, 4 pe
 sample and 25 per file; names are read when a file is first used, tokens for whole rows at once.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_keye.data.media import FileIdentity, Medium, resolve_media
 from megatron_keye.data.row import Picture, Sample, labels_of
 from megatron_keye.data.store.settings import check_settings
 from megatron_keye.data.store.writer import FORMAT
+from megatron_keye.data.video.video_info import VideoInfo
 from megatron_keye.errors import UserError
 
 _PATHS_KEPT = 65_536
@@ -59,6 +61,10 @@ class SampleStore:
         self._is_video = _whole(group, "media/is_video")
         self._sizes = _whole(group, "media/size_bytes")
         self._modified = _whole(group, "media/modified_nanoseconds")
+        self._keys = _whole(group, "media/content_keys")
+        self._video_infos = _array(group, "media/video_infos")
+        self._video_info_bounds = _whole(group, "media/video_info_bounds")
+        self._numbers: OrderedDict[str, int] = OrderedDict()
         self._media_path = lru_cache(_PATHS_KEPT)(self._find_medium)
 
     def name(self, index: int) -> str:
@@ -109,11 +115,25 @@ class SampleStore:
             picture_starts=tuple(pictures[:, 4].astype(np.int64).tolist()),
         )
 
+    def video_info(self, path: Path) -> VideoInfo | None:
+        """Return what was probed of a video that was loaded lately; None for any other file."""
+        medium = self._numbers.get(str(path))
+        if medium is None:
+            return None
+        start, stop = self._video_info_bounds[medium : medium + 2]
+        return VideoInfo.from_bytes(path, np.asarray(self._video_infos[start:stop]).tobytes())
+
     def _picture(self, row: list[float]) -> Picture:
         medium, frame, down, across = map(int, row[:4])
         is_video = bool(self._is_video[medium])
+        path = self._media_path(medium)
+        if is_video:
+            self._numbers[path] = medium
+            self._numbers.move_to_end(path)
+            if len(self._numbers) > _PATHS_KEPT:
+                self._numbers.popitem(last=False)
         return Picture(
-            medium=Medium(self._media_path(medium), "video" if is_video else "image"),
+            medium=Medium(path, "video" if is_video else "image"),
             frame=frame,
             patch_grid=(down, across),
             seconds=None if np.isnan(row[5]) else row[5],

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ _ARRAYS: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
     "media/size_bytes": ("int64", ()),
     "media/modified_nanoseconds": ("int64", ()),
     "media/content_keys": ("uint8", (16,)),
+    # What was probed of each video, empty for an image.
+    "media/video_info_bounds": ("int64", ()),
+    "media/video_infos": ("uint8", ()),
 }
 
 
@@ -143,7 +147,9 @@ class _StoreWriter:
         key = medium.name, medium.is_video
         if key not in self._numbers:
             self._numbers[key] = len(self.media)
-            self.media.append(medium)
+            self._append("media/video_infos", np.frombuffer(medium.video_info, dtype=np.uint8))
+            self._arrays["media/video_info_bounds"].append_lengths([len(medium.video_info)])
+            self.media.append(replace(medium, video_info=b""))
         number = self._numbers[key]
         if self.media[number].content_key != medium.content_key:
             raise UserError(

@@ -10,7 +10,7 @@ import logging
 import math
 import queue
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from torch import Tensor
 
 from megatron_keye.data.video.color import BT709, to_space_of
 from megatron_keye.data.video.frame_runs import FrameRuns, plan_frame_runs
-from megatron_keye.data.video.probe import VideoInfo, probe
+from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.pyav import PyavDecoder, check_indices
 from megatron_keye.data.video.segment import Segment, SegmentCutter, opened_cutter
+from megatron_keye.data.video.video_info import VideoInfo
 from megatron_keye.errors import UserError
 
 DEFAULT_STREAMS = 8
@@ -48,14 +49,21 @@ class DaliDecoder:
     Args:
         device: The GPU.
         num_streams: Segments decoded side by side.
+        probe_video: Tells what a file holds; raises what `probe` raises.
     """
 
-    def __init__(self, device: torch.device, num_streams: int = DEFAULT_STREAMS) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        num_streams: int = DEFAULT_STREAMS,
+        probe_video: Callable[[Path], VideoInfo] = probe,
+    ) -> None:
         self._device = torch.device("cuda", device.index or 0)
         self._num_streams = num_streams
         self._pool = ThreadPoolExecutor(num_streams, thread_name_prefix="dali")
         self._idle: queue.SimpleQueue[_SegmentDecoder] = queue.SimpleQueue()
-        self._on_cpu = PyavDecoder()
+        self._probe_video = probe_video
+        self._on_cpu = PyavDecoder(probe_video=probe_video)
         self._logged_reasons: set[str] = set()
 
     @property
@@ -69,7 +77,7 @@ class DaliDecoder:
         Raises:
             UserError: As `FrameDecoder`; also with DALI's own error.
         """
-        info = probe(path)
+        info = self._probe_video(path)
         wanted = check_indices(info, indices)
         if info.gpu_unsupported_reason:
             self._log_reason(info)

@@ -3,14 +3,16 @@
 Decoders on the CPU and the GPU return the same frames, so their callers need not know which it is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.pyav import PyavDecoder
+from megatron_keye.data.video.video_info import VideoInfo
 
 
 class FrameDecoder(Protocol):
@@ -41,7 +43,10 @@ class FrameDecoder(Protocol):
 
 
 def make_decoder(
-    backend: Literal["pyav", "dali"], device: torch.device, num_threads: int
+    backend: Literal["pyav", "dali"],
+    device: torch.device,
+    num_threads: int,
+    probe_video: Callable[[Path], VideoInfo] = probe,
 ) -> FrameDecoder:
     """Return the decoder that the run chose.
 
@@ -49,9 +54,10 @@ def make_decoder(
         backend: From `config.backends.decode_backend`.
         device: Of the rank, where dali decodes.
         num_threads: The run's data.decode.num_threads.
+        probe_video: Tells what a file holds; raises what `probe` raises.
     """
     if backend == "pyav":
-        return PyavDecoder(num_threads)
+        return PyavDecoder(num_threads, probe_video)
     from megatron_keye.data.video.dali import DEFAULT_STREAMS, DaliDecoder
 
-    return DaliDecoder(device, num_threads or DEFAULT_STREAMS)
+    return DaliDecoder(device, num_threads or DEFAULT_STREAMS, probe_video)

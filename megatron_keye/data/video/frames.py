@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_keye.config import FrameConfig, VisionConfig
 from megatron_keye.data.video.limits import MediaLimits
-from megatron_keye.data.video.probe import VideoInfo
+from megatron_keye.data.video.video_info import VideoInfo
 from megatron_keye.errors import UserError
 
 MAX_ASPECT_RATIO = 200

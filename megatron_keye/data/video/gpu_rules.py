@@ -61,12 +61,14 @@ def stream_unsupported_reason(stream: VideoStream) -> str:
     return ""
 
 
-def packet_unsupported_reason(packet: "av.Packet[VideoStream]", description: Description) -> str:
+def packet_unsupported_reason(
+    packet: "av.Packet[VideoStream]", content: bytes, description: Description
+) -> str:
     """Return why a packet keeps its stream from the GPU, "" if it does not.
 
     Args:
-        packet: Any packet. Only those that its container calls keyframes are searched for
-            parameters; `SegmentCutter` searches the rest.
+        packet: Any packet.
+        content: Its bytes.
         description: Its stream's.
     """
     if packet.has_sidedata("new_extradata"):
@@ -74,12 +76,11 @@ def packet_unsupported_reason(packet: "av.Packet[VideoStream]", description: Des
         if announced != description.extradata:
             return "its parameters change inside"
     if description.codec == "vp9":
-        content = bytes(packet)
         if shows_earlier_frame(content):
             return "it shows frames again that were decoded earlier"
         if not has_size(content, packet.stream.width, packet.stream.height):
             return "its frames have other sizes than its container, or several"
-    return description.unsupported_reason(bytes(packet)) if packet.is_keyframe else ""
+    return description.unsupported_reason(content)
 
 
 def timeline_unsupported_reason(

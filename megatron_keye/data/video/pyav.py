@@ -3,7 +3,8 @@
 `dali.py` decodes the same frames on the GPU.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import av
@@ -13,7 +14,10 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_keye.data.video.probe import VideoInfo, opened_video, probe
+from megatron_keye.data.video.packet_source import opened_packets
+from megatron_keye.data.video.probe import probe
+from megatron_keye.data.video.timeline import MAX_REORDERED
+from megatron_keye.data.video.video_info import VideoInfo
 from megatron_keye.errors import UserError
 
 
@@ -22,13 +26,17 @@ class PyavDecoder:
 
     device = torch.device("cpu")
 
-    def __init__(self, num_threads: int = 0) -> None:
-        """Take the threads for one file; 0 for one a core."""
-        self._num_threads = num_threads
+    def __init__(
+        self, num_threads: int = 0, probe_video: Callable[[Path], VideoInfo] = probe
+    ) -> None:
+        """Take the threads for one file, 0 for one a core, and what tells what a file holds."""
+        self._num_threads, self._probe_video = num_threads, probe_video
 
     def frames(self, path: Path, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield frames as `FrameDecoder` does."""
-        for index, pixels in iterate_frames(path, indices, num_threads=self._num_threads):
+        for index, pixels in iterate_frames(
+            path, indices, num_threads=self._num_threads, probe_video=self._probe_video
+        ):
             yield index, torch.from_numpy(np.ascontiguousarray(pixels))
 
     def close(self) -> None:
@@ -76,18 +84,21 @@ def check_indices(info: VideoInfo, frame_indices: Iterable[int]) -> list[int]:
 
 
 def iterate_frames(
-    path: Path, frame_indices: Iterable[int], *, num_threads: int = 0
+    path: Path,
+    frame_indices: Iterable[int],
+    *,
+    num_threads: int = 0,
+    probe_video: Callable[[Path], VideoInfo] = probe,
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Yield (index, frame) once for each distinct index, in presentation order.
 
-    A file whose keyframes give broken frames is decoded a second time from the top; the frames
-    of that pass come after those of the first. Holds one frame at a time, so that callers who
-    shrink frames need little memory.
+    Holds one frame at a time, so that callers who shrink frames need little memory.
 
     Args:
         path: Video file.
         frame_indices: Indices into `probe(path).times`, in any order, repeats allowed.
         num_threads: Threads that decode; 0 for one a core.
+        probe_video: Tells what the file holds; raises what `probe` raises.
 
     Returns:
         Pairs of index and uint8 RGB [height, width, 3], upright.
@@ -95,52 +106,59 @@ def iterate_frames(
     Raises:
         UserError: As `decode_frames`, when the pair that is missing would be next.
     """
-    info = probe(path)
-    wanted = check_indices(info, frame_indices)
-    missing = set(wanted)
-    # Some streams flag keyframes where decoding can't start; from the top all frames come.
-    for start in dict.fromkeys((_keyframe_before(info, wanted), 0)):
-        for pair in _decode(info, sorted(missing), start, num_threads):
-            missing.discard(pair[0])
-            yield pair
-    if missing:
-        first = min(missing)
+    info = probe_video(path)
+    indices = check_indices(info, frame_indices)
+    wanted = deque(indices)
+    # Decoders drop frames of some streams until they know them better; from the top all come.
+    for entry in dict.fromkeys((info.entry_before(indices), 0) if indices else ()):
+        if wanted:
+            yield from _decode(info, wanted, entry, num_threads)
+    if wanted:
         raise UserError(
-            f"{path}: {len(missing)} of {len(wanted)} wanted frames do not decode, the first is "
-            f"frame {first} at {info.times[first]:.3f} s; the file is damaged or its container "
-            "states wrong times: copy it again or remux it"
+            f"{path}: {len(wanted)} of {len(indices)} wanted frames do not decode, the first is "
+            f"frame {wanted[0]} at {info.times[wanted[0]]:.3f} s; the file is damaged or its "
+            "container states wrong times: copy it again or remux it"
         )
 
 
-def _keyframe_before(info: VideoInfo, wanted: list[int]) -> int:
-    """Return the last keyframe at or before the first wanted frame, 0 when there is none."""
-    place = int(np.searchsorted(info.keyframes, wanted[:1], side="right").sum())
-    return int(info.keyframes[place - 1]) if place else 0
-
-
 def _decode(
-    info: VideoInfo, wanted: list[int], start: int, num_threads: int
+    info: VideoInfo, wanted: deque[int], entry: int, num_threads: int
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Decode once from frame `start` on and yield the wanted frames that are not corrupt."""
-    if not wanted:
-        return
+    """Decode once from an entry point on; take frames that come from `wanted` and yield them."""
     index_of = {int(info.timestamps[index]): index for index in wanted}
-    last = int(info.timestamps[wanted[-1]])
-    with opened_video(info.path) as (container, stream):
-        stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = num_threads
-        if start:
-            container.seek(int(info.timestamps[start]), stream=stream, backward=True)
-        # One for all frames: setting it up takes as long as converting a frame does.
-        converter = VideoReformatter()
-        for frame in container.decode(stream):
-            if frame.pts is None or frame.is_corrupt:
-                continue
-            index = index_of.pop(frame.pts, None)
-            if index is not None:
-                yield index, _upright(frame, info, converter, num_threads)
-            if frame.pts >= last:
-                return
+    early: dict[int, NDArray[np.uint8]] = {}
+    num_later = 0
+    # One for all frames: setting it up takes as long as converting a frame does.
+    converter = VideoReformatter()
+    for frame in _decoded(info, entry, num_threads):
+        if frame.pts is None or frame.is_corrupt:
+            continue
+        index = index_of.pop(frame.pts, None)
+        if index is not None:
+            early[index] = _upright(frame, info, converter, num_threads)
+        while wanted and wanted[0] in early:
+            num_later = 0
+            index = wanted.popleft()
+            yield index, early.pop(index)
+        if not wanted:
+            return
+        # A frame that is out of its turn by more will not come.
+        num_later += frame.pts > info.timestamps[wanted[0]]
+        if num_later > MAX_REORDERED:
+            return
+
+
+def _decoded(info: VideoInfo, entry: int, num_threads: int) -> Iterator[av.VideoFrame]:
+    """Yield all frames that FFmpeg decodes from an entry point on, in its order."""
+    with opened_packets(info) as source:
+        decoder = None
+        for _, packet in source.read(entry):
+            if decoder is None:
+                decoder = source.stream.codec_context
+                decoder.thread_type, decoder.thread_count = "AUTO", num_threads
+            yield from decoder.decode(packet)
+        if decoder is not None:
+            yield from decoder.decode(None)
 
 
 def _upright(

@@ -14,17 +14,14 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from av.container import InputContainer
-from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from megatron_keye.data.bitstream.description import describe
 from megatron_keye.data.bitstream.nal_units import unreferenced_frames
 from megatron_keye.data.video.frame_runs import FrameRuns
-from megatron_keye.data.video.probe import VideoInfo, opened_video
+from megatron_keye.data.video.packet_source import PacketSource, opened_packets
+from megatron_keye.data.video.video_info import VideoInfo
 from megatron_keye.errors import UserError
-
-type _Packets = "list[av.Packet[VideoStream]]"
 
 # WebM for VP9, which MP4 gives a header that parsers need not expect.
 _FORMATS = {"h264": "mp4", "hevc": "mp4", "vp9": "webm"}
@@ -50,12 +47,12 @@ class Segment:
 class SegmentCutter:
     """Cuts segments out of one open file, from any thread, one at a time."""
 
-    def __init__(self, info: VideoInfo, container: InputContainer, stream: VideoStream) -> None:
-        self._info, self._container, self._stream = info, container, stream
+    def __init__(self, info: VideoInfo, source: PacketSource) -> None:
+        self._info, self._source = info, source
         self._lock = threading.Lock()
         self._is_open = True
         try:
-            self._description = describe(stream)
+            self._description = describe(source.stream)
         except UserError as error:
             raise UserError(
                 f"{info.path}: {error}, expected the file that was probed; restore it"
@@ -65,21 +62,19 @@ class SegmentCutter:
         """Return the segment that holds these frames.
 
         Raises:
-            UserError: Naming the file, when it no longer holds what `probe` saw, or holds
-                parameters between its keyframes that keep it from the GPU.
+            UserError: Naming the file, when it no longer holds what `probe` saw.
         """
         with self._lock:
             if not self._is_open:
                 raise UserError(f"{self._info.path}: was closed before it was cut")
             packets, display_order, places = self._read(frame_runs)
-            self._check(packets)
             sps = self._description.sps
             return Segment(
                 container=self._write(packets, display_order),
                 indices=frame_runs.indices,
                 places=places,
-                height=sps.stored_height if sps else self._stream.height,
-                width=sps.stored_width if sps else self._stream.width,
+                height=sps.stored_height if sps else self._source.stream.height,
+                width=sps.stored_width if sps else self._source.stream.width,
             )
 
     def close(self) -> None:
@@ -91,48 +86,51 @@ class SegmentCutter:
         self, frame_runs: FrameRuns
     ) -> tuple[list[bytes], NDArray[np.int64], tuple[int, ...]]:
         """Return the packets of all runs, when each is shown, and when the wanted frames are."""
-        timestamps = self._info.timestamps
         packets: list[bytes] = []
         display_order: list[NDArray[np.int64]] = []
         places: list[int] = []
         for run in frame_runs.runs:
-            of_run = _packets(self._container, self._stream, timestamps[run.start : run.stop])
-            if not of_run:
-                raise UserError(
-                    f"{self._info.path}: frames {run.start} to {run.stop - 1} are no longer where "
-                    "they were, expected the file that was probed; restore it"
-                )
-            wanted = [int(timestamps[index]) for index in frame_runs.indices if index in run]
-            of_run = self._without_unneeded(of_run, set(wanted))
-            times = np.array([packet.pts for packet in of_run], dtype=np.int64)
-            shown = np.argsort(times)
-            places += (len(packets) + np.searchsorted(times[shown], wanted)).tolist()
+            frames, of_run = self._read_run(run)
+            wanted = [index for index in frame_runs.indices if index in run]
+            frames, of_run = self._without_unneeded(frames, of_run, set(wanted))
+            shown = np.argsort(frames)
+            places += (len(packets) + np.searchsorted(np.sort(frames), wanted)).tolist()
             display_order.append(len(packets) + np.argsort(shown))
-            packets += map(bytes, of_run)
+            packets += of_run
         return packets, np.concatenate(display_order), tuple(places)
 
-    def _without_unneeded(self, packets: _Packets, wanted: set[int]) -> _Packets:
+    def _read_run(self, run: range) -> tuple[list[int], list[bytes]]:
+        """Return the frames of a run in stored order, with their packets."""
+        frames: list[int] = []
+        packets: list[bytes] = []
+        missing = set(run)
+        for number, packet in self._source.read(self._info.entry_before([run.start])):
+            # Frames shown before the first one may refer to what is not there.
+            frame = int(self._info.packet_frames[number])
+            if frame >= run.start and (frames or frame == run.start):
+                frames.append(frame)
+                packets.append(bytes(packet))
+                missing.discard(frame)
+            if not missing:
+                break
+        return frames, packets
+
+    def _without_unneeded(
+        self, frames: list[int], packets: list[bytes], wanted: set[int]
+    ) -> tuple[list[int], list[bytes]]:
         """Leave out frames that are neither wanted nor referred to by any other."""
         if len(packets) == len(wanted):
-            return packets
+            return frames, packets
         unreferenced = unreferenced_frames(
-            self._description.codec, list(map(bytes, packets)), self._description.extradata
+            self._description.codec, packets, self._description.extradata
         )
         # The second frame keeps this run's random access point apart from the next run's.
-        return packets[:2] + [
-            packet
-            for packet, is_unreferenced in zip(packets[2:], unreferenced[2:], strict=True)
-            if packet.pts in wanted or not is_unreferenced
+        kept = [
+            place
+            for place, frame in enumerate(frames)
+            if place < 2 or frame in wanted or not unreferenced[place]
         ]
-
-    def _check(self, packets: list[bytes]) -> None:
-        """Refuse parameters that `probe`, which looks into keyframes only, did not see."""
-        for packet in packets:
-            if reason := self._description.unsupported_reason(packet):
-                raise UserError(
-                    f"{self._info.path}: can't be decoded on the GPU, since {reason}, expected "
-                    "parameters at keyframes only; decode with data.decode.backend=pyav"
-                )
+        return [frames[place] for place in kept], [packets[place] for place in kept]
 
     def _write(self, packets: list[bytes], display_order: NDArray[np.int64]) -> bytes:
         """Write packets without cropping, timed by display order and late enough to decode."""
@@ -140,7 +138,7 @@ class SegmentCutter:
         description, sps = self._description, self._description.sps
         buffer = io.BytesIO()
         with av.open(buffer, "w", format=_FORMATS[description.codec]) as target:
-            stream = target.add_stream_from_template(self._stream)
+            stream = target.add_stream_from_template(self._source.stream)
             stream.time_base = _MILLISECOND
             if sps is not None and sps.is_cropped:
                 stream.codec_context.extradata = description.uncropped
@@ -166,34 +164,9 @@ def opened_cutter(info: VideoInfo) -> Iterator[SegmentCutter]:
     Raises:
         UserError: Naming the file that cannot be read.
     """
-    with opened_video(info.path) as (container, stream):
-        cutter = SegmentCutter(info, container, stream)
+    with opened_packets(info) as source:
+        cutter = SegmentCutter(info, source)
         try:
             yield cutter
         finally:
             cutter.close()
-
-
-def _packets(
-    container: InputContainer, stream: VideoStream, needed: NDArray[np.int64]
-) -> _Packets:
-    """Return the packets from the first needed frame on until all are there, or none."""
-    first = int(needed[0])
-    for target in (first, None):
-        # Some containers' indices lead past their mark; from the top every packet comes.
-        if target is None:
-            container.seek(0, backward=True, any_frame=True)
-        else:
-            container.seek(target, stream=stream, backward=True)
-        missing = set(needed.tolist())
-        packets: _Packets = []
-        for packet in container.demux(stream):
-            if packet.size == 0 or packet.pts is None or not (packets or packet.pts == first):
-                continue
-            # Frames shown before the first one may refer to what is not there.
-            if packet.pts >= first:
-                packets.append(packet)
-                missing.discard(packet.pts)
-            if not missing:
-                return packets
-    return []

@@ -46,3 +46,27 @@ def test_a_wrong_checkpoint_is_one_sentence(
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and "--set model.decoder.num_layers=1" in error
     assert not (tmp_path / "n.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--adapter: got"),
+        (("--files-from", "."), "--files-from: got a folder, expected none with --adapter"),
+    ],
+)
+def test_a_checkpoint_without_adapters_has_none_to_export(
+    options: tuple[str, ...],
+    message: str,
+    hf: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    native, out = str(tmp_path / "native"), tmp_path / "adapter"
+    convert.main(["hf-to-native", "--hf", str(hf), "--out", native, *RECIPE, *LAYERS])
+    capsys.readouterr()
+    arguments = ["native-to-hf", "--native", native, "--out", str(out), "--adapter", *options]
+    assert convert.main(arguments) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert message in error
+    assert not list(tmp_path.glob("adapter*"))

@@ -22,7 +22,7 @@ ZERO_MEANS_SOMETHING = {
     "parallel.vision.attention_break_even_patches",
     "parallel.vision.max_ahead_mebibytes",
     *("training.stop_after_step", "training.dense_up_to", "training.indexer_loss_weight"),
-    *("training.seed", "training.device_peak_tflops"),
+    *("training.seed", "training.device_peak_tflops", "training.lora.rank"),
     *(f"training.checkpoint.{name}" for name in ("interval_steps", "keep")),
     *(f"training.checkpoint.{name}" for name in ("export_every", "keep_exports")),
     *(f"training.optimizer.{name}_steps" for name in ("warmup", "decay")),

@@ -30,7 +30,7 @@ def full_size(*settings: str) -> RunConfig:
 def of_decoder(run: RunConfig, stage: int = 0, num_labels: int = 0) -> Memory:
     held = decoder_parameters(run, stage)
     if not run.parallel.vision.num_ranks:
-        held += vision_parameters(run.model)
+        held += vision_parameters(run)
     patches = run.data.row_tokens * run.model.vision.merge_size**2
     return decoder_memory(run, stage, held, num_labels=num_labels, num_patches=patches)
 
@@ -66,7 +66,7 @@ def test_a_runs_memory_agrees_with_two_h200(
     assert of_decoder(run, num_labels=100).total / MEBIBYTE == pytest.approx(decoder, rel=0.03)
     if vision is not None:
         patches = run.data.row_tokens * run.model.vision.merge_size**2
-        memory = vision_memory(run, vision_parameters(run.model), num_patches=patches)
+        memory = vision_memory(run, vision_parameters(run), num_patches=patches)
         assert memory.total / MEBIBYTE == pytest.approx(vision, rel=0.03)
 
 
@@ -112,3 +112,13 @@ def test_phases_keep_what_they_need() -> None:
         for phase in ("sparse", "dense", "indexer_warmup")
     )
     assert warm_up < 0.2 * dense < 0.2 * sparse
+
+
+def test_adapters_and_indexers_alone_have_gradients_and_moments() -> None:
+    run = full_size("training.lora.rank=16", "training.optimizer.distributed=false")
+    held = [*decoder_parameters(run, 0), *vision_parameters(run)]
+    learning = sum(each.count for each in held if each.is_adapter or each.part == "indexer")
+    memory = decoder_memory(run, 0, held, num_labels=0, num_patches=0)
+    assert 0 < learning < sum(each.count for each in held) / 50
+    assert (memory.gradients, memory.optimizer) == (4 * learning, 12 * learning)
+    assert memory.weights == 2 * sum(each.count for each in held)

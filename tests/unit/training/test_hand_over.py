@@ -16,6 +16,7 @@ from megatron_keye.checkpoint.history import (
     text_of,
 )
 from megatron_keye.config import CheckpointConfig, RunConfig
+from megatron_keye.config.lora import LoraConfig
 from megatron_keye.config.training import Phase
 from megatron_keye.errors import UserError
 from megatron_keye.recipes import load_recipe
@@ -109,3 +110,10 @@ def test_a_continued_run_is_not_checked_again(tmp_path: Path) -> None:
         [f"output_dir={tmp_path}", "training.checkpoint.resume=auto"]
     )
     assert hand_over.begin(run, rank=0) == []
+
+
+def test_adapters_do_not_make_random_weights_trained_ones(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    hand_over.begin(run_of("dense", lora=LoraConfig(rank=2)), rank=0)
+    assert "vision and projector and decoder: no run has trained" in caplog.messages[0]

@@ -17,9 +17,12 @@ RUN = tiny_run()
 SHAPES = parameter_shapes(RUN.model, "per-expert")
 
 
-def write_released(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def write_released(
+    folder: Path, shapes: dict[str, tuple[int, ...]], model_type: str = "KeyeVL2"
+) -> None:
     write_noise(folder, shapes, dtype=torch.bfloat16, file_bytes=1_000_000)
-    (folder / "config.json").write_text(json.dumps(make_config(RUN.model, "bfloat16", {})))
+    config = make_config(RUN.model, "bfloat16", {}) | {"model_type": model_type}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_a_released_checkpoint_counts_as_sparse_until_it_brings_a_history(tmp_path: Path) -> None:
@@ -36,7 +39,7 @@ def test_a_released_checkpoint_counts_as_sparse_until_it_brings_a_history(tmp_pa
 
 def test_a_warm_start_is_dense_and_names_the_parts_that_have_learned(tmp_path: Path) -> None:
     shapes = {name: shape for name, shape in SHAPES.items() if part_of(name) == "decoder"}
-    write_released(tmp_path / "Qwen3", shapes)
+    write_released(tmp_path / "Qwen3", shapes, "qwen3_moe")
     warm_start(tmp_path / "Qwen3", None, tmp_path / "native", RUN, Options())
     assert read_history(tmp_path / "native") == [
         {"run": "Qwen3", "phase": "dense", "steps": 0, "trained": ["decoder"]}

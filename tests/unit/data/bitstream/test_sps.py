@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_keye.data.bitstream.cropping import without_cropping
-from megatron_keye.data.bitstream.description import Description, describe
+from megatron_keye.data.bitstream.description import Description, describe, nal_units_in_front
 from megatron_keye.data.bitstream.sps import Sps
 from tests.support.clips import make_clip
 
@@ -96,7 +96,7 @@ def test_parameters_in_front_are_needed(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"it has {num_sets} sequence parameter sets"):
             describe_as(made, extradata)
     behind_code = b"\0\0\1" + made.sps.nal_unit
-    other = made.uncropped
+    other = b"".join(b"\0\0\1" + unit for unit in nal_units_in_front("h264", made.uncropped))
     with pytest.raises(ValueError, match="it has 2 sequence parameter sets"):
         describe_as(made, behind_code + other)
     with pytest.raises(

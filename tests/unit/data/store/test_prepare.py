@@ -16,12 +16,13 @@ from PIL import Image
 from megatron_keye.config import DataConfig, FrameConfig
 from megatron_keye.data.records.file import scan
 from megatron_keye.data.source import ConversationFile
-from megatron_keye.data.store import probe_cache, writer
+from megatron_keye.data.store import writer
 from megatron_keye.data.store.make import make_store
 from megatron_keye.data.store.prepare import BlockMaker
 from megatron_keye.data.store.reader import SampleStore
 from megatron_keye.data.store.settings import deciding_settings
 from megatron_keye.data.tokens import load_tokenizer
+from megatron_keye.data.video import probe_cache
 from megatron_keye.files.partial_folder import PartialFolder
 from tests.support.clips import make_clip, tiny_model
 

@@ -1,5 +1,6 @@
 """Which files go to the GPU: each reason against it, with a file that has it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,11 @@ def test_ordinary_videos_go_to_the_gpu(name: str) -> None:
     assert probe(real_clip(name)).gpu_unsupported_reason == ""
 
 
+@pytest.mark.parametrize("changed", [range(1, 10), [2]])
 @pytest.mark.parametrize("cut_rows", [0, 2])
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
 def test_parameters_that_change_inside_go_to_the_cpu(
-    tmp_path: Path, codec: str, cut_rows: int
+    tmp_path: Path, codec: str, cut_rows: int, changed: Sequence[int]
 ) -> None:
     options = {"g": "5"} | (X265 if codec == "libx265" else {})
     first, second = (
@@ -87,7 +89,7 @@ def test_parameters_that_change_inside_go_to_the_cpu(
         found = describe(container.streams.video[0]).sps
     assert found is not None
     sps = len(found.nal_unit).to_bytes(4, "big") + found.nal_unit
-    path = rewrite(first, tmp_path / "clip.mp4", lambda place, old: sps * (place > 0) + old)
+    path = rewrite(first, tmp_path / "clip.mp4", lambda place, old: sps * (place in changed) + old)
     assert probe(path).gpu_unsupported_reason == "its parameters change inside"
 
 

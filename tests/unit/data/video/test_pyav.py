@@ -12,6 +12,7 @@ from PIL import Image
 from megatron_keye.data.video import pyav
 from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.pyav import decode_frames
+from megatron_keye.data.video.video_info import VideoInfo
 from tests.support.clips import (
     BIG_BUCK_BUNNY,
     BIKES,
@@ -99,26 +100,26 @@ def test_real_clips_have_the_times_that_decoding_gives(name: str) -> None:
 
 def test_real_clip_decodes_bitwise_the_same_after_a_seek() -> None:
     path = real_clip(BIKES)
-    assert len(probe(path).keyframes) > 1, "the clip does not test seeking"
+    assert len(probe(path).entries.packets) > 1, "the clip does not test seeking"
     indices = [249, 120, 61]
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     np.testing.assert_array_equal(decode_frames(path, indices), [frames[i] for i in indices])
 
 
-def test_decoding_starts_at_the_keyframe_before(
+def test_decoding_starts_at_the_entry_point_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_clip(tmp_path / "clip.mp4", options=B_FRAMES)
-    starts, decode = [], pyav._decode
+    starts, decoded = [], pyav._decoded
 
-    def recorded(info: Any, wanted: list[int], start: int, *more: Any) -> Any:
-        starts.append((start, len(wanted)))
-        return decode(info, wanted, start, *more)
+    def recorded(info: VideoInfo, entry: int, num_threads: int) -> Any:
+        starts.append(int(info.entries.first_frames[entry]))
+        return decoded(info, entry, num_threads)
 
-    monkeypatch.setattr(pyav, "_decode", recorded)
+    monkeypatch.setattr(pyav, "_decoded", recorded)
     assert numbers(path, [30, 40]) == [30, 40]
-    assert starts == [(24, 2), (0, 0)], "a second pass was needed"
+    assert starts == [24], "a second pass was needed"
 
 
 @pytest.mark.parametrize("is_mirrored", [False, True])
