@@ -14,13 +14,19 @@ settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the switch of the benchmark cases."""
+    """Add the switch of the benchmark cases, and the number of damaged files."""
     parser.addoption("--benchmark", action="store_true", help="time kernels; needs a GPU")
     parser.addoption(
         "--benchmark-out",
         type=Path,
         default=Path("benchmarks.jsonl"),
         help="file that each case adds a JSON line to; default: benchmarks.jsonl",
+    )
+    parser.addoption(
+        "--damaged",
+        type=int,
+        default=8,
+        help="damaged forms of each kind of image and video that are read; default: 8",
     )
 
 
@@ -33,6 +39,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_benchmark(item: pytest.Item) -> bool:
     return item.get_closest_marker("benchmark") is not None
+
+
+@pytest.fixture(scope="session")
+def num_damaged(pytestconfig: pytest.Config) -> int:
+    """Return how many damaged forms of each kind of file are read."""
+    return int(pytestconfig.getoption("--damaged"))
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ from megatron_keye.config import (
     ParallelConfig,
     RunConfig,
     TrainingConfig,
+    ValidationConfig,
     VisionConfig,
 )
 
@@ -177,20 +178,22 @@ def dense(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             vision_end_token_id=ids["<|vision_end|>"],
         ),
         data=DataConfig(
-            samples=f"{FOLDER}/text.train.jsonl=1,{FOLDER}/frames.train.jsonl=1",
+            samples=f"{FOLDER}/text.train.jsonl=2,{FOLDER}/frames.train.jsonl=1",
             row_tokens=8192,
             tokenizer=f"{FOLDER}/tokenizer",
+            validation=f"text={FOLDER}/text.held_out.jsonl,frames={FOLDER}/frames.held_out.jsonl",
             frames=FrameConfig(
                 frames_per_second=1.0, min_tokens_per_frame=1, max_tokens_per_frame=1
             ),
         ),
         training=TrainingConfig(
-            steps=3000,
+            steps=1100,
             rows_per_step=1,
             phase="dense",
             precision="bf16" if has_gpu else "fp32",
-            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100),
-            checkpoint=CheckpointConfig(interval_steps=1000),
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+            validation=ValidationConfig(interval_steps=50),
+            checkpoint=CheckpointConfig(interval_steps=550),
         ),
     )
 
@@ -204,10 +207,16 @@ def warmup(*, num_ranks: int, has_gpu: bool) -> RunConfig:
 
 
 def sparse(*, num_ranks: int, has_gpu: bool) -> RunConfig:
-    """Return the run in which everything learns and attends to 16 keys."""
+    """Return the run in which everything learns and attends to 8 keys."""
     run = dense(num_ranks=num_ranks, has_gpu=has_gpu)
     optimizer = OptimizerConfig(learning_rate=3e-4, warmup_steps=20)
-    training = replace(run.training, steps=300, phase="sparse", optimizer=optimizer)
+    training = replace(
+        run.training,
+        steps=300,
+        phase="sparse",
+        optimizer=optimizer,
+        validation=ValidationConfig(interval_steps=10),
+    )
     return replace(run, name="needle_sparse", training=training)
 
 
@@ -220,9 +229,10 @@ def _decoder(vocab_size: int) -> DecoderConfig:
         head_dim=32,
         vocab_size=vocab_size,
         experts=ExpertsConfig(num_experts=4, num_experts_per_token=2, intermediate_size=128),
-        indexer=IndexerConfig(num_heads=4, head_dim=16, top_k=16),
+        indexer=IndexerConfig(num_heads=4, head_dim=16, top_k=8),
         rope_theta=10_000.0,
         rope_sections=(4, 6, 6),
+        init_std=0.06,
     )
 
 

@@ -1,6 +1,7 @@
 """Configuration of a run: frozen dataclasses, validated when they are made."""
 
-from megatron_keye.config.data import DataConfig, DecodeConfig, FrameConfig
+from megatron_keye.config.data import DataConfig, DecodeConfig, FrameConfig, RemoteConfig
+from megatron_keye.config.lora import LoraConfig
 from megatron_keye.config.model import (
     DecoderConfig,
     ExpertsConfig,
@@ -12,8 +13,10 @@ from megatron_keye.config.parallel import DecoderParallel, ParallelConfig, Visio
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import (
     CheckpointConfig,
+    LoggingConfig,
     OptimizerConfig,
     TrainingConfig,
+    ValidationConfig,
 )
 
 __all__ = [
@@ -25,11 +28,15 @@ __all__ = [
     "ExpertsConfig",
     "FrameConfig",
     "IndexerConfig",
+    "LoggingConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RemoteConfig",
     "RunConfig",
     "TrainingConfig",
+    "ValidationConfig",
     "VisionConfig",
     "VisionParallel",
 ]

@@ -111,6 +111,34 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RemoteConfig:
+    """Copies of media that samples name by URL, such as s3://BUCKET/NAME or https://HOST/NAME.
+
+    Whatever fsspec opens: it takes endpoints and credentials from its own configuration
+    (~/.config/fsspec) and environment.
+    """
+
+    cache_folder: str = ""
+    """Folder on a disk of each node, where its ranks share one copy of each file; "" refuses
+    URLs."""
+    cache_gibibytes: float = 200.0
+    """Most GiB of all copies; those that were used least recently make room for new ones."""
+    num_retries: int = 6
+    """How often a failed request is repeated, after waiting up to 1, 2, 4, ... seconds."""
+    recheck_hours: float = 24.0
+    """Hours after which a copy is compared again with the size and version (ETag or time) that
+    the server states."""
+
+    def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            "data.remote",
+            above_zero="cache_gibibytes recheck_hours",
+            zero_or_more="num_retries",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Samples, tokens and the fixed-length rows into which samples are packed."""
 
@@ -118,7 +146,8 @@ class DataConfig:
     """One source, or a blend "PATH=WEIGHT,PATH=WEIGHT" with weights by number of samples. A source
     is a file of conversations (JSON lines, one JSON list, or parquet), or a store made by
     megatron-keye prepare: a path, or package://NAME/PATH for a file inside an installed package.
-    Media paths in it are relative to the sample file, absolute, or package://."""
+    Media paths in it are relative to the sample file, absolute, file://, package://, or URLs
+    (data.remote)."""
     row_tokens: int
     """Tokens of a packed row, padding included; every micro-batch is one row."""
     packing_window: int = 1
@@ -161,6 +190,8 @@ class DataConfig:
     """Frame rate and resolution."""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """Decoder of video and images."""
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+    """Copies of media that are named by URL."""
     feature_cache: str = ""
     """Folder in which a frozen ViT's features of images and frames, before the projector, are kept
     for later epochs and runs; "" for no cache. In the released model a frame of 256 tokens takes

@@ -18,10 +18,13 @@ from torch import Tensor
 from zarr.codecs import Crc32cCodec
 from zarr.errors import ContainsArrayError
 
+from megatron_keye.config import RemoteConfig
+from megatron_keye.data.media import Medium
+from megatron_keye.data.reading import reading
+from megatron_keye.data.remote.copies import NO_REMOTE, local_copy
 from megatron_keye.data.row import Picture
 from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.video_info import VideoInfo
-from megatron_keye.errors import UserError
 
 FORMAT = "megatron_keye.features.1"
 _READ_BYTES = 16 * 2**20
@@ -39,6 +42,7 @@ class FeatureCache:
         width: Features per patch.
         dtype: Of the features.
         probe_video: Tells what a file holds.
+        remote: Where copies of remote media are kept; by default such media are refused.
     """
 
     def __init__(
@@ -47,10 +51,13 @@ class FeatureCache:
         maker: str,
         width: int,
         dtype: torch.dtype,
+        *,
         probe_video: Callable[[Path], VideoInfo] = probe,
+        remote: RemoteConfig = NO_REMOTE,
     ) -> None:
         self._folder = folder / FORMAT / maker
-        self._width, self._dtype, self._probe_video = width, dtype, probe_video
+        self._probe_video, self._remote = probe_video, remote
+        self._width, self._dtype = width, dtype
         # numpy has no bfloat16; its bits are stored as integers.
         self._stored = torch.uint16 if dtype == torch.bfloat16 else dtype
 
@@ -69,15 +76,11 @@ class FeatureCache:
             UserError: Naming the damaged array.
         """
         folder = self._array_folder(picture)
-        try:
+        kind = f"features of frame {picture.frame} of {picture.medium.path}"
+        with reading(folder, kind, "remove the folder to encode them again"):
             stored = np.asarray(zarr.open_array(folder, mode="r")[picture.frame])
-            expected = (picture.num_patches, self._width)
-            assert stored.shape == expected, f"{folder}: got {stored.shape}, expected {expected}"
-        except (ValueError, OSError) as error:
-            raise UserError(
-                f"{folder}: features of frame {picture.frame} of {picture.medium.path} cannot be "
-                f"read ({error}), expected an intact array; remove the folder to encode them again"
-            ) from error
+        expected = (picture.num_patches, self._width)
+        assert stored.shape == expected, f"{folder}: got {stored.shape}, expected {expected}"
         return torch.from_numpy(stored).view(self._dtype)
 
     def write(self, picture: Picture, features_PW: Tensor) -> None:
@@ -94,8 +97,10 @@ class FeatureCache:
 
     def _create(self, folder: Path, picture: Picture) -> None:
         """Create the array for all frames of a file."""
-        path = Path(picture.medium.path)
-        num_frames = self._probe_video(path).num_frames if picture.medium.kind == "video" else 1
+        num_frames = 1
+        if picture.medium.kind == "video":
+            with local_copy(picture.medium, self._remote) as path:
+                num_frames = self._probe_video(path).num_frames
         zarr.create_array(
             folder,
             shape=(num_frames, picture.num_patches, self._width),
@@ -109,20 +114,27 @@ class FeatureCache:
 
     def _array_folder(self, picture: Picture) -> Path:
         rows, columns = picture.patch_grid
-        content = content_digest(Path(picture.medium.path))
+        content = self._content(picture.medium)
         return self._folder / content[:2] / content / f"{picture.medium.kind}-{rows}x{columns}"
+
+    def _content(self, medium: Medium) -> str:
+        """Return a digest of a medium's content, if possible without a download."""
+        if medium.content_key:
+            key = f"{medium.path}\n{medium.content_key}".encode()
+            return hashlib.blake2b(key, digest_size=16).hexdigest()
+        with local_copy(medium, self._remote) as path:
+            return content_digest(path)
 
 
 def content_digest(path: Path) -> str:
     """Return a digest of a file's content, cached until its size or modification time changes.
 
     Raises:
-        UserError: When the file is missing.
+        UserError: When the file cannot be read.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: is not there, expected a media file; correct the name")
-    status = path.stat()
-    return _content_digest(path, status.st_mtime_ns, status.st_size)
+    with reading(path, "a media file"):
+        status = path.stat()
+        return _content_digest(path, status.st_mtime_ns, status.st_size)
 
 
 @lru_cache(maxsize=4096)

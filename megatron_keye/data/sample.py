@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_keye.config import DataConfig, FrameConfig, ModelConfig, VisionConfig
+from megatron_keye.config import DataConfig, ModelConfig, VisionConfig
 from megatron_keye.data.chat_template import Piece, render
 from megatron_keye.data.conversation.keys import GROUNDING_MARK
 from megatron_keye.data.conversation.turns import Conversation, Part
-from megatron_keye.data.media import Medium, resolve_media
+from megatron_keye.data.media import Medium, locate_media
+from megatron_keye.data.remote.copies import local_copy
 from megatron_keye.data.row import Picture, Sample, labels_of
 from megatron_keye.data.tokens import Tokenizer
 from megatron_keye.data.video.frame_files import frame_names, frame_pictures
@@ -147,8 +148,8 @@ class _Writer:
 
     def _write_medium(self, part: Part, weight: float) -> None:
         """Write an image, or the frames of a video with their times, of this weight."""
-        config, vision = self.config.frames, self.model.vision
-        for picture in media_pictures(part, self.base, config, vision, self.probe_video):
+        vision, probe_video = self.model.vision, self.probe_video
+        for picture in media_pictures(part, self.base, self.config, vision, probe_video):
             if picture.seconds is not None:
                 self._write_text(f"<{picture.seconds:.1f} seconds>", weight)
             self._write_picture(picture)
@@ -168,7 +169,7 @@ class _Writer:
 def media_pictures(
     part: Part,
     base: Path,
-    config: FrameConfig,
+    config: DataConfig,
     vision: VisionConfig,
     probe_video: Callable[[Path], VideoInfo] = probe,
 ) -> list[Picture]:
@@ -177,7 +178,7 @@ def media_pictures(
     Args:
         part: An image, a video, or a video of frame files.
         base: Folder that relative names start from.
-        config: Rate and budgets of the run.
+        config: Rate and budgets of the run, copies of remote media.
         vision: Patch and merge size.
         probe_video: Reads a video's container.
 
@@ -186,25 +187,29 @@ def media_pictures(
     """
     if part.kind == "video" and (names := frame_names(part, base)):
         return frame_pictures(part, names, base, config, vision)
-    path = resolve_media(part.value, base)
+    location = locate_media(part.value, base)
     if part.kind == "image":
-        limited = part.limits.of_image(config, vision)
-        patch_grid = image_patch_grid(*probe_image(path), limited, vision)
-        return [Picture(medium=Medium(str(path), "image"), frame=0, patch_grid=patch_grid)]
+        image = Medium(location, "image")
+        with local_copy(image, config.remote) as path:
+            size = probe_image(path)
+        limited = part.limits.of_image(config.frames, vision)
+        patch_grid = image_patch_grid(*size, limited, vision)
+        return [Picture(medium=image, frame=0, patch_grid=patch_grid)]
     if part.frame_list_rate is not None:
         raise UserError(
             f"{part.value}: is a video file with 'sample_fps', expected that of a list or folder "
             "of frames; a file has its own times, 'fps' says how many frames are sampled"
         )
-    plan = plan_video(
-        probe_video(path),
-        config,
-        vision,
-        start_seconds=part.start_seconds,
-        end_seconds=part.end_seconds,
-        limits=part.limits,
-    )
-    medium = Medium(str(path), "video")
+    medium = Medium(location, "video")
+    with local_copy(medium, config.remote) as path:
+        plan = plan_video(
+            probe_video(path),
+            config.frames,
+            vision,
+            start_seconds=part.start_seconds,
+            end_seconds=part.end_seconds,
+            limits=part.limits,
+        )
     return [
         Picture(medium=medium, frame=index, patch_grid=plan.patch_grid, seconds=seconds)
         for index, seconds in zip(plan.frame_indices.tolist(), plan.times.tolist(), strict=True)
@@ -212,9 +217,9 @@ def media_pictures(
 
 
 def media_names(conversation: Conversation) -> dict[str, str]:
-    """Return the name of each media file as written in a conversation, by absolute path."""
+    """Return the name of each media file as written in a conversation, by path or URL."""
     return {
-        str(resolve_media(name, conversation.base)): name
+        locate_media(name, conversation.base): name
         for message in conversation.messages
         for part in message.parts
         if part.kind != "text"

@@ -99,8 +99,15 @@ class CachedFeatures:
         if self._cache is None:
             maker = f"{weights_digest(self._encoder)}-{self._decoder_name}"
             width = self._run.model.vision.hidden_size
-            folder = Path(self._run.data.feature_cache)
-            self._cache = FeatureCache(folder, maker, width, self._dtype, self._probe_video)
+            data = self._run.data
+            self._cache = FeatureCache(
+                Path(data.feature_cache),
+                maker,
+                width,
+                self._dtype,
+                probe_video=self._probe_video,
+                remote=data.remote,
+            )
         return self._cache
 
 

@@ -29,7 +29,8 @@ def open_patch_source(
     """Return the source of this rank's encoder, to be closed; None on a rank that has none.
 
     Args:
-        run: Decoder of pictures, feature cache, what to do with bad samples.
+        run: Decoder of pictures, copies of remote media, feature cache, what to do with bad
+            samples.
         model: This rank's modules.
         device: Where this rank computes.
         probe_video: Tells what a video file holds; called by the threads that decode.
@@ -41,6 +42,7 @@ def open_patch_source(
         make_decoder(backend, device, decode.num_threads, probe_video),
         run.model.vision,
         decode,
+        remote=run.data.remote,
         skips_bad=run.data.on_bad_sample == "skip",
     )
     if not run.data.feature_cache:

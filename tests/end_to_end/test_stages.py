@@ -153,7 +153,8 @@ def differing_at_start(text: str, expected: Path) -> list[str]:
         region = tuple(slice(start, start + size) for start, size in ranges)
         if not torch.equal(native.read(key, ())[region], shard):
             differing.append(key)
-    assert trainer._decode_service is not None
-    trainer._decode_service.close()
+    trainer._ahead.close()
+    assert trainer._patches is not None
+    trainer._patches.close()
     let_go(trainer._model)
     return differing

@@ -1,14 +1,12 @@
 """Names of media files in a record, and what it says about their rate and size."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-from urllib.parse import unquote
 
 from megatron_keye.data.conversation.turns import Part
 from megatron_keye.data.conversation.values import count, is_given, number, one_of, shown
-from megatron_keye.data.media import PACKAGE_PREFIX
+from megatron_keye.data.media import is_remote, path_of_url
 from megatron_keye.data.video.limits import MediaLimits
 from megatron_keye.errors import UserError
 
@@ -28,7 +26,6 @@ LIMIT_KEYS: dict[Kind, tuple[str, ...]] = {
 """Keys of a record, or of a part, that limit media of each kind."""
 WINDOW_KEYS = ("start", "end", "video_start", "video_end")
 
-_SCHEME = re.compile(r"(?i)[a-z][a-z0-9+.-]*://|data:")
 _MOST_BYTES_OF_A_NAME = 255
 """Longest name that Linux file systems hold, between two slashes."""
 _MOST_BYTES_OF_A_PATH = 2048
@@ -91,24 +88,20 @@ def media_value(value: Any, key: str, kind: Kind) -> MediaValue:
 
 
 def file_name(name: str) -> str:
-    """Return the name of a file on this machine, "file:" taken off.
+    """Return the name of a file: a path, "file:" taken off, package:// or a URL.
 
     Raises:
-        UserError: For the address of anything else, or text that can be no name.
+        UserError: For text that can be no name.
     """
-    scheme = _SCHEME.match(name)
-    if scheme and name[:7].lower() == "file://":
-        host, slash, path = name[7:].partition("/")
-        if host.lower() not in ("", "localhost"):
-            raise UserError(
-                f"{shown(name)} is on the machine {host!r}, expected a file on this machine; "
-                "write file:/// and the path"
-            )
-        name = unquote(slash + path)
-    elif scheme and not name.startswith(PACKAGE_PREFIX):
+    if name[:5].lower() == "data:":
         raise UserError(
-            f"{shown(name)} is no file name, expected a file on this machine; download it first"
+            f"{shown(name)} holds a file instead of its name, expected a path or URL; write it to "
+            "a file and name it"
         )
+    if name[:5].lower() == "file:":
+        name = path_of_url(name)
+    elif is_remote(name):
+        return name
     longest = max(len(part.encode(errors="replace")) for part in name.split("/"))
     is_too_long = longest > _MOST_BYTES_OF_A_NAME or len(name) > _MOST_BYTES_OF_A_PATH
     if is_too_long or "\0" in name:

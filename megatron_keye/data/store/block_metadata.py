@@ -7,12 +7,13 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 
+from megatron_keye.config import RemoteConfig
 from megatron_keye.data.media import FileIdentity, Medium, identify
+from megatron_keye.data.remote.copies import local_copy
 from megatron_keye.data.row import Picture, Sample
 from megatron_keye.data.video.probe_cache import ProbeCache
 
@@ -48,16 +49,24 @@ class BlockMetadata:
     """Files, as `pictures` numbers them."""
     _numbers: dict[Medium, int] = field(default_factory=dict)
 
-    def add(self, sample: Sample, line: int, names: Mapping[str, str], probes: ProbeCache) -> None:
+    def add(
+        self,
+        sample: Sample,
+        line: int,
+        names: Mapping[str, str],
+        probes: ProbeCache,
+        remote: RemoteConfig,
+    ) -> None:
         """Add a sample.
 
         Args:
             sample: The sample.
             line: Its line number.
-            names: Name of each media file as written in the sample file, by absolute path.
+            names: Name of each media file as written in the sample file, by path or URL.
             probes: Cached probe results of videos.
+            remote: Where copies of remote files are kept.
         """
-        numbers = [self._number(picture, names, probes) for picture in sample.pictures]
+        numbers = [self._number(picture, names, probes, remote) for picture in sample.pictures]
         self.line_numbers.append(line)
         self.lengths.append(len(sample.token_ids))
         self.picture_counts.append(len(sample.pictures))
@@ -67,21 +76,25 @@ class BlockMetadata:
             seconds = np.nan if picture.seconds is None else picture.seconds
             self.pictures.append((number, picture.frame, *picture.patch_grid, start, seconds))
 
-    def _number(self, picture: Picture, names: Mapping[str, str], probes: ProbeCache) -> int:
+    def _number(
+        self, picture: Picture, names: Mapping[str, str], probes: ProbeCache, remote: RemoteConfig
+    ) -> int:
         """Return the number of a picture's file in `media`, appending a new file."""
         key = picture.medium
         if key not in self._numbers:
-            path, seconds, video_info = Path(key.path), 0.0, b""
-            if key.kind == "video":
-                info = probes.probe(path)
-                seconds, video_info = float(info.times[-1] - info.times[0]), info.to_bytes()
+            seconds, video_info = 0.0, b""
+            with local_copy(key, remote) as path:
+                identity = identify(path)
+                if key.kind == "video":
+                    info = probes.probe(path)
+                    seconds, video_info = float(info.times[-1] - info.times[0]), info.to_bytes()
             self.media.append(
                 StoredMedium(
                     name=names[key.path],
                     is_video=key.kind == "video",
                     seconds=seconds,
                     video_info=video_info,
-                    **vars(identify(path)),
+                    **vars(identity),
                 )
             )
             self._numbers[key] = len(self.media) - 1

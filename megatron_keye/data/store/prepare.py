@@ -59,7 +59,8 @@ class BlockMaker:
                     record, f"{self.file.path}:{number}", self.file.path.parent
                 )
                 sample = self._make(conversation)
-                metadata.add(sample, number, media_names(conversation), self.probes)
+                names = media_names(conversation)
+                metadata.add(sample, number, names, self.probes, self.config.remote)
             except UserError as error:
                 refused.append(str(error))
             else:

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_keye.config import DataConfig, ModelConfig
+from megatron_keye.config import DataConfig, ModelConfig, RemoteConfig
 from megatron_keye.config.data import LossWeighting
 from megatron_keye.data.conversation import describe_unread
+from megatron_keye.data.remote.copies import local_copy
 from megatron_keye.data.row import Picture, Sample
 from megatron_keye.data.store.reader import SampleStore
 from megatron_keye.data.store.settings import deciding_settings
@@ -59,8 +60,10 @@ def write_preview(store: Path, config: DataConfig, model: ModelConfig, count: in
         marked_text(sample, tokenizer, model, weighting=config.loss_weighting)
         for sample in samples
     ]
-    side = model.vision.patch_size
-    sheets = [_sheet(sample, text, side) for sample, text in zip(samples, texts, strict=True)]
+    side, remote = model.vision.patch_size, config.remote
+    sheets = [
+        _sheet(sample, text, side, remote) for sample, text in zip(samples, texts, strict=True)
+    ]
     whole = Image.new("RGB", (_WIDTH, sum(sheet.height for sheet in sheets)), "white")
     top = 0
     for sheet in sheets:
@@ -129,7 +132,7 @@ def _title(sample: Sample) -> str:
     )
 
 
-def _sheet(sample: Sample, text: str, patch_size: int) -> Image.Image:
+def _sheet(sample: Sample, text: str, patch_size: int, remote: RemoteConfig) -> Image.Image:
     """Draw one sample: pictures on the left, text on the right."""
     chosen = np.linspace(0, len(sample.pictures) - 1, min(MAX_PICTURES, len(sample.pictures)))
     pictures = [sample.pictures[index] for index in chosen.round().astype(int)]
@@ -146,7 +149,7 @@ def _sheet(sample: Sample, text: str, patch_size: int) -> Image.Image:
         title += f", {len(pictures)} of them shown"
     draw.text((_MARGIN, _MARGIN), title, fill="black", font=font)
     first_row = _MARGIN + 2 * _LINE_HEIGHT
-    for index, thumbnail in _thumbnails(pictures, patch_size).items():
+    for index, thumbnail in _thumbnails(pictures, patch_size, remote).items():
         left = _MARGIN + index % _COLUMNS * (_CELL[0] + _MARGIN)
         top = first_row + index // _COLUMNS * cell_height
         sheet.paste(thumbnail, (left, top))
@@ -170,23 +173,25 @@ def _label(picture: Picture, patch_size: int) -> str:
     return f"{picture.seconds:.2f} s, {frame}, {size}"
 
 
-def _thumbnails(pictures: list[Picture], patch_size: int) -> dict[int, Image.Image]:
+def _thumbnails(
+    pictures: list[Picture], patch_size: int, remote: RemoteConfig
+) -> dict[int, Image.Image]:
     """Return a thumbnail of each picture by its index, resized to its patch grid first."""
     found: dict[int, Image.Image] = {}
     for medium in {picture.medium for picture in pictures}:
-        path = Path(medium.path)
         indices = [n for n, p in enumerate(pictures) if p.medium == medium]
         wanted = {pictures[index].frame for index in indices}
-        frames = (
-            iterate_frames(path, wanted) if medium.kind == "video" else [(0, decode_image(path))]
-        )
-        for frame, pixels in frames:
-            for index in indices:
-                if pictures[index].frame == frame:
-                    down, across = pictures[index].patch_grid
-                    seen = (across * patch_size, down * patch_size)
-                    found[index] = Image.fromarray(pixels).resize(seen, Image.Resampling.BICUBIC)
-                    found[index].thumbnail(_CELL)
+        with local_copy(medium, remote) as path:
+            is_video = medium.kind == "video"
+            frames = iterate_frames(path, wanted) if is_video else [(0, decode_image(path))]
+            for frame, pixels in frames:
+                for index in indices:
+                    if pictures[index].frame == frame:
+                        down, across = pictures[index].patch_grid
+                        seen = (across * patch_size, down * patch_size)
+                        whole = Image.fromarray(pixels)
+                        found[index] = whole.resize(seen, Image.Resampling.BICUBIC)
+                        found[index].thumbnail(_CELL)
     return found
 
 

@@ -14,8 +14,10 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from megatron_keye.data.media import FileIdentity, Medium, resolve_media
+from megatron_keye.data.media import FileIdentity, Medium, MediumKind, is_remote, locate_media
+from megatron_keye.data.reading import reading
 from megatron_keye.data.row import Picture, Sample, labels_of
+from megatron_keye.data.store.array import StoredArray
 from megatron_keye.data.store.settings import check_settings
 from megatron_keye.data.store.writer import FORMAT
 from megatron_keye.data.video.video_info import VideoInfo
@@ -39,7 +41,7 @@ class SampleStore:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        group, attributes = _open(path)
+        attributes = _open(path)
         check_settings(path, attributes["settings"], settings)
         self.path = path
         self.attributes = attributes
@@ -48,24 +50,26 @@ class SampleStore:
         self.num_samples: int = attributes["num_samples"]
         self.unread: Mapping[str, int] = attributes["unread"]
         self._base = (path.resolve().parent / attributes["media_base"]).resolve()
-        self._tokens, self._pictures = _array(group, "tokens"), _array(group, "pictures")
-        self._lines = _whole(group, "samples/lines")
-        self._token_bounds = _whole(group, "samples/token_bounds")
-        self._picture_bounds = _whole(group, "samples/picture_bounds")
-        self._media_bounds = _whole(group, "samples/media_bounds")
-        self._shown_media = _whole(group, "samples/media")
+        self._lines = _whole(path, "samples/lines", self.num_samples)
+        self._token_bounds = _bounds(path, "samples/token_bounds", self.num_samples)
+        self._picture_bounds = _bounds(path, "samples/picture_bounds", self.num_samples)
+        self._media_bounds = _bounds(path, "samples/media_bounds", self.num_samples)
+        self._tokens = StoredArray(path, "tokens", int(self._token_bounds[-1]))
+        self._pictures = StoredArray(path, "pictures", int(self._picture_bounds[-1]))
+        self._shown_media = _whole(path, "samples/media", int(self._media_bounds[-1]))
+        num_media: int = attributes["num_media"]
+        self._name_bounds = _bounds(path, "media/name_bounds", num_media)
+        self._is_video = _whole(path, "media/is_video", num_media)
+        self._sizes = _whole(path, "media/size_bytes", num_media)
+        self._modified = _whole(path, "media/modified_nanoseconds", num_media)
+        self._video_info_bounds = _bounds(path, "media/video_info_bounds", num_media)
         # Most of the bytes; read when a file is used for the first time, which takes about 1 ms.
-        self._names = _array(group, "media/names")
-        self._keys = _array(group, "media/content_keys")
-        self._name_bounds = _whole(group, "media/name_bounds")
-        self._is_video = _whole(group, "media/is_video")
-        self._sizes = _whole(group, "media/size_bytes")
-        self._modified = _whole(group, "media/modified_nanoseconds")
-        self._keys = _whole(group, "media/content_keys")
-        self._video_infos = _array(group, "media/video_infos")
-        self._video_info_bounds = _whole(group, "media/video_info_bounds")
+        self._names = StoredArray(path, "media/names", int(self._name_bounds[-1]))
+        self._keys = StoredArray(path, "media/content_keys", num_media)
+        num_bytes = int(self._video_info_bounds[-1])
+        self._video_infos = StoredArray(path, "media/video_infos", num_bytes)
         self._numbers: OrderedDict[str, int] = OrderedDict()
-        self._media_path = lru_cache(_PATHS_KEPT)(self._find_medium)
+        self._medium = lru_cache(_PATHS_KEPT)(self._find_medium)
 
     def name(self, index: int) -> str:
         """Return the file and line that a sample was made from."""
@@ -81,7 +85,7 @@ class SampleStore:
         first, end = self._media_bounds[index : index + 2]
         for medium in self._shown_media[first:end].tolist():
             try:
-                self._media_path(medium)
+                self._medium(medium)
             except UserError as error:
                 raise UserError(f"{self.name(index)}: {error}") from error
         start, stop = self._token_bounds[index : index + 2]
@@ -116,79 +120,87 @@ class SampleStore:
         )
 
     def video_info(self, path: Path) -> VideoInfo | None:
-        """Return what was probed of a video that was loaded lately; None for any other file."""
-        medium = self._numbers.get(str(path))
-        if medium is None:
+        """Return what was probed of a video that was loaded lately; None for any other file.
+
+        Of a remote one there is no answer: it is asked for by the path of its copy.
+        """
+        number = self._numbers.get(str(path))
+        if number is None:
             return None
-        start, stop = self._video_info_bounds[medium : medium + 2]
-        return VideoInfo.from_bytes(path, np.asarray(self._video_infos[start:stop]).tobytes())
+        start, stop = self._video_info_bounds[number : number + 2]
+        return VideoInfo.from_bytes(path, self._video_infos[start:stop].tobytes())
 
     def _picture(self, row: list[float]) -> Picture:
-        medium, frame, down, across = map(int, row[:4])
-        is_video = bool(self._is_video[medium])
-        path = self._media_path(medium)
-        if is_video:
-            self._numbers[path] = medium
-            self._numbers.move_to_end(path)
+        number, frame, down, across = map(int, row[:4])
+        medium = self._medium(number)
+        if medium.kind == "video":
+            self._numbers[medium.path] = number
+            self._numbers.move_to_end(medium.path)
             if len(self._numbers) > _PATHS_KEPT:
                 self._numbers.popitem(last=False)
         return Picture(
-            medium=Medium(path, "video" if is_video else "image"),
+            medium=medium,
             frame=frame,
             patch_grid=(down, across),
             seconds=None if np.isnan(row[5]) else row[5],
         )
 
-    def _find_medium(self, medium: int) -> str:
-        """Return the path of a media file after checking that it has not changed."""
-        start, stop = self._name_bounds[medium : medium + 2]
-        path = resolve_media(self._names[start:stop].tobytes().decode(), self._base)
-        status = path.stat()
-        known = int(self._sizes[medium]), int(self._modified[medium])
-        if (status.st_size, status.st_mtime_ns) != known:
-            self._check_content(medium, path)
-        return str(path)
+    def _find_medium(self, number: int) -> Medium:
+        """Return a media file after checking that it has not changed, if it is on this machine."""
+        start, stop = self._name_bounds[number : number + 2]
+        location = locate_media(self._names[start:stop].tobytes().decode(), self._base)
+        kind: MediumKind = "video" if self._is_video[number] else "image"
+        if is_remote(location):
+            return Medium(location, kind, content_key=self._content_key(number).hex())
+        self._check_unchanged(number, Path(location))
+        return Medium(location, kind)
 
-    def _check_content(self, medium: int, path: Path) -> None:
-        """Check a file that was copied or changed; only this reads its key from the store."""
+    def _check_unchanged(self, number: int, path: Path) -> None:
+        """Check a file; the key of its content is read only if it was copied or changed."""
+        with reading(path, "a media file"):
+            status = path.stat()
+        size_bytes, modified = int(self._sizes[number]), int(self._modified[number])
+        if (status.st_size, status.st_mtime_ns) == (size_bytes, modified):
+            return
         identity = FileIdentity(
-            size_bytes=int(self._sizes[medium]),
-            modified_nanoseconds=int(self._modified[medium]),
-            content_key=self._keys[medium].tobytes(),
+            size_bytes=size_bytes,
+            modified_nanoseconds=modified,
+            content_key=self._content_key(number),
         )
         if not identity.matches(path):
             raise UserError(
-                f"{path}: has changed since {self.path} was made, expected {identity.size_bytes} "
-                "bytes of the same content; restore the file, or prepare the samples again"
+                f"{path}: has changed since {self.path} was made, expected {size_bytes} bytes of "
+                "the same content; restore the file, or prepare the samples again"
             )
 
+    def _content_key(self, number: int) -> bytes:
+        return self._keys[number : number + 1].tobytes()
 
-def _open(path: Path) -> tuple[zarr.Group, dict[str, Any]]:
-    """Open a finished store; refuse anything else."""
-    try:
-        group = zarr.open_group(path, mode="r", zarr_format=3)
-    except (OSError, ValueError, KeyError) as error:
+
+def _open(path: Path) -> dict[str, Any]:
+    """Return the attributes of a finished store; refuse anything else."""
+    if not (path / "zarr.json").is_file():
         raise UserError(
             f"data.samples: {path} is a folder but no store, expected one made by "
             "megatron-keye prepare; a folder that ends in .partial is continued by the same "
             "command"
-        ) from error
-    attributes = dict(group.attrs)
+        )
+    with reading(path, "a store of prepared samples"):
+        attributes = dict(zarr.open_group(path, mode="r", zarr_format=3).attrs)
     if attributes.get("format") != FORMAT:
         raise UserError(
             f"data.samples: {path} has the format {attributes.get('format')!r}, expected "
             f"{FORMAT!r}; prepare the samples again"
         )
-    return group, attributes
+    return attributes
 
 
-def _array(group: zarr.Group, name: str) -> Any:
-    # Typed as Any, since zarr's own type of what an index returns admits scalars everywhere.
-    return group[name]
+def _whole(store: Path, name: str, num_rows: int) -> NDArray[Any]:
+    return StoredArray(store, name, num_rows)[:]
 
 
-def _whole(group: zarr.Group, name: str) -> NDArray[Any]:
-    return np.asarray(_array(group, name)[:])
+def _bounds(store: Path, name: str, num_parts: int) -> NDArray[np.int64]:
+    return _whole(store, name, num_parts + 1)
 
 
 def _gather(array: Any, bounds: NDArray[np.int64], indices: Sequence[int]) -> list[NDArray[Any]]:

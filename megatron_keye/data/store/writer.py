@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import zarr
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike
 from zarr.codecs import ZstdCodec
 
+from megatron_keye.data.store.array import ARRAYS
 from megatron_keye.data.store.block_metadata import BlockMetadata, StoredMedium
 from megatron_keye.errors import UserError
 
@@ -26,45 +27,22 @@ REFUSED = "refused.txt"
 # Reading costs about 1 ms for each chunk touched, whatever its length.
 _CHUNK_LENGTH = 65_536
 _SHARD_LENGTH = 64 * _CHUNK_LENGTH
-# Type and row shape of each array; bounds are [N + 1] and begin with 0.
-_ARRAYS: dict[str, tuple[DTypeLike, tuple[int, ...]]] = {
-    # Of each token: its id, and the bits of the float32 weight of its label, which is the next
-    # token if the weight is above 0.
-    "tokens": ("int32", (2,)),
-    "samples/token_bounds": ("int64", ()),
-    "samples/picture_bounds": ("int64", ()),
-    "samples/media_bounds": ("int64", ()),
-    "samples/lines": ("int64", ()),
-    # The distinct media files that each sample uses, between its media_bounds.
-    "samples/media": ("int32", ()),
-    # Of each picture: medium, frame, patches down and across, first placeholder in its sample,
-    # and its time in seconds. One array, since every array costs a read.
-    "pictures": ("float64", (6,)),
-    "media/name_bounds": ("int64", ()),
-    "media/names": ("uint8", ()),
-    "media/is_video": ("bool", ()),
-    "media/seconds": ("float64", ()),
-    "media/size_bytes": ("int64", ()),
-    "media/modified_nanoseconds": ("int64", ()),
-    "media/content_keys": ("uint8", (16,)),
-    # What was probed of each video, empty for an image.
-    "media/video_info_bounds": ("int64", ()),
-    "media/video_infos": ("uint8", ()),
-}
 
 
 class _Appender:
     """Appends to one array, a whole shard at a time."""
 
     def __init__(self, group: zarr.Group, name: str) -> None:
-        dtype, row = _ARRAYS[name]
+        dtype, row = ARRAYS[name]
         self._array = group.create_array(
             name,
             shape=(0, *row),
             dtype=dtype,
             chunks=(_CHUNK_LENGTH, *row),
             shards=(_SHARD_LENGTH, *row),
-            compressors=[ZstdCodec(level=1)],
+            compressors=[ZstdCodec(level=1, checksum=True)],
+            # A file of zeros alone is written too, so that a file that is lost can be told.
+            config={"write_empty_chunks": True},
         )
         self._buffer = np.empty((_SHARD_LENGTH, *row), dtype=dtype)
         self._num_buffered = 0
@@ -102,7 +80,7 @@ class _StoreWriter:
 
     def __init__(self, folder: Path) -> None:
         self.group = zarr.open_group(folder, mode="w", zarr_format=3)
-        self._arrays = {name: _Appender(self.group, name) for name in _ARRAYS}
+        self._arrays = {name: _Appender(self.group, name) for name in ARRAYS}
         self.media: list[StoredMedium] = []
         self._numbers: dict[tuple[str, bool], int] = {}
 

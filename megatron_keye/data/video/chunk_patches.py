@@ -6,14 +6,15 @@ that no frame is decoded twice.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_keye.config import VisionConfig
+from megatron_keye.config import RemoteConfig, VisionConfig
 from megatron_keye.data.media import Medium
+from megatron_keye.data.remote.copies import NO_REMOTE, local_copy
 from megatron_keye.data.row import Picture
 from megatron_keye.data.video.frame_decoder import FrameDecoder
 from megatron_keye.data.video.image import decode_image
@@ -43,6 +44,7 @@ def decode_chunks(
     decoder: FrameDecoder,
     vision: VisionConfig,
     *,
+    remote: RemoteConfig = NO_REMOTE,
     watch: Callable[[str], None] = lambda media: None,
     on_failure: Callable[[str, UserError], None] | None = None,
 ) -> Generator[Tensor]:
@@ -55,7 +57,9 @@ def decode_chunks(
         chunks: Planned images and frames, in any order, repeats allowed.
         decoder: Gives the frames of videos.
         vision: Patch and merge size.
-        watch: Called with the file before each frame that is waited for.
+        remote: Where copies of remote files are kept; by default such files are refused.
+        watch: Called with the file before each frame that is waited for, and when bytes of it have
+            been downloaded.
         on_failure: Called once with each file that cannot be decoded, whose pictures are then
             grey from that chunk on. None: such a file ends decoding.
 
@@ -67,7 +71,7 @@ def decode_chunks(
         UserError: Naming the file that cannot be decoded, when its chunk is asked for, unless
             `on_failure` is given.
     """
-    files = _Files(decoder, vision, watch, on_failure)
+    files = _Files(decoder, vision, remote, watch, on_failure)
     for number, (chunk, runs) in enumerate(zip(chunks, _plan(chunks), strict=True)):
         yield files.decode_chunk(chunk, runs)
         files.close([medium for medium, run in runs.items() if run.last_chunk == number])
@@ -102,6 +106,7 @@ class _Files:
 
     decoder: FrameDecoder
     vision: VisionConfig
+    remote: RemoteConfig
     watch: Callable[[str], None]
     on_failure: Callable[[str, UserError], None] | None
     opened: dict[Medium, Iterator[tuple[int, Tensor]]] = field(default_factory=dict)
@@ -147,7 +152,7 @@ class _Files:
         medium = run.medium
         try:
             if medium not in self.opened:
-                self.opened[medium] = _open(run, self.decoder)
+                self.opened[medium] = self._open(run)
             for frame in sorted(of_frame):
                 self.watch(medium.path)
                 index, pixels = next(self.opened[medium])
@@ -162,12 +167,13 @@ class _Files:
             self.failed.add(medium)
             self.on_failure(medium.path, error)
 
-
-def _open(run: _Run, decoder: FrameDecoder) -> Iterator[tuple[int, Tensor]]:
-    """Start decoding the frames of a run."""
-    path = Path(run.medium.path)
-    if run.medium.kind == "video":
-        return decoder.frames(path, run.frames)
-    assert run.frames == [0], f"{path}: an image has only frame 0, got {run.frames}"
-    pixels = torch.from_numpy(decode_image(path))
-    return iter([(0, pixels.to(decoder.device))])
+    def _open(self, run: _Run) -> Iterator[tuple[int, Tensor]]:
+        """Decode the frames of a run; a remote file is held from the first to the last."""
+        medium = run.medium
+        on_bytes = partial(self.watch, medium.path)
+        with local_copy(medium, self.remote, on_bytes=on_bytes) as path:
+            if medium.kind == "video":
+                yield from self.decoder.frames(path, run.frames)
+            else:
+                assert run.frames == [0], f"{path}: an image has only frame 0, got {run.frames}"
+                yield 0, torch.from_numpy(decode_image(path)).to(self.decoder.device)

@@ -16,7 +16,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megatron_keye.config import DecodeConfig, VisionConfig
+from megatron_keye.config import DecodeConfig, RemoteConfig, VisionConfig
+from megatron_keye.data.remote.copies import NO_REMOTE
 from megatron_keye.data.row import Picture
 from megatron_keye.data.video.chunk_patches import decode_chunks, patch_bytes
 from megatron_keye.data.video.frame_decoder import FrameDecoder
@@ -48,6 +49,7 @@ class DecodeService:
         decoder: Gives the frames of videos; closed together with the service.
         vision: Patch and merge size.
         config: Limits.
+        remote: Where copies of remote files are kept; by default such files are refused.
         skips_bad: Whether pictures of files that cannot be decoded become grey. Ranks then agree
             before a step on what failed, so whole steps are decoded ahead whatever the limits, and
             wait in main memory, a byte for each value.
@@ -59,10 +61,11 @@ class DecodeService:
         vision: VisionConfig,
         config: DecodeConfig,
         *,
+        remote: RemoteConfig = NO_REMOTE,
         skips_bad: bool = False,
     ) -> None:
         self._decoder, self._vision, self._config = decoder, vision, config
-        self._skips_bad = skips_bad
+        self._remote, self._skips_bad = remote, skips_bad
         self._changed = threading.Condition()
         # All below is read and written while `_changed` is held.
         self._announced: deque[Sequence[Sequence[Picture]]] = deque()
@@ -212,6 +215,7 @@ class DecodeService:
                 chunks,
                 self._decoder,
                 self._vision,
+                remote=self._remote,
                 watch=self._watch,
                 on_failure=self._note_failure if self._skips_bad else None,
             )

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_keye.config import FrameConfig, VisionConfig
+from megatron_keye.config import DataConfig, RemoteConfig, VisionConfig
 from megatron_keye.data.conversation.turns import Part
-from megatron_keye.data.media import Medium, resolve_media
+from megatron_keye.data.media import Medium, is_remote, locate_media
+from megatron_keye.data.remote.copies import local_copy
 from megatron_keye.data.row import Picture
 from megatron_keye.data.video.frames import choose_frames, frame_patch_grid
 from megatron_keye.data.video.image import probe_image
@@ -30,9 +31,11 @@ def frame_names(part: Part, base: Path) -> tuple[str, ...]:
     Raises:
         UserError: For a folder with anything but images.
     """
-    folder = base / part.value
-    if part.frame_names or not part.value or not folder.is_dir():
+    if part.frame_names or not part.value or is_remote(part.value):
         return part.frame_names
+    folder = base / part.value
+    if not folder.is_dir():
+        return ()
     files = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     others = [name for name in files if not name.lower().endswith(_SUFFIXES)]
     if others or not files:
@@ -50,7 +53,7 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 
 
 def frame_pictures(
-    part: Part, names: Sequence[str], base: Path, config: FrameConfig, vision: VisionConfig
+    part: Part, names: Sequence[str], base: Path, config: DataConfig, vision: VisionConfig
 ) -> list[Picture]:
     """Return the frames that the model sees, within the sample's limits and the run's budgets.
 
@@ -60,7 +63,7 @@ def frame_pictures(
         part: A video with `frame_list_rate`.
         names: Its frame files in order.
         base: Folder that relative names start from.
-        config: Rate and budgets of the run.
+        config: Rate and budgets of the run, copies of remote media.
         vision: Patch and merge size.
 
     Raises:
@@ -74,7 +77,7 @@ def frame_pictures(
             f"{where}: is a video of {len(names)} frame files without a rate, expected the "
             "frames per second at which they were taken; add 'sample_fps'"
         )
-    limited = part.limits.of_video(config, vision, default_rate=rate)
+    limited = part.limits.of_video(config.frames, vision, default_rate=rate)
     times = np.arange(len(names)) / rate
     chosen = choose_frames(
         times,
@@ -83,12 +86,12 @@ def frame_pictures(
         end_seconds=part.end_seconds,
         limits=part.limits,
     ).tolist()
-    paths = {index: resolve_media(names[index], base) for index in chosen}
-    height, width = _common_size(list(paths.values()), where)
+    media = {index: Medium(locate_media(names[index], base), "image") for index in chosen}
+    height, width = _common_size(list(media.values()), where, config.remote)
     patch_grid = frame_patch_grid(height, width, len(chosen), limited, vision)
     return [
         Picture(
-            medium=Medium(str(paths[index]), "image"),
+            medium=media[index],
             frame=0,
             patch_grid=patch_grid,
             seconds=float(times[index]),
@@ -97,13 +100,18 @@ def frame_pictures(
     ]
 
 
-def _common_size(paths: Sequence[Path], where: str) -> tuple[int, int]:
+def _common_size(media: Sequence[Medium], where: str, remote: RemoteConfig) -> tuple[int, int]:
     """Return height and width of all frames of a video; refuse other sizes than the first."""
-    height, width = probe_image(paths[0])
-    for path in paths[1:]:
-        if (size := probe_image(path)) != (height, width):
+    height, width = _size(media[0], remote)
+    for medium in media[1:]:
+        if (size := _size(medium, remote)) != (height, width):
             raise UserError(
-                f"{path}: is {size[0]} x {size[1]} pixels, expected {height} x {width} as the "
-                f"first frame of {where}; make all frames of a video equally large"
+                f"{medium.path}: is {size[0]} x {size[1]} pixels, expected {height} x {width} as "
+                f"the first frame of {where}; make all frames of a video equally large"
             )
     return height, width
+
+
+def _size(medium: Medium, remote: RemoteConfig) -> tuple[int, int]:
+    with local_copy(medium, remote) as path:
+        return probe_image(path)

@@ -48,6 +48,8 @@ class PacketList:
         """When each packet is to be decoded."""
         self.are_shown: list[bool] = []
         """Whether a packet's frame is shown."""
+        self.are_whole = True
+        """Whether the container calls no packet cut or damaged."""
         self.candidates: list[Candidate] = []
         """Where decoding may begin."""
         self._extradata = bytes(stream.codec_context.extradata or b"")
@@ -63,6 +65,7 @@ class PacketList:
         if packet.pos is not None:
             self._anchor = number, packet.pos
         self.sizes.append(packet.size)
+        self.are_whole &= not packet.is_corrupt
         self.timestamps.append(packet.pts)
         self.decode_timestamps.append(packet.dts)
         # Packets flagged "discard" lie outside the edit list: decoded, but never shown.

@@ -54,15 +54,20 @@ def _probe(path: Path, modified_nanoseconds: int, size_bytes: int) -> VideoInfo:
         start_seconds = max(0.0, (container.start_time or 0) / av.time_base)
         height, width = stream.height, stream.width
         rotation, is_mirrored = orientation(path, stream)
-        packets, gpu_reason = _demux(path, container, stream)
+        packets, gpu_reason = _demux(container, stream)
         index_end = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
         if index_end > size_bytes:
             raise UserError(
                 f"{path}: is cut short at {size_bytes} bytes, expected at least {index_end}; "
                 "copy it again"
             )
-        if not packets.sizes or not height or not width:
+        if not packets.sizes:
             raise UserError(f"{path}: holds no video frames, expected at least one; copy it again")
+        if not height or not width:
+            raise UserError(
+                f"{path}: lacks the headers that state the size of its frames, as where a "
+                "recording was cut, expected them in front; cut the whole recording again"
+            )
         timeline = make_timeline(path, container, stream, packets)
         time_base, color_space = stream.time_base, stream.codec_context.colorspace
     if rotation % 180:
@@ -82,14 +87,12 @@ def _probe(path: Path, modified_nanoseconds: int, size_bytes: int) -> VideoInfo:
     )
 
 
-def _demux(path: Path, container: InputContainer, stream: VideoStream) -> tuple[PacketList, str]:
+def _demux(container: InputContainer, stream: VideoStream) -> tuple[PacketList, str]:
     """Read all packets, and return them with what keeps them from the GPU, "" if nothing does."""
     reason = stream_unsupported_reason(stream)
     description = None if reason else describe(stream)
     packets = PacketList(stream)
     for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise UserError(f"{path}: is cut short or damaged inside a frame; copy it again")
         if packet.size == 0:
             continue
         content = packets.add(packet)

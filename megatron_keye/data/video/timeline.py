@@ -45,29 +45,32 @@ def make_timeline(
     there, as after a cut. They are left out, as MP4's edit lists leave them out.
 
     Raises:
-        UserError: Naming the file, for frames without times, with times that start again or are
-            the same, or none that can be decoded, and for a container that hides their order.
+        UserError: Naming the file, for frames that are damaged, without times, with times that
+            start again or are the same, or none that can be decoded, and for a container that
+            hides their order.
     """
-    shown = np.array(packets.are_shown, dtype=bool)
     is_ordered = _is_ordered(path, container, stream, packets)
     stated = packets.timestamps if is_ordered else packets.decode_timestamps
-    num_untimed = sum(
-        is_shown and time is None for is_shown, time in zip(shown, stated, strict=True)
-    )
-    if num_untimed:
+    are_timed = np.array([time is not None for time in stated])
+    times = np.array([time or 0 for time in stated], dtype=np.int64)
+    shown = np.array(packets.are_shown, dtype=bool)
+    shown &= ~_are_before_zero(container, are_timed)
+    num_untimed = int((shown & ~are_timed).sum())
+    if num_untimed and packets.are_whole:
         raise UserError(
             f"{path}: {num_untimed} of {int(shown.sum())} frames have no presentation time, "
             f"expected one on each; {_RE_ENCODE}"
         )
-    times = np.array([time or 0 for time in stated], dtype=np.int64)
     # The latest frame of all packets in front of each.
     latest = np.maximum.accumulate(np.where(shown, times, np.iinfo(np.int64).min))
     before = np.concatenate([[np.iinfo(np.int64).min], latest[:-1]])
-    _check_restarts(path, stream, packets.candidates, times, before, shown)
+    _check_restarts(path, stream, packets.candidates, times, before, shown & are_timed)
+    if not packets.are_whole:
+        raise UserError(f"{path}: is cut short or damaged inside a frame; copy it again")
     entries = _usable(packets.candidates, times, before)
     if entries:
         shown = _without_unreferenced(path, shown, times, entries[0].exact_packet)
-    if not entries or not shown.any():
+    if not shown.any() or not entries:
         raise UserError(
             f"{path}: has no frame at which decoding can begin, expected one that refers to no "
             f"other; {_RE_ENCODE}"
@@ -83,6 +86,18 @@ def make_timeline(
         packet_frames=packet_frames,
         entries=_entry_points(entries, times, timestamps),
     )
+
+
+def _are_before_zero(container: InputContainer, are_timed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which frames are shown before Matroska's zero, where it can't state their time.
+
+    They follow the first keyframe of a clip that was cut, and refer to what was cut off.
+    """
+    num_frames = 0
+    if container.format.name.startswith("matroska") and are_timed[0]:
+        num_frames = int(np.argmax(are_timed[1:])) if are_timed[1:].any() else 0
+    places = np.arange(len(are_timed))
+    return (places > 0) & (places <= min(num_frames, MAX_REORDERED))
 
 
 def _without_unreferenced(

@@ -16,7 +16,7 @@ ZERO_MEANS_SOMETHING = {
     "model.vision.num_packing_positions",
     "model.decoder.experts.balance_loss_weight",
     *(f"model.{name}_token_id" for name in ("image", "video", "vision_start", "vision_end")),
-    *("data.frames.max_seconds", "data.decode.num_threads"),
+    *("data.frames.max_seconds", "data.decode.num_threads", "data.remote.num_retries"),
     *(f"parallel.decoder.{place}_stage_layers" for place in ("first", "last")),
     "parallel.vision.num_ranks",
     "parallel.vision.attention_break_even_patches",

@@ -163,7 +163,8 @@ def test_user_text_cannot_close_its_turn() -> None:
         ({"messages": [user("x")], "videos": "v.mp4"}, "list of file names"),
         ({"messages": [user("x"), ANSWER], "tools": "{}"}, "'tools'.*list of tools"),
         ({"messages": [user("x"), ANSWER | {"loss": False}]}, "no assistant message that is"),
-        ({"messages": [user("<image>")], "image": "https://a/b.png"}, "no file name.*download"),
+        ({"messages": [user("<image>")], "image": "https://a/b.png"}, "is a URL.*cache_folder"),
+        ({"messages": [user("<image>")], "image": "/9j/4AAQSkZJ" * 800}, "at most 255 bytes"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "got role 'robot'"),
         ({"conversations": [{"from": "human"}]}, "got content None"),
         (

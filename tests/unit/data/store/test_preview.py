@@ -9,6 +9,7 @@ from PIL import Image
 
 from megatron_keye.config import DataConfig, FrameConfig
 from megatron_keye.data.conversation import parse_conversation
+from megatron_keye.data.remote.copies import NO_REMOTE
 from megatron_keye.data.sample import make_sample
 from megatron_keye.data.store.make import make_store
 from megatron_keye.data.store.preview import _thumbnails, marked_text, write_preview
@@ -34,7 +35,7 @@ def test_frames_and_text_are_those_of_the_sample(tmp_path: Path) -> None:
     conversation = parse_conversation(json.dumps(record), "s:1", tmp_path)
     tokenizer = load_tokenizer("qwen")
     sample = make_sample(conversation, tokenizer, CONFIG, MODEL)
-    shown = _thumbnails(list(sample.pictures), MODEL.vision.patch_size)
+    shown = _thumbnails(list(sample.pictures), MODEL.vision.patch_size, NO_REMOTE)
     assert len(shown) == len(sample.pictures) == 6
     assert np.asarray(shown[0])[0, 0].tolist() == [255, 0, 0]
     for place, picture in enumerate(sample.pictures[1:], start=1):

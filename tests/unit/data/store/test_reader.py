@@ -8,6 +8,7 @@ import pytest
 import zarr
 
 from megatron_keye.data.store import reader, writer
+from megatron_keye.data.store.array import ARRAYS
 
 CHUNK = 10
 
@@ -66,7 +67,7 @@ def test_an_open_store_of_ten_million_samples_would_hold_less_than_a_gibibyte(
 def write_videos(path: Path, num_samples: int) -> None:
     """Write a store of samples that have one token and a video of their own each."""
     group = zarr.open_group(path, mode="w", zarr_format=3)
-    arrays = {name: writer._Appender(group, name) for name in writer._ARRAYS}
+    arrays = {name: writer._Appender(group, name) for name in ARRAYS}
     numbers, generator = np.arange(num_samples), np.random.default_rng(0)
     names = "".join(f"videos/{number:050d}.mp4" for number in numbers).encode()
     contents = {
@@ -80,13 +81,15 @@ def write_videos(path: Path, num_samples: int) -> None:
         "media/size_bytes": generator.integers(0, 2**40, num_samples),
         "media/modified_nanoseconds": generator.integers(0, 2**60, num_samples),
         "media/content_keys": generator.integers(0, 256, (num_samples, 16)),
+        "media/video_infos": np.zeros(num_samples),
     }
     for name, content in contents.items():
         arrays[name].append(content)
-    for name in writer._ARRAYS:
+    for name in ARRAYS:
         if name.endswith("_bounds"):
             length = len(names) // num_samples if name == "media/name_bounds" else 1
             arrays[name].append_lengths([length] * num_samples)
         arrays[name].flush()
     attributes = {"settings": {}, "sample_file": "line", "media_base": ".", "digest": ""}
-    group.attrs.put({"format": writer.FORMAT, "num_samples": num_samples, **attributes})
+    counts = {"num_samples": num_samples, "num_media": num_samples, "unread": {}}
+    group.attrs.put({"format": writer.FORMAT, **counts, **attributes})

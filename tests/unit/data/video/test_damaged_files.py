@@ -9,10 +9,10 @@ was only cut must besides hold its true frames.
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import numpy as np
@@ -25,6 +25,7 @@ from megatron_keye.data.video.pyav import decode_frames, iterate_frames
 from megatron_keye.data.video.segment import opened_cutter
 from tests.support.child import Child
 from tests.support.clips import HEIGHT, make_clip, read_number, shrink
+from tests.support.damage import Case, damaged_cases, outcome_of
 
 NUM_FRAMES, FRAME_SECONDS = 12, 0.04
 SCALE = 3
@@ -48,47 +49,17 @@ KINDS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
     "vp8.webm": ("libvpx", {"g": "6", "deadline": "realtime"}, {}),
     "mpeg4.avi": ("mpeg4", {"g": "6"}, {}),
 }
-DAMAGES = ("cut", "bit", "bytes", "hole")
-
-
-class Case(NamedTuple):
-    """A file to be written and read."""
-
-    path: str
-    content: bytes
-    is_only_cut: bool
-
-
-def damage(content: bytes, kind: str, generator: np.random.Generator) -> bytes:
-    """Cut a file, flip a bit, overwrite 20 bytes with noise, or 64 in a row with zeros."""
-    place = int(generator.integers(len(content)))
-    if kind == "cut":
-        return content[:place]
-    damaged = bytearray(content)
-    if kind == "bit":
-        damaged[place] ^= 1 << int(generator.integers(8))
-    elif kind == "bytes":
-        for other in generator.integers(len(content), size=20):
-            damaged[other] = int(generator.integers(256))
-    else:
-        damaged[place : place + 64] = bytes(len(damaged[place : place + 64]))
-    return bytes(damaged)
+MOST_MEBIBYTES = 1024.0
 
 
 def read(case: Case) -> str:
     """Probe and decode a file; "error" or "exact", or what is wrong with the outcome."""
     av.logging.set_level(None)
+    return outcome_of(case, _compare, most_mebibytes=MOST_MEBIBYTES)
+
+
+def _compare(case: Case) -> str:
     path = Path(case.path)
-    path.write_bytes(case.content)
-    try:
-        return _compare(path, is_only_cut=case.is_only_cut)
-    except ValueError as error:
-        return "error" if str(error).startswith(f"{path}: ") else f"unnamed: {error}"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
-def _compare(path: Path, *, is_only_cut: bool) -> str:
     info = probe(path)
     if not info.gpu_unsupported_reason:
         wanted = range(info.num_frames)
@@ -105,7 +76,7 @@ def _compare(path: Path, *, is_only_cut: bool) -> str:
         others = expected.get(int(info.timestamps[index]), [])
         if not any(np.array_equal(frame, other) for other in others):
             return f"another frame {index} than FFmpeg's"
-    if is_only_cut:
+    if case.is_only_cut:
         shown = [round(time / FRAME_SECONDS) for time in info.times]
         scale = info.height // HEIGHT
         if [read_number(shrink(frame, scale)) for frame in frames.values()] != shown:
@@ -154,7 +125,7 @@ def reader() -> Iterator[Child]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_refused_or_read_exactly(
-    tmp_path: Path, reader: Child, kind: str
+    tmp_path: Path, reader: Child, num_damaged: int, kind: str
 ) -> None:
     codec, options, muxing = KINDS[kind]
     path = make_clip(
@@ -164,17 +135,17 @@ def test_damaged_files_are_refused_or_read_exactly(
     is_cut_up = not probe(path).gpu_unsupported_reason
     assert is_cut_up == (kind.split(".")[0] not in ("vp8", "mpeg4")), "no segments are cut"
     assert reader(Case(str(path), content, True)) == "exact", "the undamaged file is not read"
-    generator = np.random.default_rng(len(kind))
-    outcomes = {}
-    for number in range(CASES_A_KIND):
-        how = DAMAGES[number % len(DAMAGES)]
-        damaged = damage(content, how, generator)
-        outcomes[number, how] = reader(Case(str(path), damaged, how == "cut"))
+    outcomes = {
+        label: reader(damaged)
+        for label, damaged in damaged_cases(path, max(CASES_A_KIND, num_damaged), len(kind))
+    }
     wrong = {
         case: outcome for case, outcome in outcomes.items() if outcome not in ("error", "exact")
     }
     assert not wrong, f"{kind}: {wrong}"
-    assert "error" in outcomes.values(), "no case was damaged enough to be refused"
+    counts = Counter(outcomes.values())
+    print(f"{kind}: {counts['exact']} exact, {counts['error']} refused")
+    assert counts["error"], "no case was damaged enough to be refused"
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])

@@ -50,23 +50,19 @@ def test_joined_recordings_are_refused(tmp_path: Path, suffix: str, kind: str) -
 
 
 @pytest.mark.parametrize("num_later", [4, 40])
-def test_times_that_start_again_are_refused_however_late(tmp_path: Path, num_later: int) -> None:
+def test_times_that_start_again_are_refused_however_short(tmp_path: Path, num_later: int) -> None:
     """Also where no time occurs twice."""
-    first = make_clip(tmp_path / "first.mkv", 30, options={"bf": "0", "g": "10"})
-    path = tmp_path / "clip.nut"
-    with av.open(str(path), "w") as new:
-        streams: list[Any] = []
-        for offset, end in ((0, 30), (7, num_later)):
-            with av.open(str(first)) as old:
-                streams = streams or [new.add_stream_from_template(old.streams.video[0])]
-                for place, packet in enumerate(p for p in old.demux(video=0) if p.size):
-                    if place >= end:
-                        break
-                    packet.pts += offset
-                    packet.dts = packet.pts
-                    packet.stream = streams[0]
-                    new.mux(packet)
-    with pytest.raises(ValueError, match=r"clip\.nut: its times start again"):
+    first, second = (
+        make_clip(
+            tmp_path / f"{offset}.flv",
+            milliseconds=range(offset, 40 * num_frames, 40),
+            options={"bf": "0", "g": "10"},
+        )
+        for offset, num_frames in ((0, 30), (7, num_later))
+    )
+    path = tmp_path / "clip.flv"
+    path.write_bytes(first.read_bytes() + second.read_bytes()[13:])
+    with pytest.raises(ValueError, match=r"clip\.flv: its times start again"):
         probe(path)
 
 
@@ -89,7 +85,8 @@ def test_a_clip_cut_at_an_open_group_begins_with_its_keyframe(
     tmp_path: Path, kind: str, suffix: str
 ) -> None:
     """Frames shown before the keyframe, but stored after it, refer to what was cut off."""
-    whole = tmp_path / "whole.mkv"
+    # A transport stream has its parameters at each keyframe, else they are in front.
+    whole = tmp_path / f"whole.{'ts' if suffix == 'ts' else 'mkv'}"
     assert KINDS[kind].write(whole, 60)
     info = probe(whole)
     entry = info.entries.packets[2]
@@ -106,7 +103,7 @@ def test_a_clip_cut_at_an_open_group_begins_with_its_keyframe(
 
     path = copy(whole, tmp_path / f"cut.{suffix}", shift)
     cut = probe(path)
-    assert cut.num_frames == 60 - key and 0 <= cut.times[0] < 0.2
+    assert cut.num_frames == 60 - key and 0 <= cut.times[0] < 0.3
     np.testing.assert_allclose(np.diff(cut.times), 0.04, atol=2e-3)
     everything = list(range(cut.num_frames))
     assert numbers(path, everything) == list(range(key, 60))
