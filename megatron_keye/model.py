@@ -15,8 +15,8 @@ from megatron_keye.config.megatron import (
     vision_config,
     weight_dtype,
 )
+from megatron_keye.config.parts import Part
 from megatron_keye.config.run import RunConfig
-from megatron_keye.config.training import Part
 from megatron_keye.decoder.initialization import initialize_weights
 from megatron_keye.decoder.virtual_stage import VirtualStage
 from megatron_keye.parallel.grid import Grid

@@ -1,14 +1,17 @@
-"""Makes a needle task: texts and videos in which one key of many answers each question.
+"""A needle task: texts and videos in which one key of many decides each token of an answer.
 
-    python tools/needle_task.py OUT [--samples 2000] [--seed 0]
+    python tools/needle_task.py runs/needles
+    megatron-keye train tools/needle_task.py:dense --ranks 1
 
 A text lists pairs of a key and a value between filler words; a video shows one colour a second.
-Questions name a key, or a second, and the answer is its value, or the colour of that frame. So
-each answer needs attention to one or two keys out of a document's two hundred, and a model whose
-indexer selects few keys answers only if the indexer finds them.
+A question lists keys, or times, and the answer repeats each with its value, or with the colour of
+that frame. So each token of an answer depends on one or two tokens out of a hundred, and a model
+whose indexer selects few keys answers only if the indexer finds them.
 
-Writes OUT/{text,frames}.{train,held_out}.jsonl, OUT/videos/ and OUT/tokenizer/, whose vocabulary
-of whole words keeps the model small. tools/needle_recipe.py trains on them.
+Writes {text,frames}.{train,held_out}.jsonl, videos/ and tokenizer/, whose vocabulary of whole
+words keeps the model small. The functions below are recipes, each to be run from the checkpoint of
+the one before: dense attention, the indexers' warm-up, and sparse attention to 8 keys. The last
+one from dense weights (training.checks_hand_over=false) shows what the warm-up is worth.
 """
 
 import argparse
@@ -52,10 +55,11 @@ COLOURS = {
     "white": (245, 245, 245),
     "black": (10, 10, 10),
 }
-NUM_PAIRS, NUM_FILLERS, NUM_FRAMES, NUM_QUESTIONS = 40, 40, 24, 8
-_KEYS = [f"key{number}" for number in range(64)]
-_VALUES = [f"value{number}" for number in range(32)]
-_FILLERS = [f"word{number}" for number in range(16)]
+MAX_PAIRS, NUM_FRAMES, MAX_QUESTIONS = 16, 16, 12
+_KEYS = [f"key{number}" for number in range(32)]
+_VALUES = [f"value{number}" for number in range(8)]
+_FILLERS = [f"word{number}" for number in range(8)]
+_TIMES = [f"<{second}.0" for second in range(NUM_FRAMES)]
 _CONTROLS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
@@ -65,9 +69,8 @@ _FRAME_SIDE = 56
 
 def vocabulary() -> dict[str, int]:
     """Return the words of the task and ChatML's control tokens, by id."""
-    chat = ["system", "user", "assistant", "seconds", "<", ">", "."]
-    times = [str(number) for number in range(NUM_FRAMES)]
-    words = [*_CONTROLS, *chat, *times, *COLOURS, *_KEYS, *_VALUES, *_FILLERS]
+    chat = ["system", "user", "assistant", "ask", "seconds>"]
+    words = [*_CONTROLS, *chat, *_TIMES, *COLOURS, *_KEYS, *_VALUES, *_FILLERS]
     return {word: number for number, word in enumerate(words)}
 
 
@@ -76,7 +79,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("tools/needle_task.py", __doc__)
     parser.add_argument("out", type=Path, help="folder for samples, videos and the tokenizer")
     parser.add_argument(
-        "--samples", type=int, default=2000, help="of each kind for training; default: 2000"
+        "--samples", type=int, default=4000, help="of each kind for training; default: 4000"
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     return parser.parse_args(arguments)
@@ -108,21 +111,21 @@ def write_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel(vocabulary(), unk_token="<|endoftext|>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens(list(_CONTROLS))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
 def text_sample(generator: np.random.Generator) -> dict[str, Any]:
-    """Return a conversation about a text of pairs and fillers."""
-    keys = generator.permutation(_KEYS)[:NUM_PAIRS].tolist()
-    values = generator.choice(_VALUES, NUM_PAIRS).tolist()
+    """Return a conversation about a text of 4 to 16 pairs and half as many fillers."""
+    num_pairs = int(generator.choice([4, 8, MAX_PAIRS]))
+    keys = generator.permutation(_KEYS)[:num_pairs].tolist()
+    values = generator.choice(_VALUES, num_pairs).tolist()
     pieces = [f"{key} {value}" for key, value in zip(keys, values, strict=True)]
-    pieces += generator.choice(_FILLERS, NUM_FILLERS).tolist()
+    pieces += generator.choice(_FILLERS, num_pairs // 2).tolist()
     text = " ".join(generator.permutation(np.array(pieces, dtype=object)).tolist())
-    asked = generator.permutation(NUM_PAIRS)[:NUM_QUESTIONS]
-    turns = [(keys[place], values[place]) for place in asked]
-    return {"messages": _messages(text + " ", turns)}
+    question, answer = _question(generator, keys, values)
+    return {"messages": _messages(f"{text} {question}", answer)}
 
 
 def frames_sample(generator: np.random.Generator, folder: Path, name: str) -> dict[str, Any]:
@@ -131,13 +134,22 @@ def frames_sample(generator: np.random.Generator, folder: Path, name: str) -> di
     colours = [names[number] for number in generator.integers(0, len(names), NUM_FRAMES)]
     path = Path("videos") / f"{name}.mp4"
     write_video(folder / path, colours)
-    asked = generator.permutation(NUM_FRAMES)[:NUM_QUESTIONS]
-    turns = [(f"{second} . 0 seconds", colours[second]) for second in asked]
-    messages = _messages("", turns)
-    question = messages[0]["content"]
+    question, answer = _question(generator, _TIMES, colours)
     video, text = {"type": "video", "video": str(path)}, {"type": "text", "text": question}
-    messages[0]["content"] = [video, text]
-    return {"messages": messages}
+    return {"messages": _messages([video, text], answer)}
+
+
+def _question(
+    generator: np.random.Generator, keys: list[str], values: list[str]
+) -> tuple[str, str]:
+    """Return a question for some of the keys in random order, and its answer."""
+    asked = generator.permutation(len(keys))[:MAX_QUESTIONS]
+    answer = " ".join(f"{keys[place]} {values[place]}" for place in asked)
+    return "ask " + " ".join(keys[place] for place in asked), answer
+
+
+def _messages(question: str | list[dict[str, str]], answer: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def write_video(path: Path, colours: Sequence[str]) -> None:
@@ -152,15 +164,6 @@ def write_video(path: Path, colours: Sequence[str]) -> None:
             frame.pts, frame.time_base = second, Fraction(1)
             target.mux(stream.encode(frame))
         target.mux(stream.encode(None))
-
-
-def _messages(start: str, turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Return turns of question and answer; the first question follows `start`."""
-    messages: list[dict[str, Any]] = []
-    for number, (question, answer) in enumerate(turns):
-        asked = question if number else start + question
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return messages
 
 
 def dense(*, num_ranks: int, has_gpu: bool) -> RunConfig:
@@ -187,13 +190,13 @@ def dense(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             ),
         ),
         training=TrainingConfig(
-            steps=1100,
+            steps=1200,
             rows_per_step=1,
             phase="dense",
             precision="bf16" if has_gpu else "fp32",
             optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+            checkpoint=CheckpointConfig(interval_steps=600),
             validation=ValidationConfig(interval_steps=50),
-            checkpoint=CheckpointConfig(interval_steps=550),
         ),
     )
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
+from megatron_keye.config.parts import PARTS, Part
 from megatron_keye.config.run import RunConfig
-from megatron_keye.config.training import PARTS, Part, Phase
+from megatron_keye.config.training import Phase
 from megatron_keye.errors import UserError
 
 HISTORY = "training_history.json"

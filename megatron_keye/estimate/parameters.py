@@ -12,8 +12,8 @@ from megatron_keye.checkpoint.hf.parameter_shapes import (
     part_of,
 )
 from megatron_keye.config.lora import TARGETS, Target
+from megatron_keye.config.parts import Part
 from megatron_keye.config.run import RunConfig
-from megatron_keye.config.training import Part
 from megatron_keye.estimate.memory import Parameters
 
 _EXPERTS = ".mlp.experts."

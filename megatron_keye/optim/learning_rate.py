@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_keye.config.training import OptimizerConfig
+from megatron_keye.config.optimizer import OptimizerConfig
 
 
 def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig) -> float:

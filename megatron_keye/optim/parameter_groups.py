@@ -10,8 +10,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
+from megatron_keye.config.parts import PARTS, Part
 from megatron_keye.config.run import RunConfig
-from megatron_keye.config.training import PARTS, Part
 from megatron_keye.model import part_of
 
 RATE, DECAY = "lr_mult", "wd_mult"

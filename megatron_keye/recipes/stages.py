@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron_keye.config import DataConfig, OptimizerConfig, RunConfig
-from megatron_keye.config.training import Part, Phase
+from megatron_keye.config.parts import Part
+from megatron_keye.config.training import Phase
 from megatron_keye.recipes.keye_30b_a3b import keye_30b_a3b
 from megatron_keye.recipes.keye_tiny import keye_tiny
 

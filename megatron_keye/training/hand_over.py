@@ -11,8 +11,9 @@ from typing import Literal
 
 from megatron_keye.checkpoint.history import HISTORY, PastRun, read_history
 from megatron_keye.checkpoint.training_checkpoint import find_checkpoint
+from megatron_keye.config.parts import Part
 from megatron_keye.config.run import RunConfig
-from megatron_keye.config.training import Part, Phase
+from megatron_keye.config.training import Phase
 from megatron_keye.errors import UserError
 
 Attention = Literal["dense", "warmed up", "sparse"]

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config.run import RunConfig
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.report import short_time
@@ -21,6 +22,31 @@ _SHOWN = {
     "peak_memory_gib": ("peak memory", "GiB"),
 }
 """Label and unit of each figure whose name is not the best label."""
+
+
+def summarize_steps(
+    run: RunConfig, progress: Progress, metrics: Sequence[StepMetrics]
+) -> dict[str, Any]:
+    """Return what a run has done so far, restarts included, and what this process measured.
+
+    Args:
+        run: The run.
+        progress: Its progress.
+        metrics: Metrics of this process's steps, at least one.
+    """
+    parallel = run.parallel
+    is_dedicated = parallel.vision.placement == "dedicated"
+    vision = parallel.vision.num_ranks if is_dedicated else "on the decoder's ranks"
+    return {
+        "run": run.name,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "wall_seconds": progress.seconds,
+        "first_loss": progress.first_loss,
+        **measure(metrics),
+        "ranks": {"decoder": parallel.decoder.num_ranks, "vision": vision},
+        "skipped_samples": progress.data["num_skipped"],
+    }
 
 
 def measure(metrics: Sequence[StepMetrics]) -> dict[str, Any]:

@@ -36,7 +36,12 @@ from megatron_keye.training.skipped_steps import SkippedSteps
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.stop import StopRequest, hidden_from_children
-from megatron_keye.training.summary import measure, read_summary, show_summary, write_summary
+from megatron_keye.training.summary import (
+    read_summary,
+    show_summary,
+    summarize_steps,
+    write_summary,
+)
 from megatron_keye.training.throughput import device_name
 from megatron_keye.training.validation import ValidationResult, open_validation
 
@@ -193,8 +198,9 @@ class Trainer:
         if not self.was_stopped:
             return early_end(self._run, self._progress)
         signal_name = self._stop.name or "a signal to another rank"
-        step = self._progress.step
-        return f"stopped after step {step} by {signal_name}; --resume auto continues it"
+        last = self._last_step(0)  # 0 where epochs say when the run ends
+        after = f"{self._progress.step} of {last}" if last else str(self._progress.step)
+        return f"stopped after step {after} by {signal_name}; --resume auto continues it"
 
     def _take_rows(self) -> StepRows:
         """Wait for the rows of the next step, and begin to read those of the one behind it.
@@ -291,22 +297,10 @@ class Trainer:
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
         if not self._metrics:  # The first validation ended the run.
             return read_summary(self._run)
-        parallel, progress = self._run.parallel, self._progress
-        is_dedicated = parallel.vision.placement == "dedicated"
         return {
-            "run": self._run.name,
-            "steps": progress.step,
-            "tokens": progress.tokens,
-            "wall_seconds": progress.seconds,
-            "first_loss": progress.first_loss,
-            **measure(self._metrics),
-            "ranks": {
-                "decoder": parallel.decoder.num_ranks,
-                "vision": parallel.vision.num_ranks if is_dedicated else "on the decoder's ranks",
-            },
+            **summarize_steps(self._run, self._progress, self._metrics),
             "device": device_name(self._process.device),
             "video_decoder": video_decoder(self._run, self._process.device),
-            "skipped_samples": progress.data["num_skipped"],
-            **summarize_validation(progress, self._last_validation),
+            **summarize_validation(self._progress, self._last_validation),
             "checkpoint": str(checkpoint) if checkpoint else None,
         }

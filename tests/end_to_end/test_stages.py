@@ -16,7 +16,7 @@ from megatron_keye.checkpoint.convert.native_folder import NativeFolder
 from megatron_keye.checkpoint.history import read_history
 from megatron_keye.checkpoint.state import weight_state
 from megatron_keye.config import RunConfig
-from megatron_keye.config.training import Part
+from megatron_keye.config.parts import Part
 from megatron_keye.parallel.process import Process
 from megatron_keye.recipes.stages import CHAINS
 from megatron_keye.training.trainer import Trainer

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_keye.checkpoint.optimizer_shards import MASTER, Shard, optimizers_of, shards_of
 from megatron_keye.config import OptimizerConfig, RunConfig
-from megatron_keye.config.training import PARTS
+from megatron_keye.config.parts import PARTS
 from megatron_keye.model import KeyeModel, part_of
 from megatron_keye.optim.learning_rate import learning_rate
 from megatron_keye.optim.optimizer import JointOptimizer

@@ -30,12 +30,19 @@ class Kind:
     options: dict[str, str] = field(default_factory=dict)
     pixel_format: str = "yuv420p"
 
-    def write(self, path: Path, num_frames: int) -> bool:
-        """Write a numbered clip; return whether the container takes the codec."""
+    def write(self, path: Path, num_frames: int, scale: int = 1) -> bool:
+        """Write a numbered clip; return whether the container takes the codec.
+
+        Args:
+            path: File; its suffix chooses the container.
+            num_frames: Frames.
+            scale: Factor by which frames of 48 x 128 are enlarged.
+        """
         try:
             make_clip(
                 path,
                 num_frames,
+                scale=scale,
                 codec=self.codec,
                 options=self.options,
                 pixel_format=self.pixel_format,

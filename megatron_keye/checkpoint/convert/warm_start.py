@@ -19,8 +19,8 @@ from megatron_keye.checkpoint.hf.folder import open_unquantised
 from megatron_keye.checkpoint.hf.parameter_shapes import layout_of, parameter_shapes, part_of
 from megatron_keye.checkpoint.hf.safetensors_index import Entry
 from megatron_keye.checkpoint.history import HISTORY, PastRun, text_of
+from megatron_keye.config.parts import Part
 from megatron_keye.config.run import RunConfig
-from megatron_keye.config.training import Part
 from megatron_keye.errors import UserError
 
 ORIGINS = "origins.json"

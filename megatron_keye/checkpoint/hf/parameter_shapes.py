@@ -9,7 +9,7 @@ from math import prod
 from typing import Literal
 
 from megatron_keye.config.model import DecoderConfig, ModelConfig, VisionConfig
-from megatron_keye.config.training import PARTS, Part
+from megatron_keye.config.parts import PARTS, Part
 
 ExpertLayout = Literal["fused", "per-expert"]
 """One tensor [E, in, out] for all experts of a layer, or tensors [out, in] for each."""

@@ -91,7 +91,7 @@ def file_name(name: str) -> str:
     """Return the name of a file: a path, "file:" taken off, package:// or a URL.
 
     Raises:
-        UserError: For text that can be no name.
+        UserError: For text that can be no name, or a file of another machine.
     """
     if name[:5].lower() == "data:":
         raise UserError(

@@ -45,7 +45,8 @@ def local_copy(
     Raises:
         UserError: Beginning with the URL: not there, other content, no room, URLs not enabled;
             also in front of what the `with` block says about the copy.
-        RuntimeError: When the server fails after all retries.
+        RuntimeError: When the server fails after all retries, or all of the cache is in use.
+        ListenerError: From what `on_bytes` raised.
     """
     if not is_remote(medium.path):
         yield Path(medium.path)
@@ -138,7 +139,7 @@ class _Copy:
 
     def _download(self, on_bytes: Callable[[], None]) -> None:
         """Make the copy anew; the exclusive lock is held."""
-        for path in [*self._folder.iterdir()]:
+        for path in list(self._folder.iterdir()):
             if path.name != LOCK:
                 path.unlink()
         reserved = self._server.state().size_bytes or 0

@@ -85,7 +85,7 @@ class CacheRoom:
             with locked_if_free(copy.folder / LOCK) as is_free:
                 if is_free:
                     used -= copy.size_bytes
-                    for path in [*copy.folder.iterdir()]:
+                    for path in list(copy.folder.iterdir()):
                         path.unlink()
                     with suppress(OSError):  # Someone may wait for the lock already.
                         copy.folder.rmdir()

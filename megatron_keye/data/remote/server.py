@@ -24,6 +24,10 @@ _GONE_STATUSES = (404, 410)
 _PASSING_STATUSES = (408, 429)
 
 
+class ListenerError(Exception):
+    """What was told about bytes that have come raised an error, so nobody wants the rest."""
+
+
 @dataclass(frozen=True)
 class RemoteState:
     """What a server states about a file."""
@@ -62,6 +66,9 @@ class RemoteFile:
 
         Returns:
             The state before and after copying, which was the same.
+
+        Raises:
+            ListenerError: From what `on_bytes` raised; the request is not repeated.
         """
         return self._repeat(lambda: self._download(target, on_bytes))
 
@@ -77,7 +84,10 @@ class RemoteFile:
 
         class Watched(Callback):
             def relative_update(self, inc: int = 1) -> None:
-                on_bytes()
+                try:
+                    on_bytes()
+                except Exception as error:
+                    raise ListenerError(str(error)) from error
 
         system, path = self._opened()
         before = self._state()
@@ -110,7 +120,7 @@ class RemoteFile:
         for attempt in range(self._num_retries + 1):
             try:
                 return request()
-            except UserError:
+            except (UserError, ListenerError):
                 raise
             except Exception as error:
                 failure = self._checked(error)

@@ -1,7 +1,7 @@
 """A sample source that reads prepared tokens from a zarr store, without tokenizing or probing.
 
 Bounds and what identifies media files stay in memory, 32 bytes per sample, 4 per medium of a
-sample and 25 per file; names are read when a file is first used, tokens for whole rows at once.
+sample and 33 per file; names are read when a file is first used, tokens for whole rows at once.
 """
 
 from collections import OrderedDict

@@ -29,7 +29,7 @@ _CHUNK_LENGTH = 65_536
 _SHARD_LENGTH = 64 * _CHUNK_LENGTH
 
 
-class _Appender:
+class Appender:
     """Appends to one array, a whole shard at a time."""
 
     def __init__(self, group: zarr.Group, name: str) -> None:
@@ -52,6 +52,7 @@ class _Appender:
             self.append([0])
 
     def append(self, values: ArrayLike) -> None:
+        """Append rows; whole chunks are written at once."""
         rest = np.asarray(values, dtype=self._buffer.dtype).reshape(-1, *self._buffer.shape[1:])
         while len(rest):
             taken = rest[: len(self._buffer) - self._num_buffered]
@@ -68,6 +69,7 @@ class _Appender:
         self.last = int(bounds[-1]) if len(bounds) else self.last
 
     def flush(self) -> None:
+        """Write what is left."""
         start = self._array.shape[0]
         end = start + self._num_buffered
         self._array.resize((end, *self._array.shape[1:]))
@@ -80,7 +82,7 @@ class _StoreWriter:
 
     def __init__(self, folder: Path) -> None:
         self.group = zarr.open_group(folder, mode="w", zarr_format=3)
-        self._arrays = {name: _Appender(self.group, name) for name in ARRAYS}
+        self._arrays = {name: Appender(self.group, name) for name in ARRAYS}
         self.media: list[StoredMedium] = []
         self._numbers: dict[tuple[str, bool], int] = {}
 

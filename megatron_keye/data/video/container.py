@@ -10,6 +10,7 @@ from av.container import InputContainer
 from av.stream import Discard, Disposition
 from av.video.stream import VideoStream
 
+from megatron_keye.data.reading import reading
 from megatron_keye.errors import UserError
 
 _NO_VIDEO = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -29,9 +30,9 @@ def opened_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         UserError: Naming the file: missing, empty, no container, no video in it; also for what
             FFmpeg raises inside the `with` block.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: is not there, expected a video file; correct the name")
-    if path.stat().st_size == 0:
+    with reading(path, "a video file"):
+        size_bytes = path.stat().st_size
+    if size_bytes == 0:
         raise UserError(f"{path}: has 0 bytes, expected a video file; copy it again")
     try:
         with av.open(str(path)) as container:

@@ -1,4 +1,4 @@
-"""What the packets of a stream state, in stored order: times, sizes, and where decoding can begin."""
+"""What the packets of a stream state, in stored order, and where decoding can begin."""
 
 import zlib
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ class Candidate:
 
     packet: int
     """Its number."""
-    exact_packet: int | None
-    """Number of the first packet whose frame is exact; None until it comes."""
+    exact_packet: int
+    """Number of the first packet whose frame is exact; -1 until it comes."""
     num_missing: int
     """Reference frames until then."""
     is_reset: bool
     """Whether it is a random access point, which the order of frames has to respect."""
     anchor: tuple[int, int]
-    """Number of the last packet whose place is known, at most this one, and its byte of the file."""
+    """Number of the last packet, up to this one, whose place is known, and that place in bytes."""
     timestamp: int
     """Time of its frame."""
     decode_timestamp: int
@@ -74,14 +74,13 @@ class PacketList:
             announced = bytes(packet.get_sidedata("new_extradata"))
             self._has_new_extradata |= announced != self._extradata
         self._follow_refresh(number, content)
-        are_known = self._parameter_sets.are_complete_at(content)
-        is_candidate = (packet.is_keyframe or number == 0) and packet.pts is not None
-        if is_candidate and are_known and not self._has_new_extradata:
-            self._add_candidate(number, packet, content)
+        are_known = self._parameter_sets.are_complete_at(content) and not self._has_new_extradata
+        if are_known and packet.pts is not None and (packet.is_keyframe or number == 0):
+            self._add_candidate(number, packet.pts, packet.dts, content)
         return content
 
     def _add_candidate(
-        self, number: int, packet: "av.Packet[VideoStream]", content: bytes
+        self, number: int, timestamp: int, decode_timestamp: int | None, content: bytes
     ) -> None:
         num_missing = 0 if self._is_intra_only else self._recovery_frames(number, content)
         if num_missing is None:
@@ -89,12 +88,12 @@ class PacketList:
         self.candidates.append(
             Candidate(
                 packet=number,
-                exact_packet=None if num_missing else number,
+                exact_packet=-1 if num_missing else number,
                 num_missing=num_missing,
                 is_reset=is_random_access_point(self.codec, content, self._extradata),
                 anchor=self._anchor,
-                timestamp=packet.pts,
-                decode_timestamp=packet.pts if packet.dts is None else packet.dts,
+                timestamp=timestamp,
+                decode_timestamp=timestamp if decode_timestamp is None else decode_timestamp,
                 checksum=zlib.crc32(content),
             )
         )
@@ -107,7 +106,7 @@ class PacketList:
 
     def _follow_refresh(self, number: int, content: bytes) -> None:
         """Count reference frames while H.264 refreshes its picture."""
-        refreshing = [c for c in self.candidates[-2:] if c.exact_packet is None]
+        refreshing = [c for c in self.candidates[-2:] if c.exact_packet < 0]
         if refreshing and is_h264_reference(content, self._extradata):
             for candidate in refreshing:
                 candidate.num_missing -= 1

@@ -120,21 +120,25 @@ class PacketSource:
 
     def _is_at(self, packet: "av.Packet[VideoStream]", entry: int) -> bool:
         """Return whether a packet is where an entry point is, by its place or else its time."""
-        if self._entries.anchors[entry] == self._entries.packets[entry]:
-            return packet.pos == self._entries.positions[entry]
-        return packet.pts == self._entries.timestamps[entry]
+        if self._has_place(entry):
+            return bool(packet.pos == self._entries.positions[entry])
+        return bool(packet.pts == self._entries.timestamps[entry])
 
     def _is_entry(self, packet: "av.Packet[VideoStream]", entry: int) -> bool:
         """Return whether a packet has the content that was probed at an entry point."""
-        size = self._info.packet_sizes[self._entries.packets[entry]]
-        return packet.size == size and zlib.crc32(bytes(packet)) == self._entries.checksums[entry]
+        if packet.size != self._info.packet_sizes[self._entries.packets[entry]]:
+            return False
+        return bool(zlib.crc32(bytes(packet)) == self._entries.checksums[entry])
 
     def _is_behind(self, packet: "av.Packet[VideoStream]", entry: int) -> bool:
         """Return whether a packet is stored behind an entry point, as far as can be told."""
-        has_place = self._entries.anchors[entry] == self._entries.packets[entry]
-        if has_place and packet.pos is not None:
-            return packet.pos > self._entries.positions[entry]
-        return packet.pts is not None and packet.pts > self._entries.timestamps[entry]
+        if self._has_place(entry) and packet.pos is not None:
+            return bool(packet.pos > self._entries.positions[entry])
+        return packet.pts is not None and bool(packet.pts > self._entries.timestamps[entry])
+
+    def _has_place(self, entry: int) -> bool:
+        """Return whether the container says where the packet of an entry point begins."""
+        return bool(self._entries.anchors[entry] == self._entries.packets[entry])
 
     def _timed(self, packet: "av.Packet[VideoStream]", number: int) -> "av.Packet[VideoStream]":
         """Give a packet the time that was probed: in some containers times are guesses."""

@@ -4,6 +4,7 @@ Everything is planned and decoded from this. The container's average rate, which
 files, is never read, and what would be shown otherwise than it is stored is refused here.
 """
 
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from megatron_keye.data.bitstream.description import describe
+from megatron_keye.data.reading import reading
 from megatron_keye.data.video.container import opened_video, orientation
 from megatron_keye.data.video.gpu_rules import (
     packet_unsupported_reason,
@@ -24,7 +26,7 @@ from megatron_keye.data.video.timeline import Timeline, make_timeline
 from megatron_keye.data.video.video_info import VideoInfo
 from megatron_keye.errors import UserError
 
-_KEPT = 64
+_KEPT = 16
 """Files of which the answer is kept; that of two hours takes about 5 MB."""
 
 
@@ -41,9 +43,8 @@ def probe(path: Path) -> VideoInfo:
             angle, or visibly cut short. A cut Matroska or MPEG-TS file looks like a shorter
             whole one, and is accepted as that.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: is not there, expected a video file; correct the name")
-    status = path.stat()
+    with reading(path, "a video file"):
+        status = path.stat()
     return _probe(path, status.st_mtime_ns, status.st_size)
 
 
@@ -69,7 +70,8 @@ def _probe(path: Path, modified_nanoseconds: int, size_bytes: int) -> VideoInfo:
                 "recording was cut, expected them in front; cut the whole recording again"
             )
         timeline = make_timeline(path, container, stream, packets)
-        time_base, color_space = stream.time_base, stream.codec_context.colorspace
+        time_base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
+        color_space = stream.codec_context.colorspace
     if rotation % 180:
         height, width = width, height
     return VideoInfo(

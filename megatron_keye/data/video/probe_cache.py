@@ -22,7 +22,8 @@ from megatron_keye.data.video.video_info import VideoInfo
 from megatron_keye.errors import UserError
 
 FORMAT = "megatron_keye.videos.1"
-_KEPT = 64
+_KEPT = 32
+"""Files whose answer stays in memory; that of two hours takes about 5 MB."""
 _NUM_PARTS = 256
 NODE_BYTES = 2**30
 """Most that is kept on a node for all runs of a user; a video of two hours takes about 1 MB."""
@@ -101,7 +102,7 @@ def _check_start(info: VideoInfo) -> None:
 
 
 def _read(kept: Path, path: Path) -> VideoInfo | None:
-    """Return a kept answer; None when there is none, or a damaged one, as after a power failure."""
+    """Return a kept answer; None for none, or for a damaged one, as a power failure leaves."""
     try:
         return VideoInfo.from_bytes(path, kept.read_bytes())
     except (FileNotFoundError, UserError):

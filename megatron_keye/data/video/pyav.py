@@ -4,7 +4,7 @@
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import av
@@ -14,6 +14,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_keye.data.reading import reading
 from megatron_keye.data.video.packet_source import opened_packets
 from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.timeline import MAX_REORDERED
@@ -89,7 +90,7 @@ def iterate_frames(
     *,
     num_threads: int = 0,
     probe_video: Callable[[Path], VideoInfo] = probe,
-) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+) -> Generator[tuple[int, NDArray[np.uint8]]]:
     """Yield (index, frame) once for each distinct index, in presentation order.
 
     Holds one frame at a time, so that callers who shrink frames need little memory.
@@ -167,10 +168,11 @@ def _upright(
     """Convert to RGB as it is shown: uint8 [height, width, 3]."""
     sideways = info.rotation % 180 != 0
     height, width = (info.width, info.height) if sideways else (info.height, info.width)
-    converted = converter.reformat(
-        frame, format="rgb24", height=height, width=width, threads=num_threads
-    )
-    pixels = np.asarray(converted.to_ndarray(), dtype=np.uint8)
+    with reading(info.path, "a video"):
+        converted = converter.reformat(
+            frame, format="rgb24", height=height, width=width, threads=num_threads
+        )
+        pixels = np.asarray(converted.to_ndarray(), dtype=np.uint8)
     if info.is_mirrored:
         pixels = pixels[:, ::-1]
     return np.rot90(pixels, info.rotation // 90)

@@ -7,6 +7,7 @@ of an entry point hold frames that are shown before it, and no two frames are sh
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from av.container import InputContainer
@@ -49,22 +50,11 @@ def make_timeline(
             start again or are the same, or none that can be decoded, and for a container that
             hides their order.
     """
-    is_ordered = _is_ordered(path, container, stream, packets)
-    stated = packets.timestamps if is_ordered else packets.decode_timestamps
-    are_timed = np.array([time is not None for time in stated])
-    times = np.array([time or 0 for time in stated], dtype=np.int64)
-    shown = np.array(packets.are_shown, dtype=bool)
-    shown &= ~_are_before_zero(container, are_timed)
-    num_untimed = int((shown & ~are_timed).sum())
-    if num_untimed and packets.are_whole:
-        raise UserError(
-            f"{path}: {num_untimed} of {int(shown.sum())} frames have no presentation time, "
-            f"expected one on each; {_RE_ENCODE}"
-        )
+    times, shown = _shown_times(path, container, stream, packets)
     # The latest frame of all packets in front of each.
     latest = np.maximum.accumulate(np.where(shown, times, np.iinfo(np.int64).min))
     before = np.concatenate([[np.iinfo(np.int64).min], latest[:-1]])
-    _check_restarts(path, stream, packets.candidates, times, before, shown & are_timed)
+    _check_restarts(path, stream, packets.candidates, times, before, shown)
     if not packets.are_whole:
         raise UserError(f"{path}: is cut short or damaged inside a frame; copy it again")
     entries = _usable(packets.candidates, times, before)
@@ -88,23 +78,40 @@ def make_timeline(
     )
 
 
+def _shown_times(
+    path: Path, container: InputContainer, stream: VideoStream, packets: PacketList
+) -> tuple[Integers, NDArray[np.bool_]]:
+    """Return the time of each packet's frame, and whether it is shown."""
+    is_ordered = _is_ordered(path, container, stream, packets)
+    stated = packets.timestamps if is_ordered else packets.decode_timestamps
+    are_timed = np.array([time is not None for time in stated])
+    shown = np.array(packets.are_shown, dtype=bool) & ~_are_before_zero(container, are_timed)
+    num_untimed = int((shown & ~are_timed).sum())
+    if num_untimed and packets.are_whole:
+        raise UserError(
+            f"{path}: {num_untimed} of {int(shown.sum())} frames have no presentation time, "
+            f"expected one on each; {_RE_ENCODE}"
+        )
+    return np.array([time or 0 for time in stated], dtype=np.int64), shown & are_timed
+
+
 def _are_before_zero(container: InputContainer, are_timed: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return which frames are shown before Matroska's zero, where it can't state their time.
 
     They follow the first keyframe of a clip that was cut, and refer to what was cut off.
     """
-    num_frames = 0
-    if container.format.name.startswith("matroska") and are_timed[0]:
-        num_frames = int(np.argmax(are_timed[1:])) if are_timed[1:].any() else 0
-    places = np.arange(len(are_timed))
-    return (places > 0) & (places <= min(num_frames, MAX_REORDERED))
+    are_before = np.zeros(len(are_timed), dtype=bool)
+    if container.format.name.startswith("matroska") and are_timed[0] and are_timed[1:].any():
+        num_frames = min(int(np.argmax(are_timed[1:])), MAX_REORDERED)
+        are_before[1 : 1 + num_frames] = True
+    return are_before
 
 
 def _without_unreferenced(
     path: Path, shown: NDArray[np.bool_], times: Integers, first: int
 ) -> NDArray[np.bool_]:
     """Leave out frames that are stored or shown before the first one that is exact."""
-    kept = shown & (np.arange(len(times)) >= first) & (times >= times[first])
+    kept: NDArray[np.bool_] = shown & (np.arange(len(times)) >= first) & (times >= times[first])
     if num_left_out := int(shown.sum() - kept.sum()):
         _logger.warning(
             "%s: %d frames at its start refer to what is not there, and are left out",
@@ -123,7 +130,7 @@ def _is_ordered(
         UserError: Naming the file, for frames whose order it hides, and for bare streams.
     """
     name = container.format.name
-    if container.format.flags & Flags.no_timestamps.value:
+    if container.format.flags & cast(int, Flags.no_timestamps.value):
         raise UserError(
             f"{path}: is a bare stream ({name}), which states no times, expected a container; "
             f"{_RE_ENCODE}"
@@ -178,7 +185,7 @@ def _usable(candidates: list[Candidate], times: Integers, before: Integers) -> l
     usable: list[Candidate] = []
     for candidate in reversed(candidates):
         exact = candidate.exact_packet
-        if exact is None or times[exact] <= before[exact]:
+        if exact < 0 or times[exact] <= before[exact]:
             continue
         # A refresh that ends after a later entry point is of no use.
         if not usable or exact < usable[-1].exact_packet:

@@ -110,7 +110,7 @@ class VideoInfo:
         not.
         """
         frames = self.packet_frames[self.entries.packets[self.entries.resets == 1]]
-        return frames[frames >= 0]
+        return np.asarray(frames[frames >= 0], dtype=np.int64)
 
     def entry_before(self, frames: Sequence[int]) -> int:
         """Return the last entry point from which all of these frames are decoded exactly."""

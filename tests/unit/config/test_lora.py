@@ -4,7 +4,7 @@ import pytest
 
 from megatron_keye.checkpoint.convert.to_native import native_shapes
 from megatron_keye.config.lora import LoraConfig, is_adapter
-from megatron_keye.config.training import Part
+from megatron_keye.config.parts import Part
 from megatron_keye.errors import UserError
 from tests.support.tiny import tiny_model, tiny_run
 

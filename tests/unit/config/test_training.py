@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_keye.config import OptimizerConfig
-from megatron_keye.config.training import PARTS
+from megatron_keye.config.parts import PARTS
 from tests.support.tiny import tiny_run
 
 NAN, INFINITY = float("nan"), float("inf")

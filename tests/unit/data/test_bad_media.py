@@ -48,7 +48,7 @@ BAD: dict[str, tuple[Callable[[Path], str], str]] = {
     "base64 in parts": (lambda folder: "/9j/4AAQSkZJRg" * 99, r"\(1,386 characters\).*not there"),
     "data url": (lambda folder: "data:image/png;base64,iVBOR", "holds a file instead of its name"),
     "null": (lambda folder: "a\0.png", "is no file name"),
-    "another host": (lambda folder: "file://host/a.png", "host/a.png is not there"),
+    "another host": (lambda folder: "file://host/a.png", "is on the machine .host."),
     "url": (lambda folder: "HTTPS://host/a.png", "https://host/a.png: is a URL"),
     "avif": (damaged("AVIF", 81, b"\xff"), r"as an image \(RuntimeError: Failed"),
     "dds": (damaged("DDS", 80, b"\4\0\0\0ABCD"), r"as an image \(NotImplementedError: Unimpl"),

@@ -74,12 +74,8 @@ def test_media_of_a_turn_come_before_those_of_the_record() -> None:
     [
         ({"type": "image", "image": "file:///a%20b.png"}, "/a b.png"),
         ({"type": "image", "image": "FILE://localhost/a.png"}, "/a.png"),
-        ({"type": "image", "image": "file://a/b.png"}, "a/b.png"),
         ({"type": "image", "image": "HTTP://a/b.png"}, "HTTP://a/b.png"),
-        (
-            {"type": "image", "image": f"s3://bucket/b.png?{'k' * 3000}"},
-            f"s3://bucket/b.png?{'k' * 3000}",
-        ),
+        ({"type": "image", "image": "s3://b/" + "k" * 3000}, "s3://b/" + "k" * 3000),
         ({"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}}, "a.png"),
         ({"type": "video_url", "video_url": {"url": "v.mp4"}}, "v.mp4"),
         ({"type": "video", "path": "v.mp4", "text": None}, "v.mp4"),
@@ -235,6 +231,7 @@ def test_calls_in_a_turn_of_their_own_have_their_own_weight() -> None:
         ({"type": "image", "image": "iVBORw0KGgo" * 99}, "at most 255 bytes between slashes"),
         ({"type": "image", "image": "a\0b"}, "no file name"),
         ({"type": "image", "image": "a/" * 2000}, "2048 in all"),
+        ({"type": "image", "image": "file://host/b.png"}, "on the machine 'host'"),
         ({"type": "image", "image": "data:image/png;base64,AAAA"}, "holds a file instead of its"),
         ({"type": "image", "image": f"DATA:image/png;base64,{'iVBORw0K' * 500}"}, "to a file and"),
         ({"type": "image_url", "image_url": {"url": "a", "detail": "low"}}, "list of file names"),

@@ -16,6 +16,7 @@ from megatron_keye.config import RemoteConfig
 from megatron_keye.data.media import Medium, identify
 from megatron_keye.data.remote import server
 from megatron_keye.data.remote.copies import local_copy
+from megatron_keye.data.remote.server import ListenerError
 from megatron_keye.errors import UserError
 from tests.support.shelf import Shelf, num_transfers
 
@@ -230,3 +231,18 @@ def test_a_slow_download_shows_that_it_lives(tmp_path: Path, config: RemoteConfi
         downloader, waiter = pool.map(watched, range(2))
     assert downloader >= 10 and waiter >= 3
     assert num_transfers(path) == 1
+
+
+def test_a_download_that_nobody_wants_any_more_ends(tmp_path: Path, config: RemoteConfig) -> None:
+    path, medium = shelved(tmp_path, "a.mp4")
+
+    def closed() -> None:
+        raise RuntimeError("the decode service was closed")
+
+    with (
+        pytest.raises(ListenerError, match="was closed"),
+        local_copy(medium, config, on_bytes=closed),
+    ):
+        pass
+    assert num_transfers(path) == 1
+    assert content(medium, config) == path.read_bytes()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from megatron_keye.config import DataConfig, FrameConfig
+from megatron_keye.data.loader import RowLoader
 from megatron_keye.data.records.file import scan
 from megatron_keye.data.source import ConversationFile
 from megatron_keye.data.store import writer
@@ -23,8 +24,10 @@ from megatron_keye.data.store.reader import SampleStore
 from megatron_keye.data.store.settings import deciding_settings
 from megatron_keye.data.tokens import load_tokenizer
 from megatron_keye.data.video import probe_cache
+from megatron_keye.data.video.probe import probe
+from megatron_keye.data.video.pyav import iterate_frames
 from megatron_keye.files.partial_folder import PartialFolder
-from tests.support.clips import make_clip, tiny_model
+from tests.support.clips import make_clip, read_number, tiny_model
 
 MODEL = tiny_model()
 FRAMES = FrameConfig(min_tokens_per_frame=1, max_tokens_per_frame=4)
@@ -170,6 +173,23 @@ def test_each_video_is_read_once(samples: Path, monkeypatch: pytest.MonkeyPatch)
     small_blocks(monkeypatch, 2)
     prepared(samples, samples.parent / "out")
     assert probed == [samples.parent / "v.mp4"]
+
+
+def test_what_was_probed_comes_from_the_store(
+    samples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a rank reads of a video what it decodes."""
+    store, video = prepared(samples, samples.parent / "out"), samples.parent / "v.mp4"
+    expected = probe(video)
+    assert store.video_info(video) is None, "nothing was loaded that shows it"
+    loader = RowLoader(dataclasses.replace(CONFIG, samples=str(store.path)), MODEL, seed=0)
+    loader.next_rows(4)
+    monkeypatch.setattr(probe_cache, "probe", None)
+    found = loader.probe_video(video)
+    np.testing.assert_array_equal(found.times, expected.times)
+    np.testing.assert_array_equal(found.entries.packets, expected.entries.packets)
+    decoded = dict(iterate_frames(video, [3, 50], probe_video=loader.probe_video))
+    assert [read_number(frame) for frame in decoded.values()] == [3, 50]
 
 
 @pytest.fixture

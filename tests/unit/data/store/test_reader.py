@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zarr
 
-from megatron_keye.data.store import reader, writer
-from megatron_keye.data.store.array import ARRAYS
+from megatron_keye.data.store import reader
+from tools.benchmark_store import write_videos
 
 CHUNK = 10
 
@@ -62,34 +61,3 @@ def test_an_open_store_of_ten_million_samples_would_hold_less_than_a_gibibyte(
     assert kept_bytes / num_samples * 10_000_000 < 2**30
     with pytest.raises(ValueError, match=f"line:50000.*videos/{num_samples - 1:050d}.mp4"):
         store.measure(num_samples - 1)
-
-
-def write_videos(path: Path, num_samples: int) -> None:
-    """Write a store of samples that have one token and a video of their own each."""
-    group = zarr.open_group(path, mode="w", zarr_format=3)
-    arrays = {name: writer._Appender(group, name) for name in ARRAYS}
-    numbers, generator = np.arange(num_samples), np.random.default_rng(0)
-    names = "".join(f"videos/{number:050d}.mp4" for number in numbers).encode()
-    contents = {
-        "tokens": np.zeros((num_samples, 2)),
-        "samples/lines": numbers + 1,
-        "samples/media": numbers,
-        "pictures": np.zeros((num_samples, 6)),
-        "media/names": np.frombuffer(names, dtype=np.uint8),
-        "media/is_video": np.ones(num_samples, dtype=bool),
-        "media/seconds": np.ones(num_samples),
-        "media/size_bytes": generator.integers(0, 2**40, num_samples),
-        "media/modified_nanoseconds": generator.integers(0, 2**60, num_samples),
-        "media/content_keys": generator.integers(0, 256, (num_samples, 16)),
-        "media/video_infos": np.zeros(num_samples),
-    }
-    for name, content in contents.items():
-        arrays[name].append(content)
-    for name in ARRAYS:
-        if name.endswith("_bounds"):
-            length = len(names) // num_samples if name == "media/name_bounds" else 1
-            arrays[name].append_lengths([length] * num_samples)
-        arrays[name].flush()
-    attributes = {"settings": {}, "sample_file": "line", "media_base": ".", "digest": ""}
-    counts = {"num_samples": num_samples, "num_media": num_samples, "unread": {}}
-    group.attrs.put({"format": writer.FORMAT, **counts, **attributes})

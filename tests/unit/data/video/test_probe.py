@@ -153,6 +153,26 @@ def test_frames_are_right_wherever_a_seek_lands(
     assert numbers(path, [27, 30]) == [27, 30]
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])
+def test_a_packet_that_is_lost_after_a_seek_is_read_from_the_top(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """While its decoder, which holds frames already, goes on."""
+    path = tmp_path / f"clip.{suffix}"
+    assert KINDS["h264"].write(path, 60)
+    with_content, num_calls = packet_source._with_content, 0
+
+    def losing(*opened: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        packets = list(with_content(*opened))
+        return iter(packets[:5] + packets[6:] if num_calls == 1 else packets)
+
+    monkeypatch.setattr(packet_source, "_with_content", losing)
+    assert numbers(path, [25, 30, 33]) == [25, 30, 33]
+    assert num_calls == 2, "it was decoded a second time"
+
+
 def test_a_seek_among_equal_packets_is_not_taken_for_another(tmp_path: Path) -> None:
     """A still picture's keyframes are equal; only their places tell them apart."""
     path = tmp_path / "clip.mpg"
