@@ -8,6 +8,7 @@ Source: Hu et al., arXiv 2106.09685.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -76,6 +77,8 @@ class _TensorParallelAdapter(torch.nn.Module):
     """Name of the matrix that is split over tensor ranks."""
     split_dim: int
     """Dimension along which it is."""
+    communicate: Callable[..., Tensor]
+    """Megatron's mapping of the narrow hidden states over tensor ranks."""
 
     def __init__(
         self, num_inputs: int, num_outputs: int, *, tp_group: ProcessGroup, **options: Any
@@ -93,6 +96,14 @@ class _TensorParallelAdapter(torch.nn.Module):
                 # Megatron all-reduces the gradients of such parameters over the tensor axis.
                 matrix.sequence_parallel = tp_group.size() > 1  # type: ignore[attr-defined]
             self.register_parameter(name, matrix)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return output [..., outputs] of [..., inputs], and the bias that Megatron adds later."""
+        output, bias = super().forward(hidden)
+        narrow = linear(hidden, self.lora_a) * self.lora.scale
+        if self.adapter_group.size() > 1:
+            narrow = self.communicate(narrow, group=self.adapter_group)
+        return output + linear(narrow, self.lora_b), bias
 
     def sharded_state_dict(
         self,
@@ -116,31 +127,20 @@ class _TensorParallelAdapter(torch.nn.Module):
 
 
 class _ColumnAdapter(_TensorParallelAdapter):
-    """Outputs are split, so B is."""
+    """Outputs [..., outputs/TP] are split, so B is; inputs are a rank's part of the sequence."""
 
     split, split_dim = LORA_B, 0
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return output [..., outputs/TP] of [..., inputs], whose first dim is a rank's part."""
-        output, bias = super().forward(hidden)
-        narrow = linear(hidden, self.lora_a) * self.lora.scale
-        if self.adapter_group.size() > 1:
-            narrow = gather_from_sequence_parallel_region(narrow, group=self.adapter_group)
-        return output + linear(narrow, self.lora_b), bias
+    communicate = staticmethod(gather_from_sequence_parallel_region)
 
 
 class _RowAdapter(_TensorParallelAdapter):
-    """Inputs are split, so A is, and each rank has a part of the sum over them."""
+    """Inputs [..., inputs/TP] are split, so A is, and each rank has a part of the sum over them.
+
+    Outputs are a rank's part of the sequence.
+    """
 
     split, split_dim = LORA_A, 1
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return output [..., outputs] of [..., inputs/TP]; its first dim is a rank's part."""
-        output, bias = super().forward(hidden)
-        narrow = linear(hidden, self.lora_a) * self.lora.scale
-        if self.adapter_group.size() > 1:
-            narrow = reduce_scatter_to_sequence_parallel_region(narrow, group=self.adapter_group)
-        return output + linear(narrow, self.lora_b), bias
+    communicate = staticmethod(reduce_scatter_to_sequence_parallel_region)
 
 
 class _GroupedAdapter(torch.nn.Module):
