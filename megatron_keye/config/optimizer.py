@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_keye.config.check import check
+from megatron_keye.config.check import check, check_numbers
 from megatron_keye.config.parts import PARTS, Part
 
 Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
@@ -55,31 +55,34 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         peak, low = self.learning_rate, self.min_learning_rate
-        self._check(0 < peak < math.inf, "learning_rate", "a finite number above 0")
-        self._check(0 <= low <= peak, "min_learning_rate", f"0 to learning_rate = {peak}")
-        self._check(self.schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}")
-        self._check(
-            low == 0 or self.schedule != "constant",
-            "min_learning_rate",
-            '0 with schedule = "constant", which never decays to it',
-        )
-        self._check(self.warmup_steps >= 0, "warmup_steps", "0 or more")
-        if self.schedule == "warmup_stable_decay":
-            self._check(self.decay_steps > 0, "decay_steps", "1 or more with warmup_stable_decay")
-        else:
-            rule = f'0 with schedule = "{self.schedule}", which has no decay of its own length'
-            self._check(self.decay_steps == 0, "decay_steps", rule)
         for part in PARTS:
             self._check(
                 0 < self.rate_multiplier(part) < math.inf,
                 f"{part}_rate_multiplier",
                 f"a finite number above 0; to leave it as it is, add {part} to training.frozen",
             )
-        for name in ("weight_decay", "clip_gradient_norm"):
-            self._check(0 <= getattr(self, name) < math.inf, name, "a finite number, 0 or more")
+        multipliers = " ".join(f"{part}_rate_multiplier" for part in PARTS)
+        check_numbers(
+            self,
+            "training.optimizer",
+            above_zero=f"learning_rate epsilon {multipliers}",
+            zero_or_more="min_learning_rate warmup_steps decay_steps weight_decay beta1 beta2 "
+            "clip_gradient_norm",
+        )
+        self._check(low <= peak, "min_learning_rate", f"0 to learning_rate = {peak}")
+        self._check(self.schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}")
+        self._check(
+            low == 0 or self.schedule != "constant",
+            "min_learning_rate",
+            '0 with schedule = "constant", which never decays to it',
+        )
+        if self.schedule == "warmup_stable_decay":
+            self._check(self.decay_steps > 0, "decay_steps", "1 or more with warmup_stable_decay")
+        else:
+            rule = f'0 with schedule = "{self.schedule}", which has no decay of its own length'
+            self._check(self.decay_steps == 0, "decay_steps", rule)
         for name in ("beta1", "beta2"):
-            self._check(0 <= getattr(self, name) < 1, name, "0 or more, and below 1")
-        self._check(0 < self.epsilon < math.inf, "epsilon", "a finite number above 0")
+            self._check(getattr(self, name) < 1, name, "0 or more, and below 1")
 
     def _check(self, holds: bool, name: str, expected: str) -> None:
         check(holds, f"training.optimizer.{name}", getattr(self, name), expected)

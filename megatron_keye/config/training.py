@@ -37,9 +37,11 @@ class CheckpointConfig:
     master weights begin as the rounded ones. A resumed run ignores it."""
 
     def __post_init__(self) -> None:
-        for name in ("interval_steps", "keep", "export_every", "keep_exports"):
-            number = getattr(self, name)
-            check(number >= 0, f"training.checkpoint.{name}", number, "0 or more")
+        check_numbers(
+            self,
+            "training.checkpoint",
+            zero_or_more="interval_steps keep export_every keep_exports",
+        )
 
     def exports(self, step: int, *, is_last: bool) -> bool:
         """Return whether the checkpoint after a step is exported.
