@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
+from megatron_keye.observe.svg import WIDTH, page
+
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """Steps, from 1, and values of each metric of a run."""
 
-_WIDTH, _LEFT, _TOP, _PANEL, _GAP = 1000, 80, 60, 150, 26
+_LEFT, _TOP, _PANEL, _GAP = 80, 60, 150, 26
 """Pixels."""
 _MOST_POINTS = 400
 """Of a curve in one stage; more would lie closer than pixels."""
@@ -33,14 +35,9 @@ def draw(stages: Sequence[StageCurves], metrics: Sequence[str], title: str) -> s
         metrics: Names of the metrics to draw, from top to bottom.
         title: Text above all.
     """
-    width = (_WIDTH - _LEFT - 10) / len(stages)
+    width = (WIDTH - _LEFT - 10) / len(stages)
     height = _TOP + len(metrics) * (_PANEL + _GAP) + 10
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
-        f'font-family="sans-serif" font-size="12">',
-        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
-        f'<text x="{_LEFT}" y="20" font-size="14">{escape(title)}</text>',
-    ]
+    lines: list[str] = []
     for index, stage in enumerate(stages):
         x = _LEFT + (index + 0.5) * width
         lines.append(f'<text x="{x:.1f}" y="40" text-anchor="middle">{escape(stage.name)}</text>')
@@ -48,7 +45,7 @@ def draw(stages: Sequence[StageCurves], metrics: Sequence[str], title: str) -> s
         lines.append(f'<text x="{x:.1f}" y="54" text-anchor="middle" fill="#777">{steps}</text>')
     for index, metric in enumerate(metrics):
         lines += _panel(stages, metric, _TOP + index * (_PANEL + _GAP), width)
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    return page(lines, height=height, left=_LEFT, title=title)
 
 
 def _panel(stages: Sequence[StageCurves], metric: str, top: int, width: float) -> list[str]:

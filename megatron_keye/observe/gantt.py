@@ -3,6 +3,7 @@
 from xml.sax.saxutils import escape
 
 from megatron_keye.observe.span import Span, SpanName
+from megatron_keye.observe.svg import WIDTH, page
 
 _COLOURS: dict[SpanName, str] = {
     "decode": "#b0b0b0",
@@ -15,7 +16,7 @@ _COLOURS: dict[SpanName, str] = {
     "vision": "#14665c",
     "optimizer": "#8d5a97",
 }
-_WIDTH, _LEFT, _BAR, _GAP, _TOP = 1000, 70, 22, 8, 34
+_LEFT, _BAR, _GAP, _TOP = 70, 22, 8, 34
 """Pixels."""
 _DRAWN_LAST: tuple[SpanName, ...] = ("wait", "send", "return")
 """Short, or nested in other spans."""
@@ -29,21 +30,16 @@ def draw(spans: dict[int, list[Span]], title: str) -> str:
         title: Text above the bars.
     """
     end = max((s.end for rank_spans in spans.values() for s in rank_spans), default=0.0) or 1.0
-    scale = (_WIDTH - _LEFT - 10) / end
+    scale = (WIDTH - _LEFT - 10) / end
     height = _TOP + len(spans) * (_BAR + _GAP) + 46
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
-        f'font-family="sans-serif" font-size="12">',
-        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
-        f'<text x="{_LEFT}" y="20" font-size="14">{escape(title)}</text>',
-    ]
+    lines: list[str] = []
     for index, (rank, rank_spans) in enumerate(sorted(spans.items())):
         y = _TOP + index * (_BAR + _GAP)
         lines.append(f'<text x="8" y="{y + 15}">rank {rank}</text>')
         for span in sorted(rank_spans, key=lambda s: (s.name in _DRAWN_LAST, s.start)):
             lines.append(_bar(span, y, scale))
     lines += _axis(_TOP + len(spans) * (_BAR + _GAP), end, scale)
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    return page(lines, height=height, left=_LEFT, title=title)
 
 
 def _bar(span: Span, y: int, scale: float) -> str:
