@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_keye.checkpoint.convert.carried_files import carry_on
 from megatron_keye.checkpoint.convert.hf_export import HfExport, begin_export
 from megatron_keye.checkpoint.convert.options import Options
-from megatron_keye.checkpoint.training_checkpoint import find_checkpoint
+from megatron_keye.checkpoint.folders import find_checkpoint
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.files.progress import NoProgress

@@ -1,13 +1,11 @@
-"""Training checkpoints on disk: complete or absent, found by step, loaded on any grid.
+"""Training checkpoints on disk: complete or absent, loaded on any grid.
 
 A checkpoint is written under another name and renamed when every rank is done, so that a killed
 run never leaves one that looks complete. Format: Megatron-Core's torch_dist.
 """
 
-import itertools
 import math
 import random
-import re
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -29,6 +27,7 @@ from megatron_keye.checkpoint.continuation import check_continues
 from megatron_keye.checkpoint.convert.carried_files import carry_on
 from megatron_keye.checkpoint.convert.check_tensors import check_shapes
 from megatron_keye.checkpoint.convert.native_folder import NativeFolder
+from megatron_keye.checkpoint.folders import checkpoint_folder, is_inside, prune
 from megatron_keye.checkpoint.history import HISTORY, PastRun, past_run, text_of
 from megatron_keye.checkpoint.optimizer_state import (
     copy_to_masters,
@@ -40,14 +39,9 @@ from megatron_keye.checkpoint.state import copy_loaded, data_of, weight_state
 from megatron_keye.config.check import check
 from megatron_keye.config.lora import is_adapter
 from megatron_keye.config.run import RunConfig
-from megatron_keye.errors import UserError
 from megatron_keye.model import KeyeModel
 from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import Grid
-
-_NAME = re.compile(r"step-(\d{8})")
-_TRACES = ("run.json", "events", "checkpoints")
-"""What a run leaves in its folder; the first of them before its first step."""
 
 
 @dataclass
@@ -76,51 +70,6 @@ class Progress:
     """Its loss over all sources, in an indexer warm-up its KL, in nats."""
     num_without_progress: int = 0
     """Validations since then."""
-
-
-def checkpoint_folder(run: RunConfig, step: int) -> Path:
-    """Return the folder of the checkpoint after `step` steps."""
-    return run.folder / "checkpoints" / f"step-{step:08d}"
-
-
-def find_checkpoint(run: RunConfig) -> Path | None:
-    """Return the checkpoint that the run's `resume` setting selects; None to start afresh.
-
-    Raises:
-        UserError: When it names a folder that is not a complete checkpoint.
-    """
-    resume = run.training.checkpoint.resume
-    if resume == "none":
-        return None
-    if resume == "auto":
-        complete = _complete_checkpoints(run.folder / "checkpoints")
-        return complete[-1] if complete else None
-    folder = Path(resume)
-    if not (folder / "metadata.json").is_file() or not _NAME.fullmatch(folder.name):
-        raise UserError(
-            f"training.checkpoint.resume: got {resume!r}, expected the folder of a complete "
-            "checkpoint (.../checkpoints/step-NNNNNNNN), 'auto' or 'none'"
-        )
-    return folder
-
-
-def set_aside(run: RunConfig, rank: int, *, continued: Path | None) -> None:
-    """Append a number to the folder of an earlier run of this name, so that nothing is lost.
-
-    Also that of a run that was lost before its first checkpoint: its events must not mix with
-    those of this run.
-
-    Args:
-        run: The run that begins.
-        rank: Rank 0 renames; the others write nothing before the next collective call.
-        continued: The checkpoint that it continues, if any; in the run's own folder, nothing is
-            renamed.
-    """
-    goes_on = continued is not None and _is_inside(continued, run.folder)
-    if rank != 0 or goes_on or not any((run.folder / trace).exists() for trace in _TRACES):
-        return
-    names = (run.folder.with_name(f"{run.name}.{number}") for number in itertools.count(1))
-    run.folder.rename(next(name for name in names if not name.exists()))
 
 
 def save(
@@ -162,7 +111,7 @@ def save(
         partial.rename(folder)
         best_step = progress.best_step if run.training.validation.patience else 0
         best = checkpoint_folder(run, best_step)
-        _prune(folder.parent, run.training.checkpoint.keep, kept_too=best)
+        prune(folder.parent, run.training.checkpoint.keep, kept_too=best)
     dist.barrier()
     return folder
 
@@ -233,7 +182,7 @@ def load_weights(
             `set_aside` will rename.
     """
     check(
-        not _is_inside(folder, run.folder),
+        not is_inside(folder, run.folder),
         "training.checkpoint.weights",
         str(folder),
         f"a checkpoint outside of {run.folder}, which is set aside when this run begins; give the "
@@ -272,19 +221,3 @@ def _restore_random(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["tracker"])
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
-
-
-def _complete_checkpoints(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
-
-
-def _prune(folder: Path, keep: int, *, kept_too: Path) -> None:
-    for old in _complete_checkpoints(folder)[:-keep] if keep else []:
-        if old != kept_too:
-            shutil.rmtree(old)

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_keye.checkpoint.folders import checkpoint_folder, newest_checkpoint, step_of
 from megatron_keye.checkpoint.history import read_history
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
@@ -48,7 +49,7 @@ class PlannedStage:
     @property
     def last_checkpoint(self) -> Path:
         """Folder of the checkpoint after the last step."""
-        return self._checkpoints / f"step-{self.last_step:08d}"
+        return checkpoint_folder(self.run, self.last_step)
 
     @property
     def is_done(self) -> bool:
@@ -58,18 +59,8 @@ class PlannedStage:
     @property
     def num_steps_saved(self) -> int:
         """Steps of its newest checkpoint; 0 without one."""
-        newest = self._newest
-        return int(newest.name.removeprefix("step-")) if newest else 0
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.run.folder / "checkpoints"
-
-    @property
-    def _newest(self) -> Path | None:
-        # A checkpoint that is still being written has another suffix.
-        complete = self._checkpoints.glob("step-" + "[0-9]" * 8)
-        return max(complete, default=None)
+        newest = newest_checkpoint(self.run)
+        return step_of(newest) if newest else 0
 
     def check_beginning(self) -> None:
         """Check that what was saved of this stage began where the stage before has ended.
@@ -77,9 +68,10 @@ class PlannedStage:
         Raises:
             UserError: When it began from other weights, which this walk would not train.
         """
-        if self._newest is None or self.before is None:
+        newest = newest_checkpoint(self.run)
+        if newest is None or self.before is None:
             return
-        history = read_history(self._newest) or []
+        history = read_history(newest) or []
         began = history[-2] if len(history) > 1 else None
         name, step = self.before.recipe, self.before.last_step
         if began is None or (began["run"], began["steps"]) != (name, step):

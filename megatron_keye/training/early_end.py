@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from megatron_keye.checkpoint.training_checkpoint import Progress, checkpoint_folder
+from megatron_keye.checkpoint.folders import checkpoint_folder
+from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config.run import RunConfig
 from megatron_keye.training.validation import ValidationResult
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from megatron_keye.checkpoint.folders import find_checkpoint
 from megatron_keye.checkpoint.history import HISTORY, PastRun, read_history
-from megatron_keye.checkpoint.training_checkpoint import find_checkpoint
 from megatron_keye.config.parts import Part
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import Phase

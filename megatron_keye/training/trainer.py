@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.checkpoint.export import export_checkpoint, take_carried_files
+from megatron_keye.checkpoint.folders import find_checkpoint, set_aside
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.errors import UserError
@@ -283,14 +284,14 @@ class Trainer:
     def _resume(self) -> None:
         run, weights = self._run, self._run.training.checkpoint.weights
         parts = (self._model, self._optimizer, self._grid)
-        folder = training_checkpoint.find_checkpoint(run)
+        folder = find_checkpoint(run)
         if folder is not None:
             self._progress = training_checkpoint.load(folder, run, *parts)
             self._loader.load_state_dict(self._progress.data)
         elif weights:
             training_checkpoint.load_weights(Path(weights), run, *parts)
         # What fails above leaves an earlier run where it is.
-        training_checkpoint.set_aside(run, self._process.rank, continued=folder)
+        set_aside(run, self._process.rank, continued=folder)
         if self._process.rank == 0:
             take_carried_files(run)
 

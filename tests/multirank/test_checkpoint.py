@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_keye.checkpoint.training_checkpoint import find_checkpoint, load, set_aside
+from megatron_keye.checkpoint.folders import find_checkpoint, set_aside
+from megatron_keye.checkpoint.training_checkpoint import load
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
 from tests.support.ranks import run_on_ranks

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_keye.checkpoint.training_checkpoint import Progress, _prune, checkpoint_folder
+from megatron_keye.checkpoint.folders import checkpoint_folder, prune
+from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config import DataConfig, RunConfig
 from megatron_keye.config.training import ValidationConfig
 from megatron_keye.data.loader import RowLoader
@@ -243,7 +244,7 @@ def test_the_best_checkpoint_is_not_pruned(tmp_path: Path) -> None:
     run = early_ending_run(tmp_path)
     for step in (2, 4, 6, 8):
         checkpoint_folder(run, step).mkdir(parents=True)
-    _prune(checkpoint_folder(run, 2).parent, 2, kept_too=checkpoint_folder(run, 4))
+    prune(checkpoint_folder(run, 2).parent, 2, kept_too=checkpoint_folder(run, 4))
     assert [path.name[-1] for path in sorted(checkpoint_folder(run, 2).parent.iterdir())] == list(
         "468"
     )
