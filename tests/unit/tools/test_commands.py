@@ -43,6 +43,6 @@ def test_help_is_all_that_a_tool_prints(module: str, tmp_path: Path) -> None:
     done = subprocess.run(
         words, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
-    is_part_of_a_tool = module == "tools.benchmark_clips"
+    is_part_of_a_tool = module in ("tools.benchmark_clips", "tools.benchmark_lines")
     assert (done.returncode, done.stderr) == (0, "")
     assert is_part_of_a_tool or done.stdout.startswith("usage: ")
