@@ -9,6 +9,7 @@ import torch
 
 from megatron_keye.config.backends import transformer_engine_version
 from megatron_keye.config.lora import LoraConfig
+from tests.support.layouts import FOUR_RANKS
 from tests.support.tiny import mixed_rows, text_rows, tiny_model, tiny_run
 from tests.support.train import (
     LOSS_TOLERANCE,
@@ -39,18 +40,8 @@ TWO_GPUS = {
     "data, expert": {"data": 2, "expert": 2},
     "dedicated vision": {"vision_ranks": 1},
 }
-FOUR_GPUS = {
-    "tensor x pipeline": {"tensor": 2, "pipeline": 2},
-    "tensor x context, expert 4": {"tensor": 2, "context": 2, "expert": 4},
-    "interleaved pipeline x data, expert": {
-        "pipeline": 2,
-        "virtual_stages": 2,
-        "data": 2,
-        "expert": 2,
-    },
-    "pipeline x context": {"pipeline": 2, "context": 2},
+FOUR_GPUS = FOUR_RANKS | {
     "tensor 4, expert 4": {"tensor": 4, "expert": 4},
-    "context 4": {"context": 4},
     "tensor and two vision ranks": {"tensor": 2, "vision_ranks": 2},
     "pipeline and a vision rank": {"pipeline": 2, "vision_ranks": 1},
 }

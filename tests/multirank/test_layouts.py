@@ -3,6 +3,7 @@
 import pytest
 
 from megatron_keye.data.row import PackedRow
+from tests.support.layouts import FOUR_RANKS
 from tests.support.tiny import mixed_rows, packed_row, text_rows, tiny_run
 from tests.support.train import Trained, assert_same_training, train
 
@@ -15,18 +16,6 @@ TWO_RANKS = {
     "expert over data ranks": {"data": 2, "expert": 2},
     "expert over tensor ranks": {"tensor": 2, "expert": 2},
     "expert over context ranks": {"context": 2, "expert": 2},
-}
-FOUR_RANKS = {
-    "tensor, pipeline": {"tensor": 2, "pipeline": 2},
-    "tensor, context, expert": {"tensor": 2, "context": 2, "expert": 4},
-    "interleaved pipeline, data, expert": {
-        "pipeline": 2,
-        "virtual_stages": 2,
-        "data": 2,
-        "expert": 2,
-    },
-    "pipeline, context": {"pipeline": 2, "context": 2},
-    "context of four": {"context": 4},
 }
 DEDICATED = {
     "one decoder, one vision": {"vision_ranks": 1},

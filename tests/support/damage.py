@@ -1,6 +1,7 @@
 """Damages files, and reads them in another process that measures its memory."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,15 @@ def damage(content: bytes, kind: str, generator: np.random.Generator) -> bytes:
     else:
         damaged[place : place + 64] = bytes(len(damaged[place : place + 64]))
     return bytes(damaged)
+
+
+def check_outcomes(name: str, outcomes: dict[str, str]) -> str:
+    """Assert that every case was read exactly or refused, some of them refused; return counts."""
+    wrong = {case: what for case, what in outcomes.items() if what not in ("error", "exact")}
+    assert not wrong, f"{name}:\n" + "\n".join(f"{case}: {what}" for case, what in wrong.items())
+    counts = Counter(outcomes.values())
+    assert counts["error"], "no case was damaged enough to be refused"
+    return f"{counts['exact']} exact, {counts['error']} refused"
 
 
 def outcome_of(case: Case, compare: Callable[[Case], str], *, most_mebibytes: float) -> str:

@@ -6,7 +6,6 @@ show anything. No damage may end in another exception, hang or take memory witho
 
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image, ImageOps
 from megatron_keye.data.video.bit_depth import is_deep_grey
 from megatron_keye.data.video.image import decode_image, probe_image
 from tests.support.child import Child
-from tests.support.damage import Case, damaged_cases, outcome_of
+from tests.support.damage import Case, check_outcomes, damaged_cases, outcome_of
 
 TIMEOUT_SECONDS, MOST_MEBIBYTES = 20.0, 3072.0
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "I;16", "F")
@@ -120,8 +119,4 @@ def test_damaged_images_are_refused_or_read_exactly(
         assert reader(Case(str(path), path.read_bytes(), False)) == "exact", f"{kind}, undamaged"
         for label, case in damaged_cases(path, num_damaged, seed):
             outcomes[f"{kind} {label}"] = reader(case)
-    wrong = {case: what for case, what in outcomes.items() if what not in ("error", "exact")}
-    assert not wrong, "\n".join(f"{case}: {what}" for case, what in wrong.items())
-    counts = Counter(outcomes.values())
-    print(f"{name}: {len(kinds)} kinds, {counts['exact']} exact, {counts['error']} refused")
-    assert counts["error"], "no case was damaged enough to be refused"
+    print(f"{name}: {len(kinds)} kinds, {check_outcomes(name, outcomes)}")
