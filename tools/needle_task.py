@@ -56,6 +56,8 @@ COLOURS = {
     "black": (10, 10, 10),
 }
 MAX_PAIRS, NUM_FRAMES, MAX_QUESTIONS = 16, 16, 12
+TEXTS_PER_VIDEO = 10
+"""Videos take time to decode, texts none, and 4,000 of them are learned by heart in 500 steps."""
 _KEYS = [f"key{number}" for number in range(32)]
 _VALUES = [f"value{number}" for number in range(8)]
 _FILLERS = [f"word{number}" for number in range(8)]
@@ -79,7 +81,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("tools/needle_task.py", __doc__)
     parser.add_argument("out", type=Path, help="folder for samples, videos and the tokenizer")
     parser.add_argument(
-        "--samples", type=int, default=4000, help="of each kind for training; default: 4000"
+        "--samples",
+        type=int,
+        default=4000,
+        help=f"videos for training, and {TEXTS_PER_VIDEO} times as many texts; default: 4000",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     return parser.parse_args(arguments)
@@ -96,7 +101,8 @@ def main(arguments: Sequence[str]) -> int:
         "frames": lambda generator, name: frames_sample(generator, options.out, name),
     }
     for number, (kind, make) in enumerate(makers.items()):
-        for part, count in (("train", options.samples), ("held_out", 64)):
+        per_video = TEXTS_PER_VIDEO if kind == "text" else 1
+        for part, count in (("train", per_video * options.samples), ("held_out", 64)):
             generator = np.random.default_rng((options.seed, number, part == "train"))
             lines = [json.dumps(make(generator, f"{part}-{line}")) for line in range(count)]
             file = options.out / f"{kind}.{part}.jsonl"

@@ -48,7 +48,7 @@ class OptimizerConfig:
     """Added to the square root of the second moment."""
     clip_gradient_norm: float = 1.0
     """Gradients are clipped to this norm over decoder and vision together; 0: no clipping."""
-    distributed: bool = False
+    distributed: bool = True
     """Whether data-parallel ranks share the optimizer (Megatron's distributed optimizer, ZeRO-1):
     each keeps moments and master weights of one shard and updates it, then weights are gathered.
     Otherwise each keeps all. Checkpoints are the same for both; ignored with fp64."""

@@ -171,7 +171,6 @@ def full_size(stage: Stage, *, num_ranks: int, has_gpu: bool) -> RunConfig:
         learning_rate=stage.learning_rate,
         min_learning_rate=stage.min_learning_rate,
         warmup_steps=stage.warmup_steps,
-        distributed=True,  # or short rows, whose context ranks are replicas, would not fit
     )
     # A window, so that rows are full.
     data = replace(base.data, samples=stage.samples, packing_window=64)

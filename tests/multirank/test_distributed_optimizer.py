@@ -34,20 +34,20 @@ UNEVEN = tiny_model(num_layers=3)
 """Half of its weights' elements end inside of a weight."""
 
 
-def sharing(run: RunConfig) -> RunConfig:
-    optimizer = replace(run.training.optimizer, distributed=True)
+def unshared(run: RunConfig) -> RunConfig:
+    optimizer = replace(run.training.optimizer, distributed=False)
     return replace(run, training=replace(run.training, optimizer=optimizer))
 
 
 @pytest.mark.parametrize("degrees", SHARING.values(), ids=SHARING)
 def test_sharing_changes_nothing_but_rounding(degrees: dict[str, int]) -> None:
     run = tiny_run(**degrees)
-    assert_same_training(train(sharing(run)), train(run))
+    assert_same_training(train(run), train(unshared(run)))
 
 
 def test_sharing_masters_changes_nothing_but_rounding() -> None:
     run = tiny_run(data=2, expert=2, training={"precision": "bf16"})
-    shared, alone = train(sharing(run)), train(run)
+    shared, alone = train(run), train(unshared(run))
     for mine, theirs in zip(shared.metrics, alone.metrics, strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-3)
         assert mine.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-2)
@@ -77,7 +77,7 @@ def _is_of(whole: Any, shards: list[Any]) -> bool:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_each_replica_keeps_its_share(precision: str) -> None:
     run = tiny_run(data=2, expert=2, model=UNEVEN, training={"precision": precision})
-    (alone, _), shared = (run_on_ranks(2, _kept, each.to_json()) for each in (run, sharing(run)))
+    (alone, _), shared = (run_on_ranks(2, _kept, each.to_json()) for each in (unshared(run), run))
     kinds = ["exp_avg", "exp_avg_sq"] + ["master"] * (precision == "bf16")
     assert alone["divided"] == 0
     # Each expert is on one rank, so that only the rest is shared.
@@ -101,11 +101,11 @@ def test_a_checkpoint_does_not_depend_on_sharing(tmp_path: Path, precision: str)
     """From sharing replicas to one that keeps all, to other sharing replicas, bit for bit."""
     same: dict[str, Any] = {"model": UNEVEN, "training": {"precision": precision}}
     runs = [
-        sharing(tiny_run(data=2, expert=2, **same)),
+        tiny_run(data=2, expert=2, **same),
         tiny_run(**same),
-        sharing(tiny_run(context=2, vision_ranks=2, **same)),
-        tiny_run(data=2, **same),
-        sharing(tiny_run(tensor=2, data=2, expert=2, **same)),
+        tiny_run(context=2, vision_ranks=2, **same),
+        unshared(tiny_run(data=2, **same)),
+        tiny_run(tensor=2, data=2, expert=2, **same),
     ]
     batches = [mixed_rows(0), mixed_rows(1)]
     saved: list[Path] = []
@@ -126,7 +126,7 @@ def test_a_checkpoint_does_not_depend_on_sharing(tmp_path: Path, precision: str)
 
 
 def test_a_resumed_run_continues_as_the_uninterrupted_one(tmp_path: Path) -> None:
-    run = sharing(tiny_run(data=2, expert=2))
+    run = tiny_run(data=2, expert=2)
     steps = [mixed_rows(step) for step in range(4)]
     uninterrupted = train(run, steps)
     train(run, steps[:2], save_to=tmp_path)
@@ -139,8 +139,8 @@ def test_a_resumed_run_continues_as_the_uninterrupted_one(tmp_path: Path) -> Non
 
 def test_four_replicas_keep_a_quarter() -> None:
     run = tiny_run(data=4)
-    shared = run_on_ranks(4, _kept, sharing(run).to_json())
-    whole = run_on_ranks(4, _kept, run.to_json())[0]["elements"]
+    shared = run_on_ranks(4, _kept, run.to_json())
+    whole = run_on_ranks(4, _kept, unshared(run).to_json())[0]["elements"]
     assert sum(rank["elements"] for rank in shared) == whole
     # Rounded up to 128 elements a buffer and 64 a weight.
     assert max(rank["elements"] for rank in shared) < 0.3 * whole
@@ -162,5 +162,5 @@ def _step_with_infinity(run_json: str) -> tuple[bool, bool]:
 
 
 def test_an_infinite_gradient_on_one_replica_changes_nothing_on_any() -> None:
-    run = sharing(tiny_run(data=2, expert=2, model=UNEVEN))
+    run = tiny_run(data=2, expert=2, model=UNEVEN)
     assert run_on_ranks(2, _step_with_infinity, run.to_json()) == [(False, False)] * 2

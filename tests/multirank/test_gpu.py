@@ -45,8 +45,8 @@ FOUR_GPUS = FOUR_RANKS | {
     "tensor and two vision ranks": {"tensor": 2, "vision_ranks": 2},
     "pipeline and a vision rank": {"pipeline": 2, "vision_ranks": 1},
 }
-SHARING = {name: TWO_GPUS[name] for name in ("tensor and sequence", "context", "data, expert")}
-SHARED = replace(tiny_run().training.optimizer, distributed=True)
+REPLICAS = {name: TWO_GPUS[name] for name in ("tensor and sequence", "context", "data, expert")}
+UNSHARED = replace(tiny_run().training.optimizer, distributed=False)
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +72,11 @@ def test_four_gpus_train_as_one(degrees: dict[str, int], one_gpu: Trained) -> No
 
 
 @needs_two
-@pytest.mark.parametrize("degrees", SHARING.values(), ids=SHARING)
-def test_two_gpus_that_share_the_optimizer_train_as_one(
+@pytest.mark.parametrize("degrees", REPLICAS.values(), ids=REPLICAS)
+def test_two_gpus_that_do_not_share_the_optimizer_train_as_one(
     degrees: dict[str, int], one_gpu: Trained
 ) -> None:
-    training = {"optimizer": SHARED}
+    training = {"optimizer": UNSHARED}
     assert_same_training(train(tiny_run(device="cuda", training=training, **degrees)), one_gpu)
 
 
@@ -106,7 +106,7 @@ def test_a_distributed_optimizer_is_saved_and_continues(tmp_path: Path, precisio
     same: dict[str, Any] = {
         "device": "cuda",
         "model": tiny_model(num_layers=3),  # Half of its elements end inside of a weight.
-        "training": {"precision": precision, "optimizer": SHARED},
+        "training": {"precision": precision},
     }
     steps = [mixed_rows(step) for step in range(3)]
     run = tiny_run(data=2, expert=2, **same)

@@ -32,13 +32,13 @@ from tests.support.train import (
 
 ALL = LoraConfig(rank=4, alpha=8.0, targets=tuple(TARGETS))
 BATCHES = [mixed_rows(step) for step in range(5)]
-SHARED = replace(tiny_run().training.optimizer, distributed=True)
+UNSHARED = replace(tiny_run().training.optimizer, distributed=False)
 GRIDS: dict[str, dict[str, Any]] = {
     "tensor": {"tensor": 2},
     "pipeline": {"pipeline": 2},
     "context, recomputed": {"context": 2, "training": {"recompute_layers": True}},
     "dedicated vision": {"vision_ranks": 1},
-    "data, expert": {"data": 2, "expert": 2, "training": {"optimizer": SHARED}},
+    "data, expert": {"data": 2, "expert": 2, "training": {"optimizer": UNSHARED}},
     "tensor, expert": {"tensor": 2, "expert": 2},
 }
 
@@ -68,7 +68,7 @@ def one_rank() -> Trained:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the checkpoint of a run on two ranks after two steps."""
     folder = tmp_path_factory.mktemp("saved")
-    run = adapted(tensor=2, expert=2, training={"optimizer": SHARED})
+    run = adapted(tensor=2, expert=2, training={"optimizer": UNSHARED})
     train(run, BATCHES[:2], save_to=folder)
     return checkpoint_in(folder, 2)
 

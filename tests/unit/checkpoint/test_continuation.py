@@ -82,7 +82,7 @@ def test_what_changes_nothing_is_not_mentioned(
     continued(
         folder,
         *("name=other", "output_dir=/elsewhere", "parallel.decoder.data=2"),
-        *("training.optimizer.distributed=true", "training.checkpoint.keep=7"),
+        *("training.optimizer.distributed=false", "training.checkpoint.keep=7"),
         *("training.stop_after_step=3", "data.decode.num_threads=2"),
     )
     assert not caplog.records
