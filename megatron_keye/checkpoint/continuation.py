@@ -55,7 +55,7 @@ _CHANGES = {
     "data.remote": Change.FREE,
     "training.max_skipped_steps": Change.FREE,
     "training.optimizer.distributed": Change.FREE,
-    "training.recompute_layers": Change.FREE,
+    "training.recompute": Change.FREE,
     "training.records_timeline": Change.FREE,
     "training.stop_after_step": Change.FREE,
     "device": Change.FREE,

@@ -3,12 +3,15 @@
 Megatron's field names appear in no other file of the configuration.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_keye.config.run import RunConfig
+from megatron_keye.config.training import Recompute
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -69,9 +72,7 @@ def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> Tr
         params_dtype=weight_dtype(run),
         pipeline_dtype=weight_dtype(run),
         bf16=run.training.precision == "bf16",
-        recompute_granularity="full" if run.training.recompute_layers else None,
-        recompute_method="uniform" if run.training.recompute_layers else None,
-        recompute_num_layers=1 if run.training.recompute_layers else None,
+        **_recomputation(run.training.recompute),
         # decoder/initialization.py draws weights by name afterwards, equally on every grid.
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
@@ -82,6 +83,19 @@ def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> Tr
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _recomputation(recompute: Recompute) -> dict[str, Any]:
+    """Translate what is recomputed; "selective" is a whole layer that keeps its attention."""
+    if recompute == "none":
+        return {}
+    if recompute == "experts":
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
 
 
 def vision_config(run: RunConfig) -> TransformerConfig:

@@ -10,6 +10,9 @@ from megatron_keye.config.parts import PARTS, Part
 
 Phase = Literal["dense", "indexer_warmup", "sparse"]
 LinearLayers = Literal["auto", "megatron", "transformer_engine"]
+Recompute = Literal["none", "experts", "selective", "full"]
+
+RECOMPUTE: tuple[Recompute, ...] = ("none", "experts", "selective", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +148,11 @@ class TrainingConfig:
     """Whether a new run refuses weights (training.checkpoint.weights) that its phase makes no
     sense after: sparse training needs indexers that were warmed up, and dense training or a
     warm-up does not follow it. Their training_history.json tells what trained them."""
-    recompute_layers: bool = False
-    """Whether the backward pass recomputes decoder layers (full activation recomputation)."""
+    recompute: Recompute = "none"
+    """What the backward pass of a decoder layer computes again instead of keeping it: "none";
+    "experts": router and experts; "selective": all but the attention's outputs and the selected
+    keys, that is, linears, norms and experts; "full": all but the selected keys. Gradients are the
+    same bits."""
     precision: Literal["fp64", "fp32", "bf16"] = "bf16"
     """Type of weights and activations; bf16 has fp32 master weights and gradients. fp64 is for
     comparison with other implementations and needs model.decoder.experts.balance_loss_weight=0."""
@@ -200,6 +206,7 @@ class TrainingConfig:
         check(self.precision in precisions, "training.precision", self.precision, f"{precisions}")
         unknown = [part for part in self.frozen if part not in PARTS]
         check(not unknown, "training.frozen", self.frozen, f"parts out of {PARTS}")
+        check(self.recompute in RECOMPUTE, "training.recompute", self.recompute, f"{RECOMPUTE}")
         self.lora.check_learns(self.phase, self.frozen)
         check(bool(self.trained_parts), "training.frozen", self.frozen, "a part that still learns")
         check(

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_keye.config.lora import LoraConfig
 from megatron_keye.config.model import DecoderConfig
+from megatron_keye.config.training import Recompute
 from megatron_keye.decoder.adapters import adapt_column, adapt_experts, adapt_row
 from megatron_keye.decoder.attention import AttentionLinears, SparseSelfAttention
 from megatron_keye.decoder.norm import RMSNorm
@@ -30,6 +31,7 @@ def block_spec(
     *,
     uses_transformer_engine: bool,
     only_indexers_learn: bool,
+    recompute: Recompute,
     lora: LoraConfig,
 ) -> TransformerBlockSubmodules:
     """Return the spec of `num_layers` equal layers and the final norm.
@@ -40,6 +42,7 @@ def block_spec(
         uses_transformer_engine: Whether linears and experts are Transformer Engine's.
         only_indexers_learn: If True, only the residual stream has a backward pass, to reach the
             attached losses; attention and experts have none and save no activations.
+        recompute: What the backward pass computes again.
         lora: Which linears have adapters.
     """
     norm = partial(RMSNorm, passes_gradients=not only_indexers_learn)
@@ -49,7 +52,7 @@ def block_spec(
         column, row = adapt_column(column, lora), adapt_row(row, lora)
     attention = ModuleSpec(
         module=SparseSelfAttention,
-        params={"decoder": decoder},
+        params={"decoder": decoder, "recompute": recompute},
         submodules=AttentionLinears(column=column, row=row),
     )
     experts = backend.grouped_mlp_modules(uses_transformer_engine)

@@ -73,6 +73,7 @@ class VirtualStage(MegatronModule):
                 num_layers,
                 uses_transformer_engine=uses_transformer_engine,
                 only_indexers_learn=run.training.only_indexers_learn,
+                recompute=run.training.recompute,
                 lora=run.training.lora,
             ),
             pre_process=self.pre_process,

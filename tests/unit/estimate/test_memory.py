@@ -44,7 +44,7 @@ def test_a_layers_activations_agree_with_an_h100() -> None:
 
 def test_a_recomputed_layers_memory_agrees_with_an_h100() -> None:
     """Two layers that save their input, and one recomputed: MiB at the backward pass's peak."""
-    run = two_gpus("training.recompute_layers=true", "model.decoder.num_layers=2")
+    run = two_gpus("training.recompute=full", "model.decoder.num_layers=2")
     memory = of_decoder(run)
     peak = memory.activations + memory.workspace
     assert peak / MEBIBYTE == pytest.approx(10_065, rel=0.03)
@@ -87,7 +87,7 @@ def test_frozen_parts_need_memory_for_weights_alone() -> None:
 
 
 def test_earlier_stages_hold_more_micro_batches() -> None:
-    kept = ["training.recompute_layers=false"]
+    kept = ["training.recompute=none"]
     held = [of_decoder(full_size(*kept), stage).activations for stage in range(4)]
     assert held == pytest.approx([held[3] * times for times in (4, 3, 2, 1)])
     few = full_size(*kept, "training.rows_per_step=2")
@@ -106,7 +106,7 @@ def test_labels_make_logits_on_the_last_stage() -> None:
 
 
 def test_phases_keep_what_they_need() -> None:
-    whole = ["training.recompute_layers=false"]
+    whole = ["training.recompute=none"]
     sparse, dense, warm_up = (
         of_decoder(full_size(*whole, f"training.phase={phase}")).activations
         for phase in ("sparse", "dense", "indexer_warmup")

@@ -1,0 +1,58 @@
+"""What is recomputed changes no bit of a step, and never selects again."""
+
+import hashlib
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_keye.config import RunConfig
+from megatron_keye.decoder import attention
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny import mixed_rows, tiny_run
+from tests.support.train import build_step, let_go
+
+CHOICES = ("none", "experts", "selective", "full")
+PHASES: dict[str, dict[str, Any]] = {
+    "sparse": {},
+    "dense": {"phase": "dense"},
+    "warm-up": {"phase": "indexer_warmup"},
+    "dense and sparse rows": {"dense_up_to": 34},
+    "indexers alone": {"frozen": ("vision", "projector", "decoder")},
+}
+
+
+def _step_on_rank(runs: list[str]) -> list[tuple[Any, ...]]:
+    """Return loss, KL, gradient norm, a digest of all new weights and the selections made."""
+    results = []
+    select = attention.lightning_indexer
+    for run_json in runs:
+        selections = []
+
+        def counted(*inputs: Any) -> torch.Tensor:
+            selections.append(len(inputs))  # noqa: B023
+            return select(*inputs)
+
+        attention.lightning_indexer = counted
+        try:
+            _, model, _, step = build_step(RunConfig.from_json(run_json))
+            metrics = step(mixed_rows(0), 0)
+        finally:
+            attention.lightning_indexer = select
+        digest = hashlib.sha256()
+        for module in model.wrapped():
+            for weight in module.parameters():
+                digest.update(weight.detach().numpy().tobytes())
+        let_go(model)
+        figures = metrics.loss, metrics.indexer_kl, metrics.gradient_norm
+        results.append((*map(str, figures), digest.hexdigest(), len(selections)))
+    return results
+
+
+@pytest.mark.parametrize("training", PHASES.values(), ids=PHASES)
+def test_every_choice_gives_the_same_bits_and_selects_once(training: dict[str, Any]) -> None:
+    runs = [
+        tiny_run(training={**training, "recompute": choice}).to_json() for choice in CHOICES
+    ]
+    ((kept, *recomputed),) = run_on_ranks(1, _step_on_rank, runs)
+    assert recomputed == [kept] * 3
