@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_keye.config.check import check, check_numbers
+from megatron_keye.config.fusions import FusionsConfig
 from megatron_keye.config.lora import TARGETS, LoraConfig
 from megatron_keye.config.optimizer import OptimizerConfig
 from megatron_keye.config.parts import PARTS, Part
@@ -175,6 +176,8 @@ class TrainingConfig:
     """Figures beside the console."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The loss of samples that are not trained on."""
+    fusions: FusionsConfig = field(default_factory=FusionsConfig)
+    """Fused kernels of the decoder."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters that learn instead of the weights."""
 

@@ -4,6 +4,7 @@ It replaces the whole of Megatron's SelfAttention, since the indexer needs the l
 a recomputed layer must keep its selection and may keep what attention gave.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -73,6 +74,7 @@ class SparseSelfAttention(MegatronModule):
         *,
         decoder: DecoderConfig,
         recompute: Recompute,
+        norm: Callable[[TransformerConfig, int, float], RMSNorm],
         **unused: Any,
     ) -> None:
         """Build one layer's attention; called by Megatron's TransformerLayer.
@@ -84,6 +86,7 @@ class SparseSelfAttention(MegatronModule):
             pg_collection: Process groups, of which tp and cp are used.
             decoder: Sizes of the decoder.
             recompute: What the backward pass computes again.
+            norm: Builds the norms of queries and keys from configuration, channels and epsilon.
             unused: Arguments of other kinds of attention.
         """
         super().__init__(config=config)
@@ -116,8 +119,8 @@ class SparseSelfAttention(MegatronModule):
             **build,
         )
         # Megatron all-reduces the gradients of these two over the tensor axis by their names.
-        self.q_layernorm = RMSNorm(config, decoder.head_dim, decoder.rms_norm_eps)
-        self.k_layernorm = RMSNorm(config, decoder.head_dim, decoder.rms_norm_eps)
+        self.q_layernorm = norm(config, decoder.head_dim, decoder.rms_norm_eps)
+        self.k_layernorm = norm(config, decoder.head_dim, decoder.rms_norm_eps)
         self.indexer = Indexer(config, decoder.indexer)
 
     def forward(

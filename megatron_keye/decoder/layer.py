@@ -30,6 +30,7 @@ def block_spec(
     num_layers: int,
     *,
     uses_transformer_engine: bool,
+    fuses_norm: bool,
     only_indexers_learn: bool,
     recompute: Recompute,
     lora: LoraConfig,
@@ -40,19 +41,21 @@ def block_spec(
         decoder: Sizes.
         num_layers: Layers of one virtual stage.
         uses_transformer_engine: Whether linears and experts are Transformer Engine's.
+        fuses_norm: Whether Transformer Engine computes the norms.
         only_indexers_learn: If True, only the residual stream has a backward pass, to reach the
             attached losses; attention and experts have none and save no activations.
         recompute: What the backward pass computes again.
         lora: Which linears have adapters.
     """
-    norm = partial(RMSNorm, passes_gradients=not only_indexers_learn)
+    plain_norm = partial(RMSNorm, is_fused=fuses_norm)
+    norm = partial(plain_norm, passes_gradients=not only_indexers_learn)
     backend = _backend(uses_transformer_engine)
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
     if lora.is_adapting("attention"):
         column, row = adapt_column(column, lora), adapt_row(row, lora)
     attention = ModuleSpec(
         module=SparseSelfAttention,
-        params={"decoder": decoder, "recompute": recompute},
+        params={"decoder": decoder, "recompute": recompute, "norm": plain_norm},
         submodules=AttentionLinears(column=column, row=row),
     )
     experts = backend.grouped_mlp_modules(uses_transformer_engine)
@@ -70,7 +73,7 @@ def block_spec(
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=plain_norm)
 
 
 def _backend(uses_transformer_engine: bool) -> BackendSpecProvider:

@@ -51,8 +51,6 @@ def _step_on_rank(runs: list[str]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("training", PHASES.values(), ids=PHASES)
 def test_every_choice_gives_the_same_bits_and_selects_once(training: dict[str, Any]) -> None:
-    runs = [
-        tiny_run(training={**training, "recompute": choice}).to_json() for choice in CHOICES
-    ]
+    runs = [tiny_run(training={**training, "recompute": choice}).to_json() for choice in CHOICES]
     ((kept, *recomputed),) = run_on_ranks(1, _step_on_rank, runs)
     assert recomputed == [kept] * 3

@@ -148,7 +148,7 @@ def test_an_older_cudnn_is_named_with_both_versions_but_training_works() -> None
     problem = only_problem(facts)
     assert pair in problem.what and "FlashAttention runs in its place" in problem.what
     assert not problem.breaks_training
-    (row,) = [row for row in doctor.make_rows(facts, "", "") if row.name == "cuDNN"]
+    (row,) = [row for row in doctor.make_rows(facts, "", "", "") if row.name == "cuDNN"]
     assert row.version == ""
 
 
