@@ -6,6 +6,8 @@ import json
 import statistics
 import time
 import traceback
+from collections import Counter
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_keye.config import ParallelConfig, RunConfig
+from megatron_keye.config import ParallelConfig, RunConfig, VisionParallel
 from megatron_keye.config.backends import transformer_engine_version, uses_transformer_engine
 from megatron_keye.config.fused_kernels import choose_fusions
+from megatron_keye.config.parts import Part
+from megatron_keye.estimate.memory import Parameters, decoder_memory
+from megatron_keye.model import part_of
 from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import resolve_device
 from megatron_keye.parallel.random import seed_rank
@@ -162,6 +167,7 @@ class Bench:
             found["linear_layers"] = "transformer_engine" if engine else "megatron"
         else:
             stack = our_stack(*build, uses_transformer_engine=engine)
+            found["expected_mib"] = round(_expected_bytes(run, stack) / 2**20)
             if case.phase == "sparse":
                 meter = UnionMeter()
                 stack.module.eval()
@@ -204,6 +210,20 @@ class Bench:
             found["launches"] = profiled.num_launches
             _write_profile(self._options.profiles, case, is_plain, profiled.kernels)
         return found
+
+
+def _expected_bytes(run: RunConfig, stack: Stack) -> float:
+    """Return what `megatron-keye plan` expects of these layers, without a ViT beside them."""
+    counts: Counter[tuple[Part, bool]] = Counter()
+    for name, weight in stack.module.named_parameters():
+        counts[part_of(name), ".experts." in name] += weight.numel()
+    held = [
+        Parameters(part=part, is_expert=is_expert, count=count)
+        for (part, is_expert), count in counts.items()
+    ]
+    apart = replace(run.parallel, vision=VisionParallel(placement="dedicated", num_ranks=1))
+    alone_run = replace(run, parallel=apart)
+    return decoder_memory(alone_run, 0, held, num_labels=0, num_patches=0).total
 
 
 def _step(stack: Stack, hidden_SBD: Tensor, doutput_SBD: Tensor, *, on_gpu: bool) -> list[float]:
