@@ -12,14 +12,20 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_keye.kernels.host_tensor import HostTensor
+
 
 class KeptOutputs:
     """Outputs in the order in which they were made; the second call takes them out again."""
 
-    def __init__(self) -> None:
-        """Begin without any: the next call is the first one."""
+    def __init__(self, *, in_host_memory: bool = False) -> None:
+        """Begin without any: the next call is the first one.
+
+        Args:
+            in_host_memory: Whether they wait there between the two calls.
+        """
         self._outputs: deque[tuple[Any, ...]] = deque()
-        self._takes = False
+        self._takes, self._in_host_memory = False, in_host_memory
 
     def begin_second_call(self) -> None:
         """Give out from now on what the first call kept."""
@@ -32,10 +38,17 @@ class KeptOutputs:
             compute: Runs a kernel; tensors and other values.
         """
         if self._takes:
-            return self._outputs.popleft()
+            return tuple(
+                each.on_device() if isinstance(each, HostTensor) else each
+                for each in self._outputs.popleft()
+            )
         outputs = tuple(each.detach() if isinstance(each, Tensor) else each for each in compute())
-        self._outputs.append(outputs)
+        self._outputs.append(tuple(map(self._kept, outputs)))
         return outputs
+
+    def _kept(self, output: Any) -> Any:
+        keeps_away = self._in_host_memory and isinstance(output, Tensor)
+        return HostTensor(output) if keeps_away else output
 
 
 class KeepsOperator(TorchDispatchMode):

@@ -142,9 +142,7 @@ def our_stack(
         decoder.num_layers,
         uses_transformer_engine=uses_transformer_engine,
         fuses_norm=fusions.norm,
-        only_indexers_learn=training.only_indexers_learn,
-        recompute=training.recompute,
-        lora=training.lora,
+        training=training,
     )
     block = TransformerBlock(config, spec, post_process=False, pg_collection=groups)
     for name, weight in block.named_parameters():

@@ -57,6 +57,7 @@ _CHANGES = {
     "training.max_skipped_steps": Change.FREE,
     "training.optimizer.distributed": Change.FREE,
     "training.recompute": Change.FREE,
+    "training.keeps_in_host_memory": Change.FREE,
     "training.records_timeline": Change.FREE,
     "training.stop_after_step": Change.FREE,
     "device": Change.FREE,

@@ -154,6 +154,10 @@ class TrainingConfig:
     "experts": router and experts; "selective": all but the attention's outputs and the selected
     keys, that is, linears, norms and experts; "full": all but the selected keys. Gradients are the
     same bits."""
+    keeps_in_host_memory: bool = False
+    """With recompute "selective" or "full", whether what is kept beside a layer's input, the
+    selected keys and the attention's outputs, waits in the machine's main memory for the backward
+    pass. They are copied out beside the computation; it waits for them to come back."""
     precision: Literal["fp64", "fp32", "bf16"] = "bf16"
     """Type of weights and activations; bf16 has fp32 master weights and gradients. fp64 is for
     comparison with other implementations and needs model.decoder.experts.balance_loss_weight=0."""
@@ -210,6 +214,12 @@ class TrainingConfig:
         unknown = [part for part in self.frozen if part not in PARTS]
         check(not unknown, "training.frozen", self.frozen, f"parts out of {PARTS}")
         check(self.recompute in RECOMPUTE, "training.recompute", self.recompute, f"{RECOMPUTE}")
+        check(
+            not self.keeps_in_host_memory or self.recompute in ("selective", "full"),
+            "training.keeps_in_host_memory",
+            self.keeps_in_host_memory,
+            f"false with training.recompute = {self.recompute!r}, which keeps no such tensors",
+        )
         self.lora.check_learns(self.phase, self.frozen)
         check(bool(self.trained_parts), "training.frozen", self.frozen, "a part that still learns")
         check(

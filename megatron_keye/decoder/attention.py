@@ -74,6 +74,7 @@ class SparseSelfAttention(MegatronModule):
         *,
         decoder: DecoderConfig,
         recompute: Recompute,
+        keeps_in_host_memory: bool,
         norm: Callable[[TransformerConfig, int, float], RMSNorm],
         **unused: Any,
     ) -> None:
@@ -86,6 +87,7 @@ class SparseSelfAttention(MegatronModule):
             pg_collection: Process groups, of which tp and cp are used.
             decoder: Sizes of the decoder.
             recompute: What the backward pass computes again.
+            keeps_in_host_memory: Whether what is kept for that waits there.
             norm: Builds the norms of queries and keys from configuration, channels and epsilon.
             unused: Arguments of other kinds of attention.
         """
@@ -97,6 +99,7 @@ class SparseSelfAttention(MegatronModule):
         self.top_k = decoder.indexer.top_k
         self.is_recomputed = recompute in ("selective", "full")
         self.keeps_outputs = recompute == "selective"
+        self.in_host_memory = keeps_in_host_memory
         groups, width = decoder.num_kv_heads, decoder.num_heads * decoder.head_dim
         build = {"config": config, "init_method": config.init_method, "bias": False}
         build |= {"is_expert": False, "tp_group": self.tp_group}
@@ -171,10 +174,10 @@ class SparseSelfAttention(MegatronModule):
                 if kept.outputs is not None:
                     kept.outputs.begin_second_call()
                 return kept
-            row.kept[self.layer_number] = KeptAttention(
-                KeptOutputs() if self.keeps_outputs else None
-            )
-            return row.kept[self.layer_number]
+            outputs = KeptOutputs(in_host_memory=self.in_host_memory)
+            kept = KeptAttention(outputs if self.keeps_outputs else None)
+            row.kept[self.layer_number] = kept
+            return kept
         return KeptAttention(None)
 
     def _project(self, hidden_SBD: Tensor, row: DecoderRow) -> _Heads:
@@ -225,7 +228,9 @@ class SparseSelfAttention(MegatronModule):
             self.top_k,
         )
         if self.is_recomputed and not self._measures_indexer:
-            kept.selection = PackedSelection.of(indices_TK, len(indexer.k_SJ))
+            kept.selection = PackedSelection.of(
+                indices_TK, len(indexer.k_SJ), in_host_memory=self.in_host_memory
+            )
         return indices_TK
 
     def _attend_sparsely(

@@ -16,9 +16,8 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from megatron_keye.config.lora import LoraConfig
 from megatron_keye.config.model import DecoderConfig
-from megatron_keye.config.training import Recompute
+from megatron_keye.config.training import TrainingConfig
 from megatron_keye.decoder.adapters import adapt_column, adapt_experts, adapt_row
 from megatron_keye.decoder.attention import AttentionLinears, SparseSelfAttention
 from megatron_keye.decoder.norm import RMSNorm
@@ -31,9 +30,7 @@ def block_spec(
     *,
     uses_transformer_engine: bool,
     fuses_norm: bool,
-    only_indexers_learn: bool,
-    recompute: Recompute,
-    lora: LoraConfig,
+    training: TrainingConfig,
 ) -> TransformerBlockSubmodules:
     """Return the spec of `num_layers` equal layers and the final norm.
 
@@ -42,20 +39,25 @@ def block_spec(
         num_layers: Layers of one virtual stage.
         uses_transformer_engine: Whether linears and experts are Transformer Engine's.
         fuses_norm: Whether Transformer Engine computes the norms.
-        only_indexers_learn: If True, only the residual stream has a backward pass, to reach the
-            attached losses; attention and experts have none and save no activations.
-        recompute: What the backward pass computes again.
-        lora: Which linears have adapters.
+        training: What learns, which linears have adapters, and what is recomputed. Where only
+            indexers learn, the residual stream alone has a backward pass, to reach the attached
+            losses; attention and experts have none and save no activations.
     """
+    lora = training.lora
     plain_norm = partial(RMSNorm, is_fused=fuses_norm)
-    norm = partial(plain_norm, passes_gradients=not only_indexers_learn)
+    norm = partial(plain_norm, passes_gradients=not training.only_indexers_learn)
     backend = _backend(uses_transformer_engine)
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
     if lora.is_adapting("attention"):
         column, row = adapt_column(column, lora), adapt_row(row, lora)
     attention = ModuleSpec(
         module=SparseSelfAttention,
-        params={"decoder": decoder, "recompute": recompute, "norm": plain_norm},
+        params={
+            "decoder": decoder,
+            "recompute": training.recompute,
+            "keeps_in_host_memory": training.keeps_in_host_memory,
+            "norm": plain_norm,
+        },
         submodules=AttentionLinears(column=column, row=row),
     )
     experts = backend.grouped_mlp_modules(uses_transformer_engine)

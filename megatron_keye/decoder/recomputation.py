@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_keye.kernels.host_tensor import HostTensor
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 
 _BLOCK_KEYS = 2**16
@@ -24,18 +25,21 @@ class PackedSelection:
     take up to three times these bytes, and are merged again in a hundredth of the layer's time.
     """
 
-    low_TK: Tensor
+    low_TK: HostTensor | Tensor
     """int16 [T, K]: low bits of the selected keys."""
     ends_TB: Tensor
     """int32 [T, B]: for each block of 2^16 keys the place after its last selected key."""
 
     @staticmethod
-    def of(indices_TK: Tensor, num_keys: int) -> "PackedSelection":
+    def of(
+        indices_TK: Tensor, num_keys: int, *, in_host_memory: bool = False
+    ) -> "PackedSelection":
         """Pack a selection.
 
         Args:
             indices_TK: int32 as `select_top_k` gives them: ascending keys, then -1.
             num_keys: Keys of the row.
+            in_host_memory: Whether it waits there.
         """
         is_real_TK = indices_TK >= 0
         ends = [
@@ -44,12 +48,15 @@ class PackedSelection:
         ]
         # The first half of each number, as bytes lie on every machine that runs this.
         low_TK = indices_TK.contiguous().view(torch.int16)[:, ::2].contiguous()
-        return PackedSelection(low_TK, torch.stack(ends, dim=1))
+        kept = HostTensor(low_TK) if in_host_memory else low_TK
+        return PackedSelection(kept, torch.stack(ends, dim=1))
 
     def unpack(self) -> Tensor:
         """Return the selection, int32 [T, K]."""
-        indices_TK = self.low_TK.to(torch.int32) & (_BLOCK_KEYS - 1)
-        place_K = torch.arange(self.low_TK.shape[1], device=self.low_TK.device)
+        kept = self.low_TK
+        low_TK = kept.on_device() if isinstance(kept, HostTensor) else kept
+        indices_TK = low_TK.to(torch.int32) & (_BLOCK_KEYS - 1)
+        place_K = torch.arange(low_TK.shape[1], device=low_TK.device)
         *ends, last = self.ends_TB.unbind(dim=1)
         for end_T in ends:
             indices_TK.add_(place_K >= end_T[:, None], alpha=_BLOCK_KEYS)

@@ -130,6 +130,8 @@ def _kept_and_recomputed(run: RunConfig) -> tuple[float, float]:
         return whole, 0.0
     elif recompute == "experts":
         return whole - experts, experts
+    if run.training.keeps_in_host_memory:
+        return kept, whole
     if recompute in ("selective", "full"):
         kept += _kept_selection(run)
     if recompute == "selective":

@@ -12,7 +12,13 @@ from tests.support.ranks import run_on_ranks
 from tests.support.tiny import mixed_rows, tiny_run
 from tests.support.train import build_step, let_go
 
-CHOICES = ("none", "experts", "selective", "full")
+CHOICES: list[dict[str, Any]] = [
+    {"recompute": "none"},
+    {"recompute": "experts"},
+    {"recompute": "selective"},
+    {"recompute": "full"},
+    {"recompute": "selective", "keeps_in_host_memory": True},
+]
 PHASES: dict[str, dict[str, Any]] = {
     "sparse": {},
     "dense": {"phase": "dense"},
@@ -53,10 +59,10 @@ def _step_on_rank(runs: list[str]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("training", PHASES.values(), ids=PHASES)
 def test_every_choice_gives_the_same_bits_and_selects_once(training: dict[str, Any]) -> None:
-    runs = [tiny_run(training={**training, "recompute": choice}).to_json() for choice in CHOICES]
+    runs = [tiny_run(training={**training, **choice}).to_json() for choice in CHOICES]
     ((kept, *recomputed),) = run_on_ranks(1, _step_on_rank, runs)
     # As text, in which NaN, the KL where no indexer learns, equals itself.
-    assert [str(each) for each in recomputed] == [str(kept)] * 3
+    assert [str(each) for each in recomputed] == [str(kept)] * 4
 
 
 @pytest.mark.gpu
@@ -65,9 +71,7 @@ def test_every_choice_gives_the_same_bits_and_selects_once(training: dict[str, A
 def test_every_choice_trains_as_none_on_a_gpu(training: dict[str, Any]) -> None:
     """Kernels with atomic additions keep it from being the same bits."""
     runs = [
-        tiny_run(
-            device="cuda", training={**training, "recompute": choice, "precision": "bf16"}
-        ).to_json()
+        tiny_run(device="cuda", training={**training, **choice, "precision": "bf16"}).to_json()
         for choice in CHOICES
     ]
     ((kept, *others),) = run_on_ranks(1, _step_on_rank, runs, device="cuda")

@@ -66,6 +66,8 @@ def test_each_choice_of_recomputation_keeps_what_it_says() -> None:
     assert kept["none"] - kept["experts"] == 2 * 8 * (3 * 2048 + 3 * 768)
     # The attention's output in bf16 and a float32 of each of its 32 heads.
     assert kept["selective"] - kept["full"] == 32 * (2 * 128 + 4)
+    away = two_gpus("training.recompute=selective", "training.keeps_in_host_memory=true")
+    assert of_decoder(away).activations / tokens / layers == 2 * 2048, "the layer's input"
     # The layer's input, and 2048 keys of two bytes with one end of a block.
     assert kept["full"] == 2 * 2048 + 2 * 2048 + 4
 
