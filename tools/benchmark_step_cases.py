@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from megatron_keye.config import FusionsConfig, ParallelConfig, RunConfig
+from megatron_keye.config.run import as_override
 from megatron_keye.config.training import Phase, Recompute
 from megatron_keye.recipes import load_recipe
 
@@ -38,6 +39,8 @@ class Case:
     independent of one another."""
     recompute: Recompute = "none"
     """What our layers recompute."""
+    keeps_in_host_memory: bool = False
+    """Whether what they keep for that waits there."""
     without: str = ""
     """A fusion that is off, "all" of them, or "": all run that can."""
 
@@ -71,6 +74,7 @@ class Case:
                 f"data.row_tokens={self.tokens}",
                 f"training.phase={self.phase}",
                 f"training.recompute={self.recompute}",
+                as_override("training.keeps_in_host_memory", self.keeps_in_host_memory),
                 "training.rows_per_step=1",
                 *(f"training.fusions.{name}=off" for name in off),
                 *settings,
@@ -96,6 +100,7 @@ def one_gpu_table() -> Iterator[Case]:
     yield replace(long, recompute="selective")
     yield replace(long, recompute="selective", locality="tokens")
     yield replace(long, recompute="selective", without="all")
+    yield replace(long, recompute="selective", keeps_in_host_memory=True)
     yield replace(long, recompute="full")
     yield replace(long, recompute="experts")
 

@@ -140,6 +140,7 @@ class Bench:
             "layout": case.layout,
             "locality": case.locality,
             "recompute": recompute,
+            "keeps_in_host_memory": case.keeps_in_host_memory,
         }
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -263,7 +264,7 @@ def _write_profile(
         str(case.tokens),
         case.layout,
         case.locality,
-        case.recompute,
+        case.recompute + "_in_host_memory" * case.keeps_in_host_memory,
         f"without_{case.without}" if case.without else "fused",
     ]
     rows = [
