@@ -24,26 +24,28 @@ class KeptOutputs:
         Args:
             in_host_memory: Whether they wait there between the two calls.
         """
-        self._outputs: deque[tuple[Any, ...]] = deque()
+        self._outputs: deque[tuple[str, tuple[Any, ...]]] = deque()
         self._takes, self._in_host_memory = False, in_host_memory
 
     def begin_second_call(self) -> None:
         """Give out from now on what the first call kept."""
         self._takes = True
 
-    def outputs_of(self, compute: Callable[[], Sequence[Any]]) -> tuple[Any, ...]:
+    def outputs_of(self, operator: str, compute: Callable[[], Sequence[Any]]) -> tuple[Any, ...]:
         """Return what `compute` returns, in the second call what it returned in the first.
 
         Args:
-            compute: Runs a kernel; tensors and other values.
+            operator: Name of what runs, the same in both calls.
+            compute: Runs it; tensors and other values.
         """
         if self._takes:
+            first, kept = self._outputs.popleft()
+            assert first == operator, f"got {operator} in the second call, {first} in the first"
             return tuple(
-                each.on_device() if isinstance(each, HostTensor) else each
-                for each in self._outputs.popleft()
+                each.on_device() if isinstance(each, HostTensor) else each for each in kept
             )
         outputs = tuple(each.detach() if isinstance(each, Tensor) else each for each in compute())
-        self._outputs.append(tuple(map(self._kept, outputs)))
+        self._outputs.append((operator, tuple(map(self._kept, outputs))))
         return outputs
 
     def _kept(self, output: Any) -> Any:
@@ -65,4 +67,6 @@ class KeepsOperator(TorchDispatchMode):
         def run() -> Any:
             return func(*args, **(kwargs or {}))
 
-        return self._kept.outputs_of(run) if func.overloadpacket is self._operator else run()
+        if func.overloadpacket is not self._operator:
+            return run()
+        return self._kept.outputs_of(str(func), run)

@@ -56,7 +56,9 @@ class _SparseAttention(torch.autograd.Function):
         if k_SGC.stride() != v_SGC.stride():
             k_SGC, v_SGC = k_SGC.contiguous(), v_SGC.contiguous()
         lists = union_lists(indices_TK, k_SGC.shape[0], impl="triton")
-        out_THC, lse_TH = kept.outputs_of(lambda: attend(q_THC, k_SGC, v_SGC, lists, scale=scale))
+        out_THC, lse_TH = kept.outputs_of(
+            "sparse_attention", lambda: attend(q_THC, k_SGC, v_SGC, lists, scale=scale)
+        )
         wanted_TK = indices_TK if with_target else indices_TK[:, :0]
         target_TGK = recover_target(q_THC, k_SGC, lse_TH, wanted_TK, scale=scale)
         ctx.save_for_backward(q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists)
