@@ -21,10 +21,8 @@ RENAMED = {
     "training.recompute_layers": "training.recompute",
 }
 """Former names of settings, as in run.json files and checkpoints of earlier versions."""
-FORMER_VALUES: dict[str, dict[object, object]] = {
-    "training.recompute_layers": {False: "none", True: "full"}
-}
-"""What the values under a former name are now, where they differ."""
+FORMER_VALUES = {"training.recompute_layers": {False: "none", True: "full"}}
+"""What true and false under a former name are now, where the setting is of another type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,8 +254,8 @@ def _build(wanted: Any, value: Any, path: str) -> Any:
         for written, part in value.items():
             former = f"{below}{written}"
             name = RENAMED.get(former, written).rpartition(".")[2]
-            if former in FORMER_VALUES:
-                part = FORMER_VALUES[former].get(part, part)
+            if former in FORMER_VALUES and isinstance(part, bool):
+                part = FORMER_VALUES[former][part]
             parts[name] = _build(_field_type(section, name, below), part, f"{below}{name}")
         return section(**parts)
     if origin is tuple:

@@ -152,8 +152,8 @@ class TrainingConfig:
     recompute: Recompute = "none"
     """What the backward pass of a decoder layer computes again instead of keeping it: "none";
     "experts": router and experts; "selective": all but the attention's outputs and the selected
-    keys, that is, linears, norms and experts; "full": all but the selected keys. Gradients are the
-    same bits."""
+    keys, that is, linears, norms and experts; "full": all but the selected keys. The arithmetic is
+    the same, and so is every bit where kernels add in a fixed order."""
     keeps_in_host_memory: bool = False
     """With recompute "selective" or "full", whether what is kept beside a layer's input, the
     selected keys and the attention's outputs, waits in the machine's main memory for the backward
