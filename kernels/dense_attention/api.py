@@ -16,6 +16,7 @@ from megatron_keye.kernels.arguments import (
     choose_impl,
 )
 from megatron_keye.kernels.dense_attention import reference, sdpa
+from megatron_keye.kernels.kept_outputs import KeptOutputs
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 """What exists; "sdpa" is the default on a GPU for what it takes, "eager" otherwise."""
@@ -45,6 +46,7 @@ def dense_attention_with_lse(
     key_end_T: Tensor,
     *,
     scale: float,
+    kept: KeptOutputs | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with every head of a query to all keys of that query's range.
@@ -60,6 +62,8 @@ def dense_attention_with_lse(
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
         scale: Factor of the logits, usually C^-0.5.
+        kept: Keeps what the backward pass needs for a second call with the same tensors, which
+            then takes it from there; "eager" computes it again. None: nothing is kept.
         impl: One of IMPLEMENTATIONS, or None for the default. "sdpa" is torch's own attention,
             cuDNN's or FlashAttention; it takes rows of whole causal documents, T = S, on a GPU
             in 16 bits and with heads of a multiple of 8 channels, and sums gradients in its own
@@ -96,4 +100,4 @@ def dense_attention_with_lse(
             f"q_THC: got {q_THC.dtype} with C = {q_THC.shape[2]}, which neither cuDNN nor "
             "FlashAttention takes here with impl 'sdpa'; take impl='eager'"
         )
-    return sdpa.dense_attention(q_THC, k_SGC, v_SGC, lengths, scale=scale)
+    return sdpa.dense_attention(q_THC, k_SGC, v_SGC, lengths, scale=scale, kept=kept)

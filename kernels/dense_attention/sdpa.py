@@ -11,11 +11,15 @@ import functools
 import logging
 import weakref
 from collections.abc import MutableMapping
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from megatron_keye.kernels.kept_outputs import KeepsOperator, KeptOutputs
 
 _logger = logging.getLogger(__name__)
 _CUDNN_VERSION = 91501
@@ -65,7 +69,13 @@ def takes(q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor) -> bool:
 
 
 def dense_attention(
-    q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor, lengths: list[int], *, scale: float
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    lengths: list[int],
+    *,
+    scale: float,
+    kept: KeptOutputs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out_THC and lse_TH; see api.dense_attention_with_lse.
 
@@ -75,13 +85,14 @@ def dense_attention(
         v_SGC: Values.
         lengths: Of the documents, in order; they add up to T.
         scale: Factor of the logits.
+        kept: See api.dense_attention_with_lse.
     """
     outs_THC, lses_TH = [], []
     for q, k, v in zip(
         q_THC.split(lengths), k_SGC.split(lengths), v_SGC.split(lengths), strict=True
     ):
         q_BHTC, k_BGTC, v_BGTC = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-        out_BHTC, lse = _attend(q_BHTC, k_BGTC, v_BGTC, scale)
+        out_BHTC, lse = _attend(q_BHTC, k_BGTC, v_BGTC, scale, kept)
         outs_THC.append(out_BHTC[0].transpose(0, 1))
         # cuDNN's has one more dimension, of size 1.
         lses_TH.append(lse.reshape(q_BHTC.shape[1:3]).T)
@@ -93,21 +104,25 @@ def _joined(documents: list[Tensor]) -> Tensor:
     return documents[0] if len(documents) == 1 else torch.cat(documents)
 
 
-def _attend(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, scale: float) -> list[Tensor]:
+def _attend(
+    q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, scale: float, kept: KeptOutputs | None
+) -> list[Tensor]:
     """Return out_BHTC and the natural log-sum-exp of one causal document."""
     heads, operators = (q_BHTC, k_BGTC, v_BGTC), torch.ops.aten
+    options: tuple[Any, ...] = ()
     if q_BHTC.device.type == "cpu":
         attend = operators._scaled_dot_product_flash_attention_for_cpu
-        return list(attend(*heads, is_causal=True, scale=scale))
-    asked = _asked(*heads)
-    is_short = q_BHTC.shape[2] < _CUDNN_TOKENS and can_use_flash_attention(asked)
-    if _cudnn_takes(asked) and not is_short:
-        _log_operator("cuDNN")
-        attend = operators._scaled_dot_product_cudnn_attention
-        return list(attend(*heads, None, True, is_causal=True, scale=scale)[:2])
-    _log_operator("FlashAttention")
-    attend = operators._scaled_dot_product_flash_attention
-    return list(attend(*heads, is_causal=True, scale=scale)[:2])
+    else:
+        asked = _asked(*heads)
+        is_short = q_BHTC.shape[2] < _CUDNN_TOKENS and can_use_flash_attention(asked)
+        if _cudnn_takes(asked) and not is_short:
+            _log_operator("cuDNN")
+            attend, options = operators._scaled_dot_product_cudnn_attention, (None, True)
+        else:
+            _log_operator("FlashAttention")
+            attend = operators._scaled_dot_product_flash_attention
+    with nullcontext() if kept is None else KeepsOperator(attend, kept):
+        return list(attend(*heads, *options, is_causal=True, scale=scale)[:2])
 
 
 def _asked(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> SDPAParams:

@@ -108,13 +108,15 @@ def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
 def train(run: RunConfig, process: "Process") -> bool:
     """Build a trainer on this rank, run it, and return whether it reached its last step."""
     from megatron_keye.config.backends import check_wandb, uses_transformer_engine
+    from megatron_keye.config.fused_kernels import choose_fusions
     from megatron_keye.training.trainer import Trainer
 
     if process.rank == 0:
         check_wandb(run.training.logging.wandb_project)
     has_gpu = process.device.type == "cuda"
     engine = uses_transformer_engine(run.training.linear_layers, has_gpu=has_gpu)
-    trainer = Trainer(run, process, uses_transformer_engine=engine)
+    fusions = choose_fusions(run.training, has_gpu=has_gpu, uses_transformer_engine=engine)
+    trainer = Trainer(run, process, uses_transformer_engine=engine, fusions=fusions)
     trainer.train()
     return not trainer.was_stopped
 

@@ -16,8 +16,13 @@ from megatron_keye.config.parallel import ParallelConfig
 from megatron_keye.config.training import TrainingConfig
 from megatron_keye.errors import UserError
 
-RENAMED = {"parallel.decoder.chunks_per_stage": "parallel.decoder.virtual_stages"}
+RENAMED = {
+    "parallel.decoder.chunks_per_stage": "parallel.decoder.virtual_stages",
+    "training.recompute_layers": "training.recompute",
+}
 """Former names of settings, as in run.json files and checkpoints of earlier versions."""
+FORMER_VALUES = {"training.recompute_layers": {False: "none", True: "full"}}
+"""What true and false under a former name are now, where the setting is of another type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +252,10 @@ def _build(wanted: Any, value: Any, path: str) -> Any:
         below = f"{path}." if path else ""
         parts = {}
         for written, part in value.items():
-            name = RENAMED.get(f"{below}{written}", written).rpartition(".")[2]
+            former = f"{below}{written}"
+            name = RENAMED.get(former, written).rpartition(".")[2]
+            if former in FORMER_VALUES and isinstance(part, bool):
+                part = FORMER_VALUES[former][part]
             parts[name] = _build(_field_type(section, name, below), part, f"{below}{name}")
         return section(**parts)
     if origin is tuple:

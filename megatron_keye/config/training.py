@@ -4,12 +4,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_keye.config.check import check, check_numbers
+from megatron_keye.config.fusions import FusionsConfig
 from megatron_keye.config.lora import TARGETS, LoraConfig
 from megatron_keye.config.optimizer import OptimizerConfig
 from megatron_keye.config.parts import PARTS, Part
 
 Phase = Literal["dense", "indexer_warmup", "sparse"]
 LinearLayers = Literal["auto", "megatron", "transformer_engine"]
+Recompute = Literal["none", "experts", "selective", "full"]
+
+RECOMPUTE: tuple[Recompute, ...] = ("none", "experts", "selective", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +149,15 @@ class TrainingConfig:
     """Whether a new run refuses weights (training.checkpoint.weights) that its phase makes no
     sense after: sparse training needs indexers that were warmed up, and dense training or a
     warm-up does not follow it. Their training_history.json tells what trained them."""
-    recompute_layers: bool = False
-    """Whether the backward pass recomputes decoder layers (full activation recomputation)."""
+    recompute: Recompute = "none"
+    """What the backward pass of a decoder layer computes again instead of keeping it: "none";
+    "experts": router and experts; "selective": all but the attention's outputs and the selected
+    keys, that is, linears, norms and experts; "full": all but the selected keys. The arithmetic is
+    the same, and so is every bit where kernels add in a fixed order."""
+    keeps_in_host_memory: bool = False
+    """With recompute "selective" or "full", whether what is kept beside a layer's input, the
+    selected keys and the attention's outputs, waits in the machine's main memory for the backward
+    pass. They are copied out beside the computation; it waits for them to come back."""
     precision: Literal["fp64", "fp32", "bf16"] = "bf16"
     """Type of weights and activations; bf16 has fp32 master weights and gradients. fp64 is for
     comparison with other implementations and needs model.decoder.experts.balance_loss_weight=0."""
@@ -169,6 +180,8 @@ class TrainingConfig:
     """Figures beside the console."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The loss of samples that are not trained on."""
+    fusions: FusionsConfig = field(default_factory=FusionsConfig)
+    """Fused kernels of the decoder."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters that learn instead of the weights."""
 
@@ -200,6 +213,13 @@ class TrainingConfig:
         check(self.precision in precisions, "training.precision", self.precision, f"{precisions}")
         unknown = [part for part in self.frozen if part not in PARTS]
         check(not unknown, "training.frozen", self.frozen, f"parts out of {PARTS}")
+        check(self.recompute in RECOMPUTE, "training.recompute", self.recompute, f"{RECOMPUTE}")
+        check(
+            not self.keeps_in_host_memory or self.recompute in ("selective", "full"),
+            "training.keeps_in_host_memory",
+            self.keeps_in_host_memory,
+            f"false with training.recompute = {self.recompute!r}, which keeps no such tensors",
+        )
         self.lora.check_learns(self.phase, self.frozen)
         check(bool(self.trained_parts), "training.frozen", self.frozen, "a part that still learns")
         check(

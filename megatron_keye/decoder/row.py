@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_keye.config.model import DecoderConfig
 from megatron_keye.config.training import Phase
 from megatron_keye.decoder.positions import rotary_table
+from megatron_keye.decoder.recomputation import KeptAttention
 
 MeterName = Literal[
     "language_loss",
@@ -78,6 +79,8 @@ class DecoderRow:
     """Weight of one query's KL in the sum that is divided by the weight of all labels."""
     meter: RowMeter
     """Receives the layers' measurements."""
+    kept: dict[int, KeptAttention] = field(default_factory=dict)
+    """By number of a recomputed layer, between its first pass and its second one."""
 
 
 def rotary_tables(

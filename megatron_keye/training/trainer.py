@@ -7,6 +7,7 @@ from typing import Any
 from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.checkpoint.export import export_checkpoint, take_carried_files
 from megatron_keye.checkpoint.folders import find_checkpoint, set_aside
+from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.errors import UserError
@@ -52,20 +53,28 @@ _logger = logging.getLogger(__name__)
 class Trainer:
     """Runs the training on one rank."""
 
-    def __init__(self, run: RunConfig, process: Process, *, uses_transformer_engine: bool) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        process: Process,
+        *,
+        uses_transformer_engine: bool,
+        fusions: Fusions = PLAIN,
+    ) -> None:
         """Build all parts, and load the checkpoint that the run's settings ask for, if any.
 
         Args:
             run: The run; its degrees must fit the number of ranks.
             process: This rank.
             uses_transformer_engine: Whether linear layers and experts are Transformer Engine's.
+            fusions: The fused kernels that run.
 
         Raises:
             UserError: For degrees, samples or a checkpoint that do not fit the run.
         """
         run.check_num_ranks(process.num_ranks)
         earlier = hand_over.begin(run, process.rank)
-        self._run, self._process = run, process
+        self._run, self._process, self._fusions = run, process, fusions
         self._stop, self._clock = StopRequest(), StepClock()
         self.was_stopped = False
         """Whether a signal ended the run before its last step."""
@@ -78,6 +87,7 @@ class Trainer:
             self._grid,
             process.device,
             uses_transformer_engine=uses_transformer_engine,
+            fusions=fusions,
         )
         self._optimizer = JointOptimizer(run, self._model, self._grid)
         log_video_decoder(run, self._grid, process.device)
@@ -136,7 +146,8 @@ class Trainer:
         self._stop.listen()
         if self._process.rank != 0:
             return self._summary(self._run_steps(None))
-        record_start(self._run, first_step, hosts, device_name(self._process.device))
+        device = device_name(self._process.device)
+        record_start(self._run, first_step, hosts, device, self._fusions)
         with Report(self._run, first_step, self._last_step(0)) as report:
             summary = self._summary(self._run_steps(report))
         write_summary(self._run, summary)

@@ -14,6 +14,7 @@ from megatron_keye.kernels.dense_attention import (
     dense_attention_with_lse,
     sdpa,
 )
+from megatron_keye.kernels.kept_outputs import KeptOutputs
 from tests.support.numerics import (
     assert_close,
     assert_norm_close,
@@ -91,6 +92,28 @@ def test_sdpa_copies_no_single_document(monkeypatch: pytest.MonkeyPatch) -> None
     returned = dense_attention_with_lse(*heads, *ranges, scale=SCALE, impl="sdpa")
     assert [t.data_ptr() for t in returned] == [t.data_ptr() for t in made], "out and lse"
     assert returned[0].is_contiguous(), "the next layer flattens heads without a copy"
+
+
+@pytest.mark.parametrize("lengths", [(NUM_QUERIES,), (1, 20, 42)])
+def test_a_second_call_takes_the_outputs_of_the_first(lengths: tuple[int, ...]) -> None:
+    q_THC, k_SGC, v_SGC = make_inputs()
+    inputs, ranges = (q_THC, k_SGC[:NUM_QUERIES], v_SGC[:NUM_QUERIES]), document_ranges(*lengths)
+    options: dict[str, Any] = {"scale": SCALE, "impl": "sdpa"}
+    plain = trainable(tuple(tensor.clone() for tensor in inputs))
+    expected, expected_lse_TH = dense_attention_with_lse(*plain, *ranges, **options)
+    kept = KeptOutputs()
+    with torch.no_grad():
+        first_THC, _ = dense_attention_with_lse(*inputs, *ranges, kept=kept, **options)
+    kept.begin_second_call()
+    again = trainable(tuple(tensor.clone() for tensor in inputs))
+    out_THC, lse_TH = dense_attention_with_lse(*again, *ranges, kept=kept, **options)
+    if len(lengths) == 1:
+        assert out_THC.data_ptr() == first_THC.data_ptr(), "computed again"
+    assert torch.equal(out_THC, expected) and torch.equal(lse_TH, expected_lse_TH)
+    pairs = zip(gradients(out_THC, *again), gradients(expected, *plain), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs), "gradients"
+    with pytest.raises(IndexError):
+        dense_attention_with_lse(*again, *ranges, kept=kept, **options)
 
 
 def loop_lse(q_THC: Tensor, k_SGC: Tensor, ranges: tuple[Tensor, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.checkpoint.state import weight_state
 from megatron_keye.config import RunConfig
+from megatron_keye.config.fused_kernels import choose_fusions
 from megatron_keye.data.row import PackedRow
 from megatron_keye.model import KeyeModel, build_model
 from megatron_keye.observe.span import Span
@@ -183,7 +184,10 @@ def build_step(run: RunConfig) -> tuple[Grid, KeyeModel, JointOptimizer, Trainin
     seed_rank(run.training.seed, grid)
     device = torch.device("cpu" if run.device == "cpu" else torch.cuda.current_device())
     engine = run.training.linear_layers == "transformer_engine"
-    model = build_model(run, grid, device, uses_transformer_engine=engine)
+    fusions = choose_fusions(
+        run.training, has_gpu=device.type == "cuda", uses_transformer_engine=engine
+    )
+    model = build_model(run, grid, device, uses_transformer_engine=engine, fusions=fusions)
     optimizer = JointOptimizer(run, model, grid)
     step = TrainingStep(
         run,

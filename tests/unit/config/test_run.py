@@ -23,7 +23,7 @@ def test_overrides_reach_every_kind_of_field() -> None:
             "training.steps=9",
             "training.optimizer.learning_rate=1",
             "training.frozen=vision,projector",
-            "training.recompute_layers=true",
+            "training.recompute=full",
             "model.decoder.rope_sections=[4, 2, 2]",
             "data.samples=some file.jsonl",
             "name=7",
@@ -32,7 +32,7 @@ def test_overrides_reach_every_kind_of_field() -> None:
     assert run.training.steps == 9
     assert run.training.optimizer.learning_rate == 1.0
     assert run.training.frozen == ("vision", "projector")
-    assert run.training.recompute_layers is True
+    assert run.training.recompute == "full"
     assert run.model.decoder.rope_sections == (4, 2, 2)
     assert run.data.samples == "some file.jsonl"
     assert run.name == "7"
@@ -193,6 +193,14 @@ def test_former_names_of_settings_are_read() -> None:
     assert RunConfig.from_json(written) == run
     with pytest.raises(ValueError, match=r"is called parallel\.decoder\.virtual_stages now"):
         run.with_overrides(["parallel.decoder.chunks_per_stage=1"])
+
+
+@pytest.mark.parametrize(("former", "now"), [("true", "full"), ("false", "none")])
+def test_values_under_a_former_name_are_read(former: str, now: str) -> None:
+    run = tiny_run(training={"recompute": now})
+    written = run.to_json().replace(f'"recompute": "{now}"', f'"recompute_layers": {former}')
+    assert written != run.to_json()
+    assert RunConfig.from_json(written) == run
 
 
 def leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
