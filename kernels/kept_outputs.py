@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_keye.kernels.host_tensor import HostTensor
 
@@ -51,22 +50,3 @@ class KeptOutputs:
     def _kept(self, output: Any) -> Any:
         keeps_away = self._in_host_memory and isinstance(output, Tensor)
         return HostTensor(output) if keeps_away else output
-
-
-class KeepsOperator(TorchDispatchMode):
-    """Keeps the outputs of one of torch's own operators, below autograd, which so is as ever."""
-
-    def __init__(self, operator: Any, kept: KeptOutputs) -> None:
-        """Keep outputs of `operator`, as torch.ops has it, in `kept`, or take them from there."""
-        super().__init__()
-        self._operator, self._kept = operator, kept
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator; autograd itself calls others, to save tensors."""
-
-        def run() -> Any:
-            return func(*args, **(kwargs or {}))
-
-        if func.overloadpacket is not self._operator:
-            return run()
-        return self._kept.outputs_of(str(func), run)
