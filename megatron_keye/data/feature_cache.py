@@ -78,7 +78,8 @@ class FeatureCache:
         folder = self._array_folder(picture)
         kind = f"features of frame {picture.frame} of {picture.medium.path}"
         with reading(folder, kind, "remove the folder to encode them again"):
-            stored = np.asarray(zarr.open_array(folder, mode="r")[picture.frame])
+            # An array of zarr's format 2 may hold pickles, whose reading runs code.
+            stored = np.asarray(zarr.open_array(folder, mode="r", zarr_format=3)[picture.frame])
         expected = (picture.num_patches, self._width)
         assert stored.shape == expected, f"{folder}: got {stored.shape}, expected {expected}"
         return torch.from_numpy(stored).view(self._dtype)
@@ -92,7 +93,9 @@ class FeatureCache:
                 self._create(folder, picture)
         stored = features_PW.detach().to("cpu", self._dtype).contiguous().view(self._stored)
         # By default zarr writes no chunk of zeros alone, and `has` looks for the chunk's file.
-        array = zarr.open_array(folder, mode="r+", config={"write_empty_chunks": True})
+        array = zarr.open_array(
+            folder, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
+        )
         array[picture.frame] = stored.numpy()
 
     def _create(self, folder: Path, picture: Picture) -> None:
@@ -103,6 +106,7 @@ class FeatureCache:
                 num_frames = self._probe_video(path).num_frames
         zarr.create_array(
             folder,
+            zarr_format=3,
             shape=(num_frames, picture.num_patches, self._width),
             chunks=(1, picture.num_patches, self._width),
             dtype=str(self._stored).removeprefix("torch."),
