@@ -78,7 +78,7 @@ class FeatureCache:
         folder = self._array_folder(picture)
         kind = f"features of frame {picture.frame} of {picture.medium.path}"
         with reading(folder, kind, "remove the folder to encode them again"):
-            # An array of zarr's format 2 may hold pickles, whose reading runs code.
+            # Format 2 knows pickles, whose reading runs code unless zarr is new enough to refuse.
             stored = np.asarray(zarr.open_array(folder, mode="r", zarr_format=3)[picture.frame])
         expected = (picture.num_patches, self._width)
         assert stored.shape == expected, f"{folder}: got {stored.shape}, expected {expected}"
