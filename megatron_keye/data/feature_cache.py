@@ -25,6 +25,7 @@ from megatron_keye.data.remote.copies import NO_REMOTE, local_copy
 from megatron_keye.data.row import Picture
 from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.video_info import VideoInfo
+from megatron_keye.files.disk import writing
 
 FORMAT = "megatron_keye.features.1"
 _READ_BYTES = 16 * 2**20
@@ -85,18 +86,23 @@ class FeatureCache:
         return torch.from_numpy(stored).view(self._dtype)
 
     def write(self, picture: Picture, features_PW: Tensor) -> None:
-        """Store the features [P, W] of a picture."""
+        """Store the features [P, W] of a picture.
+
+        Raises:
+            DiskError: When the disk does not take them.
+        """
         folder = self._array_folder(picture)
-        if not (folder / "zarr.json").is_file():
-            # Another process may have created the same array since.
-            with suppress(ContainsArrayError):
-                self._create(folder, picture)
-        stored = features_PW.detach().to("cpu", self._dtype).contiguous().view(self._stored)
-        # By default zarr writes no chunk of zeros alone, and `has` looks for the chunk's file.
-        array = zarr.open_array(
-            folder, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
-        )
-        array[picture.frame] = stored.numpy()
+        with writing(folder, "cached features"):
+            if not (folder / "zarr.json").is_file():
+                # Another process may have created the same array since.
+                with suppress(ContainsArrayError):
+                    self._create(folder, picture)
+            stored = features_PW.detach().to("cpu", self._dtype).contiguous().view(self._stored)
+            # By default zarr writes no chunk of zeros alone, and `has` looks for the chunk's file.
+            array = zarr.open_array(
+                folder, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
+            )
+            array[picture.frame] = stored.numpy()
 
     def _create(self, folder: Path, picture: Picture) -> None:
         """Create the array for all frames of a file."""

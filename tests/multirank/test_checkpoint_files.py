@@ -1,9 +1,10 @@
-"""A checkpoint whose files would run code is refused by name, or they are not read at all."""
+"""Files of a checkpoint that would run code are refused by name, or are not read at all."""
 
 import os
 import pickle
 import shutil
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_keye.checkpoint.convert.convert import Options, native_to_hf
+from megatron_keye.checkpoint.convert.native_folder import NativeFolder
 from megatron_keye.checkpoint.progress import PROGRESS
 from megatron_keye.checkpoint.safe_metadata import METADATA, read_metadata
 from megatron_keye.checkpoint.training_checkpoint import load, load_weights
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
+from megatron_keye.estimate.disk_room import saved_bytes
 from tests.support.attack import Attack, pickled, saved
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import mixed_rows, tiny_run
@@ -139,6 +142,13 @@ def _load_each(run_json: str, folders: list[Path]) -> list[tuple[str, str]]:
         said.append((answers[0], answers[1]))
     let_go(model)
     return said
+
+
+def test_a_checkpoint_takes_what_is_asked_of_the_disk(checkpoint: Path) -> None:
+    tensors = NativeFolder(checkpoint, has_optimizer=True).tensors
+    sizes = {key: prod(each.shape) * each.dtype.itemsize for key, each in tensors.items()}
+    weights = sum(size for key, size in sizes.items() if not key.startswith("optimizer."))
+    assert saved_bytes(RUN) == (weights, sum(sizes.values()))
 
 
 def test_an_attack_would_work(tmp_path: Path) -> None:
