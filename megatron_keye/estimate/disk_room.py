@@ -4,8 +4,9 @@ A disk that is full after hours loses the steps since the last checkpoint.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
-from megatron_keye.checkpoint.folders import step_of
+from megatron_keye.checkpoint.folders import is_inside, step_of
 from megatron_keye.config.parallel import ParallelConfig
 from megatron_keye.config.run import RunConfig
 from megatron_keye.estimate.memory import state_bytes
@@ -23,8 +24,9 @@ def check_room(run: RunConfig) -> None:
         run: The run; what it has saved already, and will remove, counts as room. Where epochs
             decide the number of steps, one checkpoint and one export are expected at least.
     """
-    saved = sorted(run.folder.glob("checkpoints/step-????????"))
-    continues = run.training.checkpoint.resume != "none"
+    saved = sorted(run.folder.glob(f"checkpoints/step-{'[0-9]' * 8}"))
+    resume = run.training.checkpoint.resume
+    continues = resume == "auto" or (resume != "none" and is_inside(Path(resume), run.folder))
     if continues and saved and 0 < run.training.steps <= step_of(saved[-1]):
         return  # It has ended, and writes nothing.
     weights, checkpoint = saved_bytes(run)
