@@ -86,7 +86,8 @@ def _fill_share(export: HfExport, rank: int, num_ranks: int) -> None:
 
 
 def _finish(export: HfExport, run: RunConfig) -> None:
-    export.finish()
+    with export.folder.filling():
+        export.finish()
     keep = run.training.checkpoint.keep_exports
     done = sorted(path for path in export.folder.folder.parent.glob("step-*") if path.is_dir())
     for old in done[:-keep] if keep else []:

@@ -5,18 +5,14 @@ run never leaves one that looks complete. Format: Megatron-Core's torch_dist.
 """
 
 import math
-import random
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_keye.checkpoint.adapters import (
     check_adapters,
@@ -35,6 +31,9 @@ from megatron_keye.checkpoint.optimizer_state import (
     set_optimizer_steps,
     wanted_optimizer,
 )
+from megatron_keye.checkpoint.progress import PROGRESS, progress_text, read_progress
+from megatron_keye.checkpoint.random_state import random_state, restore_random
+from megatron_keye.checkpoint.sharded_load import load_sharded
 from megatron_keye.checkpoint.state import copy_loaded, data_of, weight_state
 from megatron_keye.config.check import check
 from megatron_keye.config.lora import is_adapter
@@ -97,13 +96,13 @@ def save(
     state = {
         "weights": weights,
         "optimizer": saved_optimizer(optimizer, weights),
-        "random": _random_state(grid),
-        "progress": {**asdict(progress), "parallel": run.parallel.describe()},
+        "random": _random_object(grid, random_state()),
     }
     dist_checkpointing.save(state, str(partial))
     dist.barrier()
     if grid.rank == 0:
         (partial / "run.json").write_text(run.to_json())
+        (partial / PROGRESS).write_text(progress_text(asdict(progress), run))
         history = [*progress.earlier, past_run(run, progress.step)]
         (partial / HISTORY).write_text(text_of(history))
         carry_on(run.folder, partial)
@@ -135,26 +134,24 @@ def load(
         Progress of the saved run.
 
     Raises:
-        UserError: When the run's settings do not allow to continue it, on all ranks.
+        UserError: When the run's settings do not allow to continue it, on all ranks, or a file is
+            damaged or could run code.
     """
     check_continues(folder, run)
-    common = dist_checkpointing.load_common_state_dict(str(folder))
-    saved = common["progress"]
+    saved, saved_grid = read_progress(folder)
+    source = NativeFolder(folder, has_optimizer=True)
     weights = weight_state(model, grid)
     wanted = wanted_optimizer(optimizer, weights)
     state: dict[str, Any] = {"weights": weights, "optimizer": wanted.state}
     targets = {name: data_of(part) for name, part in state.items()}
-    keeps_random = saved["parallel"] == run.parallel.describe()
-    if keeps_random:
-        state["random"] = _random_state(grid)
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded = load_sharded(state, source)
     for name, part in targets.items():
         # A rank without trainable weights has no optimizer, and Megatron drops empty parts.
         copy_loaded(loaded.get(name, {}), part)
     wanted.copy_parts()
     set_optimizer_steps(optimizer, saved["updates"])
-    if keeps_random:
-        _restore_random(loaded["random"])
+    if saved_grid == run.parallel.describe():
+        restore_random(source.read_object(_random_object(grid, {}).unique_key))
     # What an earlier version did not save is as at the beginning.
     known = {f.name: saved[f.name] for f in fields(Progress) if f.name in saved}
     return Progress(**known)
@@ -188,36 +185,21 @@ def load_weights(
         f"a checkpoint outside of {run.folder}, which is set aside when this run begins; give the "
         "run another name",
     )
-    shapes = {key: tensor.shape for key, tensor in NativeFolder(folder).tensors.items()}
+    source = NativeFolder(folder)
+    shapes = {key: tensor.shape for key, tensor in source.tensors.items()}
     check_adapters(folder, shapes, run)
     check_shapes(shapes, shapes_with_adapters(run, shapes), where=str(folder))
     weights = weight_state(model, grid)
     targets = data_of(weights)
     if not holds_adapters(shapes):
         targets = {name: data for name, data in targets.items() if not is_adapter(name)}
-    # Without the extra states of linears, which training does not read.
     wanted = {name: weights[name] for name in targets}
-    loaded = dist_checkpointing.load({"weights": wanted}, str(folder))
-    copy_loaded(loaded["weights"], targets)
+    loaded = load_sharded({"weights": wanted}, source)
+    copy_loaded(loaded.get("weights", {}), targets)
     copy_to_masters(optimizer)
     set_optimizer_steps(optimizer, 0)
 
 
-def _random_state(grid: Grid) -> ShardedObject:
-    """Return the states of this rank's generators, which differ between ranks."""
-    state = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
+def _random_object(grid: Grid, state: dict[str, Any]) -> ShardedObject:
+    """Return this rank's generators, which differ between ranks, as a part of the checkpoint."""
     return ShardedObject("random", state, (grid.parallel.num_ranks,), (grid.rank,))
-
-
-def _restore_random(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])

@@ -22,6 +22,7 @@ from megatron_keye.cli.arguments import add_count, add_recipe, chosen_run, make_
 from megatron_keye.cli.noise import quieten_libraries
 from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.config import RunConfig
+from megatron_keye.files.disk import writing
 
 if TYPE_CHECKING:
     from megatron_keye.observe.timeline import Timeline
@@ -68,8 +69,10 @@ def record(options: argparse.Namespace, run: RunConfig) -> int:
     steps = read_steps(options.timeline / run.name)
     last = max(steps)
     title = f"{run.name}, step {last}: {run.parallel.describe()}"
-    (options.timeline / "timeline.svg").write_text(gantt.draw(steps[last].spans, title))
-    (options.timeline / "timeline.json").write_text(json.dumps(chrome_trace(steps)))
+    drawing, trace = gantt.draw(steps[last].spans, title), json.dumps(chrome_trace(steps))
+    with writing(options.timeline, "the timeline"):
+        (options.timeline / "timeline.svg").write_text(drawing)
+        (options.timeline / "timeline.json").write_text(trace)
     sys.stdout.write(describe(steps, run))
     return 0
 

@@ -18,10 +18,13 @@ from megatron_keye.cli.noise import quieten_libraries
 from megatron_keye.cli.status import FAILED, LOST_PEERS, STOPPED, USER_ERROR, report_error
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
+from megatron_keye.estimate.disk_room import check_room
+from megatron_keye.files.disk import writing
 
 if TYPE_CHECKING:
     from megatron_keye.parallel.process import Process
 
+_GO_ON = ", then go on with --resume auto"
 SECONDS_FOR_RANK_0 = 60.0
 """Other ranks wait this long for it to report wrong settings; a launcher ends them before."""
 SECONDS_FOR_THE_FIRST = 3.0
@@ -47,6 +50,8 @@ def run_rank(options: argparse.Namespace) -> int:
             sys.stdout.write(run.to_json() if rank == 0 else "")
             return 0
         run.check_num_ranks(num_ranks)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # A machine's ranks would all find the same.
+            check_room(run)
     except UserError as error:
         if rank == 0:
             return report_error(error)
@@ -116,8 +121,9 @@ def train(run: RunConfig, process: "Process") -> bool:
     has_gpu = process.device.type == "cuda"
     engine = uses_transformer_engine(run.training.linear_layers, has_gpu=has_gpu)
     fusions = choose_fusions(run.training, has_gpu=has_gpu, uses_transformer_engine=engine)
-    trainer = Trainer(run, process, uses_transformer_engine=engine, fusions=fusions)
-    trainer.train()
+    with writing(run.folder, "the run's files", then=_GO_ON):
+        trainer = Trainer(run, process, uses_transformer_engine=engine, fusions=fusions)
+        trainer.train()
     return not trainer.was_stopped
 
 

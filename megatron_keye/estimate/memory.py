@@ -67,7 +67,7 @@ def decoder_memory(
         num_patches: Patches of a row's pictures.
     """
     degrees, training, decoder = run.parallel.decoder, run.training, run.model.decoder
-    states = _states(run, held)
+    states = state_bytes(run, held)
     num_tokens = run.data.row_tokens / degrees.context / degrees.tensor
     kept, again = _kept_and_recomputed(run)
     activations = _layers_in_flight(run, stage) * kept * num_tokens
@@ -99,7 +99,7 @@ def vision_memory(run: RunConfig, held: Sequence[Parameters], *, num_patches: in
     features = _feature_bytes(run, num_patches)
     workspace = 2 * run.model.vision.intermediate_size * run.parallel.vision.chunk_patches
     return Memory(
-        **_states(run, held),
+        **state_bytes(run, held),
         activations=_chunk_bytes(run),
         features=features,
         workspace=workspace * _BYTES[run.training.precision],
@@ -227,8 +227,13 @@ def _feature_bytes(run: RunConfig, num_patches: float) -> float:
     return float(tokens * run.model.decoder.hidden_size * _BYTES[run.training.precision])
 
 
-def _states(run: RunConfig, held: Sequence[Parameters]) -> dict[str, float]:
-    """Return the bytes of weights, gradients and optimizer."""
+def state_bytes(run: RunConfig, held: Sequence[Parameters]) -> dict[str, float]:
+    """Return the bytes of weights, gradients and optimizer on one rank.
+
+    Args:
+        run: Precision, degrees and what learns.
+        held: Parameters on the rank.
+    """
     size, is_bf16 = _BYTES[run.training.precision], run.training.precision == "bf16"
     is_trained = run.training.is_trained
     trained = [each for each in held if is_trained(each.part, is_adapter=each.is_adapter)]

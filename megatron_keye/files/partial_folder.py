@@ -1,18 +1,20 @@
 """A folder under construction: DIR.partial, resumed after a kill, renamed when it is complete.
 
 Each finished file leaves a record, by which a resumed run skips it. A file gets its name only
-when it is complete.
+when it is complete. When the disk is full, nothing stays that would keep it full.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_keye.errors import UserError
+from megatron_keye.files.disk import making, writing
 
 _PROGRESS = ".progress"
 _FINGERPRINT = "fingerprint"
@@ -30,6 +32,7 @@ class PartialFolder:
 
         Raises:
             UserError: When the folder exists already.
+            DiskError: When the disk does not take it.
         """
         if folder.exists():
             raise UserError(
@@ -41,10 +44,23 @@ class PartialFolder:
         self._records = self.path / _PROGRESS
         digest = hashlib.sha256(fingerprint.encode()).hexdigest()
         mark = self._records / _FINGERPRINT
-        if not (mark.is_file() and mark.read_text() == digest):
-            shutil.rmtree(self.path, ignore_errors=True)
-            self._records.mkdir(parents=True)
-            mark.write_text(digest)
+        with self.filling():
+            if not (mark.is_file() and mark.read_text() == digest):
+                shutil.rmtree(self.path, ignore_errors=True)
+                self._records.mkdir(parents=True)
+                mark.write_text(digest)
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Remove everything when the disk refuses what is written in the `with` block.
+
+        For the process that made the folder, around all that fills it.
+
+        Raises:
+            DiskError: For an error of the disk.
+        """
+        with making(self.path, str(self.folder)):
+            yield
 
     def record(self, name: str) -> Any:
         """Return the record of a finished file; None while it is not finished."""
@@ -61,17 +77,24 @@ class PartialFolder:
         Args:
             name: Name of the file.
             fill: Writes the content and returns the record, ready for JSON.
+
+        Raises:
+            DiskError: When the disk does not take it; other files of the folder stay.
         """
         # The process id avoids a clash with a worker that outlived a killed run.
         temporary = self._records / f"{name}.{os.getpid()}"
-        with temporary.open("wb") as stream:
-            record = fill(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.path / name)
-        recorded = temporary.with_suffix(".json")
-        recorded.write_text(json.dumps(record))
-        recorded.replace(self._records / name)
+        with writing(self.path, str(self.folder)):
+            with temporary.open("wb") as stream:
+                record = fill(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(self.path / name)
+            recorded = temporary.with_suffix(".json")
+            with recorded.open("w") as stream:
+                stream.write(json.dumps(record))
+                stream.flush()
+                os.fsync(stream.fileno())
+            recorded.replace(self._records / name)
 
     def finish(self) -> None:
         """Give the folder its final name."""

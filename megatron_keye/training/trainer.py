@@ -6,11 +6,12 @@ from typing import Any
 
 from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.checkpoint.export import export_checkpoint, take_carried_files
-from megatron_keye.checkpoint.folders import find_checkpoint, set_aside
+from megatron_keye.checkpoint.folders import checkpoint_folder, find_checkpoint, set_aside
 from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.errors import UserError
+from megatron_keye.files.disk import making
 from megatron_keye.model import build_model
 from megatron_keye.observe.timeline import write_step
 from megatron_keye.optim.optimizer import JointOptimizer
@@ -287,7 +288,9 @@ class Trainer:
                 _logger.warning("sample skipped: %s", reason)
 
     def _save(self) -> Path:
-        with self._clock.part("save"), hidden_from_children():
+        partial = checkpoint_folder(self._run, self._progress.step).with_suffix(".partial")
+        begun = making(partial, "a checkpoint", then=", then go on with --resume auto")
+        with self._clock.part("save"), hidden_from_children(), begun:
             return training_checkpoint.save(
                 self._run, self._model, self._optimizer, self._grid, self._progress
             )

@@ -78,7 +78,7 @@ def test_transformers_reads_an_export(
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", modules)
     config = transformers.AutoConfig.from_pretrained(exported.out, trust_remote_code=True)
     assert type(config).__name__ == "KeyeVL2Config" and config.hidden_size == 32
-    tokenizer = transformers.AutoTokenizer.from_pretrained(exported.out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported.out, trust_remote_code=False)
     chat = [{"role": "user", "content": "What is it?"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"

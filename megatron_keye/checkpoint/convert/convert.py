@@ -78,14 +78,15 @@ def write_native(
     files = find_files(*carried_from)
     settings = [run.to_json(), maker.layout, str(maker.dtype), str(maker.checks_finite)]
     folder = PartialFolder(out, fingerprint(settings, [*sources, *files.values()]))
-    _fill(maker, folder, options)
-    records = {name: folder.record(name) for name in maker.file_sizes()}
-    maker.finish(folder.path, records)
-    (folder.path / CARRIED).mkdir(exist_ok=True)
-    copy_files(files, folder.path / CARRIED)
-    for name, text in {**(notes or {}), "run.json": run.to_json()}.items():
-        (folder.path / name).write_text(text)
-    folder.finish()
+    with folder.filling():
+        _fill(maker, folder, options)
+        records = {name: folder.record(name) for name in maker.file_sizes()}
+        maker.finish(folder.path, records)
+        (folder.path / CARRIED).mkdir(exist_ok=True)
+        copy_files(files, folder.path / CARRIED)
+        for name, text in {**(notes or {}), "run.json": run.to_json()}.items():
+            (folder.path / name).write_text(text)
+        folder.finish()
 
 
 def native_to_hf(
@@ -123,8 +124,9 @@ def native_to_hf(
         files_from=files_from,
         needs_all_files=needs_all_files,
     )
-    _fill(export.maker, export.folder, options)
-    export.finish()
+    with export.folder.filling():
+        _fill(export.maker, export.folder, options)
+        export.finish()
 
 
 def _fill(maker: NativeMaker | HfMaker, folder: PartialFolder, options: Options) -> None:

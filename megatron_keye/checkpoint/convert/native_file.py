@@ -4,7 +4,6 @@ Each file is written on its own and leaves a list of its shards; .metadata, whic
 a checkpoint, lists them all. It is a pickle of torch's private metadata, `_StorageInfo`.
 """
 
-import io
 import json
 import pickle
 from collections.abc import Iterable, Mapping
@@ -73,7 +72,6 @@ def write_metadata(
     files: Mapping[str, Iterable[WrittenShard]],
     shapes: Mapping[str, Shape],
     dtype: torch.dtype,
-    extra_states: Iterable[str],
 ) -> None:
     """Write .metadata and metadata.json, which make finished files a checkpoint.
 
@@ -82,7 +80,6 @@ def write_metadata(
         files: Shards by file name.
         shapes: Whole shape of each tensor.
         dtype: Type of all tensors.
-        extra_states: Names of the empty objects that linears keep.
     """
     entries: dict[str, Any] = {
         key: TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), [])
@@ -95,9 +92,8 @@ def write_metadata(
             entries[shard.key].chunks.append(chunk)
             index = MetadataIndex(shard.key, shard.offset)
             storage[index] = _StorageInfo(name, shard.start, shard.size_bytes)
-    for key, info in _write_objects(folder, extra_states).items():
-        entries[key] = BytesStorageMetadata()
-        storage[MetadataIndex(key)] = info
+    entries[_COMMON] = BytesStorageMetadata()
+    storage[MetadataIndex(_COMMON)] = _write_common(folder)
     metadata = Metadata(
         entries,
         storage_data=storage,
@@ -110,17 +106,8 @@ def write_metadata(
     (folder / "metadata.json").write_text(json.dumps(config))
 
 
-def _write_objects(folder: Path, extra_states: Iterable[str]) -> dict[str, _StorageInfo]:
-    """Write Megatron's common state and one empty object that all linears share."""
-    storage: dict[str, _StorageInfo] = {}
+def _write_common(folder: Path) -> _StorageInfo:
+    """Write the common state, which Megatron's own loading asks for."""
     with (folder / _OBJECTS).open("wb") as file:
-        common = _saved([{"converted": True}])
-        storage[_COMMON] = _StorageInfo(_OBJECTS, file.tell(), file.write(common))
-        empty = _StorageInfo(_OBJECTS, file.tell(), file.write(_saved([None])))
-    return storage | dict.fromkeys(extra_states, empty)
-
-
-def _saved(value: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+        torch.save([{"converted": True}], file)
+        return _StorageInfo(_OBJECTS, 0, file.tell())

@@ -64,9 +64,7 @@ class NativeMaker:
             records: What `fill` returned, by file.
         """
         files = {name: [_written(shard) for shard in record] for name, record in records.items()}
-        mappings = weight_mappings(self.model, self.layout)
-        extra_states = [mapping.extra_state for mapping in mappings if mapping.extra_state]
-        write_metadata(folder, files, native_shapes(self.model), self.dtype, extra_states)
+        write_metadata(folder, files, native_shapes(self.model), self.dtype)
 
     def _write(self, mapping: WeightMapping, stream: BinaryIO) -> Iterator[WrittenShard]:
         parts = [self._read(part.name, part.index) for part in mapping.parts]

@@ -87,15 +87,16 @@ def native_to_peft(
     dtype = check_types(types, where=str(native), wanted=dtype)
     exported = list(_exported(run, source, layout))
     folder = PartialFolder(out, f"{native.resolve()} {dtype} {layout} {run.to_json()}")
-    try:
-        folder.write(
-            ADAPTER, lambda stream: _write(stream, exported, source, dtype, checks_finite)
-        )
-    except UserError:
-        folder.discard()
-        raise
-    (folder.path / ADAPTER_CONFIG).write_text(json.dumps(_config(run), indent=2) + "\n")
-    folder.finish()
+    with folder.filling():
+        try:
+            folder.write(
+                ADAPTER, lambda stream: _write(stream, exported, source, dtype, checks_finite)
+            )
+        except UserError:
+            folder.discard()
+            raise
+        (folder.path / ADAPTER_CONFIG).write_text(json.dumps(_config(run), indent=2) + "\n")
+        folder.finish()
 
 
 def _check_exportable(native: Path, names: Any, run: RunConfig, layout: ExpertLayout) -> None:

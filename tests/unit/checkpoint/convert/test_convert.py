@@ -18,6 +18,8 @@ from megatron_keye.checkpoint.convert.convert import Options, hf_to_native, nati
 from megatron_keye.checkpoint.convert.synthetic import write_synthetic
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout
 from megatron_keye.checkpoint.hf.safetensors_index import INDEX, open_folder
+from megatron_keye.files.disk import DiskError
+from tests.support.small_disk import small_disk
 from tests.support.tiny import tiny_model, tiny_run
 
 ROOT = Path(__file__).parents[3]
@@ -197,6 +199,22 @@ def test_a_damaged_native_checkpoint_is_refused(victim: str, hf: Path, tmp_path:
     with pytest.raises(ValueError, match=r"expected .*(cut short|run\.json|--native)"):
         native_to_hf(native, tmp_path / "back", Options())
     assert not (tmp_path / "back.partial").exists() and not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("direction", ["to native", "to hf"])
+def test_a_disk_that_does_not_take_a_checkpoint_keeps_nothing_of_it(
+    direction: str, hf: Path, tmp_path: Path
+) -> None:
+    if direction == "to hf":
+        hf_to_native(hf, tmp_path / "native", RUN, Options())
+    with small_disk(tmp_path / "disk", 1) as disk:
+        (disk / "filler").write_bytes(bytes(2**20 - 256 * 2**10))
+        with pytest.raises(DiskError, match=r"out.*: got no space left on the device"):
+            if direction == "to hf":
+                native_to_hf(tmp_path / "native", disk / "out", Options())
+            else:
+                hf_to_native(hf, disk / "out", RUN, Options())
+        assert [file.name for file in disk.iterdir()] == ["filler"]
 
 
 KILLED = """
