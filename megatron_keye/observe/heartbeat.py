@@ -105,13 +105,12 @@ class Heartbeat:
 
     def where(self) -> str:
         """Return step and phase in words."""
-        step = f"step {self.step}" if self.step else "before the first step"
-        work = f"{self.phase} {self.detail}".rstrip()
-        # The detail of a wait is the exchange.
-        waiting = (
-            f", waiting for {self.exchange}" if self.exchange not in ("", self.detail) else ""
-        )
-        return f"{step}, {work}{waiting}"
+        parts = [f"step {self.step}" if self.step else "before the first step"]
+        if self.phase not in ("step", "wait"):
+            parts.append(f"{self.phase} {self.detail}".rstrip())
+        if self.exchange:
+            parts.append(f"waiting for {self.exchange}")
+        return ", ".join(parts)
 
     def how_to_go_on(self) -> str:
         """Return how a user continues the run, by the checkpoints in its folder."""

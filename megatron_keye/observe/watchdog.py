@@ -13,7 +13,6 @@ which needs no interpreter, writes the stack to standard error and ends the proc
 
 import faulthandler
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -69,7 +68,7 @@ class Watchdog:
         roles: Sequence[str],
         limit_seconds: float,
         folder: Path,
-        tell: Callable[[str], None],
+        tell: Callable[[str], object],
         end: Callable[[], None],
         find_error: Callable[[], str] = lambda: "",
         end_failed: Callable[[str], None] = lambda error: None,
@@ -186,7 +185,7 @@ class Watchdog:
             if math.isfinite(self._limit):
                 # One limit behind that of the slowest phase, where other ranks would judge.
                 seconds = (SLOW_FACTOR + 1) * self._limit
-                faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+                faulthandler.dump_traceback_later(seconds, exit=True, file=2)
             began = time.monotonic()
             if self._closed.wait(self._beat):
                 return
@@ -213,7 +212,7 @@ class Watchdog:
     def _end_hung(self, peers: list[Peer]) -> None:
         """Write stacks, report if no other rank does, and end the process."""
         self.is_ending = True
-        folder = self._folder / f"step-{self._own.step}"
+        folder = self._folder / f"step-{max(peer.heartbeat.step for peer in peers)}"
         _within(_SECONDS_TO_WRITE, lambda: self._write_stacks(folder))
         is_first = _within(_SECONDS_TO_CLAIM, self._board.claim_report)
         if is_first is None:

@@ -1,9 +1,9 @@
 """The heartbeats of all ranks in the job's key-value store."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from megatron_keye.parallel.process import Process
 
@@ -20,7 +20,9 @@ class HeartbeatBoard:
         Args:
             process: This rank.
         """
-        self._process, self._store = process, process.store.clone()
+        self._process = process
+        # Of every kind of store, but not in torch's types.
+        self._store: Store = cast(Any, process.store).clone()
         self._beats = PrefixStore("heartbeats", self._store)
 
     def post(self, text: str) -> None:
@@ -30,11 +32,11 @@ class HeartbeatBoard:
     def read(self) -> Sequence[bytes]:
         """Return the heartbeats of all ranks, by rank, once all have left one."""
         ranks = [str(rank) for rank in range(self._process.num_ranks)]
-        return cast(list[bytes], self._beats.multi_get(ranks))
+        return self._beats.multi_get(ranks)
 
     def read_host(self) -> bytes:
         """Return the heartbeat of rank 0, which hosts the store."""
-        return cast(bytes, self._beats.get("0"))
+        return self._beats.get("0")
 
     def is_reported(self) -> bool:
         """Return whether a rank has claimed to report why the run ends."""

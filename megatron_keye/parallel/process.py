@@ -102,7 +102,9 @@ def exchange_timeout(hang_minutes: float) -> timedelta:
 
 def group_timeout() -> timedelta:
     """Return how long exchanges of the group of all ranks wait, and so those of every group."""
-    backend = dist.group.WORLD._get_backend(torch.device(_device_type()))
+    everyone = dist.group.WORLD
+    assert everyone is not None, "the ranks have joined"
+    backend = everyone._get_backend(torch.device(_device_type()))
     timeout: timedelta = backend.options._timeout
     return timeout
 
