@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -63,16 +62,13 @@ def test_memory_is_shared_by_all_ranks_and_leaves_nothing() -> None:
             assert leave is not None
             leave(Heartbeat(rank=rank, phase="a long phase"))
             leave(Heartbeat(rank=rank, phase="save"))
-        assert [(beat.rank, beat.phase) for beat in read_heartbeats()] == [
-            (0, "save"),
-            (2, "save"),
-        ]
+        left = [(beat.rank, beat.phase) for beat in read_heartbeats()]
+        assert left == [(0, "save"), (2, "save")]
         code = "from megatron_keye.cli.shared_heartbeats import *; print(len(read_heartbeats()))"
         assert subprocess.check_output([sys.executable, "-c", code], text=True) == "2\n"
     assert open_slot(0) is None
-    left = set(os.listdir("/proc/self/fd")) - before
-    assert len(left) <= 3, "the slots that this process opened as a rank, until it ends"
-    assert not list(Path("/tmp").glob("*heartbeats*"))
+    opened = set(os.listdir("/proc/self/fd")) - before
+    assert len(opened) <= 2, "the slots that this process opened as a rank, until it ends"
 
 
 def test_a_rank_that_ended_by_itself_has_told_why() -> None:
