@@ -109,14 +109,19 @@ def join_and_train(run: RunConfig, heartbeat: Heartbeat, num_ranks: int) -> int:
         return report_error(error)  # on each rank, since machines may differ in their devices
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends waiting for peers, unlike a handler
     heartbeat.note("join")
-    process = join(
-        device,
-        rank=heartbeat.rank,
-        num_ranks=num_ranks,
-        init_method=init_method(num_ranks),
-        timeout=exchange_timeout(run.training.hang_minutes),
-        heartbeat=heartbeat,
-    )
+    try:
+        process = join(
+            device,
+            rank=heartbeat.rank,
+            num_ranks=num_ranks,
+            init_method=init_method(num_ranks),
+            timeout=exchange_timeout(run.training.hang_minutes),
+            heartbeat=heartbeat,
+        )
+    except torch.distributed.DistError as error:
+        reason = str(error).partition("\n")[0]
+        sys.stderr.write(f"error: {heartbeat.who()} cannot join the other ranks: {reason}\n")
+        return LOST_PEERS
     watchdog = watch(run, process)
     try:
         is_finished = train(run, process)

@@ -31,7 +31,7 @@ def shared_heartbeats() -> Iterator[None]:
 
 def has_launcher() -> bool:
     """Return whether a launcher reads this rank's heartbeats, and tells how ranks ended."""
-    return _VARIABLE in os.environ
+    return os.path.exists(os.environ.get(_VARIABLE, ""))
 
 
 def open_slot(rank: int) -> Callable[[Heartbeat], None] | None:
@@ -75,6 +75,7 @@ def describe_end(pid: int, number: int) -> str:
     ended = f"process {pid} was ended by signal {number}"
     if beat is None:
         return ended
-    name = signal.Signals(number).name
+    # Those of real time have no names.
+    name = next((each.name for each in signal.Signals if each == number), "no name")
     memory = ", as the kernel does where memory runs out" if number == signal.SIGKILL else ""
     return f"{ended} ({name}{memory}): {beat.who()}: {beat.where()}; {beat.how_to_go_on()}"

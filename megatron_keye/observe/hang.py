@@ -8,7 +8,7 @@ from typing import Literal
 from megatron_keye.observe.heartbeat import Heartbeat
 
 SLOW_FACTOR = 3
-"""A first step and a slow phase (`SLOW_PHASES`) may show no progress for this many limits."""
+"""A first step and slow work (`SLOW_WORK`) may show no progress for this many limits."""
 
 ProcessState = Literal["running", "stopped", "gone", "elsewhere"]
 """Of a process as this machine sees it; elsewhere: it is not of this machine."""

@@ -1,6 +1,6 @@
 """What a rank does at this moment, for those who ask when it hangs or has ended. Without torch.
 
-Its main thread writes it at each change of phase, which costs microseconds; the watchdog sends it
+Its main thread writes it at each change of work, which costs microseconds; the watchdog sends it
 to the other ranks, and the launcher of one machine reads it from memory that both share.
 """
 
@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-SLOW_PHASES = frozenset(
+SLOW_WORK = frozenset(
     {"start", "build", "load", "data_wait", "decode", "save", "export", "validation"}
 )
-"""Phases that show no progress for long although they are well: a large file takes its time."""
+"""Work that shows no progress for long although it is well: a large file takes its time."""
 
 
 @dataclass(kw_only=True)
@@ -39,7 +39,7 @@ class Heartbeat:
     """Step that it is in, from 1; 0 before the first."""
     is_first_step: bool = True
     """Whether this process has finished no step, so that kernels are still compiled."""
-    phase: str = "start"
+    work: str = "start"
     """Kind of work: a part of the run (`StepClock`), or of a step (`SpanName`)."""
     detail: str = ""
     """The chunk or micro-batch that it is on."""
@@ -57,24 +57,24 @@ class Heartbeat:
     """Called at each change; must be quick and not fail. Not sent."""
 
     @contextmanager
-    def doing(self, phase: str, detail: str = "", exchange: str = "") -> Iterator[None]:
+    def doing(self, work: str, detail: str = "", exchange: str = "") -> Iterator[None]:
         """Note what happens inside the context, and afterwards what happened before.
 
         An error leaves the note as it is, so that it can be told where the error came.
 
         Args:
-            phase: Kind of work.
+            work: Kind of work.
             detail: What it is on.
             exchange: The exchange that it waits for, if that is all it does.
         """
-        before = self.phase, self.detail, self.exchange
-        self.note(phase, detail, exchange)
+        before = self.work, self.detail, self.exchange
+        self.note(work, detail, exchange)
         yield
         self.note(*before)
 
-    def note(self, phase: str, detail: str = "", exchange: str = "") -> None:
+    def note(self, work: str, detail: str = "", exchange: str = "") -> None:
         """Note what happens from now on, which is progress."""
-        self.phase, self.detail, self.exchange = phase, detail, exchange
+        self.work, self.detail, self.exchange = work, detail, exchange
         self.mark()
 
     def begin_step(self, step: int) -> None:
@@ -96,7 +96,7 @@ class Heartbeat:
     @property
     def is_slow(self) -> bool:
         """Whether what it does may take long without a sign of progress."""
-        return self.is_first_step or self.phase in SLOW_PHASES
+        return self.is_first_step or self.work in SLOW_WORK
 
     def who(self) -> str:
         """Return rank, role and machine in words."""
@@ -104,10 +104,10 @@ class Heartbeat:
         return f"rank {self.rank}{role} on {self.host or 'an unknown machine'}"
 
     def where(self) -> str:
-        """Return step and phase in words."""
+        """Return step and work in words."""
         parts = [f"step {self.step}" if self.step else "before the first step"]
-        if self.phase not in ("step", "wait"):
-            parts.append(f"{self.phase} {self.detail}".rstrip())
+        if self.work not in ("step", "wait"):
+            parts.append(f"{self.work} {self.detail}".rstrip())
         if self.exchange:
             parts.append(f"waiting for {self.exchange}")
         return ", ".join(parts)

@@ -46,7 +46,7 @@ class Recorder:
     def exchange(self, label: str) -> Iterator[None]:
         """Tell the heartbeat, inside the context, of an exchange that is no span of its own."""
         beat = self._heartbeat
-        with beat.doing(beat.phase, beat.detail, exchange=label):
+        with beat.doing(beat.work, beat.detail, exchange=label):
             yield
 
     def begin(self) -> Mark:
@@ -66,7 +66,7 @@ class Recorder:
         beat = self._heartbeat
 
         def begin(gradient: Tensor) -> None:
-            start, before = self.begin(), (beat.phase, beat.detail, beat.exchange)
+            start, before = self.begin(), (beat.work, beat.detail, beat.exchange)
             beat.note("backward", label)
 
             def end() -> None:

@@ -183,7 +183,7 @@ class Watchdog:
         """Judge what is known until the run fails or hangs; a thread's whole life."""
         while True:
             if math.isfinite(self._limit):
-                # One limit behind that of the slowest phase, where other ranks would judge.
+                # One limit behind that of the slowest work, where other ranks would judge.
                 seconds = (SLOW_FACTOR + 1) * self._limit
                 faulthandler.dump_traceback_later(seconds, exit=True, file=2)
             began = time.monotonic()

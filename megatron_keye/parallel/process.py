@@ -90,7 +90,7 @@ def exchange_timeout(hang_minutes: float) -> timedelta:
     """Return how long an exchange waits for a rank before it fails.
 
     The watchdog, which knows whether any rank progresses, judges before: after `hang_minutes`, or
-    `SLOW_FACTOR` times as many in phases that may be slow. An exchange that failed by then would
+    `SLOW_FACTOR` times as many in work that may be slow. An exchange that failed by then would
     end ranks that wait for one which is well.
 
     Args:

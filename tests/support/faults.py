@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -36,7 +37,11 @@ if os.environ.get("RANK") == "{rank}":
 
 
 def start(
-    folder: Path, *changes: str, device: str = "cpu", **environment: str
+    folder: Path,
+    *changes: str,
+    device: str = "cpu",
+    errors: int | TextIO = subprocess.PIPE,
+    **environment: str,
 ) -> subprocess.Popen[str]:
     """Start a decoder rank and a vision rank for a long run.
 
@@ -44,6 +49,7 @@ def start(
         folder: Where it writes to.
         changes: Settings to change.
         device: "cpu" for gloo, "cuda" for NCCL.
+        errors: Where its errors go.
         environment: Variables of the ranks.
     """
     settings = [f"output_dir={folder}", f"device={device}", "training.steps=1000", *changes]
@@ -53,7 +59,7 @@ def start(
         command,
         env=os.environ | {"PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"} | environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=errors,
         text=True,
     )
 
@@ -62,16 +68,25 @@ def start(
 def training(
     folder: Path, *changes: str, device: str, **environment: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """Start a job that saves each step, wait for its second step, and end it afterwards."""
+    """Start a job that saves each step, wait for its second step, and end it afterwards.
+
+    Its errors go to a file, since processes that outlive a killed rank would hold a pipe open.
+    """
     saving = "training.checkpoint.interval_steps=1"
-    process = start(folder, saving, *changes, device=device, **environment)
+    with (folder / "errors.txt").open("w") as errors:
+        process = start(folder, saving, *changes, device=device, errors=errors, **environment)
     try:
         assert process.stdout is not None
-        assert any(line.startswith("step 2/") for line in process.stdout), process.communicate()
+        assert any(line.startswith("step 2/") for line in process.stdout), errors_of(folder)
         yield process
     finally:
         process.terminate()
         process.wait(timeout=2 * SECONDS_TO_END)
+
+
+def errors_of(folder: Path) -> str:
+    """Return what a job of `training` has written to standard error."""
+    return (folder / "errors.txt").read_text()
 
 
 def ranks_of(launcher: int) -> dict[int, psutil.Process]:
@@ -90,8 +105,9 @@ def check_killed(victim: int, folder: Path, device: str) -> None:
     with training(folder, device=device) as process:
         ranks, died = ranks_of(process.pid), time.monotonic()
         ranks[victim].send_signal(signal.SIGKILL)
-        _, errors = process.communicate(timeout=3 * SECONDS_TO_END)
+        process.wait(timeout=3 * SECONDS_TO_END)
         assert time.monotonic() - died < SECONDS_TO_END
+    errors = errors_of(folder)
     assert process.returncode == 128 + signal.SIGKILL
     (told,) = told_in(errors)
     pid = ranks[victim].pid
@@ -106,9 +122,10 @@ def check_stopped(victim: int, folder: Path, device: str, *, limit_seconds: floa
     with training(folder, setting, device=device) as process:
         ranks, stopped = ranks_of(process.pid), time.monotonic()
         ranks[victim].send_signal(signal.SIGSTOP)
-        _, errors = process.communicate(timeout=limit_seconds + 4 * SECONDS_TO_END)
+        process.wait(timeout=limit_seconds + 4 * SECONDS_TO_END)
         # Stacks, the others' judgement, and the launcher's grace for the stopped rank.
         assert time.monotonic() - stopped < limit_seconds + 2 * SECONDS_TO_END
+    errors = errors_of(folder)
     assert process.returncode == 4, errors
     told = told_in(errors)
     assert re.fullmatch(r"error: no progress for \S+ min \(training.hang_minutes\), .*", told[0])
@@ -129,7 +146,8 @@ def check_poisoned(victim: int, folder: Path, device: str) -> None:
     (folder / "sitecustomize.py").write_text(FAULT.format(rank=victim, calls=2, **fault))
     changes, path = ("training.max_skipped_steps=2",), f"{folder}:{ROOT}"
     with training(folder, *changes, device=device, PYTHONPATH=path) as process:
-        _, errors = process.communicate(timeout=6 * SECONDS_TO_END)
+        process.wait(timeout=6 * SECONDS_TO_END)
+    errors = errors_of(folder)
     assert process.returncode == 2, errors
     told = told_in(errors)
     assert sum(line.startswith("error: ") for line in told) == 1, errors

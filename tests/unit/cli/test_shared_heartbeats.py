@@ -39,7 +39,7 @@ signal.pause()
      (signal.SIGSEGV, 139, "SIGSEGV"),
      (signal.SIGTERM, 1, "SIGTERM")],
 )  # fmt: skip
-def test_a_rank_that_a_signal_ends_is_told_with_role_step_and_phase(
+def test_a_rank_that_a_signal_ends_is_told_with_role_step_and_work(
     number: int, status: int, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with shared_heartbeats():
@@ -60,9 +60,9 @@ def test_memory_is_shared_by_all_ranks_and_leaves_nothing() -> None:
         for rank in (2, 0):
             leave = open_slot(rank)
             assert leave is not None
-            leave(Heartbeat(rank=rank, phase="a long phase"))
-            leave(Heartbeat(rank=rank, phase="save"))
-        left = [(beat.rank, beat.phase) for beat in read_heartbeats()]
+            leave(Heartbeat(rank=rank, work="a long name"))
+            leave(Heartbeat(rank=rank, work="save"))
+        left = [(beat.rank, beat.work) for beat in read_heartbeats()]
         assert left == [(0, "save"), (2, "save")]
         code = "from megatron_keye.cli.shared_heartbeats import *; print(len(read_heartbeats()))"
         assert subprocess.check_output([sys.executable, "-c", code], text=True) == "2\n"

@@ -31,7 +31,7 @@ def peer(
     state: ProcessState = "elsewhere",
     **fields: Any,
 ) -> Peer:
-    beat = {"step": 9, "is_first_step": False, "phase": "forward"} | fields
+    beat = {"step": 9, "is_first_step": False, "work": "forward"} | fields
     return Peer(
         heartbeat=Heartbeat(rank=rank, **beat),
         still_seconds=still,
@@ -44,12 +44,12 @@ HANGS = {
     "all stand still": ([700, 650], {}, True),
     "this one progresses": ([500, 9000], {}, False),
     "another one progresses": ([9000, 500], {}, False),
-    "another one may be slow": ([9000, 700], {"phase": "decode"}, False),
+    "another one may be slow": ([9000, 700], {"work": "decode"}, False),
     "another one compiles": ([9000, 700], {"is_first_step": True}, False),
-    "a slow phase that is too long": ([9000, SLOW_FACTOR * 600], {"phase": "decode"}, True),
-    "another one is stopped in a slow phase": ([700, 5], {"phase": "save", "state": "stopped"}, 1),
+    "a slow work that is too long": ([9000, SLOW_FACTOR * 600], {"work": "decode"}, True),
+    "another one is stopped in a slow work": ([700, 5], {"work": "save", "state": "stopped"}, 1),
     "another one is gone": ([700, 5], {"state": "gone"}, True),
-    "another one is silent": ([700, 5], {"phase": "save", "silent": 160}, True),
+    "another one is silent": ([700, 5], {"work": "save", "silent": 160}, True),
     "a lost rank does not end one that progresses": ([500, 5], {"state": "gone"}, False),
 }
 
@@ -63,13 +63,13 @@ def test_a_run_hangs_when_nobody_progresses_or_somebody_is_lost(
 
 
 def test_a_rank_alone_hangs_after_its_own_limit() -> None:
-    for phase, limit in (("forward", LIMIT), ("load", SLOW_FACTOR * LIMIT)):
+    for work, limit in (("forward", LIMIT), ("load", SLOW_FACTOR * LIMIT)):
         for still, expected in ((limit - 1, False), (limit, True)):
-            own = peer(0, still, phase=phase)
+            own = peer(0, still, work=work)
             assert is_hung(own, [], limit_seconds=LIMIT, silent_limit=SILENT) == expected
 
 
-WAITS = {"phase": "wait", "exchange": "features of micro-batch 1"}
+WAITS = {"work": "wait", "exchange": "features of micro-batch 1"}
 SUSPECTS = {
     "stopped before all else": ([{}, {"state": "stopped"}, {"step": 3}], [1], "was stopped"),
     "gone": ([{}, {"silent": 999}, {"state": "gone"}], [2], "is gone"),

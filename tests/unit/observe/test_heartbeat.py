@@ -42,14 +42,14 @@ def test_a_backward_pass_is_noted_until_it_ends(recorder: type[Recorder]) -> Non
     device = torch.device("cpu")
     made = StepRecorder(device, beat) if recorder is StepRecorder else Recorder(beat)
     leaf = torch.ones(1, requires_grad=True)
-    leaf.register_hook(lambda gradient: seen.append((beat.phase, beat.detail)))
+    leaf.register_hook(lambda gradient: seen.append((beat.work, beat.detail)))
     output = leaf * 2
     made.backward_of(output, "micro-batch 1")
     output.backward()
-    assert seen == [("backward", "micro-batch 1")] and beat.phase == "step"
+    assert seen == [("backward", "micro-batch 1")] and beat.work == "step"
 
 
-def test_only_the_first_step_of_a_process_and_slow_phases_may_stand_still() -> None:
+def test_only_the_first_step_of_a_process_and_slow_work_may_stand_still() -> None:
     beat = Heartbeat()
     beat.begin_step(21)
     assert beat.is_slow, "kernels are compiled"
@@ -60,7 +60,7 @@ def test_only_the_first_step_of_a_process_and_slow_phases_may_stand_still() -> N
 
 
 def test_a_heartbeat_is_sent_whole_and_nothing_else_is_one() -> None:
-    beat = Heartbeat(rank=5, role="vision 1 of 2", step=4, phase="encode", publish=print)
+    beat = Heartbeat(rank=5, role="vision 1 of 2", step=4, work="encode", publish=print)
     again = Heartbeat.from_text(beat.to_text())
     beat.publish = None
     assert again == beat

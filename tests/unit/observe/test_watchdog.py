@@ -115,7 +115,7 @@ def test_a_rank_that_progresses_or_may_be_slow_keeps_the_others_alive(tmp_path: 
         for _ in range(8):
             time.sleep(LIMIT / 4)
             ranks.beats[1].mark()
-        time.sleep(1.5 * LIMIT)  # Without a mark, in a phase that may be slow.
+        time.sleep(1.5 * LIMIT)  # Without a mark, in work that may be slow.
         assert not ranks.told and not ranks.ended
         ranks.beats[1].note("forward")
         until(lambda: len(ranks.ended) == 2)
