@@ -49,6 +49,7 @@ _CHANGES = {
     "training.device_peak_tflops": Change.FREE,
     "training.linear_layers": Change.FREE,
     "training.fusions": Change.FREE,
+    "training.hang_minutes": Change.FREE,
     "training.logging": Change.FREE,
     "training.checks_hand_over": Change.FREE,
     "training.validation": Change.FREE,

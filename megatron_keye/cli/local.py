@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_keye.cli.environment import complete_environment
+from megatron_keye.cli.shared_heartbeats import describe_end
 from megatron_keye.errors import UserError
 
 DEFAULT_CPU_RANKS = 4
@@ -172,13 +173,13 @@ class _Ranks:
 
 
 def _status_of(failed: subprocess.Popen[bytes]) -> int:
-    """Return the exit status of a rank, and name the signal if one ended it."""
-    if failed.returncode > 0:
-        return int(failed.returncode)
-    number = -failed.returncode
+    """Return the exit status of a rank, and tell of the signal if one ended it."""
+    number = max(0, -failed.returncode)
     # The rank could not write a message itself.
-    sys.stderr.write(f"megatron-keye train: process {failed.pid} was ended by signal {number}\n")
-    return 128 + number
+    described = describe_end(failed.pid, number)
+    if described:
+        sys.stderr.write(f"megatron-keye train: {described}\n")
+    return 128 + number if number else int(failed.returncode)
 
 
 def _ignore_terminal_signals() -> None:

@@ -1,34 +1,37 @@
-"""One rank of a run: joins the others, trains, and reports its own errors but not theirs.
+"""One rank of a run: joins the others, trains, and is watched while it does.
 
-Every rank finds the same mistakes in recipe and settings, so only rank 0 reports them; a rank that
-fails because another did reports nothing.
+Every rank finds the same mistakes in recipe and settings, so only rank 0 reports them; of later
+errors `failure.py` tells.
 """
 
 import argparse
 import logging
+import math
 import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_keye.cli.arguments import chosen_run
 from megatron_keye.cli.environment import complete_environment
 from megatron_keye.cli.noise import quieten_libraries
+from megatron_keye.cli.shared_heartbeats import open_slot
 from megatron_keye.cli.status import FAILED, LOST_PEERS, STOPPED, USER_ERROR, report_error
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.estimate.disk_room import check_room
 from megatron_keye.files.disk import writing
+from megatron_keye.observe.heartbeat import Heartbeat
+from megatron_keye.plan.places import role_of
 
 if TYPE_CHECKING:
+    from megatron_keye.observe.watchdog import Watchdog
     from megatron_keye.parallel.process import Process
 
 _GO_ON = ", then go on with --resume auto"
 SECONDS_FOR_RANK_0 = 60.0
 """Other ranks wait this long for it to report wrong settings; a launcher ends them before."""
-SECONDS_FOR_THE_FIRST = 3.0
-"""A rank that fails because another did waits, so that the launcher sees the other one first."""
 
 
 def run_rank(options: argparse.Namespace) -> int:
@@ -42,8 +45,9 @@ def run_rank(options: argparse.Namespace) -> int:
         os.environ, local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks)))
     )
     quieten(rank)
-    # srun returns the largest exit status, so a rank that it ends must not exit with 143.
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(FAILED))
+    heartbeat = Heartbeat(rank=rank, publish=open_slot(rank))
+    heartbeat.note("start")
+    signal.signal(signal.SIGTERM, lambda number, frame: end_by_signal(number, heartbeat))
     try:
         run = make_run(options, num_ranks)
         if options.show:
@@ -62,7 +66,23 @@ def run_rank(options: argparse.Namespace) -> int:
         if rank != 0:
             time.sleep(SECONDS_FOR_RANK_0)
         raise
-    return join_and_train(run, rank, num_ranks)
+    heartbeat.role = role_of(run.parallel, rank)
+    return join_and_train(run, heartbeat, num_ranks)
+
+
+def end_by_signal(number: int, heartbeat: Heartbeat) -> NoReturn:
+    """End this rank, which has not joined the others, as a signal asks; the launcher tells of it.
+
+    srun and torchrun name a rank that ends themselves, and end all others the same way.
+
+    Args:
+        number: The signal.
+        heartbeat: Of this rank.
+    """
+    heartbeat.end_signal = number
+    heartbeat.mark()
+    # srun returns the largest exit status, so a rank that it ends must not exit with 143.
+    os._exit(FAILED)
 
 
 def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
@@ -81,33 +101,68 @@ def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
     return chosen_run(options, num_ranks=num_ranks, has_gpu=torch.cuda.is_available())
 
 
-def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
+def join_and_train(run: RunConfig, heartbeat: Heartbeat, num_ranks: int) -> int:
     """Train with the other ranks and return the exit status."""
     import torch
 
-    from megatron_keye.parallel.process import join, resolve_device
+    from megatron_keye.cli.failure import end_failed
+    from megatron_keye.parallel.process import exchange_timeout, join, resolve_device
 
     try:
         device = resolve_device(run.device, int(os.environ.get("LOCAL_RANK", "0")))
     except UserError as error:
         return report_error(error)  # on each rank, since machines may differ in their devices
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends waiting for peers, unlike a handler
-    process = join(device, rank=rank, num_ranks=num_ranks, init_method=init_method(num_ranks))
+    heartbeat.note("join")
+    try:
+        process = join(
+            device,
+            rank=heartbeat.rank,
+            num_ranks=num_ranks,
+            init_method=init_method(num_ranks),
+            timeout=exchange_timeout(run.training.hang_minutes),
+            heartbeat=heartbeat,
+        )
+    except torch.distributed.DistError as error:
+        reason = str(error).partition("\n")[0]
+        sys.stderr.write(f"error: {heartbeat.who()} cannot join the other ranks: {reason}\n")
+        return LOST_PEERS
+    watchdog = watch(run, process)
     try:
         is_finished = train(run, process)
     except Exception as error:
-        if not process.is_first_to_fail():
-            time.sleep(SECONDS_FOR_THE_FIRST)
-            return LOST_PEERS
-        if not isinstance(error, UserError):
-            raise
-        return report_error(error)
+        # Whoever sends it ends all ranks, for a reason that was told.
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(LOST_PEERS))
+        return end_failed(error, process, watchdog)
+    watchdog.close()
     if not is_finished:
         # The first rank to exit makes srun send TERM to the others. Python removes handlers as it
         # exits, but ignored signals stay ignored.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.distributed.destroy_process_group()
     return 0 if is_finished else STOPPED
+
+
+def watch(run: RunConfig, process: "Process") -> "Watchdog":
+    """Return a watchdog that ends this rank when the run hangs, or when NCCL fails."""
+    from megatron_keye.cli.failure import end_hung, end_without_exchanges
+    from megatron_keye.observe.watchdog import Watchdog
+    from megatron_keye.parallel.heartbeat_board import HeartbeatBoard
+    from megatron_keye.parallel.process import exchange_error
+
+    watchdog = Watchdog(
+        process.heartbeat,
+        HeartbeatBoard(process),
+        roles=[role_of(run.parallel, rank) for rank in range(process.num_ranks)],
+        limit_seconds=60 * run.training.hang_minutes or math.inf,
+        folder=run.folder / "hangs",
+        tell=sys.stderr.write,
+        end=end_hung,
+        find_error=exchange_error,
+        end_failed=lambda error: end_without_exchanges(error, process, watchdog),
+    )
+    watchdog.start()
+    return watchdog
 
 
 def train(run: RunConfig, process: "Process") -> bool:

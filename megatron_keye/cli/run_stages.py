@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 from megatron_keye.cli import local
 from megatron_keye.cli.arguments import add_count, add_folder, add_settings, make_parser
+from megatron_keye.cli.shared_heartbeats import shared_heartbeats
 from megatron_keye.cli.stage_plan import PlannedStage, plan_stages
 from megatron_keye.cli.stage_report import draw_stages, print_table, read_curves
 from megatron_keye.cli.status import reports_user_errors
@@ -100,7 +101,8 @@ def walk(model: str, stages: Sequence[PlannedStage]) -> int:
         sys.stdout.write(f"stage {number} of {len(stages)}: {stage.recipe}\n")
         sys.stdout.flush()
         words = ["train", *stage.words, "--ranks", str(stage.ranks)]
-        status = local.launch([sys.executable, "-m", "megatron_keye", *words], stage.ranks)
+        with shared_heartbeats():
+            status = local.launch([sys.executable, "-m", "megatron_keye", *words], stage.ranks)
         if status:
             sys.stderr.write(f"{stage.recipe} has stopped; the same command goes on with it\n")
             show(model, stages)

@@ -10,7 +10,7 @@ srun or this command itself, the process is that rank. Ctrl-C and the signals TE
 let ranks finish their step and save a checkpoint; a second Ctrl-C kills them.
 
 Exit status: 0 done, 75 stopped by USR1 and saved, 130 or 143 stopped by Ctrl-C or TERM, 2 wrong
-setting, else that of the first rank that failed.
+setting, 4 no progress, else that of the first rank that failed.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from megatron_keye.cli.arguments import (
     make_parser,
     positive_integer,
 )
+from megatron_keye.cli.shared_heartbeats import shared_heartbeats
 from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.errors import UserError
 
@@ -59,7 +60,10 @@ def main(arguments: Sequence[str]) -> int:
         run = chosen_run(options, num_ranks=num_ranks, has_gpu=local.count_gpus() > 0)
         sys.stdout.write(run.to_json())
         return 0
-    return local.launch([sys.executable, "-m", "megatron_keye", "train", *arguments], num_ranks)
+    with shared_heartbeats():
+        return local.launch(
+            [sys.executable, "-m", "megatron_keye", "train", *arguments], num_ranks
+        )
 
 
 def default_ranks() -> int:

@@ -62,8 +62,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where a run's figures go beside the console and the files of its folder."""
+    """What a run tells beside its steps, and where its figures go."""
 
+    straggler_steps: int = 100
+    """Every this many steps the times of ranks with the same role are compared, and the console
+    and the figures name one that is slower than its peers; 0: never. Such a step waits for its
+    device once more."""
     wandb_project: str = ""
     """Project of Weights & Biases that gets the run's curves; "": none. A resumed run continues
     its wandb run."""
@@ -74,6 +78,7 @@ class LoggingConfig:
     internet."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "training.logging", zero_or_more="straggler_steps")
         modes, mode, entity = ("online", "offline"), self.wandb_mode, self.wandb_entity
         check(mode in modes, "training.logging.wandb_mode", mode, f"one of {modes}")
         check(
@@ -166,6 +171,11 @@ class TrainingConfig:
     GPU if it is installed, else Megatron-Core; checkpoints are the same for both."""
     seed: int = 1234
     """Seed of initial weights, sample order and all other random numbers."""
+    hang_minutes: float = 10.0
+    """Minutes without progress on any rank after which the run ends, naming the rank that holds it
+    up, with the stack of each rank in hangs/ of the run's folder; three times as many in the first
+    step, while building, loading, decoding, saving and validating. Exchanges between ranks wait
+    for four times as many. 0: for ever."""
     records_timeline: bool = False
     """Whether every rank records the start and end of each part of a step, in timeline/ of the
     run's folder, for megatron-keye profile. Adds a barrier before each step."""
@@ -192,7 +202,7 @@ class TrainingConfig:
             "training",
             above_zero="rows_per_step max_skipped_steps",
             zero_or_more="steps epochs stop_after_step dense_up_to indexer_loss_weight seed "
-            "device_peak_tflops",
+            "hang_minutes device_peak_tflops",
         )
         check(self.seed < 2**32, "training.seed", self.seed, f"at most {2**32 - 1}")
         expected = (

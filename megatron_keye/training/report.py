@@ -5,6 +5,7 @@ Only rank 0 reports, since metrics are the same on all ranks.
 
 import math
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from megatron_keye.config.run import RunConfig
+from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.sinks import Losses, open_sinks
 
@@ -110,6 +112,19 @@ class Report:
         """
         for sink in self._sinks:
             sink.log_skipped(step, num_skipped, reasons)
+
+    def show_slowness(self, step: int, slowness: Sequence[Slowness]) -> None:
+        """Write a comparison of ranks to the sinks, and show the one furthest behind if notable.
+
+        Args:
+            step: Steps done.
+            slowness: Of `TrainingStep`.
+        """
+        for sink in self._sinks:
+            sink.log_slowness(step, slowness)
+        notable = [str(slowest) for slowest in slowness if slowest.is_notable]
+        if notable:
+            self._bar.console.out(f"step {step}: {notable[0]}", highlight=False)
 
     def _print(self, line: str) -> None:
         """Print a line where there is no bar."""

@@ -8,9 +8,11 @@ from megatron_keye.data.row import PackedRow
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.model import KeyeModel
 from megatron_keye.observe.recorder import Recorder, StepRecorder
+from megatron_keye.observe.stragglers import WORK, Slowness, compare, work_seconds
 from megatron_keye.optim.learning_rate import learning_rate
 from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import Grid
+from megatron_keye.plan.places import peers_of
 from megatron_keye.training.batch_pass import BatchPass
 from megatron_keye.training.chunk_encoder import PatchSource
 from megatron_keye.training.metrics import StepMetrics, collect_metrics, count_batch
@@ -51,6 +53,8 @@ class TrainingStep:
         self._batch_pass = BatchPass(run, grid, model, source=source, device=device)
         self.recorder: StepRecorder | None = None
         """Recorder of the last step, where the run records its timeline."""
+        self.slowness: list[Slowness] = []
+        """The slowest rank in each kind of work in the last step, where ranks were compared."""
         self._router_load = RouterLoad(run.model.decoder, model.stages, device)
 
     @property
@@ -72,7 +76,7 @@ class TrainingStep:
         Returns:
             The step's metrics, the same on every rank.
         """
-        recorder = self._start_recorder()
+        recorder = self._start_recorder(step)
         planned = self._batch_pass.take(rows)
         meter, counts = RowMeter(), count_batch(planned.rows, self._run)
         self._optimizer.zero_gradients()
@@ -81,19 +85,27 @@ class TrainingStep:
         training = self._run.training
         rate = learning_rate(step, num_steps or training.steps, training.optimizer)
         with recorder.span("optimizer"):
-            self._optimizer.finish_gradients(counts.divisor)
-            outcome = self._optimizer.step(rate, self._batch_pass.encode_ahead)
+            with recorder.exchange("the sum of gradients"):
+                self._optimizer.finish_gradients(counts.divisor)
+            with recorder.exchange("the gradient norm"):
+                outcome = self._optimizer.step(rate, self._batch_pass.encode_ahead)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-        return collect_metrics(
-            meter,
-            self._router_load,
-            self._run,
-            counts=counts,
-            outcome=outcome,
-            seconds=self._clock.end_step() | self._batch_pass.seconds,
-            asks_to_stop=bool(self._stop.name),
-        )
+        with self._clock.heartbeat.doing("metrics", exchange="the metrics of all ranks"):
+            seconds = self._clock.end_step() | self._batch_pass.seconds
+            metrics = collect_metrics(
+                meter,
+                self._router_load,
+                self._run,
+                counts=counts,
+                outcome=outcome,
+                seconds=seconds,
+                asks_to_stop=bool(self._stop.name),
+            )
+            self.slowness = self._compare_ranks(
+                recorder, metrics.step_seconds, data_wait=seconds["data_wait"]
+            )
+        return metrics
 
     def announce(self, rows: list[PackedRow]) -> None:
         """Plan a later step, and let this rank decode its pictures. May run in another thread.
@@ -103,10 +115,30 @@ class TrainingStep:
         """
         self._batch_pass.announce(rows)
 
-    def _start_recorder(self) -> Recorder:
-        """Return this step's recorder, whose clock starts on all ranks at a barrier."""
-        if not self._run.training.records_timeline:
-            return Recorder()
-        dist.barrier()
-        self.recorder = StepRecorder(self._device)
-        return self.recorder
+    def _start_recorder(self, step: int) -> Recorder:
+        """Return this step's recorder; that of a timeline starts on all ranks at a barrier."""
+        heartbeat = self._clock.heartbeat
+        if self._run.training.records_timeline:
+            dist.barrier()
+            self.recorder = StepRecorder(self._device, heartbeat)
+            return self.recorder
+        every = self._run.training.logging.straggler_steps
+        # What a process compiles in its first step differs between ranks.
+        if every and (step + 1) % every == 0 and not heartbeat.is_first_step:
+            return StepRecorder(self._device, heartbeat)
+        return Recorder(heartbeat)
+
+    def _compare_ranks(
+        self, recorder: Recorder, step_seconds: float, *, data_wait: float
+    ) -> list[Slowness]:
+        """Compare the work of all ranks in a step that was recorded. Collective then."""
+        if not isinstance(recorder, StepRecorder):
+            return []
+        seconds = work_seconds(recorder.spans(), data_wait=data_wait)
+        mine = torch.tensor(seconds, dtype=torch.float64, device=self._device)
+        num_ranks = self._run.parallel.num_ranks
+        gathered = mine.new_empty(num_ranks * len(WORK))
+        dist.all_gather_into_tensor(gathered, mine)
+        roles = [peers_of(self._run.parallel, rank) for rank in range(num_ranks)]
+        of_ranks = gathered.view(num_ranks, len(WORK)).tolist()
+        return compare(of_ranks, roles, step_seconds=step_seconds)

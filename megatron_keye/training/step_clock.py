@@ -8,14 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
+from megatron_keye.observe.heartbeat import Heartbeat
+
 Part = Literal["data_wait", "save", "validation"]
 
 
 class StepClock:
     """Measures steps on this rank, and the parts of them that are no training."""
 
-    def __init__(self) -> None:
-        """Begin the first step."""
+    def __init__(self, heartbeat: Heartbeat | None = None) -> None:
+        """Begin the first step.
+
+        Args:
+            heartbeat: Told of each part and step; by default one that nobody reads.
+        """
+        self.heartbeat = heartbeat or Heartbeat()
+        """What this rank does."""
         self._began = time.perf_counter()
         self._parts: dict[Part, float] = dict.fromkeys(get_args(Part), 0.0)
 
@@ -23,7 +31,8 @@ class StepClock:
     def part(self, name: Part) -> Iterator[None]:
         """Count the time inside the context as a part of the step that has begun."""
         started = time.perf_counter()
-        yield
+        with self.heartbeat.doing(name):
+            yield
         self._parts[name] += time.perf_counter() - started
 
     def end_step(self) -> dict[str, float]:

@@ -76,7 +76,8 @@ class Trainer:
         run.check_num_ranks(process.num_ranks)
         earlier = hand_over.begin(run, process.rank)
         self._run, self._process, self._fusions = run, process, fusions
-        self._stop, self._clock = StopRequest(), StepClock()
+        self._stop, self._clock = StopRequest(), StepClock(process.heartbeat)
+        process.heartbeat.note("build")
         self.was_stopped = False
         """Whether a signal ended the run before its last step."""
         self._grid = build_grid(run.parallel)
@@ -111,6 +112,7 @@ class Trainer:
             self._model,
             padding_row=self._loader.padding_row(),
             device=process.device,
+            heartbeat=process.heartbeat,
         )
         self._last_validation: ValidationResult | None = None
         self._progress = training_checkpoint.Progress(
@@ -119,7 +121,9 @@ class Trainer:
         self._metrics: list[StepMetrics] = []
         self._num_damaged = 0
         self._skipped_steps = SkippedSteps(run)
+        process.heartbeat.note("load")
         self._resume()
+        process.heartbeat.folder = str(run.folder)
         self._has_rows = (
             not self._loader.is_exhausted
             if training.epochs
@@ -189,6 +193,7 @@ class Trainer:
             if report is not None:
                 report.expect(self._last_step(batch.num_steps))
                 report.show(self._progress.step, metrics)
+                report.show_slowness(self._progress.step, self._step.slowness)
                 skipped = batch.skipped + self._step.damaged
                 num_skipped = self._progress.data["num_skipped"]
                 report.show_skipped(self._progress.step, num_skipped, skipped)
@@ -221,6 +226,7 @@ class Trainer:
         Raises:
             UserError: For a sample that could not be read, once its step is due.
         """
+        self._clock.heartbeat.begin_step(self._progress.step + 1)
         batch, failure = None, None
         with self._clock.part("data_wait"):
             try:

@@ -21,6 +21,7 @@ from megatron_keye.observe.span import Span
 from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import Grid, build_grid
 from megatron_keye.parallel.random import seed_rank
+from megatron_keye.training.chunk_encoder import PatchSource
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.step_clock import StepClock
@@ -178,8 +179,15 @@ def without_work_ahead(run: RunConfig) -> RunConfig:
     return replace(run, parallel=replace(run.parallel, vision=vision))
 
 
-def build_step(run: RunConfig) -> tuple[Grid, KeyeModel, JointOptimizer, TrainingStep]:
-    """Build the training objects of one rank; call `let_go` at the end."""
+def build_step(
+    run: RunConfig, source: PatchSource | None = None
+) -> tuple[Grid, KeyeModel, JointOptimizer, TrainingStep]:
+    """Build the training objects of one rank; call `let_go` at the end.
+
+    Args:
+        run: The run.
+        source: Supplies the patches of pictures; by default synthetic ones.
+    """
     grid = build_grid(run.parallel)
     seed_rank(run.training.seed, grid)
     device = torch.device("cpu" if run.device == "cpu" else torch.cuda.current_device())
@@ -194,7 +202,7 @@ def build_step(run: RunConfig) -> tuple[Grid, KeyeModel, JointOptimizer, Trainin
         grid,
         model,
         optimizer,
-        source=SyntheticPatches(),
+        source=source or SyntheticPatches(),
         stop=StopRequest(),
         clock=StepClock(),
         device=device,

@@ -30,6 +30,7 @@ ZERO_MEANS_SOMETHING = {
     *(f"training.optimizer.{name}" for name in ("beta1", "beta2", "clip_gradient_norm")),
     *(f"training.validation.{name}" for name in ("interval_steps", "num_rows")),
     *("training.validation.patience", "training.validation.min_delta", "training.epochs"),
+    *("training.hang_minutes", "training.logging.straggler_steps"),
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.report import Report, describe_step, short_number, short_time
 from tests.support.metrics import step_metrics
 from tests.support.tiny import tiny_run
@@ -72,6 +73,36 @@ def test_the_time_left_is_that_of_the_steps_after_the_first(
     first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith("step 5/20  loss") and "left" not in first
     assert second.endswith("left 0:02:20") and third.endswith("left 0:03:15")
+
+
+def test_a_comparison_of_ranks_reaches_every_sink_and_the_console_if_notable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = dataclasses.replace(tiny_run(), output_dir=str(tmp_path))
+    slow, even = (
+        Slowness(
+            rank=3,
+            role="vision",
+            work=work,
+            seconds=seconds,
+            median_seconds=1.0,
+            step_seconds=4.0,
+        )
+        for work, seconds in (("decode", 2.5), ("encode", 1.1))
+    )
+    with Report(run, 0, 3) as report:
+        report.show_slowness(1, [])
+        report.show_slowness(2, [even])
+        report.show_slowness(3, [slow, even])
+    assert capsys.readouterr().out == f"step 3: {slow}\n"
+    events = EventAccumulator(str(run.folder / "events"))
+    events.Reload()
+    ratios = [(event.step, event.value) for event in events.Scalars("stragglers/encode_ratio")]
+    assert ratios == [(2, pytest.approx(1.1)), (3, pytest.approx(1.1))]
+    assert [event.value for event in events.Scalars("stragglers/decode_rank")] == [3]
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert last["step"] == 3 and last["stragglers"]["decode"] == dataclasses.asdict(slow)
 
 
 def test_skipped_samples_and_validations_reach_every_sink(
