@@ -16,7 +16,7 @@ from megatron_keye.kernels.arguments import (
     choose_impl,
 )
 from megatron_keye.kernels.dense_attention import reference, sdpa
-from megatron_keye.kernels.dense_attention.segments import find_segments
+from megatron_keye.kernels.dense_attention.trapezoids import find_trapezoids
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 
 IMPLEMENTATIONS = ("eager", "sdpa")
@@ -66,10 +66,9 @@ def dense_attention_with_lse(
         kept: Keeps what the backward pass needs for a second call with the same tensors, which
             then takes it from there; "eager" computes it again. None: nothing is kept.
         impl: One of IMPLEMENTATIONS, or None for the default. "sdpa" is torch's own attention,
-            cuDNN's or FlashAttention, two calls for each run of neighbouring queries of a
-            document; on a GPU it takes 16 bits and heads of a multiple of 8 channels, and sums
-            gradients in its own order. To find the runs, the ranges are read back to the host
-            once.
+            cuDNN's or FlashAttention, two calls for each trapezoid of the mask; on a GPU
+            it takes 16 bits and heads of a multiple of 8 channels, and sums gradients in its own
+            order. To find the trapezoids, the ranges are read back to the host once.
 
     Returns:
         out_THC, type of `q_THC`, and lse_TH without a gradient, float32 (float64 for float64
@@ -97,5 +96,5 @@ def dense_attention_with_lse(
             f"q_THC: got {q_THC.dtype} with C = {q_THC.shape[2]}, which neither cuDNN nor "
             "FlashAttention takes here; take impl='eager'"
         )
-    segments = find_segments(key_start_T, key_end_T)
-    return sdpa.dense_attention(q_THC, k_SGC, v_SGC, segments, scale=scale, kept=kept)
+    trapezoids = find_trapezoids(key_start_T, key_end_T)
+    return sdpa.dense_attention(q_THC, k_SGC, v_SGC, trapezoids, scale=scale, kept=kept)

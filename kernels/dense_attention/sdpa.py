@@ -1,7 +1,7 @@
 """Dense attention through the operators behind torch's scaled_dot_product_attention.
 
 Those know all keys or a causal triangle, not a range for each query. So queries are cut into
-segments, and each attends to the keys that it sees as a whole and to its triangle; the two are
+trapezoids, and each attends to the keys that all its queries see and to its triangle; the two are
 merged by their log-sum-exps (Milakov, Gimelshein: Online normalizer calculation for softmax).
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head, B is 1.
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.dense_attention import operators
 from megatron_keye.kernels.dense_attention.operators import Operator, State
-from megatron_keye.kernels.dense_attention.segments import Segment
+from megatron_keye.kernels.dense_attention.trapezoids import Trapezoid
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 
 
@@ -30,7 +30,7 @@ def dense_attention(
     q_THC: Tensor,
     k_SGC: Tensor,
     v_SGC: Tensor,
-    segments: list[Segment],
+    trapezoids: list[Trapezoid],
     *,
     scale: float,
     kept: KeptOutputs | None = None,
@@ -41,16 +41,16 @@ def dense_attention(
         q_THC: Queries.
         k_SGC: Keys.
         v_SGC: Values.
-        segments: Of all queries, in order.
+        trapezoids: Of all queries, in order.
         scale: Factor of the logits.
         kept: See api.dense_attention_with_lse.
     """
-    out_THC, lse_TH = _DenseAttention.apply(q_THC, k_SGC, v_SGC, segments, scale, kept)
+    out_THC, lse_TH = _DenseAttention.apply(q_THC, k_SGC, v_SGC, trapezoids, scale, kept)
     return out_THC, lse_TH
 
 
 class _DenseAttention(torch.autograd.Function):
-    """All segments at once, so that keys seen by several have one gradient."""
+    """All trapezoids at once, so that keys seen by several have one gradient."""
 
     @staticmethod
     def forward(
@@ -58,21 +58,21 @@ class _DenseAttention(torch.autograd.Function):
         q_THC: Tensor,
         k_SGC: Tensor,
         v_SGC: Tensor,
-        segments: list[Segment],
+        trapezoids: list[Trapezoid],
         scale: float,
         kept: KeptOutputs | None,
     ) -> tuple[Tensor, Tensor]:
         def attend() -> tuple[Any, ...]:
             done = [
                 _attend(q_THC[each.queries], k_SGC[each.keys], v_SGC[each.keys], each, scale)
-                for each in segments
+                for each in trapezoids
             ]
             outs_THC, lses_TH, blocks = zip(*done, strict=True)
             return _joined(outs_THC), _joined(lses_TH), *blocks
 
         done = attend() if kept is None else kept.outputs_of("dense_attention", attend)
         out_THC, lse_TH, *ctx.blocks = done
-        ctx.segments, ctx.scale = segments, scale
+        ctx.trapezoids, ctx.scale = trapezoids, scale
         ctx.save_for_backward(q_THC, k_SGC, v_SGC, out_THC, lse_TH)
         ctx.mark_non_differentiable(lse_TH)
         return out_THC, lse_TH
@@ -82,8 +82,8 @@ class _DenseAttention(torch.autograd.Function):
     def backward(ctx: Any, dout_THC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q_THC, k_SGC, v_SGC, out_THC, lse_TH = ctx.saved_tensors
         sums = tuple(map(torch.zeros_like, (q_THC, k_SGC, v_SGC)))
-        for segment, blocks in zip(ctx.segments, ctx.blocks, strict=True):
-            rows = segment.queries
+        for trapezoid, blocks in zip(ctx.trapezoids, ctx.blocks, strict=True):
+            rows = trapezoid.queries
             dout_BHTC, q_BHTC, out_BHTC = (
                 _heads_first(each[rows]) for each in (dout_THC, q_THC, out_THC)
             )
@@ -110,7 +110,7 @@ class _DenseAttention(torch.autograd.Function):
 
 
 class _Block(NamedTuple):
-    """Some keys of a segment, all of which its queries see, or the triangle."""
+    """Some keys of a trapezoid, all of which its queries see, or the triangle."""
 
     keys: slice
     """Of the whole row."""
@@ -123,33 +123,33 @@ class _Block(NamedTuple):
 
 
 def _attend(
-    q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor, segment: Segment, scale: float
+    q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor, trapezoid: Trapezoid, scale: float
 ) -> tuple[Tensor, Tensor, list[_Block]]:
-    """Return out_THC and lse_TH of one segment, and what its backward pass needs."""
+    """Return out_THC and lse_TH of one trapezoid, and what its backward pass needs."""
     blocks = list[_Block]()
-    if not segment.sees_keys:
+    if not trapezoid.sees_keys:
         lse_type = torch.promote_types(q_THC.dtype, torch.float32)
         lse_TH = q_THC.new_full(q_THC.shape[:2], torch.inf, dtype=lse_type)
         return torch.zeros_like(q_THC), lse_TH, blocks
     q_BHTC, parts = _heads_first(q_THC), list[tuple[Tensor, Tensor]]()
-    for first, stop, is_causal in _cuts(segment):
+    for first, stop, is_causal in _cuts(trapezoid):
         heads = q_BHTC, *(_heads_first(each[first:stop]) for each in (k_SGC, v_SGC))
         operator = operators.choose(*heads, is_causal=is_causal)
         out_BHTC, lse_BHT, state = operators.attend(
             operator, *heads, is_causal=is_causal, scale=scale
         )
-        keys = slice(segment.first_key + first, segment.first_key + stop)
+        keys = slice(trapezoid.first_key + first, trapezoid.first_key + stop)
         blocks.append(_Block(keys, is_causal, operator, state))
         parts.append((out_BHTC, lse_BHT))
     out_BHTC, lse_BHT = functools.reduce(_merge, parts)
     return out_BHTC[0].transpose(0, 1), lse_BHT[0].T, blocks
 
 
-def _cuts(segment: Segment) -> Iterator[tuple[int, int, bool]]:
-    """Yield first key, end and whether it is the triangle for each block of a segment's keys."""
-    if segment.num_earlier > 0:
-        yield 0, segment.num_earlier, False
-    yield segment.num_earlier, segment.num_earlier + segment.num_queries, True
+def _cuts(trapezoid: Trapezoid) -> Iterator[tuple[int, int, bool]]:
+    """Yield first key, end and whether it is the triangle for each block of a trapezoid's keys."""
+    if trapezoid.num_earlier > 0:
+        yield 0, trapezoid.num_earlier, False
+    yield trapezoid.num_earlier, trapezoid.num_earlier + trapezoid.num_queries, True
 
 
 def _heads_first(tensor: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def _heads_first(tensor: Tensor) -> Tensor:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return the segments' parts as one row; torch.cat would copy even a single one."""
+    """Return the trapezoids' parts as one row; torch.cat would copy even a single one."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 

@@ -14,7 +14,7 @@ from megatron_keye.kernels.dense_attention import (
     dense_attention_with_lse,
     operators,
 )
-from megatron_keye.kernels.dense_attention.segments import Segment, find_segments
+from megatron_keye.kernels.dense_attention.trapezoids import Trapezoid, find_trapezoids
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 from tests.support.numerics import (
     assert_close,
@@ -317,19 +317,19 @@ def test_sdpa_equals_eager_on_any_ranges() -> None:
         assert_close(actual, expected, 1e-12)
 
 
-def test_few_segments_cover_a_row() -> None:
-    assert find_segments(*document_ranges(20, 43)) == [
-        Segment(0, 20, 0, 0),
-        Segment(20, 43, 20, 0),
+def test_few_trapezoids_cover_a_row() -> None:
+    assert find_trapezoids(*document_ranges(20, 43)) == [
+        Trapezoid(0, 20, 0, 0),
+        Trapezoid(20, 43, 20, 0),
     ]
     # The first part of rank 1 lies in two documents, its second one in the last.
-    assert find_segments(*zigzag_ranges(1)) == [
-        Segment(0, 9, 0, 11),
-        Segment(9, 2, 20, 0),
-        Segment(11, 11, 60, 6),
+    assert find_trapezoids(*zigzag_ranges(1)) == [
+        Trapezoid(0, 9, 0, 11),
+        Trapezoid(9, 2, 20, 0),
+        Trapezoid(11, 11, 60, 6),
     ]
     start_T, end_T = (torch.tensor(bounds) for bounds in ([3, 3, 0, 7], [4, 5, 0, 2]))
-    assert find_segments(start_T, end_T) == [Segment(0, 2, 3, 0), Segment(2, 2, 0, -1)]
+    assert find_trapezoids(start_T, end_T) == [Trapezoid(0, 2, 3, 0), Trapezoid(2, 2, 0, -1)]
 
 
 def test_gradients_equal_finite_differences() -> None:

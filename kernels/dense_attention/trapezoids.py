@@ -1,7 +1,7 @@
-"""The runs of neighbouring queries of one document, each of which sees one key more than the last.
+"""Neighbouring queries of one document, each of which sees one key more than the one before.
 
-A whole causal document is one run. A context rank has two runs of a document that spans the row,
-and each begins with keys that it sees as a whole, those of earlier ranks.
+Their part of the mask is a trapezoid: the keys that all of them see, and a triangle. A whole causal
+document is a triangle. A context rank has two trapezoids of a document that spans the row.
 """
 
 import weakref
@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True)
-class Segment:
+class Trapezoid:
     """Queries from `first_query` on; the t-th of them sees `num_earlier + t + 1` keys."""
 
     first_query: int
@@ -44,12 +44,12 @@ class Segment:
 
 
 _Asked = tuple[weakref.ref[Tensor], int, int]
-_remembered: MutableMapping[Tensor, tuple[_Asked, list[Segment]]] = WeakTensorKeyDictionary()
-"""Ends of ranges -> (starts and versions, segments): all layers of a row ask again."""
+_remembered: MutableMapping[Tensor, tuple[_Asked, list[Trapezoid]]] = WeakTensorKeyDictionary()
+"""Ends of ranges -> (starts and versions, trapezoids): all layers of a row ask again."""
 
 
-def find_segments(key_start_T: Tensor, key_end_T: Tensor) -> list[Segment]:
-    """Return the fewest segments that all queries make up, in order.
+def find_trapezoids(key_start_T: Tensor, key_end_T: Tensor) -> list[Trapezoid]:
+    """Return the fewest trapezoids that all queries make up, in order.
 
     Reads the answer back to the host, once for each `key_end_T`.
 
@@ -61,12 +61,12 @@ def find_segments(key_start_T: Tensor, key_end_T: Tensor) -> list[Segment]:
     known = _remembered.get(key_end_T)
     if known is not None and known[0][0]() is key_start_T and known[0][1:] == asked[1:]:
         return known[1]
-    segments = _find(key_start_T, key_end_T) if len(key_end_T) else []
-    _remembered[key_end_T] = asked, segments
-    return segments
+    trapezoids = _find(key_start_T, key_end_T) if len(key_end_T) else []
+    _remembered[key_end_T] = asked, trapezoids
+    return trapezoids
 
 
-def _find(key_start_T: Tensor, key_end_T: Tensor) -> list[Segment]:
+def _find(key_start_T: Tensor, key_end_T: Tensor) -> list[Trapezoid]:
     sees_keys_T = key_end_T > key_start_T
     continues_T = (key_start_T[1:] == key_start_T[:-1]) & (key_end_T[1:] == key_end_T[:-1] + 1)
     is_same_T = sees_keys_T[1:] == sees_keys_T[:-1]
@@ -76,6 +76,6 @@ def _find(key_start_T: Tensor, key_end_T: Tensor) -> list[Segment]:
     columns = torch.stack([first_R, key_start_T[first_R], earlier_R]).tolist()
     ends = [*columns[0][1:], len(key_end_T)]
     return [
-        Segment(first, end - first, key, earlier)
+        Trapezoid(first, end - first, key, earlier)
         for first, key, earlier, end in zip(*columns, ends, strict=True)
     ]
