@@ -22,6 +22,7 @@ from megatron_keye.checkpoint.hf.folder import HfFolder
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout
 from megatron_keye.checkpoint.hf.weight_map import weight_mappings
 from megatron_keye.checkpoint.hf.weights import as_released, load_released, parameter_name
+from megatron_keye.checkpoint.selection import check_whole
 from megatron_keye.checkpoint.state import copy_loaded
 from megatron_keye.config import (
     DataConfig,
@@ -121,6 +122,7 @@ class OneProcessModel:
         Raises:
             UserError: When it is incomplete, of a model of other sizes, or has adapters.
         """
+        check_whole(folder, checks_sums=True)
         self._check_native(NativeFolder(folder))
         state = _sharded_state(self.stage, self.tower, self.grid)
         targets = {name: entry.data for name, entry in state.items()}

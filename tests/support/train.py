@@ -21,6 +21,7 @@ from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import Grid, build_grid
 from megatron_keye.parallel.random import seed_rank
 from megatron_keye.training.metrics import StepMetrics
+from megatron_keye.training.saving import Saving
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.stop import StopRequest
@@ -185,6 +186,7 @@ def build_step(run: RunConfig) -> tuple[Grid, KeyeModel, JointOptimizer, Trainin
     engine = run.training.linear_layers == "transformer_engine"
     model = build_model(run, grid, device, uses_transformer_engine=engine)
     optimizer = JointOptimizer(run, model, grid)
+    clock = StepClock()
     step = TrainingStep(
         run,
         grid,
@@ -192,7 +194,8 @@ def build_step(run: RunConfig) -> tuple[Grid, KeyeModel, JointOptimizer, Trainin
         optimizer,
         source=SyntheticPatches(),
         stop=StopRequest(),
-        clock=StepClock(),
+        saving=Saving(run, clock),
+        clock=clock,
         device=device,
     )
     return grid, model, optimizer, step

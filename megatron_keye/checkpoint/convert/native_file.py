@@ -5,7 +5,6 @@ a checkpoint, lists them all. It is a pickle of torch's private metadata, `_Stor
 """
 
 import io
-import json
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+
+from megatron_keye.checkpoint.storage_format import CONFIG, CONFIG_TEXT, METADATA, write_tensor
 
 Shape = tuple[int, ...]
 _OBJECTS = "objects.distcp"
@@ -53,19 +54,8 @@ def write_shard(
         shape: Shape of the shard with the stacked axes.
         shard: Its elements, in any shape.
     """
-    start = stream.tell()
-    data = shard.reshape(shape)
-    if data.untyped_storage().nbytes() != data.nbytes or not data.is_contiguous():
-        # torch.save writes a tensor's whole storage.
-        data = data.clone(memory_format=torch.contiguous_format)
-    checksums = torch.serialization.get_crc32_options()
-    # torch.load verifies no checksums, so computing them would be wasted time.
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(data, stream)
-    finally:
-        torch.serialization.set_crc32_options(checksums)
-    return WrittenShard(key, offset, shape, start, stream.tell() - start)
+    start, size_bytes = write_tensor(stream, shard.reshape(shape))
+    return WrittenShard(key, offset, shape, start, size_bytes)
 
 
 def write_metadata(
@@ -104,10 +94,9 @@ def write_metadata(
         storage_meta=StorageMeta(),
         version=CURRENT_DCP_VERSION,
     )
-    with (folder / ".metadata").open("wb") as file:
+    with (folder / METADATA).open("wb") as file:
         pickle.dump(metadata, file)
-    config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    (folder / "metadata.json").write_text(json.dumps(config))
+    (folder / CONFIG).write_text(CONFIG_TEXT)
 
 
 def _write_objects(folder: Path, extra_states: Iterable[str]) -> dict[str, _StorageInfo]:

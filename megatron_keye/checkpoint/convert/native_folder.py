@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_keye.checkpoint.manifest import check_sizes
+from megatron_keye.checkpoint.storage_format import METADATA
 from megatron_keye.errors import UserError
 
 Shape = tuple[int, ...]
@@ -57,23 +59,13 @@ class NativeFolder:
     """All weights of a checkpoint."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the metadata and check that every file is complete.
+        """Read the metadata and check that every file is there with its size.
 
         Raises:
-            UserError: When the folder is no complete checkpoint or a file is cut short.
+            UserError: When the folder is no whole checkpoint.
         """
-        metadata_file = folder / ".metadata"
-        if not metadata_file.is_file() or not (folder / "metadata.json").is_file():
-            is_released = any(folder.glob("*.safetensors"))
-            raise UserError(
-                f"{folder}: got no .metadata with metadata.json, expected a complete native "
-                "checkpoint (.../checkpoints/step-NNNNNNNN, or what megatron-keye convert made); "
-                + (
-                    "make one of this Hugging Face folder with megatron-keye convert hf-to-native"
-                    if is_released
-                    else "check --native or training.checkpoint.weights"
-                )
-            )
+        check_sizes(folder)
+        metadata_file = folder / METADATA
         self.path = folder
         with metadata_file.open("rb") as file:
             try:
@@ -88,7 +80,6 @@ class NativeFolder:
             for key, stored in metadata.state_dict_metadata.items()
             if isinstance(stored, TensorStorageMetadata) and not key.startswith("optimizer.")
         }
-        self._check_files()
 
     def read(self, key: str, stacked_index: Shape) -> Tensor:
         """Assemble the weight of one layer (and expert) from its shards.
@@ -144,19 +135,6 @@ class NativeFolder:
             view = cast(IO[bytes], _create_file_view(file, shard.start, shard.size_bytes))
             loaded: Tensor = torch.load(view, map_location="cpu", weights_only=True)
         return loaded
-
-    def _check_files(self) -> None:
-        needed: dict[str, int] = defaultdict(int)
-        for shard in self._all_shards():
-            needed[shard.file] = max(needed[shard.file], shard.start + shard.size_bytes)
-        for name, size in needed.items():
-            file = self.path / name
-            got = file.stat().st_size if file.is_file() else 0
-            if got < size:
-                raise UserError(
-                    f"{file}: got {got} bytes, expected at least {size}; the file was cut short "
-                    "or is missing, copy the checkpoint again"
-                )
 
 
 def _tensor(key: str, stored: TensorStorageMetadata, storage: dict[Any, Any]) -> NativeTensor:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_keye.checkpoint.folders import checkpoint_folder, prune
+from megatron_keye.checkpoint.folders import checkpoint_folder
 from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config import DataConfig, RunConfig
 from megatron_keye.config.training import ValidationConfig
@@ -94,6 +94,7 @@ def trainer_without_model(
         "skipped_steps": SkippedSteps(run),
         "has_rows": True,
         "saved": [],
+        "saving": SimpleNamespace(look=lambda *_, **__: None, wait=lambda _: None),
     }
     vars(trainer).update({f"_{name}": value for name, value in fields.items()})
     trainer.was_stopped = False
@@ -238,13 +239,3 @@ def test_a_validation_that_a_stop_left_out_comes_first_after_it(tmp_path: Path) 
     trainer._ahead = ReadAhead(run, Loader(num_steps=40), 2, trainer._step.announce)
     trainer._run_steps(None)
     assert trainer._progress.best_step == 2 and trainer._progress.step == 6
-
-
-def test_the_best_checkpoint_is_not_pruned(tmp_path: Path) -> None:
-    run = early_ending_run(tmp_path)
-    for step in (2, 4, 6, 8):
-        checkpoint_folder(run, step).mkdir(parents=True)
-    prune(checkpoint_folder(run, 2).parent, 2, kept_too=checkpoint_folder(run, 4))
-    assert [path.name[-1] for path in sorted(checkpoint_folder(run, 2).parent.iterdir())] == list(
-        "468"
-    )
