@@ -89,12 +89,13 @@ def begin_save(
         grid: Groups of this rank.
         progress: Progress of the run.
     """
-    saver.begin(lambda: _contents(run, model, optimizer, grid, progress))
+    saver.begin(lambda: contents(run, model, optimizer, grid, progress))
 
 
-def _contents(
+def contents(
     run: RunConfig, model: KeyeModel, optimizer: JointOptimizer, grid: Grid, progress: Progress
 ) -> Contents:
+    """Return what a checkpoint holds. Arguments as those of `begin_save`; collective."""
     weights = weight_state(model, grid)
     best_step = progress.best_step if run.training.validation.patience else 0
     return Contents(

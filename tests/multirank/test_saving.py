@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from megatron_keye.checkpoint import saver as saver_module
+from megatron_keye.checkpoint import one_save
 from megatron_keye.checkpoint.saver import Saver
 from megatron_keye.checkpoint.selection import choose_checkpoint
 from megatron_keye.checkpoint.training_checkpoint import Progress, begin_save, save
@@ -26,18 +26,18 @@ from tests.support.train import build_step, let_go
 @contextmanager
 def held_back() -> Iterator[threading.Event]:
     """Hold the writing of files back until the event is set."""
-    go_on, write = threading.Event(), saver_module.write_parts
+    go_on, write = threading.Event(), one_save.write_parts
 
     def later(*arguments: Any) -> Any:
         assert go_on.wait(60)
         return write(*arguments)
 
-    saver_module.write_parts = later
+    one_save.write_parts = later
     try:
         yield go_on
     finally:
         go_on.set()
-        saver_module.write_parts = write
+        one_save.write_parts = write
 
 
 def test_training_on_beside_a_save_changes_nothing_of_it(tmp_path: Path) -> None:
@@ -89,21 +89,21 @@ def _save_with_a_full_disk(folder: str) -> str:
     grid, model, optimizer, step = build_step(run)
     progress = Progress(step=1, updates=0, data={})
     save(run, model, optimizer, grid, progress)
-    saver, write = Saver(run), saver_module.write_parts
+    saver, write = Saver(run), one_save.write_parts
 
     def fail(*_: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     try:
         if grid.rank == 1:
-            saver_module.write_parts = fail
+            one_save.write_parts = fail
         begin_save(saver, run, model, optimizer, grid, replace(progress, step=2))
         saver.wait()
     except UserError as error:
         assert saver.has_failed
         return str(error)
     finally:
-        saver_module.write_parts = write
+        one_save.write_parts = write
         saver.close()
         let_go(model)
     return "nothing"
