@@ -19,8 +19,10 @@ class HostCopies:
         """Take no memory yet."""
         self._copies: list[Tensor] = []
         self._memory: Tensor | None = None
+        self._is_pinned = False
 
-    def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    @torch.no_grad()
+    def copy(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return copies that stay as they are until the next call.
 
         Args:
@@ -28,10 +30,10 @@ class HostCopies:
         """
         if self._memory is None:
             self._take_memory(tensors)
-        for mine, tensor in zip(self._copies, tensors, strict=True):
-            assert (mine.shape, mine.dtype) == (tensor.shape, tensor.dtype), "a save differs"
-            mine.copy_(tensor, non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors):
+        assert len(self._copies) == len(tensors), "all saves have the same structure"
+        if tensors:
+            torch._foreach_copy_(self._copies, tensors, non_blocking=True)
+        if self._is_pinned:
             torch.cuda.synchronize()
         return self._copies
 

@@ -80,7 +80,7 @@ def _part(sharded: ShardedTensor | ShardedObject) -> Part:
         offset=tuple(sharded.global_offset),
         shape=(*(1 for _ in range(sharded.prepend_axis_num)), *sharded.local_shape),
         whole=WholeTensor(tuple(sharded.global_shape), sharded.dtype),
-        data=sharded.data.detach(),
+        data=sharded.data,
     )
 
 
