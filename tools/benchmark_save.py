@@ -89,8 +89,7 @@ class Saves:
         begin_save(saver, self._run_that(is_beside), *self._parts, self._progress)
         speed = self._multiply(lambda: saver.is_writing) if is_beside else 0.0
         saver.wait()
-        saved = saver.take_saved()
-        assert saved is not None, "a save that was waited for is complete"
+        (saved,) = saver.take_saved()
         times = {
             "pause_s": saved.pause_seconds,
             "seconds": saved.seconds,

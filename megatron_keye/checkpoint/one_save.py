@@ -8,8 +8,9 @@ import pickle
 import shutil
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -44,6 +45,10 @@ class Failure:
     """Sentence, or a traceback."""
     is_users: bool
     """Whether it is a sentence, about what a user can change."""
+
+    def raise_it(self) -> NoReturn:
+        """Raise it as a UserError, or as a RuntimeError."""
+        raise UserError(self.text) if self.is_users else RuntimeError(self.text)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Save:
             self.mailbox.post(_VERDICT, pickle.dumps(attempt(self._complete)))
         verdict = pickle.loads(self.mailbox.collect([_VERDICT], _PEERS_SECONDS)[0])
         if isinstance(verdict, Failure):
-            raise UserError(verdict.text) if verdict.is_users else RuntimeError(verdict.text)
+            verdict.raise_it()
         assert isinstance(written, _WrittenFile), "the verdict tells of all failures"
         return written.sum.size_bytes
 
@@ -122,7 +127,7 @@ class Save:
         if isinstance(answer, _WrittenFile):
             return answer
         text = f"{self.folder}: not saved: rank {rank}: {answer.text}"
-        raise UserError(text) if answer.is_users else RuntimeError(text)
+        replace(answer, text=text).raise_it()
 
     def _add_rest(self, partial: Path, files: list[_WrittenFile]) -> None:
         """Write what lists and describes the files of all ranks."""

@@ -26,7 +26,6 @@ from megatron_keye.checkpoint.shards import (
     parts_of,
 )
 from megatron_keye.config.run import RunConfig
-from megatron_keye.errors import UserError
 from megatron_keye.parallel.mailbox import Mailbox
 
 _CLOSING_SECONDS = 60.0
@@ -73,7 +72,7 @@ class Saver:
         self._run, self._rank = run, dist.get_rank()
         self._copies, self._is_first = HostCopies(), True
         self._thread: threading.Thread | None = None
-        self._saved: Saved | None = None
+        self._saved: list[Saved] = []
         self._failure: Failure | None = None
 
     def begin(self, collect: Callable[[], Contents]) -> None:
@@ -107,11 +106,9 @@ class Saver:
                 self._failure = answer
                 return
             seconds = time.perf_counter() - started
-            self._saved = Saved(
-                folder=folder,
-                size_bytes=answer,
-                pause_seconds=pause_seconds if is_asynchronous else seconds,
-                seconds=seconds,
+            pause = pause_seconds if is_asynchronous else seconds
+            self._saved.append(
+                Saved(folder=folder, size_bytes=answer, pause_seconds=pause, seconds=seconds)
             )
 
         # A daemon, so that a file system that hangs does not keep a process that has failed.
@@ -130,10 +127,9 @@ class Saver:
         """Whether a save has failed, which `wait` raises; ranks learn it at different times."""
         return self._failure is not None
 
-    def take_saved(self) -> Saved | None:
-        """Return a save that has become complete, once; None while there is none."""
-        saved, self._saved = self._saved, None
-        return saved
+    def take_saved(self) -> list[Saved]:
+        """Return the saves that have become complete since the last call."""
+        return [self._saved.pop(0) for _ in range(len(self._saved))]
 
     def wait(self) -> None:
         """Wait until no save is at work.
@@ -145,9 +141,8 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        failure = self._failure
-        if failure is not None:
-            raise UserError(failure.text) if failure.is_users else RuntimeError(failure.text)
+        if self._failure is not None:
+            self._failure.raise_it()
 
     def close(self) -> None:
         """Let a save at work become complete, for a while, after a run that may have failed."""

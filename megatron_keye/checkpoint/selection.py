@@ -2,11 +2,14 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_keye.checkpoint.folders import is_named, named_checkpoints
 from megatron_keye.checkpoint.manifest import check_sizes, check_sums
+from megatron_keye.checkpoint.one_save import Failure, attempt
+from megatron_keye.checkpoint.retention import remove_leftovers
 from megatron_keye.config.check import check
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
@@ -41,10 +44,8 @@ def choose_checkpoint(run: RunConfig) -> Path | None:
         check_whole(Path(resume), checks_sums=run.training.checkpoint.checks_sums)
         return Path(resume)
     folder = run.folder / "checkpoints"
-    candidates = [named_checkpoints(folder) if dist.get_rank() == 0 else []]
-    dist.broadcast_object_list(candidates)
     problems = []
-    for candidate in reversed(candidates[0]):
+    for candidate in reversed(_candidates(folder)):
         problem = _problem(candidate, checks_sums=run.training.checkpoint.checks_sums)
         if not problem:
             return candidate
@@ -58,6 +59,23 @@ def choose_checkpoint(run: RunConfig) -> Path | None:
             "run's folder aside"
         )
     return None
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Return what rank 0 sees in a folder of checkpoints, less what a killed save left."""
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        found = [attempt(lambda: _tidied(folder))]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], Failure):
+        found[0].raise_it()
+    return list(found[0])
+
+
+def _tidied(folder: Path) -> list[Path]:
+    # First, since a checkpoint that was being replaced may be the newest one.
+    remove_leftovers(folder)
+    return named_checkpoints(folder)
 
 
 def check_whole(folder: Path, *, checks_sums: bool) -> None:

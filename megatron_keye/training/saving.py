@@ -42,10 +42,10 @@ class Saving:
             )
 
     def look(self, report: Report | None, *, has_failed: bool) -> None:
-        """Show a save that has become complete, at a step's border.
+        """Show saves that have become complete, at a step's border.
 
         Args:
-            report: Where it is shown; None on ranks that report nothing.
+            report: Where they are shown; None on ranks that report nothing.
             has_failed: Whether any rank knew before this border that a save failed.
 
         Raises:
@@ -53,8 +53,7 @@ class Saving:
         """
         if has_failed:
             self._saver.wait()
-        saved = self._saver.take_saved()
-        if saved is not None:
+        for saved in self._saver.take_saved():
             self._clock.note_saved(saved.seconds)
             if report is not None:
                 report.show_saved(saved)

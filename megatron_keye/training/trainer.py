@@ -7,7 +7,6 @@ from typing import Any
 from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.checkpoint.export import export_checkpoint, take_carried_files
 from megatron_keye.checkpoint.folders import checkpoint_folder, set_aside
-from megatron_keye.checkpoint.retention import remove_leftovers
 from megatron_keye.checkpoint.selection import choose_checkpoint
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.loader import RowLoader
@@ -300,7 +299,6 @@ class Trainer:
         # What fails above leaves an earlier run where it is.
         set_aside(run, self._process.rank, continued=checkpoint)
         if self._process.rank == 0:
-            remove_leftovers(run.folder / "checkpoints")
             take_carried_files(run, checkpoint)
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:

@@ -63,14 +63,14 @@ def _save_and_train_on(folder: str) -> None:
         begin_save(saver, run, model, optimizer, grid, progress)
         step(mixed_rows(1), 1)
         assert [path.suffix for path in checkpoints.iterdir()] == [".partial"]
-        assert saver.take_saved() is None
+        assert saver.take_saved() == []
         go_on.set()
     # The second save waits for the first.
     begin_save(saver, run, model, optimizer, grid, replace(progress, step=2))
-    saved = saver.take_saved()
-    assert saved is not None and saved.folder == checkpoints / "step-00000001"
-    assert 0 < saved.pause_seconds < saved.seconds
     saver.wait()
+    saved = saver.take_saved()
+    assert [each.folder.name for each in saved] == ["step-00000001", "step-00000002"]
+    assert all(0 < each.pause_seconds < each.seconds for each in saved)
     saver.close()
     assert not psutil.Process().children() and set(Path("/tmp").glob("pymp-*")) <= before
     let_go(model)
@@ -150,8 +150,10 @@ def test_all_ranks_take_the_newest_whole_checkpoint(tmp_path: Path) -> None:
 def test_without_a_whole_checkpoint_a_run_does_not_begin_anew(tmp_path: Path) -> None:
     run = replace(tiny_run(), output_dir=str(tmp_path))
     run = run.with_overrides(["training.checkpoint.resume=auto"])
-    (run.folder / "checkpoints" / "step-00000007.partial").mkdir(parents=True)
+    partial = run.folder / "checkpoints" / "step-00000007.partial"
+    partial.mkdir(parents=True)
     assert run_on_ranks(2, _choices, [run.to_json()])[1] == (["None"], [])
+    assert not partial.exists(), "what a killed save left is removed"
     (run.folder / "checkpoints" / "step-00000007").mkdir()
     other = run.with_overrides([f"training.checkpoint.resume={tmp_path}"])
     choices, _ = run_on_ranks(2, _choices, [run.to_json(), other.to_json()])[1]

@@ -239,3 +239,13 @@ def test_a_validation_that_a_stop_left_out_comes_first_after_it(tmp_path: Path) 
     trainer._ahead = ReadAhead(run, Loader(num_steps=40), 2, trainer._step.announce)
     trainer._run_steps(None)
     assert trainer._progress.best_step == 2 and trainer._progress.step == 6
+
+
+def test_a_save_counts_in_the_step_that_it_holds_up_and_is_whole_in_one() -> None:
+    clock = StepClock()
+    with clock.part("save"):
+        time.sleep(0.05)
+    clock.note_saved(3.0)
+    first, second = clock.end_step(), clock.end_step()
+    assert 0.05 <= first["save"] <= first["step"] and first["saved"] == 3.0
+    assert second["save"] == second["saved"] == 0.0
