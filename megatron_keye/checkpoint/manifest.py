@@ -109,7 +109,10 @@ def _read(folder: Path) -> Files:
     file = folder / MANIFEST
     try:
         entries = json.loads(file.read_text())["files"]
-        return {name: FileSum(**entry) for name, entry in entries.items()}
+        return {
+            name: FileSum(int(entry["size_bytes"]), int(entry["crc32"]))
+            for name, entry in entries.items()
+        }
     except (FileNotFoundError, NotADirectoryError) as error:
         got, remedy = _kind(folder)
         raise UserError(

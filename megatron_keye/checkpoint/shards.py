@@ -55,6 +55,8 @@ class ObjectPart:
 
 
 Part = TensorPart | ObjectPart
+_NOTHING = object_bytes(None)
+"""What most linears keep beside their weight."""
 
 
 def parts_of(state: dict[str, Any], rank: int, *, checks_whole: bool) -> list[Part]:
@@ -74,7 +76,8 @@ def parts_of(state: dict[str, Any], rank: int, *, checks_whole: bool) -> list[Pa
 
 def _part(sharded: ShardedTensor | ShardedObject) -> Part:
     if isinstance(sharded, ShardedObject):
-        return ObjectPart(sharded.unique_key, object_bytes(sharded.data))
+        content = _NOTHING if sharded.data is None else object_bytes(sharded.data)
+        return ObjectPart(sharded.unique_key, content)
     return TensorPart(
         key=sharded.key,
         offset=tuple(sharded.global_offset),

@@ -58,3 +58,10 @@ def test_a_sum_made_in_writing_is_that_of_the_file(tmp_path: Path) -> None:
     assert written[0] == [2, 0, 198]
     write_manifest(tmp_path, {"a": written[1]})
     check_sums(tmp_path, check_sizes(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"files": [1]}', '{"files": {"a": {}}}', "\xff"])
+def test_a_manifest_of_another_kind_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=f"{tmp_path / MANIFEST}: cannot be read"):
+        check_sizes(tmp_path)
