@@ -19,20 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 
-from megatron_keye.checkpoint.saver import Saver
-from megatron_keye.checkpoint.training_checkpoint import Progress, begin_save, contents
 from megatron_keye.cli.arguments import make_parser
+from megatron_keye.cli.noise import quieten_libraries
 from megatron_keye.config import RunConfig
-from megatron_keye.model import build_model
-from megatron_keye.optim.optimizer import JointOptimizer
-from megatron_keye.parallel.grid import build_grid
-from megatron_keye.parallel.process import resolve_device
-from megatron_keye.parallel.random import seed_rank
 from megatron_keye.recipes import load_recipe
-from megatron_keye.training.throughput import device_name
-from megatron_keye.verify.one_process import alone
 from tools.benchmark_lines import shared_fields, write_line
 
 SETTINGS = (
@@ -52,6 +43,13 @@ class Saves:
 
     def __init__(self, run: RunConfig, device: torch.device) -> None:
         """Build the model and its optimizer."""
+        from megatron_keye.checkpoint.saver import Saver
+        from megatron_keye.checkpoint.training_checkpoint import Progress
+        from megatron_keye.model import build_model
+        from megatron_keye.optim.optimizer import JointOptimizer
+        from megatron_keye.parallel.grid import build_grid
+        from megatron_keye.parallel.random import seed_rank
+
         self._run, self._grid = run, build_grid(run.parallel)
         seed_rank(run.training.seed, self._grid)
         self._model = build_model(run, self._grid, device, uses_transformer_engine=False)
@@ -62,6 +60,10 @@ class Saves:
 
     def megatron(self) -> Times:
         """Save as Megatron-Core does."""
+        from megatron.core import dist_checkpointing
+
+        from megatron_keye.checkpoint.training_checkpoint import contents
+
         folder = self._run.folder / "megatron"
         folder.mkdir(parents=True)
         started = time.perf_counter()
@@ -84,6 +86,8 @@ class Saves:
         return times | {"speed_beside": times["speed_beside"] / alone_speed}
 
     def _save(self, *, is_beside: bool) -> Times:
+        from megatron_keye.checkpoint.training_checkpoint import begin_save
+
         saver = self._savers[is_beside]
         self._progress = replace(self._progress, step=self._progress.step + 1)
         begin_save(saver, self._run_that(is_beside), *self._parts, self._progress)
@@ -114,6 +118,11 @@ class Saves:
 def main() -> None:
     """Measure all ways, and write a line for each."""
     arguments = parse_arguments()
+    quieten_libraries()
+    from megatron_keye.parallel.process import resolve_device
+    from megatron_keye.training.throughput import device_name
+    from megatron_keye.verify.one_process import alone
+
     device = resolve_device("auto", 0)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, alone(device):
         run = load_recipe("keye_tiny")(num_ranks=1, has_gpu=device.type == "cuda")
