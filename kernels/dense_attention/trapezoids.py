@@ -1,7 +1,7 @@
 """Neighbouring queries of one document, each of which sees one key more than the one before.
 
-Their part of the mask is a trapezoid: the keys that all of them see, and a triangle. A whole causal
-document is a triangle. A context rank has two trapezoids of a document that spans the row.
+Their part of the mask is a trapezoid: the keys that all of them see, and a triangle. A whole
+causal document is a triangle. A context rank has two trapezoids of a document that spans the row.
 """
 
 import weakref

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_keye.checkpoint.storage_format import METADATA
 from megatron_keye.errors import UserError
 
-METADATA = ".metadata"
 _DESCRIPTION = "torch.distributed.checkpoint.metadata"
 _CLASSES = frozenset(
     {

@@ -1,17 +1,13 @@
-"""Training checkpoints on disk: complete or absent, loaded on any grid.
+"""Training checkpoints on disk: what is in them, and how it is loaded on any grid.
 
-A checkpoint is written under another name and renamed when every rank is done, so that a killed
-run never leaves one that looks complete. Format: Megatron-Core's torch_dist.
+Format: Megatron-Core's torch_dist.
 """
 
 import math
-import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_keye.checkpoint.adapters import (
@@ -20,10 +16,9 @@ from megatron_keye.checkpoint.adapters import (
     shapes_with_adapters,
 )
 from megatron_keye.checkpoint.continuation import check_continues
-from megatron_keye.checkpoint.convert.carried_files import carry_on
 from megatron_keye.checkpoint.convert.check_tensors import check_shapes
 from megatron_keye.checkpoint.convert.native_folder import NativeFolder
-from megatron_keye.checkpoint.folders import checkpoint_folder, is_inside, prune
+from megatron_keye.checkpoint.folders import checkpoint_folder, is_inside
 from megatron_keye.checkpoint.history import HISTORY, PastRun, past_run, text_of
 from megatron_keye.checkpoint.optimizer_state import (
     copy_to_masters,
@@ -33,6 +28,9 @@ from megatron_keye.checkpoint.optimizer_state import (
 )
 from megatron_keye.checkpoint.progress import PROGRESS, progress_text, read_progress
 from megatron_keye.checkpoint.random_state import random_state, restore_random
+from megatron_keye.checkpoint.saved_run import RUN
+from megatron_keye.checkpoint.saver import Contents, Saver
+from megatron_keye.checkpoint.selection import check_whole
 from megatron_keye.checkpoint.sharded_load import load_sharded
 from megatron_keye.checkpoint.state import copy_loaded, data_of, weight_state
 from megatron_keye.config.check import check
@@ -71,48 +69,61 @@ class Progress:
     """Validations since then."""
 
 
-def save(
-    run: RunConfig, model: KeyeModel, optimizer: JointOptimizer, grid: Grid, progress: Progress
-) -> Path:
-    """Write a checkpoint. Collective: all ranks must call it.
+def begin_save(
+    saver: Saver,
+    run: RunConfig,
+    model: KeyeModel,
+    optimizer: JointOptimizer,
+    grid: Grid,
+    progress: Progress,
+) -> None:
+    """Begin to write a checkpoint. Collective: all ranks must call it.
 
     Args:
+        saver: Writes it, beside what this rank does next if the run says so.
         run: The run, saved in the checkpoint as JSON.
         model: Weights of this rank.
         optimizer: Moments and master weights of this rank.
         grid: Groups of this rank.
         progress: Progress of the run.
-
-    Returns:
-        The finished folder.
     """
-    folder = checkpoint_folder(run, progress.step)
-    partial = folder.with_name(folder.name + ".partial")
-    if grid.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    saver.begin(lambda: contents(run, model, optimizer, grid, progress))
+
+
+def contents(
+    run: RunConfig, model: KeyeModel, optimizer: JointOptimizer, grid: Grid, progress: Progress
+) -> Contents:
+    """Return what a checkpoint holds. Arguments as those of `begin_save`; collective."""
     weights = weight_state(model, grid)
-    state = {
-        "weights": weights,
-        "optimizer": saved_optimizer(optimizer, weights),
-        "random": _random_object(grid, random_state()),
-    }
-    dist_checkpointing.save(state, str(partial))
-    dist.barrier()
-    if grid.rank == 0:
-        (partial / "run.json").write_text(run.to_json())
-        (partial / PROGRESS).write_text(progress_text(asdict(progress), run))
-        history = [*progress.earlier, past_run(run, progress.step)]
-        (partial / HISTORY).write_text(text_of(history))
-        carry_on(run.folder, partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        best_step = progress.best_step if run.training.validation.patience else 0
-        best = checkpoint_folder(run, best_step)
-        prune(folder.parent, run.training.checkpoint.keep, kept_too=best)
-    dist.barrier()
-    return folder
+    best_step = progress.best_step if run.training.validation.patience else 0
+    return Contents(
+        step=progress.step,
+        state={
+            "weights": weights,
+            "optimizer": saved_optimizer(optimizer, weights),
+            "random": _random_object(grid, random_state()),
+        },
+        texts={
+            RUN: run.to_json(),
+            PROGRESS: progress_text(asdict(progress), run),
+            HISTORY: text_of([*progress.earlier, past_run(run, progress.step)]),
+        },
+        best=checkpoint_folder(run, best_step),
+    )
+
+
+def save(
+    run: RunConfig, model: KeyeModel, optimizer: JointOptimizer, grid: Grid, progress: Progress
+) -> Path:
+    """Write a checkpoint, wait for it and return its folder. Arguments as those of `begin_save`.
+
+    Collective: all ranks must call it.
+    """
+    saver = Saver(run)
+    begin_save(saver, run, model, optimizer, grid, progress)
+    saver.wait()
+    saver.close()
+    return checkpoint_folder(run, progress.step)
 
 
 def load(
@@ -185,6 +196,7 @@ def load_weights(
         f"a checkpoint outside of {run.folder}, which is set aside when this run begins; give the "
         "run another name",
     )
+    check_whole(folder, checks_sums=run.training.checkpoint.checks_sums)
     source = NativeFolder(folder)
     shapes = {key: tensor.shape for key, tensor in source.tensors.items()}
     check_adapters(folder, shapes, run)

@@ -24,8 +24,16 @@ class CheckpointConfig:
     """Steps from one checkpoint to the next; 0: save only after the last step."""
     saves_last: bool = True
     """Whether the last step is always saved; benchmarks need no checkpoint."""
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written, after a pause for a copy in main
+    memory, which takes as many bytes as the rank writes and is kept. false: training waits."""
+    checks_sums: bool = True
+    """Whether a checkpoint's files are compared with their checksums before a run continues it or
+    starts from its weights. The ranks share the reading; sizes are compared anyway."""
     keep: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
+    keep_every_steps: int = 0
+    """Checkpoints after multiples of this many steps are kept for good; 0: none is."""
     export_every: int = 0
     """Every this many checkpoints of interval_steps, and after the last step, the checkpoint is
     also exported as a Hugging Face folder, exports/step-N in the run's folder; 0: never. All ranks
@@ -44,8 +52,12 @@ class CheckpointConfig:
         check_numbers(
             self,
             "training.checkpoint",
-            zero_or_more="interval_steps keep export_every keep_exports",
+            zero_or_more="interval_steps keep keep_every_steps export_every keep_exports",
         )
+
+    def keeps_for_good(self, step: int) -> bool:
+        """Return whether the checkpoint after a step stays whatever its age."""
+        return self.keep_every_steps > 0 and step % self.keep_every_steps == 0
 
     def exports(self, step: int, *, is_last: bool) -> bool:
         """Return whether the checkpoint after a step is exported.

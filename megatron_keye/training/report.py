@@ -12,6 +12,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from megatron_keye.checkpoint.saver import Saved
 from megatron_keye.config.run import RunConfig
 from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.metrics import StepMetrics
@@ -21,6 +22,7 @@ _NOTABLE_SHARE = 0.05
 """Share of a step from which a wait is worth a place on the step's line."""
 _WAITS = {
     "data_wait_seconds": "waits {:.3g} s for rows",
+    "save_seconds": "pauses {:.3g} s to save",
     "vision_wait_seconds": "vision waits {:.3g} s for pictures",
 }
 """Metrics that are waits, and how the line tells of them."""
@@ -96,6 +98,15 @@ class Report:
             sink.log_validation(step, losses)
         parts = [f"{source} {figures['loss']:.4f}" for source, figures in losses.items()]
         self._bar.console.out(f"validation after step {step}: {', '.join(parts)}", highlight=False)
+
+    def show_saved(self, saved: Saved) -> None:
+        """Show a checkpoint that is complete."""
+        speed = saved.size_bytes / saved.seconds / 1e9
+        self._bar.console.out(
+            f"checkpoint {saved.folder.name}: training paused {saved.pause_seconds:.3g} s, "
+            f"complete after {saved.seconds:.3g} s ({speed:.2g} GB/s per rank)",
+            highlight=False,
+        )
 
     def expect(self, last_step: int) -> None:
         """Change the step after which this process is expected to stop."""

@@ -17,6 +17,7 @@ from megatron_keye.training.batch_pass import BatchPass
 from megatron_keye.training.chunk_encoder import PatchSource
 from megatron_keye.training.metrics import StepMetrics, collect_metrics, count_batch
 from megatron_keye.training.router_load import RouterLoad
+from megatron_keye.training.saving import Saving
 from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.stop import StopRequest
 
@@ -33,6 +34,7 @@ class TrainingStep:
         *,
         source: PatchSource | None,
         stop: StopRequest,
+        saving: Saving,
         clock: StepClock,
         device: torch.device,
     ) -> None:
@@ -45,11 +47,12 @@ class TrainingStep:
             optimizer: Their optimizers.
             source: Supplies the patches of pictures, on ranks that encode; None on others.
             stop: Read once per step.
+            saving: Likewise.
             clock: Measures steps; a step ends when its weights are updated.
             device: Where this rank computes.
         """
         self._run, self._optimizer, self._device = run, optimizer, device
-        self._stop, self._clock = stop, clock
+        self._stop, self._saving, self._clock = stop, saving, clock
         self._batch_pass = BatchPass(run, grid, model, source=source, device=device)
         self.recorder: StepRecorder | None = None
         """Recorder of the last step, where the run records its timeline."""
@@ -101,6 +104,7 @@ class TrainingStep:
                 outcome=outcome,
                 seconds=seconds,
                 asks_to_stop=bool(self._stop.name),
+                has_failed_save=self._saving.has_failed,
             )
             self.slowness = self._compare_ranks(
                 recorder, metrics.step_seconds, data_wait=seconds["data_wait"]

@@ -26,6 +26,7 @@ class StepClock:
         """What this rank does."""
         self._began = time.perf_counter()
         self._parts: dict[Part, float] = dict.fromkeys(get_args(Part), 0.0)
+        self._saved_seconds = 0.0
 
     @contextmanager
     def part(self, name: Part) -> Iterator[None]:
@@ -35,9 +36,19 @@ class StepClock:
             yield
         self._parts[name] += time.perf_counter() - started
 
+    def note_saved(self, seconds: float) -> None:
+        """Note how long a checkpoint took that became complete in this step, beside training."""
+        self._saved_seconds = seconds
+
     def end_step(self) -> dict[str, float]:
-        """End the step, begin the next one, and return the seconds of "step" and of each part."""
+        """End the step, begin the next one, and return the seconds of "step" and of each part.
+
+        Also those of "saved", which are no part of it: from the beginning to the end of a save
+        that became complete in the step; 0 without one.
+        """
         now = time.perf_counter()
         seconds = {"step": now - self._began} | {str(name): of for name, of in self._parts.items()}
+        seconds["saved"] = self._saved_seconds
         self._began, self._parts = now, dict.fromkeys(self._parts, 0.0)
+        self._saved_seconds = 0.0
         return seconds

@@ -6,12 +6,12 @@ from typing import Any
 
 from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.checkpoint.export import export_checkpoint, take_carried_files
-from megatron_keye.checkpoint.folders import checkpoint_folder, find_checkpoint, set_aside
+from megatron_keye.checkpoint.folders import checkpoint_folder, set_aside
+from megatron_keye.checkpoint.selection import choose_checkpoint
 from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.errors import UserError
-from megatron_keye.files.disk import making
 from megatron_keye.model import build_model
 from megatron_keye.observe.timeline import write_step
 from megatron_keye.optim.optimizer import JointOptimizer
@@ -35,10 +35,11 @@ from megatron_keye.training.patch_source import (
 from megatron_keye.training.provenance import host_names, record_start
 from megatron_keye.training.read_ahead import ReadAhead, StepRows
 from megatron_keye.training.report import Report
+from megatron_keye.training.saving import Saving
 from megatron_keye.training.skipped_steps import SkippedSteps
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.step_clock import StepClock
-from megatron_keye.training.stop import StopRequest, hidden_from_children
+from megatron_keye.training.stop import StopRequest
 from megatron_keye.training.summary import (
     read_summary,
     show_summary,
@@ -74,9 +75,11 @@ class Trainer:
             UserError: For degrees, samples or a checkpoint that do not fit the run.
         """
         run.check_num_ranks(process.num_ranks)
-        earlier = hand_over.begin(run, process.rank)
+        checkpoint = choose_checkpoint(run)
+        earlier = [] if checkpoint else hand_over.begin(run, process.rank)
         self._run, self._process, self._fusions = run, process, fusions
         self._stop, self._clock = StopRequest(), StepClock(process.heartbeat)
+        self._saving = Saving(run, self._clock)
         process.heartbeat.note("build")
         self.was_stopped = False
         """Whether a signal ended the run before its last step."""
@@ -103,6 +106,7 @@ class Trainer:
             self._optimizer,
             source=self._patches,
             stop=self._stop,
+            saving=self._saving,
             clock=self._clock,
             device=process.device,
         )
@@ -122,7 +126,7 @@ class Trainer:
         self._num_damaged = 0
         self._skipped_steps = SkippedSteps(run)
         process.heartbeat.note("load")
-        self._resume()
+        self._resume(checkpoint)
         process.heartbeat.folder = str(run.folder)
         self._has_rows = (
             not self._loader.is_exhausted
@@ -140,6 +144,7 @@ class Trainer:
         try:
             return self._train()
         finally:
+            self._saving.close()
             self._ahead.close()
             if self._patches is not None:
                 self._patches.close()
@@ -190,6 +195,7 @@ class Trainer:
         while not self._is_over():
             batch = self._take_rows()
             metrics = self._train_one(batch)
+            self._saving.look(report, has_failed=metrics.has_failed_save)
             if report is not None:
                 report.expect(self._last_step(batch.num_steps))
                 report.show(self._progress.step, metrics)
@@ -203,12 +209,15 @@ class Trainer:
             self.was_stopped = metrics.asks_to_stop and not self._is_over()
             is_best = not self.was_stopped and self._validate(report)
             if self._is_checkpoint_due(is_best=is_best):
-                folder = self._save()
+                self._save()
+                folder = checkpoint_folder(self._run, self._progress.step)
                 if self._is_export_due():
+                    self._saving.wait(report)
                     with self._clock.part("save"):
                         export_checkpoint(self._run, folder)
             if self.was_stopped:
                 break
+        self._saving.wait(report)
         return folder
 
     def _note(self) -> str:
@@ -293,27 +302,21 @@ class Trainer:
             for reason in self._step.damaged:
                 _logger.warning("sample skipped: %s", reason)
 
-    def _save(self) -> Path:
-        partial = checkpoint_folder(self._run, self._progress.step).with_suffix(".partial")
-        begun = making(partial, "a checkpoint", then=", then go on with --resume auto")
-        with self._clock.part("save"), hidden_from_children(), begun:
-            return training_checkpoint.save(
-                self._run, self._model, self._optimizer, self._grid, self._progress
-            )
+    def _save(self) -> None:
+        self._saving.begin(self._model, self._optimizer, self._grid, self._progress)
 
-    def _resume(self) -> None:
+    def _resume(self, checkpoint: Path | None) -> None:
         run, weights = self._run, self._run.training.checkpoint.weights
         parts = (self._model, self._optimizer, self._grid)
-        folder = find_checkpoint(run)
-        if folder is not None:
-            self._progress = training_checkpoint.load(folder, run, *parts)
+        if checkpoint is not None:
+            self._progress = training_checkpoint.load(checkpoint, run, *parts)
             self._loader.load_state_dict(self._progress.data)
         elif weights:
             training_checkpoint.load_weights(Path(weights), run, *parts)
         # What fails above leaves an earlier run where it is.
-        set_aside(run, self._process.rank, continued=folder)
+        set_aside(run, self._process.rank, continued=checkpoint)
         if self._process.rank == 0:
-            take_carried_files(run)
+            take_carried_files(run, checkpoint)
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
         if not self._metrics:  # The first validation ended the run.

@@ -21,6 +21,7 @@ from megatron_keye.checkpoint.hf.folder import HfFolder
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout
 from megatron_keye.checkpoint.hf.weight_map import weight_mappings
 from megatron_keye.checkpoint.hf.weights import as_released, load_released, parameter_name
+from megatron_keye.checkpoint.selection import check_whole
 from megatron_keye.checkpoint.sharded_load import load_sharded
 from megatron_keye.checkpoint.state import copy_loaded, data_of, without_objects
 from megatron_keye.config import (
@@ -121,6 +122,7 @@ class OneProcessModel:
         Raises:
             UserError: When it is incomplete, of a model of other sizes, or has adapters.
         """
+        check_whole(folder, checks_sums=True)
         source = NativeFolder(folder)
         self._check_native(source)
         state = _sharded_state(self.stage, self.tower, self.grid)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_keye.checkpoint.folders import find_checkpoint, set_aside
+from megatron_keye.checkpoint.folders import set_aside
 from megatron_keye.checkpoint.training_checkpoint import load
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
@@ -74,21 +74,6 @@ def _refusal(run_json: str, folder: Path) -> str:
     finally:
         let_go(model)
     return "nothing"
-
-
-def test_an_incomplete_checkpoint_is_not_found(tmp_path: Path) -> None:
-    run = tiny_run().with_overrides([f"output_dir={tmp_path}", "training.checkpoint.resume=auto"])
-    checkpoints = run.folder / "checkpoints"
-    (checkpoints / "step-00000007.partial").mkdir(parents=True)
-    assert find_checkpoint(run) is None
-    (checkpoints / "step-00000005").mkdir()
-    assert find_checkpoint(run) == checkpoints / "step-00000005"
-
-
-def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    run = tiny_run().with_overrides([f"training.checkpoint.resume={tmp_path}"])
-    with pytest.raises(ValueError, match="expected the folder of a complete checkpoint"):
-        find_checkpoint(run)
 
 
 LEFT = {

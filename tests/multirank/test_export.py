@@ -92,7 +92,7 @@ def _load_and_save(run_json: str, weights: Path) -> None:
     grid, model, optimizer, _ = build_step(run)
     training_checkpoint.load_weights(weights, run, model, optimizer, grid)
     if grid.rank == 0:
-        export.take_carried_files(run)
+        export.take_carried_files(run, None)
     start = training_checkpoint.Progress(step=0, updates=0, data={})
     training_checkpoint.save(run, model, optimizer, grid, start)
     let_go(model)

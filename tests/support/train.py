@@ -23,6 +23,7 @@ from megatron_keye.parallel.grid import Grid, build_grid
 from megatron_keye.parallel.random import seed_rank
 from megatron_keye.training.chunk_encoder import PatchSource
 from megatron_keye.training.metrics import StepMetrics
+from megatron_keye.training.saving import Saving
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.stop import StopRequest
@@ -197,6 +198,7 @@ def build_step(
     )
     model = build_model(run, grid, device, uses_transformer_engine=engine, fusions=fusions)
     optimizer = JointOptimizer(run, model, grid)
+    clock = StepClock()
     step = TrainingStep(
         run,
         grid,
@@ -204,7 +206,8 @@ def build_step(
         optimizer,
         source=source or SyntheticPatches(),
         stop=StopRequest(),
-        clock=StepClock(),
+        saving=Saving(run, clock),
+        clock=clock,
         device=device,
     )
     return grid, model, optimizer, step

@@ -20,6 +20,8 @@ from megatron_keye.checkpoint.hf.config import CONFIG, check_config
 from megatron_keye.checkpoint.hf.folder import open_unquantised
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout, layout_of, parameter_shapes
 from megatron_keye.checkpoint.history import HISTORY, read_history, released, text_of
+from megatron_keye.checkpoint.manifest import write_manifest
+from megatron_keye.checkpoint.saved_run import RUN
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.files.partial_folder import PartialFolder
@@ -84,9 +86,10 @@ def write_native(
         maker.finish(folder.path, records)
         (folder.path / CARRIED).mkdir(exist_ok=True)
         copy_files(files, folder.path / CARRIED)
-        for name, text in {**(notes or {}), "run.json": run.to_json()}.items():
+        for name, text in {**(notes or {}), RUN: run.to_json()}.items():
             (folder.path / name).write_text(text)
-        folder.finish()
+        sums = {name: folder.sum(name) for name in records}
+        folder.finish(lambda: write_manifest(folder.path, sums))
 
 
 def native_to_hf(

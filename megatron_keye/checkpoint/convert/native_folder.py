@@ -25,12 +25,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_keye.checkpoint.safe_metadata import (
-    METADATA,
-    load_plain,
-    read_metadata,
-    undamaged,
-)
+from megatron_keye.checkpoint.manifest import check_sizes
+from megatron_keye.checkpoint.safe_metadata import load_plain, read_metadata, undamaged
+from megatron_keye.checkpoint.storage_format import METADATA
 from megatron_keye.errors import UserError
 
 Shape = tuple[int, ...]
@@ -84,26 +81,16 @@ class NativeFolder:
     """All tensors of a checkpoint."""
 
     def __init__(self, folder: Path, *, has_optimizer: bool = False) -> None:
-        """Read the metadata and check that every file is complete.
+        """Read the metadata and check that every file is there with its size.
 
         Args:
             folder: The checkpoint.
             has_optimizer: Whether the optimizer's tensors are wanted beside the weights.
 
         Raises:
-            UserError: When the folder is no complete checkpoint or a file is cut short.
+            UserError: When the folder is no whole checkpoint.
         """
-        if not (folder / METADATA).is_file() or not (folder / "metadata.json").is_file():
-            is_released = any(folder.glob("*.safetensors"))
-            raise UserError(
-                f"{folder}: got no .metadata with metadata.json, expected a complete native "
-                "checkpoint (.../checkpoints/step-NNNNNNNN, or what megatron-keye convert made); "
-                + (
-                    "make one of this Hugging Face folder with megatron-keye convert hf-to-native"
-                    if is_released
-                    else "check --native or training.checkpoint.weights"
-                )
-            )
+        check_sizes(folder)
         self.path = folder
         metadata = read_metadata(folder)
         entries, storage = metadata.state_dict_metadata, metadata.storage_data
@@ -119,7 +106,6 @@ class NativeFolder:
                 for key, stored in entries.items()
                 if isinstance(stored, BytesStorageMetadata)
             }
-        self._check_files()
 
     def read(self, key: str, stacked_index: Shape) -> Tensor:
         """Return the weight of one layer (and expert), assembled from its shards.
@@ -224,19 +210,6 @@ class NativeFolder:
             advice = os.POSIX_FADV_WILLNEED
             os.posix_fadvise(file.fileno(), part.start, part.size_bytes, advice)
             yield cast(IO[bytes], _create_file_view(file, part.start, part.size_bytes))
-
-    def _check_files(self) -> None:
-        needed: dict[str, int] = defaultdict(int)
-        for shard in (*self._all_shards(), *self._objects.values()):
-            needed[shard.file] = max(needed[shard.file], shard.start + shard.size_bytes)
-        for name, size in needed.items():
-            file = self.path / name
-            got = file.stat().st_size if file.is_file() else 0
-            if got < size:
-                raise UserError(
-                    f"{file}: got {got} bytes, expected at least {size}; the file was cut short "
-                    "or is missing, copy the checkpoint again"
-                )
 
 
 def _tensor(key: str, stored: TensorStorageMetadata, storage: dict[Any, Any]) -> NativeTensor:

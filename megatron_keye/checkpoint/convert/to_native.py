@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_keye.checkpoint.convert.check_tensors import check_finite
-from megatron_keye.checkpoint.convert.native_file import WrittenShard, write_metadata, write_shard
+from megatron_keye.checkpoint.convert.native_file import write_metadata
 from megatron_keye.checkpoint.convert.one_thread import one_thread
 from megatron_keye.checkpoint.convert.sources import TensorSource
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout, parameter_shapes
 from megatron_keye.checkpoint.hf.weight_map import WeightMapping, weight_mappings
+from megatron_keye.checkpoint.storage_format import WrittenShard, write_shard
 from megatron_keye.config.model import ModelConfig
 from megatron_keye.files.workers import Advance
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_keye.checkpoint.history import HISTORY, past_run, read_history, text_of
+from megatron_keye.checkpoint.manifest import write_manifest
 from megatron_keye.cli import local, run_stages, train
 from megatron_keye.cli.arguments import chosen_run
 from megatron_keye.recipes.stages import CHAINS, STAGES
@@ -36,6 +37,7 @@ class FakeTraining:
         folder.mkdir(parents=True)
         history = [*(read_history(Path(weights)) or []), past_run(run, step)]
         (folder / HISTORY).write_text(text_of(history))
+        write_manifest(folder, {})
         steps = [
             {"step": n, "loss": 3.0 / n, "indexer_kl": None, "indexer_recall": None}
             for n in range(1, step + 1)

@@ -23,7 +23,7 @@ ZERO_MEANS_SOMETHING = {
     "parallel.vision.max_ahead_mebibytes",
     *("training.stop_after_step", "training.dense_up_to", "training.indexer_loss_weight"),
     *("training.seed", "training.device_peak_tflops", "training.lora.rank"),
-    *(f"training.checkpoint.{name}" for name in ("interval_steps", "keep")),
+    *(f"training.checkpoint.{name}" for name in ("interval_steps", "keep", "keep_every_steps")),
     *(f"training.checkpoint.{name}" for name in ("export_every", "keep_exports")),
     *(f"training.optimizer.{name}_steps" for name in ("warmup", "decay")),
     *(f"training.optimizer.{name}" for name in ("min_learning_rate", "weight_decay")),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_keye.checkpoint.saver import Saved
 from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.report import Report, describe_step, short_number, short_time
 from tests.support.metrics import step_metrics
@@ -35,6 +36,25 @@ def test_what_is_not_known_is_not_shown_and_what_is_wrong_is() -> None:
         "loss 1.9341  lr 9.8e-05  norm inf  1.85M tok/s  3.5e+02 TFLOP/s  1.08 s  71 GiB  "
         "vision waits 0.2 s for pictures  skipped: gradient not finite"
     )
+
+
+def test_pause_and_duration_of_a_save_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = step_metrics(save_seconds=0.2, saved_seconds=8.0)
+    assert describe_step(metrics, seconds_left=math.nan).endswith("pauses 0.2 s to save")
+    saved = Saved(
+        folder=tmp_path / "step-00000004", size_bytes=10**9, pause_seconds=0.2, seconds=8.0
+    )
+    with Report(tiny_run().with_overrides([f"output_dir={tmp_path}"]), 0, 4) as report:
+        report.show_saved(saved)
+        report.show(5, metrics)
+    assert (
+        "checkpoint step-00000004: training paused 0.2 s, complete after 8 s (0.12 GB/s per rank)"
+        in capsys.readouterr().out
+    )
+    line = json.loads((tmp_path / "tiny" / "metrics.jsonl").read_text())
+    assert (line["save_seconds"], line["saved_seconds"]) == (0.2, 8.0)
 
 
 @pytest.mark.parametrize(

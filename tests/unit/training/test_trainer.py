@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_keye.checkpoint.folders import checkpoint_folder, prune
+from megatron_keye.checkpoint.folders import checkpoint_folder
 from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config import DataConfig, RunConfig
 from megatron_keye.config.training import ValidationConfig
@@ -94,6 +94,7 @@ def trainer_without_model(
         "skipped_steps": SkippedSteps(run),
         "has_rows": True,
         "saved": [],
+        "saving": SimpleNamespace(look=lambda *_, **__: None, wait=lambda _: None),
     }
     vars(trainer).update({f"_{name}": value for name, value in fields.items()})
     trainer.was_stopped = False
@@ -240,11 +241,11 @@ def test_a_validation_that_a_stop_left_out_comes_first_after_it(tmp_path: Path) 
     assert trainer._progress.best_step == 2 and trainer._progress.step == 6
 
 
-def test_the_best_checkpoint_is_not_pruned(tmp_path: Path) -> None:
-    run = early_ending_run(tmp_path)
-    for step in (2, 4, 6, 8):
-        checkpoint_folder(run, step).mkdir(parents=True)
-    prune(checkpoint_folder(run, 2).parent, 2, kept_too=checkpoint_folder(run, 4))
-    assert [path.name[-1] for path in sorted(checkpoint_folder(run, 2).parent.iterdir())] == list(
-        "468"
-    )
+def test_a_save_counts_in_the_step_that_it_holds_up_and_is_whole_in_one() -> None:
+    clock = StepClock()
+    with clock.part("save"):
+        time.sleep(0.05)
+    clock.note_saved(3.0)
+    first, second = clock.end_step(), clock.end_step()
+    assert 0.05 <= first["save"] <= first["step"] and first["saved"] == 3.0
+    assert second["save"] == second["saved"] == 0.0
