@@ -1,6 +1,7 @@
 """Configuration of a run: frozen dataclasses, validated when they are made."""
 
 from megatron_keye.config.data import DataConfig, DecodeConfig, FrameConfig, RemoteConfig
+from megatron_keye.config.health import HealthConfig
 from megatron_keye.config.lora import LoraConfig
 from megatron_keye.config.model import (
     DecoderConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "DecoderParallel",
     "ExpertsConfig",
     "FrameConfig",
+    "HealthConfig",
     "IndexerConfig",
     "LoggingConfig",
     "LoraConfig",

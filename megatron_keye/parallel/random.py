@@ -1,10 +1,14 @@
-"""Seeds all random generators of a rank, including Megatron's for parallel axes."""
+"""Seeds all random generators of a rank, Megatron's for parallel axes too, and keeps their states."""
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel.random import (
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
 
 from megatron_keye.parallel.grid import Grid
 
@@ -31,3 +35,23 @@ def seed_rank(seed: int, grid: Grid) -> None:
         etp_rank=groups.expt_tp.rank(),
         force_reset_rng=True,
     )
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of all generators of this rank."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Let all generators continue where `random_states` was called."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["cuda"])
+    get_cuda_rng_tracker().set_states(states["tracker"])

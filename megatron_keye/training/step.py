@@ -1,19 +1,34 @@
 """One training step, from packed rows to updated weights."""
 
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.row import PackedRow
-from megatron_keye.decoder.row import RowMeter
+from megatron_keye.decoder.row import MeterName, RowMeter
 from megatron_keye.model import KeyeModel
 from megatron_keye.observe.recorder import Recorder, StepRecorder
 from megatron_keye.optim.learning_rate import learning_rate
-from megatron_keye.optim.optimizer import JointOptimizer
+from megatron_keye.optim.measured import Measured
+from megatron_keye.optim.optimizer import JointOptimizer, StepOutcome
 from megatron_keye.parallel.grid import Grid
-from megatron_keye.training.batch_pass import BatchPass
+from megatron_keye.parallel.random import random_states, restore_random_states
+from megatron_keye.training.batch_pass import BatchPass, PlannedBatch
 from megatron_keye.training.chunk_encoder import PatchSource
-from megatron_keye.training.metrics import StepMetrics, collect_metrics, count_batch
+from megatron_keye.training.health.judge import Judge
+from megatron_keye.training.health.sick_tensors import sick_tensors
+from megatron_keye.training.metrics import (
+    BatchCounts,
+    StepMetrics,
+    collect_metrics,
+    count_batch,
+)
 from megatron_keye.training.router_load import RouterLoad
 from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.stop import StopRequest
@@ -30,6 +45,8 @@ class TrainingStep:
         optimizer: JointOptimizer,
         *,
         source: PatchSource | None,
+        open_source: Callable[[], PatchSource | None],
+        judge: Judge,
         stop: StopRequest,
         clock: StepClock,
         device: torch.device,
@@ -42,11 +59,16 @@ class TrainingStep:
             model: This rank's modules.
             optimizer: Their optimizers.
             source: Supplies the patches of pictures, on ranks that encode; None on others.
+            open_source: Opens another such source, for a step that is computed again while the
+                first one decodes the next step.
+            judge: Decides whether a step changes weights.
             stop: Read once per step.
             clock: Measures steps; a step ends when its weights are updated.
             device: Where this rank computes.
         """
-        self._run, self._optimizer, self._device = run, optimizer, device
+        self._run, self._grid, self._device = run, grid, device
+        self._model, self._optimizer = model, optimizer
+        self._open_source, self._judge = open_source, judge
         self._stop, self._clock = stop, clock
         self._batch_pass = BatchPass(run, grid, model, source=source, device=device)
         self.recorder: StepRecorder | None = None
@@ -72,17 +94,21 @@ class TrainingStep:
         Returns:
             The step's metrics, the same on every rank.
         """
-        recorder = self._start_recorder()
+        recorder, states = self._start_recorder(), random_states()
         planned = self._batch_pass.take(rows)
         meter, counts = RowMeter(), count_batch(planned.rows, self._run)
-        self._optimizer.zero_gradients()
-        self._router_load.reset()
-        self._batch_pass(planned, meter, counts, recorder)
+        measured = self._compute(self._batch_pass, planned, meter, counts, recorder)
+        may_update = self._judge.may_update(
+            measured,
+            _mean_loss(measured, counts),
+            compute_again=lambda: self._compute_again(planned, counts, states),
+            name_sick=partial(sick_tensors, self._model, self._optimizer, self._grid),
+        )
         training = self._run.training
         rate = learning_rate(step, num_steps or training.steps, training.optimizer)
-        with recorder.span("optimizer"):
-            self._optimizer.finish_gradients(counts.divisor)
-            outcome = self._optimizer.step(rate, self._batch_pass.encode_ahead)
+        if may_update:
+            with recorder.span("optimizer"):
+                self._optimizer.update(rate, measured.gradient_norm)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         return collect_metrics(
@@ -90,10 +116,24 @@ class TrainingStep:
             self._router_load,
             self._run,
             counts=counts,
-            outcome=outcome,
+            outcome=StepOutcome(measured.gradient_norm, rate, was_applied=may_update),
             seconds=self._clock.end_step() | self._batch_pass.seconds,
             asks_to_stop=bool(self._stop.name),
         )
+
+    def compute_only(self, rows: list[PackedRow]) -> tuple[float, Measured]:
+        """Compute the losses and gradients of a global batch, and change no weight.
+
+        Args:
+            rows: As in a step.
+
+        Returns:
+            The mean language loss, and the figures of all ranks.
+        """
+        planned = self._batch_pass.take(rows)
+        counts = count_batch(planned.rows, self._run)
+        measured = self._compute(self._batch_pass, planned, RowMeter(), counts, Recorder())
+        return _mean_loss(measured, counts), measured
 
     def announce(self, rows: list[PackedRow]) -> None:
         """Plan a later step, and let this rank decode its pictures. May run in another thread.
@@ -103,6 +143,41 @@ class TrainingStep:
         """
         self._batch_pass.announce(rows)
 
+    def _compute(
+        self,
+        batch_pass: BatchPass,
+        planned: PlannedBatch,
+        meter: RowMeter,
+        counts: BatchCounts,
+        recorder: Recorder,
+    ) -> Measured:
+        """Compute losses and gradients of a batch that was taken, and measure them."""
+        self._optimizer.zero_gradients()
+        self._router_load.reset()
+        batch_pass(planned, meter, counts, recorder)
+        losses = [self._sum(meter, "language_loss"), self._sum(meter, "indexer_kl")]
+        with recorder.span("optimizer"):
+            self._optimizer.finish_gradients(counts.divisor)
+            return self._optimizer.measure(losses, batch_pass.encode_ahead)
+
+    def _compute_again(
+        self, planned: PlannedBatch, counts: BatchCounts, states: dict[str, Any]
+    ) -> Measured:
+        """Compute a step's losses and gradients once more, from the same random states."""
+        restore_random_states(states)
+        source = self._open_source()
+        again = BatchPass(self._run, self._grid, self._model, source=source, device=self._device)
+        try:
+            again.announce_again(planned)
+            return self._compute(again, planned, RowMeter(), counts, Recorder())
+        finally:
+            if source is not None:
+                source.close()
+
+    def _sum(self, meter: RowMeter, name: MeterName) -> Tensor:
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        return meter.sums.get(name, zero)
+
     def _start_recorder(self) -> Recorder:
         """Return this step's recorder, whose clock starts on all ranks at a barrier."""
         if not self._run.training.records_timeline:
@@ -110,3 +185,8 @@ class TrainingStep:
         dist.barrier()
         self.recorder = StepRecorder(self._device)
         return self.recorder
+
+
+def _mean_loss(measured: Measured, counts: BatchCounts) -> float:
+    """Return the mean language loss, NaN if nothing has a label."""
+    return measured.loss_sum / counts.loss_weight if counts.loss_weight else math.nan

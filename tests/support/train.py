@@ -20,6 +20,7 @@ from megatron_keye.observe.span import Span
 from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import Grid, build_grid
 from megatron_keye.parallel.random import seed_rank
+from megatron_keye.training.health.judge import Judge
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.step_clock import StepClock
@@ -191,6 +192,8 @@ def build_step(run: RunConfig) -> tuple[Grid, KeyeModel, JointOptimizer, Trainin
         model,
         optimizer,
         source=SyntheticPatches(),
+        open_source=SyntheticPatches,
+        judge=Judge(run),
         stop=StopRequest(),
         clock=StepClock(),
         device=device,

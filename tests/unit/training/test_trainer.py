@@ -18,9 +18,9 @@ from megatron_keye.config.training import ValidationConfig
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.data.row import PackedRow
 from megatron_keye.errors import UserError
+from megatron_keye.training.health.run_health import RunHealth
 from megatron_keye.training.metrics import MeanLosses
 from megatron_keye.training.read_ahead import ReadAhead
-from megatron_keye.training.skipped_steps import SkippedSteps
 from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.trainer import Trainer
 from megatron_keye.training.validation import ValidationResult
@@ -80,6 +80,7 @@ def trainer_without_model(
     trainer = object.__new__(Trainer)
     clock = StepClock()
     step = Step(clock, seconds)
+    no_model: Any = None
     fields: dict[str, Any] = {
         "run": run,
         "process": SimpleNamespace(rank=0, device=torch.device("cpu")),
@@ -91,7 +92,7 @@ def trainer_without_model(
         "progress": Progress(step=0, updates=0, data={}),
         "metrics": [],
         "num_damaged": 0,
-        "skipped_steps": SkippedSteps(run),
+        "health": RunHealth(run, no_model, no_model, SimpleNamespace(rank=0)),
         "has_rows": True,
         "saved": [],
     }
