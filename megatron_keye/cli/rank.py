@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_keye.cli.arguments import chosen_run
@@ -57,7 +58,7 @@ def run_rank(options: argparse.Namespace) -> int:
         if rank != 0:
             time.sleep(SECONDS_FOR_RANK_0)
         raise
-    return join_and_train(run, rank, num_ranks)
+    return join_and_train(run, rank, num_ranks, replay=options.replay)
 
 
 def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
@@ -76,8 +77,10 @@ def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
     return chosen_run(options, num_ranks=num_ranks, has_gpu=torch.cuda.is_available())
 
 
-def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
-    """Train with the other ranks and return the exit status."""
+def join_and_train(
+    run: RunConfig, rank: int, num_ranks: int, *, replay: Path | None = None
+) -> int:
+    """Train with the other ranks, or compute one step again, and return the exit status."""
     import torch
 
     from megatron_keye.parallel.process import join, resolve_device
@@ -89,7 +92,7 @@ def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends waiting for peers, unlike a handler
     process = join(device, rank=rank, num_ranks=num_ranks, init_method=init_method(num_ranks))
     try:
-        is_finished = train(run, process)
+        is_finished = train(run, process) if replay is None else recompute(run, process, replay)
     except Exception as error:
         if not process.is_first_to_fail():
             time.sleep(SECONDS_FOR_THE_FIRST)
@@ -117,6 +120,20 @@ def train(run: RunConfig, process: "Process") -> bool:
     trainer = Trainer(run, process, uses_transformer_engine=engine)
     trainer.train()
     return not trainer.was_stopped
+
+
+def recompute(run: RunConfig, process: "Process", file: Path) -> bool:
+    """Compute the bad step of a file again, print what comes out, and return True."""
+    from megatron_keye.config.backends import uses_transformer_engine
+    from megatron_keye.training.health.bad_step import BadStep
+    from megatron_keye.training.health.replay import replay
+
+    has_gpu = process.device.type == "cuda"
+    engine = uses_transformer_engine(run.training.linear_layers, has_gpu=has_gpu)
+    result = replay(run, process, BadStep.read(file), uses_transformer_engine=engine)
+    if process.rank == 0:
+        sys.stdout.write(f"{result}\n")
+    return True
 
 
 def init_method(num_ranks: int) -> str:

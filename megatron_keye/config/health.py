@@ -7,7 +7,7 @@ from megatron_keye.config.check import check, check_numbers
 
 SpikeAction = Literal["warn", "skip", "stop", "roll_back"]
 
-FEWEST_STEPS = 4
+FEWEST_STEPS = 8
 """Steps before a spike can be told from the noise of the first ones."""
 
 
@@ -31,15 +31,15 @@ class HealthConfig:
     the rows behind the spike."""
     spike_score: float = 10.0
     """Least robust z-score of a spike: how far a value lies above the median of the steps before,
-    in standard deviations as their median absolute deviation estimates them; 0: none is one."""
+    in standard deviations as their median absolute deviation estimates them. A loss that has risen
+    far above that of guessing is one from the second step on. 0: nothing is one."""
     window_steps: int = 100
-    """Steps before a step with which it is compared; none is a spike while there are fewer than
-    4."""
+    """Steps before a step with which it is compared; 8 must be there for a score."""
     max_roll_backs: int = 3
     """Most times in a row that the run goes back to the same checkpoint."""
     reruns: bool = True
-    """Whether a bad step is computed once more from the same weights and rows. If the result is
-    another one, hardware is suspect, and the step changes no weight."""
+    """Whether the first of several bad steps is computed once more from the same weights and rows.
+    If the result is another one, hardware is suspect, and the step changes no weight."""
     rerun_tolerance: float = 1e-3
     """Largest relative difference between both that counts as none, since GPUs add in no fixed
     order; 0 demands the same bits."""

@@ -1,4 +1,4 @@
-"""Seeds all random generators of a rank, Megatron's for parallel axes too, and keeps their states."""
+"""Seeds a rank's random generators, Megatron's for parallel axes too, and keeps their states."""
 
 import random
 from typing import Any

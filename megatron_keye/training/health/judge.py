@@ -40,7 +40,7 @@ class Judge:
             run: The rule, and whether bad steps are computed twice.
         """
         self._settings = run.training.health
-        self._spikes = SpikeRule(self._settings)
+        self._spikes = SpikeRule(self._settings, run.model.decoder.vocab_size)
         self.finding: Finding | None = None
         """What is wrong with the last step; None if nothing is."""
 
@@ -60,13 +60,15 @@ class Judge:
             compute_again: Computes the step once more; the gradients are then the second ones.
             name_sick: Names sick weights and moments of all ranks.
         """
-        self.finding = None
+        before, self.finding = self.finding, None
+        is_known = before is not None and not before.is_irreproducible
         figures = {} if math.isnan(loss) else {"loss": loss}
         figures["gradient norm"] = measured.gradient_norm
         sick = measured.sick
         spike = "" if sick else self._spikes.judge(figures)
         if sick or spike:
-            self.finding = self._examine(measured, spike, compute_again, name_sick)
+            again = compute_again if self._settings.reruns and not is_known else None
+            self.finding = self._examine(measured, spike, again, name_sick)
         is_harmless = self.finding is None or (
             self.finding.is_spike
             and not self.finding.is_irreproducible
@@ -88,17 +90,17 @@ class Judge:
         self,
         measured: Measured,
         spike: str,
-        compute_again: Callable[[], Measured],
+        compute_again: Callable[[], Measured] | None,
         name_sick: Callable[[], list[str]],
     ) -> Finding:
         """Look closer at a bad step: which ranks, which tensors, and whether it repeats."""
         verdict, is_irreproducible = "", False
-        if self._settings.reruns:
+        if compute_again is not None:
             comparison = compare(measured, compute_again(), self._settings.rerun_tolerance)
             verdict = comparison.in_words(host_names())
             is_irreproducible = not comparison.is_reproducible
         return Finding(
-            reason=spike or _in_words(measured.sick),
+            reason=spike or in_words(measured.sick),
             is_spike=bool(spike),
             sick_ranks=measured.sick,
             sick_tensors=[] if spike else name_sick(),
@@ -107,7 +109,8 @@ class Judge:
         )
 
 
-def _in_words(sick: dict[str, list[int]]) -> str:
+def in_words(sick: dict[str, list[int]]) -> str:
+    """Return what is not finite, with the first of its ranks; `sick` as `Measured.sick`."""
     parts = []
     for what, ranks in sick.items():
         shown = ", ".join(map(str, ranks[:4])) + (", ..." if len(ranks) > 4 else "")

@@ -1,5 +1,6 @@
 """Tells a spike of the loss or of the gradient norm from what the steps before lead to expect."""
 
+import math
 from collections import deque
 from statistics import median
 from typing import Any
@@ -8,6 +9,8 @@ from megatron_keye.config.health import FEWEST_STEPS, HealthConfig
 
 _DEVIATIONS_PER_MAD = 1.4826
 """Standard deviation over median absolute deviation of a normal distribution."""
+_GUESSING_FACTOR = 1.5
+"""A loss that is so many times that of guessing, and of the best step, is no noise."""
 _LEAST_SHARE = 0.02
 """Least deviation as a share of the median, since that of a few like values is near 0."""
 
@@ -32,9 +35,14 @@ def robust_score(value: float, before: list[float]) -> float:
 class SpikeRule:
     """The figures of the last steps, and whether those of one more are a spike."""
 
-    def __init__(self, settings: HealthConfig) -> None:
-        """Start without any step."""
-        self._least = settings.spike_score
+    def __init__(self, settings: HealthConfig, vocab_size: int) -> None:
+        """Start without any step.
+
+        Args:
+            settings: Least score and window.
+            vocab_size: Tokens that a guess chooses from.
+        """
+        self._least, self._guess = settings.spike_score, math.log(vocab_size)
         self._before: dict[str, deque[float]] = {
             name: deque(maxlen=settings.window_steps) for name in ("loss", "gradient norm")
         }
@@ -45,10 +53,18 @@ class SpikeRule:
         Args:
             figures: "loss", unless the step has none, and "gradient norm", all finite.
         """
+        if not self._least:
+            return ""
         found = []
         for name, value in figures.items():
             before = list(self._before[name])
-            if not self._least or len(before) < FEWEST_STEPS:
+            if name == "loss" and before and value > self._limit(before):
+                found.append(
+                    f"loss {value:.4g} is over {_GUESSING_FACTOR} times that of guessing, "
+                    f"{self._guess:.4g}, and was {min(before):.4g}"
+                )
+                continue
+            if len(before) < FEWEST_STEPS:
                 continue
             score = robust_score(value, before)
             if score >= self._least:
@@ -57,6 +73,9 @@ class SpikeRule:
                     f"{median(before):.4g}, the median of {len(before)} steps"
                 )
         return ", ".join(found)
+
+    def _limit(self, losses: list[float]) -> float:
+        return _GUESSING_FACTOR * max(self._guess, min(losses))
 
     def note(self, figures: dict[str, float]) -> None:
         """Add a step that weights were changed by."""
