@@ -11,7 +11,7 @@ from megatron_keye.data.row import PackedRow
 from megatron_keye.errors import UserError
 from megatron_keye.training.health.bad_step import BadStep, bad_step_file
 from megatron_keye.training.health.judge import Finding, Judge
-from megatron_keye.training.health.sick_tensors import in_words
+from megatron_keye.training.health.wording import first_of
 from megatron_keye.training.metrics import StepMetrics
 
 _logger = logging.getLogger(__name__)
@@ -139,12 +139,12 @@ class BadSteps:
 
     def _told(self, bad: BadStep) -> str:
         """Return a bad step in a sentence."""
-        sick = f", in {in_words(bad.sick_tensors)}" if bad.sick_tensors else ""
+        sick = f", in {first_of(bad.sick_tensors)}" if bad.sick_tensors else ""
         parts = [
             f"step {bad.step} {'changed weights' if bad.was_applied else 'changed no weight'}, "
             f"{bad.reason}{sick}",
             bad.verdict,
-            f"its samples are {in_words(bad.names)}",
+            f"its samples are {first_of(bad.names)}",
             f"--replay {bad_step_file(self._run, bad.step)} computes it again",
         ]
         return "; ".join(part for part in parts if part)

@@ -9,6 +9,7 @@ from megatron_keye.config.run import RunConfig
 from megatron_keye.optim.measured import Measured
 from megatron_keye.training.health.rerun import compare
 from megatron_keye.training.health.spikes import SpikeRule
+from megatron_keye.training.health.wording import not_finite
 from megatron_keye.training.provenance import host_names
 
 
@@ -100,19 +101,10 @@ class Judge:
             verdict = comparison.in_words(host_names())
             is_irreproducible = not comparison.is_reproducible
         return Finding(
-            reason=spike or in_words(measured.sick),
+            reason=spike or not_finite(measured.sick),
             is_spike=bool(spike),
             sick_ranks=measured.sick,
             sick_tensors=[] if spike else name_sick(),
             verdict=verdict,
             is_irreproducible=is_irreproducible,
         )
-
-
-def in_words(sick: dict[str, list[int]]) -> str:
-    """Return what is not finite, with the first of its ranks; `sick` as `Measured.sick`."""
-    parts = []
-    for what, ranks in sick.items():
-        shown = ", ".join(map(str, ranks[:4])) + (", ..." if len(ranks) > 4 else "")
-        parts.append(f"{what} (rank {shown})")
-    return f"not finite: {', '.join(parts)}"

@@ -14,7 +14,8 @@ from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import Process
 from megatron_keye.parallel.random import seed_rank
 from megatron_keye.training.health.bad_step import BadStep
-from megatron_keye.training.health.judge import Judge, in_words
+from megatron_keye.training.health.judge import Judge
+from megatron_keye.training.health.wording import not_finite
 from megatron_keye.training.patch_source import open_patch_source
 from megatron_keye.training.read_ahead import ReadAhead
 from megatron_keye.training.step import TrainingStep
@@ -96,7 +97,7 @@ def describe(bad: BadStep, loss: float, measured: Measured, *, weights_step: int
     weights = f"the weights after step {weights_step}"
     if weights_step != own:
         weights += f" (its own were those after step {own})"
-    sick = in_words(measured.sick) if measured.sick else "all numbers finite"
+    sick = not_finite(measured.sick) if measured.sick else "all numbers finite"
     return (
         f"step {bad.step} with {weights}: loss {loss:.6g} (was {bad.loss:.6g}), gradient norm "
         f"{measured.gradient_norm:.6g} (was {bad.gradient_norm:.6g}); {sick}"

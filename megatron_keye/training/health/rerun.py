@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_keye.optim.measured import Figure, Measured
+from megatron_keye.training.health.wording import first_of
 
 _OWN: tuple[Figure, ...] = ("loss", "indexer KL", "own gradients")
 """Figures that a rank computes by itself, before it reduces them with others."""
@@ -37,10 +38,9 @@ class Comparison:
         if self.is_reproducible:
             how = f"within {self.difference:.2g}" if self.difference else "to the bit"
             return f"computed again it is the same {how}, so that data or state is the reason"
-        places = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in self.ranks)
-        return (
-            f"computed again it is another one, so that hardware is suspect: {places or 'a link'}"
-        )
+        places = [f"rank {rank} on {hosts[rank]}" for rank in self.ranks]
+        suspect = first_of(places) or "the network between ranks, whose own figures are the same"
+        return f"computed again it is another one, so that hardware is suspect: {suspect}"
 
 
 def compare(first: Measured, second: Measured, tolerance: float) -> Comparison:

@@ -3,7 +3,7 @@
 A checkpoint of such a state would be pruned over good ones, so none is saved.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,10 +18,9 @@ from megatron_keye.model import KeyeModel
 from megatron_keye.optim.finite import is_sick
 from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import Grid
+from megatron_keye.training.health.wording import first_of
 
 _SQUARES = "exp_avg_sq"
-_NUM_NAMED = 3
-"""Tensors that a sentence names."""
 
 
 @torch.no_grad()
@@ -78,15 +77,9 @@ def check_before_save(
         remedy = f"{kept} stays; go on from it with --resume auto" if kept else "begin anew"
         raise UserError(
             f"step {step}: no checkpoint was saved, since got numbers that are not finite, or "
-            f"negative second moments, in {in_words(sick)}, expected none; {remedy}, with a lower "
+            f"negative second moments, in {first_of(sick)}, expected none; {remedy}, with a lower "
             "training.optimizer.learning_rate or on other hardware if it comes back"
         )
-
-
-def in_words(names: Sequence[str]) -> str:
-    """Return the first of some names, and how many more there are."""
-    more = len(names) - _NUM_NAMED
-    return ", ".join(names[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _named_state(
