@@ -4,7 +4,6 @@ Adam turns one NaN in a moment into one in its weight while loss and gradients s
 A negative second moment, whose root is taken, does the same.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -55,14 +54,15 @@ def sick_marks(state: dict[StateKind, list[Tensor]], device: torch.device | int)
 def is_sick(tensors: Sequence[Tensor], device: torch.device | int, *, is_square: bool) -> Tensor:
     """Return whether any number is not finite, or negative where it is a square: bool [].
 
+    Also whether the sum of a tensor's squares overflows, at numbers of 1e15 and more in float32.
+
     Args:
         tensors: Of any shapes and floating types.
         device: Where they are.
         is_square: Whether they are averages of squares.
     """
     parts = _root_parts(tensors) if is_square else [[t for t in tensors if t.numel()]]
-    # A maximum of magnitudes propagates NaN, and unlike a sum of squares it cannot overflow.
-    norms = [norm for part in parts if part for norm in torch._foreach_norm(part, ord=math.inf)]
+    norms = [norm for part in parts if part for norm in torch._foreach_norm(part)]
     if not norms:
         return torch.zeros((), dtype=torch.bool, device=device)
     return ~torch.stack([norm.double() for norm in norms]).isfinite().all()
