@@ -56,7 +56,11 @@ _CHANGES = {
     "training.validation": Change.FREE,
     "data.validation": Change.FREE,
     "data.remote": Change.FREE,
-    "training.max_skipped_steps": Change.FREE,
+    # Limits and responses; what decides whether an update is made is said.
+    "training.health": Change.FREE,
+    "training.health.on_spike": Change.SAID,
+    "training.health.spike_score": Change.SAID,
+    "training.health.window_steps": Change.SAID,
     "training.optimizer.distributed": Change.FREE,
     "training.recompute": Change.FREE,
     "training.keeps_in_host_memory": Change.FREE,

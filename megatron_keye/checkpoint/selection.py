@@ -17,7 +17,7 @@ from megatron_keye.errors import UserError
 _logger = logging.getLogger(__name__)
 
 
-def choose_checkpoint(run: RunConfig) -> Path | None:
+def choose_checkpoint(run: RunConfig, *, tidies: bool = True) -> Path | None:
     """Return the checkpoint that a run continues, None to start afresh. Collective.
 
     With "auto" it is the newest whole one of the run's folder, and the log names those that were
@@ -25,6 +25,7 @@ def choose_checkpoint(run: RunConfig) -> Path | None:
 
     Args:
         run: Its training.checkpoint.resume selects.
+        tidies: Whether what a killed save left is removed before "auto" looks.
 
     Raises:
         UserError: When the setting names no whole checkpoint, or with "auto" when there are
@@ -45,7 +46,7 @@ def choose_checkpoint(run: RunConfig) -> Path | None:
         return Path(resume)
     folder = run.folder / "checkpoints"
     problems = []
-    for candidate in reversed(_candidates(folder)):
+    for candidate in reversed(_candidates(folder, tidies=tidies)):
         problem = _problem(candidate, checks_sums=run.training.checkpoint.checks_sums)
         if not problem:
             return candidate
@@ -61,11 +62,11 @@ def choose_checkpoint(run: RunConfig) -> Path | None:
     return None
 
 
-def _candidates(folder: Path) -> list[Path]:
-    """Return what rank 0 sees in a folder of checkpoints, less what a killed save left."""
+def _candidates(folder: Path, *, tidies: bool) -> list[Path]:
+    """Return what rank 0 sees in a folder of checkpoints."""
     found: list[Any] = [None]
     if dist.get_rank() == 0:
-        found = [attempt(lambda: _tidied(folder), folder)]
+        found = [attempt(lambda: _tidied(folder) if tidies else named_checkpoints(folder), folder)]
     dist.broadcast_object_list(found)
     if isinstance(found[0], Failure):
         found[0].raise_it()

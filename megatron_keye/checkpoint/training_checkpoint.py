@@ -67,6 +67,12 @@ class Progress:
     """Its loss over all sources, in an indexer warm-up its KL, in nats."""
     num_without_progress: int = 0
     """Validations since then."""
+    num_roll_backs: int = 0
+    """Returns to a checkpoint after bad steps."""
+    num_steps_rolled_back: int = 0
+    """Steps that these returns undid, bad ones included; their rows were passed over."""
+    health: dict[str, Any] = field(default_factory=dict)
+    """What bad steps are told by (`BadSteps.state_dict`)."""
 
 
 def begin_save(

@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_keye.cli.arguments import chosen_run
 from megatron_keye.cli.environment import complete_environment
@@ -67,7 +68,7 @@ def run_rank(options: argparse.Namespace) -> int:
             time.sleep(SECONDS_FOR_RANK_0)
         raise
     heartbeat.role = role_of(run.parallel, rank)
-    return join_and_train(run, heartbeat, num_ranks)
+    return join_and_train(run, heartbeat, num_ranks, replay=options.replay)
 
 
 def end_by_signal(number: int, heartbeat: Heartbeat) -> NoReturn:
@@ -101,8 +102,10 @@ def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
     return chosen_run(options, num_ranks=num_ranks, has_gpu=torch.cuda.is_available())
 
 
-def join_and_train(run: RunConfig, heartbeat: Heartbeat, num_ranks: int) -> int:
-    """Train with the other ranks and return the exit status."""
+def join_and_train(
+    run: RunConfig, heartbeat: Heartbeat, num_ranks: int, *, replay: Path | None = None
+) -> int:
+    """Train with the other ranks, or compute one step again, and return the exit status."""
     import torch
 
     from megatron_keye.cli.failure import end_failed
@@ -129,7 +132,7 @@ def join_and_train(run: RunConfig, heartbeat: Heartbeat, num_ranks: int) -> int:
         return LOST_PEERS
     watchdog = watch(run, process)
     try:
-        is_finished = train(run, process)
+        is_finished = train(run, process) if replay is None else recompute(run, process, replay)
     except Exception as error:
         # Whoever sends it ends all ranks, for a reason that was told.
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(LOST_PEERS))
@@ -167,19 +170,37 @@ def watch(run: RunConfig, process: "Process") -> "Watchdog":
 
 def train(run: RunConfig, process: "Process") -> bool:
     """Build a trainer on this rank, run it, and return whether it reached its last step."""
-    from megatron_keye.config.backends import check_wandb, uses_transformer_engine
-    from megatron_keye.config.fused_kernels import choose_fusions
+    from megatron_keye.config.backends import check_wandb
     from megatron_keye.training.trainer import Trainer
 
     if process.rank == 0:
         check_wandb(run.training.logging.wandb_project)
+    with writing(run.folder, "the run's files", then=_GO_ON):
+        trainer = Trainer(run, process, **operators(run, process))
+        trainer.train()
+    return not trainer.was_stopped
+
+
+def recompute(run: RunConfig, process: "Process", file: Path) -> bool:
+    """Compute the bad step of a file again, print what comes out, and return True."""
+    from megatron_keye.training.health.bad_step import BadStep
+    from megatron_keye.training.health.replay import replay
+
+    result = replay(run, process, BadStep.read(file), **operators(run, process))
+    if process.rank == 0:
+        sys.stdout.write(f"{result}\n")
+    return True
+
+
+def operators(run: RunConfig, process: "Process") -> dict[str, Any]:
+    """Return whose linear layers and which fused kernels the run takes on this machine."""
+    from megatron_keye.config.backends import uses_transformer_engine
+    from megatron_keye.config.fused_kernels import choose_fusions
+
     has_gpu = process.device.type == "cuda"
     engine = uses_transformer_engine(run.training.linear_layers, has_gpu=has_gpu)
     fusions = choose_fusions(run.training, has_gpu=has_gpu, uses_transformer_engine=engine)
-    with writing(run.folder, "the run's files", then=_GO_ON):
-        trainer = Trainer(run, process, uses_transformer_engine=engine, fusions=fusions)
-        trainer.train()
-    return not trainer.was_stopped
+    return {"uses_transformer_engine": engine, "fusions": fusions}
 
 
 def init_method(num_ranks: int) -> str:

@@ -17,6 +17,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_keye.cli import local, rank
 from megatron_keye.cli.arguments import (
@@ -29,6 +30,7 @@ from megatron_keye.cli.arguments import (
 from megatron_keye.cli.shared_heartbeats import shared_heartbeats
 from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.errors import UserError
+from megatron_keye.training.health.bad_step import BadStep
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -42,8 +44,17 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="auto|none|FOLDER",
         help="same as --set training.checkpoint.resume=...",
     )
+    parser.add_argument(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="compute the bad step of this file of a run's bad_steps/ once more, from the "
+        "checkpoint that was newest then, or that of --resume, print what comes out and exit",
+    )
     parser.add_argument("--show", action="store_true", help="print all settings as JSON and exit")
     options = parser.parse_args(arguments)
+    if options.replay is not None and options.resume is None:
+        options.resume = BadStep.read(options.replay).checkpoint or "none"
     if options.resume is not None:
         options.set.append(f"training.checkpoint.resume={options.resume}")
     return options

@@ -2,6 +2,7 @@
 
 from megatron_keye.config.data import DataConfig, DecodeConfig, FrameConfig, RemoteConfig
 from megatron_keye.config.fusions import FusionsConfig
+from megatron_keye.config.health import HealthConfig
 from megatron_keye.config.lora import LoraConfig
 from megatron_keye.config.model import (
     DecoderConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "ExpertsConfig",
     "FrameConfig",
     "FusionsConfig",
+    "HealthConfig",
     "IndexerConfig",
     "LoggingConfig",
     "LoraConfig",

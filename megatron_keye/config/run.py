@@ -19,6 +19,7 @@ from megatron_keye.errors import UserError
 RENAMED = {
     "parallel.decoder.chunks_per_stage": "parallel.decoder.virtual_stages",
     "training.recompute_layers": "training.recompute",
+    "training.max_skipped_steps": "training.health.max_bad_steps",
 }
 """Former names of settings, as in run.json files and checkpoints of earlier versions."""
 FORMER_VALUES = {"training.recompute_layers": {False: "none", True: "full"}}
@@ -149,7 +150,10 @@ class RunConfig:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Return the configuration that `to_json`, of this or an earlier version, wrote."""
-        return typing.cast(Self, _build(cls, json.loads(text), path=""))
+        tree = json.loads(text)
+        for former, name in RENAMED.items():
+            _move(tree, former.split("."), name.split("."))
+        return typing.cast(Self, _build(cls, tree, path=""))
 
     def with_overrides(self, overrides: list[str]) -> Self:
         """Return a copy with `section.field=value` settings applied, which are checked together.
@@ -184,6 +188,17 @@ def as_override(name: str, value: object) -> str:
     if items and not any("," in item for item in items):
         return f"{name}={','.join(items)}"
     return f"{name}={json.dumps(value)}"
+
+
+def _move(tree: dict[str, Any], former: list[str], name: list[str]) -> None:
+    """Move a setting of nested sections to another name, if it is there."""
+    source, target = tree, tree
+    for section in former[:-1]:
+        source = source.get(section, {})
+    if former[-1] in source:
+        for section in name[:-1]:
+            target = target.setdefault(section, {})
+        target[name[-1]] = source.pop(former[-1])
 
 
 def _plain(node: Any) -> Any:

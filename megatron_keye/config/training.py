@@ -5,6 +5,7 @@ from typing import Literal
 
 from megatron_keye.config.check import check, check_numbers
 from megatron_keye.config.fusions import FusionsConfig
+from megatron_keye.config.health import HealthConfig
 from megatron_keye.config.lora import TARGETS, LoraConfig
 from megatron_keye.config.optimizer import OptimizerConfig
 from megatron_keye.config.parts import PARTS, Part
@@ -142,8 +143,6 @@ class TrainingConfig:
     sample of a single source so often, and of a blend as many samples as all sources hold, by
     their weights. The last step may have fewer rows. The learning-rate schedule extends over the
     samples drawn."""
-    max_skipped_steps: int = 10
-    """Steps in a row that are skipped because a gradient is not finite, at which the run ends."""
     stop_after_step: int = 0
     """Save and stop after this step, without changing the schedule; 0: run to the end."""
     rows_per_step: int = 1
@@ -204,6 +203,8 @@ class TrainingConfig:
     """The loss of samples that are not trained on."""
     fusions: FusionsConfig = field(default_factory=FusionsConfig)
     """Fused kernels of the decoder."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """Numbers that are not finite, and spikes."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters that learn instead of the weights."""
 
@@ -212,7 +213,7 @@ class TrainingConfig:
         check_numbers(
             self,
             "training",
-            above_zero="rows_per_step max_skipped_steps",
+            above_zero="rows_per_step",
             zero_or_more="steps epochs stop_after_step dense_up_to indexer_loss_weight seed "
             "hang_minutes device_peak_tflops",
         )

@@ -110,7 +110,7 @@ class StepMetrics(MeanLosses):
     learning_rate: float
     """Learning rate of the step."""
     was_applied: bool
-    """False when a gradient was not finite and the step was skipped."""
+    """False when the step was bad and changed no weight."""
     tokens: int
     """Real tokens of the global batch."""
     tokens_per_second: float

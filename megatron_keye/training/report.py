@@ -44,7 +44,7 @@ class Report:
         """
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "run.json").write_text(run.to_json())
-        self._console = Console()
+        self._run, self._console = run, Console()
         self._sinks = open_sinks(run, first_step)
         self._bar = Progress(
             TextColumn(run.name),
@@ -112,6 +112,14 @@ class Report:
         """Change the step after which this process is expected to stop."""
         self._last_step = last_step
         self._bar.update(self._task, total=last_step)
+
+    def go_back(self, step: int) -> None:
+        """Let the steps after `step` be forgotten, since the run goes back to it."""
+        for sink in self._sinks:
+            sink.close(failed=False)
+        self._sinks = open_sinks(self._run, step)
+        self._bar.update(self._task, completed=step)
+        self._begun = None
 
     def show_skipped(self, step: int, num_skipped: int, reasons: list[str]) -> None:
         """Write the skipped samples to the sinks; the log names them already.
@@ -181,7 +189,7 @@ def describe_step(metrics: StepMetrics, *, seconds_left: float) -> str:
         if seconds > _NOTABLE_SHARE * metrics.step_seconds:
             parts.append(text.format(seconds))
     if not metrics.was_applied:
-        parts.append("skipped: gradient not finite")
+        parts.append("no update: a bad step")
     return "  ".join(part for part in parts if part)
 
 

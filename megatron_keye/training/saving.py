@@ -1,5 +1,8 @@
 """The saves of a run as its trainer sees them: begun, shown when complete, awaited at the end."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.checkpoint.saver import Saver
 from megatron_keye.config.run import RunConfig
@@ -13,15 +16,18 @@ from megatron_keye.training.step_clock import StepClock
 class Saving:
     """Saves on one rank; what they take from training counts as a part of the next step."""
 
-    def __init__(self, run: RunConfig, clock: StepClock) -> None:
+    def __init__(
+        self, run: RunConfig, clock: StepClock, note_saved: Callable[[Path], None]
+    ) -> None:
         """Prepare for all saves.
 
         Args:
             run: How to save, and where.
             clock: Gets the times of saves.
+            note_saved: Called with each checkpoint that is complete, at a step's border.
         """
         self._run, self._clock = run, clock
-        self._saver = Saver(run)
+        self._saver, self._note_saved = Saver(run), note_saved
 
     @property
     def has_failed(self) -> bool:
@@ -55,6 +61,7 @@ class Saving:
             self._saver.wait()
         for saved in self._saver.take_saved():
             self._clock.note_saved(saved.seconds)
+            self._note_saved(saved.folder)
             if report is not None:
                 report.show_saved(saved)
 

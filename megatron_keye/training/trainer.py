@@ -1,6 +1,7 @@
 """A run from start to end: build, resume, step, validate, save, summarise."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron_keye.training.early_end import (
     note_validation,
     summarize_validation,
 )
+from megatron_keye.training.health.run_health import RunHealth
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.patch_source import (
     log_video_decoder,
@@ -36,7 +38,6 @@ from megatron_keye.training.provenance import host_names, record_start
 from megatron_keye.training.read_ahead import ReadAhead, StepRows
 from megatron_keye.training.report import Report
 from megatron_keye.training.saving import Saving
-from megatron_keye.training.skipped_steps import SkippedSteps
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.stop import StopRequest
@@ -79,7 +80,6 @@ class Trainer:
         earlier = [] if checkpoint else hand_over.begin(run, process.rank)
         self._run, self._process, self._fusions = run, process, fusions
         self._stop, self._clock = StopRequest(), StepClock(process.heartbeat)
-        self._saving = Saving(run, self._clock)
         process.heartbeat.note("build")
         self.was_stopped = False
         """Whether a signal ended the run before its last step."""
@@ -96,15 +96,20 @@ class Trainer:
         )
         self._optimizer = JointOptimizer(run, self._model, self._grid)
         log_video_decoder(run, self._grid, process.device)
-        self._patches = open_patch_source(
-            run, self._model, process.device, self._loader.probe_video
+        open_patches = partial(
+            open_patch_source, run, self._model, process.device, self._loader.probe_video
         )
+        self._patches = open_patches()
+        self._health = RunHealth(run, self._model, self._optimizer, self._grid)
+        self._saving = Saving(run, self._clock, self._health.note_saved)
         self._step = TrainingStep(
             run,
             self._grid,
             self._model,
             self._optimizer,
             source=self._patches,
+            open_source=open_patches,
+            judge=self._health.judge,
             stop=self._stop,
             saving=self._saving,
             clock=self._clock,
@@ -124,7 +129,6 @@ class Trainer:
         )
         self._metrics: list[StepMetrics] = []
         self._num_damaged = 0
-        self._skipped_steps = SkippedSteps(run)
         process.heartbeat.note("load")
         self._resume(checkpoint)
         process.heartbeat.folder = str(run.folder)
@@ -203,9 +207,9 @@ class Trainer:
                 skipped = batch.skipped + self._step.damaged
                 num_skipped = self._progress.data["num_skipped"]
                 report.show_skipped(self._progress.step, num_skipped, skipped)
-            self._skipped_steps.note(self._progress.step, metrics)
-            if not self._has_rows:
-                self._skipped_steps.check_learned(self._progress.updates, metrics)
+            if self._health.note(self._progress, metrics, batch.rows, is_last=not self._has_rows):
+                self._go_back(report)
+                continue
             self.was_stopped = metrics.asks_to_stop and not self._is_over()
             is_best = not self.was_stopped and self._validate(report)
             if self._is_checkpoint_due(is_best=is_best):
@@ -271,6 +275,14 @@ class Trainer:
         self._metrics.append(metrics)
         return metrics
 
+    def _go_back(self, report: Report | None) -> None:
+        """Go on from the newest checkpoint with the next rows."""
+        self._saving.wait(report)  # Then all ranks know the same one.
+        self._progress = self._health.go_back(self._progress)
+        self._has_rows = self._ahead.go_back(self._progress.step)
+        if report is not None:
+            report.go_back(self._progress.step)
+
     def _validate(self, report: Report | None) -> bool:
         """Validate if that is due, and return whether it was the best so far."""
         is_last = not self._has_rows
@@ -303,6 +315,8 @@ class Trainer:
                 _logger.warning("sample skipped: %s", reason)
 
     def _save(self) -> None:
+        with self._clock.part("save"):
+            self._health.check_before_save(self._progress)
         self._saving.begin(self._model, self._optimizer, self._grid, self._progress)
 
     def _resume(self, checkpoint: Path | None) -> None:
@@ -313,6 +327,7 @@ class Trainer:
             self._loader.load_state_dict(self._progress.data)
         elif weights:
             training_checkpoint.load_weights(Path(weights), run, *parts)
+        self._health.resume(self._progress, checkpoint)
         # What fails above leaves an earlier run where it is.
         set_aside(run, self._process.rank, continued=checkpoint)
         if self._process.rank == 0:

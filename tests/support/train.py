@@ -22,6 +22,7 @@ from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import Grid, build_grid
 from megatron_keye.parallel.random import seed_rank
 from megatron_keye.training.chunk_encoder import PatchSource
+from megatron_keye.training.health.judge import Judge
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.saving import Saving
 from megatron_keye.training.step import TrainingStep
@@ -205,8 +206,10 @@ def build_step(
         model,
         optimizer,
         source=source or SyntheticPatches(),
+        open_source=SyntheticPatches,
+        judge=Judge(run),
         stop=StopRequest(),
-        saving=Saving(run, clock),
+        saving=Saving(run, clock, lambda folder: None),
         clock=clock,
         device=device,
     )

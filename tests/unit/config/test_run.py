@@ -1,11 +1,12 @@
 """The configuration refuses invalid settings and states what is expected."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 
 import pytest
 
-from megatron_keye.config import CheckpointConfig, DecoderParallel, RunConfig
+from megatron_keye.config import CheckpointConfig, DecoderParallel, HealthConfig, RunConfig
 from megatron_keye.config.run import as_override
 from megatron_keye.config.settings import read_sections
 from megatron_keye.recipes import load_recipe, recipe_names
@@ -193,6 +194,11 @@ def test_former_names_of_settings_are_read() -> None:
     assert RunConfig.from_json(written) == run
     with pytest.raises(ValueError, match=r"is called parallel\.decoder\.virtual_stages now"):
         run.with_overrides(["parallel.decoder.chunks_per_stage=1"])
+    # Also where a setting has moved to another section.
+    run = tiny_run(training={"health": HealthConfig(max_bad_steps=3)})
+    tree = json.loads(run.to_json())
+    tree["training"] |= {"health": {}, "max_skipped_steps": 3}
+    assert RunConfig.from_json(json.dumps(tree)) == run
 
 
 @pytest.mark.parametrize(("former", "now"), [("true", "full"), ("false", "none")])

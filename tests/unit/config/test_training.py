@@ -66,7 +66,7 @@ def test_lengths_that_the_schedule_does_not_have(name: str, settings: dict[str, 
         ("training.indexer_loss_weight=Infinity",),
         ("training.indexer_loss_weight=-1",),
         ("training.indexer_loss_weight=0", "training.phase=indexer_warmup"),
-        ("training.max_skipped_steps=0",),
+        ("training.health.max_bad_steps=0",),
     ],
     ids=",".join,
 )

@@ -34,7 +34,7 @@ def test_what_is_not_known_is_not_shown_and_what_is_wrong_is() -> None:
     )
     assert describe_step(metrics, seconds_left=math.nan) == (
         "loss 1.9341  lr 9.8e-05  norm inf  1.85M tok/s  3.5e+02 TFLOP/s  1.08 s  71 GiB  "
-        "vision waits 0.2 s for pictures  skipped: gradient not finite"
+        "vision waits 0.2 s for pictures  no update: a bad step"
     )
 
 
