@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING
 
 from megatron_keye.cli.arguments import chosen_run
 from megatron_keye.cli.environment import complete_environment
+from megatron_keye.cli.local import LISTEN_FD
 from megatron_keye.cli.noise import quieten_libraries
 from megatron_keye.cli.status import FAILED, LOST_PEERS, STOPPED, USER_ERROR, report_error
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
+from megatron_keye.files.children import end_with_parent, take_children_along
+from megatron_keye.files.temporary import keep_sockets_removable
 
 if TYPE_CHECKING:
     from megatron_keye.parallel.process import Process
@@ -39,9 +42,13 @@ def run_rank(options: argparse.Namespace) -> int:
         os.environ, local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks)))
     )
     quieten(rank)
+    if "SLURM_PROCID" in os.environ:
+        end_with_parent(os.getppid())  # slurmstepd; the local launcher sees to it itself
+    take_children_along()
     # srun returns the largest exit status, so a rank that it ends must not exit with 143.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(FAILED))
     try:
+        keep_sockets_removable()
         run = make_run(options, num_ranks)
         if options.show:
             sys.stdout.write(run.to_json() if rank == 0 else "")
@@ -87,7 +94,13 @@ def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
     except UserError as error:
         return report_error(error)  # on each rank, since machines may differ in their devices
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends waiting for peers, unlike a handler
-    process = join(device, rank=rank, num_ranks=num_ranks, init_method=init_method(num_ranks))
+    process = join(
+        device,
+        rank=rank,
+        num_ranks=num_ranks,
+        init_method=init_method(num_ranks),
+        listen_fd=int(os.environ[LISTEN_FD]) if LISTEN_FD in os.environ else None,
+    )
     try:
         is_finished = train(run, process)
     except Exception as error:

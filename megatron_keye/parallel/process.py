@@ -1,5 +1,7 @@
 """Makes this process a rank of the job: device, backend, and the group of all ranks."""
 
+import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -63,7 +65,14 @@ def resolve_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int) -> t
     return torch.device("cuda", local_rank)
 
 
-def join(device: torch.device, *, rank: int, num_ranks: int, init_method: str) -> Process:
+def join(
+    device: torch.device,
+    *,
+    rank: int,
+    num_ranks: int,
+    init_method: str,
+    listen_fd: int | None = None,
+) -> Process:
     """Initialize the group of all ranks: gloo on CPUs, NCCL on GPUs.
 
     Args:
@@ -71,6 +80,7 @@ def join(device: torch.device, *, rank: int, num_ranks: int, init_method: str) -
         rank: Global rank of this process.
         num_ranks: World size.
         init_method: URL for the rendezvous, as in torch.distributed.
+        listen_fd: For rank 0, a listening socket of the address that all others are given.
     """
     if device.type == "cpu":
         if torch.cuda.is_available():
@@ -79,7 +89,10 @@ def join(device: torch.device, *, rank: int, num_ranks: int, init_method: str) -
         run_megatron_on_cpu()
     else:
         torch.cuda.set_device(device)
-    store, rank, num_ranks = next(rendezvous(init_method, rank, num_ranks, timeout=_TIMEOUT))
+    if listen_fd is None:
+        store, rank, num_ranks = next(rendezvous(init_method, rank, num_ranks, timeout=_TIMEOUT))
+    else:
+        store = _host_store(listen_fd, num_ranks)
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "nccl",
         store=PrefixStore("groups", store),
@@ -89,3 +102,18 @@ def join(device: torch.device, *, rank: int, num_ranks: int, init_method: str) -
         device_id=device if device.type == "cuda" else None,
     )
     return Process(rank=rank, num_ranks=num_ranks, device=device, store=store)
+
+
+def _host_store(listen_fd: int, num_ranks: int) -> Store:
+    """Return the store of all ranks, which this one hosts at a socket that is open already."""
+    with socket.socket(fileno=os.dup(listen_fd)) as listening:
+        host, port = listening.getsockname()
+    return dist.TCPStore(  # type: ignore[attr-defined]  # imported where torch has it
+        host,
+        port,
+        num_ranks,
+        is_master=True,
+        timeout=_TIMEOUT,
+        multi_tenant=True,
+        master_listen_fd=listen_fd,
+    )

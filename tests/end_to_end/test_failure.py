@@ -29,9 +29,9 @@ def ranks_of(launcher: int) -> dict[int, psutil.Process]:
     return found
 
 
-def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
+def start(folder: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
     """Start a decoder rank and a vision rank for a long run."""
-    settings = [f"output_dir={folder}", "device=cpu", "training.steps=1000"]
+    settings = [f"output_dir={folder}", "device=cpu", "training.steps=1000", *more]
     command = ["bash", str(ROOT / "launch/local.sh"), "--ranks", "2", "keye_tiny"]
     command += [part for setting in settings for part in ("--set", setting)]
     return subprocess.Popen(
@@ -44,23 +44,36 @@ def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [1], ids=["vision rank"])
-def test_a_killed_rank_ends_the_job(victim: int, tmp_path: Path) -> None:
-    process = start(tmp_path)
+@pytest.mark.parametrize("victim", [1, None], ids=["vision rank", "launcher"])
+def test_a_killed_process_ends_the_job_and_leaves_nothing(
+    victim: int | None, tmp_path: Path
+) -> None:
+    saves = "training.checkpoint.interval_steps=1"
+    files, shared_memory = tmp_path / "tmp", set(os.listdir("/dev/shm"))
+    files.mkdir()
+    process = start(tmp_path, saves, TMPDIR=str(files))
     try:
         assert process.stdout is not None
-        assert any(line.startswith("step 1/") for line in process.stdout)
-        ranks = ranks_of(process.pid)
+        assert any(line.startswith("step 2/") for line in process.stdout)
+        ranks, others = ranks_of(process.pid), psutil.Process(process.pid).children(recursive=True)
         died = time.monotonic()
-        ranks[victim].send_signal(signal.SIGKILL)
+        killed = process if victim is None else ranks[victim]
+        killed.send_signal(signal.SIGKILL)
+        # Ends when nothing is left that could write.
         _, errors = process.communicate(timeout=3 * SECONDS_TO_END)
         assert time.monotonic() - died < SECONDS_TO_END
     finally:
         process.terminate()
         process.wait(timeout=SECONDS_TO_END)
-    assert process.returncode == 128 + signal.SIGKILL
-    assert f"process {ranks[victim].pid} was ended by signal 9" in errors
-    assert not any(child.is_running() for child in ranks.values())
+    if victim is None:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 128 + signal.SIGKILL
+        assert f"process {ranks[victim].pid} was ended by signal 9" in errors
+    _, alive = psutil.wait_procs(others, timeout=SECONDS_TO_END)
+    assert not [other for other in alive if other.status() != psutil.STATUS_ZOMBIE]
+    assert not list(files.rglob("pymp-*"))
+    assert set(os.listdir("/dev/shm")) <= shared_memory
 
 
 @pytest.mark.slow
