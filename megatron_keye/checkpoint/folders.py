@@ -1,20 +1,18 @@
-"""The folders of a run's checkpoints: found by step, set aside, pruned. Without torch.
+"""The folders of a run's checkpoints: found by step, pruned. Without torch.
 
 A checkpoint that is still being written has another suffix, so that every folder named here is
 complete.
 """
 
-import itertools
 import re
 import shutil
 from pathlib import Path
 
+from megatron_keye.checkpoint.queue_job import has_saved
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
 
 _NAME = re.compile(r"step-(\d{8})")
-_TRACES = ("run.json", "events", "checkpoints")
-"""What a run leaves in its folder; the first of them before its first step."""
 
 
 def checkpoint_folder(run: RunConfig, step: int) -> Path:
@@ -38,14 +36,17 @@ def step_of(checkpoint: Path) -> int:
 def find_checkpoint(run: RunConfig) -> Path | None:
     """Return the checkpoint that the run's `resume` setting selects; None to start afresh.
 
+    A job of a queue that starts again continues what it saved itself, whatever the setting says;
+    if it has saved nothing, the setting decides as at its first start.
+
     Raises:
         UserError: When it names a folder that is not a complete checkpoint.
     """
-    resume = run.training.checkpoint.resume
+    resume, job = run.training.checkpoint.resume, run.training.checkpoint.job
+    if resume == "auto" or has_saved(job, _complete_checkpoints(run.folder / "checkpoints")):
+        return newest_checkpoint(run)
     if resume == "none":
         return None
-    if resume == "auto":
-        return newest_checkpoint(run)
     folder = Path(resume)
     if not (folder / "metadata.json").is_file() or not _NAME.fullmatch(folder.name):
         raise UserError(
@@ -53,25 +54,6 @@ def find_checkpoint(run: RunConfig) -> Path | None:
             "checkpoint (.../checkpoints/step-NNNNNNNN), 'auto' or 'none'"
         )
     return folder
-
-
-def set_aside(run: RunConfig, rank: int, *, continued: Path | None) -> None:
-    """Append a number to the folder of an earlier run of this name, so that nothing is lost.
-
-    Also that of a run that was lost before its first checkpoint: its events must not mix with
-    those of this run.
-
-    Args:
-        run: The run that begins.
-        rank: Rank 0 renames; the others write nothing before the next collective call.
-        continued: The checkpoint that it continues, if any; in the run's own folder, nothing is
-            renamed.
-    """
-    goes_on = continued is not None and is_inside(continued, run.folder)
-    if rank != 0 or goes_on or not any((run.folder / trace).exists() for trace in _TRACES):
-        return
-    names = (run.folder.with_name(f"{run.name}.{number}") for number in itertools.count(1))
-    run.folder.rename(next(name for name in names if not name.exists()))
 
 
 def is_inside(path: Path, folder: Path) -> bool:

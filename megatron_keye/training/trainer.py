@@ -6,7 +6,9 @@ from typing import Any
 
 from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.checkpoint.export import export_checkpoint, take_carried_files
-from megatron_keye.checkpoint.folders import find_checkpoint, set_aside
+from megatron_keye.checkpoint.folders import find_checkpoint
+from megatron_keye.checkpoint.run_lock import hold_run_folder
+from megatron_keye.checkpoint.set_aside import set_aside
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.errors import UserError
@@ -64,6 +66,7 @@ class Trainer:
             UserError: For degrees, samples or a checkpoint that do not fit the run.
         """
         run.check_num_ranks(process.num_ranks)
+        self._lock = hold_run_folder(run, process.rank)
         earlier = hand_over.begin(run, process.rank)
         self._run, self._process = run, process
         self._stop, self._clock = StopRequest(), StepClock()
@@ -128,6 +131,7 @@ class Trainer:
             self._ahead.close()
             if self._patches is not None:
                 self._patches.close()
+            self._lock.release()
 
     def _train(self) -> dict[str, Any]:
         if self._is_over():
@@ -276,6 +280,7 @@ class Trainer:
                 _logger.warning("sample skipped: %s", reason)
 
     def _save(self) -> Path:
+        self._lock.check()
         with self._clock.part("save"), hidden_from_children():
             return training_checkpoint.save(
                 self._run, self._model, self._optimizer, self._grid, self._progress
@@ -291,8 +296,8 @@ class Trainer:
         elif weights:
             training_checkpoint.load_weights(Path(weights), run, *parts)
         # What fails above leaves an earlier run where it is.
-        set_aside(run, self._process.rank, continued=folder)
         if self._process.rank == 0:
+            set_aside(run, self._lock, continued=folder)
             take_carried_files(run)
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:

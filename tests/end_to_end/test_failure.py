@@ -104,6 +104,28 @@ def test_a_signal_stops_all_ranks_after_the_same_step_which_is_saved(
     assert not any(child.is_running() for child in ranks.values())
 
 
+@pytest.mark.slow
+def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    process = start(tmp_path, "training.checkpoint.interval_steps=1")
+    try:
+        assert process.stdout is not None
+        assert any(line.startswith("step 1/") for line in process.stdout)
+        second = start(tmp_path)
+        _, errors = second.communicate(timeout=3 * SECONDS_TO_END)
+        assert second.returncode == 2
+        (sentence,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+        assert f"{tmp_path}/keye_tiny: is in use by process" in sentence
+        assert "Traceback" not in errors
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=3 * SECONDS_TO_END)
+    finally:
+        process.terminate()
+        process.wait(timeout=SECONDS_TO_END)
+    stopped = int(re.findall(r"stopped after step (\d+) of 1000 by", output)[0])
+    assert stopped > 1 and os.listdir(tmp_path) == ["keye_tiny"]
+    assert not (tmp_path / "keye_tiny" / "run.lock").exists()
+
+
 FAULT = """
 import os
 if os.environ.get("RANK") == "{rank}":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_keye.checkpoint.folders import find_checkpoint, set_aside
+from megatron_keye.checkpoint.folders import find_checkpoint
 from megatron_keye.checkpoint.training_checkpoint import load
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
@@ -89,42 +89,3 @@ def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
     run = tiny_run().with_overrides([f"training.checkpoint.resume={tmp_path}"])
     with pytest.raises(ValueError, match="expected the folder of a complete checkpoint"):
         find_checkpoint(run)
-
-
-LEFT = {
-    "checkpoints": "checkpoints/step-00000001/.metadata",
-    "an unfinished checkpoint": "checkpoints/step-00000001.partial/.metadata",
-    "events alone": "events/events.out.tfevents.1",
-    "settings alone": "run.json",
-}
-
-
-@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
-def test_a_run_that_begins_moves_what_earlier_ones_left(left: str, tmp_path: Path) -> None:
-    run = tiny_run().with_overrides([f"output_dir={tmp_path}"])
-    for number in (1, 2):
-        (run.folder / left).parent.mkdir(parents=True)
-        (run.folder / left).touch()
-        set_aside(run, rank=1, continued=None)
-        assert run.folder.exists()
-        # Another run's checkpoint is continued in this run's own, new folder.
-        set_aside(run, rank=0, continued=tmp_path / "other" / "checkpoints" / "step-00000002")
-        assert not run.folder.exists()
-        assert (tmp_path / f"tiny.{number}" / left).exists()
-    set_aside(run, rank=0, continued=None)
-
-
-def test_a_run_that_goes_on_in_its_folder_moves_nothing(tmp_path: Path) -> None:
-    run = tiny_run().with_overrides([f"output_dir={tmp_path}"])
-    checkpoint = run.folder / "checkpoints" / "step-00000002"
-    checkpoint.mkdir(parents=True)
-    set_aside(run, rank=0, continued=checkpoint)
-    assert checkpoint.exists()
-
-
-def test_a_folder_without_a_trace_of_a_run_stays(tmp_path: Path) -> None:
-    run = tiny_run().with_overrides([f"output_dir={tmp_path}"])
-    run.folder.mkdir()
-    (run.folder / "console.log").touch()
-    set_aside(run, rank=0, continued=None)
-    assert run.folder.exists()
