@@ -82,7 +82,7 @@ def check_continues(folder: Path, run: RunConfig) -> None:
     Raises:
         UserError: Names each setting that must be as it was saved, with both values.
     """
-    saved = _saved_run(folder)
+    saved = saved_run(folder)
     different = saved.differing_settings(run)
     if saved.training.trained_parts == run.training.trained_parts:
         # Written in another order, or frozen in a phase that trains no such part anyway.
@@ -109,7 +109,8 @@ def check_continues(folder: Path, run: RunConfig) -> None:
         )
 
 
-def _saved_run(folder: Path) -> RunConfig:
+def saved_run(folder: Path) -> RunConfig:
+    """Return the settings of the run that saved a checkpoint; UserError if they are unreadable."""
     file = folder / "run.json"
     try:
         return RunConfig.from_json(file.read_text())

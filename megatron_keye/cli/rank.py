@@ -45,6 +45,8 @@ def run_rank(options: argparse.Namespace) -> int:
     if "SLURM_PROCID" in os.environ:
         end_with_parent(os.getppid())  # slurmstepd; the local launcher sees to it itself
     take_children_along()
+    # A warning that comes before the run listens waits until it can save; threads start later.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     # srun returns the largest exit status, so a rank that it ends must not exit with 143.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(FAILED))
     try:
@@ -75,12 +77,15 @@ def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
     """
     import torch
 
+    from megatron_keye.checkpoint.restart import with_rows_of_job
+
     if options.ranks not in (None, num_ranks):
         raise UserError(
             f"--ranks: got {options.ranks}, expected {num_ranks}, the number of ranks that were "
             "started; leave it out under torchrun and srun"
         )
-    return chosen_run(options, num_ranks=num_ranks, has_gpu=torch.cuda.is_available())
+    run = chosen_run(options, num_ranks=num_ranks, has_gpu=torch.cuda.is_available())
+    return with_rows_of_job(run)
 
 
 def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
@@ -110,6 +115,7 @@ def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
         if not isinstance(error, UserError):
             raise
         return report_error(error)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # one that comes late
     if not is_finished:
         # The first rank to exit makes srun send TERM to the others. Python removes handlers as it
         # exits, but ignored signals stay ignored.

@@ -44,36 +44,42 @@ def start(folder: Path, *more: str, **environment: str) -> subprocess.Popen[str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [1, None], ids=["vision rank", "launcher"])
-def test_a_killed_process_ends_the_job_and_leaves_nothing(
-    victim: int | None, tmp_path: Path
+def test_a_second_run_is_refused_and_a_killed_rank_ends_the_first_without_leftovers(
+    tmp_path: Path,
 ) -> None:
-    saves = "training.checkpoint.interval_steps=1"
+    victim, saves = 1, "training.checkpoint.interval_steps=1"
     files, shared_memory = tmp_path / "tmp", set(os.listdir("/dev/shm"))
     files.mkdir()
     process = start(tmp_path, saves, TMPDIR=str(files))
     try:
         assert process.stdout is not None
         assert any(line.startswith("step 2/") for line in process.stdout)
+        check_refused(start(tmp_path))
         ranks, others = ranks_of(process.pid), psutil.Process(process.pid).children(recursive=True)
         died = time.monotonic()
-        killed = process if victim is None else ranks[victim]
-        killed.send_signal(signal.SIGKILL)
+        ranks[victim].send_signal(signal.SIGKILL)
         # Ends when nothing is left that could write.
         _, errors = process.communicate(timeout=3 * SECONDS_TO_END)
         assert time.monotonic() - died < SECONDS_TO_END
     finally:
         process.terminate()
         process.wait(timeout=SECONDS_TO_END)
-    if victim is None:
-        assert process.returncode == -signal.SIGKILL
-    else:
-        assert process.returncode == 128 + signal.SIGKILL
-        assert f"process {ranks[victim].pid} was ended by signal 9" in errors
+    assert process.returncode == 128 + signal.SIGKILL
+    assert f"process {ranks[victim].pid} was ended by signal 9" in errors
     _, alive = psutil.wait_procs(others, timeout=SECONDS_TO_END)
     assert not [other for other in alive if other.status() != psutil.STATUS_ZOMBIE]
     assert not list(files.rglob("pymp-*"))
     assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert (tmp_path / "keye_tiny" / "checkpoints").exists(), "the second run has renamed it"
+
+
+def check_refused(second: subprocess.Popen[str]) -> None:
+    """Check that a run ends with one sentence, since another one is in its folder."""
+    _, errors = second.communicate(timeout=3 * SECONDS_TO_END)
+    assert second.returncode == 2
+    (sentence,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "/keye_tiny: is in use by process" in sentence
+    assert "Traceback" not in errors
 
 
 @pytest.mark.slow
@@ -102,28 +108,6 @@ def test_a_signal_stops_all_ranks_after_the_same_step_which_is_saved(
     folder = tmp_path / "keye_tiny" / "checkpoints"
     assert os.listdir(folder) == [f"step-{int(stopped[0]):08d}"]
     assert not any(child.is_running() for child in ranks.values())
-
-
-@pytest.mark.slow
-def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
-    process = start(tmp_path, "training.checkpoint.interval_steps=1")
-    try:
-        assert process.stdout is not None
-        assert any(line.startswith("step 1/") for line in process.stdout)
-        second = start(tmp_path)
-        _, errors = second.communicate(timeout=3 * SECONDS_TO_END)
-        assert second.returncode == 2
-        (sentence,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-        assert f"{tmp_path}/keye_tiny: is in use by process" in sentence
-        assert "Traceback" not in errors
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=3 * SECONDS_TO_END)
-    finally:
-        process.terminate()
-        process.wait(timeout=SECONDS_TO_END)
-    stopped = int(re.findall(r"stopped after step (\d+) of 1000 by", output)[0])
-    assert stopped > 1 and os.listdir(tmp_path) == ["keye_tiny"]
-    assert not (tmp_path / "keye_tiny" / "run.lock").exists()
 
 
 FAULT = """
