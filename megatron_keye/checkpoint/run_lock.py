@@ -182,7 +182,7 @@ def hold_run_folder(run: RunConfig, rank: int) -> RunLock:
     """Return the lock of the run's folder, which rank 0 holds. Collective: all ranks must call it.
 
     Raises:
-        UserError: On all ranks, when another run is in the folder.
+        UserError: On all ranks, when another run is in the folder, or it cannot be written to.
     """
     lock, refusal = RunLock(run.folder, run.training.checkpoint.job), [""]
     if rank == 0:
@@ -190,6 +190,11 @@ def hold_run_folder(run: RunConfig, rank: int) -> RunLock:
             lock.take()
         except UserError as error:
             refusal = [str(error)]
+        except OSError as error:
+            refusal = [
+                f"output_dir: got {run.output_dir!r}, where {run.folder / LOCK} cannot be written "
+                f"({error.strerror}), expected a folder that this user may write to"
+            ]
     dist.broadcast_object_list(refusal)
     if refusal[0]:
         raise UserError(refusal[0])
