@@ -19,6 +19,7 @@ from megatron_keye.files.temporary import remove_leftovers
 
 _PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.1
+_SECONDS_TO_CLOSE_FILES = 5.0
 _forking = threading.local()
 """What the forking thread leaves for its child: its process, and whether it is the main thread."""
 
@@ -76,6 +77,9 @@ def end_with_starter() -> None:
         while (starter := multiprocessing.parent_process()) is None:
             time.sleep(_POLL_SECONDS)
         starter.join()
+        # It has closed one file so far; the locks of its leftovers may be still to come.
+        if starter.pid is not None:
+            _await_end(starter.pid, timeout_seconds=_SECONDS_TO_CLOSE_FILES)
         remove_leftovers()
         _end()
 
@@ -97,14 +101,22 @@ def _end_with_forking_thread() -> None:
 
 def _watch(parent: int) -> None:
     """End this process when its parent has ended."""
-    try:
-        descriptor = os.pidfd_open(parent)
-    except ProcessLookupError:
-        _end()
-    # The number may be another process's by now.
-    if os.getppid() == parent:
-        select.select([descriptor], [], [])
+    # The number may be another process's by the time that it is looked at.
+    while os.getppid() == parent:
+        _await_end(parent)
     _end()
+
+
+def _await_end(process: int, timeout_seconds: float | None = None) -> None:
+    """Return when a process has ended, or was not there."""
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        return
+    try:
+        select.select([descriptor], [], [], timeout_seconds)
+    finally:
+        os.close(descriptor)
 
 
 def _end() -> None:

@@ -43,6 +43,7 @@ def keep_sockets_removable() -> None:
     lock = shared_folder() / f"{folder.name}.lock"
     held = ExitStack()
     held.enter_context(locked(lock, "exclusive"))
+    os.register_at_fork(after_in_child=held.close)  # or a child would hold it too
 
     def let_go() -> None:
         lock.unlink(missing_ok=True)
