@@ -42,10 +42,13 @@ _HARMLESS_SIGNALS = {
     *(signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH),
     *(signal.SIGTTIN, signal.SIGTTOU),
 }
-_UNASKED_SIGNALS = signal.valid_signals() - _HANDLED_SIGNALS - _OWN_FAULTS - _HARMLESS_SIGNALS
-"""Those, as USR2 and ALRM, that would end a process though nobody here knows a meaning; ignored by
-launcher and ranks (KILL and STOP cannot be)."""
-_UNASKED_SIGNALS -= {signal.SIGKILL, signal.SIGSTOP}
+_UNASKED_SIGNALS = (
+    signal.valid_signals()
+    - (_HANDLED_SIGNALS | _OWN_FAULTS | _HARMLESS_SIGNALS)
+    - {signal.SIGKILL, signal.SIGSTOP}
+)
+"""Those, as USR2 and ALRM, that would end a process though they mean nothing here; launcher and
+ranks ignore them."""
 
 
 def launch(
