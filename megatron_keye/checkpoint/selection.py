@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_keye.checkpoint.folders import is_named, named_checkpoints
 from megatron_keye.checkpoint.manifest import check_sizes, check_sums
 from megatron_keye.checkpoint.one_save import Failure, attempt
+from megatron_keye.checkpoint.queue_job import has_saved
 from megatron_keye.checkpoint.retention import remove_leftovers
 from megatron_keye.config.check import check
 from megatron_keye.config.run import RunConfig
@@ -19,6 +20,9 @@ _logger = logging.getLogger(__name__)
 
 def choose_checkpoint(run: RunConfig, *, tidies: bool = True) -> Path | None:
     """Return the checkpoint that a run continues, None to start afresh. Collective.
+
+    A job of a queue that starts again continues what it saved itself, whatever the setting says;
+    if it has saved nothing, the setting decides as at its first start.
 
     With "auto" it is the newest whole one of the run's folder, and the log names those that were
     skipped. The ranks share the reading of checksums.
@@ -32,6 +36,8 @@ def choose_checkpoint(run: RunConfig, *, tidies: bool = True) -> Path | None:
             checkpoints and none is whole; the same on all ranks.
     """
     resume = run.training.checkpoint.resume
+    if resume != "auto" and _has_saved(run):
+        resume = "auto"
     if resume == "none":
         return None
     if resume != "auto":
@@ -60,6 +66,16 @@ def choose_checkpoint(run: RunConfig, *, tidies: bool = True) -> Path | None:
             "run's folder aside"
         )
     return None
+
+
+def _has_saved(run: RunConfig) -> bool:
+    """Return whether the run's job saved a checkpoint before, as rank 0 sees it."""
+    found = [False]
+    if dist.get_rank() == 0:
+        checkpoints = named_checkpoints(run.folder / "checkpoints")
+        found = [has_saved(run.training.checkpoint.job, checkpoints)]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def _candidates(folder: Path, *, tidies: bool) -> list[Path]:

@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_keye.cli.arguments import chosen_run
 from megatron_keye.cli.environment import complete_environment
+from megatron_keye.cli.local import LISTEN_FD
 from megatron_keye.cli.noise import quieten_libraries
 from megatron_keye.cli.shared_heartbeats import open_slot
 from megatron_keye.cli.status import FAILED, LOST_PEERS, STOPPED, USER_ERROR, report_error
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.estimate.disk_room import check_room
+from megatron_keye.files.children import end_with_parent, take_children_along
 from megatron_keye.files.disk import writing
+from megatron_keye.files.temporary import keep_sockets_removable
 from megatron_keye.observe.heartbeat import Heartbeat
 from megatron_keye.plan.places import role_of
 
@@ -46,10 +49,16 @@ def run_rank(options: argparse.Namespace) -> int:
         os.environ, local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks)))
     )
     quieten(rank)
+    if "SLURM_PROCID" in os.environ:
+        end_with_parent(os.getppid())  # slurmstepd; the local launcher sees to it itself
+    take_children_along()
+    # A warning that comes before the run listens waits until it can save; threads start later.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     heartbeat = Heartbeat(rank=rank, publish=open_slot(rank))
     heartbeat.note("start")
     signal.signal(signal.SIGTERM, lambda number, frame: end_by_signal(number, heartbeat))
     try:
+        keep_sockets_removable()
         run = make_run(options, num_ranks)
         if options.show:
             sys.stdout.write(run.to_json() if rank == 0 else "")
@@ -94,12 +103,15 @@ def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
     """
     import torch
 
+    from megatron_keye.checkpoint.restart import with_rows_of_job
+
     if options.ranks not in (None, num_ranks):
         raise UserError(
             f"--ranks: got {options.ranks}, expected {num_ranks}, the number of ranks that were "
             "started; leave it out under torchrun and srun"
         )
-    return chosen_run(options, num_ranks=num_ranks, has_gpu=torch.cuda.is_available())
+    run = chosen_run(options, num_ranks=num_ranks, has_gpu=torch.cuda.is_available())
+    return with_rows_of_job(run)
 
 
 def join_and_train(
@@ -123,6 +135,7 @@ def join_and_train(
             rank=heartbeat.rank,
             num_ranks=num_ranks,
             init_method=init_method(num_ranks),
+            listen_fd=int(os.environ[LISTEN_FD]) if LISTEN_FD in os.environ else None,
             timeout=exchange_timeout(run.training.hang_minutes),
             heartbeat=heartbeat,
         )
@@ -138,6 +151,7 @@ def join_and_train(
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(LOST_PEERS))
         return end_failed(error, process, watchdog)
     watchdog.close()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # one that comes late
     if not is_finished:
         # The first rank to exit makes srun send TERM to the others. Python removes handlers as it
         # exits, but ignored signals stay ignored.

@@ -52,6 +52,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "checkpoint that was newest then, or that of --resume, print what comes out and exit",
     )
     parser.add_argument("--show", action="store_true", help="print all settings as JSON and exit")
+    parser.add_argument(
+        "--check", action="store_true", help="only check that the settings fit --ranks"
+    )
     options = parser.parse_args(arguments)
     if options.replay is not None and options.resume is None:
         options.resume = BadStep.read(options.replay).checkpoint or "none"
@@ -64,6 +67,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Train and return the exit status."""
     options = parse_arguments(arguments)
+    if options.check:
+        num_ranks = options.ranks or default_ranks()
+        rank.make_run(options, num_ranks).check_num_ranks(num_ranks)
+        return 0
     if "RANK" in os.environ:
         return rank.run_rank(options)
     num_ranks = options.ranks or default_ranks()

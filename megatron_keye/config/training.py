@@ -44,6 +44,11 @@ class CheckpointConfig:
     resume: str = "none"
     """"auto" continues from the newest checkpoint of this run if there is one, "none" starts a new
     run, any other value is the folder of a checkpoint to continue from."""
+    job: str = ""
+    """Name of the queue's job that this process belongs to, which launch/slurm.sbatch sets. A job
+    that is started again continues the newest checkpoint if it has saved one itself, whatever
+    `resume` says. If it was lost before its first save, `resume` decides as at its first start, so
+    that it does not take an earlier run of its name for its own."""
     weights: str = ""
     """Folder of a native checkpoint, for example of megatron-keye convert, whose weights a new run
     starts with, moments at 0; "" for random weights. They are rounded to this run's precision, and

@@ -7,6 +7,7 @@ from typing import Any, BinaryIO, Protocol
 
 from megatron_keye.errors import UserError
 from megatron_keye.files import worker_origin
+from megatron_keye.files.children import end_with_starter
 from megatron_keye.files.disk import DiskError
 from megatron_keye.files.partial_folder import PartialFolder
 
@@ -59,7 +60,7 @@ def make_files(
 
 
 class _Worker:
-    """One process; it ends when this end of the pipe closes, also when this process is killed."""
+    """One process; it ends when this one ends, also when this one is killed."""
 
     def __init__(self, maker: FileMaker, folder: PartialFolder) -> None:
         context = worker_origin.context([type(maker).__module__])
@@ -113,6 +114,7 @@ def _receive(pipe: Connection) -> int | None:
 
 
 def _serve(pipe: Connection, maker: FileMaker, folder: PartialFolder) -> None:
+    end_with_starter()
     while True:
         try:
             name = pipe.recv()

@@ -1,5 +1,7 @@
 """Makes this process a rank of the job: device, backend, and the group of all ranks."""
 
+import os
+import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
@@ -135,6 +137,7 @@ def join(
     rank: int,
     num_ranks: int,
     init_method: str,
+    listen_fd: int | None = None,
     timeout: timedelta = _JOINING,
     heartbeat: Heartbeat | None = None,
 ) -> Process:
@@ -148,6 +151,7 @@ def join(
         timeout: How long exchanges wait for a rank, of this group and of all that `build_grid`
             makes.
         heartbeat: What this rank does at the moment; by default one that nobody reads.
+        listen_fd: For rank 0, a listening socket of the address that all others are given.
     """
     if device.type == "cpu":
         if torch.cuda.is_available():
@@ -157,7 +161,10 @@ def join(
     else:
         torch.cuda.set_device(device)
     patience = max(timeout, _JOINING)
-    store, rank, num_ranks = next(rendezvous(init_method, rank, num_ranks, timeout=patience))
+    if listen_fd is None:
+        store, rank, num_ranks = next(rendezvous(init_method, rank, num_ranks, timeout=patience))
+    else:
+        store = _host_store(listen_fd, num_ranks, patience)
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "nccl",
         store=PrefixStore("groups", store),
@@ -168,3 +175,18 @@ def join(
     )
     heartbeat = heartbeat or Heartbeat(rank=rank)
     return Process(rank=rank, num_ranks=num_ranks, device=device, store=store, heartbeat=heartbeat)
+
+
+def _host_store(listen_fd: int, num_ranks: int, patience: timedelta) -> Store:
+    """Return the store of all ranks, which this one hosts at a socket that is open already."""
+    with socket.socket(fileno=os.dup(listen_fd)) as listening:
+        host, port = listening.getsockname()
+    return dist.TCPStore(  # type: ignore[attr-defined]  # imported where torch has it
+        host,
+        port,
+        num_ranks,
+        is_master=True,
+        timeout=patience,
+        multi_tenant=True,
+        master_listen_fd=listen_fd,
+    )

@@ -19,9 +19,13 @@ class StopRequest:
         """Name of the first signal, "" before."""
 
     def listen(self) -> None:
-        """Handle the signals from now on; those after the first have no effect."""
+        """Handle the signals from now on; those after the first have no effect.
+
+        Also one that the start of the process has blocked, so that it would not end it.
+        """
         for number in SIGNALS:
             signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = self.name or signal.Signals(number).name

@@ -7,8 +7,10 @@ from typing import Any
 
 from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.checkpoint.export import export_checkpoint, take_carried_files
-from megatron_keye.checkpoint.folders import checkpoint_folder, set_aside
+from megatron_keye.checkpoint.folders import checkpoint_folder
+from megatron_keye.checkpoint.run_lock import hold_run_folder
 from megatron_keye.checkpoint.selection import choose_checkpoint
+from megatron_keye.checkpoint.set_aside import set_aside
 from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.loader import RowLoader
@@ -76,6 +78,7 @@ class Trainer:
             UserError: For degrees, samples or a checkpoint that do not fit the run.
         """
         run.check_num_ranks(process.num_ranks)
+        self._lock = hold_run_folder(run, process.rank)
         checkpoint = choose_checkpoint(run)
         earlier = [] if checkpoint else hand_over.begin(run, process.rank)
         self._run, self._process, self._fusions = run, process, fusions
@@ -152,6 +155,7 @@ class Trainer:
             self._ahead.close()
             if self._patches is not None:
                 self._patches.close()
+            self._lock.release()
 
     def _train(self) -> dict[str, Any]:
         if self._is_over():
@@ -315,6 +319,7 @@ class Trainer:
                 _logger.warning("sample skipped: %s", reason)
 
     def _save(self) -> None:
+        self._lock.check()
         with self._clock.part("save"):
             self._health.check_before_save(self._progress)
         self._saving.begin(self._model, self._optimizer, self._grid, self._progress)
@@ -329,8 +334,8 @@ class Trainer:
             training_checkpoint.load_weights(Path(weights), run, *parts)
         self._health.resume(self._progress, checkpoint)
         # What fails above leaves an earlier run where it is.
-        set_aside(run, self._process.rank, continued=checkpoint)
         if self._process.rank == 0:
+            set_aside(run, self._lock, continued=checkpoint)
             take_carried_files(run, checkpoint)
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from tests.support.faults import (
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
-    check_killed(1, tmp_path, "cpu")
+def test_a_second_run_is_refused_and_a_killed_rank_ends_the_first(tmp_path: Path) -> None:
+    check_killed(1, tmp_path, "cpu", meanwhile=lambda: check_refused(start(tmp_path)))
+    assert (tmp_path / "keye_tiny" / "checkpoints").exists(), "the second run has renamed it"
 
 
 @pytest.mark.slow
@@ -55,6 +56,15 @@ def handles_term(process: psutil.Process | None) -> bool:
         return False
     (caught,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
     return bool(int(caught, 16) & 1 << signal.SIGTERM - 1)
+
+
+def check_refused(second: subprocess.Popen[str]) -> None:
+    """Check that a run ends with one sentence, since another one is in its folder."""
+    _, errors = second.communicate(timeout=3 * SECONDS_TO_END)
+    assert second.returncode == 2
+    (sentence,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "/keye_tiny: is in use by process" in sentence
+    assert "Traceback" not in errors
 
 
 @pytest.mark.slow

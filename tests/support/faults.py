@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -100,13 +100,23 @@ def ranks_of(launcher: int) -> dict[int, psutil.Process]:
     return found
 
 
-def check_killed(victim: int, folder: Path, device: str) -> None:
-    """Kill a rank: the job ends at once, one line tells of it, and survivors say nothing."""
-    with training(folder, device=device) as process:
-        ranks, died = ranks_of(process.pid), time.monotonic()
+def check_killed(
+    victim: int, folder: Path, device: str, meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    """Kill a rank: the job ends at once, one line tells of it, and nothing is left behind."""
+    files, shared_memory = folder / "tmp", set(os.listdir("/dev/shm"))
+    files.mkdir()
+    with training(folder, device=device, TMPDIR=str(files)) as process:
+        meanwhile()
+        ranks, others = ranks_of(process.pid), psutil.Process(process.pid).children(recursive=True)
+        died = time.monotonic()
         ranks[victim].send_signal(signal.SIGKILL)
         process.wait(timeout=3 * SECONDS_TO_END)
         assert time.monotonic() - died < SECONDS_TO_END
+    _, alive = psutil.wait_procs(others, timeout=SECONDS_TO_END)
+    assert not [other for other in alive if other.status() != psutil.STATUS_ZOMBIE]
+    assert not list(files.rglob("pymp-*"))
+    assert set(os.listdir("/dev/shm")) <= shared_memory
     errors = errors_of(folder)
     assert process.returncode == 128 + signal.SIGKILL
     (told,) = told_in(errors)
@@ -144,14 +154,14 @@ def check_poisoned(victim: int, folder: Path, device: str) -> None:
     fault = {"module": "megatron_keye.optim.optimizer", "owner": "JointOptimizer"}
     fault |= {"method": "finish_gradients", "fault": "arguments = (float('nan'),)"}
     (folder / "sitecustomize.py").write_text(FAULT.format(rank=victim, calls=2, **fault))
-    changes, path = ("training.max_skipped_steps=2",), f"{folder}:{ROOT}"
+    changes, path = ("training.health.max_bad_steps=2",), f"{folder}:{ROOT}"
     with training(folder, *changes, device=device, PYTHONPATH=path) as process:
         process.wait(timeout=6 * SECONDS_TO_END)
     errors = errors_of(folder)
     assert process.returncode == 2, errors
     told = told_in(errors)
     assert sum(line.startswith("error: ") for line in told) == 1, errors
-    assert any(re.match(f"({'|'.join(ROLES)}): step 4", line) for line in told), errors
+    assert any(re.match(f"({'|'.join(ROLES)}): step [45]", line) for line in told), errors
 
 
 def told_in(errors: str) -> list[str]:

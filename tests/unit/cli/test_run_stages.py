@@ -172,6 +172,26 @@ def test_the_full_model_is_printed_as_jobs_that_wait_for_each_other(
         assert f"training.checkpoint.weights=out/keye_{NAMES[number - 1]}/checkpoints/" in call
 
 
+def test_submit_hands_the_jobs_to_slurm(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert run_stages.main(["keye", "--submit"]) == 2
+    assert "sbatch is not found" in capfd.readouterr().err
+    (tmp_path / "sbatch").write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls; echo 42\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert run_stages.main(["keye", "--submit"]) == 2
+    assert "expected the repository" in capfd.readouterr().err
+    monkeypatch.chdir(Path(__file__).parents[3])
+    assert run_stages.main(["keye", "--submit", "--sbatch=--array=1-9%1"]) == 0
+    assert f"keye_{NAMES[0]}: job 42\n" in capfd.readouterr().out
+    assert (tmp_path / "calls").read_text().count("--array=1-9%1 launch/slurm.sbatch") == len(
+        NAMES
+    )
+
+
 def test_nodes_must_be_full(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_stages.main(["keye", "--print", "--gpus-per-node", "7"]) == 2
     assert "expected a divisor of the 64 ranks" in capsys.readouterr().err
