@@ -18,6 +18,7 @@ from tools.faults import subject
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.02
+HANG_MINUTES = 0.2
 _MARK = "MEGATRON_KEYE_JOB"
 _SHARED_MEMORY = Path("/dev/shm")
 _CACHES = ("megatron_keye.*", "torchinductor_*")
@@ -44,6 +45,7 @@ class Job:
             "output_dir": output,
             "data.samples": data / "frames.train.jsonl",
             "data.tokenizer": data / "tokenizer",
+            "training.hang_minutes": HANG_MINUTES,
         }
         command = ["bash", str(ROOT / "launch/local.sh"), f"{subject.__file__}:subject"]
         command += ["--ranks", str(subject.NUM_RANKS)]

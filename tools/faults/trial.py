@@ -90,6 +90,7 @@ def try_fault(kind: str, seed: int, data: Path, folder: Path, unbroken: Unbroken
         trial.wrong.append(f"lost: step {job.last_step()} was shown, but {saved} are saved")
     if kind == "damaged checkpoint":
         saved = saved[:-1]
+    folder.mkdir(parents=True, exist_ok=True)  # A job that ended early has made none.
     (folder / "log.txt").write_text(job.text)
     job.close()
     _go_on(trial, data, folder, unbroken, last_saved=max(saved, default=0))
