@@ -198,7 +198,10 @@ def _move(tree: dict[str, Any], former: list[str], name: list[str]) -> None:
     if former[-1] in source:
         for section in name[:-1]:
             target = target.setdefault(section, {})
-        target[name[-1]] = source.pop(former[-1])
+        value = source.pop(former[-1])
+        if isinstance(value, bool):
+            value = FORMER_VALUES.get(".".join(former), {}).get(value, value)
+        target[name[-1]] = value
 
 
 def _plain(node: Any) -> Any:
@@ -266,11 +269,7 @@ def _build(wanted: Any, value: Any, path: str) -> Any:
         section = typing.cast(type, wanted)
         below = f"{path}." if path else ""
         parts = {}
-        for written, part in value.items():
-            former = f"{below}{written}"
-            name = RENAMED.get(former, written).rpartition(".")[2]
-            if former in FORMER_VALUES and isinstance(part, bool):
-                part = FORMER_VALUES[former][part]
+        for name, part in value.items():
             parts[name] = _build(_field_type(section, name, below), part, f"{below}{name}")
         return section(**parts)
     if origin is tuple:

@@ -33,8 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "verify": {"checkpoint", "config", "data", "decoder", "errors", "parallel", "vision"},
     "estimate": {"checkpoint", "config", "data", "errors", "files", "observe", "plan"},
     "training": {
-        *("checkpoint", "config", "data", "decoder", "errors", "files", "model", "observe"),
-        *("optim", "parallel", "plan"),
+        *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "optim"),
+        *("parallel", "plan"),
     },
 }
 # Entry points may import every part: the command line, and the package's own public names.

@@ -7,7 +7,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("megatron_keye", "kernels", "tools", "launch")
 UNPICKLES = "checkpoint/safe_metadata.py"
-"""The only file that unpickles, by a list of classes."""
+"""The only file that unpickles what lies on a disk, by a list of classes."""
+MESSAGES = "checkpoint/one_save.py"
+"""Unpickles what ranks of the same job send each other, as torch's all_gather_object does."""
 SAFE = {
     "numpy.load": ("allow_pickle", False),
     "np.load": ("allow_pickle", False),
@@ -58,6 +60,7 @@ def test_nothing_is_unpickled_but_by_a_list_of_classes() -> None:
         f"{place}: {name}"
         for place, name, _ in CALLS
         if any(ends_with(name, each) for each in FORBIDDEN)
+        and not place.split(":")[0].endswith(MESSAGES)
     ]
     found += [
         place

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_keye.checkpoint.folders import checkpoint_folder
+from megatron_keye.checkpoint.manifest import write_manifest
 from megatron_keye.checkpoint.restart import with_rows_of_job
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
@@ -26,7 +27,7 @@ def saved(tmp_path: Path) -> RunConfig:
     folder = checkpoint_folder(run, 1)
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(run.to_json())
-    (folder / "metadata.json").touch()
+    write_manifest(folder, {})
     return run
 
 
