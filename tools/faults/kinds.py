@@ -149,8 +149,10 @@ def _remove_the_folder(generator: random.Random) -> Fault:
 def _second_job(generator: random.Random) -> Fault:
     def strike(job: Job, output: Path) -> None:
         _wait(job, output, "step", generator)
+        send_to_group(signal.SIGSTOP, job)  # or it would end before the second one has started
         second = job.again("--resume", generator.choice(("auto", "none")))
         assert second.wait(SECONDS_TO_START), "the second job hangs"
+        send_to_group(signal.SIGCONT, job)
         assert second.process.returncode != 0, "two jobs trained in one folder"
         assert not second.tracebacks(), second.text
         second.close()

@@ -15,7 +15,7 @@ from tools.faults.job import Job
 from tools.faults.kinds import Fault, draw
 from tools.faults.subject import NUM_STEPS
 
-SECONDS_TO_END = 90.0
+SECONDS_TO_END = 150.0
 """A fault must end the job by then: hang_minutes, the launcher's grace and a start in between."""
 FIGURES = ("loss", "gradient_norm", "indexer_kl")
 """Metrics of a step that must be equal to the last bit."""
