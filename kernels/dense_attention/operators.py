@@ -30,7 +30,9 @@ def takes(q_BHTC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> bool:
     """Return whether one of the operators takes such heads, and may be used."""
     if q_BHTC.device.type == "cpu":
         return True
-    asked = _asked(q_BHTC, k_BGSC, v_BGSC, is_causal=True)
+    # Lengths are cut before an operator is chosen: a causal triangle has as many keys as queries.
+    length = min(q_BHTC.shape[2], k_BGSC.shape[2])
+    asked = _asked(*(each[:, :, :length] for each in (q_BHTC, k_BGSC, v_BGSC)), is_causal=True)
     return _cudnn_takes(asked) or can_use_flash_attention(asked)
 
 

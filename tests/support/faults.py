@@ -84,6 +84,14 @@ def training(
         process.wait(timeout=2 * SECONDS_TO_END)
 
 
+def wait_for_checkpoint(folder: Path) -> None:
+    """Wait until a checkpoint is complete, since it is written while training goes on."""
+    deadline = time.monotonic() + SECONDS_TO_END
+    while not list(folder.glob("step-????????")):
+        assert time.monotonic() < deadline, "nothing is saved"
+        time.sleep(0.05)
+
+
 def errors_of(folder: Path) -> str:
     """Return what a job of `training` has written to standard error."""
     return (folder / "errors.txt").read_text()
@@ -108,6 +116,7 @@ def check_killed(
     files.mkdir()
     with training(folder, device=device, TMPDIR=str(files)) as process:
         meanwhile()
+        wait_for_checkpoint(folder / "keye_tiny" / "checkpoints")
         ranks, others = ranks_of(process.pid), psutil.Process(process.pid).children(recursive=True)
         died = time.monotonic()
         ranks[victim].send_signal(signal.SIGKILL)
@@ -122,7 +131,7 @@ def check_killed(
     (told,) = told_in(errors)
     pid = ranks[victim].pid
     assert told.startswith(f"megatron-keye train: process {pid} was ended by signal 9"), errors
-    assert re.search(rf"{ROLES[victim]}: step [23](, .*)?; {GO_ON}$", told), errors
+    assert re.search(rf"{ROLES[victim]}: step \d+(, .*)?; {GO_ON}$", told), errors
     assert not any(child.is_running() for child in ranks.values())
 
 
@@ -154,7 +163,8 @@ def check_poisoned(victim: int, folder: Path, device: str) -> None:
     fault = {"module": "megatron_keye.optim.optimizer", "owner": "JointOptimizer"}
     fault |= {"method": "finish_gradients", "fault": "arguments = (float('nan'),)"}
     (folder / "sitecustomize.py").write_text(FAULT.format(rank=victim, calls=2, **fault))
-    changes, path = ("training.health.max_bad_steps=2",), f"{folder}:{ROOT}"
+    changes = ("training.health.max_bad_steps=2",)
+    path = ":".join(filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH"))))
     with training(folder, *changes, device=device, PYTHONPATH=path) as process:
         process.wait(timeout=6 * SECONDS_TO_END)
     errors = errors_of(folder)
