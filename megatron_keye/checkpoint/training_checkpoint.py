@@ -188,6 +188,24 @@ def load_weights(
         f"a checkpoint outside of {run.folder}, which is set aside when this run begins; give the "
         "run another name",
     )
+    read_weights(folder, run, model, grid)
+    copy_to_masters(optimizer)
+    set_optimizer_steps(optimizer, 0)
+
+
+def read_weights(folder: Path, run: RunConfig, model: KeyeModel, grid: Grid) -> None:
+    """Read the weights of a checkpoint into a model on any grid. Collective.
+
+    Args:
+        folder: A complete checkpoint, saved on any grid.
+        run: The run that the model was built for.
+        model: Takes the weights.
+        grid: Groups of this rank.
+
+    Raises:
+        UserError: When the folder is no complete checkpoint, or not one of this model, or has
+            other adapters than the run.
+    """
     shapes = {key: tensor.shape for key, tensor in NativeFolder(folder).tensors.items()}
     check_adapters(folder, shapes, run)
     check_shapes(shapes, shapes_with_adapters(run, shapes), where=str(folder))
@@ -199,8 +217,6 @@ def load_weights(
     wanted = {name: weights[name] for name in targets}
     loaded = dist_checkpointing.load({"weights": wanted}, str(folder))
     copy_loaded(loaded["weights"], targets)
-    copy_to_masters(optimizer)
-    set_optimizer_steps(optimizer, 0)
 
 
 def _random_state(grid: Grid) -> ShardedObject:

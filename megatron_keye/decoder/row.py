@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_keye.config.model import DecoderConfig
 from megatron_keye.config.training import Phase
+from megatron_keye.decoder.key_cache import RowCache
 from megatron_keye.decoder.positions import rotary_table
 
 MeterName = Literal[
@@ -78,6 +79,9 @@ class DecoderRow:
     """Weight of one query's KL in the sum that is divided by the weight of all labels."""
     meter: RowMeter
     """Receives the layers' measurements."""
+    cache: RowCache | None = None
+    """Where keys of earlier tokens are and those of the row go, while generating; None in
+    training, where a row holds all its keys."""
 
 
 def rotary_tables(

@@ -29,6 +29,7 @@ ZERO_MEANS_SOMETHING = {
     *(f"training.optimizer.{name}" for name in ("min_learning_rate", "weight_decay")),
     *(f"training.optimizer.{name}" for name in ("beta1", "beta2", "clip_gradient_norm")),
     *(f"training.validation.{name}" for name in ("interval_steps", "num_rows")),
+    *(f"rollout.{name}" for name in ("tensor", "expert", "cache_tokens", "temperature", "top_k")),
     *("training.validation.patience", "training.validation.min_delta", "training.epochs"),
 }
 
