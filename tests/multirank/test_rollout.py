@@ -77,3 +77,71 @@ def test_log_probabilities_are_those_of_training(precision: str, settings: dict[
     ((worst, count),) = run_on_ranks(1, _compare, run.to_json(), sampled)
     assert count > 30
     assert worst < TOLERANCES[precision]
+
+
+def _selections(run_json: str, asked: Request) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return what each layer selects in the engine and in training, for all tokens that ran."""
+    run, meter = RunConfig.from_json(run_json), SelectionMeter()
+    engine, grid, model = build_engine(run, meter)
+    (answer,) = engine.generate([asked])
+    _, trained = training_log_probs(run, grid, model, asked.prompt, answer.token_ids)
+    let_go(model)
+    length = len(asked.prompt.token_ids)
+    pairs = []
+    for layer, (selected, *later) in meter.selected.items():
+        num_new = len(answer.token_ids) - 1
+        got = torch.cat([selected[:length], *later])
+        pairs.append((got, trained[layer][0][: length + num_new]))
+    return pairs
+
+
+def test_selections_are_those_of_training() -> None:
+    asked = request(0, prompt(1, 14, (4, 6)), max_new_tokens=8)
+    (pairs,) = run_on_ranks(1, _selections, tiny("fp64").to_json(), asked)
+    assert len(pairs) == 4
+    for got, trained in pairs:
+        assert torch.equal(got, trained)
+
+
+ARRANGEMENTS: dict[str, dict[str, Any]] = {
+    "pages of one token": {"rollout": replace(SMALL, page_tokens=1)},
+    "prompts in parts, one answer after the other": {
+        "rollout": replace(SMALL, prefill_tokens=7, max_sequences=1)
+    },
+    "a cache in which answers make room for older ones": {
+        "rollout": replace(SMALL, cache_tokens=52, page_tokens=2)
+    },
+    "tensor 2 with sequence parallelism": {"tensor": 2, "expert": 2},
+    "data 2 x expert 2": {"data": 2, "expert": 2},
+    "vision apart": {"vision_ranks": 1, "rollout": replace(SMALL, prefill_tokens=20)},
+    "tensor 2 x data 2, expert 4": {"tensor": 2, "data": 2, "expert": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[tuple[int, int], Any]:
+    """Return the answers of one rank with room for everything."""
+    return generated(tiny("fp64"), REQUESTS)
+
+
+@pytest.mark.parametrize("settings", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
+def test_answers_do_not_depend_on_batch_pages_or_grid(
+    settings: dict[str, Any], alone: dict[tuple[int, int], Any]
+) -> None:
+    assert_same_answers(generated(tiny("fp64", **settings), REQUESTS), alone)
+
+
+def test_a_replica_without_requests_runs_beside_the_others(
+    alone: dict[tuple[int, int], Any],
+) -> None:
+    answers = generated(tiny("fp64", data=2, expert=2), REQUESTS[:1])
+    assert_same_answers(answers, {key: alone[key] for key in answers})
+
+
+def assert_same_answers(got: dict[tuple[int, int], Any], expected: Any) -> None:
+    assert got.keys() == expected.keys()
+    for key, answer in got.items():
+        assert answer.token_ids == expected[key].token_ids, key
+        assert answer.finish == expected[key].finish
+        wanted = pytest.approx(expected[key].log_probs, abs=1e-12)
+        assert answer.log_probs == wanted, key

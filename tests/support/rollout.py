@@ -15,6 +15,7 @@ from megatron_keye.decoder.row import RowMeter
 from megatron_keye.decoder.virtual_stage import VirtualStage
 from megatron_keye.model import KeyeModel, build_model
 from megatron_keye.parallel.grid import Grid, build_grid
+from megatron_keye.parallel.random import seed_rank
 from megatron_keye.rollout.embedded import EmbeddedEngine
 from megatron_keye.rollout.grid import generating_run
 from megatron_keye.rollout.request import Completion, Request, SamplingLaw
@@ -75,6 +76,7 @@ def build_engine(
     run = generating_run(run, run.parallel.num_ranks)
     device = torch.device("cpu" if run.device == "cpu" else torch.cuda.current_device())
     grid = build_grid(run.parallel)
+    seed_rank(run.training.seed, grid)
     engine = run.training.linear_layers == "transformer_engine"
     model = build_model(run, grid, device, uses_transformer_engine=engine, learns=False)
     source = SyntheticPatches() if model.vision is not None else None
