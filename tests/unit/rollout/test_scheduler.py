@@ -117,7 +117,7 @@ def requests_and_limits(draw: st.DrawFn) -> tuple[list[Request], RolloutConfig, 
 PICTURES: list[tuple[tuple[int, int], ...]] = [(), ((2, 2),), ((4, 6), (2, 4))]
 
 
-@settings(max_examples=150)
+@settings(max_examples=400)
 @given(requests_and_limits(), st.integers(-1, 12))
 def test_answers_do_not_depend_on_the_limits(
     given_: tuple[list[Request], RolloutConfig, int], drops_at: int
@@ -135,14 +135,14 @@ def test_answers_do_not_depend_on_the_limits(
 
 
 def test_answers_to_one_prompt_share_its_pages() -> None:
-    replica = FakeReplica(RolloutConfig(page_tokens=4), 40)
-    replica.scheduler.add(request(0, prompt(3, 33), num_answers=8, max_new_tokens=2))
-    for _ in range(2):
-        tick = replica.scheduler.plan()
-        replica.scheduler.note(tick, [(0, 0.0)] * len(tick.drawn), 0)
-    # Eight whole pages, and the ninth for each answer: the last one need not copy it.
-    tick_pages = 8 + 8
-    assert replica.scheduler.num_used_pages in (0, tick_pages)
+    scheduler = ReplicaScheduler(RolloutConfig(page_tokens=4), 40, 2, PLACEHOLDERS)
+    scheduler.add(request(0, prompt(3, 33), num_answers=8, max_new_tokens=2))
+    first = scheduler.plan()
+    assert len(first.drawn) == 8 and scheduler.num_used_pages == 9
+    scheduler.note(first, [(0, 0.0)] * 8, 0)
+    assert len(scheduler.plan().decoded) == 8
+    # Eight whole pages are shared; the ninth is copied for all answers but the last.
+    assert scheduler.num_used_pages == 8 + 8
 
 
 def test_a_prompt_that_the_cache_cannot_hold_is_refused_with_a_sentence() -> None:
