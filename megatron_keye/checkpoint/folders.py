@@ -28,6 +28,12 @@ def newest_checkpoint(run: RunConfig) -> Path | None:
     return complete[-1] if complete else None
 
 
+def weights_folder(folder: Path) -> Path:
+    """Return the folder of a checkpoint: the one given, or the newest of a run's folder."""
+    complete = _complete_checkpoints(folder / "checkpoints")
+    return complete[-1] if complete else folder
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the steps that were done at a checkpoint."""
     match = _NAME.fullmatch(checkpoint.name)

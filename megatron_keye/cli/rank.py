@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_keye.cli.arguments import chosen_run
@@ -22,17 +23,24 @@ from megatron_keye.errors import UserError
 if TYPE_CHECKING:
     from megatron_keye.parallel.process import Process
 
+Prepare = Callable[[argparse.Namespace, int], RunConfig]
+Work = Callable[[RunConfig, "Process"], bool]
+"""What a rank does with its run; False where a signal ended it early."""
 SECONDS_FOR_RANK_0 = 60.0
 """Other ranks wait this long for it to report wrong settings; a launcher ends them before."""
 SECONDS_FOR_THE_FIRST = 3.0
 """A rank that fails because another did waits, so that the launcher sees the other one first."""
 
 
-def run_rank(options: argparse.Namespace) -> int:
+def run_rank(
+    options: argparse.Namespace, *, prepare: Prepare | None = None, work: Work | None = None
+) -> int:
     """Run the rank that torchrun's variables name and return the exit status.
 
     Args:
-        options: Parsed command line of `megatron-keye train`.
+        options: Parsed command line.
+        prepare: Makes the run for a number of ranks; by default `make_run`.
+        work: What the rank does once it has joined the others; by default `train`.
     """
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
     complete_environment(
@@ -42,7 +50,7 @@ def run_rank(options: argparse.Namespace) -> int:
     # srun returns the largest exit status, so a rank that it ends must not exit with 143.
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(FAILED))
     try:
-        run = make_run(options, num_ranks)
+        run = (prepare or make_run)(options, num_ranks)
         if options.show:
             sys.stdout.write(run.to_json() if rank == 0 else "")
             return 0
@@ -57,7 +65,7 @@ def run_rank(options: argparse.Namespace) -> int:
         if rank != 0:
             time.sleep(SECONDS_FOR_RANK_0)
         raise
-    return join_and_train(run, rank, num_ranks)
+    return join_and_work(run, rank, num_ranks, work or train)
 
 
 def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
@@ -76,8 +84,8 @@ def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
     return chosen_run(options, num_ranks=num_ranks, has_gpu=torch.cuda.is_available())
 
 
-def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
-    """Train with the other ranks and return the exit status."""
+def join_and_work(run: RunConfig, rank: int, num_ranks: int, work: Work) -> int:
+    """Train, or what else the ranks do together, and return the exit status."""
     import torch
 
     from megatron_keye.parallel.process import join, resolve_device
@@ -89,7 +97,7 @@ def join_and_train(run: RunConfig, rank: int, num_ranks: int) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends waiting for peers, unlike a handler
     process = join(device, rank=rank, num_ranks=num_ranks, init_method=init_method(num_ranks))
     try:
-        is_finished = train(run, process)
+        is_finished = work(run, process)
     except Exception as error:
         if not process.is_first_to_fail():
             time.sleep(SECONDS_FOR_THE_FIRST)

@@ -29,6 +29,9 @@ class RolloutConfig:
     """Answers that a replica generates at once; more wait."""
     max_new_tokens: int = 1_024
     """Tokens after which an answer ends."""
+    skips_thinking: bool = False
+    """Whether prompts end with an empty block of thinking, so that the model answers at once; for
+    models trained with data.thinking="qwen3"."""
     temperature: float = 1.0
     """Divisor of the logits; 0 takes the likeliest token."""
     top_p: float = 1.0

@@ -73,15 +73,15 @@ class DecoderRow:
     """cos and sin, float32 (float64 in a float64 run) [S/CP, C]."""
     indexer_rotary: tuple[Tensor, Tensor]
     """cos and sin, likewise [S/CP, J]."""
+    cache: RowCache | None = None
+    """Where keys of earlier tokens are and those of the row go, while generating; None in
+    training, where a row holds all its keys."""
     phase: Phase
     """Which attention and which indexer loss run."""
     indexer_loss_weight: float
     """Weight of one query's KL in the sum that is divided by the weight of all labels."""
     meter: RowMeter
     """Receives the layers' measurements."""
-    cache: RowCache | None = None
-    """Where keys of earlier tokens are and those of the row go, while generating; None in
-    training, where a row holds all its keys."""
 
 
 def rotary_tables(

@@ -177,16 +177,15 @@ class ReplicaScheduler:
     def _plan_decode(self, tick: ReplicaTick) -> None:
         """Give each running answer a place for its newest token, at the cost of younger ones."""
         for answer in [answer for group in self._groups for answer in group.running]:
-            if answer.table is None or answer.num_pending > 1:
+            table = answer.table
+            if table is None or answer.num_pending > 1:
                 continue
-            # It has one already if it runs again and only its newest token is left to run.
-            num_new = answer.num_cached + 1 - answer.table.num_tokens
-            while self._pool.num_free < answer.table.num_wanted(num_new):
+            # It has a place already if it runs again and only its newest token is left to run.
+            num_new = answer.num_cached + 1 - table.num_tokens
+            while answer.table is table and self._pool.num_free < table.num_wanted(num_new):
                 self._preempt()
-                if answer.table is None:
-                    break
-            else:
-                tick.copies.update(answer.table.grow(num_new))
+            if answer.table is table:
+                tick.copies.update(table.grow(num_new))
                 tick.decoded.append(answer)
 
     def _plan_pieces(self, tick: ReplicaTick) -> None:

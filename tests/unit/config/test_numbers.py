@@ -18,6 +18,7 @@ ZERO_MEANS_SOMETHING = {
     *(f"model.{name}_token_id" for name in ("image", "video", "vision_start", "vision_end")),
     *("data.frames.max_seconds", "data.decode.num_threads", "data.remote.num_retries"),
     *(f"parallel.decoder.{place}_stage_layers" for place in ("first", "last")),
+    *(f"rollout.{name}" for name in ("tensor", "expert", "cache_tokens", "temperature", "top_k")),
     "parallel.vision.num_ranks",
     "parallel.vision.attention_break_even_patches",
     "parallel.vision.max_ahead_mebibytes",
@@ -29,7 +30,6 @@ ZERO_MEANS_SOMETHING = {
     *(f"training.optimizer.{name}" for name in ("min_learning_rate", "weight_decay")),
     *(f"training.optimizer.{name}" for name in ("beta1", "beta2", "clip_gradient_norm")),
     *(f"training.validation.{name}" for name in ("interval_steps", "num_rows")),
-    *(f"rollout.{name}" for name in ("tensor", "expert", "cache_tokens", "temperature", "top_k")),
     *("training.validation.patience", "training.validation.min_delta", "training.epochs"),
 }
 
