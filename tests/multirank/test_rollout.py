@@ -1,13 +1,16 @@
 """What the engine answers is what training scores, whatever the batch, the pages and the grid."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_keye.checkpoint.training_checkpoint import read_weights
 from megatron_keye.config import ExpertsConfig, IndexerConfig, RolloutConfig, RunConfig
-from megatron_keye.rollout.request import Request, SamplingLaw
+from megatron_keye.rollout.grid import generating_run
+from megatron_keye.rollout.request import Completion, Request, SamplingLaw
 from tests.support.ranks import run_on_ranks
 from tests.support.rollout import (
     SelectionMeter,
@@ -18,7 +21,7 @@ from tests.support.rollout import (
     training_log_probs,
 )
 from tests.support.tiny import tiny_model, tiny_run
-from tests.support.train import let_go
+from tests.support.train import let_go, train
 
 EXPERTS = ExpertsConfig(
     num_experts=4, num_experts_per_token=2, intermediate_size=24, balance_loss_weight=0.0
@@ -145,3 +148,53 @@ def assert_same_answers(got: dict[tuple[int, int], Any], expected: Any) -> None:
         assert answer.finish == expected[key].finish
         wanted = pytest.approx(expected[key].log_probs, abs=1e-12)
         assert answer.log_probs == wanted, key
+
+
+def _generate_from(run_json: str, weights: Path, requests: list[Request]) -> list[Completion]:
+    run = RunConfig.from_json(run_json)
+    engine, grid, model = build_engine(run)
+    read_weights(weights, run, model, grid)
+    answers = list(engine.generate(requests))
+    let_go(model)
+    return answers
+
+
+def test_weights_come_from_any_training_grid(
+    alone: dict[tuple[int, int], Any], tmp_path: Path
+) -> None:
+    trained = tiny("fp64", pipeline=2, context=2, expert=2)
+    train(trained, [], save_to=tmp_path)
+    saved = tmp_path / "tiny" / "checkpoints" / "step-00000000"
+    # Another seed, so that weights that are not loaded differ.
+    run = generating_run(tiny("fp64", pipeline=2, tensor=2, training={"seed": 9}), 2)
+    assert (run.parallel.decoder.tensor, run.parallel.decoder.data) == (2, 1)
+    for answers in run_on_ranks(2, _generate_from, run.to_json(), saved, REQUESTS):
+        assert_same_answers({(a.key, a.answer): a for a in answers}, alone)
+
+
+def _generate_with_new_weights(run_json: str, asked: Request) -> tuple[Any, list[float]]:
+    """Change the weights after four tokens of an answer; return how far its scores are off."""
+    run = RunConfig.from_json(run_json)
+    engine, grid, model = build_engine(run)
+    other = replace(asked, key=1, max_new_tokens=4)
+    for answer in engine.generate([asked, other]):
+        if answer.key == other.key:
+            with torch.no_grad():
+                for weight in model.stages[0].module.parameters():
+                    weight.mul_(1.1)
+            engine.take_weights(1)
+    scored, _ = training_log_probs(run, grid, model, asked.prompt, answer.token_ids)
+    let_go(model)
+    return answer.versions, (
+        torch.tensor(answer.log_probs, dtype=torch.float64) - scored
+    ).abs().tolist()
+
+
+def test_no_key_of_earlier_weights_is_read_after_new_ones_are_taken() -> None:
+    asked = request(0, prompt(1, 12, (4, 6)), max_new_tokens=8)
+    ((versions, errors),) = run_on_ranks(
+        1, _generate_with_new_weights, tiny("fp64").to_json(), asked
+    )
+    assert versions == ((0, 4), (1, 4))
+    assert min(errors[:4]) > 1e-6, "other weights give other scores"
+    assert max(errors[4:]) < 1e-12

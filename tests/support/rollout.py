@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_keye.config import RunConfig
@@ -18,13 +19,11 @@ from megatron_keye.parallel.grid import Grid, build_grid
 from megatron_keye.parallel.random import seed_rank
 from megatron_keye.rollout.embedded import EmbeddedEngine
 from megatron_keye.rollout.grid import generating_run
-from megatron_keye.rollout.request import Completion, Request, SamplingLaw
+from megatron_keye.rollout.request import Completion, Request
 from megatron_keye.training.microbatch import cut_row
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import SyntheticPatches, packed_row, synthetic_patches
 from tests.support.train import let_go
-
-ONE = SamplingLaw()
 
 
 @dataclass
@@ -43,14 +42,23 @@ class SelectionMeter(RowMeter):
 def prompt(seed: int, num_text: int, *patch_grids: tuple[int, int]) -> Sample:
     """Return a random prompt whose pictures come first."""
     row = packed_row(seed, (num_text, patch_grids))
-    length = row.num_real_tokens
-    return Sample(
+    return replace(
+        text_prompt(row.token_ids[: row.num_real_tokens]),
         name=f"prompt {seed}",
-        token_ids=row.token_ids[:length],
-        labels=np.full(length, IGNORED_LABEL),
-        weights=np.zeros(length, dtype=np.float32),
         pictures=row.pictures,
         picture_starts=row.picture_starts,
+    )
+
+
+def text_prompt(token_ids: NDArray[np.int64]) -> Sample:
+    """Return a prompt of these tokens."""
+    return Sample(
+        name="text",
+        token_ids=token_ids,
+        labels=np.full(len(token_ids), IGNORED_LABEL),
+        weights=np.zeros(len(token_ids), dtype=np.float32),
+        pictures=(),
+        picture_starts=(),
     )
 
 
