@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_keye.kernels.indexer_quantization import dequantize
+from megatron_keye.kernels.indexer_quantization.reference import SMALLEST_PEAK
 
 _LARGEST_EXPONENT, _LARGEST_MANTISSA = 9, 0.875
 """448, the largest e4m3 number, is 0.875 * 2^9."""
-_SMALLEST_EXPONENT = -22
-"""Of the scale that `quantize` gives vectors smaller than 1e-4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +93,8 @@ def split_rounded(rounded_TJ: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Values [T, J], float8_e4m3fn, and scales [T], float32, whose products are the vectors.
     """
-    peak_T = rounded_TJ.abs().amax(dim=-1).float()
+    peak_T = rounded_TJ.abs().amax(dim=-1).float().clamp(min=SMALLEST_PEAK)
     mantissa_T, exponent_T = torch.frexp(peak_T)
     exponent_T = exponent_T - _LARGEST_EXPONENT + (mantissa_T > _LARGEST_MANTISSA)
-    scales_T = ((exponent_T.clamp(min=_SMALLEST_EXPONENT) + 127) << 23).view(torch.float32)
+    scales_T = ((exponent_T + 127) << 23).view(torch.float32)
     return (rounded_TJ.float() / scales_T[..., None]).to(torch.float8_e4m3fn), scales_T
