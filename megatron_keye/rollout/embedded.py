@@ -95,6 +95,8 @@ class EmbeddedEngine:
     ) -> Iterator[Completion]:
         """Yield answers in the order in which they end. Collective: all ranks, to the last answer.
 
+        Until then the model is in evaluation mode.
+
         Args:
             requests: The same on every rank, with keys of their own; taken as there is room.
             on_token: Called on every rank with each token as it is drawn.
@@ -110,19 +112,22 @@ class EmbeddedEngine:
             for _ in range(self._run.parallel.decoder.data)
         ]
         waiting = iter(requests)
-        while self._take_requests(waiting):
-            ticks = [scheduler.plan() for scheduler in self._schedulers]
-            with self._model.evaluation(), torch.no_grad():
-                drawn = self._exchange(ticks, self._run_tick(ticks))
-            for tick, tokens in zip(ticks, drawn, strict=True):
-                _announce(tick, tokens, on_token)
-            version = self.version
-            completions = [
-                completion
-                for scheduler, tick, tokens in zip(self._schedulers, ticks, drawn, strict=True)
-                for completion in scheduler.note(tick, tokens, version)
-            ]
-            yield from completions
+        with self._model.evaluation():
+            while self._take_requests(waiting):
+                yield from self._tick(on_token)
+
+    def _tick(self, on_token: Callable[[NewToken], None] | None) -> list[Completion]:
+        """Run what every replica has planned, and return the answers that end with it."""
+        ticks = [scheduler.plan() for scheduler in self._schedulers]
+        with torch.no_grad():
+            drawn = self._exchange(ticks, self._run_tick(ticks))
+        for tick, tokens in zip(ticks, drawn, strict=True):
+            _announce(tick, tokens, on_token)
+        return [
+            completion
+            for scheduler, tick, tokens in zip(self._schedulers, ticks, drawn, strict=True)
+            for completion in scheduler.note(tick, tokens, self.version)
+        ]
 
     def _take_requests(self, waiting: Iterator[Request]) -> bool:
         """Give requests to replicas that have room for them; False when all is answered."""

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from megatron_keye.data.row import IGNORED_LABEL, PackedRow
 from megatron_keye.decoder.batch import Batch
 from megatron_keye.decoder.key_cache import LayerCache, RowCache
-from megatron_keye.rollout.sequence import Answer, Piece
+from megatron_keye.rollout.pieces import Piece
+from megatron_keye.rollout.sequence import Answer
 
 Integers = NDArray[np.int64]
 

@@ -18,9 +18,10 @@ from megatron_keye.rollout.new_tokens import (
     tokens_of_answers,
     tokens_of_pieces,
 )
+from megatron_keye.rollout.pieces import Piece
 from megatron_keye.rollout.sampling import draw_tokens, uniform
 from megatron_keye.rollout.scheduler import ReplicaTick
-from megatron_keye.rollout.sequence import Answer, Piece
+from megatron_keye.rollout.sequence import Answer
 
 
 class Replica:

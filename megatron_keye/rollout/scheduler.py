@@ -4,14 +4,15 @@ It depends on requests and drawn tokens alone. Every rank runs it for all replic
 without a message, what all others do next.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_keye.config.rollout import RolloutConfig
 from megatron_keye.errors import UserError
 from megatron_keye.rollout.pages import PagePool, PageTable
+from megatron_keye.rollout.pieces import Piece, next_pieces
 from megatron_keye.rollout.request import Completion, Request
-from megatron_keye.rollout.sequence import Answer, Group, Piece
+from megatron_keye.rollout.sequence import Answer, Group
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,9 @@ class ReplicaScheduler:
         for group in self._groups:
             if not self._admit(group):
                 return
-            for piece in self._pieces_of(group, tick, room):
-                tick.pieces.append(piece)
-                room -= piece.end - piece.start
+            pieces = list(next_pieces(group, room, is_first=not tick.pieces))
+            tick.pieces.extend(pieces)
+            room -= sum(piece.end - piece.start for piece in pieces)
             if room <= 0:
                 return
 
@@ -213,41 +214,6 @@ class ReplicaScheduler:
         table.grow(length)
         group.table = table
         return True
-
-    def _pieces_of(self, group: Group, tick: ReplicaTick, room: int) -> Iterator[Piece]:
-        """Yield what of a group runs next within `room` tokens."""
-        if group.table is not None and group.num_cached < group.num_prompt_tokens:
-            end = _end_of_piece(group, room, is_first=not tick.pieces)
-            if end > group.num_cached:
-                yield self._prompt_piece(group, group.table, end)
-            return
-        for answer in group.running:
-            assert answer.table is not None, "running answers have pages"
-            if answer.num_pending > 1 and room > 0:
-                end = min(answer.num_cached + room, answer.num_cached + answer.num_pending)
-                room -= end - answer.num_cached
-                is_last = end == answer.num_cached + answer.num_pending
-                yield Piece(
-                    group=group,
-                    answer=answer,
-                    table=answer.table,
-                    start=answer.num_cached,
-                    end=end,
-                    drawn=(answer,) if is_last else (),
-                )
-
-    def _prompt_piece(self, group: Group, table: PageTable, end: int) -> Piece:
-        draws = end == group.num_prompt_tokens and not group.answers
-        if draws:
-            group.answers = [Answer(group, n) for n in range(group.request.num_answers)]
-        return Piece(
-            group=group,
-            answer=None,
-            table=table,
-            start=group.num_cached,
-            end=end,
-            drawn=tuple(group.answers) if draws else (),
-        )
 
     def _num_running(self) -> int:
         return sum(len(group.running) for group in self._groups)
@@ -280,17 +246,3 @@ class ReplicaScheduler:
                 group.drop_prompt()
                 return True
         return False
-
-
-def _end_of_piece(group: Group, room: int, *, is_first: bool) -> int:
-    """Return where a piece of a prompt ends: within `room` tokens, and not in a picture.
-
-    A picture that is larger is a piece by itself, in a row of its own (`is_first`).
-    """
-    start = group.num_cached
-    end = min(start + room, group.num_prompt_tokens)
-    starts = group.request.prompt.picture_starts
-    for first, size in zip(starts, group.picture_sizes, strict=True):
-        if first < end < first + size:
-            return first + size if first == start and is_first else first
-    return end

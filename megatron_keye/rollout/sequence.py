@@ -1,6 +1,5 @@
 """A request that is being answered: its prompt, its answers, and what of them is in the cache."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -126,39 +125,3 @@ class Group:
         behind = np.arange(max(start, length), max(end, length)) - length
         text = self._prompt_positions[0, length] + behind
         return np.concatenate([inside, np.broadcast_to(text, (3, len(text)))], axis=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Neighbouring tokens of one sequence that run at once, whose pages are there already."""
-
-    group: Group
-    """The request."""
-    answer: Answer | None
-    """The answer that they belong to, of which only own tokens run; None for the prompt."""
-    table: PageTable
-    """Where keys of the sequence are."""
-    start: int
-    """First token, counted from the prompt's first."""
-    end: int
-    """One past the last one."""
-    drawn: tuple[Answer, ...]
-    """Answers whose next token is drawn behind the last one."""
-
-    @property
-    def token_ids(self) -> NDArray[np.int64]:
-        """The tokens."""
-        prompt = self.group.request.prompt.token_ids
-        own: Sequence[int] = self.answer.token_ids if self.answer is not None else ()
-        return np.concatenate([prompt, np.array(own, dtype=np.int64)])[self.start : self.end]
-
-    @property
-    def pictures(self) -> list[int]:
-        """Numbers of the prompt's pictures among the tokens."""
-        starts = self.group.request.prompt.picture_starts
-        return [n for n, start in enumerate(starts) if self.start <= start < self.end]
-
-    def note(self) -> None:
-        """Note that the tokens have run."""
-        holder = self.group if self.answer is None else self.answer
-        holder.num_cached = self.end

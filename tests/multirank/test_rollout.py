@@ -119,6 +119,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "vision apart": {"vision_ranks": 1, "rollout": replace(SMALL, prefill_tokens=20)},
     "tensor 2 x data 2, expert 4": {"tensor": 2, "data": 2, "expert": 4},
 }
+SLOW = ("vision apart", "tensor 2 x data 2, expert 4")
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +128,14 @@ def alone() -> dict[tuple[int, int], Any]:
     return generated(tiny("fp64"), REQUESTS)
 
 
-@pytest.mark.parametrize("settings", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in ARRANGEMENTS],
+)
 def test_answers_do_not_depend_on_batch_pages_or_grid(
-    settings: dict[str, Any], alone: dict[tuple[int, int], Any]
+    name: str, alone: dict[tuple[int, int], Any]
 ) -> None:
-    assert_same_answers(generated(tiny("fp64", **settings), REQUESTS), alone)
+    assert_same_answers(generated(tiny("fp64", **ARRANGEMENTS[name]), REQUESTS), alone)
 
 
 def test_a_replica_without_requests_runs_beside_the_others(
@@ -159,6 +163,7 @@ def _generate_from(run_json: str, weights: Path, requests: list[Request]) -> lis
     return answers
 
 
+@pytest.mark.slow
 def test_weights_come_from_any_training_grid(
     alone: dict[tuple[int, int], Any], tmp_path: Path
 ) -> None:
