@@ -18,7 +18,7 @@ def check(pool: PagePool, tables: list[PageTable]) -> None:
         assert len(set(table.pages)) == len(table.pages) == -(-table.num_tokens // PAGE)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_tables_read_what_was_written_through_any_forks(data: st.DataObject) -> None:
     """Writes numbers into slots as the cache does keys, and compares with plain lists."""

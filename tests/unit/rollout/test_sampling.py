@@ -55,8 +55,8 @@ def _draw(rows: torch.Tensor, laws: list[SamplingLaw], uniforms: list[float]) ->
 
 
 def test_a_draw_is_the_inverse_of_the_cumulative_law_on_any_split() -> None:
-    rows = logits(0, 200 * len(LAWS))
-    laws = LAWS * 200
+    rows = logits(0, 60 * len(LAWS))
+    laws = LAWS * 60
     uniforms = [uniform(1, 2, 3, number) for number in range(len(rows))]
     expected = [law_of(row, law) for row, law in zip(rows, laws, strict=True)]
     tokens = [
