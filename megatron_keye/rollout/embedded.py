@@ -121,13 +121,12 @@ class EmbeddedEngine:
         ticks = [scheduler.plan() for scheduler in self._schedulers]
         with torch.no_grad():
             drawn = self._exchange(ticks, self._run_tick(ticks))
-        for tick, tokens in zip(ticks, drawn, strict=True):
-            _announce(tick, tokens, on_token)
-        return [
-            completion
-            for scheduler, tick, tokens in zip(self._schedulers, ticks, drawn, strict=True)
-            for completion in scheduler.note(tick, tokens, self.version)
-        ]
+        completions = []
+        for scheduler, tick, tokens in zip(self._schedulers, ticks, drawn, strict=True):
+            completions += scheduler.note(tick, tokens, self.version)
+            if on_token is not None:
+                _announce(tick, tokens, on_token)
+        return completions
 
     def _take_requests(self, waiting: Iterator[Request]) -> bool:
         """Give requests to replicas that have room for them; False when all is answered."""
@@ -187,17 +186,15 @@ class EmbeddedEngine:
         ]
 
 
-def _announce(
-    tick: ReplicaTick, tokens: Drawn, on_token: Callable[[NewToken], None] | None
-) -> None:
-    if on_token is None:
-        return
+def _announce(tick: ReplicaTick, tokens: Drawn, on_token: Callable[[NewToken], None]) -> None:
+    """Tell of each token that its answer took."""
     for answer, (token, log_prob) in zip(tick.drawn, tokens, strict=True):
-        on_token(
-            NewToken(
-                key=answer.group.request.key,
-                answer=answer.number,
-                token_id=token,
-                log_prob=log_prob,
+        if answer.finish != "aborted":
+            on_token(
+                NewToken(
+                    key=answer.group.request.key,
+                    answer=answer.number,
+                    token_id=token,
+                    log_prob=log_prob,
+                )
             )
-        )

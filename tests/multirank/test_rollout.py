@@ -10,7 +10,7 @@ import torch
 from megatron_keye.checkpoint.training_checkpoint import read_weights
 from megatron_keye.config import ExpertsConfig, IndexerConfig, RolloutConfig, RunConfig
 from megatron_keye.rollout.grid import generating_run
-from megatron_keye.rollout.request import Completion, Request, SamplingLaw
+from megatron_keye.rollout.request import Completion, NewToken, Request, SamplingLaw
 from tests.support.ranks import run_on_ranks
 from tests.support.rollout import (
     SelectionMeter,
@@ -152,6 +152,29 @@ def assert_same_answers(got: dict[tuple[int, int], Any], expected: Any) -> None:
         assert answer.finish == expected[key].finish
         wanted = pytest.approx(expected[key].log_probs, abs=1e-12)
         assert answer.log_probs == wanted, key
+
+
+def _listen(run_json: str, requests: list[Request]) -> list[bool]:
+    """Return for each answer whether its tokens were told as they were drawn, and only those."""
+    engine, _, model = build_engine(RunConfig.from_json(run_json))
+    told: dict[tuple[int, int], list[tuple[int, float]]] = {}
+
+    def listen(token: NewToken) -> None:
+        told.setdefault((token.key, token.answer), []).append((token.token_id, token.log_prob))
+
+    answers = list(engine.generate(requests, listen))
+    let_go(model)
+    return [
+        told.get((answer.key, answer.answer), [])
+        == list(zip(answer.token_ids, answer.log_probs, strict=True))
+        for answer in answers
+    ]
+
+
+def test_tokens_are_told_as_they_are_drawn() -> None:
+    asked = [request(key, prompt(key, 9), num_answers=4) for key in range(6)]
+    (told,) = run_on_ranks(1, _listen, tiny().to_json(), asked)
+    assert told == [True] * 24
 
 
 def _generate_from(run_json: str, weights: Path, requests: list[Request]) -> list[Completion]:
