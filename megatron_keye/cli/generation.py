@@ -21,7 +21,7 @@ from megatron_keye.data.row import Sample
 from megatron_keye.data.tokens import END_OF_TEXT, TURN_END, Tokenizer, load_tokenizer
 from megatron_keye.data.video.probe_cache import node_cache
 from megatron_keye.parallel.process import Process
-from megatron_keye.rollout.embedded import EmbeddedEngine
+from megatron_keye.rollout.engine import Engine
 from megatron_keye.rollout.grid import generating_run
 from megatron_keye.rollout.opening import open_engine
 from megatron_keye.rollout.request import Completion, Request, SamplingLaw
@@ -89,7 +89,7 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 def _answer_file(
     run: RunConfig,
     process: Process,
-    engine: EmbeddedEngine,
+    engine: Engine,
     tokenizer: Tokenizer,
     questions: PromptFile,
     options: argparse.Namespace,
