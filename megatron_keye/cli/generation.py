@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -20,11 +20,13 @@ from megatron_keye.data.prompts import PromptFile, Question
 from megatron_keye.data.row import Sample
 from megatron_keye.data.tokens import END_OF_TEXT, TURN_END, Tokenizer, load_tokenizer
 from megatron_keye.data.video.probe_cache import node_cache
+from megatron_keye.errors import UserError
 from megatron_keye.parallel.process import Process
 from megatron_keye.rollout.engine import Engine
 from megatron_keye.rollout.grid import generating_run
 from megatron_keye.rollout.opening import open_engine
 from megatron_keye.rollout.request import Completion, Request, SamplingLaw
+from megatron_keye.rollout.served import ServedEngine
 
 
 def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
@@ -54,16 +56,33 @@ def generate(run: RunConfig, process: Process, options: argparse.Namespace) -> b
             skips_thinking=run.rollout.skips_thinking,
             probe_video=node_cache().probe,
         )
-    has_gpu = process.device.type == "cuda"
-    transformer_engine = uses_transformer_engine(run.training.linear_layers, has_gpu=has_gpu)
-    weights = weights_folder(options.weights)
-    with open_engine(run, process, weights, uses_transformer_engine=transformer_engine) as engine:
+    with _open_engine(run, process, options.weights) as engine:
         if questions is None:
             ask = partial(new_request, run, tokenizer)
             Chat(run, process, engine, tokenizer, ask).talk()
         else:
             _answer_file(run, process, engine, tokenizer, questions, options)
     return True
+
+
+def _open_engine(
+    run: RunConfig, process: Process, weights: Path | None
+) -> AbstractContextManager[Engine]:
+    """Return what opens the engine that the settings ask for."""
+    if run.rollout.server:
+        if process.num_ranks > 1:
+            raise UserError(
+                f"--ranks: got {process.num_ranks}, expected 1 with rollout.server, which computes"
+            )
+        return closing(ServedEngine(run))
+    if weights is None:
+        raise UserError("--weights: got none, expected a checkpoint, or a run's folder")
+    transformer_engine = uses_transformer_engine(
+        run.training.linear_layers, has_gpu=process.device.type == "cuda"
+    )
+    return open_engine(
+        run, process, weights_folder(weights), uses_transformer_engine=transformer_engine
+    )
 
 
 def new_request(
