@@ -1,5 +1,7 @@
 """Builds one rank's part of the model: virtual stages of the decoder, and the vision tower."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +39,17 @@ class KeyeModel:
         """Return all wrapped modules of this rank."""
         return [*self.stages, *([self.vision] if self.vision is not None else [])]
 
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Put all modules of this rank into evaluation mode, until the context ends."""
+        for module in self.wrapped():
+            module.eval()
+        try:
+            yield
+        finally:
+            for module in self.wrapped():
+                module.train()
+
 
 def build_model(
     run: RunConfig,
@@ -45,6 +58,7 @@ def build_model(
     *,
     uses_transformer_engine: bool,
     fusions: Fusions = PLAIN,
+    learns: bool = True,
 ) -> KeyeModel:
     """Build this rank's part of the model; initial weights are equal on every grid.
 
@@ -54,6 +68,7 @@ def build_model(
         device: Device of the weights.
         uses_transformer_engine: Whether linears and experts are Transformer Engine's.
         fusions: The fused kernels that run.
+        learns: Whether anything is trained; otherwise there is no memory for gradients.
     """
     stages: list[DistributedDataParallel] = []
     if grid.decoder is not None:
@@ -74,9 +89,9 @@ def build_model(
             )
             sharded = stage.sharded_state_dict(metadata={"dp_cp_group": grid.decoder.dp_cp})
             initialize_weights(sharded, std=run.model.decoder.init_std, seed=run.training.seed)
-            _freeze(stage, run)
+            _freeze(stage, run, learns=learns)
             stages.append(_wrap(stage.to(device), run, config, grid.decoder))
-    return KeyeModel(stages=stages, vision=_build_vision(run, grid, device))
+    return KeyeModel(stages=stages, vision=_build_vision(run, grid, device, learns=learns))
 
 
 def part_of(name: str) -> Part:
@@ -92,22 +107,23 @@ def part_of(name: str) -> Part:
 
 
 def _build_vision(
-    run: RunConfig, grid: Grid, device: torch.device
+    run: RunConfig, grid: Grid, device: torch.device, *, learns: bool
 ) -> DistributedDataParallel | None:
     if grid.vision is None:
         return None
     tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
     tower.reset_parameters(run.training.seed)
     add_adapters(tower, run.training.lora, seed=run.training.seed)
-    _freeze(tower, run)
+    _freeze(tower, run, learns=learns)
     tower = tower.to(device=device, dtype=weight_dtype(run))
     return _wrap(tower, run, vision_config(run), grid.vision)
 
 
-def _freeze(module: torch.nn.Module, run: RunConfig) -> None:
-    """Freeze the parameters that this run does not train."""
+def _freeze(module: torch.nn.Module, run: RunConfig, *, learns: bool) -> None:
+    """Freeze the parameters that this run does not train, all of them if nothing learns."""
     for name, parameter in module.named_parameters():
-        if not run.training.is_trained(part_of(name), is_adapter=is_adapter(name)):
+        is_trained = run.training.is_trained(part_of(name), is_adapter=is_adapter(name))
+        if not (learns and is_trained):
             parameter.requires_grad_(False)
 
 

@@ -41,6 +41,7 @@ _CHANGES = {
     "data.samples": Change.FREE,
     "data.shuffles": Change.REFUSED,
     "parallel": Change.FREE,
+    "rollout": Change.FREE,
     "training.phase": Change.REFUSED,
     "training.frozen": Change.REFUSED,
     "training.lora": Change.REFUSED,

@@ -27,13 +27,23 @@ def named_checkpoints(folder: Path) -> list[Path]:
 
 def newest_checkpoint(run: RunConfig) -> Path | None:
     """Return the newest checkpoint in the run's folder whose files are whole, None without one."""
-    named = reversed(named_checkpoints(run.folder / "checkpoints"))
+    return newest_of(run.folder)
+
+
+def newest_of(run_folder: Path) -> Path | None:
+    """Return the newest checkpoint in a run's folder whose files are whole, None without one."""
+    named = reversed(named_checkpoints(run_folder / "checkpoints"))
     return next((folder for folder in named if not problem_of(folder)), None)
 
 
 def is_named(path: Path) -> bool:
     """Return whether a path has the name of a checkpoint."""
     return _NAME.fullmatch(path.name) is not None
+
+
+def weights_folder(folder: Path) -> Path:
+    """Return the folder of a checkpoint: the one given, or the newest of a run's folder."""
+    return newest_of(folder) or folder
 
 
 def step_of(checkpoint: Path) -> int:

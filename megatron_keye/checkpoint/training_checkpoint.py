@@ -202,6 +202,24 @@ def load_weights(
         f"a checkpoint outside of {run.folder}, which is set aside when this run begins; give the "
         "run another name",
     )
+    read_weights(folder, run, model, grid)
+    copy_to_masters(optimizer)
+    set_optimizer_steps(optimizer, 0)
+
+
+def read_weights(folder: Path, run: RunConfig, model: KeyeModel, grid: Grid) -> None:
+    """Read the weights of a checkpoint into a model on any grid. Collective.
+
+    Args:
+        folder: A complete checkpoint, saved on any grid.
+        run: The run that the model was built for.
+        model: Takes the weights.
+        grid: Groups of this rank.
+
+    Raises:
+        UserError: When the folder is no complete checkpoint, or not one of this model, or has
+            other adapters than the run.
+    """
     check_whole(folder, checks_sums=run.training.checkpoint.checks_sums)
     source = NativeFolder(folder)
     shapes = {key: tensor.shape for key, tensor in source.tensors.items()}
@@ -214,8 +232,6 @@ def load_weights(
     wanted = {name: weights[name] for name in targets}
     loaded = load_sharded({"weights": wanted}, source)
     copy_loaded(loaded.get("weights", {}), targets)
-    copy_to_masters(optimizer)
-    set_optimizer_steps(optimizer, 0)
 
 
 def _random_object(grid: Grid, state: dict[str, Any]) -> ShardedObject:

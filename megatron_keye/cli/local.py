@@ -56,6 +56,7 @@ def launch(
     command: Sequence[str],
     num_ranks: int,
     *,
+    shares_stdin: bool = False,
     stop_grace_seconds: float = STOP_GRACE_SECONDS,
     failure_grace_seconds: float = FAILURE_GRACE_SECONDS,
 ) -> int:
@@ -68,6 +69,7 @@ def launch(
     Args:
         command: Command line of a rank, which reads the same variables as under torchrun.
         num_ranks: Processes to start.
+        shares_stdin: Whether rank 0 reads this process's standard input; others have none.
         stop_grace_seconds: Time for ranks to end after a signal; then they are killed.
         failure_grace_seconds: Time for ranks to end after another one has failed.
 
@@ -78,7 +80,7 @@ def launch(
     ranks = _Ranks()
     with ranks.records_signals():
         try:
-            ranks.start(command, num_ranks)
+            ranks.start(command, num_ranks, shares_stdin=shares_stdin)
             return ranks.wait(stop_grace_seconds, failure_grace_seconds)
         finally:
             ranks.kill()
@@ -133,7 +135,7 @@ class _Ranks:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def start(self, command: Sequence[str], num_ranks: int) -> None:
+    def start(self, command: Sequence[str], num_ranks: int, *, shares_stdin: bool) -> None:
         """Start all ranks."""
         environment = dict(os.environ)
         complete_environment(environment, local_ranks=num_ranks)
@@ -151,7 +153,7 @@ class _Ranks:
                 process = subprocess.Popen(
                     command,
                     env=environment | own,
-                    stdin=subprocess.DEVNULL,
+                    stdin=None if shares_stdin and rank == 0 else subprocess.DEVNULL,
                     pass_fds=passed,
                     preexec_fn=partial(_begin_rank, os.getpid()),
                 )

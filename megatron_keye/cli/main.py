@@ -14,6 +14,7 @@ from megatron_keye.config.check import suggest
 
 COMMANDS = {
     "train": "train a recipe on this machine, or as one rank of torchrun or srun",
+    "generate": "answer questions with a trained model, those of a file or in a chat",
     "run_stages": "train all stages of a model, each from the one before",
     "plan": "show ranks, parameters and memory of a recipe, or the plan of one step",
     "interleave": "cut captioned videos into samples of short pieces",

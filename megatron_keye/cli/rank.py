@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,15 +35,22 @@ if TYPE_CHECKING:
     from megatron_keye.parallel.process import Process
 
 _GO_ON = ", then go on with --resume auto"
+Prepare = Callable[[argparse.Namespace, int], RunConfig]
+Work = Callable[[RunConfig, "Process"], bool]
+"""What a rank does with its run; False where a signal ended it early."""
 SECONDS_FOR_RANK_0 = 60.0
 """Other ranks wait this long for it to report wrong settings; a launcher ends them before."""
 
 
-def run_rank(options: argparse.Namespace) -> int:
+def run_rank(
+    options: argparse.Namespace, *, prepare: Prepare | None = None, work: Work | None = None
+) -> int:
     """Run the rank that torchrun's variables name and return the exit status.
 
     Args:
-        options: Parsed command line of `megatron-keye train`.
+        options: Parsed command line.
+        prepare: Makes the run for a number of ranks; by default `make_run`.
+        work: What the rank does once it has joined the others; by default `train`.
     """
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
     complete_environment(
@@ -59,12 +67,14 @@ def run_rank(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: end_by_signal(number, heartbeat))
     try:
         keep_sockets_removable()
-        run = make_run(options, num_ranks)
+        run = (prepare or make_run)(options, num_ranks)
         if options.show:
             sys.stdout.write(run.to_json() if rank == 0 else "")
             return 0
         run.check_num_ranks(num_ranks)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # A machine's ranks would all find the same.
+        if (
+            work is None and os.environ.get("LOCAL_RANK", "0") == "0"
+        ):  # A machine's ranks would all find the same.
             check_room(run)
     except UserError as error:
         if rank == 0:
@@ -77,7 +87,7 @@ def run_rank(options: argparse.Namespace) -> int:
             time.sleep(SECONDS_FOR_RANK_0)
         raise
     heartbeat.role = role_of(run.parallel, rank)
-    return join_and_train(run, heartbeat, num_ranks, replay=options.replay)
+    return join_and_work(run, heartbeat, num_ranks, work or train)
 
 
 def end_by_signal(number: int, heartbeat: Heartbeat) -> NoReturn:
@@ -114,10 +124,8 @@ def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
     return with_rows_of_job(run)
 
 
-def join_and_train(
-    run: RunConfig, heartbeat: Heartbeat, num_ranks: int, *, replay: Path | None = None
-) -> int:
-    """Train with the other ranks, or compute one step again, and return the exit status."""
+def join_and_work(run: RunConfig, heartbeat: Heartbeat, num_ranks: int, work: Work) -> int:
+    """Train, or what else the ranks do together, and return the exit status."""
     import torch
 
     from megatron_keye.cli.failure import end_failed
@@ -145,7 +153,7 @@ def join_and_train(
         return LOST_PEERS
     watchdog = watch(run, process)
     try:
-        is_finished = train(run, process) if replay is None else recompute(run, process, replay)
+        is_finished = work(run, process)
     except Exception as error:
         # Whoever sends it ends all ranks, for a reason that was told.
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(LOST_PEERS))

@@ -17,6 +17,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_keye.cli import local, rank
@@ -72,7 +73,9 @@ def main(arguments: Sequence[str]) -> int:
         rank.make_run(options, num_ranks).check_num_ranks(num_ranks)
         return 0
     if "RANK" in os.environ:
-        return rank.run_rank(options)
+        file = options.replay
+        work = partial(rank.recompute, file=file) if file is not None else None
+        return rank.run_rank(options, work=work)
     num_ranks = options.ranks or default_ranks()
     if options.show:
         run = chosen_run(options, num_ranks=num_ranks, has_gpu=local.count_gpus() > 0)

@@ -13,6 +13,7 @@ from megatron_keye.config.model import (
 )
 from megatron_keye.config.optimizer import OptimizerConfig
 from megatron_keye.config.parallel import DecoderParallel, ParallelConfig, VisionParallel
+from megatron_keye.config.rollout import RolloutConfig
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import (
     CheckpointConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "RemoteConfig",
+    "RolloutConfig",
     "RunConfig",
     "TrainingConfig",
     "ValidationConfig",

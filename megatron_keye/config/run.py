@@ -5,7 +5,7 @@ import json
 import sys
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,6 +13,7 @@ from megatron_keye.config.check import check, suggest
 from megatron_keye.config.data import DataConfig
 from megatron_keye.config.model import ModelConfig
 from megatron_keye.config.parallel import ParallelConfig
+from megatron_keye.config.rollout import RolloutConfig
 from megatron_keye.config.training import TrainingConfig
 from megatron_keye.errors import UserError
 
@@ -40,6 +41,8 @@ class RunConfig:
     """Degrees of parallelism."""
     training: TrainingConfig
     """Steps, optimizer and checkpoints."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Generation."""
     output_dir: str = "runs"
     """Parent folder of the runs' folders."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -74,6 +74,28 @@ def render(conversation: Conversation, config: DataConfig) -> Iterator[Piece]:
             yield from writer.turn(message.role, message.parts, writer.weight(message))
 
 
+def render_prompt(
+    conversation: Conversation, config: DataConfig, *, skips_thinking: bool = False
+) -> Iterator[Piece]:
+    """Write a conversation and the opening of the assistant's answer to it.
+
+    Args:
+        conversation: Its last turn is not the assistant's.
+        config: As in `render`.
+        skips_thinking: Whether the answer begins behind an empty block of thinking.
+
+    Raises:
+        UserError: When there is no turn to answer.
+    """
+    if not conversation.messages or conversation.messages[-1].role == "assistant":
+        raise UserError("ends with the assistant's turn, expected one of the user to answer")
+    yield from render(conversation, config)
+    yield Piece(part=_text(TURN_START), weight=0.0, is_control=True)
+    yield Piece(part=_text("assistant\n"), weight=0.0)
+    if skips_thinking:
+        yield Piece(part=_text("<think>\n\n</think>\n\n"), weight=0.0)
+
+
 def _last_query(turns: Sequence[Message]) -> int:
     """Return the index of the last turn in which the user asks, the last turn if none does.
 

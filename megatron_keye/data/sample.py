@@ -4,13 +4,13 @@ Reads the containers of media but no pixels, so every rank can afford it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from megatron_keye.config import DataConfig, ModelConfig, VisionConfig
-from megatron_keye.data.chat_template import Piece, render
+from megatron_keye.data.chat_template import Piece, render, render_prompt
 from megatron_keye.data.conversation.keys import GROUNDING_MARK
 from megatron_keye.data.conversation.turns import Conversation, Part
 from megatron_keye.data.media import Medium, locate_media
@@ -50,7 +50,57 @@ def make_sample(
         UserError: Naming file and line: a medium that is missing or unreadable, text that
             contains a placeholder, or nothing to predict.
     """
-    writer = _Writer(
+    writer = _writer(conversation, tokenizer, config, model, probe_video)
+    try:
+        for piece in render(conversation, config):
+            writer.write(piece)
+        return writer.finish(conversation.name)
+    except UserError as error:
+        raise UserError(f"{conversation.name}: {error}") from error
+
+
+def make_prompt(
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    model: ModelConfig,
+    *,
+    skips_thinking: bool = False,
+    probe_video: Callable[[Path], VideoInfo] = probe,
+) -> Sample:
+    """Tokenize a conversation for the assistant to answer, as `make_sample` does up to there.
+
+    Args:
+        conversation: Its last turn is not the assistant's.
+        tokenizer: Vocabulary with ChatML's control tokens.
+        config: Budgets.
+        model: Ids of placeholders, patch and merge size.
+        skips_thinking: Whether the prompt ends with an empty block of thinking.
+        probe_video: Reads a video's container; raises what `probe` raises.
+
+    Returns:
+        A sample without labels, up to the opening of the assistant's turn.
+
+    Raises:
+        UserError: As `make_sample`, or when the last turn is the assistant's.
+    """
+    writer = _writer(conversation, tokenizer, config, model, probe_video)
+    try:
+        for piece in render_prompt(conversation, config, skips_thinking=skips_thinking):
+            writer.write(replace(piece, weight=0.0))
+        return writer.sample(conversation.name)
+    except UserError as error:
+        raise UserError(f"{conversation.name}: {error}") from error
+
+
+def _writer(
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    model: ModelConfig,
+    probe_video: Callable[[Path], VideoInfo],
+) -> "_Writer":
+    return _Writer(
         tokenizer=tokenizer,
         config=config,
         model=model,
@@ -58,12 +108,6 @@ def make_sample(
         has_grounding_tokens=conversation.has_grounding_tokens,
         probe_video=probe_video,
     )
-    try:
-        for piece in render(conversation, config):
-            writer.write(piece)
-        return writer.finish(conversation.name)
-    except UserError as error:
-        raise UserError(f"{conversation.name}: {error}") from error
 
 
 @dataclass(kw_only=True)
@@ -100,15 +144,20 @@ class _Writer:
             self._write_text(piece.part.value, piece.weight)
 
     def finish(self, name: str) -> Sample:
-        """Shift the labels and return the sample, its arrays read-only."""
-        self._encode_waiting()
-        token_ids = np.array(self.token_ids, dtype=np.int64)
-        weights = np.array([*self.token_weights[1:], 0.0], dtype=np.float32)
-        if not weights.any():
+        """Return the sample; an error if nothing in it is predicted."""
+        sample = self.sample(name)
+        if not sample.weights.any():
             raise UserError(
                 "no assistant message that is predicted, so nothing would be learnt, expected at "
                 "least one of a weight above 0; add it, or set data.loss_tokens to 'text'"
             )
+        return sample
+
+    def sample(self, name: str) -> Sample:
+        """Shift the labels and return the sample, its arrays read-only."""
+        self._encode_waiting()
+        token_ids = np.array(self.token_ids, dtype=np.int64)
+        weights = np.array([*self.token_weights[1:], 0.0], dtype=np.float32)
         labels = labels_of(token_ids, weights)
         for array in (token_ids, labels, weights):
             array.setflags(write=False)

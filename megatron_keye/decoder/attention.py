@@ -18,6 +18,12 @@ from torch import Tensor
 from megatron_keye.config.model import DecoderConfig
 from megatron_keye.config.training import Recompute
 from megatron_keye.decoder.auxiliary_loss import attach_loss
+from megatron_keye.decoder.cached_attention import (
+    NewHeads,
+    NewIndexerHeads,
+    attend_densely,
+    attend_sparsely,
+)
 from megatron_keye.decoder.indexer import Indexer
 from megatron_keye.decoder.norm import RMSNorm
 from megatron_keye.decoder.recall import measure_recall
@@ -149,7 +155,9 @@ class SparseSelfAttention(MegatronModule):
         kept = self._kept(row)
         heads = self._project(hidden_states, row)
         loss = None
-        if row.phase == "dense":
+        if row.cache is not None:
+            out_THC = self._attend_in_cache(heads, hidden_states, row)
+        elif row.phase == "dense":
             out_THC, _ = self._attend_densely(heads, row, kept)
         else:
             indexer_heads = self._project_indexer(hidden_states, row)
@@ -256,6 +264,23 @@ class SparseSelfAttention(MegatronModule):
         kl_TG = sparse_indexer_loss(scores_TK, target_TGK)
         measure_recall(heads.q_THC, heads.k_SGC, indices_TK, row)
         return out_THC, self._sum_kl(kl_TG, row) * row.indexer_loss_weight
+
+    def _attend_in_cache(self, heads: _Heads, hidden_SBD: Tensor, row: DecoderRow) -> Tensor:
+        """Return out_THC of new tokens, whose keys are then in the cache."""
+        assert row.cache is not None and self.cp_group.size() == 1, "a row's tokens are all here"
+        new = NewHeads(q_THC=heads.q_THC, k_TGC=heads.k_SGC, v_TGC=heads.v_SGC)
+        layer, ranges = row.cache.layers[self.layer_number - 1], (row.key_start_T, row.key_end_T)
+        if row.phase != "sparse":
+            return attend_densely(new, layer, row.cache, ranges)
+        indexer = self._project_indexer(hidden_SBD, row)
+        new_indexer = NewIndexerHeads(
+            q_TIJ=indexer.q_TIJ, k_TJ=indexer.k_SJ, gate_TI=indexer.gate_TI
+        )
+        out_THC, indices_TK = attend_sparsely(
+            new, new_indexer, layer, row.cache, ranges, top_k=self.top_k
+        )
+        row.meter.record("topk_indices", self.layer_number, indices_TK)
+        return out_THC
 
     def _warm_up_indexer(
         self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow, kept: KeptAttention

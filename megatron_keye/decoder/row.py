@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_keye.config.model import DecoderConfig
 from megatron_keye.config.training import Phase
+from megatron_keye.decoder.key_cache import RowCache
 from megatron_keye.decoder.positions import rotary_table
 from megatron_keye.decoder.recomputation import KeptAttention
 
@@ -73,6 +74,9 @@ class DecoderRow:
     """cos and sin, float32 (float64 in a float64 run) [S/CP, C]."""
     indexer_rotary: tuple[Tensor, Tensor]
     """cos and sin, likewise [S/CP, J]."""
+    cache: RowCache | None = None
+    """Where keys of earlier tokens are and those of the row go, while generating; None in
+    training, where a row holds all its keys."""
     phase: Phase
     """Which attention and which indexer loss run."""
     indexer_loss_weight: float

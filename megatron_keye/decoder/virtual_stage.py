@@ -3,6 +3,7 @@
 The first one also embeds tokens and scatters vision features; the last one computes the loss.
 """
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -24,6 +25,7 @@ from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import Phase
 from megatron_keye.decoder.batch import Batch
 from megatron_keye.decoder.cross_entropy import token_losses
+from megatron_keye.decoder.key_cache import RowCache
 from megatron_keye.decoder.layer import block_spec
 from megatron_keye.decoder.row import DecoderRow, RowMeter, rotary_tables
 from megatron_keye.decoder.scatter import scatter_features
@@ -121,18 +123,36 @@ class VirtualStage(MegatronModule):
             In the last stage the weighted language loss summed over this rank's labels, a scalar;
             in others hidden states [S/CP/TP, 1, D].
         """
-        hidden_SBD = None
-        if self.pre_process:
-            assert features_MD is not None, "the first stage needs vision features"
-            hidden_SBD = self._embed(batch, features_MD, where)
-        hidden_SBD = self.block(
-            hidden_SBD,
-            attention_mask=None,
-            # Megatron's block passes this argument to every layer without reading it, so it can
-            # carry the row to the attention.
-            packed_seq_params=self._row(batch, indexer_loss_weight, meter, phase),
-        )
+        row = self._row(batch, indexer_loss_weight, meter, phase)
+        hidden_SBD = self._run_layers(batch, features_MD, row, where)
         return self._loss(hidden_SBD, batch) if self.post_process else hidden_SBD
+
+    def final_states(
+        self,
+        batch: Batch,
+        features_MD: Tensor,
+        cache: RowCache,
+        *,
+        meter: RowMeter,
+        where: str,
+        phase: Phase,
+    ) -> Tensor:
+        """Run new tokens through all layers of a decoder without pipeline stages.
+
+        Args:
+            batch: The tokens; logits are wanted at its label positions.
+            features_MD: [M, D] vision features of this rank's placeholders.
+            cache: Receives the tokens' keys, and has those of the tokens before them.
+            meter: Receives the layers' measurements.
+            where: Rank and samples, for error messages.
+            phase: Which attention runs; the warm-up attends as "dense".
+
+        Returns:
+            Final hidden states [L, 1, D], equal on all tensor ranks, for `logits`.
+        """
+        assert self.pre_process and self.post_process, "only a whole decoder generates"
+        row = replace(self._row(batch, 0.0, meter, phase), cache=cache)
+        return self._labelled(self._run_layers(batch, features_MD, row, where), batch)
 
     def logits(self, hidden_LBD: Tensor) -> Tensor:
         """Return this tensor rank's part of the logits.
@@ -144,6 +164,18 @@ class VirtualStage(MegatronModule):
             [L, 1, V/TP].
         """
         return cast(Tensor, self.output_layer(hidden_LBD)[0])
+
+    def _run_layers(
+        self, batch: Batch, features_MD: Tensor | None, row: DecoderRow, where: str
+    ) -> Tensor:
+        hidden_SBD = None
+        if self.pre_process:
+            assert features_MD is not None, "the first stage needs vision features"
+            hidden_SBD = self._embed(batch, features_MD, where)
+        # Megatron's block passes this argument to every layer without reading it, so it can carry
+        # the row to the attention.
+        hidden: Tensor = self.block(hidden_SBD, attention_mask=None, packed_seq_params=row)
+        return hidden
 
     def _embed(self, batch: Batch, features_MD: Tensor, where: str) -> Tensor:
         embeddings = self.embedding(batch.token_ids_BS)
@@ -178,10 +210,14 @@ class VirtualStage(MegatronModule):
         Only these get logits, which are as wide as the vocabulary: a long video has a hundred
         times more tokens than its answer.
         """
+        hidden_LBD = self._labelled(hidden_SBD, batch)
+        loss_LB = token_losses(self.logits(hidden_LBD), batch.labels_L[:, None], self.tp_group)
+        return (loss_LB * batch.weights_L[:, None]).sum()
+
+    def _labelled(self, hidden_SBD: Tensor, batch: Batch) -> Tensor:
+        """Return the states [L, 1, D] at label positions, on all tensor ranks."""
         if self.config.sequence_parallel:
             hidden_SBD = gather_from_sequence_parallel_region(
                 hidden_SBD, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        hidden_LBD = hidden_SBD.index_select(0, batch.label_positions_L)
-        loss_LB = token_losses(self.logits(hidden_LBD), batch.labels_L[:, None], self.tp_group)
-        return (loss_LB * batch.weights_L[:, None]).sum()
+        return hidden_SBD.index_select(0, batch.label_positions_L)

@@ -8,7 +8,6 @@ they are.
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import batched
@@ -101,7 +100,7 @@ class Validation:
         """
         patches = self._open_patches()
         try:
-            with _evaluation_mode(self._model):
+            with self._model.evaluation():
                 return self._run_rows(patches)
         finally:
             if patches is not None:
@@ -219,14 +218,3 @@ def _one_ahead(
         waiting = batch
     if waiting is not None:
         yield waiting
-
-
-@contextmanager
-def _evaluation_mode(model: KeyeModel) -> Iterator[None]:
-    for module in model.wrapped():
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in model.wrapped():
-            module.train()

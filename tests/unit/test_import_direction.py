@@ -36,6 +36,10 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "optim"),
         *("parallel", "plan"),
     },
+    "rollout": {
+        *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "parallel"),
+        "training",
+    },
 }
 # Entry points may import every part: the command line, and the package's own public names.
 ENTRY_POINTS = ("cli", "__main__", "")

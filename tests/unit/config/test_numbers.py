@@ -18,6 +18,7 @@ ZERO_MEANS_SOMETHING = {
     *(f"model.{name}_token_id" for name in ("image", "video", "vision_start", "vision_end")),
     *("data.frames.max_seconds", "data.decode.num_threads", "data.remote.num_retries"),
     *(f"parallel.decoder.{place}_stage_layers" for place in ("first", "last")),
+    *(f"rollout.{name}" for name in ("tensor", "expert", "cache_tokens", "temperature", "top_k")),
     "parallel.vision.num_ranks",
     "parallel.vision.attention_break_even_patches",
     "parallel.vision.max_ahead_mebibytes",

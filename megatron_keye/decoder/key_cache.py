@@ -1,0 +1,100 @@
+"""Keys and values of one layer in pages, and which of them a row writes and sees.
+
+Shape letters: P pages, L places of a page, G key-value heads, C channels of a head, J indexer
+channels, T tokens of the row, S keys, B sequences, N pages of a sequence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_keye.kernels.indexer_quantization import dequantize
+from megatron_keye.kernels.indexer_quantization.reference import SMALLEST_PEAK
+
+_LARGEST_EXPONENT, _LARGEST_MANTISSA = 9, 0.875
+"""448, the largest e4m3 number, is 0.875 * 2^9."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCache:
+    """The pages of one layer on this rank; slot s is place s % L of page s // L."""
+
+    keys_PLGC: Tensor
+    """Rotated keys of this tensor rank's groups."""
+    values_PLGC: Tensor
+    """Their values; keys and values of a token lie side by side."""
+    index_keys_PLJ: Tensor
+    """Indexer keys, in the type of the keys or as e4m3."""
+    index_scales_PL: Tensor | None
+    """float32: one scale for each indexer key where those are e4m3; else None."""
+
+    def write_heads(self, slots_T: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> None:
+        """Write keys and values at slots, int64 [T]."""
+        page, place = self._split(slots_T)
+        self.keys_PLGC[page, place] = k_TGC
+        self.values_PLGC[page, place] = v_TGC
+
+    def write_index_keys(self, slots_T: Tensor, k_TJ: Tensor) -> None:
+        """Write indexer keys at slots; if they are kept as e4m3, those of `round_to_fp8`."""
+        page, place = self._split(slots_T)
+        if self.index_scales_PL is None:
+            self.index_keys_PLJ[page, place] = k_TJ
+            return
+        values_TJ, scales_T = split_rounded(k_TJ)
+        # As bytes, since not every type can be moved by index.
+        self.index_keys_PLJ.view(torch.uint8)[page, place] = values_TJ.view(torch.uint8)
+        self.index_scales_PL[page, place] = scales_T
+
+    def read_heads(self, slots_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [S, G, C] at slots, int64 [S]."""
+        page, place = self._split(slots_S)
+        return self.keys_PLGC[page, place], self.values_PLGC[page, place]
+
+    def read_index_keys(self, slots_S: Tensor) -> Tensor:
+        """Return indexer keys [S, J] at slots, in the type of the keys."""
+        page, place = self._split(slots_S)
+        if self.index_scales_PL is None:
+            return self.index_keys_PLJ[page, place]
+        values_SJ = self.index_keys_PLJ.view(torch.uint8)[page, place].view(torch.float8_e4m3fn)
+        return dequantize(values_SJ, self.index_scales_PL[page, place], self.keys_PLGC.dtype)
+
+    def _split(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        page_size = self.keys_PLGC.shape[1]
+        return slots // page_size, slots % page_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCache:
+    """The cache as one row of tokens uses it."""
+
+    layers: Sequence[LayerCache]
+    """One for each layer of the decoder."""
+    slots_T: Tensor
+    """int64: where the keys of the row's tokens are written; those of padding where nobody
+    reads."""
+    key_slots_S: Tensor
+    """int64: slots of the keys that the row's queries see, to which `DecoderRow.key_start_T` and
+    `key_end_T` refer; empty where `pages_BN` says the same."""
+    pages_BN: Tensor | None = None
+    """int32: pages of sequences of which each token of the row is the newest, -1 for none; None
+    where it is several tokens of a sequence."""
+    lengths_B: Tensor | None = None
+    """int64, beside `pages_BN`: keys of each sequence, the new one included; 0 for padding."""
+
+
+def split_rounded(rounded_TJ: Tensor) -> tuple[Tensor, Tensor]:
+    """Return e4m3 values and scales of vectors that `round_to_fp8` has rounded, exactly.
+
+    Args:
+        rounded_TJ: [T, J], e4m3 numbers times a power of two for each vector.
+
+    Returns:
+        Values [T, J], float8_e4m3fn, and scales [T], float32, whose products are the vectors.
+    """
+    peak_T = rounded_TJ.abs().amax(dim=-1).float().clamp(min=SMALLEST_PEAK)
+    mantissa_T, exponent_T = torch.frexp(peak_T)
+    exponent_T = exponent_T - _LARGEST_EXPONENT + (mantissa_T > _LARGEST_MANTISSA)
+    scales_T = ((exponent_T + 127) << 23).view(torch.float32)
+    return (rounded_TJ.float() / scales_T[..., None]).to(torch.float8_e4m3fn), scales_T

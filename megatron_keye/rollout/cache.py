@@ -1,0 +1,102 @@
+"""The tensors of the cache on one rank, and how many pages of them fit."""
+
+import torch
+import torch.distributed as dist
+
+from megatron_keye.config.megatron import weight_dtype
+from megatron_keye.config.run import RunConfig
+from megatron_keye.decoder.key_cache import LayerCache
+
+_CPU_TOKENS = 65_536
+_E4M3_NAN = 0x7F
+
+
+def count_pages(run: RunConfig, device: torch.device) -> int:
+    """Return how many pages the cache of every replica has. Collective over all ranks.
+
+    Args:
+        run: Sizes, and what the user wants.
+        device: Where this rank computes, with its weights on it.
+    """
+    rollout = run.rollout
+    tokens = rollout.cache_tokens or _CPU_TOKENS
+    if rollout.cache_tokens == 0 and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        tokens = int(free * rollout.cache_share / bytes_per_token(run))
+    pages = torch.tensor(-(-tokens // rollout.page_tokens), device=device)
+    dist.all_reduce(pages, op=dist.ReduceOp.MIN)
+    return int(pages)
+
+
+def bytes_per_token(run: RunConfig) -> int:
+    """Return the bytes that one token takes on one rank, in all layers."""
+    decoder, size = run.model.decoder, weight_dtype(run).itemsize
+    heads = 2 * decoder.num_kv_heads // run.parallel.decoder.tensor * decoder.head_dim * size
+    channels = decoder.indexer.head_dim
+    index_key = channels + 4 if decoder.indexer.quantization == "fp8" else channels * size
+    return decoder.num_layers * (heads + index_key)
+
+
+def allocate(run: RunConfig, num_pages: int, device: torch.device) -> list[LayerCache]:
+    """Return the pages of all layers, with one more that takes what padding writes.
+
+    Args:
+        run: Sizes and degrees.
+        num_pages: Pages that sequences use, 0 to num_pages - 1.
+        device: Where they are.
+    """
+    decoder, dtype = run.model.decoder, weight_dtype(run)
+    page = (num_pages + 1, run.rollout.page_tokens)
+    groups = decoder.num_kv_heads // run.parallel.decoder.tensor
+    is_quantized = decoder.indexer.quantization == "fp8"
+    layers = []
+    for _ in range(decoder.num_layers):
+        heads = torch.empty(*page, 2, groups, decoder.head_dim, dtype=dtype, device=device)
+        layers.append(
+            LayerCache(
+                keys_PLGC=heads[:, :, 0],
+                values_PLGC=heads[:, :, 1],
+                index_keys_PLJ=torch.empty(
+                    *page,
+                    decoder.indexer.head_dim,
+                    dtype=torch.float8_e4m3fn if is_quantized else dtype,
+                    device=device,
+                ),
+                index_scales_PL=torch.empty(page, device=device) if is_quantized else None,
+            )
+        )
+    forget(layers)
+    return layers
+
+
+def forget(layers: list[LayerCache]) -> None:
+    """Fill the cache with NaN, so that no key of earlier weights is read without being seen."""
+    for layer in layers:
+        layer.keys_PLGC.fill_(torch.nan)
+        layer.values_PLGC.fill_(torch.nan)
+        if layer.index_scales_PL is None:
+            layer.index_keys_PLJ.fill_(torch.nan)
+        else:
+            layer.index_keys_PLJ.view(torch.uint8).fill_(_E4M3_NAN)
+            layer.index_scales_PL.fill_(torch.nan)
+
+
+def copy_pages(layers: list[LayerCache], copies: dict[int, int]) -> None:
+    """Copy pages in all layers, all of them at once.
+
+    Args:
+        layers: The cache.
+        copies: Source by destination.
+    """
+    if not copies:
+        return
+    device = layers[0].keys_PLGC.device
+    to = torch.tensor(list(copies.keys()), device=device)
+    origin = torch.tensor(list(copies.values()), device=device)
+    for layer in layers:
+        tensors = [layer.keys_PLGC, layer.values_PLGC, layer.index_keys_PLJ]
+        if layer.index_scales_PL is not None:
+            # As bytes, since not every type can be moved by index.
+            tensors[2:] = [layer.index_keys_PLJ.view(torch.uint8), layer.index_scales_PL]
+        for tensor in tensors:
+            tensor[to] = tensor[origin]

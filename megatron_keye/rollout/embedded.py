@@ -1,0 +1,200 @@
+"""The engine inside the training stack: its modules, its kernels, its grid; a cache beside them.
+
+All ranks take the same requests and know all drawn tokens, so each computes the same schedule for
+all replicas, and their passes meet without a word about what comes next.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_keye.config.run import RunConfig
+from megatron_keye.decoder.row import RowMeter
+from megatron_keye.model import KeyeModel
+from megatron_keye.parallel.grid import Grid
+from megatron_keye.rollout.cache import allocate, count_pages, forget
+from megatron_keye.rollout.new_tokens import RankCache, packed_pieces
+from megatron_keye.rollout.prefill import Prefill
+from megatron_keye.rollout.replica import Replica
+from megatron_keye.rollout.request import Completion, NewToken, Request
+from megatron_keye.rollout.scheduler import ReplicaScheduler, ReplicaTick
+from megatron_keye.training.chunk_encoder import PatchSource
+
+Drawn = list[tuple[int, float]]
+"""Token and log-probability of each answer that got one."""
+
+
+class EmbeddedEngine:
+    """Answers requests with the model of these ranks."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        grid: Grid,
+        model: KeyeModel,
+        *,
+        source: PatchSource | None,
+        device: torch.device,
+        meter: RowMeter | None = None,
+    ) -> None:
+        """Allocate the cache. Collective: all ranks must call it.
+
+        Args:
+            run: A run whose grid generates (`generating_run`).
+            grid: Groups of this rank.
+            model: This rank's modules.
+            source: Supplies the patches of pictures, on ranks that encode; None on others.
+            device: Where this rank computes.
+            meter: Receives the layers' measurements.
+        """
+        degrees = run.parallel.decoder
+        assert degrees.pipeline == degrees.context == 1, "a generating grid has neither axis"
+        self.version = 0
+        """Of the weights that answer."""
+        self._run, self._grid, self._model, self._device = run, grid, model, device
+        self._num_pages = count_pages(run, device)
+        self._prefill = Prefill(run, grid, model, source, device)
+        self._schedulers: list[ReplicaScheduler] = []
+        self._replica: Replica | None = None
+        if grid.decoder is not None:
+            cache = RankCache(
+                layers=allocate(run, self._num_pages, device),
+                page_tokens=run.rollout.page_tokens,
+                tensor_rank=grid.decoder.tp.rank(),
+                num_tensor_ranks=degrees.tensor,
+                device=device,
+            )
+            stage = model.stages[0].module
+            self._replica = Replica(run, stage, cache, grid.decoder.tp, meter or RowMeter())
+
+    @property
+    def num_used_pages(self) -> int:
+        """Pages that sequences hold, over all replicas."""
+        return sum(scheduler.num_used_pages for scheduler in self._schedulers)
+
+    def take_weights(self, version: int) -> None:
+        """Answer with the weights as they are now; no key of earlier ones is read again.
+
+        Answers that go on run again from their prompt, and draw their next tokens from the new
+        weights.
+
+        Args:
+            version: Number of these weights.
+        """
+        self.version = version
+        for scheduler in self._schedulers:
+            scheduler.drop_caches()
+        if self._replica is not None:
+            forget(list(self._replica.cache.layers))
+
+    def generate(
+        self, requests: Iterable[Request], on_token: Callable[[NewToken], None] | None = None
+    ) -> Iterator[Completion]:
+        """Yield answers in the order in which they end. Collective: all ranks, to the last answer.
+
+        Until then the model is in evaluation mode.
+
+        Args:
+            requests: The same on every rank, with keys of their own; taken as there is room.
+            on_token: Called on every rank with each token as it is drawn.
+
+        Raises:
+            UserError: For a prompt that the cache cannot hold, or media that cannot be read.
+        """
+        model, rollout = self._run.model, self._run.rollout
+        self._schedulers = [
+            ReplicaScheduler(
+                rollout, self._num_pages, model.vision.merge_size, model.vision_token_ids
+            )
+            for _ in range(self._run.parallel.decoder.data)
+        ]
+        waiting = iter(requests)
+        with self._model.evaluation():
+            while self._take_requests(waiting):
+                yield from self._tick(on_token)
+
+    def _tick(self, on_token: Callable[[NewToken], None] | None) -> list[Completion]:
+        """Run what every replica has planned, and return the answers that end with it."""
+        ticks = [scheduler.plan() for scheduler in self._schedulers]
+        with torch.no_grad():
+            drawn = self._exchange(ticks, self._run_tick(ticks))
+        completions = []
+        for scheduler, tick, tokens in zip(self._schedulers, ticks, drawn, strict=True):
+            completions += scheduler.note(tick, tokens, self.version)
+            if on_token is not None:
+                _announce(tick, tokens, on_token)
+        return completions
+
+    def _take_requests(self, waiting: Iterator[Request]) -> bool:
+        """Give requests to replicas that have room for them; False when all is answered."""
+        while hungry := [s for s in self._schedulers if s.wants_request]:
+            request = next(waiting, None)
+            if request is None:
+                break
+            min(hungry, key=lambda scheduler: scheduler.num_tokens).add(request)
+        return not all(scheduler.is_idle for scheduler in self._schedulers)
+
+    def _run_tick(self, ticks: list[ReplicaTick]) -> Tensor | None:
+        """Run what this rank's replica has to; None on a dedicated vision rank.
+
+        Where any replica runs pieces, or answers, all do, since their experts are needed.
+
+        Returns:
+            float64 [A, 2]: token and log-probability of each of this replica's `tick.drawn`.
+        """
+        replica = self._replica
+        place = self._grid.place().data if replica is not None else 0
+        tick = ticks[place]
+        found = []
+        if replica is not None:
+            replica.copy_pages(tick)
+        if any(each.pieces for each in ticks):
+            rows = [packed_pieces(t.pieces, self._row_tokens(ticks)) for t in ticks]
+            run_pieces = None
+            if replica is not None:
+                run_pieces = partial(replica.run_pieces, tick.pieces, rows[place])
+            found += self._prefill(rows, run_pieces)
+        if any(each.decoded for each in ticks) and replica is not None:
+            found.append(replica.run_answers(tick.decoded))
+        assert found or replica is None, "every tick runs something"
+        return torch.cat(found) if replica is not None else None
+
+    def _row_tokens(self, ticks: list[ReplicaTick]) -> int:
+        """Return the length of the longest replica's row, as the tensor ranks can split it."""
+        multiple = max(2, self._run.parallel.decoder.tensor)
+        longest = max(sum(p.end - p.start for p in tick.pieces) for tick in ticks)
+        return -(-longest // multiple) * multiple
+
+    def _exchange(self, ticks: list[ReplicaTick], own: Tensor | None) -> list[Drawn]:
+        """Return what every replica has drawn, on all ranks."""
+        counts = [len(tick.drawn) for tick in ticks]
+        if not any(counts):
+            return [[] for _ in ticks]
+        sent = torch.zeros(max(counts), 2, dtype=torch.float64, device=self._device)
+        if own is not None:
+            sent[: len(own)] = own
+        parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, sent)
+        tensor = self._run.parallel.decoder.tensor
+        firsts = torch.stack(parts[::tensor][: len(ticks)]).tolist()
+        return [
+            [(int(token), log_prob) for token, log_prob in rows[:count]]
+            for rows, count in zip(firsts, counts, strict=True)
+        ]
+
+
+def _announce(tick: ReplicaTick, tokens: Drawn, on_token: Callable[[NewToken], None]) -> None:
+    """Tell of each token that its answer took."""
+    for answer, (token, log_prob) in zip(tick.drawn, tokens, strict=True):
+        if answer.finish != "aborted":
+            on_token(
+                NewToken(
+                    key=answer.group.request.key,
+                    answer=answer.number,
+                    token_id=token,
+                    log_prob=log_prob,
+                )
+            )

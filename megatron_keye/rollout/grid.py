@@ -1,0 +1,43 @@
+"""The grid on which a run's model generates: without pipeline stages and context ranks.
+
+With few new tokens at once, pipeline stages would wait for each other, and one token cannot be
+split over context ranks. Such ranks become replicas, with the experts spread over them.
+"""
+
+from dataclasses import replace
+
+from megatron_keye.config.parallel import DecoderParallel
+from megatron_keye.config.run import RunConfig
+
+
+def generating_run(run: RunConfig, num_ranks: int) -> RunConfig:
+    """Return the run as it generates; nothing learns in it.
+
+    Args:
+        run: The run as it trains.
+        num_ranks: Ranks that generate.
+
+    Raises:
+        UserError: When the degrees do not fit the number of ranks.
+    """
+    trained, rollout, vision = run.parallel.decoder, run.rollout, run.parallel.vision
+    tensor = rollout.tensor or trained.tensor
+    data = max(1, (num_ranks - vision.num_ranks) // tensor)
+    decoder = DecoderParallel(tensor=tensor, expert=rollout.expert or trained.expert, data=data)
+    generating = replace(
+        run,
+        # Features of a cache belong to other weights; damage has to be reported, not counted.
+        data=replace(run.data, feature_cache="", on_bad_sample="refuse", validation=""),
+        parallel=replace(run.parallel, decoder=decoder),
+        training=replace(
+            run.training,
+            rows_per_step=data,
+            dense_up_to=0,
+            records_timeline=False,
+            hang_minutes=0,  # a person who chats may think for longer
+            optimizer=replace(run.training.optimizer, distributed=False),
+            validation=replace(run.training.validation, patience=0),
+        ),
+    )
+    generating.check_num_ranks(num_ranks)
+    return generating

@@ -1,0 +1,99 @@
+"""What one replica's rank runs in a tick: new tokens through the decoder, then draws."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_keye.config.megatron import weight_dtype
+from megatron_keye.config.run import RunConfig
+from megatron_keye.data.row import PackedRow
+from megatron_keye.decoder.row import RowMeter
+from megatron_keye.decoder.virtual_stage import VirtualStage
+from megatron_keye.rollout.cache import copy_pages
+from megatron_keye.rollout.new_tokens import (
+    NewTokens,
+    RankCache,
+    tokens_of_answers,
+    tokens_of_pieces,
+)
+from megatron_keye.rollout.pieces import Piece
+from megatron_keye.rollout.sampling import draw_tokens, uniform
+from megatron_keye.rollout.scheduler import ReplicaTick
+from megatron_keye.rollout.sequence import Answer
+
+
+class Replica:
+    """This rank's share of one replica: the decoder, its cache, and draws."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        stage: VirtualStage,
+        cache: RankCache,
+        tp_group: dist.ProcessGroup,
+        meter: RowMeter,
+    ) -> None:
+        """Prepare for all ticks.
+
+        Args:
+            run: Sizes and phase.
+            stage: The whole decoder.
+            cache: This rank's pages.
+            tp_group: Tensor-parallel group.
+            meter: Receives the layers' measurements.
+        """
+        self._run, self._stage, self._group, self._meter = run, stage, tp_group, meter
+        self.cache = cache
+        """This rank's pages."""
+        self._is_sparse = run.training.phase == "sparse"
+
+    def copy_pages(self, tick: ReplicaTick) -> None:
+        """Copy the pages of which two sequences go on differently."""
+        copy_pages(list(self.cache.layers), tick.copies)
+
+    def run_pieces(self, pieces: Sequence[Piece], row: PackedRow, features_MD: Tensor) -> Tensor:
+        """Run pieces of prompts and answers.
+
+        Args:
+            pieces: The pieces; may be none.
+            row: From `packed_pieces`.
+            features_MD: [M, D] features of this rank's placeholders.
+
+        Returns:
+            float64 [A, 2]: token and log-probability of each answer that the pieces draw.
+        """
+        tokens = tokens_of_pieces(pieces, row, self.cache, self._run.model.vision_token_ids)
+        drawn = [answer for piece in pieces for answer in piece.drawn]
+        return self._run_tokens(tokens, features_MD, drawn, ", ".join(row.sample_names))
+
+    def run_answers(self, answers: Sequence[Answer]) -> Tensor:
+        """Run the newest token of each answer, of which there may be none; as `run_pieces`."""
+        tokens = tokens_of_answers(answers, self.cache, gathers_keys=not self._is_sparse)
+        width, device = self._run.model.decoder.hidden_size, self.cache.device
+        nothing_MD = torch.empty(0, width, dtype=weight_dtype(self._run), device=device)
+        return self._run_tokens(tokens, nothing_MD, answers, "answers")
+
+    def _run_tokens(
+        self, tokens: NewTokens, features_MD: Tensor, answers: Sequence[Answer], where: str
+    ) -> Tensor:
+        hidden_LBD = self._stage.final_states(
+            tokens.batch,
+            features_MD,
+            tokens.cache,
+            meter=self._meter,
+            where=f"generation, {where or 'padding'}",
+            phase="sparse" if self._is_sparse else "dense",
+        )
+        if not answers:
+            return torch.zeros(0, 2, dtype=torch.float64, device=self.cache.device)
+        logits_LV = self._stage.logits(hidden_LBD).squeeze(1)
+        requests = [answer.group.request for answer in answers]
+        uniforms = [
+            uniform(request.seed, request.key, answer.number, len(answer.token_ids))
+            for request, answer in zip(requests, answers, strict=True)
+        ]
+        laws = [request.law for request in requests]
+        token_L, log_prob_L = draw_tokens(logits_LV, laws, uniforms, self._group)
+        return torch.stack([token_L.double(), log_prob_L.double()], dim=1)
