@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "observe": {"errors"},
     "parallel": {"config", "errors", "observe", "plan"},
     "data": {"config", "errors", "files", "plan"},
+    "scoring": {"data", "errors"},
     "vision": {"config", "kernels"},
     "decoder": {"config", "kernels", "parallel"},
     "model": {"config", "decoder", "parallel", "vision"},
