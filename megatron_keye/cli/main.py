@@ -16,6 +16,8 @@ COMMANDS = {
     "train": "train a recipe on this machine, or as one rank of torchrun or srun",
     "run_stages": "train all stages of a model, each from the one before",
     "plan": "show ranks, parameters and memory of a recipe, or the plan of one step",
+    "evaluate": "score answers to questions about videos",
+    "forge_video": "make clips with known events, and questions with right answers",
     "interleave": "cut captioned videos into samples of short pieces",
     "prepare": "tokenize samples into a store on disk",
     "convert": "convert checkpoints from and to the released (Hugging Face) form",

@@ -5,12 +5,13 @@ An answer of the assistant at its end is what training predicts, and no part of 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_keye.data.conversation.values import number, shown, text
 from megatron_keye.errors import UserError
+from megatron_keye.scoring.parse_choice import LETTERS
 from megatron_keye.scoring.truth import TRUTHS, Task, Truth
 
 KEYS = {"messages", "task", "truth"}
@@ -25,6 +26,8 @@ class Question:
 
     id: str
     """Name by which its answers are known."""
+    line: int
+    """Line of its file, from 1, by which they may also be known."""
     task: Task
     """What kind of question."""
     messages: tuple[dict[str, Any], ...]
@@ -54,7 +57,7 @@ def read_question(record: Mapping[str, Any], name: str, line: int) -> Question:
     Args:
         record: The object of the line.
         name: File and line, for error messages.
-        line: Number of the line, which is the id of a question without one.
+        line: Number of the line, also the id of a question without one.
 
     Raises:
         UserError: Naming the line, and saying what was got and expected.
@@ -70,6 +73,7 @@ def read_question(record: Mapping[str, Any], name: str, line: int) -> Question:
         seconds = truth.get("seconds")
         return Question(
             id=read_id(record.get("id", line)),
+            line=line,
             task=task,
             messages=_question_turns(record["messages"]),
             truth=TRUTHS[task].read(rest),
@@ -104,6 +108,12 @@ def user_turn(video: str, question: str) -> tuple[dict[str, Any], ...]:
     """Return the turns of one question about one video."""
     content = [{"type": "video", "video": video}, {"type": "text", "text": question}]
     return ({"role": "user", "content": content},)
+
+
+def choice_text(question: str, options: Sequence[str]) -> str:
+    """Return a multiple-choice question with its options, a line each."""
+    lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join([question, *lines, "Answer with the letter."])
 
 
 def _question_turns(messages: Any) -> tuple[dict[str, Any], ...]:

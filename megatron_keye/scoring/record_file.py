@@ -17,7 +17,7 @@ class Record:
     name: str
     """File and line, or place in a list, for error messages."""
     line: int
-    """Number among the records of the file, from 1."""
+    """Number of the line or place, from 1."""
     value: dict[str, Any]
     """The object."""
 
@@ -40,4 +40,4 @@ def read_records(path: Path) -> Iterator[Record]:
             raise UserError(f"{name}: is not valid JSON ({error}); one object per line") from error
         if not isinstance(value, dict):
             raise UserError(f"{name}: got {type(value).__name__}, expected an object")
-        yield Record(name=name, line=index + 1, value=value)
+        yield Record(name=name, line=int(name.rpartition(":")[2]), value=value)

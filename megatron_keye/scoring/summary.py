@@ -37,7 +37,7 @@ class ScoredQuestion:
         """Return a line for each answer: what was written, understood, right, and its score."""
         common = {"id": self.question.id, "truth": self.question.truth.written()}
         return [
-            common | {"answer": answer.text, "understood": score.understood, "score": score.value}
+            common | {"text": answer.text, "understood": score.understood, "score": score.value}
             for answer, score in zip(self.answers, self.scores, strict=True)
         ]
 

@@ -17,7 +17,8 @@ def question(
 ) -> Question:
     task = {GroundingTruth: "grounding", CountTruth: "count", ChoiceTruth: "choice"}[type(truth)]
     return Question(
-        id=str(number),
+        id=f"q{number}",
+        line=number,
         task=task,  # type: ignore[arg-type]
         messages=user_turn("a.mp4", "When?"),
         truth=truth,
@@ -36,16 +37,15 @@ def test_every_question_counts(tmp_path: Path) -> None:
     truth = GroundingTruth(intervals=((0.0, 10.0),))
     questions = [question(1, truth, 10), question(2, truth, 12), question(3, truth, 500)]
     questions += [question(4, truth, 700), question(5, truth, None, "long")]
-    answers = read_answers(
-        answers_file(
-            tmp_path,
-            {"id": 1, "answer": "0 s to 10 s"},
-            {"id": "2", "answer": "0 s to 4 s"},
-            {"id": 2, "answer": "4 s to 10 s", "finish": "length"},
-            {"id": 3, "answer": "no idea"},
-            {"id": 5, "answer": "[[0, 5]]"},
-        )
+    file = answers_file(
+        tmp_path,
+        {"name": "runs/q.jsonl:1", "answer": 0, "text": "0 s to 10 s", "finish": "stop"},
+        {"name": "q.jsonl:2", "answer": 0, "text": "0 s to 4 s"},
+        {"id": "q2", "answer": 1, "text": "4 s to 10 s", "finish": "length"},
+        {"id": "q3", "text": "no idea"},
+        {"id": "q5", "text": "[[0, 5]]"},
     )
+    answers = read_answers(file, Path("q.jsonl"), questions)
     every, short, *others = summarize(score_questions(questions, answers))
     assert (every.num_questions, every.num_answers) == (5, 5)
     assert (every.num_unanswered, every.num_not_understood, every.num_cut) == (1, 1, 1)
@@ -86,7 +86,7 @@ def test_a_question_is_read_as_it_is_written(
     record = {"messages": turns, "task": task, "truth": truth}
     read = read_question(record, "a.jsonl:7", 7)
     assert (read.id, read.task, read.messages) == ("7", task, user_turn("a.mp4", "When?"))
-    assert read_question(read.written(), "b", 1) == read
+    assert read_question(read.written(), "b", 7) == read
     assert read.written()["truth"] == truth
 
 
@@ -109,11 +109,22 @@ def test_a_malformed_question_is_refused_by_line(task: str, truth: object, messa
         read_question(record, "a.jsonl:7", 7)
 
 
-def test_a_malformed_answer_is_refused_by_line(tmp_path: Path) -> None:
-    for line, message in [
-        ({"id": 1, "text": "x"}, r"got keys \['id', 'text'\], expected 'id' and 'answer'"),
-        ({"id": 1.5, "answer": "x"}, "'id': got 1.5, expected text or a whole number"),
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"id": 1, "answer": "x"}, r"got keys \['answer', 'id'\], expected 'text' and 'name' or"),
+        ({"id": 1.5, "text": "x"}, "'id': got 1.5, expected text or a whole number"),
+        ({"id": "q9", "text": "x"}, "'id': got 'q9', expected a question of q.jsonl"),
+        ({"name": "other.jsonl:1", "text": "x"}, "'name': got 'other.jsonl:1', expected a quest"),
+        ({"name": "q.jsonl:9", "text": "x"}, "'name': got 'q.jsonl:9', expected a question"),
+        ({"id": "q1", "answer": "x", "text": "x"}, "'answer': got 'x', expected its number"),
+        ({"id": "q1", "text": "x"}, "is answer 0 to question 'q1' once more"),
         ("x", "got str, expected an object"),
-    ]:
-        with pytest.raises(UserError, match=f"answers.jsonl:1: .*{message}"):
-            read_answers(answers_file(tmp_path, line))
+    ],
+)
+def test_an_answer_that_is_malformed_or_to_no_question_is_refused(
+    line: object, message: str, tmp_path: Path
+) -> None:
+    file = answers_file(tmp_path, {"name": "q.jsonl:1", "text": "x"}, line)
+    with pytest.raises(UserError, match=f"answers.jsonl:2: .*{message}"):
+        read_answers(file, Path("q.jsonl"), [question(1, CountTruth(number=1))])

@@ -1,0 +1,40 @@
+"""Writes frames as a video file, each at a time of its own."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+_TICKS_PER_SECOND = 1000
+
+
+def write_clip(
+    target: Path | BinaryIO, frames: Iterable[NDArray[np.uint8]], milliseconds: Sequence[int]
+) -> None:
+    """Encode frames as H.264 in MP4; the same frames give the same bytes.
+
+    Args:
+        target: File to write, or a file that is open for writing and can seek.
+        frames: uint8 [height, width, 3], both even, as many as times.
+        milliseconds: When each is shown, ascending.
+    """
+    opened = str(target) if isinstance(target, Path) else target
+    stream = None
+    with av.open(opened, "w", format="mp4") as container:
+        for pixels, time in zip(frames, milliseconds, strict=True):
+            if stream is None:
+                stream = container.add_stream("libx264", rate=25, options={"preset": "veryfast"})
+                stream.height, stream.width = pixels.shape[:2]
+                stream.pix_fmt = "yuv420p"
+                stream.thread_count = 1
+                ticks = av.AVRational(1, _TICKS_PER_SECOND)
+                stream.codec_context.time_base = stream.time_base = ticks
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, av.AVRational(1, _TICKS_PER_SECOND)
+            container.mux(stream.encode(frame))
+        if stream is None:
+            raise ValueError("got no frames, expected at least one")
+        container.mux(stream.encode(None))
