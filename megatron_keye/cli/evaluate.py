@@ -26,10 +26,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
 from megatron_keye.cli import main as program
 from megatron_keye.cli.arguments import (
     add_count,
@@ -119,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         sys.stdout.write(json.dumps([asdict(summary) for summary in summaries], indent=2) + "\n")
     else:
-        print_table(f"{options.task}, {options.samples.name}", summaries)
+        sys.stdout.write(describe(summaries))
     return 0
 
 
@@ -159,21 +155,23 @@ def _write(
         (folder / "scores.json").write_text(scores + "\n")
 
 
-def print_table(title: str, summaries: Sequence[Summary]) -> None:
-    """Print a line for all questions and one for each class of lengths."""
-    table = Table(title=title, box=SIMPLE_HEAD)
-    table.add_column("length")
+def describe(summaries: Sequence[Summary]) -> str:
+    """Return a line of text for all questions and one for each class of lengths."""
     names = list(summaries[0].metrics)
-    for heading in (*names, "questions", "unanswered", "answers", "not understood", "cut"):
-        table.add_column(heading, justify="right")
+    headings = (*names, "questions", "answers", "unanswered", "not understood", "cut")
+    rows = [("length", headings)]
     for summary in summaries:
         counts = (
-            *(summary.num_questions, summary.num_unanswered, summary.num_answers),
+            *(summary.num_questions, summary.num_answers, summary.num_unanswered),
             *(summary.num_not_understood, summary.num_cut),
         )
-        table.add_row(
-            summary.length,
-            *(f"{summary.metrics[name]:.3f}" for name in names),
-            *(f"{count:,}" for count in counts),
-        )
-    Console().print(table)
+        metrics = (f"{summary.metrics[name]:.3f}" for name in names)
+        rows.append((summary.length, (*metrics, *(f"{count:,}" for count in counts))))
+    first = max(len(label) for label, _ in rows)
+    widths = [2 + max(8, len(heading)) for heading in headings]
+    return "".join(
+        f"{label:<{first}}"
+        + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        + "\n"
+        for label, cells in rows
+    )

@@ -77,7 +77,8 @@ def forge(
 
 def _draw_clips(options: ForgeOptions) -> dict[str, _Clip]:
     """Draw the scenes of all clips by the names of their files; no two are equal."""
-    clips, seen = {}, set()
+    clips: dict[str, _Clip] = {}
+    seen: set[Scene] = set()
     for number, part in enumerate(PARTS):
         count = options.num_clips if part == "train" else options.num_held_out
         for index in range(count):

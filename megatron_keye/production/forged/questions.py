@@ -129,7 +129,7 @@ def _blinks(watched: Watched, draw: Draw) -> Candidates:
     num_frames = watched.scene.num_frames
     for shape in watched.scene.shapes:
         returns = [watched.times[start] for start, _ in shape.shown[1:]]
-        limit = round(watched.times[draw.integers(num_frames // 2, num_frames)], 1)
+        limit = round(watched.times[int(draw.integers(num_frames // 2, num_frames))], 1)
         for text, number in (
             ("", len(returns)),
             (f" before {limit:.1f} seconds", sum(time < limit for time in returns)),
