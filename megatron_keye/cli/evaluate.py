@@ -11,7 +11,8 @@ lines, a JSON list or parquet), ActivityNet Captions (.json) or Charades-STA (.t
 
 grounding: mIoU and the share of answers that overlap by 0.3, 0.5 and 0.7. choice and count:
 accuracy. caption: token F1, which counts common words and sees neither order nor meaning. Answers
-that are missing or cannot be understood score 0, and are counted.
+that are missing or cannot be understood score 0, and are counted. "blind" is the first figure for
+answers that look at nothing: the whole video, or a letter that is drawn.
 
 Prints a table. --out DIR gets scores.json, scores.svg and answers.scored.jsonl, each answer as it
 was understood; with --weights, which generates greedily first, also questions.jsonl and
@@ -158,15 +159,16 @@ def _write(
 def describe(summaries: Sequence[Summary]) -> str:
     """Return a line of text for all questions and one for each class of lengths."""
     names = list(summaries[0].metrics)
-    headings = (*names, "questions", "answers", "unanswered", "not understood", "cut")
+    headings = (*names, "blind", "questions", "answers", "unanswered", "not understood", "cut")
     rows = [("length", headings)]
     for summary in summaries:
         counts = (
             *(summary.num_questions, summary.num_answers, summary.num_unanswered),
             *(summary.num_not_understood, summary.num_cut),
         )
-        metrics = (f"{summary.metrics[name]:.3f}" for name in names)
-        rows.append((summary.length, (*metrics, *(f"{count:,}" for count in counts))))
+        values = (*(summary.metrics[name] for name in names), summary.blind)
+        shown = ["-" if value is None else f"{value:.3f}" for value in values]
+        rows.append((summary.length, (*shown, *(f"{count:,}" for count in counts))))
     first = max(len(label) for label, _ in rows)
     widths = [2 + max(8, len(heading)) for heading in headings]
     return "".join(

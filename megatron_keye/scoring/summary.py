@@ -60,6 +60,9 @@ class Summary:
     """Answers that end at the limit of tokens."""
     metrics: Mapping[str, float]
     """Means over questions, by name."""
+    blind: float | None
+    """What the first of them is for answers that look at nothing: the whole video, or letters that
+    are drawn; None where that is not known of every question."""
 
 
 def score_questions(
@@ -109,6 +112,8 @@ def _summary(label: str, scored: Sequence[ScoredQuestion]) -> Summary:
     columns = zip(*(each.measures for each in scored), strict=True)
     names = scored[0].question.truth.metrics
     scores = [score for each in scored for score in each.scores]
+    blind = [each.question.truth.blind_score(each.question.seconds) for each in scored]
+    known = [score for score in blind if score is not None]
     return Summary(
         length=label,
         num_questions=len(scored),
@@ -120,4 +125,5 @@ def _summary(label: str, scored: Sequence[ScoredQuestion]) -> Summary:
             name: math.fsum(column) / len(scored)
             for name, column in zip(names, columns, strict=True)
         },
+        blind=math.fsum(known) / len(known) if len(known) == len(blind) else None,
     )

@@ -50,6 +50,10 @@ class Truth(ABC):
         """Return what an answer of a score adds to each of `metrics`."""
         return (value,)
 
+    def blind_score(self, seconds: float | None) -> float | None:
+        """Return the mean score of answers that look at nothing; None where it is not known."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroundingTruth(Truth):
@@ -80,6 +84,12 @@ class GroundingTruth(Truth):
         # JSON has no infinity: an end left open is written as null.
         understood = [[start, end if end < float("inf") else None] for start, end in intervals]
         return Score(value=temporal_iou(intervals, self.intervals, seconds), understood=understood)
+
+    def blind_score(self, seconds: float | None) -> float | None:
+        """Return the overlap with the whole video."""
+        if seconds is None:
+            return None
+        return temporal_iou([(0.0, seconds)], self.intervals, seconds)
 
     def measures(self, value: float) -> tuple[float, ...]:
         """Return the overlap, and whether it reaches each threshold."""
@@ -114,6 +124,10 @@ class ChoiceTruth(Truth):
     def written(self) -> dict[str, Any]:
         """Return what `read` reads."""
         return {"letter": self.letter, "options": list(self.options)}
+
+    def blind_score(self, seconds: float | None) -> float:
+        """Return the share of a letter that is drawn."""
+        return 1 / len(self.options)
 
     def score(self, answer: str, seconds: float | None) -> Score:
         """Return 1 for the right letter."""

@@ -14,7 +14,19 @@ _SWAY = 0.06
 """Most shift of the picture, as a share of its side."""
 _NOISE = 6.0
 """Standard deviation, of 255."""
-_LEGIBLE_PIXELS = 12
+LEGIBLE_RADIUS = 12
+"""Least radius in pixels of a shape with a letter on it."""
+
+
+def shape_radius(size: tuple[int, int], num_shapes: int) -> float:
+    """Return half the side of each of so many shapes, in pixels."""
+    return 0.3 * min(_cell(size, num_shapes))
+
+
+def _cell(size: tuple[int, int], num_shapes: int) -> tuple[float, float]:
+    """Return width and height of a shape's cell."""
+    across = math.ceil(math.sqrt(num_shapes))
+    return size[0] / across, size[1] / math.ceil(num_shapes / across)
 
 
 def draw_frames(
@@ -58,8 +70,7 @@ def _draw_shape(
 ) -> None:
     """Draw one shape into its cell of a square of cells, so that none hides another."""
     across = math.ceil(math.sqrt(num_shapes))
-    cell = (image.width / across, image.height / math.ceil(num_shapes / across))
-    radius = 0.3 * min(cell)
+    cell, radius = _cell(image.size, num_shapes), shape_radius(image.size, num_shapes)
     x = (place % across + 0.5 + shift[0] + _moved(shape, frame)) * cell[0]
     y = (place // across + 0.5 + shift[1]) * cell[1]
     box = (x - radius, y - radius, x + radius, y + radius)
@@ -71,7 +82,7 @@ def _draw_shape(
         draw.rectangle(box, fill=colour)
     else:
         draw.polygon([(x, box[1]), (box[0], box[3]), (box[2], box[3])], fill=colour)
-    if radius >= _LEGIBLE_PIXELS:
+    if radius >= LEGIBLE_RADIUS:
         ink = "black" if sum(colour) > 380 else "white"
         font = ImageFont.load_default(radius)
         draw.text((x, y + 0.15 * radius), shape.letter, fill=ink, font=font, anchor="mm")

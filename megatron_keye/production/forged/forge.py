@@ -15,8 +15,9 @@ from megatron_keye.files.progress import NoProgress, Progress
 from megatron_keye.files.workers import Advance, make_files
 from megatron_keye.production.forged.clip import write_clip
 from megatron_keye.production.forged.draw import draw_frames
+from megatron_keye.production.forged.forged_question import ForgedQuestion, Watched
 from megatron_keye.production.forged.options import ForgeOptions
-from megatron_keye.production.forged.questions import ForgedQuestion, Watched, ask
+from megatron_keye.production.forged.questions import ask
 from megatron_keye.production.forged.scene import Scene, draw_scene
 from megatron_keye.production.word_tokenizer import write_tokenizer
 from megatron_keye.scoring.question import Question, user_turn

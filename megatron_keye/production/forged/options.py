@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_keye.errors import UserError
+from megatron_keye.production.forged.draw import LEGIBLE_RADIUS, shape_radius
 from megatron_keye.production.forged.scene import MOST_SHAPES
 
 MOST_SECONDS = 3600.0
@@ -63,6 +64,13 @@ class ForgeOptions:
         _check(
             1 <= self.most_shapes <= MOST_SHAPES,
             f"--shapes: got {self.most_shapes}, expected 1 to {MOST_SHAPES}",
+        )
+        _check(
+            "letter" not in self.kinds
+            or shape_radius(self.size, self.most_shapes) >= LEGIBLE_RADIUS,
+            f"--questions: got 'letter' with {self.most_shapes} shapes in {self.width} x "
+            f"{self.height} pixels, too small to be read, expected a larger --size, fewer "
+            "--shapes or other kinds",
         )
         _check(
             min(self.num_clips, self.num_held_out, self.questions_per_clip) >= 1,

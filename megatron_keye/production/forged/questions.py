@@ -1,67 +1,20 @@
 """Questions about a forged clip, with answers and truth that follow from its scene by rule."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_keye.production.forged.scene import (
-    LETTERS,
-    MOST_SHAPES,
-    SHAPE_NAMES,
-    WORDS,
-    Frames,
-    Scene,
-    Shape,
+from megatron_keye.production.forged.forged_question import (
+    ForgedQuestion,
+    Watched,
+    choice,
+    grounding,
+    written_intervals,
 )
-from megatron_keye.scoring.intervals import Interval
-from megatron_keye.scoring.parse_choice import LETTERS as OPTION_LETTERS
-from megatron_keye.scoring.question import choice_text
-from megatron_keye.scoring.truth import (
-    CaptionTruth,
-    ChoiceTruth,
-    CountTruth,
-    GroundingTruth,
-    Task,
-    Truth,
-)
+from megatron_keye.production.forged.scene import LETTERS, SHAPE_NAMES, WORDS, Shape
+from megatron_keye.scoring.truth import CaptionTruth, CountTruth
 
 _NUM_OPTIONS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForgedQuestion:
-    """A question, and how it is answered."""
-
-    kind: str
-    """Of KINDS."""
-    task: Task
-    """Of `scoring.truth.TRUTHS`."""
-    text: str
-    """The question."""
-    answer: str
-    """What a model should say."""
-    truth: Truth
-    """What its answer is compared with."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watched:
-    """A scene as the file that was written of it shows it."""
-
-    scene: Scene
-    """What is shown."""
-    times: Sequence[float]
-    """When each frame is shown, in seconds."""
-    seconds: float
-    """When the last one ends."""
-
-    def interval(self, frames: Frames) -> Interval:
-        """Return a stretch of frames in seconds; a frame stays until the next one comes."""
-        bounds = [*self.times, self.seconds]
-        return round(bounds[frames[0]], 3), round(bounds[frames[1]], 3)
-
-
 Draw = np.random.Generator
 Candidates = Iterator[ForgedQuestion]
 
@@ -89,7 +42,7 @@ def _when(watched: Watched, draw: Draw) -> Candidates:
     for shape in watched.scene.shapes:
         text = f"When is the {shape.name} on the screen?"
         if shape.turns is None:
-            yield _grounding("when", text, [watched.interval(each) for each in shape.shown])
+            yield grounding("when", text, [watched.interval(each) for each in shape.shown])
 
 
 def _never(watched: Watched, draw: Draw) -> Candidates:
@@ -97,16 +50,16 @@ def _never(watched: Watched, draw: Draw) -> Candidates:
     shown = {name for shape in watched.scene.shapes for name in _names(shape)}
     absent = [name for name in SHAPE_NAMES if name not in shown]
     for place in draw.permutation(len(absent))[:2]:
-        yield _grounding("never", f"When is the {absent[place]} on the screen?", [])
+        yield grounding("never", f"When is the {absent[place]} on the screen?", [])
     words = [word for word in WORDS if word != watched.scene.word]
-    yield _grounding("never", f"When is the word {words[draw.integers(len(words))]} shown?", [])
+    yield grounding("never", f"When is the word {words[draw.integers(len(words))]} shown?", [])
 
 
 def _moves(watched: Watched, draw: Draw) -> Candidates:
     for shape in watched.scene.shapes:
         if shape.moves is not None:
             text = f"When does the {shape.name} move to the right?"
-            yield _grounding("moves", text, [watched.interval(shape.moves)])
+            yield grounding("moves", text, [watched.interval(shape.moves)])
 
 
 def _turns(watched: Watched, draw: Draw) -> Candidates:
@@ -114,14 +67,14 @@ def _turns(watched: Watched, draw: Draw) -> Candidates:
         if shape.turns is not None:
             frame, colour = shape.turns
             text = f"When is the {shape.name} {colour} instead?"
-            yield _grounding("turns", text, [watched.interval((frame, shape.shown[-1][1]))])
+            yield grounding("turns", text, [watched.interval((frame, shape.shown[-1][1]))])
 
 
 def _word(watched: Watched, draw: Draw) -> Candidates:
     scene = watched.scene
     if scene.word:
         text = f"When is the word {scene.word} shown?"
-        yield _grounding("word", text, [watched.interval(scene.word_shown)])
+        yield grounding("word", text, [watched.interval(scene.word_shown)])
 
 
 def _blinks(watched: Watched, draw: Draw) -> Candidates:
@@ -151,7 +104,7 @@ def _first(watched: Watched, draw: Draw) -> Candidates:
             first = min(one, other, key=lambda shape: shape.shown[0][0])
             options = [f"the {one.name}", f"the {other.name}"]
             text = "Which comes onto the screen first?"
-            yield _choice("first", text, f"the {first.name}", options, draw)
+            yield choice("first", text, f"the {first.name}", options, draw)
 
 
 def _together(watched: Watched, draw: Draw) -> Candidates:
@@ -169,7 +122,7 @@ def _together(watched: Watched, draw: Draw) -> Candidates:
             wrong = [*unseen, *more][: _NUM_OPTIONS - 1]
             text = f"Which of these is on the screen at some time together with the {shape.name}?"
             options = [f"the {name}" for name in (right, *wrong)]
-            yield _choice("together", text, f"the {right}", options, draw)
+            yield choice("together", text, f"the {right}", options, draw)
 
 
 def _order(watched: Watched, draw: Draw) -> Candidates:
@@ -177,12 +130,12 @@ def _order(watched: Watched, draw: Draw) -> Candidates:
     starts = {shape.shown[0][0] for shape in shapes}
     if len(shapes) < 3 or len(starts) < len(shapes):
         return
-    names = [f"the {shape.name}" for shape in shapes[:MOST_SHAPES]]
+    names = [f"the {shape.name}" for shape in shapes]
     orders = {", ".join(names): None}
     while len(orders) < _NUM_OPTIONS:
         orders[", ".join(names[place] for place in draw.permutation(len(names)))] = None
     text = "In which order do these come onto the screen?"
-    yield _choice("order", text, ", ".join(names), list(orders), draw)
+    yield choice("order", text, ", ".join(names), list(orders), draw)
 
 
 def _letter(watched: Watched, draw: Draw) -> Candidates:
@@ -191,18 +144,18 @@ def _letter(watched: Watched, draw: Draw) -> Candidates:
         wrong = [others[place] for place in draw.permutation(len(others))[: _NUM_OPTIONS - 1]]
         text = f"Which letter is on the {shape.name}?"
         options = [f"the letter {letter}" for letter in (shape.letter, *wrong)]
-        yield _choice("letter", text, options[0], options, draw)
+        yield choice("letter", text, options[0], options, draw)
 
 
 def _describe(watched: Watched, draw: Draw) -> Candidates:
     sentences = []
     for shape in sorted(watched.scene.shapes, key=lambda shape: shape.shown[0][0]):
-        times = _written([watched.interval(each) for each in shape.shown])
+        times = written_intervals([watched.interval(each) for each in shape.shown])
         turned = f" and turns {shape.turns[1]}" if shape.turns else ""
         moved = " and moves to the right" if shape.moves else ""
         sentences.append(f"The {shape.name} is on the screen from {times}{turned}{moved}.")
     if watched.scene.word:
-        times = _written([watched.interval(watched.scene.word_shown)])
+        times = written_intervals([watched.interval(watched.scene.word_shown)])
         sentences.append(f"The word {watched.scene.word} is shown from {times}.")
     caption = " ".join(sentences)
     yield ForgedQuestion(
@@ -242,34 +195,4 @@ def _meet(one: Shape, other: Shape) -> bool:
         max(start, other_start) < min(stop, other_stop)
         for start, stop in one.shown
         for other_start, other_stop in other.shown
-    )
-
-
-def _written(intervals: Sequence[Interval]) -> str:
-    """Write stretches with times as a model sees them beside the frames."""
-    written = [f"<{start:.1f} seconds> to <{end:.1f} seconds>" for start, end in intervals]
-    return ", ".join(written) if written else "Never."
-
-
-def _grounding(kind: str, text: str, intervals: Sequence[Interval]) -> ForgedQuestion:
-    return ForgedQuestion(
-        kind=kind,
-        task="grounding",
-        text=text,
-        answer=_written(intervals),
-        truth=GroundingTruth(intervals=tuple(intervals)),
-    )
-
-
-def _choice(
-    kind: str, text: str, right: str, options: Sequence[str], draw: Draw
-) -> ForgedQuestion:
-    shuffled = [options[place] for place in draw.permutation(len(options))]
-    letter = OPTION_LETTERS[shuffled.index(right)]
-    return ForgedQuestion(
-        kind=kind,
-        task="choice",
-        text=choice_text(text, shuffled),
-        answer=letter,
-        truth=ChoiceTruth(letter=letter, options=tuple(shuffled)),
     )

@@ -23,7 +23,7 @@ from megatron_keye.scoring.question_file import read_questions
 from megatron_keye.scoring.summary import score_questions, summarize
 from megatron_keye.scoring.truth import TRUTHS, GroundingTruth
 
-SMALL = ("--size", "64", "48", "--seconds", "4", "6", "--rate", "3", "--workers", "1")
+SMALL = ("--size", "96", "80", "--seconds", "4", "6", "--rate", "3", "--workers", "1")
 
 
 def forged(folder: Path, *words: str) -> Path:
@@ -79,7 +79,9 @@ def test_answers_of_the_files_are_right(folder: Path) -> None:
         ):
             answer = json.loads(line)["messages"][-1]["content"]
             score = question.truth.score(answer, question.seconds)
-            assert score.value > 0.9, line
+            # Answers are in tenths of a second, of which a stretch of half a second has five.
+            assert score.value >= 0.65, line
+            assert score.value == 1 or question.task == "grounding", line
 
 
 def test_every_kind_and_task_is_asked(folder: Path) -> None:
@@ -93,19 +95,19 @@ def test_a_shape_is_seen_when_its_question_says(tmp_path: Path) -> None:
     words = ("--plain", "--shapes", "1", "--questions", "when", "--variable", "1")
     folder = forged(tmp_path / "out", *words)
     lines = [json.loads(line) for line in (folder / "train.questions.jsonl").open()]
+    assert len(lines) > 2
     for line in lines:
-        content = line["messages"][0]["content"]
-        colour = np.array(COLOURS[content[1]["text"].split()[3]])
-        info = probe(folder / content[0]["video"])
+        video, question = line["messages"][0]["content"]
+        colour = np.array(COLOURS[question["text"].split()[3]])
+        info = probe(folder / video["video"])
         with av.open(str(info.path)) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-        # The middle of a shape alone is in its cell, which is the whole frame.
-        seen = [bool(np.abs(frame[24, 32].astype(int) - colour).max() < 60) for frame in frames]
+        # A single shape is in the middle of the frame, which is grey without it.
+        middles = [frame[40, 48].astype(float) for frame in frames]
+        seen = [np.abs(middle - colour).sum() < np.abs(middle - 128).sum() for middle in middles]
         intervals = line["truth"]["intervals"]
         said = [any(start <= t < end for start, end in intervals) for t in info.times + 1e-4]
-        if not any(np.abs(colour - 128).max() < 100 for _ in (0,)):
-            assert seen == said, line
-    assert lines
+        assert seen == said, line
 
 
 def test_one_seed_gives_the_same_files_and_another_gives_others(
@@ -155,6 +157,7 @@ def test_noise_and_sway_leave_the_truth_as_it_is() -> None:
         (("--seconds", "9", "3"), "--seconds: got 9 3, expected the shortest and the longest"),
         (("--seconds", "5", "9999"), "up to 3600"),
         (("--rate", "0.1"), "--rate: got 0.1, expected"),
+        (("--size", "64", "48"), "--questions: got 'letter' with 4 shapes in 64 x 48 pixels"),
         (("--size", "63", "48"), "--size: got 63 48, expected even numbers"),
         (("--shapes", "9"), "--shapes: got 9, expected 1 to 5"),
         (("--variable", "2"), "--variable: got 2, expected a share"),

@@ -52,6 +52,8 @@ def test_every_question_counts(tmp_path: Path) -> None:
     assert every.metrics == pytest.approx(
         {"mIoU": 2.0 / 5, "R1@0.3": 3 / 5, "R1@0.5": 2.5 / 5, "R1@0.7": 1 / 5}
     )
+    assert every.blind is None, "the length of one video is not known"
+    assert short.blind == pytest.approx((10 / 10 + 10 / 12) / 2)
     assert (short.length, short.num_questions) == ("0 to 15 s", 2)
     assert short.metrics["mIoU"] == pytest.approx((1 + (0.4 + 0.6) / 2) / 2)
     assert [summary.length for summary in others] == ["180 to 600 s", "600 to 1800 s", "long"]
