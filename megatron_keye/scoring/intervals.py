@@ -52,7 +52,7 @@ def temporal_iou(
     shared = _shared_seconds(answer, truth)
     total = sum(end - start for start, end in (*answer, *truth)) - shared
     # Instants have no length, so that only equality tells.
-    return shared / total if total > 0 else float(answer == truth)
+    return shared / total if total > 0 else float(bool(truth) and answer == truth)
 
 
 def _shared_seconds(one: Sequence[Interval], other: Sequence[Interval]) -> float:

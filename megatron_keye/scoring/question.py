@@ -26,8 +26,9 @@ class Question:
 
     id: str
     """Name by which its answers are known."""
-    line: int
-    """Line of its file, from 1, by which they may also be known."""
+    line: int = 0
+    """Line of its file, from 1, by which they may also be known; 0 in files of other forms, which
+    a model does not read."""
     task: Task
     """What kind of question."""
     messages: tuple[dict[str, Any], ...]

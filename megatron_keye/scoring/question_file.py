@@ -6,6 +6,7 @@ The form is known by the keys of each record; what has the keys of none is refus
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_keye.scoring.benchmarks import long_video_bench, moments, video_mm
 from megatron_keye.scoring.question import KEYS, Question, read_question
 from megatron_keye.scoring.record_file import Record, read_records
 
-_FORMS: dict[str, tuple[set[str], Callable[[Mapping[str, Any], int], Iterator[Question]]]] = {
+_FORMS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], Iterator[Question]]]] = {
     "Video-MME": (video_mme.KEYS, video_mme.read),
     "Video-MME's sheet of answers": (video_mme.SHEET_KEYS, video_mme.read),
     "LongVideoBench": (long_video_bench.KEYS, long_video_bench.read),
@@ -38,9 +39,7 @@ def read_questions(path: Path, videos: Path | None = None) -> list[Question]:
         UserError: Naming the line of a malformed question, or one of an unknown form; or two of
             one id.
     """
-    questions: list[Question] = []
-    for question in _read(path, videos or path.parent):
-        questions.append(question)
+    questions = list(_read(path, videos or path.parent))
     seen: set[str] = set()
     for question in questions:
         if question.id in seen:
@@ -102,7 +101,8 @@ def _read_public(record: Record) -> Iterator[Question]:
             f"{record.name}: got an object with {shown(sorted(record.value))}, expected "
             f"{sorted(KEYS)}, or the keys of {', '.join(_FORMS)}"
         )
-    yield from _named(record.name, readers[0](record.value, record.line))
+    with _naming(record.name):
+        yield from readers[0](record.value)
 
 
 def _read_charades(path: Path) -> Iterator[Question]:
@@ -112,8 +112,8 @@ def _read_charades(path: Path) -> Iterator[Question]:
         raise UserError(f"{path}: cannot be read as text ({error}); correct the name") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            name = f"{path}:{number}"
-            yield from _named(name, (moments.read_charades(each, number) for each in [line]))
+            with _naming(f"{path}:{number}"):
+                yield moments.read_charades(line, str(number))
 
 
 def _read_videos(path: Path, by_video: Mapping[str, Any]) -> Iterator[Question]:
@@ -123,13 +123,15 @@ def _read_videos(path: Path, by_video: Mapping[str, Any]) -> Iterator[Question]:
                 f"{path}: got {shown(record)} for {name!r}, expected an object with "
                 f"{sorted(moments.VIDEO_KEYS)}, as ActivityNet Captions has"
             )
-        yield from _named(f"{path}: {name}", moments.read_video(name, record))
+        with _naming(f"{path}: {name}"):
+            yield from moments.read_video(name, record)
 
 
-def _named(name: str, questions: Iterator[Question]) -> Iterator[Question]:
-    """Yield questions; an error begins with file and line."""
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Begin an error of the `with` block with file and line."""
     try:
-        yield from questions
+        yield
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 

@@ -163,7 +163,6 @@ def _line(question: ForgedQuestion, clip: str, number: int, seconds: float) -> d
     """Return the line of a question with its answer as the last turn."""
     asked = Question(
         id=f"{clip.removesuffix('.mp4')}-{number}",
-        line=0,
         task=question.task,
         messages=user_turn(clip, question.text),
         truth=question.truth,

@@ -23,7 +23,7 @@ KEYS = {"id", "video_path", "question", "candidates", "correct_choice", "duratio
 """Keys of a question."""
 
 
-def read(record: Mapping[str, Any], line: int) -> Iterator[Question]:
+def read(record: Mapping[str, Any]) -> Iterator[Question]:
     """Yield the question of an object.
 
     Raises:
@@ -40,7 +40,6 @@ def read(record: Mapping[str, Any], line: int) -> Iterator[Question]:
     question = text(field(record, "question"), "'question'")
     yield Question(
         id=read_id(field(record, "id")),
-        line=line,
         task="choice",
         messages=user_turn(
             text(field(record, "video_path"), "'video_path'"), choice_text(question, texts)

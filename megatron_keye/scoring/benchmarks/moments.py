@@ -23,8 +23,12 @@ HIGHLIGHT_KEYS = {"qid", "query", "vid", "duration", "relevant_windows"}
 """Keys of a query of QVHighlights."""
 
 
-def read_charades(line: str, number: int) -> Question:
+def read_charades(line: str, name: str) -> Question:
     """Return the question of a line of Charades-STA, whose videos' lengths are not known.
+
+    Args:
+        line: The line.
+        name: Id of the question.
 
     Raises:
         UserError: For any other line.
@@ -36,7 +40,7 @@ def read_charades(line: str, number: int) -> Question:
         bounds = [float(match["start"]), float(match["end"])]
     except ValueError as error:
         raise UserError(f"got {shown(line.strip())}, expected seconds ({error})") from error
-    return _question(str(number), number, match["video"], match["query"], [bounds], None)
+    return _question(name, match["video"], match["query"], [bounds], None)
 
 
 def read_video(name: str, record: Mapping[str, Any]) -> Iterator[Question]:
@@ -51,10 +55,10 @@ def read_video(name: str, record: Mapping[str, Any]) -> Iterator[Question]:
         raise UserError("'timestamps' and 'sentences': expected two lists of one length")
     seconds = field(record, "duration")
     for place, (bounds, sentence) in enumerate(zip(times, sentences, strict=True)):
-        yield _question(f"{name}-{place}", 0, name, sentence, [bounds], seconds)
+        yield _question(f"{name}-{place}", name, sentence, [bounds], seconds)
 
 
-def read_highlights(record: Mapping[str, Any], line: int) -> Iterator[Question]:
+def read_highlights(record: Mapping[str, Any]) -> Iterator[Question]:
     """Yield the question of a query of QVHighlights, whose moment may be in several stretches.
 
     Raises:
@@ -66,20 +70,17 @@ def read_highlights(record: Mapping[str, Any], line: int) -> Iterator[Question]:
     name = text(field(record, "vid"), "'vid'")
     name_of_query = read_id(field(record, "qid"))
     yield _question(
-        name_of_query, line, name, field(record, "query"), windows, field(record, "duration")
+        name_of_query, name, field(record, "query"), windows, field(record, "duration")
     )
 
 
-def _question(
-    name: str, line: int, video: str, query: Any, windows: list[Any], seconds: Any
-) -> Question:
+def _question(name: str, video: str, query: Any, windows: list[Any], seconds: Any) -> Question:
     length = None if seconds is None else read_seconds(seconds, "'duration'")
     intervals = tuple(_interval(window, length) for window in windows)
     sentence = text(query, "query").strip().rstrip(".")
     asked = f'When does this happen: "{sentence}"? Answer with start and end in seconds.'
     return Question(
         id=name,
-        line=line,
         task="grounding",
         messages=user_turn(f"{video}.mp4", asked),
         truth=GroundingTruth(intervals=intervals),

@@ -23,7 +23,7 @@ SHEET_KEYS = {"video_id", "duration", "questions"}
 _LENGTHS = ("short", "medium", "long")
 
 
-def read(record: Mapping[str, Any], line: int) -> Iterator[Question]:
+def read(record: Mapping[str, Any]) -> Iterator[Question]:
     """Yield the question of a row, or those of a video.
 
     Raises:
@@ -33,10 +33,10 @@ def read(record: Mapping[str, Any], line: int) -> Iterator[Question]:
     if not isinstance(questions, list) or not all(isinstance(each, dict) for each in questions):
         raise UserError(f"'questions': got {shown(questions)}, expected a list of objects")
     for question in questions:
-        yield _question(record, question, line)
+        yield _question(record, question)
 
 
-def _question(video: Mapping[str, Any], raw: Mapping[str, Any], line: int) -> Question:
+def _question(video: Mapping[str, Any], raw: Mapping[str, Any]) -> Question:
     length = text(field(video, "duration"), "'duration'")
     if length not in _LENGTHS:
         raise UserError(f"'duration': got {length!r}, expected one of {', '.join(_LENGTHS)}")
@@ -44,7 +44,6 @@ def _question(video: Mapping[str, Any], raw: Mapping[str, Any], line: int) -> Qu
     letter = text(field(raw, "answer"), "'answer'")
     return Question(
         id=read_id(field(raw, "question_id")),
-        line=line,
         task="choice",
         messages=user_turn(_file(video), choice_text(field(raw, "question"), texts)),
         truth=ChoiceTruth.read({"letter": letter, "options": list(texts)}),

@@ -46,6 +46,7 @@ def test_both_are_clipped_to_the_video() -> None:
     assert temporal_iou([(5, 30)], [(5, 10)], seconds=10) == 1
     assert temporal_iou([(30, 40)], [], seconds=10) == 0, "something is claimed to happen"
     assert temporal_iou([(30, 40)], [(5, 10)], seconds=10) == 0
+    assert temporal_iou([(30, 40)], [(30, 40)], seconds=10) == 0, "nothing of the video is meant"
 
 
 @given(stretches, stretches)
