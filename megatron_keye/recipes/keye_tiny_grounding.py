@@ -1,8 +1,10 @@
 """A tiny Keye-VL that learns on forged clips when something is on the screen, on a CPU.
 
-    megatron-keye forge_video runs/grounding --samples 2000 --seconds 8 12 --rate 1 --size 56 56 \\
-        --shapes 2 --questions when --plain --tokenizer
+    megatron-keye forge_video runs/grounding --samples 3000 --seconds 8 12 --rate 1 --size 56 56 \\
+        --shapes 3 --questions when describe --plain --variable 0 --tokenizer
     megatron-keye train keye_tiny_grounding --ranks 1
+    megatron-keye evaluate keye_tiny_grounding --task grounding --out runs/grounding_scores \\
+        --samples runs/grounding/held_out.questions.jsonl --weights runs/keye_tiny_grounding
 
 A frame is four vision tokens and its time two words, which are also the words of the answers; so
 each word of an answer stands beside one of the frames, and the model has to find which.
@@ -28,7 +30,7 @@ from megatron_keye.config import (
 FOLDER = "runs/grounding"
 """Where the command above writes."""
 _VOCABULARY = 512
-"""Room for the words of the clips above, about 190."""
+"""Room for the words of the clips above, about 180."""
 _VISION_START, _VISION_END, _IMAGE, _VIDEO = range(3, 7)
 """Ids in every tokenizer of forge_video."""
 
