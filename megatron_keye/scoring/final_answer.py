@@ -6,6 +6,8 @@ from typing import Any
 
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _OPENING = re.compile(r"[\[{]")
+_MOST_FAILURES = 100
+"""Brackets that begin no JSON, after which all is text: an answer may repeat them endlessly."""
 _DECODER = JSONDecoder()
 
 
@@ -25,14 +27,15 @@ def final_answer(text: str) -> str | None:
 
 def split_json(text: str) -> tuple[list[Any], str]:
     """Return the JSON lists and objects in a text, the outermost of each, and the text without."""
-    values, rest, place = [], "", 0
-    while (found := _OPENING.search(text, place)) is not None:
+    values, rest, place, num_failures = [], "", 0, 0
+    while num_failures < _MOST_FAILURES and (found := _OPENING.search(text, place)) is not None:
         rest += text[place : found.start()]
         try:
             value, place = _DECODER.raw_decode(text, found.start())
         except (ValueError, RecursionError):
             rest += found[0]
             place = found.end()
+            num_failures += 1
         else:
             values.append(value)
             rest += " "

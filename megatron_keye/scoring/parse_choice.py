@@ -10,9 +10,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 """Names of the options, in order."""
 _KEYS = ("answer", "choice", "option", "letter", "final_answer")
 _STATED = re.compile(
-    r"(?:\b(?:answer|option|choice)\b[\s*_]*(?:is|:|=|would\s+be|should\s+be)?[\s*_]*"
+    r"(?:\b(?:answer|option|choice)\b[\s*_]{0,9}(?:is|:|=|would\s+be|should\s+be)?[\s*_]{0,9}"
     r"(?:(?:option|choice|letter)\s*)?|\\boxed\{\s*(?:\\text\{)?)"
-    r"[(\[*_\"'`]*(?P<letter>[A-Za-z])(?![\w'])(?P<more>\s*(?:,|/|&|\bor\b|\band\b)\s*\(?[A-Z]\b)?",
+    r"[(\[*_\"'`]*(?P<letter>[A-Za-z])(?![\w'])"
+    r"(?P<more>\s*(?:,|/|&|\bor\b|\band\b)\s*\(?(?-i:[A-HJ-Z])\b)?",
     re.IGNORECASE,
 )
 _ALONE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")

@@ -12,7 +12,7 @@ _WORDS = {
     **{"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8},
     **{"nine": 9, "ten": 10, "eleven": 11, "twelve": 12},
 }
-_NUMBER = rf"(?:\d{{1,3}}(?:,\d{{3}})+|\d+|\b(?:{'|'.join(_WORDS)})\b)"
+_NUMBER = rf"(?:\d{{1,3}}(?:,\d{{3}}){{1,4}}|\d{{1,15}}|\b(?:{'|'.join(_WORDS)})\b)"
 _WHOLE = re.compile(rf"(?<![\w.,-])({_NUMBER})(?:\.0+)?(?!\.?\d|%)", re.IGNORECASE)
 _TIMES = re.compile(rf"(?<![\w.,-])({_NUMBER})\s*(?:times\b|x\b|\u00d7)", re.IGNORECASE)
 _STATED = re.compile(

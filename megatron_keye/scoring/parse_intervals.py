@@ -33,6 +33,8 @@ _END = re.compile(
 )
 _AND = re.compile(rf"and\s*{_APPROXIMATELY}", re.IGNORECASE)
 _BETWEEN = re.compile(r"\bbetween\W+(?:\w+\W+)?$", re.IGNORECASE)
+_WORDS_BEFORE = 40
+"""Characters."""
 _ONWARDS = re.compile(r"on(?:wards?)?\b", re.IGNORECASE)
 _MARKS = " \t\r\n<>[](){}\"'*`_"
 _NEVER = re.compile(
@@ -122,7 +124,9 @@ def _pairs(text: str, times: list[Time]) -> Iterator[tuple[Time, Time]]:
             yield first, second
             place += 2
             continue
-        if not first.is_bare and _ONWARDS.match(text[first.stop :].lstrip(_MARKS)):
+        if not first.is_bare and _ONWARDS.match(
+            text[first.stop : first.stop + _WORDS_BEFORE].lstrip(_MARKS)
+        ):
             yield first, Time(first.stop, first.stop, math.inf)
         place += 1
 
@@ -133,10 +137,12 @@ def _joins(text: str, first: Time, second: Time) -> bool:
     words = gap.strip(_MARKS)
     if not words:
         return False
+    # As much as is looked at; answers that repeat themselves may be long.
+    before = text[max(0, first.start - _WORDS_BEFORE) : first.start]
     if words == ",":
-        return bool(re.search(r"[\[(]\s*$", text[: first.start]))
+        return before.rstrip().endswith(("[", "("))
     if _AND.fullmatch(words):
-        return bool(_BETWEEN.search(text[: first.start]))
+        return bool(_BETWEEN.search(before))
     return bool(_UNTIL.fullmatch(words) or _END.fullmatch(words))
 
 

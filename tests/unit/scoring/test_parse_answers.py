@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from megatron_keye.scoring.parse_choice import parse_choice
 from megatron_keye.scoring.parse_count import parse_count
+from megatron_keye.scoring.parse_intervals import parse_intervals
 from megatron_keye.scoring.token_f1 import token_f1
 
 OPTIONS = ["a red ball", "a blue ball", "a dog", "none of these"]
@@ -19,7 +20,8 @@ OPTIONS = ["a red ball", "a blue ball", "a dog", "none of these"]
         *("Option B is right.", "\\boxed{B}", "\\boxed{\\text{B}}", '{"answer": "B"}'),
         *("B\nBecause it is blue.", "a blue ball", "It is a blue ball.", "I would say B here"),
         *("<think>A or C? A.</think>B", "<answer>B</answer>"),
-        "The answer is not (A). The answer is (B).",
+        *("The answer is not (A). The answer is (B).", "The answer is B, a blue ball."),
+        "The answer is B, I think.",
     ],
 )
 def test_the_letter_is_read(text: str) -> None:
@@ -61,6 +63,13 @@ def test_what_is_no_number_or_several_is_not_understood(text: str) -> None:
 def test_any_text_is_read_without_an_error(text: str) -> None:
     parse_choice(text, OPTIONS)
     parse_count(text)
+
+
+@pytest.mark.parametrize("piece", ["1, ", "[", "{[1, ", "1", "1 s and ", "answer ", "*", "A or "])
+def test_an_answer_that_repeats_itself_endlessly_is_read_at_once(piece: str) -> None:
+    text = f"The answer {piece * 50_000}"
+    assert parse_choice(text, OPTIONS) is None and parse_intervals(text) is None
+    assert parse_count(text) in (None, 1)
 
 
 def test_token_f1_by_hand() -> None:
