@@ -102,13 +102,12 @@ def main(arguments: Sequence[str]) -> int:
             f"--task: got {options.task!r}, expected a task of {options.samples}, which has "
             + ", ".join(f"{count} {task}" for task, count in tasks.items())
         )
+    samples, answers = options.samples, options.answers
     if options.weights is not None:
-        status, asked, samples, answers = _generate(options, asked)
-        if status:
+        samples, answers = options.out / "questions.jsonl", options.out / "answers.jsonl"
+        questions = asked = _write_questions(samples, asked, options.samples.parent)
+        if status := _generate(options, samples, answers):
             return status
-        questions = asked
-    else:
-        samples, answers = options.samples, options.answers
     scored = score_questions(asked, read_answers(answers, samples, questions))
     summaries = summarize(scored, options.lengths)
     if options.out is not None:
@@ -120,23 +119,25 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _generate(
-    options: argparse.Namespace, asked: Sequence[Question]
-) -> tuple[int, list[Question], Path, Path]:
-    """Let the model answer, and return the status, the questions by line, and both files."""
-    samples, answers = options.out / "questions.jsonl", options.out / "answers.jsonl"
+def _write_questions(file: Path, asked: Sequence[Question], base: Path) -> list[Question]:
+    """Write the questions for a model to read, and return them with their lines."""
     moved = [
-        replace(with_media_from(question, options.samples.parent, options.out), line=line)
+        replace(with_media_from(question, base, file.parent), line=line)
         for line, question in enumerate(asked, start=1)
     ]
-    with writing(options.out, "questions"):
-        options.out.mkdir(parents=True, exist_ok=True)
-        samples.write_text(written(moved))
+    with writing(file.parent, "questions"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(written(moved))
+    return moved
+
+
+def _generate(options: argparse.Namespace, samples: Path, answers: Path) -> int:
+    """Let the model answer, and return the status."""
     settings = [word for setting in options.set for word in ("--set", setting)]
     ranks = ["--ranks", str(options.ranks)] if options.ranks else []
     words = ["generate", options.recipe, "--weights", str(options.weights), "--greedy"]
     words += ["--samples", str(samples), "--out", str(answers), *ranks, *settings]
-    return program.main(words), moved, samples, answers
+    return program.main(words)
 
 
 def _write(

@@ -99,5 +99,9 @@ def main(arguments: Sequence[str]) -> int:
     with sample_bar("forging") as progress:
         counts = forge(options.out, forged, num_workers=chosen_workers(options), progress=progress)
     for part, count in counts.items():
-        sys.stdout.write(f"{options.out / part}.questions.jsonl: {count:,} questions\n")
+        unasked = f", {count.num_unasked:,} without a question of these kinds"
+        sys.stdout.write(
+            f"{options.out / part}.questions.jsonl: {count.num_questions:,} questions about "
+            f"{count.num_clips:,} clips{unasked if count.num_unasked else ''}\n"
+        )
     return 0

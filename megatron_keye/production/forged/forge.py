@@ -1,7 +1,7 @@
 """Forges clips with their questions into a folder: videos, and sample files about them."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,11 +22,25 @@ from megatron_keye.production.forged.scene import Scene, draw_scene
 from megatron_keye.production.word_tokenizer import write_tokenizer
 from megatron_keye.scoring.question import Question, user_turn
 
+Line = dict[str, Any]
+"""A question with its truth, and its answer as the last turn, ready for JSON."""
 PARTS = ("train", "held_out")
 """Parts of what is forged, which share no scene."""
 _MOST_ATTEMPTS = 1000
 _UNEVEN = 0.3
 """Most shift of a frame of a variable clip, as a share of the mean distance of two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCount:
+    """What one part holds."""
+
+    num_questions: int
+    """Questions about its clips."""
+    num_clips: int
+    """Clips that were made."""
+    num_unasked: int
+    """Clips among them that allow none of the kinds of questions, so that no line names them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +54,7 @@ class _Clip:
 
 def forge(
     out: Path, options: ForgeOptions, *, num_workers: int, progress: Progress | None = None
-) -> dict[str, int]:
+) -> dict[str, PartCount]:
     """Write videos, and for each part a file of conversations and one of questions.
 
     PART.jsonl has one conversation for each clip, with all its questions and answers, to train on;
@@ -53,10 +67,11 @@ def forge(
         progress: Receives the clips that are done.
 
     Returns:
-        Questions in each part.
+        What is in each part.
 
     Raises:
-        UserError: When the folder exists, or the options leave too few different scenes.
+        UserError: When the folder exists, the options leave too few different scenes, or no clip
+            of a part allows the kinds of questions; nothing is left then.
         DiskError: When the disk refuses a file.
     """
     progress = progress or NoProgress()
@@ -66,12 +81,25 @@ def forge(
         progress.begin(len(clips), sum(folder.record(name) is not None for name in clips))
         maker = _ClipMaker(clips=clips, options=options)
         make_files(maker, list(clips), folder, num_workers=num_workers, advance=progress.advance)
-        counts = {}
-        for part in PARTS:
-            records = {name: folder.record(name) for name in clips if name.startswith(f"{part}-")}
-            counts[part] = _write_lines(folder.path, part, records)
+        parts = {
+            part: [folder.record(name) for name in clips if name.startswith(f"{part}-")]
+            for part in PARTS
+        }
+        counts = {part: _count(lines) for part, lines in parts.items()}
+        if not all(count.num_questions for count in counts.values()):
+            folder.discard()
+            raise UserError(
+                f"--questions: got {' '.join(options.kinds)}, which no clip of some part allows, "
+                "expected some that do; add 'when' or 'never', or ask for more clips"
+            )
+        for part, lines in parts.items():
+            _write_lines(folder.path, part, lines)
         if options.writes_tokenizer:
-            write_tokenizer(folder.path / "tokenizer", _words(folder.path, options))
+            words = _words(line for lines in parts.values() for each in lines for line in each)
+            times = [
+                f"<{tenth / 10:.1f}" for tenth in range(int(10 * options.longest_seconds) + 2)
+            ]
+            write_tokenizer(folder.path / "tokenizer", sorted({*words, *times, "seconds>"}))
         folder.finish()
     return counts
 
@@ -117,16 +145,17 @@ def _draw_clip(seed: tuple[int, ...], options: ForgeOptions) -> _Clip:
 
 @dataclass(frozen=True, kw_only=True)
 class _ClipMaker:
-    """Writes the video of a clip; its record is its length and the questions about it."""
+    """Writes the video of a clip; its record is the lines of the questions about it."""
 
     clips: Mapping[str, _Clip]
     options: ForgeOptions
 
     def fill(self, name: str, stream: BinaryIO, advance: Advance) -> Any:
         clip, options = self.clips[name], self.options
-        generator = np.random.default_rng((*clip.seed, 1))
-        noise = generator if options.has_distractors else None
-        write_clip(stream, draw_frames(clip.scene, options.size, noise), clip.milliseconds)
+        # Each draws by itself, so that noise changes no question.
+        noise, questions = (np.random.default_rng((*clip.seed, use)) for use in (1, 2))
+        distractors = noise if options.has_distractors else None
+        write_clip(stream, draw_frames(clip.scene, options.size, distractors), clip.milliseconds)
         stream.flush()
         # What the file says counts, not what was meant to be written.
         times = probe(Path(stream.name)).times.tolist()
@@ -138,28 +167,13 @@ class _ClipMaker:
             seconds=times[-1] + 1 / options.frames_per_second,
         )
         advance(1)
-        questions = ask(watched, options.kinds, options.questions_per_clip, generator)
+        asked = ask(watched, options.kinds, options.questions_per_clip, questions)
         return [
-            _line(question, name, number, watched.seconds)
-            for number, question in enumerate(questions)
+            _line(question, name, number, watched.seconds) for number, question in enumerate(asked)
         ]
 
 
-def _words(folder: Path, options: ForgeOptions) -> list[str]:
-    """Return the words of all conversations, and the times of all frames."""
-    texts = [
-        part["text"] if isinstance(part, dict) else part
-        for file in PARTS
-        for line in (folder / f"{file}.jsonl").read_text().splitlines()
-        for turn in json.loads(line)["messages"]
-        for part in ([turn["content"]] if isinstance(turn["content"], str) else turn["content"])
-        if not isinstance(part, dict) or part["type"] == "text"
-    ]
-    times = [f"<{tenth / 10:.1f}" for tenth in range(int(10 * options.longest_seconds) + 2)]
-    return sorted({word for text in texts for word in text.split()}.union(times, ["seconds>"]))
-
-
-def _line(question: ForgedQuestion, clip: str, number: int, seconds: float) -> dict[str, Any]:
+def _line(question: ForgedQuestion, clip: str, number: int, seconds: float) -> Line:
     """Return the line of a question with its answer as the last turn."""
     asked = Question(
         id=f"{clip.removesuffix('.mp4')}-{number}",
@@ -173,30 +187,34 @@ def _line(question: ForgedQuestion, clip: str, number: int, seconds: float) -> d
     return line | {"kind": question.kind}
 
 
-def _write_lines(folder: Path, part: str, records: Mapping[str, list[dict[str, Any]]]) -> int:
-    """Write the sample files of a part and return its number of questions."""
-    questions = [line for lines in records.values() for line in lines]
-    if not questions:
-        raise UserError(
-            f"--questions: got kinds that no clip of {part!r} allows, expected some that do; add "
-            "'when' or 'never'"
-        )
-    conversations = [_conversation(lines) for lines in records.values() if lines]
-    for name, lines in ((part, conversations), (f"{part}.questions", questions)):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+def _count(lines: Sequence[list[Line]]) -> PartCount:
+    return PartCount(
+        num_questions=sum(map(len, lines)),
+        num_clips=len(lines),
+        num_unasked=sum(not each for each in lines),
+    )
+
+
+def _words(lines: Iterable[Line]) -> Iterator[str]:
+    """Yield the words of questions and answers."""
+    for line in lines:
+        user, assistant = line["messages"]
+        yield from user["content"][1]["text"].split()
+        yield from assistant["content"].split()
+
+
+def _write_lines(folder: Path, part: str, lines: Sequence[list[Line]]) -> None:
+    """Write the sample files of a part, of which the lines about each clip are given."""
+    conversations = [{"messages": list(_turns(each))} for each in lines if each]
+    questions = [line for each in lines for line in each]
+    for name, records in ((part, conversations), (f"{part}.questions", questions)):
+        text = "".join(json.dumps(record) + "\n" for record in records)
         (folder / f"{name}.jsonl").write_text(text)
-    return len(questions)
 
 
-def _conversation(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one conversation of all questions about a clip, which is shown in the first."""
-    turns = list(_turns(lines))
-    return {"messages": turns}
-
-
-def _turns(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _turns(lines: list[Line]) -> Iterator[Line]:
+    """Yield the turns of all questions about a clip, which is shown in front of the first."""
     for number, line in enumerate(lines):
         user, assistant = line["messages"]
-        # The clip is in front of the first question alone.
         yield user if number == 0 else user | {"content": user["content"][1:]}
         yield assistant

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from megatron_keye.cli import forge_video
 from megatron_keye.data.video.probe import probe
 from megatron_keye.errors import UserError
-from megatron_keye.production.forged.draw import draw_frames
 from megatron_keye.production.forged.forge import forge
 from megatron_keye.production.forged.options import ForgeOptions
 from megatron_keye.production.forged.questions import KINDS, Watched, ask
@@ -140,15 +139,29 @@ def test_parts_share_no_scene_even_where_scenes_are_few(tmp_path: Path) -> None:
     assert len(clips) == 60
 
 
-def test_noise_and_sway_leave_the_truth_as_it_is() -> None:
-    generator = np.random.default_rng(3)
-    scene = draw_scene(generator, 12, most_shapes=4, frames_per_second=2.0)
-    plain = list(draw_frames(scene, (96, 64), None))
-    noisy = list(draw_frames(scene, (96, 64), np.random.default_rng(0)))
-    assert all((one != other).any() for one, other in zip(plain, noisy, strict=True))
-    watched = Watched(scene=scene, times=[n / 2 for n in range(12)], seconds=6.0)
-    asked = [ask(watched, ("when", "word"), 9, np.random.default_rng(0)) for _ in range(2)]
-    assert asked[0] == asked[1] != []
+def test_noise_and_sway_leave_questions_and_truth_as_they_are(
+    folder: Path, tmp_path: Path
+) -> None:
+    plain = forged(tmp_path / "plain", "--variable", "0.5", "--per-clip", "9", "--plain")
+    for name in ("train.questions.jsonl", "held_out.questions.jsonl"):
+        assert (plain / name).read_bytes() == (folder / name).read_bytes()
+    one, other = digests(plain), digests(folder)
+    assert all(one[name] != other[name] for name in one if name.endswith(".mp4"))
+
+
+def test_clips_without_a_question_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = forged(tmp_path / "out", "--questions", "word", "--held-out", "9")
+    lines = (folder / "train.questions.jsonl").read_text().splitlines()
+    assert 0 < len(lines) < 6
+    shown = f"{len(lines)} questions about 6 clips, {6 - len(lines)} without a question"
+    assert shown in capsys.readouterr().out
+    out = tmp_path / "none"
+    words = [str(out), *SMALL, "--samples", "1", "--held-out", "1", "--shapes", "1"]
+    assert forge_video.main([*words, "--questions", "order"]) == 2
+    assert "--questions: got order, which no clip" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
