@@ -139,7 +139,7 @@ def _joins(text: str, first: Time, second: Time) -> bool:
         return False
     # As much as is looked at; answers that repeat themselves may be long.
     before = text[max(0, first.start - _WORDS_BEFORE) : first.start]
-    if words == ",":
+    if gap.strip() == ",":
         return before.rstrip().endswith(("[", "("))
     if _AND.fullmatch(words):
         return bool(_BETWEEN.search(before))

@@ -6,7 +6,7 @@ An answer of the assistant at its end is what training predicts, and no part of 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_keye.data.conversation.values import number, shown, text
@@ -39,12 +39,15 @@ class Question:
     """Length of the video, if it is known."""
     length: str = ""
     """Class of lengths that a benchmark gives in place of seconds, such as "short"."""
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """What else the record has, such as limits of its media, or tools."""
 
     def written(self) -> dict[str, Any]:
         """Return its line, which `read_question` reads and a model answers."""
         of_video = {"seconds": self.seconds, "length": self.length or None}
         known = {key: value for key, value in of_video.items() if value is not None}
         return {
+            **self.others,
             "id": self.id,
             "messages": list(self.messages),
             "task": self.task,
@@ -80,6 +83,7 @@ def read_question(record: Mapping[str, Any], name: str, line: int) -> Question:
             truth=TRUTHS[task].read(rest),
             seconds=None if seconds is None else read_seconds(seconds, "'seconds'"),
             length=text(truth.get("length", ""), "'length'"),
+            others={key: value for key, value in record.items() if key not in {"id", *KEYS}},
         )
     except UserError as error:
         raise UserError(f"{name}: {error}") from error

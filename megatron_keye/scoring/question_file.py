@@ -11,12 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_keye.data.conversation.media import LIST_KEYS
 from megatron_keye.data.conversation.values import shown
 from megatron_keye.errors import UserError
 from megatron_keye.scoring.benchmarks import long_video_bench, moments, video_mme
 from megatron_keye.scoring.question import KEYS, Question, read_question
 from megatron_keye.scoring.record_file import Record, read_records
 
+_MEDIA_LISTS = tuple(key for keys in LIST_KEYS.values() for key in keys)
 _FORMS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], Iterator[Question]]]] = {
     "Video-MME": (video_mme.KEYS, video_mme.read),
     "Video-MME's sheet of answers": (video_mme.SHEET_KEYS, video_mme.read),
@@ -57,7 +59,21 @@ def with_media_from(question: Question, base: Path, folder: Path) -> Question:
         question: As it was read.
         base: Folder that its relative names start from.
         folder: Folder that they shall start from.
+
+    Raises:
+        UserError: For media that are listed beside the text, where marks show their places.
     """
+    listed = [
+        key
+        for key in _MEDIA_LISTS
+        for part in (question.others, *question.messages)
+        if key in part
+    ]
+    if listed:
+        raise UserError(
+            f"question {question.id!r}: has {listed[0]!r}, expected media in the content of the "
+            'turn, as {"type": "video", "video": NAME}; or generate first and give --answers'
+        )
     turns = [
         turn | {"content": [_moved(part, base, folder) for part in turn["content"]]}
         if isinstance(turn.get("content"), list)

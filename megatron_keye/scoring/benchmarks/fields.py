@@ -1,7 +1,7 @@
 """Values that the files of several benchmarks have."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_keye.data.conversation.values import shown, text
@@ -30,8 +30,7 @@ def options(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
         UserError: For anything but a list of texts.
     """
     found = field(record, key)
-    # Parquet gives arrays.
-    if isinstance(found, str) or not isinstance(found, Sequence):
+    if not isinstance(found, list):
         raise UserError(f"{key!r}: got {shown(found)}, expected a list of texts")
     texts = [text(option, repr(key)) for option in found]
     letters = [match[1] if (match := _LETTER.match(option)) else "" for option in texts]

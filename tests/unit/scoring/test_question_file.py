@@ -108,6 +108,22 @@ def test_every_form_is_written_as_questions_of_this_project(tmp_path: Path) -> N
         assert [each.written() for each in again] == [each.written() for each in moved]
 
 
+def test_what_else_a_record_has_is_kept_or_refused(tmp_path: Path) -> None:
+    record = {"messages": list(user_turn("a.mp4", "?")), "task": "count", "truth": {"number": 2}}
+    [question] = read_questions(put(tmp_path / "a.jsonl", record | {"fps": 1.0, "kind": "x"}))
+    moved = with_media_from(question, tmp_path, tmp_path / "out").written()
+    assert (moved["fps"], moved["kind"]) == (1.0, "x")
+    assert moved["messages"] == list(user_turn("../a.mp4", "?"))
+    turn = {"role": "user", "content": "<video>?"}
+    for listed in (
+        record | {"videos": ["a.mp4"], "messages": [turn]},
+        record | {"messages": [turn | {"videos": ["a.mp4"]}]},
+    ):
+        [question] = read_questions(put(tmp_path / "b.jsonl", listed))
+        with pytest.raises(UserError, match="question '1': has 'videos', expected media in"):
+            with_media_from(question, tmp_path, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
