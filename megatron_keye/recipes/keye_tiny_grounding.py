@@ -65,13 +65,13 @@ def keye_tiny_grounding(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         parallel=ParallelConfig(decoder=DecoderParallel(data=num_ranks)),
         training=TrainingConfig(
             steps=1000,
-            rows_per_step=2 * num_ranks,
+            rows_per_step=num_ranks,
             # Documents are shorter than top-k, so that sparse attention would see the same keys.
             phase="dense",
             precision="bf16" if has_gpu else "fp32",
-            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
             checkpoint=CheckpointConfig(interval_steps=250),
-            validation=ValidationConfig(interval_steps=50),
+            validation=ValidationConfig(interval_steps=100),
         ),
     )
 

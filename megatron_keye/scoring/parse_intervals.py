@@ -33,8 +33,8 @@ _END = re.compile(
 )
 _AND = re.compile(rf"and\s*{_APPROXIMATELY}", re.IGNORECASE)
 _BETWEEN = re.compile(r"\bbetween\W+(?:\w+\W+)?$", re.IGNORECASE)
-_WORDS_BEFORE = 40
-"""Characters."""
+_NEIGHBOURS = 40
+"""Characters before or after a time that are looked at."""
 _ONWARDS = re.compile(r"on(?:wards?)?\b", re.IGNORECASE)
 _MARKS = " \t\r\n<>[](){}\"'*`_"
 _NEVER = re.compile(
@@ -125,7 +125,7 @@ def _pairs(text: str, times: list[Time]) -> Iterator[tuple[Time, Time]]:
             place += 2
             continue
         if not first.is_bare and _ONWARDS.match(
-            text[first.stop : first.stop + _WORDS_BEFORE].lstrip(_MARKS)
+            text[first.stop : first.stop + _NEIGHBOURS].lstrip(_MARKS)
         ):
             yield first, Time(first.stop, first.stop, math.inf)
         place += 1
@@ -137,8 +137,8 @@ def _joins(text: str, first: Time, second: Time) -> bool:
     words = gap.strip(_MARKS)
     if not words:
         return False
-    # As much as is looked at; answers that repeat themselves may be long.
-    before = text[max(0, first.start - _WORDS_BEFORE) : first.start]
+    # No more than is looked at: an answer that repeats itself endlessly has many gaps.
+    before = text[max(0, first.start - _NEIGHBOURS) : first.start]
     if gap.strip() == ",":
         return before.rstrip().endswith(("[", "("))
     if _AND.fullmatch(words):

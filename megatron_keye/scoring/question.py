@@ -4,7 +4,6 @@ The line is a conversation as training reads it, with the keys "task" and "truth
 An answer of the assistant at its end is what training predicts, and no part of the question.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,4 +128,4 @@ def _question_turns(messages: Any) -> tuple[dict[str, Any], ...]:
         turns = turns[:-1]
     if not turns:
         raise UserError(f"'messages': got {shown(messages)}, expected turns with a question")
-    return tuple(json.loads(json.dumps(turn)) for turn in turns)
+    return tuple(turns)
