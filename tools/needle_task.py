@@ -19,11 +19,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 
 from megatron_keye.cli.arguments import make_parser
@@ -43,18 +41,11 @@ from megatron_keye.config import (
     ValidationConfig,
     VisionConfig,
 )
+from megatron_keye.production.forged.clip import write_clip
+from megatron_keye.production.forged.scene import COLOURS
+from megatron_keye.production.word_tokenizer import vocabulary, write_tokenizer
 
 FOLDER = "runs/needles"
-COLOURS = {
-    "red": (220, 20, 20),
-    "green": (20, 180, 20),
-    "blue": (20, 20, 220),
-    "yellow": (230, 220, 20),
-    "purple": (150, 20, 170),
-    "cyan": (20, 210, 220),
-    "white": (245, 245, 245),
-    "black": (10, 10, 10),
-}
 MAX_PAIRS, NUM_FRAMES, MAX_QUESTIONS = 16, 16, 12
 TEXTS_PER_VIDEO = 10
 """Videos take time to decode, texts none, and 4,000 of them are learned by heart in 500 steps."""
@@ -62,18 +53,12 @@ _KEYS = [f"key{number}" for number in range(32)]
 _VALUES = [f"value{number}" for number in range(8)]
 _FILLERS = [f"word{number}" for number in range(8)]
 _TIMES = [f"<{second}.0" for second in range(NUM_FRAMES)]
-_CONTROLS = (
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
-    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
-)
-_FRAME_SIDE = 56
+_FRAME = (56, 56, 3)
 
 
-def vocabulary() -> dict[str, int]:
-    """Return the words of the task and ChatML's control tokens, by id."""
-    chat = ["system", "user", "assistant", "ask", "seconds>"]
-    words = [*_CONTROLS, *chat, *_TIMES, *COLOURS, *_KEYS, *_VALUES, *_FILLERS]
-    return {word: number for number, word in enumerate(words)}
+def words() -> list[str]:
+    """Return the words of the task, in the order of their ids."""
+    return ["ask", "seconds>", *_TIMES, *COLOURS, *_KEYS, *_VALUES, *_FILLERS]
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -95,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     """Write everything and return the exit status."""
     options = parse_arguments(arguments)
     (options.out / "videos").mkdir(parents=True, exist_ok=True)
-    write_tokenizer(options.out / "tokenizer")
+    write_tokenizer(options.out / "tokenizer", words())
     makers: dict[str, Callable[[np.random.Generator, str], dict[str, Any]]] = {
         "text": lambda generator, name: text_sample(generator),
         "frames": lambda generator, name: frames_sample(generator, options.out, name),
@@ -109,17 +94,6 @@ def main(arguments: Sequence[str]) -> int:
             file.write_text("\n".join(lines) + "\n")
             sys.stdout.write(f"{file}: {count} samples\n")
     return 0
-
-
-def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of whole words in Hugging Face's form."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel(vocabulary(), unk_token="<|endoftext|>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.add_special_tokens(list(_CONTROLS))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
 def text_sample(generator: np.random.Generator) -> dict[str, Any]:
@@ -139,7 +113,8 @@ def frames_sample(generator: np.random.Generator, folder: Path, name: str) -> di
     names = list(COLOURS)
     colours = [names[number] for number in generator.integers(0, len(names), NUM_FRAMES)]
     path = Path("videos") / f"{name}.mp4"
-    write_video(folder / path, colours)
+    frames = (np.full(_FRAME, COLOURS[colour], dtype=np.uint8) for colour in colours)
+    write_clip(folder / path, frames, range(0, 1000 * NUM_FRAMES, 1000))
     question, answer = _question(generator, _TIMES, colours)
     video, text = {"type": "video", "video": str(path)}, {"type": "text", "text": question}
     return {"messages": _messages([video, text], answer)}
@@ -158,23 +133,9 @@ def _messages(question: str | list[dict[str, str]], answer: str) -> list[dict[st
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def write_video(path: Path, colours: Sequence[str]) -> None:
-    """Encode one frame of each colour, a second apart."""
-    with av.open(str(path), "w") as target:
-        stream = target.add_stream("libx264", rate=1, options={"preset": "ultrafast", "bf": "0"})
-        stream.width = stream.height = _FRAME_SIDE
-        stream.pix_fmt = "yuv420p"
-        for second, colour in enumerate(colours):
-            pixels = np.full((_FRAME_SIDE, _FRAME_SIDE, 3), COLOURS[colour], dtype=np.uint8)
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = second, Fraction(1)
-            target.mux(stream.encode(frame))
-        target.mux(stream.encode(None))
-
-
 def dense(*, num_ranks: int, has_gpu: bool) -> RunConfig:
     """Return the run that learns the task with attention to all keys."""
-    ids = vocabulary()
+    ids = vocabulary(words())
     return RunConfig(
         name="needle_dense",
         parallel=ParallelConfig(),

@@ -17,6 +17,8 @@ COMMANDS = {
     "generate": "answer questions with a trained model, those of a file or in a chat",
     "run_stages": "train all stages of a model, each from the one before",
     "plan": "show ranks, parameters and memory of a recipe, or the plan of one step",
+    "evaluate": "score answers to questions about videos",
+    "forge_video": "make clips with known events, and questions with right answers",
     "interleave": "cut captioned videos into samples of short pieces",
     "prepare": "tokenize samples into a store on disk",
     "convert": "convert checkpoints from and to the released (Hugging Face) form",

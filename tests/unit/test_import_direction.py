@@ -25,6 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "observe": {"errors"},
     "parallel": {"config", "errors", "observe", "plan"},
     "data": {"config", "errors", "files", "plan"},
+    "scoring": {"data", "errors"},
+    "production": {"data", "errors", "files", "scoring"},
     "vision": {"config", "kernels"},
     "decoder": {"config", "kernels", "parallel"},
     "model": {"config", "decoder", "parallel", "vision"},

@@ -62,6 +62,7 @@ def test_a_wrong_argument_is_reported_alone(command: str) -> None:
         ["train", "keye_tini", "--show"],
         ["plan", "keye_tini"],
         ["simulate", "keye_tini"],
+        ["evaluate", "keye_tini", "--task", "count", "--samples", "a", "--answers", "b"],
         ["prepare", "a.jsonl", "--out", "b", "--recipe", "keye_tini"],
     ],
     ids=lambda words: words[0],

@@ -1,0 +1,95 @@
+"""A tiny Keye-VL that learns on forged clips when something is on the screen, on a CPU.
+
+    megatron-keye forge_video runs/grounding --samples 3000 --seconds 8 12 --rate 1 --size 56 56 \\
+        --shapes 3 --questions when describe --plain --variable 0 --tokenizer
+    megatron-keye train keye_tiny_grounding --ranks 1
+    megatron-keye evaluate keye_tiny_grounding --task grounding --out runs/grounding_scores \\
+        --samples runs/grounding/held_out.questions.jsonl --weights runs/keye_tiny_grounding
+
+A frame is four vision tokens and its time two words, which are also the words of the answers; so
+each word of an answer stands beside one of the frames, and the model has to find which.
+"""
+
+from megatron_keye.config import (
+    CheckpointConfig,
+    DataConfig,
+    DecoderConfig,
+    DecoderParallel,
+    ExpertsConfig,
+    FrameConfig,
+    IndexerConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+    ValidationConfig,
+    VisionConfig,
+)
+
+FOLDER = "runs/grounding"
+"""Where the command above writes."""
+_VOCABULARY = 512
+"""Room for the words of the clips above, about 180."""
+_VISION_START, _VISION_END, _IMAGE, _VIDEO = range(3, 7)
+"""Ids in every tokenizer of forge_video."""
+
+
+def keye_tiny_grounding(*, num_ranks: int, has_gpu: bool) -> RunConfig:
+    """Return the run for the given number of ranks.
+
+    Args:
+        num_ranks: All are data-parallel, and encode what they decode.
+        has_gpu: Chooses bf16 or fp32.
+    """
+    return RunConfig(
+        name="keye_tiny_grounding",
+        model=ModelConfig(
+            vision=VisionConfig(num_layers=1, hidden_size=64, intermediate_size=128, num_heads=4),
+            decoder=_decoder(),
+            image_token_id=_IMAGE,
+            video_token_id=_VIDEO,
+            vision_start_token_id=_VISION_START,
+            vision_end_token_id=_VISION_END,
+        ),
+        data=DataConfig(
+            samples=f"{FOLDER}/train.jsonl",
+            row_tokens=1024,
+            tokenizer=f"{FOLDER}/tokenizer",
+            validation=f"{FOLDER}/held_out.jsonl",
+            packing_window=8,
+            frames=FrameConfig(
+                frames_per_second=1.0, min_tokens_per_frame=4, max_tokens_per_frame=4
+            ),
+        ),
+        parallel=ParallelConfig(decoder=DecoderParallel(data=num_ranks)),
+        training=TrainingConfig(
+            steps=1000,
+            rows_per_step=num_ranks,
+            # Documents are shorter than top-k, so that sparse attention would see the same keys.
+            phase="dense",
+            precision="bf16" if has_gpu else "fp32",
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+            checkpoint=CheckpointConfig(interval_steps=250),
+            validation=ValidationConfig(interval_steps=100),
+        ),
+    )
+
+
+def _decoder() -> DecoderConfig:
+    return DecoderConfig(
+        num_layers=4,
+        hidden_size=128,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=32,
+        vocab_size=_VOCABULARY,
+        experts=ExpertsConfig(num_experts=4, num_experts_per_token=2, intermediate_size=128),
+        indexer=IndexerConfig(num_heads=4, head_dim=16, top_k=512),
+        rope_theta=10_000.0,
+        rope_sections=(4, 6, 6),
+        init_std=0.06,
+    )
+
+
+RECIPES = {"keye_tiny_grounding": keye_tiny_grounding}
