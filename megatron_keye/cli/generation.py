@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
@@ -115,6 +116,7 @@ def _answer_file(
 ) -> None:
     """Answer all questions; rank 0 writes a line for each answer as it ends."""
     asked: dict[int, Question] = {}
+    num_ended = Counter[int]()
 
     def requests() -> Iterator[Request]:
         for key in range(len(questions)):
@@ -134,6 +136,9 @@ def _answer_file(
             if out is not None and bar is not None:
                 out.write(_record(completion, asked[completion.key], tokenizer))
                 bar.advance(1)
+            num_ended[completion.key] += 1
+            if num_ended[completion.key] == options.answers:
+                del asked[completion.key]
     if process.rank == 0:
         sys.stderr.write(f"{describe_speed(num_tokens, time.monotonic() - began)}\n")
 
@@ -160,7 +165,13 @@ class _Output:
 
     def __enter__(self) -> "_Output":
         if self._path is not None:
-            self._file = self._partial(self._path).open("w", encoding="utf-8")
+            try:
+                self._file = self._partial(self._path).open("w", encoding="utf-8")
+            except OSError as error:
+                raise UserError(
+                    f"--out: {self._path} cannot be written ({error.strerror}); name a file in a "
+                    "folder that exists"
+                ) from error
         return self
 
     def __exit__(self, kind: object, *failure: object) -> None:
