@@ -152,7 +152,7 @@ def tokens_of_answers(
     keys = np.zeros(0, dtype=np.int64)
     if gathers_keys:
         seen = [t.slots(0, a.num_cached + 1) for t, a in zip(tables, answers, strict=True)]
-        keys = np.concatenate(seen or [[rank.scratch_slot]])
+        keys = np.concatenate(seen or [np.array([rank.scratch_slot])])
     pages = np.full((size, max([1, *(len(table.pages) for table in tables)])), -1)
     for number, table in enumerate(tables):
         pages[number, : len(table.pages)] = table.pages

@@ -1,6 +1,8 @@
 """Forges clips with their questions into a folder: videos, and sample files about them."""
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,10 +157,15 @@ class _ClipMaker:
         # Each draws by itself, so that noise changes no question.
         noise, questions = (np.random.default_rng((*clip.seed, use)) for use in (1, 2))
         distractors = noise if options.has_distractors else None
-        write_clip(stream, draw_frames(clip.scene, options.size, distractors), clip.milliseconds)
-        stream.flush()
-        # What the file says counts, not what was meant to be written.
-        times = probe(Path(stream.name)).times.tolist()
+        frames = draw_frames(clip.scene, options.size, distractors)
+        # MP4 is not written from front to back.
+        with tempfile.NamedTemporaryFile(suffix=".mp4") as made:
+            write_clip(made, frames, clip.milliseconds)
+            made.flush()
+            # What the file says counts, not what was meant to be written.
+            times = probe(Path(made.name)).times.tolist()
+            made.seek(0)
+            shutil.copyfileobj(made, stream)
         if len(times) != clip.scene.num_frames:
             raise RuntimeError(f"{name}: has {len(times)} frames, not {clip.scene.num_frames}")
         watched = Watched(
