@@ -160,8 +160,7 @@ class _ClipMaker:
         frames = draw_frames(clip.scene, options.size, distractors)
         # MP4 is not written from front to back.
         with tempfile.NamedTemporaryFile(suffix=".mp4") as made:
-            write_clip(made, frames, clip.milliseconds)
-            made.flush()
+            write_clip(Path(made.name), frames, clip.milliseconds)
             # What the file says counts, not what was meant to be written.
             times = probe(Path(made.name)).times.tolist()
             made.seek(0)
