@@ -10,6 +10,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.lora import is_adapter
 from megatron_keye.config.megatron import (
     data_parallel_config,
@@ -56,6 +57,7 @@ def build_model(
     device: torch.device,
     *,
     uses_transformer_engine: bool,
+    fusions: Fusions = PLAIN,
     learns: bool = True,
 ) -> KeyeModel:
     """Build this rank's part of the model; initial weights are equal on every grid.
@@ -65,12 +67,16 @@ def build_model(
         grid: Process groups of this rank.
         device: Device of the weights.
         uses_transformer_engine: Whether linears and experts are Transformer Engine's.
+        fusions: The fused kernels that run.
         learns: Whether anything is trained; otherwise there is no memory for gradients.
     """
     stages: list[DistributedDataParallel] = []
     if grid.decoder is not None:
         config = decoder_config(
-            run, on_gpu=device.type == "cuda", grouped_experts=uses_transformer_engine
+            run,
+            on_gpu=device.type == "cuda",
+            grouped_experts=uses_transformer_engine,
+            fusions=fusions,
         )
         for index in range(run.parallel.decoder.virtual_stages):
             stage = VirtualStage(
@@ -79,6 +85,7 @@ def build_model(
                 grid.decoder,
                 index=index,
                 uses_transformer_engine=uses_transformer_engine,
+                fusions=fusions,
             )
             sharded = stage.sharded_state_dict(metadata={"dp_cp_group": grid.decoder.dp_cp})
             initialize_weights(sharded, std=run.model.decoder.init_std, seed=run.training.seed)

@@ -34,6 +34,8 @@ from megatron_keye.cli.status import USER_ERROR
 ROOT = Path(__file__).resolve().parent.parent
 NODES = ("node1", "node2")
 DAEMONS = ("munged", "slurmctld", "slurmd")
+GRACE_SECONDS = 120
+"""Time for a job that one of the partition `urgent` preempts."""
 _SECONDS_TO_START = 30.0
 _SECONDS_TO_END = 10.0
 
@@ -54,6 +56,8 @@ ReturnToService=2
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 AccountingStorageType=accounting_storage/none
@@ -67,7 +71,8 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 NodeName=node1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus}
 NodeName=node2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus}
-PartitionName=rehearsal Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=rehearsal Nodes=node1,node2 Default=YES MaxTime=INFINITE GraceTime={grace}
+PartitionName=urgent Nodes=node1,node2 MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -94,6 +99,7 @@ class LocalSlurm:
             ports=_free_ports(3),
             cpus=os.cpu_count(),
             first_job=random.randint(1, 20_000),
+            grace=GRACE_SECONDS,
         )
         (self._folder / "slurm.conf").write_text(configuration)
         self.environment = os.environ | {

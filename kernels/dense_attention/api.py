@@ -16,9 +16,11 @@ from megatron_keye.kernels.arguments import (
     choose_impl,
 )
 from megatron_keye.kernels.dense_attention import reference, sdpa
+from megatron_keye.kernels.dense_attention.trapezoids import find_trapezoids
+from megatron_keye.kernels.kept_outputs import KeptOutputs
 
 IMPLEMENTATIONS = ("eager", "sdpa")
-"""What exists; "sdpa" is the default on a GPU for what it takes, "eager" otherwise."""
+"""What exists; "sdpa" is the default on a GPU in 16 bits, "eager" otherwise."""
 
 
 def dense_attention(
@@ -45,6 +47,7 @@ def dense_attention_with_lse(
     key_end_T: Tensor,
     *,
     scale: float,
+    kept: KeptOutputs | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with every head of a query to all keys of that query's range.
@@ -60,10 +63,12 @@ def dense_attention_with_lse(
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
         scale: Factor of the logits, usually C^-0.5.
+        kept: Keeps what the backward pass needs for a second call with the same tensors, which
+            then takes it from there; "eager" computes it again. None: nothing is kept.
         impl: One of IMPLEMENTATIONS, or None for the default. "sdpa" is torch's own attention,
-            cuDNN's or FlashAttention; it takes rows of whole causal documents, T = S, on a GPU
-            in 16 bits and with heads of a multiple of 8 channels, and sums gradients in its own
-            order. To tell such rows, the ranges are read back to the host once.
+            cuDNN's or FlashAttention, two calls for each trapezoid of the mask; on a GPU
+            it takes 16 bits and heads of a multiple of 8 channels, and sums gradients in its own
+            order. To find the trapezoids, the ranges are read back to the host once.
 
     Returns:
         out_THC, type of `q_THC`, and lse_TH without a gradient, float32 (float64 for float64
@@ -79,21 +84,17 @@ def dense_attention_with_lse(
     check_groups(sizes["H"], sizes["G"])
     check_same_dtype(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
     check_key_ranges(q_THC, key_start_T, key_end_T)
-    lengths = list[int]()
     suits_sdpa = sdpa.takes(q_THC, k_SGC, v_SGC)
-    if impl == "sdpa" or (impl is None and q_THC.is_cuda and suits_sdpa):
-        lengths = sdpa.document_lengths(key_start_T, key_end_T, k_SGC.shape[0])
-    chosen = choose_impl("dense_attention", impl, IMPLEMENTATIONS, "sdpa" if lengths else "eager")
+    # On a GPU no operator takes 32 bits, which only tests train in.
+    is_eager = not q_THC.is_cuda or (not suits_sdpa and q_THC.element_size() > 2)
+    default = "eager" if is_eager else "sdpa"
+    chosen = choose_impl("dense_attention", impl, IMPLEMENTATIONS, default)
     if chosen == "eager":
         return reference.dense_attention(q_THC, k_SGC, v_SGC, key_start_T, key_end_T, scale=scale)
-    if not lengths:
-        raise ValueError(
-            "key_start_T, key_end_T: got other ranges than causal documents that fill the "
-            "row, expected those with impl 'sdpa'; take impl='eager'"
-        )
     if not suits_sdpa:
         raise ValueError(
             f"q_THC: got {q_THC.dtype} with C = {q_THC.shape[2]}, which neither cuDNN nor "
-            "FlashAttention takes here with impl 'sdpa'; take impl='eager'"
+            "FlashAttention takes here; take impl='eager'"
         )
-    return sdpa.dense_attention(q_THC, k_SGC, v_SGC, lengths, scale=scale)
+    trapezoids = find_trapezoids(key_start_T, key_end_T)
+    return sdpa.dense_attention(q_THC, k_SGC, v_SGC, trapezoids, scale=scale, kept=kept)

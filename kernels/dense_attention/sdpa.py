@@ -1,71 +1,39 @@
 """Dense attention through the operators behind torch's scaled_dot_product_attention.
 
-Those know a causal document, not a range for each query: a row that consists of causal documents
-is cut into them, any other row has no such form. They are called by name because the public
-function gives no log-sum-exp, and chooses by an order that other parts of a program may change.
+Those know all keys or a causal triangle, not a range for each query. So queries are cut into
+trapezoids, and each attends to the keys that all its queries see and to its triangle; the two are
+merged by their log-sum-exps (Milakov, Gimelshein: Online normalizer calculation for softmax).
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head, B is 1.
 """
 
 import functools
-import logging
-import weakref
-from collections.abc import MutableMapping
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.autograd.function import once_differentiable
 
-_logger = logging.getLogger(__name__)
-_CUDNN_VERSION = 91501
-"""First whose results are right for lengths that 128 does not divide (pytorch issue 169849)."""
-_CUDNN_TOKENS = 4096
-"""Of the shortest document for cuDNN, which plans anew for every length it has not seen yet."""
-_Ranges = tuple[weakref.ref[Tensor], int, int, int]
-_remembered: MutableMapping[Tensor, tuple[_Ranges, list[int]]] = WeakTensorKeyDictionary()
-"""Ends of ranges -> (starts and versions, lengths of documents): all layers of a row ask again."""
-
-
-def document_lengths(key_start_T: Tensor, key_end_T: Tensor, num_keys: int) -> list[int]:
-    """Return the lengths of the causal documents that the row consists of, or [] if it does not.
-
-    Reads the answer back to the host, once for each `key_end_T`.
-
-    Args:
-        key_start_T: int64, first visible key of each query.
-        key_end_T: int64, one past the last visible key.
-        num_keys: S.
-    """
-    asked = weakref.ref(key_start_T), key_start_T._version, key_end_T._version, num_keys
-    known = _remembered.get(key_end_T)
-    if known is not None and known[0][0]() is key_start_T and known[0][1:] == asked[1:]:
-        return known[1]
-    lengths: list[int] = []
-    num_queries = len(key_end_T)
-    if num_queries == num_keys and num_queries > 0:
-        position_T = torch.arange(num_queries, device=key_end_T.device)
-        is_first_T = key_start_T == position_T
-        begun_T = torch.where(is_first_T, position_T, 0).cummax(0).values
-        is_causal = (key_end_T == position_T + 1).all() & (key_start_T == begun_T).all()
-        if bool(is_causal):
-            first = is_first_T.nonzero().flatten().tolist()
-            ends = [*first[1:], num_queries]
-            lengths = [end - start for start, end in zip(first, ends, strict=True)]
-    _remembered[key_end_T] = asked, lengths
-    return lengths
+from megatron_keye.kernels.dense_attention import operators
+from megatron_keye.kernels.dense_attention.operators import Operator, State
+from megatron_keye.kernels.dense_attention.trapezoids import Trapezoid
+from megatron_keye.kernels.kept_outputs import KeptOutputs
 
 
 def takes(q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor) -> bool:
-    """Return whether one of the operators takes such a document, and may be used."""
-    if q_THC.device.type == "cpu":
-        return True
-    asked = _asked(*(tensor.transpose(0, 1)[None] for tensor in (q_THC, k_SGC, v_SGC)))
-    return _cudnn_takes(asked) or can_use_flash_attention(asked)
+    """Return whether one of the operators takes such heads, and may be used."""
+    return operators.takes(*map(_heads_first, (q_THC, k_SGC, v_SGC)))
 
 
 def dense_attention(
-    q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor, lengths: list[int], *, scale: float
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    trapezoids: list[Trapezoid],
+    *,
+    scale: float,
+    kept: KeptOutputs | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out_THC and lse_TH; see api.dense_attention_with_lse.
 
@@ -73,86 +41,131 @@ def dense_attention(
         q_THC: Queries.
         k_SGC: Keys.
         v_SGC: Values.
-        lengths: Of the documents, in order; they add up to T.
+        trapezoids: Of all queries, in order.
         scale: Factor of the logits.
+        kept: See api.dense_attention_with_lse.
     """
-    outs_THC, lses_TH = [], []
-    for q, k, v in zip(
-        q_THC.split(lengths), k_SGC.split(lengths), v_SGC.split(lengths), strict=True
-    ):
-        q_BHTC, k_BGTC, v_BGTC = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-        out_BHTC, lse = _attend(q_BHTC, k_BGTC, v_BGTC, scale)
-        outs_THC.append(out_BHTC[0].transpose(0, 1))
-        # cuDNN's has one more dimension, of size 1.
-        lses_TH.append(lse.reshape(q_BHTC.shape[1:3]).T)
-    return _joined(outs_THC), _joined(lses_TH).detach()
+    out_THC, lse_TH = _DenseAttention.apply(q_THC, k_SGC, v_SGC, trapezoids, scale, kept)
+    return out_THC, lse_TH
 
 
-def _joined(documents: list[Tensor]) -> Tensor:
-    """Return what belongs to the documents as one row; torch.cat would copy even a single one."""
-    return documents[0] if len(documents) == 1 else torch.cat(documents)
+class _DenseAttention(torch.autograd.Function):
+    """All trapezoids at once, so that keys seen by several have one gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_THC: Tensor,
+        k_SGC: Tensor,
+        v_SGC: Tensor,
+        trapezoids: list[Trapezoid],
+        scale: float,
+        kept: KeptOutputs | None,
+    ) -> tuple[Tensor, Tensor]:
+        def attend() -> tuple[Any, ...]:
+            done = [
+                _attend(q_THC[each.queries], k_SGC[each.keys], v_SGC[each.keys], each, scale)
+                for each in trapezoids
+            ]
+            outs_THC, lses_TH, blocks = zip(*done, strict=True)
+            return _joined(outs_THC), _joined(lses_TH), *blocks
+
+        done = attend() if kept is None else kept.outputs_of("dense_attention", attend)
+        out_THC, lse_TH, *ctx.blocks = done
+        ctx.trapezoids, ctx.scale = trapezoids, scale
+        ctx.save_for_backward(q_THC, k_SGC, v_SGC, out_THC, lse_TH)
+        ctx.mark_non_differentiable(lse_TH)
+        return out_THC, lse_TH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_THC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        q_THC, k_SGC, v_SGC, out_THC, lse_TH = ctx.saved_tensors
+        sums = tuple(map(torch.zeros_like, (q_THC, k_SGC, v_SGC)))
+        for trapezoid, blocks in zip(ctx.trapezoids, ctx.blocks, strict=True):
+            rows = trapezoid.queries
+            dout_BHTC, q_BHTC, out_BHTC = (
+                _heads_first(each[rows]) for each in (dout_THC, q_THC, out_THC)
+            )
+            lse_BHT = lse_TH[rows].T[None].contiguous()
+            for block in blocks:
+                k_BGSC, v_BGSC = (_heads_first(each[block.keys]) for each in (k_SGC, v_SGC))
+                of_block = operators.attend_backward(
+                    block.operator,
+                    dout_BHTC,
+                    q_BHTC,
+                    k_BGSC,
+                    v_BGSC,
+                    out_BHTC,
+                    lse_BHT,
+                    block.state,
+                    is_causal=block.is_causal,
+                    scale=ctx.scale,
+                )
+                for whole, place, part in zip(
+                    sums, (rows, block.keys, block.keys), of_block, strict=True
+                ):
+                    whole[place] += part[0].transpose(0, 1)
+        return *sums, None, None, None
 
 
-def _attend(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor, scale: float) -> list[Tensor]:
-    """Return out_BHTC and the natural log-sum-exp of one causal document."""
-    heads, operators = (q_BHTC, k_BGTC, v_BGTC), torch.ops.aten
-    if q_BHTC.device.type == "cpu":
-        attend = operators._scaled_dot_product_flash_attention_for_cpu
-        return list(attend(*heads, is_causal=True, scale=scale))
-    asked = _asked(*heads)
-    is_short = q_BHTC.shape[2] < _CUDNN_TOKENS and can_use_flash_attention(asked)
-    if _cudnn_takes(asked) and not is_short:
-        _log_operator("cuDNN")
-        attend = operators._scaled_dot_product_cudnn_attention
-        return list(attend(*heads, None, True, is_causal=True, scale=scale)[:2])
-    _log_operator("FlashAttention")
-    attend = operators._scaled_dot_product_flash_attention
-    return list(attend(*heads, is_causal=True, scale=scale)[:2])
+class _Block(NamedTuple):
+    """Some keys of a trapezoid, all of which its queries see, or the triangle."""
+
+    keys: slice
+    """Of the whole row."""
+    is_causal: bool
+    """Whether it is the triangle."""
+    operator: Operator
+    """What attended to them."""
+    state: State
+    """What its backward pass needs."""
 
 
-def _asked(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> SDPAParams:
-    return SDPAParams(q_BHTC, k_BGTC, v_BGTC, None, 0.0, True, True)
+def _attend(
+    q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor, trapezoid: Trapezoid, scale: float
+) -> tuple[Tensor, Tensor, list[_Block]]:
+    """Return out_THC and lse_TH of one trapezoid, and what its backward pass needs."""
+    blocks = list[_Block]()
+    if not trapezoid.sees_keys:
+        lse_type = torch.promote_types(q_THC.dtype, torch.float32)
+        lse_TH = q_THC.new_full(q_THC.shape[:2], torch.inf, dtype=lse_type)
+        return torch.zeros_like(q_THC), lse_TH, blocks
+    q_BHTC, parts = _heads_first(q_THC), list[tuple[Tensor, Tensor]]()
+    for first, stop, is_causal in _cuts(trapezoid):
+        heads = q_BHTC, *(_heads_first(each[first:stop]) for each in (k_SGC, v_SGC))
+        operator = operators.choose(*heads, is_causal=is_causal)
+        out_BHTC, lse_BHT, state = operators.attend(
+            operator, *heads, is_causal=is_causal, scale=scale
+        )
+        keys = slice(trapezoid.first_key + first, trapezoid.first_key + stop)
+        blocks.append(_Block(keys, is_causal, operator, state))
+        parts.append((out_BHTC, lse_BHT))
+    out_BHTC, lse_BHT = functools.reduce(_merge, parts)
+    return out_BHTC[0].transpose(0, 1), lse_BHT[0].T, blocks
 
 
-def _cudnn_takes(asked: SDPAParams) -> bool:
-    return not _cudnn_fault() and can_use_cudnn_attention(asked)
+def _cuts(trapezoid: Trapezoid) -> Iterator[tuple[int, int, bool]]:
+    """Yield first key, end and whether it is the triangle for each block of a trapezoid's keys."""
+    if trapezoid.num_earlier > 0:
+        yield 0, trapezoid.num_earlier, False
+    yield trapezoid.num_earlier, trapezoid.num_earlier + trapezoid.num_queries, True
 
 
-@functools.cache
-def _cudnn_fault() -> str:
-    """Ask torch for its cuDNN once per process, and say if it can't be used.
-
-    torch raises only when it is asked first, and answers afterwards as if nothing were wrong.
-    """
-    found: int | RuntimeError | None
-    try:
-        found = torch.backends.cudnn.version()
-    except RuntimeError as error:
-        found = error
-    fault = cudnn_fault(found)
-    if fault:
-        _logger.warning("dense_attention: FlashAttention runs in place of cuDNN: %s", fault)
-    return fault
+def _heads_first(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, 1)[None]
 
 
-def cudnn_fault(found: int | RuntimeError | None) -> str:
-    """Return why cuDNN's attention must not run, "" if it may.
-
-    Args:
-        found: cuDNN's version as torch gives it, such as 91501; None without cuDNN; torch's error
-            where an older library was loaded than torch is compiled for, as by Transformer Engine.
-    """
-    if found is None:
-        return "torch has no cuDNN"
-    if isinstance(found, RuntimeError):
-        # The versions, less torch's advice.
-        return " ".join(str(found).partition(". ")[0].split())
-    if found < _CUDNN_VERSION:
-        return f"got cuDNN {found}, expected {_CUDNN_VERSION} or later, whose results are right"
-    return ""
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the trapezoids' parts as one row; torch.cat would copy even a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-@functools.cache
-def _log_operator(name: str) -> None:
-    """Name what runs once per process: at 128K cuDNN takes 254 ms, FlashAttention 435."""
-    _logger.info("dense_attention: torch's %s runs", name)
+def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return out_BHTC and lse_BHT over the keys of two blocks together."""
+    (out_BHTC, lse_BHT), (other_BHTC, other_BHT) = one, other
+    merged_BHT = torch.logaddexp(lse_BHT, other_BHT)
+    share_BHT1 = torch.exp(other_BHT - merged_BHT)[..., None]
+    wide = lse_BHT.dtype
+    merged_BHTC = torch.lerp(out_BHTC.to(wide), other_BHTC.to(wide), share_BHT1)
+    return merged_BHTC.to(out_BHTC.dtype), merged_BHT

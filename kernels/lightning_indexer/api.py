@@ -49,10 +49,10 @@ def lightning_indexer(
         key_start_T: int64, first key that a query may see, at least 0.
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
-        k: Keys K to select, 1 or more; may exceed S.
+        k: Keys K to select, 1 or more; may exceed S. A score that is NaN ranks below -inf.
         impl: One of IMPLEMENTATIONS, or None for the default. "triton" and "cuda" read nothing
-            back to the host: they can't refuse NaN and rank it below -inf. "triton" selects with
-            the extension where that is built, with Triton otherwise; both give the same keys.
+            back to the host. "triton" selects with the extension where that is built, with Triton
+            otherwise; both give the same keys.
             "cuda" takes bfloat16, J = 64, up to 16 heads, S up to 262144 and k up to 2048, on a
             GPU of compute capability 9.0, and never writes the scores.
 
@@ -60,8 +60,8 @@ def lightning_indexer(
         indices_TK, int32: ascending in each row, then -1 up to K.
 
     Raises:
-        ValueError: On shapes, types or devices that do not fit, k below 1, a NaN score inside
-            a range (eager only), or an unknown `impl`.
+        ValueError: On shapes, types or devices that do not fit, k below 1, or an unknown
+            `impl`.
         RuntimeError: When "cuda" is asked for and its extension is not built.
 
     Source: arXiv 2606.10651, lightning indexer and token selection.

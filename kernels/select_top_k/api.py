@@ -43,7 +43,8 @@ def select_top_k(
     """Select the k highest scores of each query's range, all of it when it holds at most k.
 
     Exact and deterministic: of equal scores the lower index wins, and -0.0 equals +0.0. A score
-    of -inf inside the range ranks last but is a candidate. Not differentiable.
+    of -inf inside the range ranks last but is a candidate, and NaN ranks below it, so that a step
+    whose numbers are bad ends as others do and is judged as a whole. Not differentiable.
 
     Args:
         scores_TS: Any float type; what lies outside a query's range is never looked at.
@@ -52,15 +53,14 @@ def select_top_k(
             `key_start_T` for a query without any key.
         k: Keys K to select, 1 or more; may exceed S.
         impl: One of IMPLEMENTATIONS, or None for the first. "cuda" takes float32 scores on a GPU,
-            "triton" float32, bfloat16 and float16; both read nothing back to the host: they
-            can't refuse NaN and rank it below -inf.
+            "triton" float32, bfloat16 and float16; both read nothing back to the host.
 
     Returns:
         indices_TK, int32: ascending in each row, then -1 up to K.
 
     Raises:
-        ValueError: On shapes, types or devices that do not fit, k below 1, a NaN score inside
-            a range (eager only), or an unknown `impl`.
+        ValueError: On shapes, types or devices that do not fit, k below 1, or an unknown
+            `impl`.
         RuntimeError: When "cuda" is asked for and its extension is not built.
     """
     chosen = choose_impl("select_top_k", impl, IMPLEMENTATIONS)

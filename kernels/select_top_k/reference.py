@@ -34,18 +34,18 @@ def _select_rows(
 ) -> tuple[Tensor]:
     """Return indices_TK of one chunk of rows."""
     is_candidate_TS = keys_in_range(key_start_T, key_end_T, scores_TS.shape[1])
-    candidates_TS = scores_TS.masked_fill(~is_candidate_TS, -torch.inf)
-    if candidates_TS.isnan().any():
-        raise ValueError(
-            "scores_TS: got NaN inside a query's range, expected numbers; look for NaN in the "
-            "hidden states or weights that feed the indexer"
-        )
-    is_selected_TS = _mark_best(candidates_TS, is_candidate_TS, k)
+    is_number_TS = is_candidate_TS & ~scores_TS.isnan()
+    numbers_TS = scores_TS.masked_fill(~is_number_TS, -torch.inf)
+    is_selected_TS = _mark_best(numbers_TS, is_number_TS, k)
+    # NaN ranks below -inf.
+    is_nan_TS = is_candidate_TS & ~is_number_TS
+    num_free_T1 = k - is_selected_TS.sum(dim=1, keepdim=True)
+    is_selected_TS |= is_nan_TS & (is_nan_TS.cumsum(dim=1) <= num_free_T1)
     return (_list_marked(is_selected_TS, k),)
 
 
 def _mark_best(candidates_TS: Tensor, is_candidate_TS: Tensor, k: int) -> Tensor:
-    """Return bool [T, S]: above the k-th value, or equal to it and early enough.
+    """Return bool [T, S]: candidates above the k-th value, or equal to it and early enough.
 
     Works on the value of the k-th score, which torch.topk gives exactly, since the order that it
     gives equal scores is not defined.

@@ -23,6 +23,7 @@ from megatron_keye.kernels.arguments import (
     choose_impl,
     default_impl,
 )
+from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.sparse_attention import reference
 
 IMPLEMENTATIONS = ("eager", "triton")
@@ -38,6 +39,7 @@ def sparse_attention(
     scale: float,
     deterministic: bool = False,
     with_target: bool = True,
+    kept: KeptOutputs | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend with every head of a query to the keys selected for that query.
@@ -59,6 +61,8 @@ def sparse_attention(
             "triton" then sums them as 64-bit integers, with twice the memory traffic; "eager" is
             deterministic on a CPU anyway and refuses on a GPU.
         with_target: Whether the target is computed; without it K is 0 in its shape.
+        kept: Keeps what the backward pass needs for a second call with the same tensors, which
+            then takes it from there; "eager" computes it again. None: nothing is kept.
         impl: One of IMPLEMENTATIONS, or None for the default. "triton" takes float32, bfloat16
             and float16, groups of up to 128 heads and heads of up to 256 channels.
 
@@ -91,6 +95,7 @@ def sparse_attention(
             scale=scale,
             deterministic=deterministic,
             with_target=with_target,
+            kept=KeptOutputs() if kept is None else kept,
         )
         return result
     if deterministic and q_THC.is_cuda:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.launch import adjacent_channels, check_triton
 from megatron_keye.kernels.sparse_attention.triton import attend, recover_target
 from megatron_keye.kernels.sparse_attention.triton_backward import attend_backward
@@ -28,11 +29,12 @@ def sparse_attention(
     scale: float,
     deterministic: bool,
     with_target: bool,
+    kept: KeptOutputs,
 ) -> tuple[Tensor, Tensor]:
     """Return out_THC and target_TGK; see api.sparse_attention."""
     check_triton("sparse_attention", q_THC, q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
     out_THC, target_TGK = _SparseAttention.apply(
-        q_THC, k_SGC, v_SGC, indices_TK, scale, deterministic, with_target
+        q_THC, k_SGC, v_SGC, indices_TK, scale, deterministic, with_target, kept
     )
     return out_THC, target_TGK
 
@@ -48,12 +50,15 @@ class _SparseAttention(torch.autograd.Function):
         scale: float,
         deterministic: bool,
         with_target: bool,
+        kept: KeptOutputs,
     ) -> tuple[Tensor, Tensor]:
         q_THC, k_SGC, v_SGC = (adjacent_channels(tensor) for tensor in (q_THC, k_SGC, v_SGC))
         if k_SGC.stride() != v_SGC.stride():
             k_SGC, v_SGC = k_SGC.contiguous(), v_SGC.contiguous()
         lists = union_lists(indices_TK, k_SGC.shape[0], impl="triton")
-        out_THC, lse_TH = attend(q_THC, k_SGC, v_SGC, lists, scale=scale)
+        out_THC, lse_TH = kept.outputs_of(
+            "sparse_attention", lambda: attend(q_THC, k_SGC, v_SGC, lists, scale=scale)
+        )
         wanted_TK = indices_TK if with_target else indices_TK[:, :0]
         target_TGK = recover_target(q_THC, k_SGC, lse_TH, wanted_TK, scale=scale)
         ctx.save_for_backward(q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists)
@@ -76,4 +81,4 @@ class _SparseAttention(torch.autograd.Function):
             scale=ctx.scale,
             is_deterministic=ctx.is_deterministic,
         )
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_keye.checkpoint.convert.to_native import native_shapes
+from megatron_keye.checkpoint.saved_run import read_saved_run
 from megatron_keye.config.lora import LoraConfig, is_adapter
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
@@ -45,7 +46,7 @@ def check_adapters(folder: Path, names: Iterable[str], run: RunConfig) -> None:
     lora = run.training.lora
     if not holds_adapters(names):
         return
-    saved = _saved_lora(folder)
+    saved = read_saved_run(folder).training.lora
     if lora.is_on and lora.is_same(saved):
         return
     raise UserError(
@@ -53,16 +54,6 @@ def check_adapters(folder: Path, names: Iterable[str], run: RunConfig) -> None:
         f"those of this run, which has {_describe(lora)}; set training.lora as it was saved, or "
         f"{MERGE}"
     )
-
-
-def _saved_lora(folder: Path) -> LoraConfig:
-    file = folder / "run.json"
-    if not file.is_file():
-        raise UserError(
-            f"{file}: got no such file, expected the settings of the adapters beside them; copy "
-            "it from the checkpoint that they come from"
-        )
-    return RunConfig.from_json(file.read_text()).training.lora
 
 
 def _describe(lora: LoraConfig) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_keye.checkpoint.adapters import MERGE
 from megatron_keye.checkpoint.convert.to_native import native_shapes
+from megatron_keye.checkpoint.saved_run import read_saved_run
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
 
@@ -49,14 +50,21 @@ _CHANGES = {
     "training.checkpoint": Change.FREE,
     "training.device_peak_tflops": Change.FREE,
     "training.linear_layers": Change.FREE,
+    "training.fusions": Change.FREE,
+    "training.hang_minutes": Change.FREE,
     "training.logging": Change.FREE,
     "training.checks_hand_over": Change.FREE,
     "training.validation": Change.FREE,
     "data.validation": Change.FREE,
     "data.remote": Change.FREE,
-    "training.max_skipped_steps": Change.FREE,
+    # Limits and responses; what decides whether an update is made is said.
+    "training.health": Change.FREE,
+    "training.health.on_spike": Change.SAID,
+    "training.health.spike_score": Change.SAID,
+    "training.health.window_steps": Change.SAID,
     "training.optimizer.distributed": Change.FREE,
-    "training.recompute_layers": Change.FREE,
+    "training.recompute": Change.FREE,
+    "training.keeps_in_host_memory": Change.FREE,
     "training.records_timeline": Change.FREE,
     "training.stop_after_step": Change.FREE,
     "device": Change.FREE,
@@ -83,7 +91,7 @@ def check_continues(folder: Path, run: RunConfig) -> None:
     Raises:
         UserError: Names each setting that must be as it was saved, with both values.
     """
-    saved = _saved_run(folder)
+    saved = read_saved_run(folder)
     different = saved.differing_settings(run)
     if saved.training.trained_parts == run.training.trained_parts:
         # Written in another order, or frozen in a phase that trains no such part anyway.
@@ -108,20 +116,6 @@ def check_continues(folder: Path, run: RunConfig) -> None:
         _logger.warning(
             "%s continues, so training.checkpoint.weights=%s is not read", folder, weights
         )
-
-
-def _saved_run(folder: Path) -> RunConfig:
-    file = folder / "run.json"
-    try:
-        return RunConfig.from_json(file.read_text())
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file}: cannot be read ({error}), expected the settings of the run that saved this "
-            "checkpoint; copy the folder again, or begin a run from its weights with "
-            f"training.checkpoint.weights={folder}"
-        ) from error
 
 
 def _remedy(folder: Path, saved: RunConfig, run: RunConfig) -> str:

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from megatron_keye.checkpoint.convert.carried_files import carry_on
 from megatron_keye.checkpoint.convert.hf_export import HfExport, begin_export
 from megatron_keye.checkpoint.convert.options import Options
-from megatron_keye.checkpoint.folders import find_checkpoint
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.files.progress import NoProgress
@@ -26,16 +25,17 @@ from megatron_keye.files.workers import make_files
 _logger = logging.getLogger(__name__)
 
 
-def take_carried_files(run: RunConfig) -> None:
+def take_carried_files(run: RunConfig, continued: Path | None) -> None:
     """Copy the small files of the checkpoint that a run starts from into the run's folder.
 
     For one rank, after an earlier run of this name was set aside and before the first save.
 
     Args:
         run: The run; its files stay as they are if the checkpoint has none.
+        continued: The checkpoint that it continues, if any.
     """
     weights = run.training.checkpoint.weights
-    origin = find_checkpoint(run) or (Path(weights) if weights else None)
+    origin = continued or (Path(weights) if weights else None)
     if origin is not None:
         carry_on(origin, run.folder)
 
@@ -77,7 +77,7 @@ def _begin(run: RunConfig, checkpoint: Path) -> HfExport:
     # What a killed run left, or a run made that was resumed from an earlier step.
     for left in (*out.parent.glob("*.partial"), out):
         shutil.rmtree(left, ignore_errors=True)
-    return begin_export(checkpoint, out, Options())
+    return begin_export(checkpoint, out, Options(checks_sums=False))
 
 
 def _fill_share(export: HfExport, rank: int, num_ranks: int) -> None:
@@ -86,7 +86,8 @@ def _fill_share(export: HfExport, rank: int, num_ranks: int) -> None:
 
 
 def _finish(export: HfExport, run: RunConfig) -> None:
-    export.finish()
+    with export.folder.filling():
+        export.finish()
     keep = run.training.checkpoint.keep_exports
     done = sorted(path for path in export.folder.folder.parent.glob("step-*") if path.is_dir())
     for old in done[:-keep] if keep else []:

@@ -36,7 +36,13 @@ def weight_state(model: KeyeModel, grid: Grid) -> Sharded:
             _metadata(grid.vision),
             tp_group=grid.vision.tp,
         )
-    return state
+    return without_objects(state)
+
+
+def without_objects(state: dict[str, Any]) -> Sharded:
+    """Leave out what linears keep for 8-bit training: pickles, which training does not read."""
+    kinds = (ShardedTensor, ShardedTensorFactory)
+    return {name: value for name, value in state.items() if isinstance(value, kinds)}
 
 
 @torch.no_grad()
@@ -54,8 +60,7 @@ def copy_loaded(loaded: dict[str, Any], targets: dict[str, Tensor]) -> None:
 
 def data_of(state: Sharded) -> dict[str, Tensor]:
     """Return the tensors behind sharded tensors, by local name."""
-    kinds = (ShardedTensor, ShardedTensorFactory)
-    return {name: value.data for name, value in state.items() if isinstance(value, kinds)}
+    return {name: value.data for name, value in state.items()}
 
 
 def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:

@@ -1,22 +1,14 @@
-"""Training checkpoints on disk: complete or absent, loaded on any grid.
+"""Training checkpoints on disk: what is in them, and how it is loaded on any grid.
 
-A checkpoint is written under another name and renamed when every rank is done, so that a killed
-run never leaves one that looks complete. Format: Megatron-Core's torch_dist.
+Format: Megatron-Core's torch_dist.
 """
 
 import math
-import random
-import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_keye.checkpoint.adapters import (
     check_adapters,
@@ -24,10 +16,9 @@ from megatron_keye.checkpoint.adapters import (
     shapes_with_adapters,
 )
 from megatron_keye.checkpoint.continuation import check_continues
-from megatron_keye.checkpoint.convert.carried_files import carry_on
 from megatron_keye.checkpoint.convert.check_tensors import check_shapes
 from megatron_keye.checkpoint.convert.native_folder import NativeFolder
-from megatron_keye.checkpoint.folders import checkpoint_folder, is_inside, prune
+from megatron_keye.checkpoint.folders import checkpoint_folder, is_inside
 from megatron_keye.checkpoint.history import HISTORY, PastRun, past_run, text_of
 from megatron_keye.checkpoint.optimizer_state import (
     copy_to_masters,
@@ -35,6 +26,12 @@ from megatron_keye.checkpoint.optimizer_state import (
     set_optimizer_steps,
     wanted_optimizer,
 )
+from megatron_keye.checkpoint.progress import PROGRESS, progress_text, read_progress
+from megatron_keye.checkpoint.random_state import random_state, restore_random
+from megatron_keye.checkpoint.saved_run import RUN
+from megatron_keye.checkpoint.saver import Contents, Saver
+from megatron_keye.checkpoint.selection import check_whole
+from megatron_keye.checkpoint.sharded_load import load_sharded
 from megatron_keye.checkpoint.state import copy_loaded, data_of, weight_state
 from megatron_keye.config.check import check
 from megatron_keye.config.lora import is_adapter
@@ -70,50 +67,69 @@ class Progress:
     """Its loss over all sources, in an indexer warm-up its KL, in nats."""
     num_without_progress: int = 0
     """Validations since then."""
+    num_roll_backs: int = 0
+    """Returns to a checkpoint after bad steps."""
+    num_steps_rolled_back: int = 0
+    """Steps that these returns undid, bad ones included; their rows were passed over."""
+    health: dict[str, Any] = field(default_factory=dict)
+    """What bad steps are told by (`BadSteps.state_dict`)."""
 
 
-def save(
-    run: RunConfig, model: KeyeModel, optimizer: JointOptimizer, grid: Grid, progress: Progress
-) -> Path:
-    """Write a checkpoint. Collective: all ranks must call it.
+def begin_save(
+    saver: Saver,
+    run: RunConfig,
+    model: KeyeModel,
+    optimizer: JointOptimizer,
+    grid: Grid,
+    progress: Progress,
+) -> None:
+    """Begin to write a checkpoint. Collective: all ranks must call it.
 
     Args:
+        saver: Writes it, beside what this rank does next if the run says so.
         run: The run, saved in the checkpoint as JSON.
         model: Weights of this rank.
         optimizer: Moments and master weights of this rank.
         grid: Groups of this rank.
         progress: Progress of the run.
-
-    Returns:
-        The finished folder.
     """
-    folder = checkpoint_folder(run, progress.step)
-    partial = folder.with_name(folder.name + ".partial")
-    if grid.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    saver.begin(lambda: contents(run, model, optimizer, grid, progress))
+
+
+def contents(
+    run: RunConfig, model: KeyeModel, optimizer: JointOptimizer, grid: Grid, progress: Progress
+) -> Contents:
+    """Return what a checkpoint holds. Arguments as those of `begin_save`; collective."""
     weights = weight_state(model, grid)
-    state = {
-        "weights": weights,
-        "optimizer": saved_optimizer(optimizer, weights),
-        "random": _random_state(grid),
-        "progress": {**asdict(progress), "parallel": run.parallel.describe()},
-    }
-    dist_checkpointing.save(state, str(partial))
-    dist.barrier()
-    if grid.rank == 0:
-        (partial / "run.json").write_text(run.to_json())
-        history = [*progress.earlier, past_run(run, progress.step)]
-        (partial / HISTORY).write_text(text_of(history))
-        carry_on(run.folder, partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        best_step = progress.best_step if run.training.validation.patience else 0
-        best = checkpoint_folder(run, best_step)
-        prune(folder.parent, run.training.checkpoint.keep, kept_too=best)
-    dist.barrier()
-    return folder
+    best_step = progress.best_step if run.training.validation.patience else 0
+    return Contents(
+        step=progress.step,
+        state={
+            "weights": weights,
+            "optimizer": saved_optimizer(optimizer, weights),
+            "random": _random_object(grid, random_state()),
+        },
+        texts={
+            RUN: run.to_json(),
+            PROGRESS: progress_text(asdict(progress), run),
+            HISTORY: text_of([*progress.earlier, past_run(run, progress.step)]),
+        },
+        best=checkpoint_folder(run, best_step),
+    )
+
+
+def save(
+    run: RunConfig, model: KeyeModel, optimizer: JointOptimizer, grid: Grid, progress: Progress
+) -> Path:
+    """Write a checkpoint, wait for it and return its folder. Arguments as those of `begin_save`.
+
+    Collective: all ranks must call it.
+    """
+    saver = Saver(run)
+    begin_save(saver, run, model, optimizer, grid, progress)
+    saver.wait()
+    saver.close()
+    return checkpoint_folder(run, progress.step)
 
 
 def load(
@@ -135,26 +151,24 @@ def load(
         Progress of the saved run.
 
     Raises:
-        UserError: When the run's settings do not allow to continue it, on all ranks.
+        UserError: When the run's settings do not allow to continue it, on all ranks, or a file is
+            damaged or could run code.
     """
     check_continues(folder, run)
-    common = dist_checkpointing.load_common_state_dict(str(folder))
-    saved = common["progress"]
+    saved, saved_grid = read_progress(folder)
+    source = NativeFolder(folder, has_optimizer=True)
     weights = weight_state(model, grid)
     wanted = wanted_optimizer(optimizer, weights)
     state: dict[str, Any] = {"weights": weights, "optimizer": wanted.state}
     targets = {name: data_of(part) for name, part in state.items()}
-    keeps_random = saved["parallel"] == run.parallel.describe()
-    if keeps_random:
-        state["random"] = _random_state(grid)
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded = load_sharded(state, source)
     for name, part in targets.items():
         # A rank without trainable weights has no optimizer, and Megatron drops empty parts.
         copy_loaded(loaded.get(name, {}), part)
     wanted.copy_parts()
     set_optimizer_steps(optimizer, saved["updates"])
-    if keeps_random:
-        _restore_random(loaded["random"])
+    if saved_grid == run.parallel.describe():
+        restore_random(source.read_object(_random_object(grid, {}).unique_key))
     # What an earlier version did not save is as at the beginning.
     known = {f.name: saved[f.name] for f in fields(Progress) if f.name in saved}
     return Progress(**known)
@@ -206,34 +220,20 @@ def read_weights(folder: Path, run: RunConfig, model: KeyeModel, grid: Grid) -> 
         UserError: When the folder is no complete checkpoint, or not one of this model, or has
             other adapters than the run.
     """
-    shapes = {key: tensor.shape for key, tensor in NativeFolder(folder).tensors.items()}
+    check_whole(folder, checks_sums=run.training.checkpoint.checks_sums)
+    source = NativeFolder(folder)
+    shapes = {key: tensor.shape for key, tensor in source.tensors.items()}
     check_adapters(folder, shapes, run)
     check_shapes(shapes, shapes_with_adapters(run, shapes), where=str(folder))
     weights = weight_state(model, grid)
     targets = data_of(weights)
     if not holds_adapters(shapes):
         targets = {name: data for name, data in targets.items() if not is_adapter(name)}
-    # Without the extra states of linears, which training does not read.
     wanted = {name: weights[name] for name in targets}
-    loaded = dist_checkpointing.load({"weights": wanted}, str(folder))
-    copy_loaded(loaded["weights"], targets)
+    loaded = load_sharded({"weights": wanted}, source)
+    copy_loaded(loaded.get("weights", {}), targets)
 
 
-def _random_state(grid: Grid) -> ShardedObject:
-    """Return the states of this rank's generators, which differ between ranks."""
-    state = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
+def _random_object(grid: Grid, state: dict[str, Any]) -> ShardedObject:
+    """Return this rank's generators, which differ between ranks, as a part of the checkpoint."""
     return ShardedObject("random", state, (grid.parallel.num_ranks,), (grid.rank,))
-
-
-def _restore_random(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tracker"])

@@ -16,7 +16,8 @@ from pathlib import Path
 from megatron_keye.cli.arguments import add_json, make_parser
 from megatron_keye.cli.machine import OPTIONAL, REQUIRED, Facts, gather_facts
 from megatron_keye.cli.status import FAILED
-from megatron_keye.config import backends
+from megatron_keye.config import TrainingConfig, backends
+from megatron_keye.config.fused_kernels import choose_fusions
 
 EXTENSION_BUILD = "MEGATRON_KEYE_BUILD_CUDA=1 pip install --no-build-isolation --no-deps -e ."
 
@@ -140,7 +141,16 @@ def cudnn_version(number: int | None) -> str:
     return f"{number // 10_000}.{number // 100 % 100}.{number % 100}" if number else ""
 
 
-def make_rows(facts: Facts, transformer_engine: str, apex: str) -> list[Row]:
+def fused_kernels(facts: Facts) -> str:
+    """Return the fused kernels of the decoder that a run in bf16 takes here by default."""
+    training, has_gpu = TrainingConfig(steps=1), bool(facts.torch and facts.torch.num_gpus)
+    engine = backends.uses_transformer_engine(training.linear_layers, has_gpu=has_gpu)
+    return ", ".join(
+        choose_fusions(training, has_gpu=has_gpu, uses_transformer_engine=engine).names()
+    )
+
+
+def make_rows(facts: Facts, transformer_engine: str, apex: str, fused: str) -> list[Row]:
     """Return the lines of the table: required components, then optional ones."""
     torch = facts.torch
     versions = {name: version or "" for name, version in facts.versions.items()}
@@ -157,6 +167,11 @@ def make_rows(facts: Facts, transformer_engine: str, apex: str) -> list[Row]:
             apex,
             "fused optimizer and norms",
             "those of torch or Transformer Engine",
+        ),
+        "fused kernels": (
+            fused,
+            "fewer passes over memory in experts, norms and weight gradients",
+            "plain forms: same results, slower on GPUs",
         ),
         **{name: (versions[name], *texts) for name, texts in OPTIONAL.items()},
         "nvcc": (
@@ -218,8 +233,10 @@ def main(arguments: Sequence[str]) -> int:
     problems: list[Problem] = []
     transformer_engine = version_or_problem(backends.transformer_engine_version, problems)
     apex = version_or_problem(backends.apex_version, problems)
+    # A package that is broken has raised above, and is a problem already.
+    fused = "" if problems else fused_kernels(facts)
     problems += find_problems(facts)
-    rows = make_rows(facts, transformer_engine, apex)
+    rows = make_rows(facts, transformer_engine, apex, fused)
     works = not any(problem.breaks_training for problem in problems)
     if options.json:
         report = {

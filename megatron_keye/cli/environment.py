@@ -22,6 +22,12 @@ def complete_environment(environment: MutableMapping[str, str], *, local_ranks: 
     environment.setdefault("OMP_NUM_THREADS", str(min(max(threads, 1), _MAX_THREADS)))
     # For processes that a rank starts: the folder kernels/ must not shadow the package `kernels`.
     environment.setdefault("PYTHONSAFEPATH", "1")
+    # Messages of torch in C++ bring C++ stack frames, among them those of ranks that lose another,
+    # of which `cli/failure.py` tells. NCCL's threads would end the process the same way, at an
+    # error or a late exchange; the watchdog looks at both.
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    environment.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     # Transformer Engine looks there first. Without it, it loads the system's cuDNN beside the one
     # that torch brings, and torch refuses to compute with an older one.
     folder = bundled_cudnn()

@@ -15,7 +15,6 @@ from megatron_keye.cli import rank
 from megatron_keye.cli.chat import Chat, describe_speed
 from megatron_keye.cli.progress import sample_bar
 from megatron_keye.config import RunConfig
-from megatron_keye.config.backends import uses_transformer_engine
 from megatron_keye.data.prompts import PromptFile, Question
 from megatron_keye.data.row import Sample
 from megatron_keye.data.tokens import END_OF_TEXT, TURN_END, Tokenizer, load_tokenizer
@@ -54,10 +53,8 @@ def generate(run: RunConfig, process: Process, options: argparse.Namespace) -> b
             skips_thinking=run.rollout.skips_thinking,
             probe_video=node_cache().probe,
         )
-    has_gpu = process.device.type == "cuda"
-    transformer_engine = uses_transformer_engine(run.training.linear_layers, has_gpu=has_gpu)
     weights = weights_folder(options.weights)
-    with open_engine(run, process, weights, uses_transformer_engine=transformer_engine) as engine:
+    with open_engine(run, process, weights, **rank.operators(run, process)) as engine:
         if questions is None:
             ask = partial(new_request, run, tokenizer)
             Chat(run, process, engine, tokenizer, ask).talk()

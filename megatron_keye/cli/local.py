@@ -12,22 +12,44 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from megatron_keye.cli.environment import complete_environment
+from megatron_keye.cli.shared_heartbeats import describe_end
 from megatron_keye.errors import UserError
+from megatron_keye.files.children import end_with_parent
+from megatron_keye.files.temporary import remove_leftovers
 
 DEFAULT_CPU_RANKS = 4
 STOP_GRACE_SECONDS = 300.0
 """Time for ranks to finish after a signal: one step and one checkpoint."""
 FAILURE_GRACE_SECONDS = 10.0
 """Time for ranks to end after another one has failed."""
+LISTEN_FD = "MASTER_LISTEN_FD"
+"""Variable of rank 0: descriptor of the socket, already listening, at which ranks meet."""
 _POLL_SECONDS = 0.1
 _STATUS_AFTER = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 143}
-_TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_TERMINAL_SIGNALS = {signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP}
 """A terminal sends these to all its processes; ranks ignore them, the launcher decides."""
+_HANDLED_SIGNALS = {*_STATUS_AFTER, signal.SIGUSR1, signal.SIGTSTP}
+_OWN_FAULTS = {
+    *(signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT),
+    *(signal.SIGTRAP, signal.SIGSYS, signal.SIGXCPU, signal.SIGXFSZ, signal.SIGPIPE),
+}
+_HARMLESS_SIGNALS = {
+    *(signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH),
+    *(signal.SIGTTIN, signal.SIGTTOU),
+}
+_UNASKED_SIGNALS = (
+    signal.valid_signals()
+    - (_HANDLED_SIGNALS | _OWN_FAULTS | _HARMLESS_SIGNALS)
+    - {signal.SIGKILL, signal.SIGSTOP}
+)
+"""Those, as USR2 and ALRM, that would end a process though they mean nothing here; launcher and
+ranks ignore them."""
 
 
 def launch(
@@ -41,7 +63,8 @@ def launch(
     """Run a command once per rank and return the exit status of the job.
 
     INT, TERM and HUP let ranks finish their step and save; a second INT kills them. USR1 is
-    passed on, QUIT ignored.
+    passed on, TSTP and CONT stop all and let all go on, others as QUIT and USR2 are ignored. Ranks
+    end with this process, even when it is killed; so call it in the main thread.
 
     Args:
         command: Command line of a rank, which reads the same variables as under torchrun.
@@ -61,6 +84,7 @@ def launch(
             return ranks.wait(stop_grace_seconds, failure_grace_seconds)
         finally:
             ranks.kill()
+            remove_leftovers()
 
 
 def count_gpus() -> int:
@@ -100,10 +124,11 @@ class _Ranks:
 
         before = {
             number: signal.signal(number, record)
-            for number in (*_STATUS_AFTER, signal.SIGUSR1)
+            for number in _HANDLED_SIGNALS
             if signal.getsignal(number) is not signal.SIG_IGN
         }
-        before[signal.SIGQUIT] = signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+        for number in _UNASKED_SIGNALS:
+            before[number] = signal.signal(number, signal.SIG_IGN)
         try:
             yield
         finally:
@@ -115,15 +140,24 @@ class _Ranks:
         environment = dict(os.environ)
         complete_environment(environment, local_ranks=num_ranks)
         environment["WORLD_SIZE"] = environment["LOCAL_WORLD_SIZE"] = str(num_ranks)
-        environment["MASTER_ADDR"], environment["MASTER_PORT"] = "127.0.0.1", str(_free_port())
-        for rank in range(num_ranks):
-            process = subprocess.Popen(
-                command,
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=None if shares_stdin and rank == 0 else subprocess.DEVNULL,
-                preexec_fn=_ignore_terminal_signals,
-            )
-            self._processes.append(process)
+        # Rank 0 gets the socket itself: a free port could be another's by the time that it asks.
+        with closing(socket.create_server(("127.0.0.1", 0), backlog=num_ranks)) as meeting:
+            address, port = meeting.getsockname()
+            environment["MASTER_ADDR"], environment["MASTER_PORT"] = address, str(port)
+            environment.pop(LISTEN_FD, None)
+            for rank in range(num_ranks):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                passed = (meeting.fileno(),) if rank == 0 else ()
+                if passed:
+                    own[LISTEN_FD] = str(meeting.fileno())
+                process = subprocess.Popen(
+                    command,
+                    env=environment | own,
+                    stdin=None if shares_stdin and rank == 0 else subprocess.DEVNULL,
+                    pass_fds=passed,
+                    preexec_fn=partial(_begin_rank, os.getpid()),
+                )
+                self._processes.append(process)
 
     def wait(self, stop_grace_seconds: float, failure_grace_seconds: float) -> int:
         """Wait until all have ended and return the exit status of `launch`."""
@@ -137,7 +171,7 @@ class _Ranks:
                 if number in _STATUS_AFTER:
                     self._stop(stop_grace_seconds)
                     return _STATUS_AFTER[signal.Signals(number)]
-                self._send(number)
+                self._pass_on(number)
             if failed is not None:
                 status = _status_of(failed)
                 self._stop(failure_grace_seconds)
@@ -155,9 +189,20 @@ class _Ranks:
                 number = self._signals.popleft()
                 if number == signal.SIGINT:
                     deadline = time.monotonic()
-                elif number == signal.SIGUSR1:
-                    self._send(number)
+                elif number not in _STATUS_AFTER:
+                    deadline += self._pass_on(number)
         self.kill()
+
+    def _pass_on(self, number: int) -> float:
+        """Send ranks a signal; at TSTP stop with them until CONT, and return for how long."""
+        if number != signal.SIGTSTP:
+            self._send(number)
+            return 0.0
+        began = time.monotonic()
+        self._send(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._send(signal.SIGCONT)
+        return time.monotonic() - began
 
     def kill(self) -> None:
         """Kill the ranks that still run."""
@@ -174,22 +219,17 @@ class _Ranks:
 
 
 def _status_of(failed: subprocess.Popen[bytes]) -> int:
-    """Return the exit status of a rank, and name the signal if one ended it."""
-    if failed.returncode > 0:
-        return int(failed.returncode)
-    number = -failed.returncode
+    """Return the exit status of a rank, and tell of the signal if one ended it."""
+    number = max(0, -failed.returncode)
     # The rank could not write a message itself.
-    sys.stderr.write(f"megatron-keye train: process {failed.pid} was ended by signal {number}\n")
-    return 128 + number
+    described = describe_end(failed.pid, number)
+    if described:
+        sys.stderr.write(f"megatron-keye train: {described}\n")
+    return 128 + number if number else int(failed.returncode)
 
 
-def _ignore_terminal_signals() -> None:
-    """Make a rank ignore the terminal's signals; runs between fork and exec."""
-    for number in _TERMINAL_SIGNALS:
+def _begin_rank(launcher: int) -> None:
+    """Bind a rank to the launcher; runs between fork and exec."""
+    for number in _TERMINAL_SIGNALS | _UNASKED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    end_with_parent(launcher)

@@ -11,17 +11,17 @@ parallel.vision.attention_break_even_patches for this device.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_keye.cli import local
 from megatron_keye.cli.arguments import add_count, add_recipe, chosen_run, make_parser
 from megatron_keye.cli.noise import quieten_libraries
 from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.config import RunConfig
+from megatron_keye.files.disk import writing
 
 if TYPE_CHECKING:
     from megatron_keye.observe.timeline import Timeline
@@ -68,8 +68,10 @@ def record(options: argparse.Namespace, run: RunConfig) -> int:
     steps = read_steps(options.timeline / run.name)
     last = max(steps)
     title = f"{run.name}, step {last}: {run.parallel.describe()}"
-    (options.timeline / "timeline.svg").write_text(gantt.draw(steps[last].spans, title))
-    (options.timeline / "timeline.json").write_text(json.dumps(chrome_trace(steps)))
+    drawing, trace = gantt.draw(steps[last].spans, title), json.dumps(chrome_trace(steps))
+    with writing(options.timeline, "the timeline"):
+        (options.timeline / "timeline.svg").write_text(drawing)
+        (options.timeline / "timeline.json").write_text(trace)
     sys.stdout.write(describe(steps, run))
     return 0
 
@@ -88,8 +90,7 @@ def train(options: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "megatron_keye", "train", options.recipe]
     command += ["--ranks", str(options.ranks)]
     command += [part for one in settings for part in ("--set", one)]
-    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    return subprocess.run(command, env=environment, check=False).returncode
+    return local.launch(command, options.ranks)
 
 
 def describe(steps: dict[int, "Timeline"], run: RunConfig) -> str:

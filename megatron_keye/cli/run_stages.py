@@ -2,25 +2,30 @@
 
     megatron-keye run_stages keye_tiny --ranks 1
     megatron-keye run_stages keye_tiny --ranks 1 --from stage3 --to sft --set training.steps=20
-    megatron-keye run_stages keye --print --weights runs/warm_start --sbatch=--time=24:00:00
+    megatron-keye run_stages keye --submit --weights runs/warm_start --sbatch=--time=24:00:00
     megatron-keye run_stages keye --status
 
 A stage is a recipe, MODEL_STAGE, and a run of that name. A second call goes on where the first one
 stopped, between stages or within one; Ctrl-C, TERM and USR1 save before they stop, as in
 megatron-keye train. A table shows what is done, and MODEL_stages.svg in output_dir the loss, the
-indexer's KL divergence and its recall over all stages. --print prints the commands that submit the
-stages as Slurm jobs, one after the other, instead.
+indexer's KL divergence and its recall over all stages. --submit submits the stages as Slurm jobs
+instead, each of which waits for the one before; --print prints the commands. Where jobs may not
+queue again, --sbatch=--array=1-9%1 gives each stage nine tasks that continue each other.
 
 Exit status: 0 done, else that of megatron-keye train in the stage that stopped.
 """
 
 import argparse
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_keye.cli import local
 from megatron_keye.cli.arguments import add_count, add_folder, add_settings, make_parser
+from megatron_keye.cli.shared_heartbeats import shared_heartbeats
 from megatron_keye.cli.stage_plan import PlannedStage, plan_stages
 from megatron_keye.cli.stage_report import draw_stages, print_table, read_curves
 from megatron_keye.cli.status import reports_user_errors
@@ -51,25 +56,30 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add_folder(parser, "--weights", "checkpoint that the first stage starts from")
     add_count(parser, "--ranks", "processes of each stage; default: as for megatron-keye train")
     parser.add_argument("--status", action="store_true", help="show what is done; train nothing")
-    parser.add_argument("--print", action="store_true", help="print a script of Slurm jobs")
-    add_count(parser, "--gpus-per-node", "for --print: GPUs of a node", default=8)
+    jobs = parser.add_mutually_exclusive_group()
+    jobs.add_argument("--print", action="store_true", help="print a script of Slurm jobs")
+    jobs.add_argument("--submit", action="store_true", help="run that script")
+    add_count(parser, "--gpus-per-node", "for Slurm jobs: GPUs of a node", default=8)
     parser.add_argument(
         "--sbatch",
         action="append",
         default=[],
         metavar="OPTION",
-        help="for --print: an option of sbatch; repeatable",
+        help="for Slurm jobs: an option of sbatch; repeatable",
     )
     return parser.parse_args(arguments)
 
 
 @reports_user_errors
 def main(arguments: Sequence[str]) -> int:
-    """Walk the stages, or print their jobs, and return the exit status."""
+    """Walk the stages, or print or submit their jobs, and return the exit status."""
     options = parse_arguments(arguments)
-    if options.print:
+    if options.print or options.submit:
         stages = plan_stages(options, ranks=options.ranks or 0, has_gpu=True)
-        sys.stdout.write(job_script(stages, options.gpus_per_node, options.sbatch))
+        script = job_script(stages, options.gpus_per_node, options.sbatch)
+        if options.submit:
+            return submit(script)
+        sys.stdout.write(script)
         return 0
     if options.status:
         show(options.model, plan_stages(options, ranks=options.ranks or 0, has_gpu=True))
@@ -100,7 +110,8 @@ def walk(model: str, stages: Sequence[PlannedStage]) -> int:
         sys.stdout.write(f"stage {number} of {len(stages)}: {stage.recipe}\n")
         sys.stdout.flush()
         words = ["train", *stage.words, "--ranks", str(stage.ranks)]
-        status = local.launch([sys.executable, "-m", "megatron_keye", *words], stage.ranks)
+        with shared_heartbeats():
+            status = local.launch([sys.executable, "-m", "megatron_keye", *words], stage.ranks)
         if status:
             sys.stderr.write(f"{stage.recipe} has stopped; the same command goes on with it\n")
             show(model, stages)
@@ -116,6 +127,22 @@ def show(model: str, stages: Sequence[PlannedStage]) -> None:
     file = draw_stages(model, stages, curves)
     if file is not None:
         sys.stdout.write(f"{file}\n")
+
+
+def submit(script: str) -> int:
+    """Run the script of `job_script` and return its exit status.
+
+    Raises:
+        UserError: Where there is no Slurm, or no launch/slurm.sbatch.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError("--submit: sbatch is not found, expected Slurm; --print prints the jobs")
+    if not Path("launch/slurm.sbatch").is_file():
+        raise UserError(
+            f"--submit: got folder {Path.cwd()}, expected the repository, which has "
+            "launch/slurm.sbatch; call it there"
+        )
+    return subprocess.run(["bash", "-c", script], check=False).returncode
 
 
 def job_script(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_keye.checkpoint.folders import checkpoint_folder, newest_checkpoint, step_of
 from megatron_keye.checkpoint.history import read_history
+from megatron_keye.checkpoint.manifest import problem_of
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.recipes import load_recipe
@@ -53,8 +54,8 @@ class PlannedStage:
 
     @property
     def is_done(self) -> bool:
-        """Whether that checkpoint is there."""
-        return self.last_checkpoint.is_dir()
+        """Whether that checkpoint is there, and whole by the sizes of its files."""
+        return not problem_of(self.last_checkpoint)
 
     @property
     def num_steps_saved(self) -> int:

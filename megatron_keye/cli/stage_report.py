@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_keye.cli.stage_plan import PlannedStage
+from megatron_keye.files.disk import writing
 from megatron_keye.observe.curves import Curves, StageCurves, draw
 
 METRICS = {"loss": "loss", "KL": "indexer_kl", "recall": "indexer_recall"}
@@ -70,5 +71,6 @@ def draw_stages(
     if not any(points for stage in drawn for points in stage.curves.values()):
         return None
     file = Path(stages[0].run.output_dir) / f"{model}_stages.svg"
-    file.write_text(draw(drawn, list(METRICS), title=f"{model}: all stages"))
+    with writing(file, "the curves of all stages"):
+        file.write_text(draw(drawn, list(METRICS), title=f"{model}: all stages"))
     return file

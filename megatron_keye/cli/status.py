@@ -9,6 +9,8 @@ from megatron_keye.errors import UserError
 FAILED = 1
 USER_ERROR = 2
 LOST_PEERS = 3
+HUNG = 4
+"""No rank made progress, and the watchdog ended the run."""
 STOPPED = 75
 """A signal ended the run after a step, which was saved (EX_TEMPFAIL of sysexits.h: try again)."""
 INTERRUPTED = 130

@@ -10,13 +10,14 @@ srun or this command itself, the process is that rank. Ctrl-C and the signals TE
 let ranks finish their step and save a checkpoint; a second Ctrl-C kills them.
 
 Exit status: 0 done, 75 stopped by USR1 and saved, 130 or 143 stopped by Ctrl-C or TERM, 2 wrong
-setting, else that of the first rank that failed.
+setting, 4 no progress, else that of the first rank that failed.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_keye.cli import local, rank
 from megatron_keye.cli.arguments import (
@@ -26,8 +27,10 @@ from megatron_keye.cli.arguments import (
     make_parser,
     positive_integer,
 )
+from megatron_keye.cli.shared_heartbeats import shared_heartbeats
 from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.errors import UserError
+from megatron_keye.training.health.bad_step import BadStep
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -41,8 +44,20 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="auto|none|FOLDER",
         help="same as --set training.checkpoint.resume=...",
     )
+    parser.add_argument(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="compute the bad step of this file of a run's bad_steps/ once more, from the "
+        "checkpoint that was newest then, or that of --resume, print what comes out and exit",
+    )
     parser.add_argument("--show", action="store_true", help="print all settings as JSON and exit")
+    parser.add_argument(
+        "--check", action="store_true", help="only check that the settings fit --ranks"
+    )
     options = parser.parse_args(arguments)
+    if options.replay is not None and options.resume is None:
+        options.resume = BadStep.read(options.replay).checkpoint or "none"
     if options.resume is not None:
         options.set.append(f"training.checkpoint.resume={options.resume}")
     return options
@@ -52,6 +67,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Train and return the exit status."""
     options = parse_arguments(arguments)
+    if options.check:
+        num_ranks = options.ranks or default_ranks()
+        rank.make_run(options, num_ranks).check_num_ranks(num_ranks)
+        return 0
     if "RANK" in os.environ:
         return rank.run_rank(options)
     num_ranks = options.ranks or default_ranks()
@@ -59,7 +78,10 @@ def main(arguments: Sequence[str]) -> int:
         run = chosen_run(options, num_ranks=num_ranks, has_gpu=local.count_gpus() > 0)
         sys.stdout.write(run.to_json())
         return 0
-    return local.launch([sys.executable, "-m", "megatron_keye", "train", *arguments], num_ranks)
+    with shared_heartbeats():
+        return local.launch(
+            [sys.executable, "-m", "megatron_keye", "train", *arguments], num_ranks
+        )
 
 
 def default_ranks() -> int:

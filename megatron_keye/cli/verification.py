@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from megatron_keye.checkpoint.hf.folder import HfFolder, open_hf
+from megatron_keye.files.disk import making
 from megatron_keye.parallel.process import resolve_device
 from megatron_keye.verify.compare import LAYERED, Arrays, compare, largest
 from megatron_keye.verify.dump import dump
@@ -49,9 +50,10 @@ def choose_inputs(options: argparse.Namespace, folder: HfFolder) -> DumpInputs:
 def write_dump(path: Path, arrays: Arrays) -> None:
     """Write an .npz file under a temporary name and rename it once it is complete."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    partial.replace(path)
+    with making(partial, "the dump"):
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        partial.replace(path)
 
 
 def report(title: str, ours: Arrays, theirs: Arrays, options: argparse.Namespace) -> bool:

@@ -1,6 +1,8 @@
 """Configuration of a run: frozen dataclasses, validated when they are made."""
 
 from megatron_keye.config.data import DataConfig, DecodeConfig, FrameConfig, RemoteConfig
+from megatron_keye.config.fusions import FusionsConfig
+from megatron_keye.config.health import HealthConfig
 from megatron_keye.config.lora import LoraConfig
 from megatron_keye.config.model import (
     DecoderConfig,
@@ -28,6 +30,8 @@ __all__ = [
     "DecoderParallel",
     "ExpertsConfig",
     "FrameConfig",
+    "FusionsConfig",
+    "HealthConfig",
     "IndexerConfig",
     "LoggingConfig",
     "LoraConfig",

@@ -5,6 +5,7 @@ Megatron-Core is not prepared, and the package index has another `apex`. Standar
 """
 
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -162,6 +163,11 @@ def apex_version() -> str | None:
             f"`{APEX_INSTALL}`"
         )
     return found.version
+
+
+def has_weight_gradient_extension() -> bool:
+    """Return whether apex's products that add weight gradients in place are built."""
+    return find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def _find(name: str) -> Distribution | None:

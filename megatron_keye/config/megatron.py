@@ -3,12 +3,17 @@
 Megatron's field names appear in no other file of the configuration.
 """
 
+import copy
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
+from megatron_keye.config.training import Recompute
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -18,7 +23,9 @@ def weight_dtype(run: RunConfig) -> torch.dtype:
     return _DTYPES[run.training.precision]
 
 
-def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> TransformerConfig:
+def decoder_config(
+    run: RunConfig, *, on_gpu: bool, grouped_experts: bool, fusions: Fusions = PLAIN
+) -> TransformerConfig:
     """Translate the decoder's sizes and degrees.
 
     Args:
@@ -26,6 +33,7 @@ def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> Tr
         on_gpu: Whether modules are built on the GPU.
         grouped_experts: Whether the experts of a rank run as one grouped GEMM, which needs
             Transformer Engine.
+        fusions: The fused kernels that run.
     """
     decoder, degrees = run.model.decoder, run.parallel.decoder
     interleaved = degrees.virtual_stages > 1
@@ -53,6 +61,8 @@ def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> Tr
         moe_router_dtype="fp64" if run.training.precision == "fp64" else "fp32",
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=grouped_experts,
+        moe_permute_fusion=fusions.permutation,
+        moe_router_fusion=fusions.router,
         tensor_model_parallel_size=degrees.tensor,
         pipeline_model_parallel_size=degrees.pipeline,
         virtual_pipeline_model_parallel_size=degrees.virtual_stages if interleaved else None,
@@ -69,19 +79,42 @@ def decoder_config(run: RunConfig, *, on_gpu: bool, grouped_experts: bool) -> Tr
         params_dtype=weight_dtype(run),
         pipeline_dtype=weight_dtype(run),
         bf16=run.training.precision == "bf16",
-        recompute_granularity="full" if run.training.recompute_layers else None,
-        recompute_method="uniform" if run.training.recompute_layers else None,
-        recompute_num_layers=1 if run.training.recompute_layers else None,
+        **_recomputation(run.training.recompute),
         # decoder/initialization.py draws weights by name afterwards, equally on every grid.
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fusions.weight_gradients,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=fusions.swiglu,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def output_layer_config(config: TransformerConfig, fusions: Fusions) -> TransformerConfig:
+    """Return the configuration of the output layer, which is always Megatron-Core's own.
+
+    Args:
+        config: The decoder's, which stays as it is.
+        fusions: The fused kernels that run.
+    """
+    own = copy.copy(config)
+    own.gradient_accumulation_fusion = fusions.output_weight_gradients
+    return own
+
+
+def _recomputation(recompute: Recompute) -> dict[str, Any]:
+    """Translate what is recomputed; "selective" is a whole layer that keeps its attention."""
+    if recompute == "none":
+        return {}
+    if recompute == "experts":
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
 
 
 def vision_config(run: RunConfig) -> TransformerConfig:

@@ -17,8 +17,14 @@ from megatron_keye.config.rollout import RolloutConfig
 from megatron_keye.config.training import TrainingConfig
 from megatron_keye.errors import UserError
 
-RENAMED = {"parallel.decoder.chunks_per_stage": "parallel.decoder.virtual_stages"}
+RENAMED = {
+    "parallel.decoder.chunks_per_stage": "parallel.decoder.virtual_stages",
+    "training.recompute_layers": "training.recompute",
+    "training.max_skipped_steps": "training.health.max_bad_steps",
+}
 """Former names of settings, as in run.json files and checkpoints of earlier versions."""
+FORMER_VALUES = {"training.recompute_layers": {False: "none", True: "full"}}
+"""What true and false under a former name are now, where the setting is of another type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +153,10 @@ class RunConfig:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Return the configuration that `to_json`, of this or an earlier version, wrote."""
-        return typing.cast(Self, _build(cls, json.loads(text), path=""))
+        tree = json.loads(text)
+        for former, name in RENAMED.items():
+            _move(tree, former.split("."), name.split("."))
+        return typing.cast(Self, _build(cls, tree, path=""))
 
     def with_overrides(self, overrides: list[str]) -> Self:
         """Return a copy with `section.field=value` settings applied, which are checked together.
@@ -182,6 +191,20 @@ def as_override(name: str, value: object) -> str:
     if items and not any("," in item for item in items):
         return f"{name}={','.join(items)}"
     return f"{name}={json.dumps(value)}"
+
+
+def _move(tree: dict[str, Any], former: list[str], name: list[str]) -> None:
+    """Move a setting of nested sections to another name, if it is there."""
+    source, target = tree, tree
+    for section in former[:-1]:
+        source = source.get(section, {})
+    if former[-1] in source:
+        for section in name[:-1]:
+            target = target.setdefault(section, {})
+        value = source.pop(former[-1])
+        if isinstance(value, bool):
+            value = FORMER_VALUES.get(".".join(former), {}).get(value, value)
+        target[name[-1]] = value
 
 
 def _plain(node: Any) -> Any:
@@ -249,8 +272,7 @@ def _build(wanted: Any, value: Any, path: str) -> Any:
         section = typing.cast(type, wanted)
         below = f"{path}." if path else ""
         parts = {}
-        for written, part in value.items():
-            name = RENAMED.get(f"{below}{written}", written).rpartition(".")[2]
+        for name, part in value.items():
             parts[name] = _build(_field_type(section, name, below), part, f"{below}{name}")
         return section(**parts)
     if origin is tuple:

@@ -4,12 +4,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_keye.config.check import check, check_numbers
+from megatron_keye.config.fusions import FusionsConfig
+from megatron_keye.config.health import HealthConfig
 from megatron_keye.config.lora import TARGETS, LoraConfig
 from megatron_keye.config.optimizer import OptimizerConfig
 from megatron_keye.config.parts import PARTS, Part
 
 Phase = Literal["dense", "indexer_warmup", "sparse"]
 LinearLayers = Literal["auto", "megatron", "transformer_engine"]
+Recompute = Literal["none", "experts", "selective", "full"]
+
+RECOMPUTE: tuple[Recompute, ...] = ("none", "experts", "selective", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +25,16 @@ class CheckpointConfig:
     """Steps from one checkpoint to the next; 0: save only after the last step."""
     saves_last: bool = True
     """Whether the last step is always saved; benchmarks need no checkpoint."""
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written, after a pause for a copy in main
+    memory, which takes as many bytes as the rank writes and is kept. false: training waits."""
+    checks_sums: bool = True
+    """Whether a checkpoint's files are compared with their checksums before a run continues it or
+    starts from its weights. The ranks share the reading; sizes are compared anyway."""
     keep: int = 2
     """Newest checkpoints to keep; 0 keeps all."""
+    keep_every_steps: int = 0
+    """Checkpoints after multiples of this many steps are kept for good; 0: none is."""
     export_every: int = 0
     """Every this many checkpoints of interval_steps, and after the last step, the checkpoint is
     also exported as a Hugging Face folder, exports/step-N in the run's folder; 0: never. All ranks
@@ -31,6 +44,11 @@ class CheckpointConfig:
     resume: str = "none"
     """"auto" continues from the newest checkpoint of this run if there is one, "none" starts a new
     run, any other value is the folder of a checkpoint to continue from."""
+    job: str = ""
+    """Name of the queue's job that this process belongs to, which launch/slurm.sbatch sets. A job
+    that is started again continues the newest checkpoint if it has saved one itself, whatever
+    `resume` says. If it was lost before its first save, `resume` decides as at its first start, so
+    that it does not take an earlier run of its name for its own."""
     weights: str = ""
     """Folder of a native checkpoint, for example of megatron-keye convert, whose weights a new run
     starts with, moments at 0; "" for random weights. They are rounded to this run's precision, and
@@ -40,8 +58,12 @@ class CheckpointConfig:
         check_numbers(
             self,
             "training.checkpoint",
-            zero_or_more="interval_steps keep export_every keep_exports",
+            zero_or_more="interval_steps keep keep_every_steps export_every keep_exports",
         )
+
+    def keeps_for_good(self, step: int) -> bool:
+        """Return whether the checkpoint after a step stays whatever its age."""
+        return self.keep_every_steps > 0 and step % self.keep_every_steps == 0
 
     def exports(self, step: int, *, is_last: bool) -> bool:
         """Return whether the checkpoint after a step is exported.
@@ -58,8 +80,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where a run's figures go beside the console and the files of its folder."""
+    """What a run tells beside its steps, and where its figures go."""
 
+    straggler_steps: int = 100
+    """Every this many steps the times of ranks with the same role are compared, and the console
+    and the figures name one that is slower than its peers; 0: never. Such a step waits for its
+    device once more."""
     wandb_project: str = ""
     """Project of Weights & Biases that gets the run's curves; "": none. A resumed run continues
     its wandb run."""
@@ -70,6 +96,7 @@ class LoggingConfig:
     internet."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "training.logging", zero_or_more="straggler_steps")
         modes, mode, entity = ("online", "offline"), self.wandb_mode, self.wandb_entity
         check(mode in modes, "training.logging.wandb_mode", mode, f"one of {modes}")
         check(
@@ -121,8 +148,6 @@ class TrainingConfig:
     sample of a single source so often, and of a blend as many samples as all sources hold, by
     their weights. The last step may have fewer rows. The learning-rate schedule extends over the
     samples drawn."""
-    max_skipped_steps: int = 10
-    """Steps in a row that are skipped because a gradient is not finite, at which the run ends."""
     stop_after_step: int = 0
     """Save and stop after this step, without changing the schedule; 0: run to the end."""
     rows_per_step: int = 1
@@ -145,8 +170,15 @@ class TrainingConfig:
     """Whether a new run refuses weights (training.checkpoint.weights) that its phase makes no
     sense after: sparse training needs indexers that were warmed up, and dense training or a
     warm-up does not follow it. Their training_history.json tells what trained them."""
-    recompute_layers: bool = False
-    """Whether the backward pass recomputes decoder layers (full activation recomputation)."""
+    recompute: Recompute = "none"
+    """What the backward pass of a decoder layer computes again instead of keeping it: "none";
+    "experts": router and experts; "selective": all but the attention's outputs and the selected
+    keys, that is, linears, norms and experts; "full": all but the selected keys. The arithmetic is
+    the same, and so is every bit where kernels add in a fixed order."""
+    keeps_in_host_memory: bool = False
+    """With recompute "selective" or "full", whether what is kept beside a layer's input, the
+    selected keys and the attention's outputs, waits in the machine's main memory for the backward
+    pass. They are copied out beside the computation; it waits for them to come back."""
     precision: Literal["fp64", "fp32", "bf16"] = "bf16"
     """Type of weights and activations; bf16 has fp32 master weights and gradients. fp64 is for
     comparison with other implementations and needs model.decoder.experts.balance_loss_weight=0."""
@@ -155,6 +187,11 @@ class TrainingConfig:
     GPU if it is installed, else Megatron-Core; checkpoints are the same for both."""
     seed: int = 1234
     """Seed of initial weights, sample order and all other random numbers."""
+    hang_minutes: float = 10.0
+    """Minutes without progress on any rank after which the run ends, naming the rank that holds it
+    up, with the stack of each rank in hangs/ of the run's folder; three times as many in the first
+    step, while building, loading, decoding, saving and validating. Exchanges between ranks wait
+    for four times as many. 0: for ever."""
     records_timeline: bool = False
     """Whether every rank records the start and end of each part of a step, in timeline/ of the
     run's folder, for megatron-keye profile. Adds a barrier before each step."""
@@ -169,6 +206,10 @@ class TrainingConfig:
     """Figures beside the console."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The loss of samples that are not trained on."""
+    fusions: FusionsConfig = field(default_factory=FusionsConfig)
+    """Fused kernels of the decoder."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """Numbers that are not finite, and spikes."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters that learn instead of the weights."""
 
@@ -177,9 +218,9 @@ class TrainingConfig:
         check_numbers(
             self,
             "training",
-            above_zero="rows_per_step max_skipped_steps",
+            above_zero="rows_per_step",
             zero_or_more="steps epochs stop_after_step dense_up_to indexer_loss_weight seed "
-            "device_peak_tflops",
+            "hang_minutes device_peak_tflops",
         )
         check(self.seed < 2**32, "training.seed", self.seed, f"at most {2**32 - 1}")
         expected = (
@@ -200,6 +241,13 @@ class TrainingConfig:
         check(self.precision in precisions, "training.precision", self.precision, f"{precisions}")
         unknown = [part for part in self.frozen if part not in PARTS]
         check(not unknown, "training.frozen", self.frozen, f"parts out of {PARTS}")
+        check(self.recompute in RECOMPUTE, "training.recompute", self.recompute, f"{RECOMPUTE}")
+        check(
+            not self.keeps_in_host_memory or self.recompute in ("selective", "full"),
+            "training.keeps_in_host_memory",
+            self.keeps_in_host_memory,
+            f"false with training.recompute = {self.recompute!r}, which keeps no such tensors",
+        )
         self.lora.check_learns(self.phase, self.frozen)
         check(bool(self.trained_parts), "training.frozen", self.frozen, "a part that still learns")
         check(

@@ -25,6 +25,7 @@ from megatron_keye.data.remote.copies import NO_REMOTE, local_copy
 from megatron_keye.data.row import Picture
 from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.video_info import VideoInfo
+from megatron_keye.files.disk import writing
 
 FORMAT = "megatron_keye.features.1"
 _READ_BYTES = 16 * 2**20
@@ -78,22 +79,30 @@ class FeatureCache:
         folder = self._array_folder(picture)
         kind = f"features of frame {picture.frame} of {picture.medium.path}"
         with reading(folder, kind, "remove the folder to encode them again"):
-            stored = np.asarray(zarr.open_array(folder, mode="r")[picture.frame])
+            # Format 2 knows pickles, whose reading runs code unless zarr is new enough to refuse.
+            stored = np.asarray(zarr.open_array(folder, mode="r", zarr_format=3)[picture.frame])
         expected = (picture.num_patches, self._width)
         assert stored.shape == expected, f"{folder}: got {stored.shape}, expected {expected}"
         return torch.from_numpy(stored).view(self._dtype)
 
     def write(self, picture: Picture, features_PW: Tensor) -> None:
-        """Store the features [P, W] of a picture."""
+        """Store the features [P, W] of a picture.
+
+        Raises:
+            DiskError: When the disk does not take them.
+        """
         folder = self._array_folder(picture)
-        if not (folder / "zarr.json").is_file():
-            # Another process may have created the same array since.
-            with suppress(ContainsArrayError):
-                self._create(folder, picture)
-        stored = features_PW.detach().to("cpu", self._dtype).contiguous().view(self._stored)
-        # By default zarr writes no chunk of zeros alone, and `has` looks for the chunk's file.
-        array = zarr.open_array(folder, mode="r+", config={"write_empty_chunks": True})
-        array[picture.frame] = stored.numpy()
+        with writing(folder, "cached features"):
+            if not (folder / "zarr.json").is_file():
+                # Another process may have created the same array since.
+                with suppress(ContainsArrayError):
+                    self._create(folder, picture)
+            stored = features_PW.detach().to("cpu", self._dtype).contiguous().view(self._stored)
+            # By default zarr writes no chunk of zeros alone, and `has` looks for the chunk's file.
+            array = zarr.open_array(
+                folder, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
+            )
+            array[picture.frame] = stored.numpy()
 
     def _create(self, folder: Path, picture: Picture) -> None:
         """Create the array for all frames of a file."""
@@ -103,6 +112,7 @@ class FeatureCache:
                 num_frames = self._probe_video(path).num_frames
         zarr.create_array(
             folder,
+            zarr_format=3,
             shape=(num_frames, picture.num_patches, self._width),
             chunks=(1, picture.num_patches, self._width),
             dtype=str(self._stored).removeprefix("torch."),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_keye.errors import UserError
+from megatron_keye.files.disk import remove, writing
 
 _KEYS = {"video", "captions"}
 _CAPTION_KEYS = {"start", "end", "caption"}
@@ -73,15 +74,18 @@ def interleave_file(
     counts = Counts()
     partial = out.with_name(f"{out.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
+        with writing(out, "samples"), partial.open("w", encoding="utf-8") as stream:
             for video, captions in _read(source):
                 name = _relative(video, source.parent, out.parent)
                 _write(stream, name, captions, counts, piece_seconds, sample_seconds)
+            stream.flush()
+            os.fsync(stream.fileno())
         if not counts.num_samples:
             raise UserError(f"{source}: holds no videos, expected one per line")
-        partial.rename(out)
+        with writing(out, "samples"):
+            partial.rename(out)
     finally:
-        partial.unlink(missing_ok=True)
+        remove(partial)
     return counts
 
 

@@ -134,12 +134,11 @@ class _FolderTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{folder}: holds no tokenizer that transformers can read, expected "
-                "tokenizer.json and tokenizer_config.json; copy them there"
-            ) from error
+            raise UserError(_unreadable(Path(folder))) from error
         self._folder = folder
         self._ids: dict[str, int] = self._tokenizer.get_vocab()
         rules = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -159,6 +158,21 @@ class _FolderTokenizer:
 
     def control_id(self, name: str) -> int:
         return _existing(self._ids.get(name), name, self._folder)
+
+
+def _unreadable(folder: Path) -> str:
+    """Return why transformers reads no tokenizer from a folder, in a sentence."""
+    file = folder / "tokenizer_config.json"
+    if file.is_file() and "auto_map" in file.read_text(errors="replace"):
+        return (
+            f"{file}: names a tokenizer class in Python code of the folder (auto_map), which is "
+            "never run, expected one that transformers has; save it as tokenizer.json, and take "
+            "auto_map out"
+        )
+    return (
+        f"{folder}: holds no tokenizer that transformers can read, expected tokenizer.json and "
+        "tokenizer_config.json; copy them there"
+    )
 
 
 def _digest(contents: list[bytes]) -> str:

@@ -1,9 +1,10 @@
 """Self-attention of one decoder layer: grouped-query attention to the keys its indexer selects.
 
 It replaces the whole of Megatron's SelfAttention, since the indexer needs the layer's input, and
-full-layer recomputation must repeat the same selection.
+a recomputed layer must keep its selection and may keep what attention gave.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_keye.config.model import DecoderConfig
+from megatron_keye.config.training import Recompute
 from megatron_keye.decoder.auxiliary_loss import attach_loss
 from megatron_keye.decoder.cached_attention import (
     NewHeads,
@@ -25,9 +27,11 @@ from megatron_keye.decoder.cached_attention import (
 from megatron_keye.decoder.indexer import Indexer
 from megatron_keye.decoder.norm import RMSNorm
 from megatron_keye.decoder.recall import measure_recall
+from megatron_keye.decoder.recomputation import KeptAttention, PackedSelection
 from megatron_keye.decoder.row import DecoderRow
 from megatron_keye.kernels.dense_attention import dense_attention_with_lse
 from megatron_keye.kernels.dense_indexer_loss import dense_indexer_loss
+from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.lightning_indexer import lightning_indexer
 from megatron_keye.kernels.rotary import rotate
 from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
@@ -75,6 +79,9 @@ class SparseSelfAttention(MegatronModule):
         pg_collection: ProcessGroupCollection,
         *,
         decoder: DecoderConfig,
+        recompute: Recompute,
+        keeps_in_host_memory: bool,
+        norm: Callable[[TransformerConfig, int, float], RMSNorm],
         **unused: Any,
     ) -> None:
         """Build one layer's attention; called by Megatron's TransformerLayer.
@@ -85,6 +92,9 @@ class SparseSelfAttention(MegatronModule):
             layer_number: 1-based number of the layer in the whole model.
             pg_collection: Process groups, of which tp and cp are used.
             decoder: Sizes of the decoder.
+            recompute: What the backward pass computes again.
+            keeps_in_host_memory: Whether what is kept for that waits there.
+            norm: Builds the norms of queries and keys from configuration, channels and epsilon.
             unused: Arguments of other kinds of attention.
         """
         super().__init__(config=config)
@@ -93,6 +103,9 @@ class SparseSelfAttention(MegatronModule):
         self.head_dim = decoder.head_dim
         self.heads_per_group = decoder.num_heads // decoder.num_kv_heads
         self.top_k = decoder.indexer.top_k
+        self.is_recomputed = recompute in ("selective", "full")
+        self.keeps_outputs = recompute == "selective"
+        self.in_host_memory = keeps_in_host_memory
         groups, width = decoder.num_kv_heads, decoder.num_heads * decoder.head_dim
         build = {"config": config, "init_method": config.init_method, "bias": False}
         build |= {"is_expert": False, "tp_group": self.tp_group}
@@ -115,8 +128,8 @@ class SparseSelfAttention(MegatronModule):
             **build,
         )
         # Megatron all-reduces the gradients of these two over the tensor axis by their names.
-        self.q_layernorm = RMSNorm(config, decoder.head_dim, decoder.rms_norm_eps)
-        self.k_layernorm = RMSNorm(config, decoder.head_dim, decoder.rms_norm_eps)
+        self.q_layernorm = norm(config, decoder.head_dim, decoder.rms_norm_eps)
+        self.k_layernorm = norm(config, decoder.head_dim, decoder.rms_norm_eps)
         self.indexer = Indexer(config, decoder.indexer)
 
     def forward(
@@ -139,16 +152,17 @@ class SparseSelfAttention(MegatronModule):
             The output in the shape of `hidden_states`, and None for a bias.
         """
         row = packed_seq_params
+        kept = self._kept(row)
         heads = self._project(hidden_states, row)
         loss = None
         if row.cache is not None:
             out_THC = self._attend_in_cache(heads, hidden_states, row)
         elif row.phase == "dense":
-            out_THC, _ = self._attend_densely(heads, row)
+            out_THC, _ = self._attend_densely(heads, row, kept)
         else:
             indexer_heads = self._project_indexer(hidden_states, row)
             attend = self._attend_sparsely if row.phase == "sparse" else self._warm_up_indexer
-            out_THC, loss = attend(heads, indexer_heads, row)
+            out_THC, loss = attend(heads, indexer_heads, row, kept)
         out_SBX = out_THC.flatten(1)[:, None]
         projected_SBD = cast(Tensor, self.linear_proj(out_SBX)[0])
         if loss is not None:
@@ -159,6 +173,20 @@ class SparseSelfAttention(MegatronModule):
     def _measures_indexer(self) -> bool:
         """False in the first of the two passes of a recomputed layer."""
         return torch.is_grad_enabled() or not self.training
+
+    def _kept(self, row: DecoderRow) -> KeptAttention:
+        """Return what this layer keeps of a row: to be filled in the first pass, then filled."""
+        if self.is_recomputed and self.training:
+            if torch.is_grad_enabled():
+                kept = row.kept.pop(self.layer_number)
+                if kept.outputs is not None:
+                    kept.outputs.begin_second_call()
+                return kept
+            outputs = KeptOutputs(in_host_memory=self.in_host_memory)
+            kept = KeptAttention(outputs if self.keeps_outputs else None)
+            row.kept[self.layer_number] = kept
+            return kept
+        return KeptAttention(None)
 
     def _project(self, hidden_SBD: Tensor, row: DecoderRow) -> _Heads:
         mixed_SBX = self.linear_qkv(hidden_SBD)[0]
@@ -181,7 +209,9 @@ class SparseSelfAttention(MegatronModule):
     def _gather(self, local: Tensor, row: DecoderRow) -> Tensor:
         return gather_row(local, row.gathered_order_S, self.cp_group)
 
-    def _attend_densely(self, heads: _Heads, row: DecoderRow) -> tuple[Tensor, Tensor]:
+    def _attend_densely(
+        self, heads: _Heads, row: DecoderRow, kept: KeptAttention
+    ) -> tuple[Tensor, Tensor]:
         """Return out_THC and lse_TH, the log-sum-exp of each query's logits."""
         return dense_attention_with_lse(
             heads.q_THC,
@@ -190,12 +220,13 @@ class SparseSelfAttention(MegatronModule):
             row.key_start_T,
             row.key_end_T,
             scale=self.head_dim**-0.5,
+            kept=kept.outputs,
         )
 
-    def _attend_sparsely(
-        self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return out_THC and the indexer's loss, or None where it is not measured."""
+    def _select(self, indexer: _IndexerHeads, row: DecoderRow, kept: KeptAttention) -> Tensor:
+        """Return indices_TK, in the second pass of a recomputed layer those of the first one."""
+        if kept.selection is not None:
+            return kept.selection.unpack()
         indices_TK = lightning_indexer(
             indexer.q_TIJ.detach(),
             indexer.k_SJ.detach(),
@@ -204,6 +235,17 @@ class SparseSelfAttention(MegatronModule):
             row.key_end_T,
             self.top_k,
         )
+        if self.is_recomputed and not self._measures_indexer:
+            kept.selection = PackedSelection.of(
+                indices_TK, len(indexer.k_SJ), in_host_memory=self.in_host_memory
+            )
+        return indices_TK
+
+    def _attend_sparsely(
+        self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow, kept: KeptAttention
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return out_THC and the indexer's loss, or None where it is not measured."""
+        indices_TK = self._select(indexer, row, kept)
         row.meter.record("topk_indices", self.layer_number, indices_TK)
         out_THC, target_TGK = sparse_attention(
             heads.q_THC,
@@ -212,6 +254,7 @@ class SparseSelfAttention(MegatronModule):
             indices_TK,
             scale=self.head_dim**-0.5,
             with_target=self._measures_indexer,
+            kept=kept.outputs,
         )
         if not self._measures_indexer:
             return out_THC, None
@@ -240,10 +283,10 @@ class SparseSelfAttention(MegatronModule):
         return out_THC
 
     def _warm_up_indexer(
-        self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow
+        self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow, kept: KeptAttention
     ) -> tuple[Tensor, Tensor | None]:
         """Return out_THC of dense attention and the indexer's loss over all keys, or None."""
-        out_THC, lse_TH = self._attend_densely(heads, row)
+        out_THC, lse_TH = self._attend_densely(heads, row, kept)
         if not self._measures_indexer:
             return out_THC, None
         loss, kl_TG = dense_indexer_loss(

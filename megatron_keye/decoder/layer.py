@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from megatron_keye.config.lora import LoraConfig
 from megatron_keye.config.model import DecoderConfig
+from megatron_keye.config.training import TrainingConfig
 from megatron_keye.decoder.adapters import adapt_column, adapt_experts, adapt_row
 from megatron_keye.decoder.attention import AttentionLinears, SparseSelfAttention
 from megatron_keye.decoder.norm import RMSNorm
@@ -29,8 +29,8 @@ def block_spec(
     num_layers: int,
     *,
     uses_transformer_engine: bool,
-    only_indexers_learn: bool,
-    lora: LoraConfig,
+    fuses_norm: bool,
+    training: TrainingConfig,
 ) -> TransformerBlockSubmodules:
     """Return the spec of `num_layers` equal layers and the final norm.
 
@@ -38,18 +38,26 @@ def block_spec(
         decoder: Sizes.
         num_layers: Layers of one virtual stage.
         uses_transformer_engine: Whether linears and experts are Transformer Engine's.
-        only_indexers_learn: If True, only the residual stream has a backward pass, to reach the
-            attached losses; attention and experts have none and save no activations.
-        lora: Which linears have adapters.
+        fuses_norm: Whether Transformer Engine computes the norms.
+        training: What learns, which linears have adapters, and what is recomputed. Where only
+            indexers learn, the residual stream alone has a backward pass, to reach the attached
+            losses; attention and experts have none and save no activations.
     """
-    norm = partial(RMSNorm, passes_gradients=not only_indexers_learn)
+    lora = training.lora
+    plain_norm = partial(RMSNorm, is_fused=fuses_norm)
+    norm = partial(plain_norm, passes_gradients=not training.only_indexers_learn)
     backend = _backend(uses_transformer_engine)
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
     if lora.is_adapting("attention"):
         column, row = adapt_column(column, lora), adapt_row(row, lora)
     attention = ModuleSpec(
         module=SparseSelfAttention,
-        params={"decoder": decoder},
+        params={
+            "decoder": decoder,
+            "recompute": training.recompute,
+            "keeps_in_host_memory": training.keeps_in_host_memory,
+            "norm": plain_norm,
+        },
         submodules=AttentionLinears(column=column, row=row),
     )
     experts = backend.grouped_mlp_modules(uses_transformer_engine)
@@ -67,7 +75,7 @@ def block_spec(
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=plain_norm)
 
 
 def _backend(uses_transformer_engine: bool) -> BackendSpecProvider:

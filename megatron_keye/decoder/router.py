@@ -44,6 +44,10 @@ class Router(TopKRouter):
         Returns:
             Probabilities [S, E], 0 for experts not chosen, and bool [S, E], True for chosen ones.
         """
+        if logits.numel() == 0:
+            # No kernel runs over nothing; the experts still need a gradient's way back.
+            no_tokens_SE = logits.flatten(0, 1)
+            return no_tokens_SE, no_tokens_SE.bool()
         routed = cast(tuple[Tensor, Tensor], super().routing(logits, padding_mask))
         if logits.dtype != torch.float64:
             return routed

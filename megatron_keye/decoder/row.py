@@ -13,6 +13,7 @@ from megatron_keye.config.model import DecoderConfig
 from megatron_keye.config.training import Phase
 from megatron_keye.decoder.key_cache import RowCache
 from megatron_keye.decoder.positions import rotary_table
+from megatron_keye.decoder.recomputation import KeptAttention
 
 MeterName = Literal[
     "language_loss",
@@ -82,6 +83,8 @@ class DecoderRow:
     """Weight of one query's KL in the sum that is divided by the weight of all labels."""
     meter: RowMeter
     """Receives the layers' measurements."""
+    kept: dict[int, KeptAttention] = field(default_factory=dict)
+    """By number of a recomputed layer, between its first pass and its second one."""
 
 
 def rotary_tables(

@@ -19,6 +19,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_keye.config.fused_kernels import PLAIN, Fusions
+from megatron_keye.config.megatron import output_layer_config
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import Phase
 from megatron_keye.decoder.batch import Batch
@@ -40,6 +42,7 @@ class VirtualStage(MegatronModule):
         *,
         index: int,
         uses_transformer_engine: bool,
+        fusions: Fusions = PLAIN,
     ) -> None:
         """Build the stage; its matrices are initialised later.
 
@@ -49,6 +52,7 @@ class VirtualStage(MegatronModule):
             groups: The decoder's process groups.
             index: Number of the virtual stage within its pipeline stage.
             uses_transformer_engine: Whether linears and experts are Transformer Engine's.
+            fusions: The fused kernels that run; those of `config`.
         """
         super().__init__(config=config)
         decoder, degrees = run.model.decoder, run.parallel.decoder
@@ -74,8 +78,8 @@ class VirtualStage(MegatronModule):
                 decoder,
                 num_layers,
                 uses_transformer_engine=uses_transformer_engine,
-                only_indexers_learn=run.training.only_indexers_learn,
-                lora=run.training.lora,
+                fuses_norm=fusions.norm,
+                training=run.training,
             ),
             pre_process=self.pre_process,
             post_process=self.post_process,
@@ -83,6 +87,7 @@ class VirtualStage(MegatronModule):
             vp_stage=self.vp_stage,
         )
         if self.post_process:
+            build["config"] = output_layer_config(config, fusions)
             self.output_layer = ColumnParallelLinear(
                 decoder.hidden_size, decoder.vocab_size, bias=False, gather_output=False, **build
             )

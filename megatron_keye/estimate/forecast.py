@@ -174,8 +174,11 @@ class Forecast:
 
     @property
     def decoder_passes(self) -> int:
-        """The decoder's work in forward passes: backward is two, and recomputing layers one."""
-        return 4 if self._run.training.recompute_layers else 3
+        """The decoder's work in forward passes: backward is two, and recomputing layers one.
+
+        Recomputing only a part of a layer counts as the whole, as an upper bound.
+        """
+        return 3 if self._run.training.recompute == "none" else 4
 
     def play(self, plan: StepPlan) -> Simulated:
         """Simulate a plan of these rows."""

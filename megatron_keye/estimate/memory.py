@@ -67,15 +67,12 @@ def decoder_memory(
         num_patches: Patches of a row's pictures.
     """
     degrees, training, decoder = run.parallel.decoder, run.training, run.model.decoder
-    states = _states(run, held)
+    states = state_bytes(run, held)
     num_tokens = run.data.row_tokens / degrees.context / degrees.tensor
-    saved, temporary = layer_bytes(run), _layer_workspace(run)
-    layers = _layers_in_flight(run, stage)
-    activations, workspace = layers * saved * num_tokens, temporary * num_tokens
-    if training.recompute_layers or training.only_indexers_learn:
-        # Layers save only their input, except for one at a time.
-        workspace += saved * num_tokens
-        activations = layers * _saved_input(run) * num_tokens
+    kept, again = _kept_and_recomputed(run)
+    activations = _layers_in_flight(run, stage) * kept * num_tokens
+    # One layer at a time is recomputed.
+    workspace = (_layer_workspace(run) + again) * num_tokens
     if stage == degrees.pipeline - 1:
         # Logits, their float32 copy and its gradient.
         width = decoder.vocab_size / degrees.tensor
@@ -102,7 +99,7 @@ def vision_memory(run: RunConfig, held: Sequence[Parameters], *, num_patches: in
     features = _feature_bytes(run, num_patches)
     workspace = 2 * run.model.vision.intermediate_size * run.parallel.vision.chunk_patches
     return Memory(
-        **_states(run, held),
+        **state_bytes(run, held),
         activations=_chunk_bytes(run),
         features=features,
         workspace=workspace * _BYTES[run.training.precision],
@@ -110,7 +107,7 @@ def vision_memory(run: RunConfig, held: Sequence[Parameters], *, num_patches: in
 
 
 def layer_bytes(run: RunConfig) -> float:
-    """Return the bytes that autograd saves per decoder layer and local token.
+    """Return the bytes that autograd saves per decoder layer and local token, of a whole layer.
 
     Under tensor parallelism each rank saves its share of all but the indexer, which runs whole on
     every rank; it is counted as if it were split too, except for the selected keys.
@@ -120,14 +117,35 @@ def layer_bytes(run: RunConfig) -> float:
     return size * (numbers + _saved_by_experts(decoder)) + _selection(run)
 
 
-def _saved_input(run: RunConfig) -> float:
-    """Return the bytes per layer and token if layers are recomputed or only indexers learn."""
-    decoder = run.model.decoder
-    width = decoder.hidden_size
+def _kept_and_recomputed(run: RunConfig) -> tuple[float, float]:
+    """Return bytes per layer and token: kept for the backward pass, and made again in it."""
+    decoder, recompute = run.model.decoder, run.training.recompute
+    size, whole = _BYTES[run.training.precision], layer_bytes(run)
+    experts = size * _saved_by_experts(decoder)
+    kept = float(size * decoder.hidden_size)
     if run.training.only_indexers_learn:
         # The indexer's queries and their gradients, which its loss computes in the forward pass.
-        width += 2 * decoder.indexer.num_heads * decoder.indexer.head_dim
-    return float(_BYTES[run.training.precision] * width)
+        kept += size * 2 * decoder.indexer.num_heads * decoder.indexer.head_dim
+    elif recompute == "none":
+        return whole, 0.0
+    elif recompute == "experts":
+        return whole - experts, experts
+    if run.training.keeps_in_host_memory:
+        return kept, whole
+    if recompute in ("selective", "full"):
+        kept += _kept_selection(run)
+    if recompute == "selective":
+        # Attention's output and the log-sum-exp of each head.
+        kept += decoder.num_heads * (size * decoder.head_dim + max(4, size))
+    return kept, whole
+
+
+def _kept_selection(run: RunConfig) -> float:
+    """Return the bytes per local token of a packed selection, whole on each tensor rank."""
+    if run.training.phase != "sparse":
+        return 0.0
+    blocks = -(-run.data.row_tokens // 2**16)
+    return (2 * run.model.decoder.indexer.top_k + 4 * blocks) * run.parallel.decoder.tensor
 
 
 def _saved_by_attention(decoder: DecoderConfig, context: int) -> float:
@@ -209,8 +227,13 @@ def _feature_bytes(run: RunConfig, num_patches: float) -> float:
     return float(tokens * run.model.decoder.hidden_size * _BYTES[run.training.precision])
 
 
-def _states(run: RunConfig, held: Sequence[Parameters]) -> dict[str, float]:
-    """Return the bytes of weights, gradients and optimizer."""
+def state_bytes(run: RunConfig, held: Sequence[Parameters]) -> dict[str, float]:
+    """Return the bytes of weights, gradients and optimizer on one rank.
+
+    Args:
+        run: Precision, degrees and what learns.
+        held: Parameters on the rank.
+    """
     size, is_bf16 = _BYTES[run.training.precision], run.training.precision == "bf16"
     is_trained = run.training.is_trained
     trained = [each for each in held if is_trained(each.part, is_adapter=each.is_adapter)]

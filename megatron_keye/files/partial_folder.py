@@ -1,20 +1,24 @@
 """A folder under construction: DIR.partial, resumed after a kill, renamed when it is complete.
 
 Each finished file leaves a record, by which a resumed run skips it. A file gets its name only
-when it is complete.
+when it is complete. When the disk is full, nothing stays that would keep it full.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_keye.errors import UserError
+from megatron_keye.files.disk import making, writing
+from megatron_keye.files.written_file import FileSum, rename, sync, write_file, write_text
 
-_PROGRESS = ".progress"
+_RECORDS = ".records"
 _FINGERPRINT = "fingerprint"
 
 
@@ -30,6 +34,7 @@ class PartialFolder:
 
         Raises:
             UserError: When the folder exists already.
+            DiskError: When the disk does not take it.
         """
         if folder.exists():
             raise UserError(
@@ -38,18 +43,35 @@ class PartialFolder:
             )
         self.folder = folder
         self.path = folder.with_name(folder.name + ".partial")
-        self._records = self.path / _PROGRESS
+        self._records = self.path / _RECORDS
         digest = hashlib.sha256(fingerprint.encode()).hexdigest()
         mark = self._records / _FINGERPRINT
-        if not (mark.is_file() and mark.read_text() == digest):
-            shutil.rmtree(self.path, ignore_errors=True)
-            self._records.mkdir(parents=True)
-            mark.write_text(digest)
+        with self.filling():
+            if not (mark.is_file() and mark.read_text() == digest):
+                shutil.rmtree(self.path, ignore_errors=True)
+                self._records.mkdir(parents=True)
+                mark.write_text(digest)
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Remove everything when the disk refuses what is written in the `with` block.
+
+        For the process that made the folder, around all that fills it.
+
+        Raises:
+            DiskError: For an error of the disk.
+        """
+        with making(self.path, str(self.folder)):
+            yield
 
     def record(self, name: str) -> Any:
         """Return the record of a finished file; None while it is not finished."""
         path = self._records / name
-        return json.loads(path.read_text()) if path.is_file() else None
+        return json.loads(path.read_text())["record"] if path.is_file() else None
+
+    def sum(self, name: str) -> FileSum:
+        """Return the sum of a finished file."""
+        return FileSum(**json.loads((self._records / name).read_text())["sum"])
 
     def forget(self, name: str) -> None:
         """Drop the record of a finished file, so that it is made again."""
@@ -60,45 +82,42 @@ class PartialFolder:
 
         Args:
             name: Name of the file.
-            fill: Writes the content and returns the record, ready for JSON.
+            fill: Writes the content, from front to back, and returns the record, ready for JSON.
+
+        Raises:
+            DiskError: When the disk does not take it; other files of the folder stay.
         """
         # The process id avoids a clash with a worker that outlived a killed run.
         temporary = self._records / f"{name}.{os.getpid()}"
-        with temporary.open("wb") as stream:
-            record = fill(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.path / name)
-        recorded = temporary.with_suffix(".json")
-        recorded.write_text(json.dumps(record))
-        recorded.replace(self._records / name)
+        with writing(self.path, str(self.folder)):
+            record, file_sum = write_file(temporary, fill)
+            temporary.replace(self.path / name)
+            recorded = temporary.with_suffix(".json")
+            write_text(recorded, json.dumps({"record": record, "sum": asdict(file_sum)}))
+            recorded.replace(self._records / name)
 
-    def finish(self) -> None:
-        """Give the folder its final name."""
+    def finish(self, complete: Callable[[], None] = lambda: None) -> None:
+        """Give the folder its final name.
+
+        Args:
+            complete: Called last, when it holds nothing but what stays.
+        """
         shutil.rmtree(self._records)
+        complete()
         for path in self.path.rglob("*"):
-            _sync(path)
-        _sync(self.path)
-        self.path.rename(self.folder)
-        _sync(self.folder.parent)
+            sync(path)
+        sync(self.path)
+        rename(self.path, self.folder)
 
     def promote(self, name: str) -> None:
         """Give a subfolder the final name and remove everything else."""
         subfolder = self.path / name
         for path in (*subfolder.rglob("*"), subfolder):
-            _sync(path)
+            sync(path)
         subfolder.rename(self.folder)
-        _sync(self.folder.parent)
+        sync(self.folder.parent)
         self.discard()
 
     def discard(self) -> None:
         """Remove everything that was written."""
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 
+from megatron_keye.files.temporary import keep_sockets_removable
+
 
 def context(preload: Sequence[str]) -> ForkServerContext:
     """Return the multiprocessing context of worker processes.
@@ -16,6 +18,7 @@ def context(preload: Sequence[str]) -> ForkServerContext:
     Args:
         preload: Modules for the fork server to import; it starts once, with the first call's.
     """
+    keep_sockets_removable()
     fork_context = multiprocessing.get_context("forkserver")
     fork_context.set_forkserver_preload(list(preload))
     return fork_context

@@ -7,6 +7,8 @@ from typing import Any, BinaryIO, Protocol
 
 from megatron_keye.errors import UserError
 from megatron_keye.files import worker_origin
+from megatron_keye.files.children import end_with_starter
+from megatron_keye.files.disk import DiskError
 from megatron_keye.files.partial_folder import PartialFolder
 
 _POLL_SECONDS = 0.2
@@ -40,6 +42,7 @@ def make_files(
 
     Raises:
         UserError: When a process finds an error in the data.
+        DiskError: When the disk refuses a file.
         RuntimeError: When a process failed otherwise.
     """
     waiting = [name for name in names if folder.record(name) is None]
@@ -57,7 +60,7 @@ def make_files(
 
 
 class _Worker:
-    """One process; it ends when this end of the pipe closes, also when this process is killed."""
+    """One process; it ends when this one ends, also when this one is killed."""
 
     def __init__(self, maker: FileMaker, folder: PartialFolder) -> None:
         context = worker_origin.context([type(maker).__module__])
@@ -101,6 +104,8 @@ def _receive(pipe: Connection) -> int | None:
             "a worker process was killed, perhaps out of memory; run the same command again "
             "to continue, with fewer --workers"
         ) from None
+    if kind == "refused":
+        raise DiskError(content)
     if kind == "wrong":
         raise UserError(content)
     if kind == "failed":
@@ -109,6 +114,7 @@ def _receive(pipe: Connection) -> int | None:
 
 
 def _serve(pipe: Connection, maker: FileMaker, folder: PartialFolder) -> None:
+    end_with_starter()
     while True:
         try:
             name = pipe.recv()
@@ -117,6 +123,8 @@ def _serve(pipe: Connection, maker: FileMaker, folder: PartialFolder) -> None:
         try:
             _make(maker, name, folder, lambda n: pipe.send(("advance", n)))
             answer = ("done", "")
+        except DiskError as error:
+            answer = ("refused", str(error))
         except UserError as error:
             answer = ("wrong", str(error))
         except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""Records the spans of a step on this rank, at no cost where recording is off.
+"""Tells the heartbeat what a step does, and records its spans where that is asked for.
 
 On a GPU the times come from CUDA events in the stream, so that recording never synchronises within
 a step.
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from megatron_keye.observe.heartbeat import Heartbeat
 from megatron_keye.observe.span import Span, SpanName
 
 Mark = float | torch.cuda.Event | None
@@ -18,7 +19,15 @@ Mark = float | torch.cuda.Event | None
 
 
 class Recorder:
-    """Does nothing; `StepRecorder` records."""
+    """Tells the heartbeat alone; `StepRecorder` also records."""
+
+    def __init__(self, heartbeat: Heartbeat | None = None) -> None:
+        """Tell a heartbeat.
+
+        Args:
+            heartbeat: Of this rank; by default one that nobody reads.
+        """
+        self._heartbeat = heartbeat or Heartbeat()
 
     @contextmanager
     def span(self, name: SpanName, label: str = "") -> Iterator[None]:
@@ -26,11 +35,19 @@ class Recorder:
 
         Args:
             name: Kind of work.
-            label: The chunk or micro-batch that it is on.
+            label: The chunk or micro-batch that it is on; of a wait, what is waited for.
         """
         start = self.begin()
-        yield
+        with self._heartbeat.doing(name, label, exchange=label if name == "wait" else ""):
+            yield
         self.end(name, label, start)
+
+    @contextmanager
+    def exchange(self, label: str) -> Iterator[None]:
+        """Tell the heartbeat, inside the context, of an exchange that is no span of its own."""
+        beat = self._heartbeat
+        with beat.doing(beat.work, beat.detail, exchange=label):
+            yield
 
     def begin(self) -> Mark:
         """Return the present, as the start of a span that another function ends with `end`."""
@@ -40,18 +57,38 @@ class Recorder:
         """Record a span that began at `start` and ends now."""
 
     def backward_of(self, output: Tensor, label: str) -> None:
-        """Record as "backward" the time from the gradient of `output` to that pass's end."""
+        """Record as "backward" the time from the gradient of `output` to that pass's end.
+
+        Megatron's schedule starts that pass, so a hook marks its start.
+        """
+        if not output.requires_grad:
+            return
+        beat = self._heartbeat
+
+        def begin(gradient: Tensor) -> None:
+            start, before = self.begin(), (beat.work, beat.detail, beat.exchange)
+            beat.note("backward", label)
+
+            def end() -> None:
+                self.end("backward", label, start)
+                beat.note(*before)
+
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+
+        output.register_hook(begin)
 
 
 class StepRecorder(Recorder):
     """Records one step. Create it right after a barrier: its clock starts then."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, heartbeat: Heartbeat | None = None) -> None:
         """Start the clock.
 
         Args:
             device: Where this rank computes.
+            heartbeat: Of this rank; by default one that nobody reads.
         """
+        super().__init__(heartbeat)
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
             torch.cuda.synchronize()
@@ -69,19 +106,6 @@ class StepRecorder(Recorder):
     def end(self, name: SpanName, label: str, start: Mark) -> None:
         """Record a span that began at `start` and ends now."""
         self._marks.append((name, label, start, self.begin()))
-
-    def backward_of(self, output: Tensor, label: str) -> None:
-        """Record the backward pass; Megatron's schedule starts it, so a hook marks its start."""
-        if not output.requires_grad:
-            return
-
-        def begin(gradient: Tensor) -> None:
-            start = self.begin()
-            torch.autograd.Variable._execution_engine.queue_callback(
-                lambda: self.end("backward", label, start)
-            )
-
-        output.register_hook(begin)
 
     def spans(self) -> list[Span]:
         """Return all spans so far; synchronises with the device."""

@@ -3,21 +3,22 @@
 The two are on different grids, so each has its own Megatron optimizer; this combines their norms.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from megatron_keye.config.check import check
 from megatron_keye.config.megatron import optimizer_config
 from megatron_keye.config.run import RunConfig
 from megatron_keye.model import KeyeModel
+from megatron_keye.optim.finite import sick_marks, updated_state
+from megatron_keye.optim.measured import Measured, gather, norm_of
 from megatron_keye.optim.parameter_groups import (
     drop_empty_groups,
     group_overrides,
@@ -36,7 +37,7 @@ class StepOutcome:
     learning_rate: float
     """Learning rate of the step, before the multipliers of parts."""
     was_applied: bool
-    """False if a gradient was infinite or NaN; no weight changed then."""
+    """False if the step was found bad before it changed a weight."""
 
 
 class JointOptimizer:
@@ -63,6 +64,7 @@ class JointOptimizer:
         self._run, self._model, self._grid = run, model, grid
         self.decoder: MegatronOptimizer | None = None
         self.vision: MegatronOptimizer | None = None
+        self._own_norm = torch.zeros((), dtype=torch.float64)
         if grid.decoder is not None:
             self.decoder = self._build(model.stages, grid.decoder)
         if grid.vision is not None:
@@ -71,11 +73,10 @@ class JointOptimizer:
 
     def zero_gradients(self) -> None:
         """Clear the gradients of the last step."""
-        for optimizer in (self.decoder, self.vision):
-            if optimizer is not None:
-                # In fp32 gradients alias the summing buffer, and the next backward pass would
-                # add to it twice.
-                optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            # In fp32 gradients alias the summing buffer, and the next backward pass would add to
+            # it twice.
+            optimizer.zero_grad(set_to_none=True)
         for module in self._model.wrapped():
             module.zero_grad_buffer()
 
@@ -86,6 +87,13 @@ class JointOptimizer:
             divisor: Weight of all labels of the global batch (`BatchCounts.divisor`), the same on
                 all ranks.
         """
+        # Before ranks add up theirs, after which nobody could tell whose was bad.
+        own = [
+            buffer.grad_data
+            for module in self._model.wrapped()
+            for buffer in module.buffers + module.expert_parallel_buffers
+        ]
+        self._own_norm = norm_of(own, torch.cuda.current_device())
         if self._grid.decoder is not None:
             finalize_model_grads(self._model.stages, None, pg_collection=self._grid.decoder)
         if self._model.vision is not None:
@@ -94,28 +102,55 @@ class JointOptimizer:
             module.scale_gradients(1.0 / divisor)
 
     @torch.no_grad()
-    def step(
-        self, learning_rate: float, meanwhile: Callable[[], bool] = lambda: False
-    ) -> StepOutcome:
-        """Clip by the joint norm and update the weights of both parts, or of none.
+    def measure(
+        self, losses: Sequence[Tensor], meanwhile: Callable[[], bool] = lambda: False
+    ) -> Measured:
+        """Return what decides whether this step may change weights. Collective.
+
+        Besides the gradients it looks at all state that the update would read.
 
         Args:
-            learning_rate: The step's learning rate, before the multipliers of parts.
+            losses: This rank's sums of the language loss and of the indexers' KL, scalars.
             meanwhile: Called repeatedly while other ranks still compute gradients, until it
                 returns False. It must not communicate.
         """
-        optimizers = [o for o in (self.decoder, self.vision) if o is not None]
-        for optimizer in optimizers:
-            set_learning_rate(optimizer, learning_rate)
+        device = torch.cuda.current_device()
+        for optimizer in self._optimizers:
             optimizer.prepare_grads()
-        norm = self._joint_norm(meanwhile)
-        if not math.isfinite(norm):
-            return StepOutcome(norm, learning_rate, was_applied=False)
-        for optimizer in optimizers:
+        norms = [
+            0.0 if optimizer is None else float(optimizer.get_grad_norm())
+            for optimizer in (self.decoder, self.vision)
+        ]
+        sums = [loss.detach().double() for loss in losses]
+        row = [
+            torch.tensor(norms, dtype=torch.float64, device=device),
+            torch.stack([*sums, self._own_norm]),
+            sick_marks(updated_state(self._optimizers), device),
+        ]
+        return gather(
+            torch.cat(row),
+            rank=self._grid.rank,
+            num_ranks=self._grid.parallel.num_ranks,
+            meanwhile=meanwhile,
+        )
+
+    @torch.no_grad()
+    def update(self, learning_rate: float, norm: float) -> None:
+        """Clip by the joint norm and update the weights of both parts.
+
+        Args:
+            learning_rate: The step's learning rate, before the multipliers of parts.
+            norm: L2 norm of all gradients, which are finite.
+        """
+        for optimizer in self._optimizers:
+            set_learning_rate(optimizer, learning_rate)
             self._clip(optimizer, norm)
             optimizer.step_with_ready_grads()
         self._gather_weights()
-        return StepOutcome(norm, learning_rate, was_applied=True)
+
+    @property
+    def _optimizers(self) -> list[MegatronOptimizer]:
+        return [o for o in (self.decoder, self.vision) if o is not None]
 
     def _build(
         self, modules: list[torch.nn.Module], groups: ProcessGroupCollection
@@ -151,20 +186,3 @@ class JointOptimizer:
         if self._run.training.distributes_optimizer:
             for module in self._model.wrapped():
                 module.start_param_sync()
-
-    def _joint_norm(self, meanwhile: Callable[[], bool]) -> float:
-        """Combine the norms of both grids; all ranks of a grid have the same one."""
-        squares = [
-            0.0 if optimizer is None else float(optimizer.get_grad_norm()) ** 2
-            for optimizer in (self.decoder, self.vision)
-        ]
-        device = torch.cuda.current_device()
-        both = torch.tensor(squares, dtype=torch.float64, device=device)
-        # A maximum need not propagate NaN, so it becomes infinity.
-        both = both.nan_to_num(nan=math.inf, posinf=math.inf)
-        work = dist.all_reduce(both, op=dist.ReduceOp.MAX, async_op=True)
-        assert work is not None, "every rank is in the default group"
-        while not work.is_completed() and meanwhile():
-            pass
-        work.wait()
-        return float(both.sum().sqrt())

@@ -14,6 +14,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_keye.config.parallel import DecoderParallel, ParallelConfig
+from megatron_keye.parallel.process import group_timeout
 from megatron_keye.plan.places import (
     DecoderPlace,
     decoder_place,
@@ -51,7 +52,9 @@ class Grid:
 
 
 def build_grid(parallel: ParallelConfig) -> Grid:
-    """Make every process group of the job. All ranks must call it, after init_process_group.
+    """Make every process group of the job. All ranks must call it, after `process.join`.
+
+    All wait as long for a rank as the group of all ranks does.
 
     Args:
         parallel: Degrees of as many ranks as the job has (RunConfig.check_num_ranks).
@@ -83,7 +86,9 @@ def _connected_group(ranks: list[int]) -> dist.ProcessGroup:
     NCCL connects two ranks at their first message and blocks both until then; within a step one of
     them may be waiting for another message.
     """
-    group: dist.ProcessGroup = dist.new_group(ranks, pg_options=_transport_options())
+    group: dist.ProcessGroup = dist.new_group(
+        ranks, timeout=group_timeout(), pg_options=_transport_options()
+    )
     if dist.get_rank() in ranks:
         message = torch.zeros(len(ranks), device=torch.cuda.current_device())
         dist.all_to_all_single(torch.empty_like(message), message, group=group)
@@ -117,21 +122,28 @@ def _decoder_groups(degrees: DecoderParallel) -> ProcessGroupCollection:
         ["expt_tp", "ep", "expt_dp", "pp"],
         shared_dims=["pp"],
     )
-    groups = {
-        "tp": grid.create_pg("tp"),
-        "cp": grid.create_pg("cp"),
-        "dp": grid.create_pg("dp"),
-        "pp": grid.create_pg("pp"),
-        "mp": grid.create_pg(["tp", "pp"]),
-        "tp_cp": grid.create_pg(["tp", "cp"]),
-        "dp_cp": grid.create_pg(["cp", "dp"]),
-        "tp_dp_cp": grid.create_pg(["tp", "cp", "dp"]),
-        "ep": grid.create_pg("ep", view="experts"),
-        "expt_tp": grid.create_pg("expt_tp", view="experts"),
-        "expt_dp": grid.create_pg("expt_dp", view="experts"),
-        "tp_ep": grid.create_pg(["expt_tp", "ep"], view="experts"),
-        "tp_ep_pp": grid.create_pg(["expt_tp", "ep", "pp"], view="experts"),
-        "intra_dist_opt": grid.create_pg(["tp", "cp", "dp", "pp"]),
+    axes = {
+        "tp": "tp",
+        "cp": "cp",
+        "dp": "dp",
+        "pp": "pp",
+        "mp": ["tp", "pp"],
+        "tp_cp": ["tp", "cp"],
+        "dp_cp": ["cp", "dp"],
+        "tp_dp_cp": ["tp", "cp", "dp"],
+        "intra_dist_opt": ["tp", "cp", "dp", "pp"],
+    }
+    expert_axes = {
+        "ep": "ep",
+        "expt_tp": "expt_tp",
+        "expt_dp": "expt_dp",
+        "tp_ep": ["expt_tp", "ep"],
+        "tp_ep_pp": ["expt_tp", "ep", "pp"],
+    }
+    timeout = group_timeout()
+    groups = {name: grid.create_pg(of, timeout=timeout) for name, of in axes.items()} | {
+        name: grid.create_pg(of, view="experts", timeout=timeout)
+        for name, of in expert_axes.items()
     }
     return _collection(groups)
 
@@ -139,7 +151,9 @@ def _decoder_groups(degrees: DecoderParallel) -> ProcessGroupCollection:
 def _vision_groups(size: int, offset: int) -> ProcessGroupCollection:
     """Make the vision grid's groups: data parallel over all its ranks, no other axis."""
     grid = HyperCommGrid([1, size], ["tp", "dp"], rank_offset=offset)
-    alone, everyone = grid.create_pg("tp"), grid.create_pg("dp")
+    timeout = group_timeout()
+    alone = grid.create_pg("tp", timeout=timeout)
+    everyone = grid.create_pg("dp", timeout=timeout)
     names = ("tp", "cp", "pp", "mp", "tp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp")
     groups = dict.fromkeys(names, alone)
     groups |= dict.fromkeys(("dp", "dp_cp", "tp_dp_cp", "expt_dp", "intra_dist_opt"), everyone)

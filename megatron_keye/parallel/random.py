@@ -1,4 +1,4 @@
-"""Seeds all random generators of a rank, including Megatron's for parallel axes."""
+"""Seeds a rank's random generators, Megatron's for parallel axes too."""
 
 import random
 

@@ -121,7 +121,7 @@ class FeatureTransport:
             self._allow_through(exchange)
         if not receives:
             return self._empty.clone()
-        with self._recorder.span("wait", f"features {micro_batch}"):
+        with self._recorder.span("wait", f"features of micro-batch {micro_batch}"):
             parts = [self._take(exchange, transfer) for transfer in receives]
             return torch.cat(parts).index_select(0, self._row_order(receives))
 

@@ -43,6 +43,36 @@ def decoder_place(degrees: DecoderParallel, rank: int) -> DecoderPlace:
     )
 
 
+def role_of(parallel: ParallelConfig, rank: int) -> str:
+    """Return the place of a rank in the grids in words; axes of one rank are left out.
+
+    Args:
+        parallel: Degrees and placement.
+        rank: Global rank.
+    """
+    if rank >= parallel.decoder.num_ranks:
+        return f"vision {rank - parallel.decoder.num_ranks} of {parallel.vision.num_ranks}"
+    place = decoder_place(parallel.decoder, rank)
+    axes = [
+        f"{axis} {getattr(place, axis)}"
+        for axis in ("data", "context", "tensor", "expert")
+        if getattr(parallel.decoder, axis) > 1
+    ]
+    return ", ".join([peers_of(parallel, rank), *axes])
+
+
+def peers_of(parallel: ParallelConfig, rank: int) -> str:
+    """Return the name of those ranks that have equal work with a rank.
+
+    Args:
+        parallel: Degrees and placement.
+        rank: Global rank.
+    """
+    if rank >= parallel.decoder.num_ranks:
+        return "vision"
+    return f"decoder stage {decoder_place(parallel.decoder, rank).pipeline}"
+
+
 def first_stage_ranks(degrees: DecoderParallel) -> range:
     """Return the ranks of the first pipeline stage, which hold the embeddings."""
     return range(degrees.num_ranks // degrees.pipeline)

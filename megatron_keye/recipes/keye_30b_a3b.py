@@ -42,7 +42,7 @@ def keye_30b_a3b(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             rows_per_step=16 * replicas,
             precision="bf16" if has_gpu else "fp32",
             # 12 layers of 16K tokens per rank fit only if activations are recomputed.
-            recompute_layers=True,
+            recompute="full",
             optimizer=OptimizerConfig(
                 learning_rate=1e-5, min_learning_rate=1e-6, warmup_steps=200
             ),

@@ -112,6 +112,15 @@ class BatchPass:
             self._encoder.announce(planned.plan, planned.rows)
         self._announced.append((rows, planned))
 
+    def announce_again(self, planned: PlannedBatch) -> None:
+        """Let this rank decode the pictures of a batch that another pass has taken.
+
+        Args:
+            planned: From `take`; it runs without being taken once more.
+        """
+        if self._encoder is not None:
+            self._encoder.announce(planned.plan, planned.rows)
+
     def take(self, rows: list[PackedRow]) -> PlannedBatch:
         """Return the plan of the next batch. Collective with data.on_bad_sample=skip.
 

@@ -189,10 +189,10 @@ class ChunkEncoder:
 
     def _encode(self, due: _PictureChunk, label: str, keep_as: int | None = None) -> Tensor:
         """Encode the next decoded chunk; `keep_as` is where to keep its input for backward."""
-        started, decoding = time.perf_counter(), self._recorder.begin()
+        started = time.perf_counter()
         patch_grids = [picture.patch_grid for picture in due.pictures]
-        patches = self._source.take()
-        self._recorder.end("decode", label, decoding)
+        with self._recorder.span("decode", label):
+            patches = self._source.take()
         self.wait_seconds += time.perf_counter() - started
         patches = patches.to(self._dtype)
         if keep_as is not None:

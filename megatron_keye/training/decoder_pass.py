@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import ModelParallelConfig
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -100,7 +102,7 @@ class DecoderPass:
                 seq_length=self._run.data.row_tokens,
                 micro_batch_size=1,
                 forward_only=self._is_forward_only,
-                p2p_communicator=P2PCommunicator(pp_group=self._groups.pp, config=self._config),
+                p2p_communicator=_Neighbours(self._groups.pp, self._config, recorder),
                 pg_collection=self._groups,
             )
 
@@ -153,3 +155,17 @@ class DecoderPass:
         if self._place.tensor == 0:
             meter.accumulate("language_loss", loss_sum)
         return loss_sum, torch.zeros((), dtype=torch.int, device=loss_sum.device), None
+
+
+class _Neighbours(P2PCommunicator):
+    """Exchanges activations with the neighbouring pipeline stages, and tells of it."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, config: ModelParallelConfig, recorder: Recorder
+    ) -> None:
+        super().__init__(pp_group=group, config=config)
+        self._recorder = recorder
+
+    def _communicate(self, **arguments: Any) -> Any:
+        with self._recorder.exchange("a neighbouring pipeline stage"):
+            return super()._communicate(**arguments)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from megatron_keye.checkpoint.folders import find_checkpoint
 from megatron_keye.checkpoint.history import HISTORY, PastRun, read_history
 from megatron_keye.config.parts import Part
 from megatron_keye.config.run import RunConfig
@@ -45,7 +44,7 @@ def begin(run: RunConfig, rank: int) -> list[PastRun]:
     """Return the runs that trained the weights which a new run starts from.
 
     Args:
-        run: The run. If it continues from a checkpoint of its own, nothing is checked.
+        run: The run, which continues no checkpoint.
         rank: This rank; rank 0 logs what is doubtful.
 
     Returns:
@@ -54,8 +53,6 @@ def begin(run: RunConfig, rank: int) -> list[PastRun]:
     Raises:
         UserError: When the run's phase makes no sense after theirs.
     """
-    if find_checkpoint(run) is not None:
-        return []
     weights = run.training.checkpoint.weights
     history = read_history(Path(weights)) if weights else []
     if history is None:

@@ -110,7 +110,7 @@ class StepMetrics(MeanLosses):
     learning_rate: float
     """Learning rate of the step."""
     was_applied: bool
-    """False when a gradient was not finite and the step was skipped."""
+    """False when the step was bad and changed no weight."""
     tokens: int
     """Real tokens of the global batch."""
     tokens_per_second: float
@@ -124,7 +124,10 @@ class StepMetrics(MeanLosses):
     data_wait_seconds: float
     """The part of it spent waiting for this step's rows, on the rank that waited longest."""
     save_seconds: float
-    """The part of it spent on a checkpoint after the step before, on the slowest rank."""
+    """The part of it in which training stood still for a checkpoint, on the slowest rank."""
+    saved_seconds: float
+    """From the beginning to the end of a save that became complete in this step, most of it
+    beside training, on the slowest rank; 0 without one."""
     validation_seconds: float
     """The part of it spent on a validation after the step before, on the slowest rank."""
     decoder_seconds: float
@@ -147,6 +150,8 @@ class StepMetrics(MeanLosses):
     this step); without GPUs, the peak of the largest process."""
     asks_to_stop: bool
     """Whether any rank was asked to stop before this step ended."""
+    has_failed_save: bool
+    """Whether any rank knew before this step ended that a checkpoint could not be written."""
 
     def scalars(self) -> dict[str, float]:
         """Return all metrics as floats, by name."""
@@ -162,6 +167,7 @@ def collect_metrics(
     outcome: StepOutcome,
     seconds: dict[str, float],
     asks_to_stop: bool,
+    has_failed_save: bool,
 ) -> StepMetrics:
     """Reduce what all ranks measured. All ranks must call it.
 
@@ -172,11 +178,14 @@ def collect_metrics(
         counts: Counts of the global batch.
         outcome: Result of the optimizer step.
         seconds: This rank's seconds in the "step", its parts "data_wait", "save" and
-            "validation", the "decoder", "vision" and, as a part of vision, "vision_wait".
+            "validation", a whole save ("saved"), the "decoder", "vision" and, as a part of vision,
+            "vision_wait".
         asks_to_stop: Whether this rank was asked to stop; reduced with the times.
+        has_failed_save: Whether this rank knows that a checkpoint could not be written; likewise.
     """
     device = router_load.counts_LE.device
-    maxima = seconds | {"stop": asks_to_stop, "peak_memory": _peak_memory_gib(device)}
+    marks = {"stop": asks_to_stop, "failed_save": has_failed_save}
+    maxima = seconds | marks | {"peak_memory": _peak_memory_gib(device)}
     sums, largest, counts_LE = _reduce(meter, router_load, maxima)
     tflops = counts.flops / largest["step"] / run.parallel.num_ranks / 1e12
     return StepMetrics(
@@ -192,6 +201,7 @@ def collect_metrics(
         step_seconds=largest["step"],
         data_wait_seconds=largest["data_wait"],
         save_seconds=largest["save"],
+        saved_seconds=largest["saved"],
         validation_seconds=largest["validation"],
         decoder_seconds=largest["decoder"],
         vision_seconds=largest["vision"],
@@ -202,6 +212,7 @@ def collect_metrics(
         padding_share=1 - counts.queries / counts.tokens,
         peak_memory_gib=largest["peak_memory"],
         asks_to_stop=bool(largest["stop"]),
+        has_failed_save=bool(largest["failed_save"]),
     )
 
 

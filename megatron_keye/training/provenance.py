@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_keye import __version__
 from megatron_keye.config import backends
+from megatron_keye.config.fused_kernels import Fusions
 from megatron_keye.config.run import RunConfig
 
 _PACKAGES = (
@@ -35,7 +36,9 @@ def host_names() -> list[str]:
     return names
 
 
-def record_start(run: RunConfig, first_step: int, hosts: list[str], device_name: str) -> None:
+def record_start(
+    run: RunConfig, first_step: int, hosts: list[str], device_name: str, fusions: Fusions
+) -> None:
     """Append a record of this start to environment.json.
 
     Args:
@@ -43,6 +46,7 @@ def record_start(run: RunConfig, first_step: int, hosts: list[str], device_name:
         first_step: Steps done.
         hosts: From `host_names`.
         device_name: From `throughput.device_name`.
+        fusions: The fused kernels that run.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     path = run.folder / "environment.json"
@@ -55,6 +59,7 @@ def record_start(run: RunConfig, first_step: int, hosts: list[str], device_name:
             "grid": run.parallel.describe(),
             "hosts": {host: hosts.count(host) for host in dict.fromkeys(hosts)},
             "device": device_name,
+            "fusions": fusions.names(),
             "commit": commit_of(Path(__file__).parents[2]),
             "versions": _versions(),
         }

@@ -36,6 +36,19 @@ class StepRows:
     """Whether the run ends with them."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ReadRows:
+    """What the thread read, whatever the number of its step will be."""
+
+    rows: list[PackedRow]
+    state: dict[str, Any]
+    skipped: list[str]
+    share_done: float
+    """Share of the epochs' samples that are done; 0 without epochs."""
+    are_last: bool
+    """Whether the epochs end with these rows."""
+
+
 class ReadAhead:
     """Reads one step ahead, as the loader's only user.
 
@@ -55,7 +68,8 @@ class ReadAhead:
     ) -> None:
         self._run, self._loader, self._announce = run, loader, announce
         self._step = step
-        self._read: SimpleQueue[StepRows | Exception] = SimpleQueue()
+        self._ends = False
+        self._read: SimpleQueue[_ReadRows | Exception] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -77,7 +91,29 @@ class ReadAhead:
         self._thread = None
         if isinstance(result, Exception):
             raise result
-        return result
+        self._step, self._ends = self._step + 1, result.are_last
+        steps = self._run.training.steps
+        return StepRows(
+            rows=result.rows,
+            state=result.state,
+            skipped=result.skipped,
+            num_steps=steps or round(self._step / result.share_done),
+            is_last=result.are_last or self._step == steps,
+        )
+
+    def go_back(self, step: int) -> bool:
+        """Number the steps from an earlier one on, and begin to read where nothing is being read.
+
+        Args:
+            step: Steps that are done now; rows go on where they are.
+
+        Returns:
+            Whether there are more rows.
+        """
+        self._step = step
+        if self._thread is None and not self._ends:
+            self.start()
+        return not self._ends
 
     def close(self) -> None:
         """Wait for the thread, unless it hangs."""
@@ -91,7 +127,7 @@ class ReadAhead:
         except Exception as error:
             self._read.put(error)
 
-    def _read_step(self) -> StepRows:
+    def _read_step(self) -> _ReadRows:
         training = self._run.training
         rows = self._loader.next_rows(training.rows_per_step)
         if not rows:
@@ -101,11 +137,11 @@ class ReadAhead:
             )
         rows += [self._loader.padding_row()] * (-len(rows) % self._run.rows_multiple)
         self._announce(rows)
-        self._step += 1
-        return StepRows(
+        has_epochs = training.epochs > 0
+        return _ReadRows(
             rows=rows,
             state=self._loader.state_dict(),
             skipped=self._loader.take_skipped(),
-            num_steps=training.steps or round(self._step / self._loader.share_done),
-            is_last=self._loader.is_exhausted if training.epochs else self._step == training.steps,
+            share_done=self._loader.share_done if has_epochs else 0.0,
+            are_last=has_epochs and self._loader.is_exhausted,
         )

@@ -5,13 +5,16 @@ Only rank 0 reports, since metrics are the same on all ranks.
 
 import math
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from megatron_keye.checkpoint.saver import Saved
 from megatron_keye.config.run import RunConfig
+from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.sinks import Losses, open_sinks
 
@@ -19,6 +22,7 @@ _NOTABLE_SHARE = 0.05
 """Share of a step from which a wait is worth a place on the step's line."""
 _WAITS = {
     "data_wait_seconds": "waits {:.3g} s for rows",
+    "save_seconds": "pauses {:.3g} s to save",
     "vision_wait_seconds": "vision waits {:.3g} s for pictures",
 }
 """Metrics that are waits, and how the line tells of them."""
@@ -40,7 +44,7 @@ class Report:
         """
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "run.json").write_text(run.to_json())
-        self._console = Console()
+        self._run, self._console = run, Console()
         self._sinks = open_sinks(run, first_step)
         self._bar = Progress(
             TextColumn(run.name),
@@ -95,10 +99,27 @@ class Report:
         parts = [f"{source} {figures['loss']:.4f}" for source, figures in losses.items()]
         self._bar.console.out(f"validation after step {step}: {', '.join(parts)}", highlight=False)
 
+    def show_saved(self, saved: Saved) -> None:
+        """Show a checkpoint that is complete."""
+        speed = saved.size_bytes / saved.seconds / 1e9
+        self._bar.console.out(
+            f"checkpoint {saved.folder.name}: training paused {saved.pause_seconds:.3g} s, "
+            f"complete after {saved.seconds:.3g} s ({speed:.2g} GB/s per rank)",
+            highlight=False,
+        )
+
     def expect(self, last_step: int) -> None:
         """Change the step after which this process is expected to stop."""
         self._last_step = last_step
         self._bar.update(self._task, total=last_step)
+
+    def go_back(self, step: int) -> None:
+        """Let the steps after `step` be forgotten, since the run goes back to it."""
+        for sink in self._sinks:
+            sink.close(failed=False)
+        self._sinks = open_sinks(self._run, step)
+        self._bar.update(self._task, completed=step)
+        self._begun = None
 
     def show_skipped(self, step: int, num_skipped: int, reasons: list[str]) -> None:
         """Write the skipped samples to the sinks; the log names them already.
@@ -110,6 +131,19 @@ class Report:
         """
         for sink in self._sinks:
             sink.log_skipped(step, num_skipped, reasons)
+
+    def show_slowness(self, step: int, slowness: Sequence[Slowness]) -> None:
+        """Write a comparison of ranks to the sinks, and show the one furthest behind if notable.
+
+        Args:
+            step: Steps done.
+            slowness: Of `TrainingStep`.
+        """
+        for sink in self._sinks:
+            sink.log_slowness(step, slowness)
+        notable = [str(slowest) for slowest in slowness if slowest.is_notable]
+        if notable:
+            self._bar.console.out(f"step {step}: {notable[0]}", highlight=False)
 
     def _print(self, line: str) -> None:
         """Print a line where there is no bar."""
@@ -155,7 +189,7 @@ def describe_step(metrics: StepMetrics, *, seconds_left: float) -> str:
         if seconds > _NOTABLE_SHARE * metrics.step_seconds:
             parts.append(text.format(seconds))
     if not metrics.was_applied:
-        parts.append("skipped: gradient not finite")
+        parts.append("no update: a bad step")
     return "  ".join(part for part in parts if part)
 
 

@@ -46,6 +46,17 @@ def summarize_steps(
         **measure(metrics),
         "ranks": {"decoder": parallel.decoder.num_ranks, "vision": vision},
         "skipped_samples": progress.data["num_skipped"],
+        **_roll_backs(progress),
+    }
+
+
+def _roll_backs(progress: Progress) -> dict[str, int]:
+    """Return how often the run went back to a checkpoint, and the steps it lost, if it did."""
+    if not progress.num_roll_backs:
+        return {}
+    return {
+        "roll_backs": progress.num_roll_backs,
+        "steps_rolled_back": progress.num_steps_rolled_back,
     }
 
 

@@ -1,12 +1,17 @@
 """A run from start to end: build, resume, step, validate, save, summarise."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.checkpoint.export import export_checkpoint, take_carried_files
-from megatron_keye.checkpoint.folders import find_checkpoint, set_aside
+from megatron_keye.checkpoint.folders import checkpoint_folder
+from megatron_keye.checkpoint.run_lock import hold_run_folder
+from megatron_keye.checkpoint.selection import choose_checkpoint
+from megatron_keye.checkpoint.set_aside import set_aside
+from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.errors import UserError
@@ -24,6 +29,7 @@ from megatron_keye.training.early_end import (
     note_validation,
     summarize_validation,
 )
+from megatron_keye.training.health.run_health import RunHealth
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.patch_source import (
     log_video_decoder,
@@ -33,10 +39,10 @@ from megatron_keye.training.patch_source import (
 from megatron_keye.training.provenance import host_names, record_start
 from megatron_keye.training.read_ahead import ReadAhead, StepRows
 from megatron_keye.training.report import Report
-from megatron_keye.training.skipped_steps import SkippedSteps
+from megatron_keye.training.saving import Saving
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.step_clock import StepClock
-from megatron_keye.training.stop import StopRequest, hidden_from_children
+from megatron_keye.training.stop import StopRequest
 from megatron_keye.training.summary import (
     read_summary,
     show_summary,
@@ -52,21 +58,32 @@ _logger = logging.getLogger(__name__)
 class Trainer:
     """Runs the training on one rank."""
 
-    def __init__(self, run: RunConfig, process: Process, *, uses_transformer_engine: bool) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        process: Process,
+        *,
+        uses_transformer_engine: bool,
+        fusions: Fusions = PLAIN,
+    ) -> None:
         """Build all parts, and load the checkpoint that the run's settings ask for, if any.
 
         Args:
             run: The run; its degrees must fit the number of ranks.
             process: This rank.
             uses_transformer_engine: Whether linear layers and experts are Transformer Engine's.
+            fusions: The fused kernels that run.
 
         Raises:
             UserError: For degrees, samples or a checkpoint that do not fit the run.
         """
         run.check_num_ranks(process.num_ranks)
-        earlier = hand_over.begin(run, process.rank)
-        self._run, self._process = run, process
-        self._stop, self._clock = StopRequest(), StepClock()
+        self._lock = hold_run_folder(run, process.rank)
+        checkpoint = choose_checkpoint(run)
+        earlier = [] if checkpoint else hand_over.begin(run, process.rank)
+        self._run, self._process, self._fusions = run, process, fusions
+        self._stop, self._clock = StopRequest(), StepClock(process.heartbeat)
+        process.heartbeat.note("build")
         self.was_stopped = False
         """Whether a signal ended the run before its last step."""
         self._grid = build_grid(run.parallel)
@@ -78,19 +95,26 @@ class Trainer:
             self._grid,
             process.device,
             uses_transformer_engine=uses_transformer_engine,
+            fusions=fusions,
         )
         self._optimizer = JointOptimizer(run, self._model, self._grid)
         log_video_decoder(run, self._grid, process.device)
-        self._patches = open_patch_source(
-            run, self._model, process.device, self._loader.probe_video
+        open_patches = partial(
+            open_patch_source, run, self._model, process.device, self._loader.probe_video
         )
+        self._patches = open_patches()
+        self._health = RunHealth(run, self._model, self._optimizer, self._grid)
+        self._saving = Saving(run, self._clock, self._health.note_saved)
         self._step = TrainingStep(
             run,
             self._grid,
             self._model,
             self._optimizer,
             source=self._patches,
+            open_source=open_patches,
+            judge=self._health.judge,
             stop=self._stop,
+            saving=self._saving,
             clock=self._clock,
             device=process.device,
         )
@@ -100,6 +124,7 @@ class Trainer:
             self._model,
             padding_row=self._loader.padding_row(),
             device=process.device,
+            heartbeat=process.heartbeat,
         )
         self._last_validation: ValidationResult | None = None
         self._progress = training_checkpoint.Progress(
@@ -107,8 +132,9 @@ class Trainer:
         )
         self._metrics: list[StepMetrics] = []
         self._num_damaged = 0
-        self._skipped_steps = SkippedSteps(run)
-        self._resume()
+        process.heartbeat.note("load")
+        self._resume(checkpoint)
+        process.heartbeat.folder = str(run.folder)
         self._has_rows = (
             not self._loader.is_exhausted
             if training.epochs
@@ -125,9 +151,11 @@ class Trainer:
         try:
             return self._train()
         finally:
+            self._saving.close()
             self._ahead.close()
             if self._patches is not None:
                 self._patches.close()
+            self._lock.release()
 
     def _train(self) -> dict[str, Any]:
         if self._is_over():
@@ -136,7 +164,8 @@ class Trainer:
         self._stop.listen()
         if self._process.rank != 0:
             return self._summary(self._run_steps(None))
-        record_start(self._run, first_step, hosts, device_name(self._process.device))
+        device = device_name(self._process.device)
+        record_start(self._run, first_step, hosts, device, self._fusions)
         with Report(self._run, first_step, self._last_step(0)) as report:
             summary = self._summary(self._run_steps(report))
         write_summary(self._run, summary)
@@ -174,24 +203,29 @@ class Trainer:
         while not self._is_over():
             batch = self._take_rows()
             metrics = self._train_one(batch)
+            self._saving.look(report, has_failed=metrics.has_failed_save)
             if report is not None:
                 report.expect(self._last_step(batch.num_steps))
                 report.show(self._progress.step, metrics)
+                report.show_slowness(self._progress.step, self._step.slowness)
                 skipped = batch.skipped + self._step.damaged
                 num_skipped = self._progress.data["num_skipped"]
                 report.show_skipped(self._progress.step, num_skipped, skipped)
-            self._skipped_steps.note(self._progress.step, metrics)
-            if not self._has_rows:
-                self._skipped_steps.check_learned(self._progress.updates, metrics)
+            if self._health.note(self._progress, metrics, batch.rows, is_last=not self._has_rows):
+                self._go_back(report)
+                continue
             self.was_stopped = metrics.asks_to_stop and not self._is_over()
             is_best = not self.was_stopped and self._validate(report)
             if self._is_checkpoint_due(is_best=is_best):
-                folder = self._save()
+                self._save()
+                folder = checkpoint_folder(self._run, self._progress.step)
                 if self._is_export_due():
+                    self._saving.wait(report)
                     with self._clock.part("save"):
                         export_checkpoint(self._run, folder)
             if self.was_stopped:
                 break
+        self._saving.wait(report)
         return folder
 
     def _note(self) -> str:
@@ -209,6 +243,7 @@ class Trainer:
         Raises:
             UserError: For a sample that could not be read, once its step is due.
         """
+        self._clock.heartbeat.begin_step(self._progress.step + 1)
         batch, failure = None, None
         with self._clock.part("data_wait"):
             try:
@@ -244,6 +279,14 @@ class Trainer:
         self._metrics.append(metrics)
         return metrics
 
+    def _go_back(self, report: Report | None) -> None:
+        """Go on from the newest checkpoint with the next rows."""
+        self._saving.wait(report)  # Then all ranks know the same one.
+        self._progress = self._health.go_back(self._progress)
+        self._has_rows = self._ahead.go_back(self._progress.step)
+        if report is not None:
+            report.go_back(self._progress.step)
+
     def _validate(self, report: Report | None) -> bool:
         """Validate if that is due, and return whether it was the best so far."""
         is_last = not self._has_rows
@@ -275,25 +318,25 @@ class Trainer:
             for reason in self._step.damaged:
                 _logger.warning("sample skipped: %s", reason)
 
-    def _save(self) -> Path:
-        with self._clock.part("save"), hidden_from_children():
-            return training_checkpoint.save(
-                self._run, self._model, self._optimizer, self._grid, self._progress
-            )
+    def _save(self) -> None:
+        self._lock.check()
+        with self._clock.part("save"):
+            self._health.check_before_save(self._progress)
+        self._saving.begin(self._model, self._optimizer, self._grid, self._progress)
 
-    def _resume(self) -> None:
+    def _resume(self, checkpoint: Path | None) -> None:
         run, weights = self._run, self._run.training.checkpoint.weights
         parts = (self._model, self._optimizer, self._grid)
-        folder = find_checkpoint(run)
-        if folder is not None:
-            self._progress = training_checkpoint.load(folder, run, *parts)
+        if checkpoint is not None:
+            self._progress = training_checkpoint.load(checkpoint, run, *parts)
             self._loader.load_state_dict(self._progress.data)
         elif weights:
             training_checkpoint.load_weights(Path(weights), run, *parts)
+        self._health.resume(self._progress, checkpoint)
         # What fails above leaves an earlier run where it is.
-        set_aside(run, self._process.rank, continued=folder)
         if self._process.rank == 0:
-            take_carried_files(run)
+            set_aside(run, self._lock, continued=checkpoint)
+            take_carried_files(run, checkpoint)
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
         if not self._metrics:  # The first validation ended the run.

@@ -22,6 +22,7 @@ from megatron_keye.data.row import PackedRow
 from megatron_keye.data.video.probe_cache import node_cache
 from megatron_keye.decoder.row import MeterName, RowMeter
 from megatron_keye.model import KeyeModel
+from megatron_keye.observe.heartbeat import Heartbeat
 from megatron_keye.observe.recorder import Recorder
 from megatron_keye.parallel.grid import Grid
 from megatron_keye.training.agreement import check_same_rows
@@ -71,6 +72,7 @@ class Validation:
         padding_row: PackedRow,
         open_patches: Callable[[], PatchSource | None],
         device: torch.device,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         """Prepare for all validations.
 
@@ -83,8 +85,10 @@ class Validation:
             open_patches: Opens the source of the encoder's input, None on ranks without encoder;
                 it is closed after each validation.
             device: Where this rank computes.
+            heartbeat: Told of each pass; by default one that nobody reads.
         """
         self._run, self._grid, self._model, self._device = run, grid, model, device
+        self._recorder = Recorder(heartbeat)
         self._sources, self._padding_row = sources, padding_row
         self._open_patches = open_patches
 
@@ -120,7 +124,7 @@ class Validation:
             planned = batch_pass.take(rows)
             num_damaged += len(batch_pass.damaged)
             batch_counts = count_batch(planned.rows, self._run)
-            batch_pass(planned, meters[name], batch_counts, Recorder())
+            batch_pass(planned, meters[name], batch_counts, self._recorder)
             counts[name] += batch_counts
             self._log_damaged(batch_pass.damaged)
         return self._result(meters, counts, num_damaged)
@@ -159,7 +163,13 @@ class Validation:
 
 
 def open_validation(
-    run: RunConfig, grid: Grid, model: KeyeModel, *, padding_row: PackedRow, device: torch.device
+    run: RunConfig,
+    grid: Grid,
+    model: KeyeModel,
+    *,
+    padding_row: PackedRow,
+    device: torch.device,
+    heartbeat: Heartbeat,
 ) -> Validation | None:
     """Open the samples of validation, and find bad ones before the run; None without samples.
 
@@ -169,6 +179,7 @@ def open_validation(
         model: This rank's modules.
         padding_row: A row without samples.
         device: Where this rank computes.
+        heartbeat: Told of each pass.
 
     Raises:
         UserError: For a source that is missing or malformed, or a bad sample unless it is skipped.
@@ -191,6 +202,7 @@ def open_validation(
         padding_row=padding_row,
         open_patches=partial(open_patch_source, run, model, device, node_cache().probe),
         device=device,
+        heartbeat=heartbeat,
     )
 
 

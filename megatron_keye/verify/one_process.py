@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
@@ -22,7 +21,9 @@ from megatron_keye.checkpoint.hf.folder import HfFolder
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout
 from megatron_keye.checkpoint.hf.weight_map import weight_mappings
 from megatron_keye.checkpoint.hf.weights import as_released, load_released, parameter_name
-from megatron_keye.checkpoint.state import copy_loaded
+from megatron_keye.checkpoint.selection import check_whole
+from megatron_keye.checkpoint.sharded_load import load_sharded
+from megatron_keye.checkpoint.state import copy_loaded, data_of, without_objects
 from megatron_keye.config import (
     DataConfig,
     DecoderConfig,
@@ -121,14 +122,14 @@ class OneProcessModel:
         Raises:
             UserError: When it is incomplete, of a model of other sizes, or has adapters.
         """
-        self._check_native(NativeFolder(folder))
+        check_whole(folder, checks_sums=True)
+        source = NativeFolder(folder)
+        self._check_native(source)
         state = _sharded_state(self.stage, self.tower, self.grid)
-        targets = {name: entry.data for name, entry in state.items()}
-        loaded = dist_checkpointing.load({"weights": state}, str(folder))["weights"]
-        copy_loaded(loaded, targets)
+        copy_loaded(load_sharded(state, source), data_of(state))
 
     def _check_native(self, folder: NativeFolder) -> None:
-        """Compare names and shapes with the model's before Megatron reads the weights."""
+        """Compare names and shapes with the model's before weights are read."""
         if holds_adapters(folder.tensors):
             raise UserError(
                 f"{folder.path}: got adapters beside the weights, expected weights alone; {MERGE}"
@@ -168,4 +169,4 @@ def _sharded_state(stage: VirtualStage, tower: VisionTower, grid: Grid) -> dict[
     vision = sharded_state_dict_default(
         tower, "vision.", (), {"dp_cp_group": grid.vision.dp_cp}, tp_group=grid.vision.tp
     )
-    return {**decoder, **vision}
+    return without_objects({**decoder, **vision})

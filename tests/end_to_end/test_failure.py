@@ -1,66 +1,71 @@
-"""A rank that dies ends the whole job soon, whoever waits for it; so does a wish to stop."""
+"""A rank that dies or stands still ends the whole job, and is named; so does a wish to stop."""
 
-import contextlib
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SECONDS_TO_END = 20
-"""From the death to the launcher's exit: it looks ten times per second and grants the other ranks
-ten seconds to end by themselves."""
-
-
-def ranks_of(launcher: int) -> dict[int, psutil.Process]:
-    """Return the launcher's ranks; a process that has just started has no variables yet."""
-    found = {}
-    for child in psutil.Process(launcher).children():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rank = child.environ().get("RANK")
-            if rank is not None:
-                found[int(rank)] = child
-    return found
-
-
-def start(folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """Start a decoder rank and a vision rank for a long run."""
-    settings = [f"output_dir={folder}", "device=cpu", "training.steps=1000"]
-    command = ["bash", str(ROOT / "launch/local.sh"), "--ranks", "2", "keye_tiny"]
-    command += [part for setting in settings for part in ("--set", setting)]
-    return subprocess.Popen(
-        command,
-        env=os.environ | {"PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+from tests.support.faults import (
+    FAULT,
+    ROOT,
+    SECONDS_TO_END,
+    check_killed,
+    check_stopped,
+    ranks_of,
+    start,
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [1], ids=["vision rank"])
-def test_a_killed_rank_ends_the_job(victim: int, tmp_path: Path) -> None:
+def test_a_second_run_is_refused_and_a_killed_rank_ends_the_first(tmp_path: Path) -> None:
+    check_killed(1, tmp_path, "cpu", meanwhile=lambda: check_refused(start(tmp_path)))
+    assert (tmp_path / "keye_tiny" / "checkpoints").exists(), "the second run has renamed it"
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_the_job_within_the_limit(tmp_path: Path) -> None:
+    # Rank 0 hosts the store of all heartbeats.
+    check_stopped(0, tmp_path, "cpu", limit_seconds=12.0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_ended_in_its_start_is_named(tmp_path: Path) -> None:
     process = start(tmp_path)
     try:
-        assert process.stdout is not None
-        assert any(line.startswith("step 1/") for line in process.stdout)
-        ranks = ranks_of(process.pid)
-        died = time.monotonic()
-        ranks[victim].send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + SECONDS_TO_END
+        # Until it handles the signal, which then is no error but an end like by any other program.
+        while not (ranks := ranks_of(process.pid)) or not handles_term(ranks.get(1)):
+            assert time.monotonic() < deadline
+        ranks[1].send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=3 * SECONDS_TO_END)
-        assert time.monotonic() - died < SECONDS_TO_END
     finally:
-        process.terminate()
+        process.kill()
         process.wait(timeout=SECONDS_TO_END)
-    assert process.returncode == 128 + signal.SIGKILL
-    assert f"process {ranks[victim].pid} was ended by signal 9" in errors
-    assert not any(child.is_running() for child in ranks.values())
+    assert process.returncode == 1
+    assert f"process {ranks[1].pid} was ended by signal 15 (SIGTERM): rank 1" in errors
+    assert "before the first step, start; --resume auto" in errors and "Traceback" not in errors
+
+
+def handles_term(process: psutil.Process | None) -> bool:
+    """Return whether a process has a handler for TERM."""
+    if process is None:
+        return False
+    (caught,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return bool(int(caught, 16) & 1 << signal.SIGTERM - 1)
+
+
+def check_refused(second: subprocess.Popen[str]) -> None:
+    """Check that a run ends with one sentence, since another one is in its folder."""
+    _, errors = second.communicate(timeout=3 * SECONDS_TO_END)
+    assert second.returncode == 2
+    (sentence,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "/keye_tiny: is in use by process" in sentence
+    assert "Traceback" not in errors
 
 
 @pytest.mark.slow
@@ -91,25 +96,12 @@ def test_a_signal_stops_all_ranks_after_the_same_step_which_is_saved(
     assert not any(child.is_running() for child in ranks.values())
 
 
-FAULT = """
-import os
-if os.environ.get("RANK") == "{rank}":
-    from {module} import {owner}
-    working = {owner}.{method}
-    def failing(self, *arguments, **more):
-        failing.calls += 1
-        if failing.calls > {calls}:
-            raise RuntimeError("a deliberate fault")
-        return working(self, *arguments, **more)
-    failing.calls = 0
-    {owner}.{method} = failing
-"""
-"""Python imports it at its start, as sitecustomize."""
+RAISES = {"fault": "raise RuntimeError('a deliberate fault')"}
 DECODER = {"rank": 0, "module": "megatron_keye.training.decoder_pass", "owner": "DecoderPass"}
 VISION = {"rank": 1, "module": "megatron_keye.training.chunk_encoder", "owner": "ChunkEncoder"}
 FAULTS = {
-    "decoder rank": DECODER | {"method": "_features", "calls": 3},
-    "vision rank": VISION | {"method": "backward", "calls": 2},
+    "decoder rank": DECODER | {"method": "_features", "calls": 3} | RAISES,
+    "vision rank": VISION | {"method": "backward", "calls": 2} | RAISES,
 }
 
 
@@ -133,3 +125,5 @@ def test_a_rank_that_raises_ends_the_job_with_its_error(
     assert process.returncode == 1
     assert errors.count("Traceback") == 1, errors
     assert "RuntimeError: a deliberate fault" in errors
+    told, trace = errors.index(f"error: rank {fault['rank']} ("), errors.index("Traceback")
+    assert told < trace and "failed: step" in errors[told:trace]

@@ -1,5 +1,6 @@
 """launch/slurm.sbatch on a real Slurm: it stops in time, goes on, fails and is cancelled well."""
 
+import json
 import os
 import re
 import time
@@ -35,7 +36,12 @@ class Job:
     """A job of the tiny recipe on two nodes, with its results and its log in `folder`."""
 
     def __init__(
-        self, slurm: LocalSlurm, folder: Path, *settings: str, python_path: str = ""
+        self,
+        slurm: LocalSlurm,
+        folder: Path,
+        *settings: str,
+        python_path: str = "",
+        nodes: str = "2",
     ) -> None:
         self.slurm, self.folder = slurm, folder
         everything = ("training.rows_per_step=1", "device=cpu", f"output_dir={folder}", *settings)
@@ -44,7 +50,7 @@ class Job:
             "keye_tiny",
             *(part for setting in everything for part in ("--set", setting)),
             ranks_per_node=RANKS_PER_NODE,
-            options=(f"--output={folder}/job.log",),
+            options=(f"--output={folder}/job.log", f"--nodes={nodes}"),
         )
 
     def log(self) -> str:
@@ -96,11 +102,41 @@ def test_a_job_stops_before_its_limit_and_goes_on_as_if_unbroken(
     whole = Job(slurm, folders[0], steps)
     ended = broken.until_over()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), broken.log()
+    settings = json.loads((folders[1] / "keye_tiny" / "run.json").read_text())
+    assert settings["training"]["checkpoint"]["job"] == f"slurm-rehearsal-{broken.number}"
     assert broken.log().count("step 1/6 ") == 1
     ended = whole.until_over()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), whole.log()
     assert len(whole.losses()) == 6
     assert broken.losses() == whole.losses()
+
+
+def test_a_preempted_job_goes_on_with_fewer_nodes_and_an_early_warning_does_not_end_it(
+    slurm: LocalSlurm, tmp_path: Path
+) -> None:
+    """Both kinds of restart in one job, since each start takes seconds."""
+    job = Job(slurm, tmp_path, "training.steps=1000", nodes="1-2")
+    job.until_step(1)
+    urgent = ("--partition=urgent", "--nodes=2", f"--output={tmp_path}/urgent.log")
+    slurm.call("sbatch", *urgent, "--wrap", "true")
+    job.until(lambda: "preempted; the job queues again" in job.log())
+    (stopped_after,) = map(int, re.findall(r"stopped after step (\d+) of 1000 by", job.log()))
+    assert job.checkpoints() == [f"step-{stopped_after:08d}"]
+    slurm.call("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=test")
+    try:
+        job.until(lambda: slurm.job(job.number)["Restarts"] == "1" and bool(job.processes()))
+        assert slurm.job(job.number)["NumNodes"] == "1"
+        # A warning while the only rank imports costs a step, not the job.
+        slurm.call("scancel", "--batch", "--signal=USR1", job.number)
+        job.until(lambda: "saved before the time limit; the job queues again" in job.log())
+        assert f"step {stopped_after + 1}/1000 " in job.log()
+        settings = json.loads((tmp_path / "keye_tiny" / "run.json").read_text())
+        assert settings["parallel"]["vision"]["placement"] == "colocated"
+        assert settings["training"]["rows_per_step"] == 1
+    finally:
+        slurm.call("scancel", "--signal=KILL", "--full", job.number)
+        slurm.call("scontrol", "update", "NodeName=node2", "State=RESUME")
+    job.until(lambda: not job.processes(), SECONDS_TO_END)
 
 
 def test_ranks_that_do_not_fit_the_grid_end_the_job_with_a_sentence(

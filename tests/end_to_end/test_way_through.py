@@ -181,7 +181,7 @@ def test_transformers_loads_config_tokenizer_and_processor_of_the_export(
     config = transformers.AutoConfig.from_pretrained(export, trust_remote_code=True)
     assert config.hidden_size == way.run.model.decoder.hidden_size
     assert config.made_up == UNREAD_FIELDS["made_up"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export, trust_remote_code=False)
     chat = [{"role": "user", "content": "What is it?"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text.endswith("<|im_start|>assistant\n")

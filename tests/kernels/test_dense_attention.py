@@ -12,8 +12,10 @@ from megatron_keye.kernels import row_chunks
 from megatron_keye.kernels.dense_attention import (
     dense_attention,
     dense_attention_with_lse,
-    sdpa,
+    operators,
 )
+from megatron_keye.kernels.dense_attention.trapezoids import Trapezoid, find_trapezoids
+from megatron_keye.kernels.kept_outputs import KeptOutputs
 from tests.support.numerics import (
     assert_close,
     assert_norm_close,
@@ -79,18 +81,41 @@ def test_sdpa_equals_eager_on_documents() -> None:
 
 
 def test_sdpa_copies_no_single_document(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend, made = sdpa._attend, list[Tensor]()
+    attend, made = operators.attend, list[Tensor]()
 
-    def attend_and_show(*heads: Any) -> list[Tensor]:
-        made.extend(attend(*heads))
-        return made
+    def attend_and_show(*heads: Any, **options: Any) -> Any:
+        *tensors, state = attend(*heads, **options)
+        made.extend(tensors)
+        return *tensors, state
 
-    monkeypatch.setattr(sdpa, "_attend", attend_and_show)
+    monkeypatch.setattr(operators, "attend", attend_and_show)
     q_THC, k_SGC, v_SGC = make_inputs()
     heads, ranges = (q_THC, k_SGC[:NUM_QUERIES], v_SGC[:NUM_QUERIES]), document_ranges(NUM_QUERIES)
     returned = dense_attention_with_lse(*heads, *ranges, scale=SCALE, impl="sdpa")
     assert [t.data_ptr() for t in returned] == [t.data_ptr() for t in made], "out and lse"
     assert returned[0].is_contiguous(), "the next layer flattens heads without a copy"
+
+
+@pytest.mark.parametrize("lengths", [(NUM_QUERIES,), (1, 20, 42)])
+def test_a_second_call_takes_the_outputs_of_the_first(lengths: tuple[int, ...]) -> None:
+    q_THC, k_SGC, v_SGC = make_inputs()
+    inputs, ranges = (q_THC, k_SGC[:NUM_QUERIES], v_SGC[:NUM_QUERIES]), document_ranges(*lengths)
+    options: dict[str, Any] = {"scale": SCALE, "impl": "sdpa"}
+    plain = trainable(tuple(tensor.clone() for tensor in inputs))
+    expected, expected_lse_TH = dense_attention_with_lse(*plain, *ranges, **options)
+    kept = KeptOutputs()
+    with torch.no_grad():
+        first_THC, _ = dense_attention_with_lse(*inputs, *ranges, kept=kept, **options)
+    kept.begin_second_call()
+    again = trainable(tuple(tensor.clone() for tensor in inputs))
+    out_THC, lse_TH = dense_attention_with_lse(*again, *ranges, kept=kept, **options)
+    if len(lengths) == 1:
+        assert out_THC.data_ptr() == first_THC.data_ptr(), "computed again"
+    assert torch.equal(out_THC, expected) and torch.equal(lse_TH, expected_lse_TH)
+    pairs = zip(gradients(out_THC, *again), gradients(expected, *plain), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs), "gradients"
+    with pytest.raises(IndexError):
+        dense_attention_with_lse(*again, *ranges, kept=kept, **options)
 
 
 def loop_lse(q_THC: Tensor, k_SGC: Tensor, ranges: tuple[Tensor, Tensor]) -> Tensor:
@@ -130,23 +155,21 @@ def test_lse_equals_loops(dtype: torch.dtype, tolerance: float) -> None:
         assert_close(lse_TH, loop_lse(q_THC.double(), k_SGC.double(), ranges), tolerance)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("lengths", [(1, 127, 400), (4097,), (4500, 30, 4200)])
-def test_a_gpus_operators_equal_eager_on_documents(lengths: tuple[int, ...]) -> None:
-    """Documents on both sides of where cuDNN begins, of lengths that no tile divides."""
-    length = sum(lengths)
-    shapes = [(length, 8, 128), (length, 2, 128), (length, 2, 128)]
+def assert_a_gpus_operators_equal_eager(
+    num_queries: int, num_keys: int, ranges: tuple[Tensor, Tensor]
+) -> None:
+    """Compare bf16 through torch's operators with float32 through the reference."""
+    shapes = [(num_queries, 8, 128), (num_keys, 2, 128), (num_keys, 2, 128)]
     inputs = trainable(
         tuple(
             make_tensor(*shape, seed=seed, dtype=torch.bfloat16).cuda()
             for seed, shape in enumerate(shapes)
         )
     )
-    ranges = tuple(bound.cuda() for bound in document_ranges(*lengths))
+    on_gpu = tuple(bound.cuda() for bound in ranges)
     got, wanted = (
-        dense_attention_with_lse(*tensors, *ranges, scale=128**-0.5, impl=impl)
-        for tensors, impl in ((inputs, "sdpa"), ([t.float() for t in inputs], "eager"))
+        dense_attention_with_lse(*tensors, *on_gpu, scale=128**-0.5, impl=impl)
+        for tensors, impl in ((inputs, None), ([t.float() for t in inputs], "eager"))
     )
     assert got[0].is_contiguous(), "the next layer flattens heads without a copy"
     assert_close(got[0].float(), wanted[0], 2e-2)
@@ -155,6 +178,28 @@ def test_a_gpus_operators_equal_eager_on_documents(lengths: tuple[int, ...]) -> 
         gradients(got[0], *inputs), gradients(wanted[0], *inputs), strict=True
     ):
         assert_norm_close(actual, expected, 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("lengths", [(1, 127, 400), (4097,), (4500, 30, 4200)])
+def test_a_gpus_operators_equal_eager_on_documents(lengths: tuple[int, ...]) -> None:
+    """Documents on both sides of where cuDNN begins, of lengths that no tile divides."""
+    length = sum(lengths)
+    assert_a_gpus_operators_equal_eager(length, length, document_ranges(*lengths))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("lengths", [(1000, 24), (18_000,), (700, 16_000, 1300)])
+def test_a_gpus_operators_equal_eager_on_a_context_ranks_queries(
+    rank: int, lengths: tuple[int, ...]
+) -> None:
+    start_S, end_S = document_ranges(*lengths)
+    order_T = torch.arange(sum(lengths)).view(4, -1)[[rank, 3 - rank]].flatten()
+    ranges = start_S[order_T], end_S[order_T]
+    assert_a_gpus_operators_equal_eager(len(order_T), sum(lengths), ranges)
 
 
 TORCHS_REFUSAL = RuntimeError(
@@ -177,7 +222,9 @@ TORCHS_REFUSAL = RuntimeError(
 def test_cudnn_runs_only_where_it_is_there_and_right(
     found: int | RuntimeError | None, fault: str
 ) -> None:
-    assert fault in sdpa.cudnn_fault(found) and bool(fault) == bool(sdpa.cudnn_fault(found))
+    assert fault in operators.cudnn_fault(found) and bool(fault) == bool(
+        operators.cudnn_fault(found)
+    )
 
 
 @pytest.fixture
@@ -191,17 +238,19 @@ def refused_cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return 91_900
 
     monkeypatch.setattr(torch.backends.cudnn, "version", version)
-    sdpa._cudnn_fault.cache_clear()
+    operators._cudnn_fault.cache_clear()
     yield
-    sdpa._cudnn_fault.cache_clear()
+    operators._cudnn_fault.cache_clear()
 
 
 def test_a_refused_cudnn_is_asked_and_reported_once(
     refused_cudnn: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert sdpa._cudnn_fault() and sdpa._cudnn_fault() == sdpa.cudnn_fault(TORCHS_REFUSAL)
+    assert operators._cudnn_fault() and operators._cudnn_fault() == operators.cudnn_fault(
+        TORCHS_REFUSAL
+    )
     assert [record.message for record in caplog.records] == [
-        f"dense_attention: FlashAttention runs in place of cuDNN: {sdpa._cudnn_fault()}"
+        f"dense_attention: FlashAttention runs in place of cuDNN: {operators._cudnn_fault()}"
     ]
 
 
@@ -228,20 +277,59 @@ def test_sdpa_refuses_what_no_operator_takes() -> None:
     assert torch.equal(dense_attention(*same, *ranges, scale=SCALE), eager_THC), "the default"
 
 
-def test_sdpa_refuses_other_ranges() -> None:
-    q_THC, k_SGC, v_SGC = make_inputs()
-    start_T, end_T = document_ranges(20, 43)
-    same = q_THC, k_SGC[:NUM_QUERIES], v_SGC[:NUM_QUERIES]
-    later_T = start_T.clone()
-    later_T[30] += 1
-    for inputs, ranges in (
-        ((q_THC, k_SGC, v_SGC), (start_T, end_T)),
-        (same, (start_T, end_T - 1)),
-        (same, (later_T, end_T)),
-        (same, odd_ranges(NUM_QUERIES, NUM_QUERIES, seed=8)),
+def zigzag_ranges(rank: int) -> tuple[Tensor, Tensor]:
+    """Return the ranges of a context rank's queries: two of eight parts of a row of documents."""
+    start_S, end_S = document_ranges(20, 40, 28)
+    parts = torch.arange(NUM_KEYS - 12).view(8, -1)
+    order_T = parts[[rank, 7 - rank]].flatten()
+    return start_S[order_T], end_S[order_T]
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_sdpa_equals_eager_on_a_context_ranks_queries(rank: int) -> None:
+    ranges = zigzag_ranges(rank)
+    inputs = trainable((make_inputs()[0][: len(ranges[0])], *make_inputs()[1:]))
+    eager, sdpa = (
+        dense_attention_with_lse(*inputs, *ranges, scale=SCALE, impl=impl)
+        for impl in ("eager", "sdpa")
+    )
+    for actual, expected in zip(sdpa, eager, strict=True):
+        assert_close(actual, expected, 1e-12)
+    for actual, expected in zip(
+        gradients(sdpa[0], *inputs), gradients(eager[0], *inputs), strict=True
     ):
-        with pytest.raises(ValueError, match="other ranges than causal documents"):
-            dense_attention(*inputs, *ranges, scale=SCALE, impl="sdpa")
+        assert_close(actual, expected, 1e-12)
+
+
+def test_sdpa_equals_eager_on_any_ranges() -> None:
+    inputs = trainable(make_inputs())
+    ranges = odd_ranges(NUM_QUERIES, NUM_KEYS, seed=8)
+    assert (ranges[0] >= ranges[1]).any(), "queries without keys belong to the test"
+    eager, sdpa = (
+        dense_attention_with_lse(*inputs, *ranges, scale=SCALE, impl=impl)
+        for impl in ("eager", "sdpa")
+    )
+    assert_close(sdpa[0], eager[0], 1e-12)
+    assert torch.equal(sdpa[1].isinf(), eager[1].isinf())
+    for actual, expected in zip(
+        gradients(sdpa[0], *inputs), gradients(eager[0], *inputs), strict=True
+    ):
+        assert_close(actual, expected, 1e-12)
+
+
+def test_few_trapezoids_cover_a_row() -> None:
+    assert find_trapezoids(*document_ranges(20, 43)) == [
+        Trapezoid(0, 20, 0, 0),
+        Trapezoid(20, 43, 20, 0),
+    ]
+    # The first part of rank 1 lies in two documents, its second one in the last.
+    assert find_trapezoids(*zigzag_ranges(1)) == [
+        Trapezoid(0, 9, 0, 11),
+        Trapezoid(9, 2, 20, 0),
+        Trapezoid(11, 11, 60, 6),
+    ]
+    start_T, end_T = (torch.tensor(bounds) for bounds in ([3, 3, 0, 7], [4, 5, 0, 2]))
+    assert find_trapezoids(start_T, end_T) == [Trapezoid(0, 2, 3, 0), Trapezoid(2, 2, 0, -1)]
 
 
 def test_gradients_equal_finite_differences() -> None:

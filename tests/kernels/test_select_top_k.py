@@ -103,12 +103,12 @@ def test_nan_outside_the_range_is_not_seen() -> None:
     assert (indices_TK[2] >= 0).all() and (indices_TK[2] < 10).all(), "inside the range"
 
 
-def test_nan_inside_the_range_is_refused() -> None:
-    scores_TS = make_tensor(3, NUM_KEYS, seed=5)
-    scores_TS[1, 4] = torch.nan
-    whole = torch.zeros(3, dtype=torch.int64), torch.full((3,), NUM_KEYS)
-    with pytest.raises(ValueError, match="scores_TS: got NaN inside a query's range"):
-        select_top_k(scores_TS, *whole, 4)
+def test_nan_inside_the_range_ranks_below_all_numbers() -> None:
+    nan, inf = torch.nan, torch.inf
+    scores_TS = torch.tensor([[nan, 1, nan, -inf, 2], [nan, 3, nan, nan, nan]])
+    whole = torch.zeros(2, dtype=torch.int64), torch.full((2,), 5)
+    assert select_top_k(scores_TS, *whole, 2).tolist() == [[1, 4], [0, 1]]
+    assert select_top_k(scores_TS, *whole, 4).tolist() == [[0, 1, 3, 4], [0, 1, 2, 3]]
 
 
 def test_selection_is_invariant_to_chunks_and_strides(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,14 @@
 """Tests of the attention over selected keys and of the target that it hands out."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_keye.kernels import row_chunks
 from megatron_keye.kernels.dense_attention import dense_attention
+from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.select_top_k import select_top_k
 from megatron_keye.kernels.sparse_attention import sparse_attention
 from tests.support.numerics import (
@@ -173,6 +176,25 @@ def test_target_carries_no_gradient_and_can_be_left_out(impl: str) -> None:
     )
     assert torch.equal(again_THC, out_THC) and none_TGK.numel() == 0, "without the target"
     assert not target_TGK.requires_grad, "the indexer must not teach the attention"
+
+
+def test_a_second_call_takes_the_output_of_the_first() -> None:
+    inputs = moved(make_inputs(torch.float32), "triton")
+    (indices_TK,) = moved((odd_selection(NUM_QUERIES, 9, 4, 9),), "triton")
+    options: dict[str, Any] = {"scale": SCALE, "impl": "triton", "deterministic": True}
+    plain, again = (trainable(tuple(each.clone() for each in inputs)) for _ in range(2))
+    kept = KeptOutputs()
+    with torch.no_grad():
+        first_THC, _ = sparse_attention(
+            *inputs, indices_TK, with_target=False, kept=kept, **options
+        )
+    kept.begin_second_call()
+    got = sparse_attention(*again, indices_TK.clone(), kept=kept, **options)
+    expected = sparse_attention(*plain, indices_TK, **options)
+    assert got[0].data_ptr() == first_THC.data_ptr(), "computed again"
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    pairs = zip(gradients(got[0], *again), gradients(expected[0], *plain), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs), "gradients"
 
 
 TRITON_SHAPES = [

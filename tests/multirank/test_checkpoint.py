@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_keye.checkpoint.folders import find_checkpoint, set_aside
+from megatron_keye.checkpoint.folders import checkpoint_folder
+from megatron_keye.checkpoint.manifest import write_manifest
+from megatron_keye.checkpoint.selection import choose_checkpoint
 from megatron_keye.checkpoint.training_checkpoint import load
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
@@ -76,55 +78,29 @@ def _refusal(run_json: str, folder: Path) -> str:
     return "nothing"
 
 
-def test_an_incomplete_checkpoint_is_not_found(tmp_path: Path) -> None:
-    run = tiny_run().with_overrides([f"output_dir={tmp_path}", "training.checkpoint.resume=auto"])
-    checkpoints = run.folder / "checkpoints"
-    (checkpoints / "step-00000007.partial").mkdir(parents=True)
-    assert find_checkpoint(run) is None
-    (checkpoints / "step-00000005").mkdir()
-    assert find_checkpoint(run) == checkpoints / "step-00000005"
+def _chosen(runs: list[str]) -> list[Path | None]:
+    return [choose_checkpoint(RunConfig.from_json(run)) for run in runs]
 
 
-def test_a_folder_that_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    run = tiny_run().with_overrides([f"training.checkpoint.resume={tmp_path}"])
-    with pytest.raises(ValueError, match="expected the folder of a complete checkpoint"):
-        find_checkpoint(run)
+def test_a_job_that_starts_again_takes_what_it_saved_and_no_other_runs(tmp_path: Path) -> None:
+    def run_of(*settings: str) -> RunConfig:
+        return tiny_run().with_overrides([f"output_dir={tmp_path}", *settings])
 
+    def saved(run: RunConfig, step: int) -> Path:
+        folder = checkpoint_folder(run, step)
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(run.to_json())
+        write_manifest(folder, {})
+        return folder
 
-LEFT = {
-    "checkpoints": "checkpoints/step-00000001/.metadata",
-    "an unfinished checkpoint": "checkpoints/step-00000001.partial/.metadata",
-    "events alone": "events/events.out.tfevents.1",
-    "settings alone": "run.json",
-}
+    def chosen(*runs: RunConfig) -> list[Path | None]:
+        return run_on_ranks(1, _chosen, [run.to_json() for run in runs])[0]  # type: ignore[no-any-return]
 
-
-@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
-def test_a_run_that_begins_moves_what_earlier_ones_left(left: str, tmp_path: Path) -> None:
-    run = tiny_run().with_overrides([f"output_dir={tmp_path}"])
-    for number in (1, 2):
-        (run.folder / left).parent.mkdir(parents=True)
-        (run.folder / left).touch()
-        set_aside(run, rank=1, continued=None)
-        assert run.folder.exists()
-        # Another run's checkpoint is continued in this run's own, new folder.
-        set_aside(run, rank=0, continued=tmp_path / "other" / "checkpoints" / "step-00000002")
-        assert not run.folder.exists()
-        assert (tmp_path / f"tiny.{number}" / left).exists()
-    set_aside(run, rank=0, continued=None)
-
-
-def test_a_run_that_goes_on_in_its_folder_moves_nothing(tmp_path: Path) -> None:
-    run = tiny_run().with_overrides([f"output_dir={tmp_path}"])
-    checkpoint = run.folder / "checkpoints" / "step-00000002"
-    checkpoint.mkdir(parents=True)
-    set_aside(run, rank=0, continued=checkpoint)
-    assert checkpoint.exists()
-
-
-def test_a_folder_without_a_trace_of_a_run_stays(tmp_path: Path) -> None:
-    run = tiny_run().with_overrides([f"output_dir={tmp_path}"])
-    run.folder.mkdir()
-    (run.folder / "console.log").touch()
-    set_aside(run, rank=0, continued=None)
-    assert run.folder.exists()
+    mine, resume = "training.checkpoint.job=slurm-a-7", "training.checkpoint.resume"
+    run, newest = run_of(mine), run_of(mine, f"{resume}=auto")
+    earlier = saved(run_of("training.checkpoint.job=slurm-a-6"), 3)
+    older = run_of(mine, f"{resume}={earlier}")
+    assert chosen(run, newest, older) == [None, earlier, earlier], "lost before its first save"
+    own = saved(run, 4)
+    assert chosen(run, newest, older) == [own] * 3
+    assert chosen(run_of()) == [None], "without a job nothing is continued unasked"

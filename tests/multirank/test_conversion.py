@@ -114,7 +114,7 @@ def test_weights_of_another_model_are_refused(
 
 def test_a_folder_that_is_not_a_checkpoint_is_refused(converted: Path) -> None:
     (refusal,) = run_on_ranks(1, _refusal, tiny_run().to_json(), converted / "hf")
-    assert "expected a complete native checkpoint" in refusal
+    assert "got a Hugging Face folder" in refusal and "hf-to-native" in refusal
 
 
 def _refusal(run_json: str, weights: Path) -> str:

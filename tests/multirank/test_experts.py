@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from megatron_keye.config import RunConfig
+from megatron_keye.config import FusionsConfig, RunConfig
 from megatron_keye.config.backends import transformer_engine_version
+from megatron_keye.config.fused_kernels import choose_fusions
 from megatron_keye.config.megatron import decoder_config
 from megatron_keye.decoder.initialization import initialize_weights
 from megatron_keye.decoder.virtual_stage import VirtualStage
@@ -28,11 +30,18 @@ Results = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 """Output, and gradients of the input, of the router's weight and of each expert's weights."""
 
 
-def run_of(num_ranks: int, *, balance: float = 0.0, **training: str) -> RunConfig:
+def run_of(
+    num_ranks: int, *, balance: float = 0.0, is_fused: bool = False, **training: object
+) -> RunConfig:
     experts = replace(tiny_model().decoder.experts, balance_loss_weight=balance)
+    wanted = "on" if is_fused else "off"
+    # Weight gradients are added in place only to the buffers of a wrapped model.
+    fusions = FusionsConfig(
+        permutation=wanted, router=wanted, swiglu=wanted, norm=wanted, weight_gradients="off"
+    )
     return tiny_run(
         model=tiny_model(experts=experts),
-        training=dict(training),
+        training={"fusions": fusions, **training},
         data=num_ranks,
         expert=num_ranks,
     )
@@ -53,8 +62,11 @@ def _layer_on_rank(
     engine = run.training.linear_layers == "transformer_engine"
     grid = build_grid(run.parallel)
     assert grid.decoder is not None, "every rank is the decoder's"
-    config = decoder_config(run, on_gpu=on_gpu, grouped_experts=engine)
-    stage = VirtualStage(run, config, grid.decoder, index=0, uses_transformer_engine=engine)
+    fusions = choose_fusions(run.training, has_gpu=on_gpu, uses_transformer_engine=engine)
+    config = decoder_config(run, on_gpu=on_gpu, grouped_experts=engine, fusions=fusions)
+    stage = VirtualStage(
+        run, config, grid.decoder, index=0, uses_transformer_engine=engine, fusions=fusions
+    )
     sharded = stage.sharded_state_dict(metadata={"dp_cp_group": grid.decoder.dp_cp})
     initialize_weights(sharded, std=run.model.decoder.init_std, seed=run.training.seed)
     layer = stage.to(device).block.layers[0].mlp
@@ -69,6 +81,8 @@ def _layer_on_rank(
     tokens = tokens.abs().requires_grad_()
     output = layer(tokens)[0]
     (output * weights).sum().backward()
+    # Without a schedule Megatron makes a scale of another shape, and keeps it for later tests.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     first = rank * NUM_LOCAL[len(counts)]
     experts = {
         expert_weight(name, first): weight.grad
@@ -149,3 +163,13 @@ def test_a_gpu_without_tokens_computes_its_part(
     tolerance = 1e-5 if linears == "megatron" else 5e-3
     expected = layer_on(one, (7,), favoured, "cuda")
     assert_same(layer_on(two, counts, favoured, "cuda"), expected, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.skipif(transformer_engine_version() is None, reason="no Transformer Engine")
+def test_fused_experts_that_get_no_tokens_equal_plain_ones() -> None:
+    engine: dict[str, Any] = {"precision": "fp32", "linear_layers": "transformer_engine"}
+    expected = layer_on(run_of(1, **engine), (7,), (0, 1), "cuda")
+    got = layer_on(run_of(2, is_fused=True, **engine), (4, 3), (0, 1), "cuda")
+    assert_same(got, expected, 5e-3)

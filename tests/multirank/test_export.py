@@ -78,7 +78,7 @@ def test_transformers_reads_an_export(
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", modules)
     config = transformers.AutoConfig.from_pretrained(exported.out, trust_remote_code=True)
     assert type(config).__name__ == "KeyeVL2Config" and config.hidden_size == 32
-    tokenizer = transformers.AutoTokenizer.from_pretrained(exported.out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported.out, trust_remote_code=False)
     chat = [{"role": "user", "content": "What is it?"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
@@ -92,7 +92,7 @@ def _load_and_save(run_json: str, weights: Path) -> None:
     grid, model, optimizer, _ = build_step(run)
     training_checkpoint.load_weights(weights, run, model, optimizer, grid)
     if grid.rank == 0:
-        export.take_carried_files(run)
+        export.take_carried_files(run, None)
     start = training_checkpoint.Progress(step=0, updates=0, data={})
     training_checkpoint.save(run, model, optimizer, grid, start)
     let_go(model)

@@ -1,12 +1,13 @@
 """The tests of layouts on real GPUs: NCCL instead of gloo, Transformer Engine where installed."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_keye.config import FusionsConfig, RunConfig
 from megatron_keye.config.backends import transformer_engine_version
 from megatron_keye.config.lora import LoraConfig
 from tests.support.layouts import FOUR_RANKS
@@ -126,6 +127,32 @@ def test_transformer_engine_trains_as_megatrons_own_layers(one_gpu: Trained) -> 
     assert got.weights.keys() == one_gpu.weights.keys(), "checkpoint keys differ"
     # Its matrix products round float32 to TF32, 10 bits of mantissa.
     assert got.metrics[0].loss == pytest.approx(one_gpu.metrics[0].loss, rel=1e-3)
+
+
+FUSED = [each.name for each in fields(FusionsConfig)]
+
+
+@pytest.fixture(scope="module")
+def unfused() -> Trained:
+    return train(with_fusions())
+
+
+def with_fusions(*names: str) -> RunConfig:
+    """Return a run that takes these fused kernels and no other."""
+    wanted = {name: "on" if name in names else "off" for name in FUSED}
+    fusions = FusionsConfig(**wanted)  # type: ignore[arg-type]
+    training = {"linear_layers": "transformer_engine", "fusions": fusions}
+    return tiny_run(device="cuda", training=training)
+
+
+@needs_engine
+@pytest.mark.parametrize("names", [*([name] for name in FUSED), FUSED], ids=[*FUSED, "all"])
+def test_fused_kernels_train_as_their_plain_forms(names: list[str], unfused: Trained) -> None:
+    got = train(with_fusions(*names))
+    assert got.metrics[0].loss == pytest.approx(unfused.metrics[0].loss, rel=1e-5)
+    for mine, theirs in zip(got.metrics, unfused.metrics, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-3)
+        assert mine.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-2)
 
 
 @needs_engine

@@ -49,8 +49,19 @@ def test_training_does_not_depend_on_the_chunk_size(chunk_patches: int, one_rank
     assert_same_training(train(run), one_rank)
 
 
-def test_recomputed_layers_train_as_kept_ones(one_rank: Trained) -> None:
-    run = tiny_run(tensor=2, training={"recompute_layers": True})
+@pytest.mark.parametrize(
+    ("recompute", "degrees"),
+    [("experts", {"context": 2, "expert": 2}), ("selective", {"tensor": 2})],
+)
+def test_recomputed_layers_train_as_kept_ones(
+    recompute: str, degrees: dict[str, int], one_rank: Trained
+) -> None:
+    run = tiny_run(training={"recompute": recompute}, **degrees)
+    assert_same_training(train(run), one_rank)
+
+
+def test_layers_recomputed_in_a_pipeline_keep_the_selection_of_each_row(one_rank: Trained) -> None:
+    run = tiny_run(pipeline=2, virtual_stages=2, training={"recompute": "full"})
     assert_same_training(train(run), one_rank)
 
 

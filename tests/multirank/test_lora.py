@@ -36,7 +36,7 @@ UNSHARED = replace(tiny_run().training.optimizer, distributed=False)
 GRIDS: dict[str, dict[str, Any]] = {
     "tensor": {"tensor": 2},
     "pipeline": {"pipeline": 2},
-    "context, recomputed": {"context": 2, "training": {"recompute_layers": True}},
+    "context, recomputed": {"context": 2, "training": {"recompute": "selective"}},
     "dedicated vision": {"vision_ranks": 1},
     "data, expert": {"data": 2, "expert": 2, "training": {"optimizer": UNSHARED}},
     "tensor, expert": {"tensor": 2, "expert": 2},

@@ -112,7 +112,7 @@ def test_training_is_bit_for_bit_the_same_without_it(options: dict[str, Any]) ->
 
 @pytest.mark.parametrize(
     "training",
-    [{}, {"phase": "dense"}, {"phase": "indexer_warmup"}, {"recompute_layers": True}],
+    [{}, {"phase": "dense"}, {"phase": "indexer_warmup"}, {"recompute": "selective"}],
     ids=["sparse", "dense", "warm-up", "recomputed"],
 )
 def test_it_is_the_loss_of_training_before_the_update(training: dict[str, object]) -> None:

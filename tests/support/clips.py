@@ -96,6 +96,9 @@ def make_clip(
         stream = container.add_stream(codec, rate=25, options=options or {})
         stream.width, stream.height = scale * WIDTH - cut_columns, scale * HEIGHT - cut_rows
         stream.pix_fmt = pixel_format
+        if not codec.startswith("lib"):
+            # With eight threads FFmpeg's MPEG-2 encoder gives some frames the time of another.
+            stream.codec_context.thread_count = 1
         # MPEG-1 and MPEG-2 know some frame rates only.
         ticks = 25 if codec in ("mpeg1video", "mpeg2video") else 1000
         stream.codec_context.time_base = stream.time_base = av.AVRational(1, ticks)

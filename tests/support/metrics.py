@@ -20,6 +20,7 @@ _STEP = StepMetrics(
     step_seconds=1.08,
     data_wait_seconds=0.01,
     save_seconds=0.0,
+    saved_seconds=0.0,
     validation_seconds=0.0,
     decoder_seconds=0.9,
     vision_seconds=0.8,
@@ -30,6 +31,7 @@ _STEP = StepMetrics(
     padding_share=0.05,
     peak_memory_gib=71.25,
     asks_to_stop=False,
+    has_failed_save=False,
 )
 
 

@@ -14,13 +14,17 @@ from torch import Tensor
 from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.checkpoint.state import weight_state
 from megatron_keye.config import RunConfig
+from megatron_keye.config.fused_kernels import choose_fusions
 from megatron_keye.data.row import PackedRow
 from megatron_keye.model import KeyeModel, build_model
 from megatron_keye.observe.span import Span
 from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import Grid, build_grid
 from megatron_keye.parallel.random import seed_rank
+from megatron_keye.training.chunk_encoder import PatchSource
+from megatron_keye.training.health.judge import Judge
 from megatron_keye.training.metrics import StepMetrics
+from megatron_keye.training.saving import Saving
 from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.stop import StopRequest
@@ -177,22 +181,36 @@ def without_work_ahead(run: RunConfig) -> RunConfig:
     return replace(run, parallel=replace(run.parallel, vision=vision))
 
 
-def build_step(run: RunConfig) -> tuple[Grid, KeyeModel, JointOptimizer, TrainingStep]:
-    """Build the training objects of one rank; call `let_go` at the end."""
+def build_step(
+    run: RunConfig, source: PatchSource | None = None
+) -> tuple[Grid, KeyeModel, JointOptimizer, TrainingStep]:
+    """Build the training objects of one rank; call `let_go` at the end.
+
+    Args:
+        run: The run.
+        source: Supplies the patches of pictures; by default synthetic ones.
+    """
     grid = build_grid(run.parallel)
     seed_rank(run.training.seed, grid)
     device = torch.device("cpu" if run.device == "cpu" else torch.cuda.current_device())
     engine = run.training.linear_layers == "transformer_engine"
-    model = build_model(run, grid, device, uses_transformer_engine=engine)
+    fusions = choose_fusions(
+        run.training, has_gpu=device.type == "cuda", uses_transformer_engine=engine
+    )
+    model = build_model(run, grid, device, uses_transformer_engine=engine, fusions=fusions)
     optimizer = JointOptimizer(run, model, grid)
+    clock = StepClock()
     step = TrainingStep(
         run,
         grid,
         model,
         optimizer,
-        source=SyntheticPatches(),
+        source=source or SyntheticPatches(),
+        open_source=SyntheticPatches,
+        judge=Judge(run),
         stop=StopRequest(),
-        clock=StepClock(),
+        saving=Saving(run, clock, lambda folder: None),
+        clock=clock,
         device=device,
     )
     return grid, model, optimizer, step

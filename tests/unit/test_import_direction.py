@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"config", "model", "parallel"},
     "checkpoint": {"config", "errors", "files", "model", "optim", "parallel"},
     "verify": {"checkpoint", "config", "data", "decoder", "errors", "parallel", "vision"},
-    "estimate": {"checkpoint", "config", "data", "errors", "observe", "plan"},
+    "estimate": {"checkpoint", "config", "data", "errors", "files", "observe", "plan"},
     "training": {
         *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "optim"),
         *("parallel", "plan"),

@@ -18,6 +18,7 @@ from tools.faults import subject
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.02
+HANG_MINUTES = 0.2
 _MARK = "MEGATRON_KEYE_JOB"
 _SHARED_MEMORY = Path("/dev/shm")
 _CACHES = ("megatron_keye.*", "torchinductor_*")
@@ -27,23 +28,27 @@ _CACHES = ("megatron_keye.*", "torchinductor_*")
 class Job:
     """One start of the subject: `launch/local.sh` in a session of its own."""
 
-    def __init__(self, data: Path, output: Path, *arguments: str, fault: str = "{}") -> None:
+    def __init__(
+        self, data: Path, output: Path, temporary: Path, *arguments: str, fault: str = "{}"
+    ) -> None:
         """Start it.
 
         Args:
             data: Folder that `subject.write_data` wrote.
             output: The run's output_dir.
+            temporary: Where it puts temporary files; made if it is not there.
             arguments: More of the command line.
             fault: JSON for `subject.VARIABLE`.
         """
-        self._data, self._output = data, output
+        self._folders = data, output, temporary
+        temporary.mkdir(parents=True, exist_ok=True)
         self._mark = uuid.uuid4().hex
-        self._temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._shared_before = set(_SHARED_MEMORY.iterdir())
         settings = {
             "output_dir": output,
             "data.samples": data / "frames.train.jsonl",
             "data.tokenizer": data / "tokenizer",
+            "training.hang_minutes": HANG_MINUTES,
         }
         command = ["bash", str(ROOT / "launch/local.sh"), f"{subject.__file__}:subject"]
         command += ["--ranks", str(subject.NUM_RANKS)]
@@ -54,7 +59,7 @@ class Job:
             "PYTHON": sys.executable,
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
-            "TMPDIR": self._temporary.name,
+            "TMPDIR": str(temporary),
             subject.VARIABLE: fault,
             _MARK: self._mark,
         }
@@ -73,7 +78,7 @@ class Job:
 
     def again(self, *arguments: str) -> "Job":
         """Start another job with the same output_dir."""
-        return Job(self._data, self._output, *arguments)
+        return Job(*self._folders, *arguments)
 
     @property
     def text(self) -> str:
@@ -127,11 +132,11 @@ class Job:
         """Return how many tracebacks of Python and stacks of C++ it has shown."""
         return len(re.findall(r"^Traceback|^frame #\d+:|^Exception raised from", self.text, re.M))
 
-    def left_over(self, grace_seconds: float = 5.0) -> tuple[list[str], list[str]]:
-        """Return the processes and temporary files that are there after its end.
+    def left_over_processes(self, grace_seconds: float = 5.0) -> list[str]:
+        """End the processes that are there after its end, and return what they are.
 
         Args:
-            grace_seconds: Processes may need as long to see that the job has ended.
+            grace_seconds: They may need as long to see that the job has ended.
         """
         deadline = time.monotonic() + grace_seconds
         while self._processes() and time.monotonic() < deadline:
@@ -141,16 +146,19 @@ class Job:
             with contextlib.suppress(psutil.Error):
                 processes.append(" ".join(process.cmdline())[:120])
                 process.kill()
-        temporary = Path(self._temporary.name)
+        return processes
+
+    def left_over_files(self) -> list[str]:
+        """Return the temporary files that are there after its end."""
+        temporary = self._folders[2]
         files = {path.name for path in temporary.iterdir()}
         files -= {path.name for pattern in _CACHES for path in temporary.glob(pattern)}
         files |= {str(path) for path in set(_SHARED_MEMORY.iterdir()) - self._shared_before}
-        return processes, sorted(files)
+        return sorted(files)
 
     def close(self) -> None:
         """Remove what the job's files took."""
         self._log.close()
-        self._temporary.cleanup()
 
     def _processes(self) -> list[psutil.Process]:
         """Return every process that has this job's mark among its variables."""

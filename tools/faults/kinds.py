@@ -34,6 +34,8 @@ class Fault:
     """A fault that a rank has within itself, for `subject.VARIABLE`."""
     num_tracebacks: int = 0
     """How many may be shown: one of a programming error, else none."""
+    is_asked_for: bool = False
+    """Whether a person asked for the end, and needs no word about it."""
 
 
 def draw(generator: random.Random, name: str) -> Fault:
@@ -83,7 +85,12 @@ def _signal_to(
         whom = f"rank {rank}" if target == "a rank" else target
         often = " twice" if times == 2 else ""
         allowed = (*outcomes, "ends") if moment == "start" else outcomes
-        return Fault(f"{number.name}{often} to {whom} in a {moment}", allowed, strike)
+        return Fault(
+            f"{number.name}{often} to {whom} in a {moment}",
+            allowed,
+            strike,
+            is_asked_for=target != "a rank",
+        )
 
     return make
 
@@ -142,8 +149,10 @@ def _remove_the_folder(generator: random.Random) -> Fault:
 def _second_job(generator: random.Random) -> Fault:
     def strike(job: Job, output: Path) -> None:
         _wait(job, output, "step", generator)
+        send_to_group(signal.SIGSTOP, job)  # or it would end before the second one has started
         second = job.again("--resume", generator.choice(("auto", "none")))
         assert second.wait(SECONDS_TO_START), "the second job hangs"
+        send_to_group(signal.SIGCONT, job)
         assert second.process.returncode != 0, "two jobs trained in one folder"
         assert not second.tracebacks(), second.text
         second.close()

@@ -17,6 +17,7 @@ from megatron_keye.config import (
     CheckpointConfig,
     DataConfig,
     FrameConfig,
+    HealthConfig,
     ParallelConfig,
     RunConfig,
     TrainingConfig,
@@ -56,6 +57,7 @@ def subject(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             steps=NUM_STEPS,
             rows_per_step=1,
             checkpoint=CheckpointConfig(interval_steps=INTERVAL_STEPS),
+            health=HealthConfig(max_bad_steps=1, on_irreproducible="stop"),
         ),
     )
 

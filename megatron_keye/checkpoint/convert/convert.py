@@ -20,6 +20,8 @@ from megatron_keye.checkpoint.hf.config import CONFIG, check_config
 from megatron_keye.checkpoint.hf.folder import open_unquantised
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout, layout_of, parameter_shapes
 from megatron_keye.checkpoint.history import HISTORY, read_history, released, text_of
+from megatron_keye.checkpoint.manifest import write_manifest
+from megatron_keye.checkpoint.saved_run import RUN
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.files.partial_folder import PartialFolder
@@ -78,14 +80,16 @@ def write_native(
     files = find_files(*carried_from)
     settings = [run.to_json(), maker.layout, str(maker.dtype), str(maker.checks_finite)]
     folder = PartialFolder(out, fingerprint(settings, [*sources, *files.values()]))
-    _fill(maker, folder, options)
-    records = {name: folder.record(name) for name in maker.file_sizes()}
-    maker.finish(folder.path, records)
-    (folder.path / CARRIED).mkdir(exist_ok=True)
-    copy_files(files, folder.path / CARRIED)
-    for name, text in {**(notes or {}), "run.json": run.to_json()}.items():
-        (folder.path / name).write_text(text)
-    folder.finish()
+    with folder.filling():
+        _fill(maker, folder, options)
+        records = {name: folder.record(name) for name in maker.file_sizes()}
+        maker.finish(folder.path, records)
+        (folder.path / CARRIED).mkdir(exist_ok=True)
+        copy_files(files, folder.path / CARRIED)
+        for name, text in {**(notes or {}), RUN: run.to_json()}.items():
+            (folder.path / name).write_text(text)
+        sums = {name: folder.sum(name) for name in records}
+        folder.finish(lambda: write_manifest(folder.path, sums))
 
 
 def native_to_hf(
@@ -123,8 +127,9 @@ def native_to_hf(
         files_from=files_from,
         needs_all_files=needs_all_files,
     )
-    _fill(export.maker, export.folder, options)
-    export.finish()
+    with export.folder.filling():
+        _fill(export.maker, export.folder, options)
+        export.finish()
 
 
 def _fill(maker: NativeMaker | HfMaker, folder: PartialFolder, options: Options) -> None:

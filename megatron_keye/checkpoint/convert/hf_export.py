@@ -29,6 +29,8 @@ from megatron_keye.checkpoint.hf.config import CONFIG, read_config
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout
 from megatron_keye.checkpoint.hf.write_config import changes_of_config, make_config
 from megatron_keye.checkpoint.history import HISTORY, PastRun, read_history, text_of
+from megatron_keye.checkpoint.manifest import check_sizes, check_sums
+from megatron_keye.checkpoint.saved_run import read_saved_run
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.files.partial_folder import PartialFolder
@@ -93,13 +95,10 @@ def begin_export(
     Raises:
         UserError: When the checkpoint is incomplete or damaged; nothing is written then.
     """
+    if options.checks_sums:
+        check_sums(native, check_sizes(native), num_threads=options.num_workers)
     source = NativeFolder(native)
-    if not (native / "run.json").is_file():
-        raise UserError(
-            f"{native}: got no sizes of the model, expected them in run.json, as checkpoints of "
-            "training and of hf-to-native have; copy run.json too"
-        )
-    run = RunConfig.from_json((native / "run.json").read_text())
+    run = read_saved_run(native)
     got = {key: tensor.shape for key, tensor in source.tensors.items()}
     expected = shapes_with_adapters(run, got)
     check_shapes(got, expected, where=str(native), dropped=options.dropped)

@@ -1,25 +1,33 @@
-"""Reads single weights from a checkpoint that training saved on any grid.
+"""Reads tensors, or parts of them, from a checkpoint that training saved on any grid.
 
-The format is torch.distributed.checkpoint's: shards of tensors in *.distcp files, listed in the
-pickle .metadata. Reading it directly needs no process group and no model, but relies on torch's
-private metadata: `_StorageInfo` in that pickle, and `_create_file_view`. Unpickling runs code:
-open only checkpoints that you trust.
+The format is torch.distributed.checkpoint's: shards of tensors in *.distcp files, listed in
+.metadata. Reading it directly needs no process group and no model, and runs no code from the files
+(`checkpoint.safe_metadata`), but relies on torch's private `_StorageInfo` and `_create_file_view`.
 """
 
 import os
-import pickle
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_keye.checkpoint.manifest import check_sizes
+from megatron_keye.checkpoint.safe_metadata import load_plain, read_metadata, undamaged
+from megatron_keye.checkpoint.storage_format import METADATA
 from megatron_keye.errors import UserError
 
 Shape = tuple[int, ...]
@@ -52,46 +60,55 @@ class NativeTensor:
     shards: dict[int, list[StoredShard]]
     """Shards by their offset along dim 0."""
 
+    def shards_of(self, offset: Shape, shape: Shape) -> Iterator[StoredShard]:
+        """Yield the shards that overlap with the part of this offset and shape."""
+        for start, group in self.shards.items():
+            if offset and not offset[0] - self._most_rows < start < offset[0] + shape[0]:
+                continue
+            for shard in group:
+                ranges = zip(offset, shape, shard.offset, shard.shape, strict=True)
+                if all(a < b + m and b < a + n for a, n, b, m in ranges):
+                    yield shard
+
+    @cached_property
+    def _most_rows(self) -> int:
+        """Longest shard along dim 0."""
+        shards = (shard for group in self.shards.values() for shard in group)
+        return max((shard.shape[0] for shard in shards if shard.shape), default=0)
+
 
 class NativeFolder:
-    """All weights of a checkpoint."""
+    """All tensors of a checkpoint."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read the metadata and check that every file is complete.
+    def __init__(self, folder: Path, *, has_optimizer: bool = False) -> None:
+        """Read the metadata and check that every file is there with its size.
+
+        Args:
+            folder: The checkpoint.
+            has_optimizer: Whether the optimizer's tensors are wanted beside the weights.
 
         Raises:
-            UserError: When the folder is no complete checkpoint or a file is cut short.
+            UserError: When the folder is no whole checkpoint.
         """
-        metadata_file = folder / ".metadata"
-        if not metadata_file.is_file() or not (folder / "metadata.json").is_file():
-            is_released = any(folder.glob("*.safetensors"))
-            raise UserError(
-                f"{folder}: got no .metadata with metadata.json, expected a complete native "
-                "checkpoint (.../checkpoints/step-NNNNNNNN, or what megatron-keye convert made); "
-                + (
-                    "make one of this Hugging Face folder with megatron-keye convert hf-to-native"
-                    if is_released
-                    else "check --native or training.checkpoint.weights"
-                )
-            )
+        check_sizes(folder)
         self.path = folder
-        with metadata_file.open("rb") as file:
-            try:
-                metadata = pickle.load(file)
-            except (pickle.UnpicklingError, EOFError) as error:
-                raise UserError(
-                    f"{metadata_file}: got {error}, expected a readable pickle; it was cut short, "
-                    "copy the checkpoint again"
-                ) from error
-        self.tensors = {
-            key: _tensor(key, stored, metadata.storage_data)
-            for key, stored in metadata.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata) and not key.startswith("optimizer.")
-        }
-        self._check_files()
+        metadata = read_metadata(folder)
+        entries, storage = metadata.state_dict_metadata, metadata.storage_data
+        with undamaged(folder / METADATA):
+            self.tensors = {
+                key: _tensor(key, stored, storage)
+                for key, stored in entries.items()
+                if isinstance(stored, TensorStorageMetadata)
+                and (has_optimizer or not key.startswith("optimizer."))
+            }
+            self._objects = {
+                key: _object(storage[MetadataIndex(key)])
+                for key, stored in entries.items()
+                if isinstance(stored, BytesStorageMetadata)
+            }
 
     def read(self, key: str, stacked_index: Shape) -> Tensor:
-        """Assemble the weight of one layer (and expert) from its shards.
+        """Return the weight of one layer (and expert), assembled from its shards.
 
         Args:
             key: Name of the tensor.
@@ -102,24 +119,69 @@ class NativeFolder:
         """
         whole = self.tensors[key]
         shape = whole.shape[len(stacked_index) :]
-        shards = self._shards_at(whole, stacked_index)
-        if len(shards) == 1 and shards[0].shape[len(stacked_index) :] == shape:
+        offset = (*stacked_index, *(0 for _ in shape))
+        stacked_shape = (*(1 for _ in stacked_index), *shape)
+        shards = list(whole.shards_of(offset, stacked_shape))
+        if len(shards) == 1 and shards[0].shape == stacked_shape:
             return self._load(shards[0]).reshape(shape)
-        weight = torch.empty(shape, dtype=whole.dtype)
-        filled = 0
-        for shard in shards:
-            offset = shard.offset[len(stacked_index) :]
-            sizes = shard.shape[len(stacked_index) :]
-            region = tuple(slice(a, a + n) for a, n in zip(offset, sizes, strict=True))
-            weight[region] = self._load(shard).reshape(sizes)
-            filled += prod(sizes)
-        if filled != prod(shape):
+        weight = torch.empty(stacked_shape, dtype=whole.dtype)
+        self.fill(key, whole.shape, offset, weight)
+        return weight.reshape(shape)
+
+    @torch.no_grad()
+    def fill(self, key: str, whole_shape: Shape, offset: Shape, target: Tensor) -> None:
+        """Copy a part of a tensor, from `offset` on and of the target's shape, into the target.
+
+        Args:
+            key: Name of the tensor.
+            whole_shape: The shape that it should have.
+            offset: Where the part begins.
+            target: Takes the part, rounded to its type.
+
+        Raises:
+            UserError: When the tensor or a shard is missing, or it has another shape.
+        """
+        whole = self.tensors.get(key)
+        if whole is None or whole.shape != whole_shape:
+            got = "none" if whole is None else f"shape {list(whole.shape)}"
             raise UserError(
-                f"tensor {key} at {list(stacked_index)}: got shards of {filled} elements in "
-                f"{self.path}, expected {prod(shape)}; the checkpoint is incomplete, take an "
-                "earlier one"
+                f"tensor {key}: got {got} in {self.path}, expected shape {list(whole_shape)}; the "
+                "checkpoint is of another model, choose its recipe"
             )
-        return weight
+        filled = 0
+        for shard in whole.shards_of(offset, target.shape):
+            starts = [max(a, b) for a, b in zip(offset, shard.offset, strict=True)]
+            ends = [
+                min(a + n, b + m)
+                for a, n, b, m in zip(offset, target.shape, shard.offset, shard.shape, strict=True)
+            ]
+            part = self._load(shard)[_slices(starts, ends, shard.offset)]
+            target[_slices(starts, ends, offset)] = part
+            filled += part.numel()
+        if filled != target.numel():
+            raise UserError(
+                f"tensor {key} at {list(offset)}: got shards of {filled} elements in {self.path}, "
+                f"expected {target.numel()}; the checkpoint is incomplete, take an earlier one"
+            )
+
+    def read_object(self, key: str) -> Any:
+        """Return an object of plain values and tensors.
+
+        Args:
+            key: Its unique name, as Megatron-Core's `ShardedObject.unique_key`.
+
+        Raises:
+            UserError: When it is missing or of any other class.
+        """
+        if key not in self._objects:
+            raise UserError(
+                f"object {key}: got none in {self.path}, expected one; the checkpoint is "
+                "incomplete, take an earlier one"
+            )
+        stored = self._objects[key]
+        with self._open(stored) as view:
+            loaded = load_plain(view, self.path / stored.file)
+        return loaded[0]
 
     def source_files(self) -> list[Path]:
         """Return the files that hold the weights."""
@@ -130,33 +192,24 @@ class NativeFolder:
             for group in tensor.shards.values():
                 yield from group
 
-    def _shards_at(self, whole: NativeTensor, stacked_index: Shape) -> list[StoredShard]:
-        if not stacked_index:
-            return [shard for group in whole.shards.values() for shard in group]
-        of_layer = whole.shards.get(stacked_index[0], [])
-        return [shard for shard in of_layer if shard.offset[: len(stacked_index)] == stacked_index]
-
     def _load(self, shard: StoredShard) -> Tensor:
-        with (self.path / shard.file).open("rb") as file:
-            # Prefetch the shard instead of reading a little with every call.
-            advice = os.POSIX_FADV_WILLNEED
-            os.posix_fadvise(file.fileno(), shard.start, shard.size_bytes, advice)
-            view = cast(IO[bytes], _create_file_view(file, shard.start, shard.size_bytes))
-            loaded: Tensor = torch.load(view, map_location="cpu", weights_only=True)
-        return loaded
+        with self._open(shard) as view:
+            loaded = load_plain(view, self.path / shard.file)
+        if not isinstance(loaded, Tensor) or loaded.numel() != prod(shard.shape):
+            raise UserError(
+                f"{self.path / shard.file}: got other content than {METADATA} lists at byte "
+                f"{shard.start}, expected a tensor of {prod(shard.shape)} elements; copy the "
+                "checkpoint again or take an earlier one"
+            )
+        return loaded.reshape(shard.shape)
 
-    def _check_files(self) -> None:
-        needed: dict[str, int] = defaultdict(int)
-        for shard in self._all_shards():
-            needed[shard.file] = max(needed[shard.file], shard.start + shard.size_bytes)
-        for name, size in needed.items():
-            file = self.path / name
-            got = file.stat().st_size if file.is_file() else 0
-            if got < size:
-                raise UserError(
-                    f"{file}: got {got} bytes, expected at least {size}; the file was cut short "
-                    "or is missing, copy the checkpoint again"
-                )
+    @contextmanager
+    def _open(self, part: StoredShard) -> Iterator[IO[bytes]]:
+        with (self.path / part.file).open("rb") as file:
+            # Prefetch the part instead of reading a little with every call.
+            advice = os.POSIX_FADV_WILLNEED
+            os.posix_fadvise(file.fileno(), part.start, part.size_bytes, advice)
+            yield cast(IO[bytes], _create_file_view(file, part.start, part.size_bytes))
 
 
 def _tensor(key: str, stored: TensorStorageMetadata, storage: dict[Any, Any]) -> NativeTensor:
@@ -168,3 +221,12 @@ def _tensor(key: str, stored: TensorStorageMetadata, storage: dict[Any, Any]) ->
         )
         shards[shard.offset[0] if shard.offset else 0].append(shard)
     return NativeTensor(tuple(stored.size), stored.properties.dtype, dict(shards))
+
+
+def _object(info: _StorageInfo) -> StoredShard:
+    return StoredShard((), (), info.relative_path, info.offset, info.length)
+
+
+def _slices(starts: Sequence[int], ends: Sequence[int], origin: Shape) -> tuple[slice, ...]:
+    bounds = zip(starts, ends, origin, strict=True)
+    return tuple(slice(start - first, end - first) for start, end, first in bounds)

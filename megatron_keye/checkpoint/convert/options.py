@@ -17,6 +17,8 @@ class Options:
     """Type to round to; None keeps the checkpoint's."""
     checks_finite: bool = False
     """Whether NaN and Inf are refused."""
+    checks_sums: bool = True
+    """Whether the checksums of a native checkpoint's files are compared, beside their sizes."""
     dropped: tuple[str, ...] = ()
     """Patterns of surplus tensors to ignore."""
     progress: Progress = field(default_factory=NoProgress)

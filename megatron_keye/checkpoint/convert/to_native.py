@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from megatron_keye.checkpoint.convert.check_tensors import check_finite
-from megatron_keye.checkpoint.convert.native_file import WrittenShard, write_metadata, write_shard
+from megatron_keye.checkpoint.convert.native_file import write_metadata
 from megatron_keye.checkpoint.convert.one_thread import one_thread
 from megatron_keye.checkpoint.convert.sources import TensorSource
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout, parameter_shapes
 from megatron_keye.checkpoint.hf.weight_map import WeightMapping, weight_mappings
+from megatron_keye.checkpoint.storage_format import WrittenShard, write_shard
 from megatron_keye.config.model import ModelConfig
 from megatron_keye.files.workers import Advance
 
@@ -64,9 +65,7 @@ class NativeMaker:
             records: What `fill` returned, by file.
         """
         files = {name: [_written(shard) for shard in record] for name, record in records.items()}
-        mappings = weight_mappings(self.model, self.layout)
-        extra_states = [mapping.extra_state for mapping in mappings if mapping.extra_state]
-        write_metadata(folder, files, native_shapes(self.model), self.dtype, extra_states)
+        write_metadata(folder, files, native_shapes(self.model), self.dtype)
 
     def _write(self, mapping: WeightMapping, stream: BinaryIO) -> Iterator[WrittenShard]:
         parts = [self._read(part.name, part.index) for part in mapping.parts]

@@ -22,6 +22,8 @@ from megatron_keye.checkpoint.convert.native_folder import NativeFolder
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout, parameter_shapes, part_of
 from megatron_keye.checkpoint.hf.safetensors_file import make_header, write_blocks
 from megatron_keye.checkpoint.hf.weight_map import WeightMapping, weight_mappings
+from megatron_keye.checkpoint.manifest import check_sizes, check_sums
+from megatron_keye.checkpoint.saved_run import read_saved_run
 from megatron_keye.config.lora import LORA_A, LORA_B, Target
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
@@ -77,8 +79,9 @@ def native_to_peft(
         UserError: When the checkpoint has no adapters, or some that PEFT has no names for, or does
             not fit its run.json; nothing is left then.
     """
+    check_sums(native, check_sizes(native))
     source = NativeFolder(native)
-    run = RunConfig.from_json((native / "run.json").read_text())
+    run = read_saved_run(native)
     shapes = {key: tensor.shape for key, tensor in source.tensors.items()}
     expected = shapes_with_adapters(run, shapes)
     check_shapes(shapes, expected, where=str(native), dropped=dropped)
@@ -87,15 +90,16 @@ def native_to_peft(
     dtype = check_types(types, where=str(native), wanted=dtype)
     exported = list(_exported(run, source, layout))
     folder = PartialFolder(out, f"{native.resolve()} {dtype} {layout} {run.to_json()}")
-    try:
-        folder.write(
-            ADAPTER, lambda stream: _write(stream, exported, source, dtype, checks_finite)
-        )
-    except UserError:
-        folder.discard()
-        raise
-    (folder.path / ADAPTER_CONFIG).write_text(json.dumps(_config(run), indent=2) + "\n")
-    folder.finish()
+    with folder.filling():
+        try:
+            folder.write(
+                ADAPTER, lambda stream: _write(stream, exported, source, dtype, checks_finite)
+            )
+        except UserError:
+            folder.discard()
+            raise
+        (folder.path / ADAPTER_CONFIG).write_text(json.dumps(_config(run), indent=2) + "\n")
+        folder.finish()
 
 
 def _check_exportable(native: Path, names: Any, run: RunConfig, layout: ExpertLayout) -> None:

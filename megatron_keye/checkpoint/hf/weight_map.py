@@ -40,11 +40,6 @@ _QKV = "self_attention.linear_qkv.weight"
 _FC1 = "mlp.experts.experts.linear_fc1.weight"
 _FC2 = "mlp.experts.experts.linear_fc2.weight"
 _VISION = {"visual.vision_model.": "vision.encoder.", "mlp_AR.": "vision.projector."}
-_WITH_EXTRA_STATE = (
-    "decoder.output_layer.",
-    f"{_LAYER}self_attention.linear_",
-    f"{_LAYER}mlp.experts.experts.linear_",
-)
 
 
 @dataclass(frozen=True)
@@ -71,15 +66,6 @@ class WeightMapping:
     """Its parts, in the order that `arrangement` expects."""
     arrangement: Arrangement
     """How the parts form the weight."""
-
-    @property
-    def extra_state(self) -> str | None:
-        """Name of the empty object that Megatron's linears keep beside this weight, if any."""
-        if not self.key.startswith(_WITH_EXTRA_STATE):
-            return None
-        index = ".".join(map(str, self.stacked_index or (0,)))
-        shape = ".".join(map(str, self.stacked_shape or (1,)))
-        return f"{self.key.removesuffix('weight')}_extra_state/shard_{index}_{shape}"
 
 
 def weight_mappings(model: ModelConfig, layout: ExpertLayout) -> Iterator[WeightMapping]:

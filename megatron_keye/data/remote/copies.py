@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 
 from megatron_keye.config import RemoteConfig
 from megatron_keye.data.media import Medium, identify, is_remote
-from megatron_keye.data.remote.lock import locked
 from megatron_keye.data.remote.room import LOCK, PARTIAL_PREFIX, STATE, CacheRoom
 from megatron_keye.data.remote.server import RemoteFile
 from megatron_keye.errors import UserError
+from megatron_keye.files.lock import locked
 
 NO_REMOTE = RemoteConfig()
 """Refuses URLs."""

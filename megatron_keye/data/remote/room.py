@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_keye.data.remote.lock import locked, locked_if_free
 from megatron_keye.errors import UserError
+from megatron_keye.files.lock import locked, locked_if_free
 
 LOCK, STATE, PARTIAL_PREFIX = "lock", "state.json", "partial-"
 _FILLED_AFTER_REMOVAL = 0.9

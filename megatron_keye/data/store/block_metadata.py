@@ -126,7 +126,7 @@ class BlockMetadata:
     @classmethod
     def from_bytes(cls, content: bytes) -> Self:
         """Read what `to_bytes` returned."""
-        with np.load(io.BytesIO(content)) as arrays:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             lines, lengths, counts = arrays["samples"].tolist()
             pictures = [tuple(row) for row in arrays["pictures"].tolist()]
             media = json.loads(arrays["media"].tobytes())

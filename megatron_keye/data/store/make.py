@@ -52,24 +52,26 @@ def make_store(
     Raises:
         UserError: For an unreadable file, a store that is there, or, unless they are skipped,
             samples that cannot be used, naming them.
+        DiskError: When the disk does not take the store; nothing is left then.
     """
     started = time.perf_counter()
     settings = deciding_settings(load_tokenizer(config.tokenizer), config, model)
     file = scan(samples)
     folder = PartialFolder(out, json.dumps([str(file.path), file.digest, settings]))
-    probes = ProbeCache(folder.path / "probes")
-    maker = BlockMaker(file=file, config=config, model=model, probes=probes)
-    num_made = _make_blocks(maker, folder, num_workers, progress or NoProgress())
-    if not skips_bad:
-        _refuse(file, folder)
-    attributes = {
-        "settings": settings,
-        "sample_file": str(file.path),
-        "sample_file_digest": file.digest,
-        # Seen from the store, so that both can move together.
-        "media_base": os.path.relpath(file.path.resolve().parent, out.resolve().parent),
-    }
-    totals = _finish(file, folder, attributes)
+    with folder.filling():
+        probes = ProbeCache(folder.path / "probes")
+        maker = BlockMaker(file=file, config=config, model=model, probes=probes)
+        num_made = _make_blocks(maker, folder, num_workers, progress or NoProgress())
+        if not skips_bad:
+            _refuse(file, folder)
+        attributes = {
+            "settings": settings,
+            "sample_file": str(file.path),
+            "sample_file_digest": file.digest,
+            # Seen from the store, so that both can move together.
+            "media_base": os.path.relpath(file.path.resolve().parent, out.resolve().parent),
+        }
+        totals = _finish(file, folder, attributes)
     seconds = time.perf_counter() - started
     return totals | {"seconds": seconds, "samples_per_second": num_made / seconds}
 

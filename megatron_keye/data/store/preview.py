@@ -24,6 +24,7 @@ from megatron_keye.data.tokens import Tokenizer, load_tokenizer
 from megatron_keye.data.video.image import decode_image
 from megatron_keye.data.video.pyav import iterate_frames
 from megatron_keye.data.weighting import loss_weights
+from megatron_keye.files.disk import writing
 
 MAX_PICTURES = 12
 """Pictures shown of one sample, evenly spread over it."""
@@ -69,18 +70,19 @@ def write_preview(store: Path, config: DataConfig, model: ModelConfig, count: in
     for sheet in sheets:
         whole.paste(sheet, (0, top))
         top += sheet.height
-    whole.save(store.with_name(f"{store.name}.preview.png"))
-    store.with_name(f"{store.name}.preview.txt").write_text(
-        "\n".join(
-            [
-                _LEGEND,
-                *([unread] if (unread := describe_unread(source.unread)) else []),
-                *(f"\n{_title(s)}\n{text}" for s, text in zip(samples, texts, strict=True)),
-                "",
-            ]
-        ),
-        encoding="utf-8",
-    )
+    with writing(store.parent, "a preview"):
+        whole.save(store.with_name(f"{store.name}.preview.png"))
+        store.with_name(f"{store.name}.preview.txt").write_text(
+            "\n".join(
+                [
+                    _LEGEND,
+                    *([unread] if (unread := describe_unread(source.unread)) else []),
+                    *(f"\n{_title(s)}\n{text}" for s, text in zip(samples, texts, strict=True)),
+                    "",
+                ]
+            ),
+            encoding="utf-8",
+        )
 
 
 def marked_text(

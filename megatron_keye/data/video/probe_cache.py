@@ -4,13 +4,10 @@ One process probes a file and the others wait for its answer: a lock that the ke
 when its process ends can't leave them waiting for ever.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +17,8 @@ from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.pyav import iterate_frames
 from megatron_keye.data.video.video_info import VideoInfo
 from megatron_keye.errors import UserError
+from megatron_keye.files.lock import locked
+from megatron_keye.files.temporary import shared_folder
 
 FORMAT = "megatron_keye.videos.1"
 _KEPT = 32
@@ -59,14 +58,7 @@ def node_cache() -> ProbeCache:
     Raises:
         UserError: When its folder, in that for temporary files, belongs to someone else.
     """
-    folder = Path(tempfile.gettempdir()) / f"megatron_keye.{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise UserError(
-            f"{folder}: belongs to another user, expected a folder of one's own for what is known "
-            "of videos; remove it, or set TMPDIR"
-        )
-    return ProbeCache(folder / FORMAT, NODE_BYTES)
+    return ProbeCache(shared_folder() / FORMAT, NODE_BYTES)
 
 
 @lru_cache(maxsize=_KEPT)
@@ -81,7 +73,9 @@ def _cached(
     kept = folder / key[:2] / key
     if (info := _read(kept, path)) is not None:
         return info
-    with _locked(kept.parent):
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    # Without locks, processes that need a video at the same time all read it.
+    with locked(kept.parent.with_suffix(".lock"), "exclusive", needs_lock=False):
         if (info := _read(kept, path)) is not None:
             return info
         info = probe(path)
@@ -122,14 +116,3 @@ def _write(kept: Path, content: bytes, max_bytes: int | None) -> None:
         total += status.st_size
         if total > max_bytes // _NUM_PARTS and name != str(kept):
             Path(name).unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(part: Path) -> Iterator[None]:
-    """Hold the lock of a part of the folder, alone among all processes of the machine."""
-    part.mkdir(parents=True, exist_ok=True)
-    with part.with_suffix(".lock").open("w") as file:
-        # Where a file system can't lock, processes that need a video at the same time all read it.
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -148,29 +148,33 @@ class VideoInfo:
             UserError: Naming the file, when the content is damaged.
         """
         try:
-            plain = zlib.decompress(content)
-        except zlib.error as error:
+            described, arrays = _unpacked(content)
+            return cls(path=path, **arrays, **described)
+        except (zlib.error, ValueError, KeyError, TypeError, ArithmeticError) as error:
             raise UserError(
                 f"{path}: what was kept of its frames is damaged ({error}); prepare it again"
             ) from error
-        start = 4 + int.from_bytes(plain[:4], "little")
-        described: dict[str, Any] = json.loads(plain[4:start])
-        numbers = np.frombuffer(plain, dtype="<i8", offset=start)
-        parts = np.split(numbers, np.cumsum(described.pop("lengths"))[:-1])
-        arrays = [np.cumsum(part) for part in parts]
-        arrays[2] += np.arange(len(arrays[2]))
-        for array in arrays:
-            array.setflags(write=False)
-        names = [field.name for field in fields(EntryPoints)]
-        described["time_base"] = Fraction(*described["time_base"])
-        return cls(
-            path=path,
-            timestamps=arrays[0],
-            packet_sizes=arrays[1],
-            packet_frames=arrays[2],
-            entries=EntryPoints(**dict(zip(names, arrays[3:], strict=True))),
-            **described,
-        )
+
+
+def _unpacked(content: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the plain fields of what `to_bytes` returned, and its arrays."""
+    plain = zlib.decompress(content)
+    start = 4 + int.from_bytes(plain[:4], "little")
+    described: dict[str, Any] = json.loads(plain[4:start])
+    numbers = np.frombuffer(plain, dtype="<i8", offset=start)
+    parts = np.split(numbers, np.cumsum(described.pop("lengths"))[:-1])
+    arrays = [np.cumsum(part) for part in parts]
+    arrays[2] += np.arange(len(arrays[2]))
+    for array in arrays:
+        array.setflags(write=False)
+    names = [field.name for field in fields(EntryPoints)]
+    described["time_base"] = Fraction(*described["time_base"])
+    return described, {
+        "timestamps": arrays[0],
+        "packet_sizes": arrays[1],
+        "packet_frames": arrays[2],
+        "entries": EntryPoints(**dict(zip(names, arrays[3:], strict=True))),
+    }
 
 
 _SCALARS = frozenset(

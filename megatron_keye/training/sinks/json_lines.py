@@ -2,16 +2,19 @@
 
 A step is {"step": 1, "loss": ..., ...} with every metric by name. A validation is {"step": 1,
 "validation": {source: {"loss": ...}}}, and samples left out are {"step": 1, "skipped_samples":
-total, "reasons": [...]}. A number that is not finite is null, as JSON has none.
+total, "reasons": [...]}. A comparison of ranks is {"step": 1, "stragglers": {work: {"rank": 3,
+...}}}. A number that is not finite is null, as JSON has none.
 """
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_keye.config.run import RunConfig
+from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.sinks.sink import Losses
 
@@ -37,6 +40,12 @@ class JsonLines:
         """Write the count and the reasons, where there are new ones."""
         if reasons:
             self._write({"step": step, "skipped_samples": num_skipped, "reasons": reasons})
+
+    def log_slowness(self, step: int, slowness: Sequence[Slowness]) -> None:
+        """Write the slowest rank in each kind of work, where ranks were compared."""
+        if slowness:
+            of_work = {slowest.work: asdict(slowest) for slowest in slowness}
+            self._write({"step": step, "stragglers": of_work})
 
     def close(self, *, failed: bool) -> None:
         """Close the file."""

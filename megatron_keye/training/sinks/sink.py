@@ -5,9 +5,10 @@ it show a run of ours beside its own.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.metrics import StepMetrics
 
 Losses = Mapping[str, Mapping[str, float]]
@@ -40,6 +41,9 @@ class Sink(Protocol):
             reasons: A sentence for each that was left out since the last call.
         """
 
+    def log_slowness(self, step: int, slowness: Sequence[Slowness]) -> None:
+        """Write how far the slowest ranks lag behind their peers, where ranks were compared."""
+
     def close(self, *, failed: bool) -> None:
         """Write what is still in memory; `failed` if an error ends the run."""
 
@@ -61,6 +65,15 @@ def step_scalars(metrics: StepMetrics, *, num_rows: int) -> dict[str, float]:
         "throughput": metrics.tflops_per_device,
         "mem-max-allocated-bytes": metrics.peak_memory_gib * 2**30,
     }
+
+
+def slowness_scalars(slowness: Sequence[Slowness]) -> dict[str, float]:
+    """Return the curves of a comparison of ranks by name."""
+    scalars: dict[str, float] = {}
+    for slowest in slowness:
+        scalars[f"stragglers/{slowest.work}_ratio"] = slowest.ratio
+        scalars[f"stragglers/{slowest.work}_rank"] = float(slowest.rank)
+    return scalars
 
 
 def validation_scalars(losses: Losses) -> dict[str, float]:

@@ -1,12 +1,19 @@
 """TensorBoard's event files, in events/ of the run's folder."""
 
 import textwrap
+from collections.abc import Sequence
 
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_keye.config.run import RunConfig
+from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.metrics import StepMetrics
-from megatron_keye.training.sinks.sink import Losses, step_scalars, validation_scalars
+from megatron_keye.training.sinks.sink import (
+    Losses,
+    slowness_scalars,
+    step_scalars,
+    validation_scalars,
+)
 
 
 class TensorBoard:
@@ -37,6 +44,10 @@ class TensorBoard:
         self._add(step, {"data/skipped_samples": num_skipped})
         if reasons:
             self._events.add_text("data/skipped", "\n\n".join(reasons), step)
+
+    def log_slowness(self, step: int, slowness: Sequence[Slowness]) -> None:
+        """Write a point of the curves of each kind of work."""
+        self._add(step, slowness_scalars(slowness))
 
     def close(self, *, failed: bool) -> None:
         """Write what is still in memory."""

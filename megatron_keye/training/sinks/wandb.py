@@ -2,11 +2,18 @@
 
 import json
 import logging
+from collections.abc import Sequence
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
+from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.metrics import StepMetrics
-from megatron_keye.training.sinks.sink import Losses, step_scalars, validation_scalars
+from megatron_keye.training.sinks.sink import (
+    Losses,
+    slowness_scalars,
+    step_scalars,
+    validation_scalars,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -61,6 +68,10 @@ class Wandb:
     def log_skipped(self, step: int, num_skipped: int, reasons: list[str]) -> None:
         """Send the count; the reasons are in the other sinks."""
         self._send(step, {"data/skipped_samples": num_skipped})
+
+    def log_slowness(self, step: int, slowness: Sequence[Slowness]) -> None:
+        """Send a point of the curves of each kind of work."""
+        self._send(step, slowness_scalars(slowness))
 
     def close(self, *, failed: bool) -> None:
         """Send the rest, and mark the run as finished or failed."""

@@ -13,15 +13,14 @@ from tests.support.tiny import tiny_run
 def make_checkpoint(folder: Path, name: str) -> None:
     (folder / CARRIED).mkdir(parents=True)
     (folder / CARRIED / "LICENSE").write_text(name)
-    (folder / "metadata.json").write_text("{}")
 
 
 @pytest.mark.parametrize(
     ("resume", "weights", "taken"),
     [
-        ("none", "native", "native"),
-        ("none", "", "older"),
-        ("auto", "native", "own"),
+        ("", "native", "native"),
+        ("", "", "older"),
+        ("tiny/checkpoints/step-00000002", "native", "own"),
         ("other/checkpoints/step-00000009", "native", "other"),
     ],
 )
@@ -33,9 +32,7 @@ def test_a_run_takes_the_files_of_the_checkpoint_that_it_starts_from(
     make_checkpoint(tmp_path / "other" / "checkpoints" / "step-00000009", "other")
     make_checkpoint(run.folder / "checkpoints" / "step-00000002", "own")
     make_checkpoint(run.folder, "older")
-    settings = [
-        f"training.checkpoint.resume={tmp_path / resume if '/' in resume else resume}",
-        f"training.checkpoint.weights={tmp_path / weights if weights else ''}",
-    ]
-    take_carried_files(run.with_overrides(settings))
+    settings = [f"training.checkpoint.weights={tmp_path / weights if weights else ''}"]
+    continued = tmp_path / resume if resume else None
+    take_carried_files(run.with_overrides(settings), continued)
     assert (run.folder / CARRIED / "LICENSE").read_text() == taken

@@ -126,6 +126,15 @@ def test_another_megatron_core_is_a_problem() -> None:
     assert problem.fix == f"pip install megatron-core=={doctor.pinned_version('megatron-core')}"
 
 
+def test_fused_kernels_are_those_that_a_run_takes_here(site: Site) -> None:
+    with_gpu = facts_with(torch=machine.Torch(version="2.11.0", cuda="13.0", num_gpus=1))
+    assert doctor.fused_kernels(HEALTHY) == "", "no GPU"
+    assert doctor.fused_kernels(with_gpu) == "swiglu", "the others need a package"
+    for name in ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch"):
+        site.install(name, "2.20.2")
+    assert doctor.fused_kernels(with_gpu) == "permutation, router, swiglu, norm, weight_gradients"
+
+
 def test_torch_without_cuda_is_a_problem_only_beside_gpus() -> None:
     torch = machine.Torch(version="2.11.0+cpu", cuda=None, num_gpus=0)
     assert doctor.find_problems(facts_with(torch=torch)) == [], "a machine without GPUs"
@@ -148,7 +157,7 @@ def test_an_older_cudnn_is_named_with_both_versions_but_training_works() -> None
     problem = only_problem(facts)
     assert pair in problem.what and "FlashAttention runs in its place" in problem.what
     assert not problem.breaks_training
-    (row,) = [row for row in doctor.make_rows(facts, "", "") if row.name == "cuDNN"]
+    (row,) = [row for row in doctor.make_rows(facts, "", "", "") if row.name == "cuDNN"]
     assert row.version == ""
 
 

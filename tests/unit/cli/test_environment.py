@@ -23,6 +23,9 @@ def test_ranks_share_the_cores(
         "CUDNN_HOME": "/site/nvidia/cudnn",
         "OMP_NUM_THREADS": threads,
         "PYTHONSAFEPATH": "1",
+        "TORCH_CPP_LOG_LEVEL": "FATAL",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+        "TORCH_NCCL_ENABLE_MONITORING": "0",
     }
 
 
@@ -32,6 +35,9 @@ def test_the_users_values_stay() -> None:
         "CUDNN_HOME": "/opt/cudnn",
         "OMP_NUM_THREADS": "5",
         "PYTHONSAFEPATH": "",
+        "TORCH_CPP_LOG_LEVEL": "INFO",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+        "TORCH_NCCL_ENABLE_MONITORING": "1",
     }
     variables = dict(mine)
     complete_environment(variables, local_ranks=2)

@@ -3,15 +3,19 @@
 Ranks are shell scripts, which start in milliseconds.
 """
 
+import fcntl
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_keye.cli.local import launch
@@ -81,10 +85,20 @@ class Started:
     def send_to_all(self, number: int) -> None:
         os.killpg(self.process.pid, number)
 
+    def ranks(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
     def outcome(self) -> tuple[int, list[str], str]:
         """Return exit status, lines that ranks wrote, and errors."""
         output, errors = self.process.communicate(timeout=AT_ONCE)
         return self.process.returncode, output.splitlines(), errors
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + AT_ONCE
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_ranks_find_their_numbers_and_each_other(tmp_path: Path) -> None:
@@ -96,6 +110,19 @@ def test_ranks_find_their_numbers_and_each_other(tmp_path: Path) -> None:
         [str(r), "3", "3", "127.0.0.1"] for r in range(3)
     ]
     assert len({words[4] for words in variables}) == 1 and int(variables[0][4]) > 1023
+
+
+def test_rank_0_alone_gets_the_socket_at_which_ranks_meet(tmp_path: Path) -> None:
+    code = (
+        "import os, socket, sys; number = os.environ.get('MASTER_LISTEN_FD');"
+        "port = number and socket.socket(fileno=int(number)).getsockname()[1];"
+        "file = open(sys.argv[1] + os.environ['RANK'], 'w');"
+        "print(port or 0, os.environ['MASTER_PORT'], file=file)"
+    )
+    command = [sys.executable, "-c", code, f"{tmp_path}/"]
+    assert launch(command, 2) == 0
+    first, second = ((tmp_path / name).read_text().split() for name in "01")
+    assert first[0] == first[1] == second[1] and second[0] == "0"
 
 
 def test_a_rank_gets_its_environment_and_nothing_to_read(
@@ -159,13 +186,61 @@ def test_usr1_is_passed_on(reaches_all: bool) -> None:
     assert "passed on" in output and set(output) <= {"passed on", "saved"}
 
 
-def test_quit_is_ignored() -> None:
+def test_signals_without_a_meaning_are_ignored() -> None:
     with started(SAVES) as running:
-        running.send_to_all(signal.SIGQUIT)
-        time.sleep(0.5)
+        for number in (signal.SIGQUIT, signal.SIGUSR2, signal.SIGALRM, signal.SIGRTMIN, 64):
+            running.send_to_all(number)
+        time.sleep(0.3)
         assert running.process.poll() is None
         running.send(signal.SIGTERM)
         assert running.outcome() == (143, ["saved", "saved"], "")
+
+
+def test_a_second_term_does_not_hurry() -> None:
+    with started(SAVES.replace("echo saved", 'trap "" TERM; sleep 0.5; echo saved')) as running:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+            running.send_to_all(number)
+            time.sleep(0.1)
+        assert running.outcome() == (143, ["saved", "saved"], "")
+
+
+def test_ranks_stop_and_go_on_with_the_launcher() -> None:
+    with started(SAVES) as running:
+        all_of_them = [psutil.Process(running.process.pid), *running.ranks()]
+        running.send(signal.SIGTSTP)
+        wait_until(lambda: all(p.status() == psutil.STATUS_STOPPED for p in all_of_them))
+        running.send(signal.SIGCONT)
+        wait_until(lambda: all(p.status() != psutil.STATUS_STOPPED for p in all_of_them))
+        running.send(signal.SIGTERM)
+        assert running.outcome() == (143, ["saved", "saved"], "")
+
+
+def test_a_killed_launcher_takes_its_ranks_along() -> None:
+    with started(STUBBORN) as running:
+        ranks = running.ranks()
+        running.send(signal.SIGKILL)
+        running.process.wait()
+        wait_until(lambda: not any(rank.is_running() for rank in ranks))
+
+
+def test_a_closed_terminal_lets_ranks_save(tmp_path: Path) -> None:
+    ours, terminal = pty.openpty()
+    script = SAVES.replace("echo saved", f"touch {tmp_path}/$RANK")
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, script, str(LONG), ""],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(terminal)
+    shown = b""
+    while shown.count(b"ready") < 2:
+        shown += os.read(ours, 100)
+    os.close(ours)
+    assert process.wait(AT_ONCE) == 143
+    assert sorted(os.listdir(tmp_path)) == ["0", "1"]
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:

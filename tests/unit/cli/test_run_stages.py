@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_keye.checkpoint.history import HISTORY, past_run, read_history, text_of
+from megatron_keye.checkpoint.manifest import write_manifest
 from megatron_keye.cli import local, run_stages, train
 from megatron_keye.cli.arguments import chosen_run
 from megatron_keye.recipes.stages import CHAINS, STAGES
@@ -36,6 +37,7 @@ class FakeTraining:
         folder.mkdir(parents=True)
         history = [*(read_history(Path(weights)) or []), past_run(run, step)]
         (folder / HISTORY).write_text(text_of(history))
+        write_manifest(folder, {})
         steps = [
             {"step": n, "loss": 3.0 / n, "indexer_kl": None, "indexer_recall": None}
             for n in range(1, step + 1)
@@ -168,6 +170,26 @@ def test_the_full_model_is_printed_as_jobs_that_wait_for_each_other(
     for number, call in enumerate(calls[1:], start=1):
         assert f"--dependency=afterok:{41 + number} " in call
         assert f"training.checkpoint.weights=out/keye_{NAMES[number - 1]}/checkpoints/" in call
+
+
+def test_submit_hands_the_jobs_to_slurm(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert run_stages.main(["keye", "--submit"]) == 2
+    assert "sbatch is not found" in capfd.readouterr().err
+    (tmp_path / "sbatch").write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls; echo 42\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert run_stages.main(["keye", "--submit"]) == 2
+    assert "expected the repository" in capfd.readouterr().err
+    monkeypatch.chdir(Path(__file__).parents[3])
+    assert run_stages.main(["keye", "--submit", "--sbatch=--array=1-9%1"]) == 0
+    assert f"keye_{NAMES[0]}: job 42\n" in capfd.readouterr().out
+    assert (tmp_path / "calls").read_text().count("--array=1-9%1 launch/slurm.sbatch") == len(
+        NAMES
+    )
 
 
 def test_nodes_must_be_full(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,15 @@ def test_ranks_are_this_command_with_the_same_arguments(
     assert launched == [(["-m", "megatron_keye", "train", *words], 3)]
 
 
+def test_check_says_whether_the_settings_fit_the_ranks(
+    launched: list[tuple[list[str], int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(["keye_tiny", "--ranks", "3", "--check"]) == 0
+    assert train.main(["keye_30b_a3b", "--ranks", "96", "--check"]) == 2
+    assert "expected 96, the number of ranks that were started" in capsys.readouterr().err
+    assert not launched
+
+
 @pytest.mark.parametrize(
     ("variable", "gpus", "expected"), [("", 0, 4), ("", 2, 2), ("6", 2, 6)], ids=str
 )

@@ -24,13 +24,15 @@ ZERO_MEANS_SOMETHING = {
     "parallel.vision.max_ahead_mebibytes",
     *("training.stop_after_step", "training.dense_up_to", "training.indexer_loss_weight"),
     *("training.seed", "training.device_peak_tflops", "training.lora.rank"),
-    *(f"training.checkpoint.{name}" for name in ("interval_steps", "keep")),
+    *(f"training.checkpoint.{name}" for name in ("interval_steps", "keep", "keep_every_steps")),
     *(f"training.checkpoint.{name}" for name in ("export_every", "keep_exports")),
     *(f"training.optimizer.{name}_steps" for name in ("warmup", "decay")),
     *(f"training.optimizer.{name}" for name in ("min_learning_rate", "weight_decay")),
     *(f"training.optimizer.{name}" for name in ("beta1", "beta2", "clip_gradient_norm")),
     *(f"training.validation.{name}" for name in ("interval_steps", "num_rows")),
+    *(f"training.health.{name}" for name in ("spike_score", "rerun_tolerance")),
     *("training.validation.patience", "training.validation.min_delta", "training.epochs"),
+    *("training.hang_minutes", "training.logging.straggler_steps"),
 }
 
 

@@ -1,11 +1,12 @@
 """The configuration refuses invalid settings and states what is expected."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 
 import pytest
 
-from megatron_keye.config import CheckpointConfig, DecoderParallel, RunConfig
+from megatron_keye.config import CheckpointConfig, DecoderParallel, HealthConfig, RunConfig
 from megatron_keye.config.run import as_override
 from megatron_keye.config.settings import read_sections
 from megatron_keye.recipes import load_recipe, recipe_names
@@ -23,7 +24,7 @@ def test_overrides_reach_every_kind_of_field() -> None:
             "training.steps=9",
             "training.optimizer.learning_rate=1",
             "training.frozen=vision,projector",
-            "training.recompute_layers=true",
+            "training.recompute=full",
             "model.decoder.rope_sections=[4, 2, 2]",
             "data.samples=some file.jsonl",
             "name=7",
@@ -32,7 +33,7 @@ def test_overrides_reach_every_kind_of_field() -> None:
     assert run.training.steps == 9
     assert run.training.optimizer.learning_rate == 1.0
     assert run.training.frozen == ("vision", "projector")
-    assert run.training.recompute_layers is True
+    assert run.training.recompute == "full"
     assert run.model.decoder.rope_sections == (4, 2, 2)
     assert run.data.samples == "some file.jsonl"
     assert run.name == "7"
@@ -193,6 +194,19 @@ def test_former_names_of_settings_are_read() -> None:
     assert RunConfig.from_json(written) == run
     with pytest.raises(ValueError, match=r"is called parallel\.decoder\.virtual_stages now"):
         run.with_overrides(["parallel.decoder.chunks_per_stage=1"])
+    # Also where a setting has moved to another section.
+    run = tiny_run(training={"health": HealthConfig(max_bad_steps=3)})
+    tree = json.loads(run.to_json())
+    tree["training"] |= {"health": {}, "max_skipped_steps": 3}
+    assert RunConfig.from_json(json.dumps(tree)) == run
+
+
+@pytest.mark.parametrize(("former", "now"), [("true", "full"), ("false", "none")])
+def test_values_under_a_former_name_are_read(former: str, now: str) -> None:
+    run = tiny_run(training={"recompute": now})
+    written = run.to_json().replace(f'"recompute": "{now}"', f'"recompute_layers": {former}')
+    assert written != run.to_json()
+    assert RunConfig.from_json(written) == run
 
 
 def leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -66,7 +66,7 @@ def test_lengths_that_the_schedule_does_not_have(name: str, settings: dict[str, 
         ("training.indexer_loss_weight=Infinity",),
         ("training.indexer_loss_weight=-1",),
         ("training.indexer_loss_weight=0", "training.phase=indexer_warmup"),
-        ("training.max_skipped_steps=0",),
+        ("training.health.max_bad_steps=0",),
     ],
     ids=",".join,
 )
@@ -75,3 +75,16 @@ def test_a_run_that_could_not_learn_is_refused(settings: tuple[str, ...]) -> Non
     said = rf"^{re.escape(name)}: got {value.lower()[:3]}"
     with pytest.raises(ValueError, match=said):
         tiny_run().with_overrides(list(settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [
+        ("recompute", {"recompute": "some"}),
+        ("keeps_in_host_memory", {"keeps_in_host_memory": True}),
+        ("keeps_in_host_memory", {"keeps_in_host_memory": True, "recompute": "experts"}),
+    ],
+)
+def test_recomputation_that_there_is_not_is_refused(name: str, training: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^training\.{name}: got "):
+        tiny_run(training=training)

@@ -1,6 +1,5 @@
 """Which phase may follow which weights, told by the history that checkpoints carry."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -99,17 +98,6 @@ def test_a_history_of_another_kind_is_refused(text: str, tmp_path: Path) -> None
     (tmp_path / HISTORY).write_text(text)
     with pytest.raises(UserError, match="expected a list of runs with run, phase, steps, trained"):
         read_history(tmp_path)
-
-
-def test_a_continued_run_is_not_checked_again(tmp_path: Path) -> None:
-    (tmp_path / HISTORY).write_text(text_of(past("dense")))
-    own = tmp_path / "tiny" / "checkpoints" / "step-00000001"
-    own.mkdir(parents=True)
-    (own / "metadata.json").write_text(json.dumps({}))
-    run = run_of("sparse", tmp_path).with_overrides(
-        [f"output_dir={tmp_path}", "training.checkpoint.resume=auto"]
-    )
-    assert hand_over.begin(run, rank=0) == []
 
 
 def test_adapters_do_not_make_random_weights_trained_ones(

@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.training.provenance import commit_of, record_start
 from tests.support.tiny import tiny_run
 
@@ -23,8 +24,10 @@ def git(folder: Path, *words: str) -> str:
 
 def test_each_start_adds_a_record(tmp_path: Path) -> None:
     run = dataclasses.replace(tiny_run(), output_dir=str(tmp_path))
-    record_start(run, 0, ["node-1", "node-1", "node-2", "node-2"], "NVIDIA H100")
-    record_start(run, 7, ["node-3"], "CPU")
+    record_start(
+        run, 0, ["node-1", "node-1", "node-2", "node-2"], "NVIDIA H100", Fusions(norm=True)
+    )
+    record_start(run, 7, ["node-3"], "CPU", PLAIN)
     first, second = json.loads((run.folder / "environment.json").read_text())
     assert first["first_step"] == 1 and second["first_step"] == 8
     assert first["hosts"] == {"node-1": 2, "node-2": 2} and second["hosts"] == {"node-3": 1}
@@ -32,6 +35,7 @@ def test_each_start_adds_a_record(tmp_path: Path) -> None:
     assert first["versions"]["megatron-core"] == version("megatron-core")
     assert first["versions"]["torch"] == version("torch")
     assert sys.orig_argv[-1] in first["command"]
+    assert first["fusions"] == ["norm"] and second["fusions"] == []
     assert first["started"] <= second["started"]
 
 

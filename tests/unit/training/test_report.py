@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_keye.checkpoint.saver import Saved
+from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.report import Report, describe_step, short_number, short_time
 from tests.support.metrics import step_metrics
 from tests.support.tiny import tiny_run
@@ -32,8 +34,27 @@ def test_what_is_not_known_is_not_shown_and_what_is_wrong_is() -> None:
     )
     assert describe_step(metrics, seconds_left=math.nan) == (
         "loss 1.9341  lr 9.8e-05  norm inf  1.85M tok/s  3.5e+02 TFLOP/s  1.08 s  71 GiB  "
-        "vision waits 0.2 s for pictures  skipped: gradient not finite"
+        "vision waits 0.2 s for pictures  no update: a bad step"
     )
+
+
+def test_pause_and_duration_of_a_save_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = step_metrics(save_seconds=0.2, saved_seconds=8.0)
+    assert describe_step(metrics, seconds_left=math.nan).endswith("pauses 0.2 s to save")
+    saved = Saved(
+        folder=tmp_path / "step-00000004", size_bytes=10**9, pause_seconds=0.2, seconds=8.0
+    )
+    with Report(tiny_run().with_overrides([f"output_dir={tmp_path}"]), 0, 4) as report:
+        report.show_saved(saved)
+        report.show(5, metrics)
+    assert (
+        "checkpoint step-00000004: training paused 0.2 s, complete after 8 s (0.12 GB/s per rank)"
+        in capsys.readouterr().out
+    )
+    line = json.loads((tmp_path / "tiny" / "metrics.jsonl").read_text())
+    assert (line["save_seconds"], line["saved_seconds"]) == (0.2, 8.0)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +93,36 @@ def test_the_time_left_is_that_of_the_steps_after_the_first(
     first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith("step 5/20  loss") and "left" not in first
     assert second.endswith("left 0:02:20") and third.endswith("left 0:03:15")
+
+
+def test_a_comparison_of_ranks_reaches_every_sink_and_the_console_if_notable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = dataclasses.replace(tiny_run(), output_dir=str(tmp_path))
+    slow, even = (
+        Slowness(
+            rank=3,
+            role="vision",
+            work=work,
+            seconds=seconds,
+            median_seconds=1.0,
+            step_seconds=4.0,
+        )
+        for work, seconds in (("decode", 2.5), ("encode", 1.1))
+    )
+    with Report(run, 0, 3) as report:
+        report.show_slowness(1, [])
+        report.show_slowness(2, [even])
+        report.show_slowness(3, [slow, even])
+    assert capsys.readouterr().out == f"step 3: {slow}\n"
+    events = EventAccumulator(str(run.folder / "events"))
+    events.Reload()
+    ratios = [(event.step, event.value) for event in events.Scalars("stragglers/encode_ratio")]
+    assert ratios == [(2, pytest.approx(1.1)), (3, pytest.approx(1.1))]
+    assert [event.value for event in events.Scalars("stragglers/decode_rank")] == [3]
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert last["step"] == 3 and last["stragglers"]["decode"] == dataclasses.asdict(slow)
 
 
 def test_skipped_samples_and_validations_reach_every_sink(

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_keye.checkpoint.folders import checkpoint_folder, prune
+from megatron_keye.checkpoint.folders import checkpoint_folder
 from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config import DataConfig, RunConfig
 from megatron_keye.config.training import ValidationConfig
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.data.row import PackedRow
 from megatron_keye.errors import UserError
+from megatron_keye.training.health.run_health import RunHealth
 from megatron_keye.training.metrics import MeanLosses
 from megatron_keye.training.read_ahead import ReadAhead
-from megatron_keye.training.skipped_steps import SkippedSteps
 from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.trainer import Trainer
 from megatron_keye.training.validation import ValidationResult
@@ -80,6 +80,7 @@ def trainer_without_model(
     trainer = object.__new__(Trainer)
     clock = StepClock()
     step = Step(clock, seconds)
+    no_model: Any = None
     fields: dict[str, Any] = {
         "run": run,
         "process": SimpleNamespace(rank=0, device=torch.device("cpu")),
@@ -91,9 +92,10 @@ def trainer_without_model(
         "progress": Progress(step=0, updates=0, data={}),
         "metrics": [],
         "num_damaged": 0,
-        "skipped_steps": SkippedSteps(run),
+        "health": RunHealth(run, no_model, no_model, SimpleNamespace(rank=0)),
         "has_rows": True,
         "saved": [],
+        "saving": SimpleNamespace(look=lambda *_, **__: None, wait=lambda _: None),
     }
     vars(trainer).update({f"_{name}": value for name, value in fields.items()})
     trainer.was_stopped = False
@@ -240,11 +242,71 @@ def test_a_validation_that_a_stop_left_out_comes_first_after_it(tmp_path: Path) 
     assert trainer._progress.best_step == 2 and trainer._progress.step == 6
 
 
-def test_the_best_checkpoint_is_not_pruned(tmp_path: Path) -> None:
-    run = early_ending_run(tmp_path)
-    for step in (2, 4, 6, 8):
-        checkpoint_folder(run, step).mkdir(parents=True)
-    prune(checkpoint_folder(run, 2).parent, 2, kept_too=checkpoint_folder(run, 4))
-    assert [path.name[-1] for path in sorted(checkpoint_folder(run, 2).parent.iterdir())] == list(
-        "468"
-    )
+def test_a_save_counts_in_the_step_that_it_holds_up_and_is_whole_in_one() -> None:
+    clock = StepClock()
+    with clock.part("save"):
+        time.sleep(0.05)
+    clock.note_saved(3.0)
+    first, second = clock.end_step(), clock.end_step()
+    assert 0.05 <= first["save"] <= first["step"] and first["saved"] == 3.0
+    assert second["save"] == second["saved"] == 0.0
+
+
+class Recovering:
+    """Health that goes back two steps, once."""
+
+    has_gone_back = False
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step, self.saved = at_step, Progress(step=at_step - 2, updates=0, data={})
+
+    def note(self, progress: Progress, metrics: Any, rows: Any, *, is_last: bool) -> bool:
+        is_bad = not self.has_gone_back and progress.step == self.at_step
+        self.has_gone_back |= is_bad
+        return is_bad
+
+    def go_back(self, progress: Progress) -> Progress:
+        return replace(self.saved, data=progress.data)
+
+
+class NumberedRows(Loader):
+    """Gives each step's rows a state of their own."""
+
+    num_read = 0
+
+    def next_rows(self, count: int) -> list[PackedRow]:
+        self.num_read += 1
+        return super().next_rows(count)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_skipped": 0, "read": self.num_read}
+
+
+@pytest.mark.parametrize("at_step", [3, 5])
+def test_a_run_that_goes_back_repeats_steps_on_the_rows_behind(at_step: int) -> None:
+    trainer = trainer_without_model(run_of(5), NumberedRows(num_steps=7))
+    trainer._step.damaged = []
+    trainer._health = Recovering(at_step)
+    trainer._run_steps(None)
+    numbers = [number for number, _, _ in trainer._step.ran]
+    back = at_step - 2
+    assert numbers == [*range(at_step), *range(back, 5)], "the bad step counts as a step too"
+    assert trainer._progress.step == 5 and trainer._progress.data["read"] == 7
+    assert trainer._saved == [5]
+
+
+def test_epochs_that_end_with_a_bad_step_leave_nothing_to_go_on_with() -> None:
+    class Ending(NumberedRows):
+        share_done = 1.0
+
+        @property
+        def is_exhausted(self) -> bool:
+            return not self.num_left
+
+    run = tiny_run(training={"steps": 0, "epochs": 1.0})
+    for at_step, num_steps in ((3, 1), (2, 1)):
+        trainer = trainer_without_model(run, Ending(num_steps=3))
+        trainer._health = Recovering(at_step)
+        trainer._run_steps(None)
+        assert trainer._progress.step == num_steps
+        assert trainer._progress.data["read"] == 3

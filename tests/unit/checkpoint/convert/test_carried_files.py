@@ -15,6 +15,7 @@ from megatron_keye.checkpoint.convert.carried_files import (
 )
 from megatron_keye.checkpoint.convert.convert import Options, hf_to_native, native_to_hf
 from megatron_keye.checkpoint.convert.synthetic import write_synthetic
+from megatron_keye.checkpoint.manifest import write_manifest
 from megatron_keye.errors import UserError
 from tests.support.hf_checkpoint import UNREAD_FIELDS, write_small_files
 from tests.support.tiny import tiny_run
@@ -146,6 +147,7 @@ def test_files_of_a_model_of_other_sizes_are_refused(native: Path, tmp_path: Pat
 
 def test_a_broken_small_file_is_named(native: Path, tmp_path: Path) -> None:
     (native / CARRIED / "tokenizer_config.json").write_text("{")
+    write_manifest(native, {})
     with pytest.raises(UserError, match=r"tokenizer_config\.json: got .*expected a JSON file"):
         native_to_hf(native, tmp_path / "out", Options())
 

@@ -16,8 +16,13 @@ from torch import Tensor
 from megatron_keye.checkpoint.convert.carried_files import CARRIED
 from megatron_keye.checkpoint.convert.convert import Options, hf_to_native, native_to_hf
 from megatron_keye.checkpoint.convert.synthetic import write_synthetic
+from megatron_keye.checkpoint.convert.to_peft import native_to_peft
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout
 from megatron_keye.checkpoint.hf.safetensors_index import INDEX, open_folder
+from megatron_keye.checkpoint.manifest import write_manifest
+from megatron_keye.errors import UserError
+from megatron_keye.files.disk import DiskError
+from tests.support.small_disk import small_disk
 from tests.support.tiny import tiny_model, tiny_run
 
 ROOT = Path(__file__).parents[3]
@@ -84,6 +89,7 @@ def test_small_files_are_copied(hf: Path, tmp_path: Path) -> None:
     assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
     assert json.loads((tmp_path / "back" / "config.json").read_text())["auto_map"]
     shutil.rmtree(tmp_path / "native" / CARRIED)
+    write_manifest(tmp_path / "native", {})
     native_to_hf(tmp_path / "native", tmp_path / "again", Options(), files_from=hf)
     assert (tmp_path / "again" / "tokenizer.json").is_file()
 
@@ -176,7 +182,7 @@ def test_a_recipe_of_other_sizes_is_refused(hf: Path, tmp_path: Path) -> None:
 
 
 def test_a_released_folder_is_not_taken_for_a_native_one(hf: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected a complete native .*hf-to-native"):
+    with pytest.raises(ValueError, match=r"got a Hugging Face folder, .*hf-to-native"):
         native_to_hf(hf, tmp_path / "out", Options())
 
 
@@ -185,18 +191,36 @@ def test_an_existing_folder_is_not_written_over(hf: Path, tmp_path: Path) -> Non
         hf_to_native(hf, hf, RUN, Options())
 
 
-@pytest.mark.parametrize("victim", ["layer-00001.distcp", ".metadata", "run.json"])
+@pytest.mark.parametrize(
+    "victim", ["layer-00001.distcp", ".metadata", "run.json", "manifest.json"]
+)
 def test_a_damaged_native_checkpoint_is_refused(victim: str, hf: Path, tmp_path: Path) -> None:
     native = tmp_path / "native"
     hf_to_native(hf, native, RUN, Options())
-    whole = (native / victim).read_bytes()
-    if victim == "run.json":
-        (native / victim).unlink()
-    else:
-        (native / victim).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"expected .*(cut short|run\.json|--native)"):
-        native_to_hf(native, tmp_path / "back", Options())
+    whole = bytearray((native / victim).read_bytes())
+    whole[len(whole) // 2] ^= 1
+    (native / victim).write_bytes(whole)
+    for convert in (native_to_hf, native_to_peft):
+        options = (Options(num_workers=2),) if convert is native_to_hf else ()
+        with pytest.raises(UserError, match=f"{native}.*(checksum|got|cannot be read)"):
+            convert(native, tmp_path / "back", *options)
     assert not (tmp_path / "back.partial").exists() and not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("direction", ["to native", "to hf"])
+def test_a_disk_that_does_not_take_a_checkpoint_keeps_nothing_of_it(
+    direction: str, hf: Path, tmp_path: Path
+) -> None:
+    if direction == "to hf":
+        hf_to_native(hf, tmp_path / "native", RUN, Options())
+    with small_disk(tmp_path / "disk", 1) as disk:
+        (disk / "filler").write_bytes(bytes(2**20 - 256 * 2**10))
+        with pytest.raises(DiskError, match=r"out.*: got no space left on the device"):
+            if direction == "to hf":
+                native_to_hf(tmp_path / "native", disk / "out", Options())
+            else:
+                hf_to_native(hf, disk / "out", RUN, Options())
+        assert [file.name for file in disk.iterdir()] == ["filler"]
 
 
 KILLED = """
@@ -235,7 +259,7 @@ def test_a_killed_conversion_is_resumed(hf: Path, tmp_path: Path) -> None:
 
 def test_a_changed_source_starts_over(hf: Path, tmp_path: Path) -> None:
     hf_to_native(hf, tmp_path / "native", RUN, Options())
-    leftover = tmp_path / "again.partial" / ".progress"
+    leftover = tmp_path / "again.partial" / ".records"
     leftover.mkdir(parents=True)
     (leftover / "fingerprint").write_text("another conversion")
     (leftover / "layer-00000.distcp").write_text("[]")

@@ -11,6 +11,7 @@ from megatron_keye.checkpoint.convert.warm_start import warm_start
 from megatron_keye.checkpoint.hf.parameter_shapes import parameter_shapes, part_of
 from megatron_keye.checkpoint.hf.write_config import make_config
 from megatron_keye.checkpoint.history import HISTORY, read_history, released
+from megatron_keye.checkpoint.manifest import write_manifest
 from tests.support.tiny import tiny_run
 
 RUN = tiny_run()
@@ -33,6 +34,7 @@ def test_a_released_checkpoint_counts_as_sparse_until_it_brings_a_history(tmp_pa
     hf_to_native(tmp_path / "export", tmp_path / "again", RUN, Options())
     assert read_history(tmp_path / "again") == [released("Keye")]
     (tmp_path / "native" / HISTORY).unlink()
+    write_manifest(tmp_path / "native", {})
     native_to_hf(tmp_path / "native", tmp_path / "bare", Options())
     assert read_history(tmp_path / "bare") is None
 

@@ -26,8 +26,10 @@ from megatron_keye.data.tokens import load_tokenizer
 from megatron_keye.data.video import probe_cache
 from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.pyav import iterate_frames
+from megatron_keye.files.disk import DiskError
 from megatron_keye.files.partial_folder import PartialFolder
 from tests.support.clips import make_clip, read_number, tiny_model
+from tests.support.small_disk import make_read_only, small_disk
 
 MODEL = tiny_model()
 FRAMES = FrameConfig(min_tokens_per_frame=1, max_tokens_per_frame=4)
@@ -311,3 +313,16 @@ def test_folders_that_are_no_finished_store_are_refused(tmp_path: Path) -> None:
     writer._StoreWriter(tmp_path / "half")
     with pytest.raises(ValueError, match="has the format None"):
         opened(tmp_path / "half")
+
+
+def test_a_disk_that_does_not_take_a_store_keeps_nothing_of_it(
+    samples: Path, tmp_path: Path
+) -> None:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        (disk / "filler").write_bytes(bytes(2**20 - 64 * 2**10))
+        with pytest.raises(DiskError, match=r"store.*: got no space left on the device"):
+            make_store(samples, disk / "store", CONFIG, MODEL, num_workers=1, skips_bad=False)
+        assert [file.name for file in disk.iterdir()] == ["filler"]
+        make_read_only(disk)
+        with pytest.raises(DiskError, match=r"store.partial: got a read-only file system"):
+            make_store(samples, disk / "store", CONFIG, MODEL, num_workers=1, skips_bad=False)

@@ -150,12 +150,9 @@ def test_both_decoders_agree_on_every_container_and_codec(
         assert list(decoded) == indices, "other frames came, or in another order"
         frames = np.stack([frame.cpu().numpy() for frame in decoded.values()])
         assert_close(frames, decode_frames(path, indices))
-        right = [
-            read_number(shrink(frame, SCALE)) == index
-            for frame, index in zip(frames, indices, strict=True)
-        ]
+        numbers = [read_number(shrink(frame, SCALE)) for frame in frames]
         # AV1's encoder blurs some numbers away.
-        assert name == "av1" or all(right)
+        assert name == "av1" or numbers == indices
 
 
 @pytest.mark.parametrize(("suffix", "rotation"), [("mp4", 0), ("mp4", 90), ("mkv", 0), ("ts", 0)])

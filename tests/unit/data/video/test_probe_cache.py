@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_a_file_whose_start_does_not_decode_is_refused(tmp_path: Path) -> None:
 def test_a_folder_of_someone_else_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     node_cache()
     (folder,) = tmp_path.iterdir()
     assert folder.stat().st_mode & 0o77 == 0, "others can write into it"

@@ -1,5 +1,6 @@
-"""Locks between the processes of a node, which end with the process that holds them."""
+"""Locks between the processes of a machine, which end with the process that holds them."""
 
+import errno
 import fcntl
 import os
 import time
@@ -10,13 +11,19 @@ from typing import Literal
 
 _POLL_SECONDS = 0.05
 
+_CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
 LockKind = Literal["shared", "exclusive"]
 _FLAGS = {"shared": fcntl.LOCK_SH, "exclusive": fcntl.LOCK_EX}
 
 
 @contextmanager
 def locked(
-    path: Path, kind: LockKind, *, while_waiting: Callable[[], None] = lambda: None
+    path: Path,
+    kind: LockKind,
+    *,
+    while_waiting: Callable[[], None] = lambda: None,
+    needs_lock: bool = True,
 ) -> Iterator[None]:
     """Hold a lock on a file that is made if need be, with its folder.
 
@@ -24,11 +31,13 @@ def locked(
         path: The file; whoever holds the exclusive lock may remove it.
         kind: "shared" for any number of holders, "exclusive" for one alone.
         while_waiting: Called again and again until the lock is had.
+        needs_lock: Whether an error of a file system that can't lock is raised; else the block
+            runs without.
     """
     while True:
         descriptor = _open(path)
         try:
-            while not _try(descriptor, kind):
+            while not _try(descriptor, kind, needs_lock=needs_lock):
                 while_waiting()
                 time.sleep(_POLL_SECONDS)
             if _is_still(path, descriptor):
@@ -61,11 +70,14 @@ def _open(path: Path) -> int:
             continue  # Someone has removed the folder since.
 
 
-def _try(descriptor: int, kind: LockKind) -> bool:
+def _try(descriptor: int, kind: LockKind, *, needs_lock: bool = True) -> bool:
     try:
         fcntl.flock(descriptor, _FLAGS[kind] | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if needs_lock or error.errno not in _CANNOT_LOCK:
+            raise
     return True
 
 

@@ -1,0 +1,57 @@
+"""The benchmark of whole layers times what its lines say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.benchmark_step_cases import FUSIONS, Case, one_gpu_table
+from tools.benchmark_step_profile import covered
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_busy_time_counts_overlapping_kernels_once() -> None:
+    assert covered([]) == 0
+    assert covered([(5, 9), (0, 4), (1, 2), (3, 6), (20, 21)]) == 10
+
+
+def test_a_case_runs_a_few_layers_of_the_recipe_on_one_rank() -> None:
+    case = Case(tokens=32_768, phase="dense", recompute="experts", without="norm")
+    run = case.run("keye_30b_a3b", ["model.decoder.indexer.top_k=64"], layers=2, has_gpu=True)
+    assert run.parallel.num_ranks == 1 and run.model.decoder.num_layers == 2
+    assert run.model.decoder.hidden_size == 2048 and run.model.decoder.indexer.top_k == 64
+    assert (run.training.phase, run.training.recompute) == ("dense", "experts")
+    assert run.training.fusions.norm == "off" and run.training.fusions.router == "auto"
+    packed = Case(tokens=1003, layout="packed").document_lengths()
+    assert sum(packed) == 1003 and max(packed) - min(packed) == 1
+
+
+def test_the_table_has_each_fusion_off_by_itself_and_few_peers() -> None:
+    cases = list(one_gpu_table())
+    assert {case.without for case in cases} == {"", "all", *FUSIONS}
+    assert len(set(cases)) == len(cases)
+    assert len({case.peer() for case in cases}) == 8
+    for case in cases:
+        case.run("keye_30b_a3b", [], layers=2, has_gpu=True)
+
+
+@pytest.mark.slow
+def test_it_runs_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "step.jsonl"
+    cases = ["--phases", "sparse", "dense", "--recompute", "selective"]
+    words = ["--tokens", "96", *cases, "--repeats", "1"]
+    command = [sys.executable, "-m", "tools.benchmark_step", *words, "--out", str(out)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "prove nothing of speed" in done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["phase"] for line in lines] == ["plain", "sparse", "dense"]
+    assert all(line["step_ms"] > 0 and not line["proves_speed"] for line in lines)
+    assert lines[1]["union_keys"] > 0

@@ -1,0 +1,125 @@
+"""The cases of tools/benchmark_step.py: what one of them is, and which make a table."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from megatron_keye.config import FusionsConfig, ParallelConfig, RunConfig
+from megatron_keye.config.run import as_override
+from megatron_keye.config.training import Phase, Recompute
+from megatron_keye.recipes import load_recipe
+
+Layout = Literal["one", "packed"]
+Locality = Literal["segments", "tokens"]
+
+FUSIONS = tuple(each.name for each in fields(FusionsConfig))
+PACKED_DOCUMENTS = 8
+PEER_RECOMPUTES: dict[Recompute, list[str]] = {
+    "none": [],
+    "experts": ["moe"],
+    "selective": ["moe", "layernorm"],
+    "full": ["moe", "layernorm"],
+}
+"""Modules that plain Megatron-Core recomputes beside each of our choices: its usual ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One measurement of our layers, and the peer's beside it."""
+
+    tokens: int
+    """Length of the row."""
+    phase: Phase = "sparse"
+    """Of our layers; the peer is always dense."""
+    layout: Layout = "one"
+    """One document, or PACKED_DOCUMENTS of one length."""
+    locality: Locality = "segments"
+    """Whether hidden states are segments of 64 alike tokens, whose queries select alike, or
+    independent of one another."""
+    recompute: Recompute = "none"
+    """What our layers recompute."""
+    keeps_in_host_memory: bool = False
+    """Whether what they keep for that waits there."""
+    without: str = ""
+    """A fusion that is off, "all" of them, or "": all run that can."""
+
+    def document_lengths(self) -> list[int]:
+        """Return the lengths of the documents, in order."""
+        if self.layout == "one":
+            return [self.tokens]
+        size, rest = divmod(self.tokens, PACKED_DOCUMENTS)
+        return [size + (index < rest) for index in range(PACKED_DOCUMENTS)]
+
+    def peer(self) -> "Case":
+        """Return the case whose peer is also this one's: it does not see the rest."""
+        return Case(
+            tokens=self.tokens,
+            phase="dense",
+            layout=self.layout,
+            recompute="selective" if self.recompute == "full" else self.recompute,
+        )
+
+    def run(self, recipe: str, settings: list[str], *, layers: int, has_gpu: bool) -> RunConfig:
+        """Return the recipe with a few layers on one rank, and what the case changes.
+
+        Raises:
+            UserError: For an unknown recipe or setting.
+        """
+        base = load_recipe(recipe)(num_ranks=1, has_gpu=has_gpu)
+        off = FUSIONS if self.without == "all" else (self.without,) if self.without else ()
+        return replace(base, parallel=ParallelConfig()).with_overrides(
+            [
+                f"model.decoder.num_layers={layers}",
+                f"data.row_tokens={self.tokens}",
+                f"training.phase={self.phase}",
+                f"training.recompute={self.recompute}",
+                as_override("training.keeps_in_host_memory", self.keeps_in_host_memory),
+                "training.rows_per_step=1",
+                *(f"training.fusions.{name}=off" for name in off),
+                *settings,
+            ]
+        )
+
+
+def one_gpu_table() -> Iterator[Case]:
+    """Yield the cases of one GPU of 80 GB, for about five minutes."""
+    short, middle, long = (Case(tokens=1024 * count) for count in (8, 32, 128))
+    yield short
+    for name in ("all", *FUSIONS):
+        yield replace(short, without=name)
+    yield replace(short, phase="dense")
+    yield replace(short, phase="indexer_warmup")
+    yield replace(short, layout="packed")
+    yield middle
+    yield replace(middle, without="all")
+    yield replace(middle, phase="dense")
+    for recompute in ("experts", "selective", "full"):
+        yield replace(middle, recompute=recompute)
+    yield Case(tokens=65_536, recompute="selective")
+    yield replace(long, recompute="selective")
+    yield replace(long, recompute="selective", locality="tokens")
+    yield replace(long, recompute="selective", without="all")
+    yield replace(long, recompute="selective", keeps_in_host_memory=True)
+    yield replace(long, recompute="full")
+    yield replace(long, recompute="experts")
+
+
+def every_combination(
+    tokens: list[int],
+    phases: list[Phase],
+    layouts: list[Layout],
+    localities: list[Locality],
+    recomputes: list[Recompute],
+    without: list[str],
+) -> Iterator[Case]:
+    """Yield a case for each combination; the arguments are the values of Case's fields."""
+    for each in itertools.product(tokens, phases, layouts, localities, recomputes, without):
+        yield Case(
+            tokens=each[0],
+            phase=each[1],
+            layout=each[2],
+            locality=each[3],
+            recompute=each[4],
+            without=each[5],
+        )
