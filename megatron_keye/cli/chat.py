@@ -22,7 +22,7 @@ from megatron_keye.data.tokens import Tokenizer
 from megatron_keye.data.video.probe_cache import node_cache
 from megatron_keye.errors import UserError
 from megatron_keye.parallel.process import Process
-from megatron_keye.rollout.embedded import EmbeddedEngine
+from megatron_keye.rollout.engine import Engine
 from megatron_keye.rollout.request import NewToken, Request
 
 _HELP = """\
@@ -46,7 +46,7 @@ class Chat:
         self,
         run: RunConfig,
         process: Process,
-        engine: EmbeddedEngine,
+        engine: Engine,
         tokenizer: Tokenizer,
         make_request: Callable[[int, Sample], Request],
     ) -> None:

@@ -12,7 +12,8 @@ num_tokens, log_prob, expected. Without --samples, lines that are typed are answ
 
 The recipe says how the model was trained: a recipe's name with the settings of that run, or its
 run.json. Weights come from any grid; --ranks may be any number that the grid of generation allows
-(rollout.tensor, rollout.expert). Tokens are drawn as the settings of rollout say.
+(rollout.tensor, rollout.expert). Tokens are drawn as the settings of rollout say. With
+--set rollout.server=URL an SGLang server answers instead, and no weights are needed.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser("megatron-keye generate", __doc__)
     add_recipe(parser)
-    add_folder(parser, "--weights", "checkpoint, or the folder of a run", required=True)
+    add_folder(parser, "--weights", "checkpoint, or the folder of a run")
     add = parser.add_argument
     add("--samples", metavar="FILE", help="questions; default: a chat on the terminal")
     add("--out", metavar="FILE", help="file for the answers; default: standard output")

@@ -4,8 +4,9 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -19,11 +20,13 @@ from megatron_keye.data.prompts import PromptFile, Question
 from megatron_keye.data.row import Sample
 from megatron_keye.data.tokens import END_OF_TEXT, TURN_END, Tokenizer, load_tokenizer
 from megatron_keye.data.video.probe_cache import node_cache
+from megatron_keye.errors import UserError
 from megatron_keye.parallel.process import Process
-from megatron_keye.rollout.embedded import EmbeddedEngine
+from megatron_keye.rollout.engine import Engine
 from megatron_keye.rollout.grid import generating_run
 from megatron_keye.rollout.opening import open_engine
 from megatron_keye.rollout.request import Completion, Request, SamplingLaw
+from megatron_keye.rollout.served import ServedEngine
 
 
 def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
@@ -53,14 +56,28 @@ def generate(run: RunConfig, process: Process, options: argparse.Namespace) -> b
             skips_thinking=run.rollout.skips_thinking,
             probe_video=node_cache().probe,
         )
-    weights = weights_folder(options.weights)
-    with open_engine(run, process, weights, **rank.operators(run, process)) as engine:
+    with _open_engine(run, process, options.weights) as engine:
         if questions is None:
             ask = partial(new_request, run, tokenizer)
             Chat(run, process, engine, tokenizer, ask).talk()
         else:
             _answer_file(run, process, engine, tokenizer, questions, options)
     return True
+
+
+def _open_engine(
+    run: RunConfig, process: Process, weights: Path | None
+) -> AbstractContextManager[Engine]:
+    """Return what opens the engine that the settings ask for."""
+    if run.rollout.server:
+        if process.num_ranks > 1:
+            raise UserError(
+                f"--ranks: got {process.num_ranks}, expected 1 with rollout.server, which computes"
+            )
+        return closing(ServedEngine(run))
+    if weights is None:
+        raise UserError("--weights: got none, expected a checkpoint, or a run's folder")
+    return open_engine(run, process, weights_folder(weights), **rank.operators(run, process))
 
 
 def new_request(
@@ -86,13 +103,14 @@ def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
 def _answer_file(
     run: RunConfig,
     process: Process,
-    engine: EmbeddedEngine,
+    engine: Engine,
     tokenizer: Tokenizer,
     questions: PromptFile,
     options: argparse.Namespace,
 ) -> None:
     """Answer all questions; rank 0 writes a line for each answer as it ends."""
     asked: dict[int, Question] = {}
+    num_ended = Counter[int]()
 
     def requests() -> Iterator[Request]:
         for key in range(len(questions)):
@@ -112,6 +130,9 @@ def _answer_file(
             if out is not None and bar is not None:
                 out.write(_record(completion, asked[completion.key], tokenizer))
                 bar.advance(1)
+            num_ended[completion.key] += 1
+            if num_ended[completion.key] == options.answers:
+                del asked[completion.key]
     if process.rank == 0:
         sys.stderr.write(f"{describe_speed(num_tokens, time.monotonic() - began)}\n")
 
@@ -138,7 +159,13 @@ class _Output:
 
     def __enter__(self) -> "_Output":
         if self._path is not None:
-            self._file = self._partial(self._path).open("w", encoding="utf-8")
+            try:
+                self._file = self._partial(self._path).open("w", encoding="utf-8")
+            except OSError as error:
+                raise UserError(
+                    f"--out: {self._path} cannot be written ({error.strerror}); name a file in a "
+                    "folder that exists"
+                ) from error
         return self
 
     def __exit__(self, kind: object, *failure: object) -> None:

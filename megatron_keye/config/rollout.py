@@ -29,6 +29,11 @@ class RolloutConfig:
     """Answers that a replica generates at once; more wait."""
     max_new_tokens: int = 1_024
     """Tokens after which an answer ends."""
+    server: str = ""
+    """URL of an SGLang server that answers in place of this process, with the weights that it was
+    started with; "": none. It draws by itself and takes prompts of text alone."""
+    server_timeout_seconds: float = 600.0
+    """Most seconds for one answer of the server."""
     skips_thinking: bool = False
     """Whether prompts end with an empty block of thinking, so that the model answers at once; for
     models trained with data.thinking="qwen3"."""
@@ -44,7 +49,8 @@ class RolloutConfig:
         check_numbers(
             self,
             "rollout",
-            above_zero="page_tokens cache_share prefill_tokens max_sequences max_new_tokens top_p",
+            above_zero="page_tokens cache_share prefill_tokens max_sequences max_new_tokens top_p "
+            "server_timeout_seconds",
             zero_or_more="tensor expert cache_tokens temperature top_k",
         )
         check(self.cache_share <= 1, "rollout.cache_share", self.cache_share, "at most 1")

@@ -87,8 +87,7 @@ def tokens_of_pieces(
         rank: This rank's cache.
         placeholders: Tokens that stand for pictures.
     """
-    size, padding = len(row.token_ids), len(row.token_ids) - row.num_real_tokens
-    empty = np.zeros(0, dtype=np.int64)
+    padding = len(row.token_ids) - row.num_real_tokens
     none = np.zeros(padding, dtype=np.int64)
     positions = [piece.group.positions(piece.start, piece.end) for piece in pieces]
     seen = [piece.table.slots(0, piece.end) for piece in pieces]
@@ -110,9 +109,8 @@ def tokens_of_pieces(
         layers=rank.layers,
         slots_T=_on(rank, np.concatenate([*written, np.full(padding, rank.scratch_slot)])),
         # A row of padding alone still has a key, which it does not see.
-        key_slots_S=_on(rank, np.concatenate([*seen, empty] if seen else [[rank.scratch_slot]])),
+        key_slots_S=_on(rank, np.concatenate(seen or [[rank.scratch_slot]])),
     )
-    assert len(batch.token_ids_BS[0]) == size, "all tokens of the row are here"
     return NewTokens(batch=batch, cache=cache)
 
 
@@ -141,7 +139,6 @@ def tokens_of_answers(
         t.slots(a.num_cached, a.num_cached + 1) for t, a in zip(tables, answers, strict=True)
     ]
     positions = [a.group.positions(a.num_cached, a.num_cached + 1) for a in answers]
-    seen = [t.slots(0, length) for t, length in zip(tables, lengths, strict=False)]
     starts = np.cumsum(lengths) - lengths
     batch = _batch(
         rank,
@@ -152,14 +149,17 @@ def tokens_of_answers(
         features=np.zeros(0, dtype=np.int64),
     )
     slots = np.concatenate([*written, np.full(padding, rank.scratch_slot)])
-    keys = np.concatenate(seen) if seen else np.array([rank.scratch_slot])
+    keys = np.zeros(0, dtype=np.int64)
+    if gathers_keys:
+        seen = [t.slots(0, a.num_cached + 1) for t, a in zip(tables, answers, strict=True)]
+        keys = np.concatenate(seen or [[rank.scratch_slot]])
     pages = np.full((size, max([1, *(len(table.pages) for table in tables)])), -1)
     for number, table in enumerate(tables):
         pages[number, : len(table.pages)] = table.pages
     cache = RowCache(
         layers=rank.layers,
         slots_T=_on(rank, slots),
-        key_slots_S=_on(rank, keys if gathers_keys else keys[:0]),
+        key_slots_S=_on(rank, keys),
         pages_BN=None if gathers_keys else _on(rank, pages).int(),
         lengths_B=None if gathers_keys else _on(rank, lengths),
     )

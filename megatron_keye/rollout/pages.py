@@ -111,9 +111,11 @@ class PageTable:
 
     def slots(self, start: int, end: int) -> NDArray[np.int64]:
         """Return the places of tokens `start` to `end` - 1: page * L + place within it."""
+        first, last = start // self._page_tokens, -(-end // self._page_tokens)
+        pages = np.array(self.pages[first:last], dtype=np.int64)
         tokens = np.arange(start, end)
-        pages = np.array(self.pages, dtype=np.int64)
-        return pages[tokens // self._page_tokens] * self._page_tokens + tokens % self._page_tokens
+        page = pages[tokens // self._page_tokens - first]
+        return page * self._page_tokens + tokens % self._page_tokens
 
     def _writes_into_shared(self) -> bool:
         """Return whether the next token lies in a page that others hold too."""

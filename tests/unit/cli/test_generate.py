@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
+import megatron_keye.recipes
 from megatron_keye.checkpoint.history import HISTORY, past_run, text_of
 from megatron_keye.cli.generate import parse_arguments
 from megatron_keye.cli.generation import generate, make_run
@@ -84,6 +85,23 @@ def test_a_chat_answers_what_is_typed_and_goes_on_after_mistakes(words: list[str
     assert told.count("tokens/s]") == 2
     assert "nowhere.mp4" in told and told.count("/exit") == 2, "help at the start and when lost"
     assert out.count("\n") >= 2
+
+
+def _refusal(words: list[str]) -> str:
+    with pytest.raises(UserError) as error:
+        _generate(words)
+    return str(error.value)
+
+
+def test_weights_are_asked_for_unless_a_server_answers() -> None:
+    without = ["keye_tiny", "--set", "device=cpu"]
+    (refusal,) = run_on_ranks(1, _refusal, without)
+    assert refusal.startswith("--weights: got none")
+    pytest.importorskip("httpx2", reason="asking a server needs the extra 'served'")
+    samples = str(Path(megatron_keye.recipes.__file__).with_name("keye_tiny.jsonl"))
+    asked = [*without, "--samples", samples, "--set", "rollout.server=http://127.0.0.1:9"]
+    (refusal,) = run_on_ranks(1, _refusal, asked)
+    assert refusal.startswith(("rollout.server: http://127.0.0.1:9/generate failed", samples))
 
 
 @pytest.mark.parametrize(
