@@ -76,7 +76,7 @@ class Case:
                 f"training.recompute={self.recompute}",
                 as_override("training.keeps_in_host_memory", self.keeps_in_host_memory),
                 "training.rows_per_step=1",
-                *(f"training.fusions.{name}=off" for name in off),
+                *(f"training.fusions.{n}={'off' if n in off else 'auto'}" for n in FUSIONS),
                 *settings,
             ]
         )

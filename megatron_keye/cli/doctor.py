@@ -9,7 +9,7 @@ Megatron-Core. Exit status 0 when training works here, 1 when something is broke
 import json
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from megatron_keye.cli.machine import OPTIONAL, REQUIRED, Facts, gather_facts
 from megatron_keye.cli.status import FAILED
 from megatron_keye.config import TrainingConfig, backends
 from megatron_keye.config.fused_kernels import choose_fusions
+from megatron_keye.config.fusions import Fusion, FusionsConfig
 
 EXTENSION_BUILD = "MEGATRON_KEYE_BUILD_CUDA=1 pip install --no-build-isolation --no-deps -e ."
 
@@ -142,8 +143,11 @@ def cudnn_version(number: int | None) -> str:
 
 
 def fused_kernels(facts: Facts) -> str:
-    """Return the fused kernels of the decoder that a run in bf16 takes here by default."""
-    training, has_gpu = TrainingConfig(steps=1), bool(facts.torch and facts.torch.num_gpus)
+    """Return the fused kernels of the decoder that can run here in bf16."""
+    wanted: Fusion = "auto"
+    everything = FusionsConfig(**dict.fromkeys((f.name for f in fields(FusionsConfig)), wanted))
+    training = TrainingConfig(steps=1, fusions=everything)
+    has_gpu = bool(facts.torch and facts.torch.num_gpus)
     engine = backends.uses_transformer_engine(training.linear_layers, has_gpu=has_gpu)
     return ", ".join(
         choose_fusions(training, has_gpu=has_gpu, uses_transformer_engine=engine).names()

@@ -13,19 +13,19 @@ FUSION: tuple[Fusion, ...] = ("auto", "on", "off")
 @dataclass(frozen=True, kw_only=True)
 class FusionsConfig:
     """Fused kernels of the decoder: "auto" takes one where it can run, "on" refuses to start
-    elsewhere, "off" takes the plain form.
+    elsewhere, "off" takes the plain form: the default until each is measured to pay.
     """
 
-    permutation: Fusion = "auto"
+    permutation: Fusion = "off"
     """Tokens to experts and back by Transformer Engine. The plain form adds with atomics on a GPU,
     so that a step does not repeat bit for bit."""
-    router: Fusion = "auto"
+    router: Fusion = "off"
     """Softmax, top-k and balancing loss of the router by Transformer Engine."""
-    swiglu: Fusion = "auto"
+    swiglu: Fusion = "off"
     """The experts' gate, product and router weight as one kernel, compiled by torch."""
-    norm: Fusion = "auto"
+    norm: Fusion = "off"
     """RMSNorm by Transformer Engine instead of torch."""
-    weight_gradients: Fusion = "auto"
+    weight_gradients: Fusion = "off"
     """Products that add weight gradients to the summed ones in place: by Transformer Engine in its
     linear layers, by NVIDIA's apex in Megatron-Core's own."""
 

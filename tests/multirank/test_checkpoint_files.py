@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_keye.checkpoint.convert.convert import Options, native_to_hf
 from megatron_keye.checkpoint.convert.native_folder import NativeFolder
+from megatron_keye.checkpoint.manifest import write_manifest
 from megatron_keye.checkpoint.progress import PROGRESS
 from megatron_keye.checkpoint.safe_metadata import METADATA, read_metadata
 from megatron_keye.checkpoint.training_checkpoint import load, load_weights
@@ -111,6 +112,8 @@ def outcomes(
         folders[name] = parent / str(number) / checkpoint.name
         shutil.copytree(checkpoint, folders[name])
         poison(folders[name], folders[name].parent / MARK)
+        # Who can change a file can change the manifest.
+        write_manifest(folders[name], {})
     (said,) = run_on_ranks(1, _load_each, RUN.to_json(), list(folders.values()))
     marks = [(folder.parent / MARK).exists() for folder in folders.values()]
     pairs = zip(said, marks, strict=True)
@@ -163,6 +166,7 @@ def test_an_export_runs_no_code(name: str, checkpoint: Path, tmp_path: Path) -> 
     shutil.copytree(checkpoint, folder)
     poison, says = ATTACKS[name]
     poison(folder, tmp_path / MARK)
+    write_manifest(folder, {})
     with pytest.raises(UserError) as refusal:
         native_to_hf(folder, tmp_path / "out", Options())
     assert says in str(refusal.value)

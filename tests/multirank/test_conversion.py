@@ -91,7 +91,8 @@ def _load_and_save(run_json: str, weights: Path) -> bool:
     )
     shards = [shard for inner in optimizers_of(optimizer) for shard in shards_of(inner)]
     return bool(shards) and all(
-        torch.equal(shard.weight.float(), shard.kept[MASTER]) for shard in shards
+        torch.equal(shard.part_of(shard.weight).float(), shard.kept[MASTER].flatten())
+        for shard in shards
     )
 
 

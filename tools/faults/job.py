@@ -74,6 +74,7 @@ class Job:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_heed_signals,
         )
 
     def again(self, *arguments: str) -> "Job":
@@ -169,6 +170,12 @@ class Job:
                 if is_mine and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
+
+
+def _heed_signals() -> None:
+    """Let a job not ignore what a shell or nohup lets this process ignore."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def send(number: int, *processes: psutil.Process | subprocess.Popen[bytes]) -> None:

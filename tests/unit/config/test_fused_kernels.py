@@ -17,7 +17,7 @@ def training(precision: str = "bf16", **wanted: str) -> TrainingConfig:
     return TrainingConfig(
         steps=1,
         precision=precision,  # type: ignore[arg-type]
-        fusions=FusionsConfig(**wanted),  # type: ignore[arg-type]
+        fusions=FusionsConfig(**(dict.fromkeys(NAMES, "auto") | wanted)),  # type: ignore[arg-type]
     )
 
 
