@@ -45,9 +45,9 @@ class RankCache:
     """Where they are."""
 
     @property
-    def scratch_slot(self) -> int:
-        """A slot that no sequence has, for what padding writes."""
-        return (len(self.layers[0].keys_PLGC) - 1) * self.page_tokens
+    def scratch_slots(self) -> Integers:
+        """A slot [1] that no sequence has, for what padding writes."""
+        return np.array([(len(self.layers[0].keys_PLGC) - 1) * self.page_tokens])
 
 
 def packed_pieces(pieces: Sequence[Piece], row_tokens: int) -> PackedRow:
@@ -107,9 +107,9 @@ def tokens_of_pieces(
     )
     cache = RowCache(
         layers=rank.layers,
-        slots_T=_on(rank, np.concatenate([*written, np.full(padding, rank.scratch_slot)])),
+        slots_T=_on(rank, np.concatenate([*written, np.repeat(rank.scratch_slots, padding)])),
         # A row of padding alone still has a key, which it does not see.
-        key_slots_S=_on(rank, np.concatenate(seen or [[rank.scratch_slot]])),
+        key_slots_S=_on(rank, np.concatenate(seen or [rank.scratch_slots])),
     )
     return NewTokens(batch=batch, cache=cache)
 
@@ -148,11 +148,11 @@ def tokens_of_answers(
         ranges=(starts, starts + lengths),
         features=np.zeros(0, dtype=np.int64),
     )
-    slots = np.concatenate([*written, np.full(padding, rank.scratch_slot)])
+    slots = np.concatenate([*written, np.repeat(rank.scratch_slots, padding)])
     keys = np.zeros(0, dtype=np.int64)
     if gathers_keys:
         seen = [t.slots(0, a.num_cached + 1) for t, a in zip(tables, answers, strict=True)]
-        keys = np.concatenate(seen or [[rank.scratch_slot]])
+        keys = np.concatenate(seen or [rank.scratch_slots])
     pages = np.full((size, max([1, *(len(table.pages) for table in tables)])), -1)
     for number, table in enumerate(tables):
         pages[number, : len(table.pages)] = table.pages
