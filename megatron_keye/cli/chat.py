@@ -80,6 +80,7 @@ class Chat:
     def _next_prompt(self) -> Sample | None:
         """Return the next prompt on all ranks, None at the end."""
         while True:
+            self._process.heartbeat.note("chat")
             word: tuple[str, Sample | None] = ("end", None)
             if self._process.rank == 0:
                 word = self._read()

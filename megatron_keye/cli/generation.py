@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +17,6 @@ from megatron_keye.cli import rank
 from megatron_keye.cli.chat import Chat, describe_speed
 from megatron_keye.cli.progress import sample_bar
 from megatron_keye.config import RunConfig
-from megatron_keye.config.backends import uses_transformer_engine
 from megatron_keye.data.prompts import PromptFile, Question
 from megatron_keye.data.row import Sample
 from megatron_keye.data.tokens import END_OF_TEXT, TURN_END, Tokenizer, load_tokenizer
@@ -32,7 +32,11 @@ from megatron_keye.rollout.served import ServedEngine
 
 def make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
     """Return the run that the command line describes, on the grid on which it generates."""
-    return generating_run(rank.make_run(options, num_ranks), num_ranks)
+    run = generating_run(rank.make_run(options, num_ranks), num_ranks)
+    if options.samples is None:
+        # Who chats may think for as long as he likes.
+        run = replace(run, training=replace(run.training, hang_minutes=0))
+    return run
 
 
 def generate(run: RunConfig, process: Process, options: argparse.Namespace) -> bool:
@@ -78,12 +82,7 @@ def _open_engine(
         return closing(ServedEngine(run))
     if weights is None:
         raise UserError("--weights: got none, expected a checkpoint, or a run's folder")
-    transformer_engine = uses_transformer_engine(
-        run.training.linear_layers, has_gpu=process.device.type == "cuda"
-    )
-    return open_engine(
-        run, process, weights_folder(weights), uses_transformer_engine=transformer_engine
-    )
+    return open_engine(run, process, weights_folder(weights), **rank.operators(run, process))
 
 
 def new_request(

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from megatron_keye.observe.watchdog import Watchdog
     from megatron_keye.parallel.process import Process
 
-_GO_ON = ", then go on with --resume auto"
 Prepare = Callable[[argparse.Namespace, int], RunConfig]
 Work = Callable[[RunConfig, "Process"], bool]
 """What a rank does with its run; False where a signal ended it early."""
+_GO_ON = ", then go on with --resume auto"
 SECONDS_FOR_RANK_0 = 60.0
 """Other ranks wait this long for it to report wrong settings; a launcher ends them before."""
 
@@ -72,9 +72,8 @@ def run_rank(
             sys.stdout.write(run.to_json() if rank == 0 else "")
             return 0
         run.check_num_ranks(num_ranks)
-        if (
-            work is None and os.environ.get("LOCAL_RANK", "0") == "0"
-        ):  # A machine's ranks would all find the same.
+        # Only training writes much; a machine's ranks would all find the same.
+        if work is None and os.environ.get("LOCAL_RANK", "0") == "0":
             check_room(run)
     except UserError as error:
         if rank == 0:

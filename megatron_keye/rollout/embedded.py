@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_keye.config.run import RunConfig
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.model import KeyeModel
+from megatron_keye.observe.heartbeat import Heartbeat
 from megatron_keye.parallel.grid import Grid
 from megatron_keye.rollout.cache import allocate, count_pages, forget
 from megatron_keye.rollout.new_tokens import RankCache, packed_pieces
@@ -39,6 +40,7 @@ class EmbeddedEngine:
         source: PatchSource | None,
         device: torch.device,
         meter: RowMeter | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         """Allocate the cache. Collective: all ranks must call it.
 
@@ -49,6 +51,7 @@ class EmbeddedEngine:
             source: Supplies the patches of pictures, on ranks that encode; None on others.
             device: Where this rank computes.
             meter: Receives the layers' measurements.
+            heartbeat: Told of each tick; by default one that nobody reads.
         """
         degrees = run.parallel.decoder
         assert degrees.pipeline == degrees.context == 1, "a generating grid has neither axis"
@@ -56,7 +59,8 @@ class EmbeddedEngine:
         """Of the weights that answer."""
         self._run, self._grid, self._model, self._device = run, grid, model, device
         self._num_pages = count_pages(run, device)
-        self._prefill = Prefill(run, grid, model, source, device)
+        self._heartbeat = heartbeat or Heartbeat()
+        self._prefill = Prefill(run, grid, model, source, device, self._heartbeat)
         self._schedulers: list[ReplicaScheduler] = []
         self._replica: Replica | None = None
         if grid.decoder is not None:
@@ -118,6 +122,7 @@ class EmbeddedEngine:
 
     def _tick(self, on_token: Callable[[NewToken], None] | None) -> list[Completion]:
         """Run what every replica has planned, and return the answers that end with it."""
+        self._heartbeat.note("generate")
         ticks = [scheduler.plan() for scheduler in self._schedulers]
         with torch.no_grad():
             drawn = self._exchange(ticks, self._run_tick(ticks))

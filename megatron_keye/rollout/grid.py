@@ -34,7 +34,6 @@ def generating_run(run: RunConfig, num_ranks: int) -> RunConfig:
             rows_per_step=data,
             dense_up_to=0,
             records_timeline=False,
-            hang_minutes=0,  # a person who chats may think for longer
             optimizer=replace(run.training.optimizer, distributed=False),
             validation=replace(run.training.validation, patience=0),
         ),

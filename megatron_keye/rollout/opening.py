@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_keye.checkpoint.history import read_history
 from megatron_keye.checkpoint.training_checkpoint import read_weights
+from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.video.probe_cache import node_cache
 from megatron_keye.errors import UserError
@@ -20,7 +21,12 @@ from megatron_keye.training.patch_source import open_patch_source
 
 @contextmanager
 def open_engine(
-    run: RunConfig, process: Process, weights: Path, *, uses_transformer_engine: bool
+    run: RunConfig,
+    process: Process,
+    weights: Path,
+    *,
+    uses_transformer_engine: bool,
+    fusions: Fusions = PLAIN,
 ) -> Iterator[EmbeddedEngine]:
     """Build an engine with the weights of a checkpoint. Collective: all ranks must call it.
 
@@ -29,21 +35,32 @@ def open_engine(
         process: This rank.
         weights: A complete checkpoint that training or a conversion wrote, on any grid.
         uses_transformer_engine: Whether linear layers and experts are Transformer Engine's.
+        fusions: The fused kernels that run.
 
     Raises:
         UserError: When the checkpoint is incomplete, of another model, or trained for another
             attention than the run's.
     """
     check_attention(run, weights)
+    heartbeat = process.heartbeat
+    heartbeat.note("build")
     grid = build_grid(run.parallel)
     seed_rank(run.training.seed, grid)
     model = build_model(
-        run, grid, process.device, uses_transformer_engine=uses_transformer_engine, learns=False
+        run,
+        grid,
+        process.device,
+        uses_transformer_engine=uses_transformer_engine,
+        fusions=fusions,
+        learns=False,
     )
+    heartbeat.note("load")
     read_weights(weights, run, model, grid)
     source = open_patch_source(run, model, process.device, node_cache().probe)
     try:
-        yield EmbeddedEngine(run, grid, model, source=source, device=process.device)
+        yield EmbeddedEngine(
+            run, grid, model, source=source, device=process.device, heartbeat=heartbeat
+        )
     finally:
         if source is not None:
             source.close()

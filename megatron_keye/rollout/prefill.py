@@ -13,6 +13,7 @@ from megatron_keye.config.megatron import weight_dtype
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.row import PackedRow
 from megatron_keye.model import KeyeModel
+from megatron_keye.observe.heartbeat import Heartbeat
 from megatron_keye.observe.recorder import Recorder
 from megatron_keye.parallel.grid import Grid
 from megatron_keye.parallel.schedule import run_step
@@ -31,6 +32,7 @@ class Prefill:
         model: KeyeModel,
         source: PatchSource | None,
         device: torch.device,
+        heartbeat: Heartbeat,
     ) -> None:
         """Prepare for all rows.
 
@@ -40,7 +42,9 @@ class Prefill:
             model: This rank's modules.
             source: Supplies the patches of pictures, on ranks that encode; None on others.
             device: Where this rank computes.
+            heartbeat: Told of each part.
         """
+        self._recorder = Recorder(heartbeat)
         self._run, self._grid, self._device = run, grid, device
         self._encoder: ChunkEncoder | None = None
         if model.vision is not None:
@@ -70,14 +74,14 @@ class Prefill:
         transport = FeatureTransport(
             plan,
             self._grid,
-            Recorder(),
+            self._recorder,
             width=self._run.model.decoder.hidden_size,
             dtype=weight_dtype(self._run),
             device=self._device,
         )
         if self._encoder is not None:
             self._encoder.announce(plan, rows)
-            self._encoder.start_step(plan, rows, Recorder())
+            self._encoder.start_step(plan, rows, self._recorder)
         found = []
 
         def decode() -> None:
