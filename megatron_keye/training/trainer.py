@@ -217,7 +217,7 @@ class Trainer:
             self.was_stopped = metrics.asks_to_stop and not self._is_over()
             is_best = not self.was_stopped and self._validate(report)
             if self._is_checkpoint_due(is_best=is_best):
-                self._save()
+                self._save(report)
                 folder = checkpoint_folder(self._run, self._progress.step)
                 if self._is_export_due():
                     self._saving.wait(report)
@@ -318,8 +318,9 @@ class Trainer:
             for reason in self._step.damaged:
                 _logger.warning("sample skipped: %s", reason)
 
-    def _save(self) -> None:
+    def _save(self, report: Report | None) -> None:
         self._lock.check()
+        self._saving.wait(report)  # The one before, which then is the newest.
         with self._clock.part("save"):
             self._health.check_before_save(self._progress)
         self._saving.begin(self._model, self._optimizer, self._grid, self._progress)
