@@ -189,9 +189,10 @@ _DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
 
 _KILL, _TERM, _INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 KINDS: dict[str, Callable[[random.Random], Fault]] = {
-    "rank killed": _signal_to(_KILL, "a rank", ("ends",)),
+    # What comes after the last save of a fast job may find nobody.
+    "rank killed": _signal_to(_KILL, "a rank", ("ends", "finishes")),
     "rank segfaults": _signal_to(signal.SIGSEGV, "a rank", ("ends",), moments=("step",)),
-    "launcher killed": _signal_to(_KILL, "the launcher", ("ends",)),
+    "launcher killed": _signal_to(_KILL, "the launcher", ("ends", "finishes")),
     "TERM": _signal_to(_TERM, "the launcher", ("saves", "finishes")),
     "TERM to the group": _signal_to(_TERM, "the group", ("saves", "finishes")),
     "TERM twice": _signal_to(_TERM, "the launcher", ("saves", "finishes"), times=2),
