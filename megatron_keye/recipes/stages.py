@@ -1,7 +1,7 @@
 """The stages of training, from the projector alone to instruction tuning, as recipes of one table.
 
 keye_stage0 to keye_sft are at full size, for 64 GPUs of 80 GB in nodes of 8; keye_tiny_stage0 to
-keye_tiny_sft walk the same way with the model, data and rates of keye_tiny. Each starts from the
+keye_tiny_sft walk the same way with the model and data of keye_tiny. Each starts from the
 last checkpoint of the one before (training.checkpoint.weights; `megatron-keye run_stages`).
 
 A comment beside a number names its source. paper: the report of Keye-VL-2.0 (arXiv 2606.10651).
@@ -191,7 +191,7 @@ def full_size(stage: Stage, *, num_ranks: int, has_gpu: bool) -> RunConfig:
 
 
 def tiny(stage: Stage, *, num_ranks: int, has_gpu: bool) -> RunConfig:
-    """Return a stage of the tiny model: a few steps on the demo's clip, at the demo's rates.
+    """Return a stage of the tiny model: a few steps on the demo's clip.
 
     Args:
         stage: One of STAGES.
@@ -210,7 +210,10 @@ def tiny(stage: Stage, *, num_ranks: int, has_gpu: bool) -> RunConfig:
             phase=stage.phase,
             frozen=stage.frozen,
             steps=_TINY_STEPS,
-            optimizer=replace(training.optimizer, warmup_steps=2),
+            # A third of the demo's rate, which is for many more steps.
+            optimizer=replace(
+                training.optimizer, learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=2
+            ),
             checkpoint=replace(training.checkpoint, interval_steps=half),
         ),
     )
