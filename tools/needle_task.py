@@ -29,21 +29,14 @@ from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.config import (
     CheckpointConfig,
     DataConfig,
-    DecoderConfig,
-    ExpertsConfig,
-    FrameConfig,
-    IndexerConfig,
-    ModelConfig,
     OptimizerConfig,
-    ParallelConfig,
     RunConfig,
-    TrainingConfig,
     ValidationConfig,
-    VisionConfig,
 )
 from megatron_keye.production.forged.clip import write_clip
 from megatron_keye.production.forged.scene import COLOURS
 from megatron_keye.production.word_tokenizer import vocabulary, write_tokenizer
+from megatron_keye.recipes.keye_tiny_grounding import keye_tiny_grounding
 
 FOLDER = "runs/needles"
 MAX_PAIRS, NUM_FRAMES, MAX_QUESTIONS = 16, 16, 12
@@ -134,34 +127,28 @@ def _messages(question: str | list[dict[str, str]], answer: str) -> list[dict[st
 
 
 def dense(*, num_ranks: int, has_gpu: bool) -> RunConfig:
-    """Return the run that learns the task with attention to all keys."""
-    ids = vocabulary(words())
-    return RunConfig(
+    """Return the run that learns the task with attention to all keys, on one rank."""
+    base = keye_tiny_grounding(num_ranks=1, has_gpu=has_gpu)
+    decoder = replace(
+        base.model.decoder,
+        vocab_size=len(vocabulary(words())),
+        indexer=replace(base.model.decoder.indexer, top_k=8),
+    )
+    return replace(
+        base,
         name="needle_dense",
-        parallel=ParallelConfig(),
-        model=ModelConfig(
-            vision=VisionConfig(num_layers=1, hidden_size=64, intermediate_size=128, num_heads=4),
-            decoder=_decoder(len(ids)),
-            image_token_id=ids["<|image_pad|>"],
-            video_token_id=ids["<|video_pad|>"],
-            vision_start_token_id=ids["<|vision_start|>"],
-            vision_end_token_id=ids["<|vision_end|>"],
-        ),
+        model=replace(base.model, decoder=decoder),
         data=DataConfig(
             samples=f"{FOLDER}/text.train.jsonl=2,{FOLDER}/frames.train.jsonl=1",
             row_tokens=8192,
             tokenizer=f"{FOLDER}/tokenizer",
             validation=f"text={FOLDER}/text.held_out.jsonl,frames={FOLDER}/frames.held_out.jsonl",
-            frames=FrameConfig(
-                frames_per_second=1.0, min_tokens_per_frame=1, max_tokens_per_frame=1
-            ),
+            frames=replace(base.data.frames, min_tokens_per_frame=1, max_tokens_per_frame=1),
         ),
-        training=TrainingConfig(
+        training=replace(
+            base.training,
             steps=1200,
-            rows_per_step=1,
-            phase="dense",
-            precision="bf16" if has_gpu else "fp32",
-            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+            optimizer=replace(base.training.optimizer, warmup_steps=50),
             checkpoint=CheckpointConfig(interval_steps=600),
             validation=ValidationConfig(interval_steps=50),
         ),
@@ -188,22 +175,6 @@ def sparse(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         validation=ValidationConfig(interval_steps=10),
     )
     return replace(run, name="needle_sparse", training=training)
-
-
-def _decoder(vocab_size: int) -> DecoderConfig:
-    return DecoderConfig(
-        num_layers=4,
-        hidden_size=128,
-        num_heads=8,
-        num_kv_heads=4,
-        head_dim=32,
-        vocab_size=vocab_size,
-        experts=ExpertsConfig(num_experts=4, num_experts_per_token=2, intermediate_size=128),
-        indexer=IndexerConfig(num_heads=4, head_dim=16, top_k=8),
-        rope_theta=10_000.0,
-        rope_sections=(4, 6, 6),
-        init_std=0.06,
-    )
 
 
 if __name__ == "__main__":

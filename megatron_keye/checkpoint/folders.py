@@ -25,12 +25,7 @@ def named_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
-def newest_checkpoint(run: RunConfig) -> Path | None:
-    """Return the newest checkpoint in the run's folder whose files are whole, None without one."""
-    return newest_of(run.folder)
-
-
-def newest_of(run_folder: Path) -> Path | None:
+def newest_checkpoint(run_folder: Path) -> Path | None:
     """Return the newest checkpoint in a run's folder whose files are whole, None without one."""
     named = reversed(named_checkpoints(run_folder / "checkpoints"))
     return next((folder for folder in named if not problem_of(folder)), None)
@@ -43,7 +38,7 @@ def is_named(path: Path) -> bool:
 
 def weights_folder(folder: Path) -> Path:
     """Return the folder of a checkpoint: the one given, or the newest of a run's folder."""
-    return newest_of(folder) or folder
+    return newest_checkpoint(folder) or folder
 
 
 def step_of(checkpoint: Path) -> int:

@@ -21,7 +21,7 @@ def with_rows_of_job(run: RunConfig) -> RunConfig:
     """
     if not run.training.checkpoint.job:
         return run
-    checkpoint = newest_checkpoint(run)
+    checkpoint = newest_checkpoint(run.folder)
     if checkpoint is None:
         return run
     saved = read_saved_run(checkpoint)

@@ -70,6 +70,8 @@ def choose_checkpoint(run: RunConfig, *, tidies: bool = True) -> Path | None:
 
 def _has_saved(run: RunConfig) -> bool:
     """Return whether the run's job saved a checkpoint before, as rank 0 sees it."""
+    if not run.training.checkpoint.job:
+        return False
     found = [False]
     if dist.get_rank() == 0:
         checkpoints = named_checkpoints(run.folder / "checkpoints")

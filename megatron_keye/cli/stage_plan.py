@@ -60,7 +60,7 @@ class PlannedStage:
     @property
     def num_steps_saved(self) -> int:
         """Steps of its newest checkpoint; 0 without one."""
-        newest = newest_checkpoint(self.run)
+        newest = newest_checkpoint(self.run.folder)
         return step_of(newest) if newest else 0
 
     def check_beginning(self) -> None:
@@ -69,7 +69,7 @@ class PlannedStage:
         Raises:
             UserError: When it began from other weights, which this walk would not train.
         """
-        newest = newest_checkpoint(self.run)
+        newest = newest_checkpoint(self.run.folder)
         if newest is None or self.before is None:
             return
         history = read_history(newest) or []

@@ -64,5 +64,5 @@ def test_a_step_saved_again_is_never_without_a_checkpoint(
         with pytest.raises(KeyboardInterrupt):
             put_in_place(folder)
     remove_leftovers(parent)
-    assert newest_checkpoint(run) == folder
+    assert newest_checkpoint(run.folder) == folder
     assert steps_in(parent) == [5]

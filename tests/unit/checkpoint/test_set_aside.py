@@ -99,7 +99,7 @@ def test_what_is_saved_after_an_older_step_is_the_newest(tmp_path: Path) -> None
     set_aside(run, locked(run), continued=one)
     two = checkpoint(run, 2)
     prune(run.folder / "checkpoints", run.training.checkpoint, kept_too=one)
-    assert newest_checkpoint(run) == two
+    assert newest_checkpoint(run.folder) == two
 
 
 def test_a_run_that_another_one_overtakes_while_it_begins_is_refused(tmp_path: Path) -> None:
