@@ -3,10 +3,12 @@
     python tools/needle_task.py runs/needles
     megatron-keye train tools/needle_task.py:dense --ranks 1
 
-A text lists pairs of a key and a value between filler words; a video shows one colour a second.
-A question lists keys, or times, and the answer repeats each with its value, or with the colour of
-that frame. So each token of an answer depends on one or two tokens out of a hundred, and a model
-whose indexer selects few keys answers only if the indexer finds them.
+A text lists words that give a key its value, "key7=value2", between filler words; a video shows
+one colour a second. A question lists keys, or times, and the answer repeats each with its value, or
+with the colour of that frame. So each word of an answer depends on one or two tokens out of a
+hundred, and a model whose indexer selects few keys answers only if the indexer finds them. (With
+key and value as words of their own, the model has to learn to join neighbours first, which takes
+thousands of steps and says nothing about an indexer.)
 
 Writes {text,frames}.{train,held_out}.jsonl, videos/ and tokenizer/, whose vocabulary of whole
 words keeps the model small. The functions below are recipes, each to be run from the checkpoint of
@@ -51,7 +53,8 @@ _FRAME = (56, 56, 3)
 
 def words() -> list[str]:
     """Return the words of the task, in the order of their ids."""
-    return ["ask", "seconds>", *_TIMES, *COLOURS, *_KEYS, *_VALUES, *_FILLERS]
+    pairs = (_pair(key, value) for key in _KEYS for value in _VALUES)
+    return ["ask", "seconds>", *_TIMES, *COLOURS, *_KEYS, *_VALUES, *_FILLERS, *pairs]
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -90,11 +93,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def text_sample(generator: np.random.Generator) -> dict[str, Any]:
-    """Return a conversation about a text of 4 to 16 pairs and half as many fillers."""
+    """Return a conversation about a text of 4 to 16 pairs and half as many other words."""
     num_pairs = int(generator.choice([4, 8, MAX_PAIRS]))
     keys = generator.permutation(_KEYS)[:num_pairs].tolist()
     values = generator.choice(_VALUES, num_pairs).tolist()
-    pieces = [f"{key} {value}" for key, value in zip(keys, values, strict=True)]
+    pieces = [_pair(key, value) for key, value in zip(keys, values, strict=True)]
     pieces += generator.choice(_FILLERS, num_pairs // 2).tolist()
     text = " ".join(generator.permutation(np.array(pieces, dtype=object)).tolist())
     question, answer = _question(generator, keys, values)
@@ -111,6 +114,10 @@ def frames_sample(generator: np.random.Generator, folder: Path, name: str) -> di
     question, answer = _question(generator, _TIMES, colours)
     video, text = {"type": "video", "video": str(path)}, {"type": "text", "text": question}
     return {"messages": _messages([video, text], answer)}
+
+
+def _pair(key: str, value: str) -> str:
+    return f"{key}={value}"
 
 
 def _question(

@@ -1,6 +1,7 @@
 """Vision ranks hold no more features and gradients than they still need."""
 
 import gc
+import time
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,12 @@ def _rows_held(run_json: str, rows: list[PackedRow]) -> dict[str, int]:
         held["sent"] = _count_rows(skip=12)
         dist.barrier()
         transport.take_gradients(0)
-        held["returned"] = _count_rows()
+        # A thread of gloo holds an exchange's tensors for a moment after its end.
+        deadline = time.monotonic() + 10
+        while (held := held | {"returned": _count_rows()})["returned"]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
     transport.finish()
     return held
 

@@ -139,6 +139,7 @@ def check_stopped(victim: int, folder: Path, device: str, *, limit_seconds: floa
     """Stop a rank: the job ends within the limit, and the report names it and shows stacks."""
     setting = f"training.hang_minutes={limit_seconds / 60}"
     with training(folder, setting, device=device) as process:
+        wait_for_checkpoint(folder / "keye_tiny" / "checkpoints")
         ranks, stopped = ranks_of(process.pid), time.monotonic()
         ranks[victim].send_signal(signal.SIGSTOP)
         process.wait(timeout=limit_seconds + 4 * SECONDS_TO_END)
