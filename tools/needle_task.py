@@ -4,11 +4,11 @@
     megatron-keye train tools/needle_task.py:dense --ranks 1
 
 A text lists words that give a key its value, "key7=value2", between filler words; a video shows
-one colour a second. A question lists keys, or times, and the answer repeats each with its value, or
-with the colour of that frame. So each word of an answer depends on one or two tokens out of a
+one colour a second. A question lists keys, or times, and the answer repeats each with its value,
+or with the colour of that frame. So each word of an answer depends on one or two tokens out of a
 hundred, and a model whose indexer selects few keys answers only if the indexer finds them. (With
-key and value as words of their own, the model has to learn to join neighbours first, which takes
-thousands of steps and says nothing about an indexer.)
+key and value as two words, a model has to learn to join neighbours first, which takes thousands of
+steps and says nothing about an indexer.)
 
 Writes {text,frames}.{train,held_out}.jsonl, videos/ and tokenizer/, whose vocabulary of whole
 words keeps the model small. The functions below are recipes, each to be run from the checkpoint of

@@ -13,19 +13,19 @@ FUSION: tuple[Fusion, ...] = ("auto", "on", "off")
 @dataclass(frozen=True, kw_only=True)
 class FusionsConfig:
     """Fused kernels of the decoder: "auto" takes one where it can run, "on" refuses to start
-    elsewhere, "off" takes the plain form: the default until each is measured to pay.
+    elsewhere, "off" takes the plain form.
     """
 
-    permutation: Fusion = "off"
+    permutation: Fusion = "auto"
     """Tokens to experts and back by Transformer Engine. The plain form adds with atomics on a GPU,
     so that a step does not repeat bit for bit."""
-    router: Fusion = "off"
+    router: Fusion = "auto"
     """Softmax, top-k and balancing loss of the router by Transformer Engine."""
-    swiglu: Fusion = "off"
+    swiglu: Fusion = "auto"
     """The experts' gate, product and router weight as one kernel, compiled by torch."""
-    norm: Fusion = "off"
+    norm: Fusion = "auto"
     """RMSNorm by Transformer Engine instead of torch."""
-    weight_gradients: Fusion = "off"
+    weight_gradients: Fusion = "auto"
     """Products that add weight gradients to the summed ones in place: by Transformer Engine in its
     linear layers, by NVIDIA's apex in Megatron-Core's own."""
 

@@ -1,8 +1,6 @@
 """The summary of a run: summary.json in its folder, and the closing table."""
 
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,8 @@ from rich.table import Table
 
 from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config.run import RunConfig
-from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.report import short_time
+from megatron_keye.training.step_sums import StepSums
 
 _SHOWN = {
     "tokens": ("tokens seen", ""),
@@ -24,15 +22,13 @@ _SHOWN = {
 """Label and unit of each figure whose name is not the best label."""
 
 
-def summarize_steps(
-    run: RunConfig, progress: Progress, metrics: Sequence[StepMetrics]
-) -> dict[str, Any]:
+def summarize_steps(run: RunConfig, progress: Progress, sums: StepSums) -> dict[str, Any]:
     """Return what a run has done so far, restarts included, and what this process measured.
 
     Args:
         run: The run.
         progress: Its progress.
-        metrics: Metrics of this process's steps, at least one.
+        sums: Of this process's steps, at least one.
     """
     parallel = run.parallel
     is_dedicated = parallel.vision.placement == "dedicated"
@@ -43,7 +39,7 @@ def summarize_steps(
         "tokens": progress.tokens,
         "wall_seconds": progress.seconds,
         "first_loss": progress.first_loss,
-        **measure(metrics),
+        **sums.figures(),
         "ranks": {"decoder": parallel.decoder.num_ranks, "vision": vision},
         "skipped_samples": progress.data["num_skipped"],
         **_roll_backs(progress),
@@ -57,29 +53,6 @@ def _roll_backs(progress: Progress) -> dict[str, int]:
     return {
         "roll_backs": progress.num_roll_backs,
         "steps_rolled_back": progress.num_steps_rolled_back,
-    }
-
-
-def measure(metrics: Sequence[StepMetrics]) -> dict[str, Any]:
-    """Return what the steps of this process say about its speed and its input.
-
-    Rates are over all steps but the first, which also warms up allocators and the video decoder.
-
-    Args:
-        metrics: Metrics of the steps, at least one.
-    """
-    timed = metrics[1:] or metrics
-    seconds = sum(m.step_seconds for m in timed)
-    mfu = sum(m.mfu * m.step_seconds for m in timed) / seconds
-    return {
-        "last_loss": metrics[-1].loss,
-        "tokens_per_second": sum(m.tokens for m in timed) / seconds,
-        "tflops_per_device": sum(m.tflops_per_device * m.step_seconds for m in timed) / seconds,
-        **({} if math.isnan(mfu) else {"mfu": mfu}),
-        "step_seconds": seconds / len(timed),
-        "peak_memory_gib": max(m.peak_memory_gib for m in metrics),
-        "pictures": sum(m.pictures for m in metrics),
-        "padding_share": sum(m.padding_share for m in metrics) / len(metrics),
     }
 
 

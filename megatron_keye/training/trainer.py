@@ -1,7 +1,6 @@
-"""A run from start to end: build, resume, step, validate, save, summarise."""
+"""A run from start to end: resume, step, validate, save, summarise."""
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,12 @@ from megatron_keye.checkpoint.selection import choose_checkpoint
 from megatron_keye.checkpoint.set_aside import set_aside
 from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
-from megatron_keye.data.loader import RowLoader
 from megatron_keye.errors import UserError
-from megatron_keye.model import build_model
+from megatron_keye.model import KeyeModel
 from megatron_keye.observe.timeline import write_step
 from megatron_keye.optim.optimizer import JointOptimizer
-from megatron_keye.parallel.grid import build_grid
+from megatron_keye.parallel.grid import Grid
 from megatron_keye.parallel.process import Process
-from megatron_keye.parallel.random import seed_rank
 from megatron_keye.training import hand_over
 from megatron_keye.training.agreement import check_same_rows
 from megatron_keye.training.early_end import (
@@ -29,20 +26,13 @@ from megatron_keye.training.early_end import (
     note_validation,
     summarize_validation,
 )
-from megatron_keye.training.health.run_health import RunHealth
 from megatron_keye.training.metrics import StepMetrics
-from megatron_keye.training.patch_source import (
-    log_video_decoder,
-    open_patch_source,
-    video_decoder,
-)
+from megatron_keye.training.parts import build_parts
+from megatron_keye.training.patch_source import video_decoder
 from megatron_keye.training.provenance import host_names, record_start
 from megatron_keye.training.read_ahead import ReadAhead, StepRows
 from megatron_keye.training.report import Report
-from megatron_keye.training.saving import Saving
-from megatron_keye.training.step import TrainingStep
-from megatron_keye.training.step_clock import StepClock
-from megatron_keye.training.stop import StopRequest
+from megatron_keye.training.step_sums import StepSums
 from megatron_keye.training.summary import (
     read_summary,
     show_summary,
@@ -50,7 +40,7 @@ from megatron_keye.training.summary import (
     write_summary,
 )
 from megatron_keye.training.throughput import device_name
-from megatron_keye.training.validation import ValidationResult, open_validation
+from megatron_keye.training.validation import ValidationResult
 
 _logger = logging.getLogger(__name__)
 
@@ -82,65 +72,28 @@ class Trainer:
         checkpoint = choose_checkpoint(run)
         earlier = [] if checkpoint else hand_over.begin(run, process.rank)
         self._run, self._process, self._fusions = run, process, fusions
-        self._stop, self._clock = StopRequest(), StepClock(process.heartbeat)
-        process.heartbeat.note("build")
         self.was_stopped = False
         """Whether a signal ended the run before its last step."""
-        self._grid = build_grid(run.parallel)
-        seed_rank(run.training.seed, self._grid)
-        training = run.training
-        self._loader = RowLoader(run.data, run.model, training.seed, epochs=training.epochs)
-        self._model = build_model(
-            run,
-            self._grid,
-            process.device,
-            uses_transformer_engine=uses_transformer_engine,
-            fusions=fusions,
+        process.heartbeat.note("build")
+        self._parts = build_parts(
+            run, process, uses_transformer_engine=uses_transformer_engine, fusions=fusions
         )
-        self._optimizer = JointOptimizer(run, self._model, self._grid)
-        log_video_decoder(run, self._grid, process.device)
-        open_patches = partial(
-            open_patch_source, run, self._model, process.device, self._loader.probe_video
-        )
-        self._patches = open_patches()
-        self._health = RunHealth(run, self._model, self._optimizer, self._grid)
-        self._saving = Saving(run, self._clock, self._health.note_saved)
-        self._step = TrainingStep(
-            run,
-            self._grid,
-            self._model,
-            self._optimizer,
-            source=self._patches,
-            open_source=open_patches,
-            judge=self._health.judge,
-            stop=self._stop,
-            saving=self._saving,
-            clock=self._clock,
-            device=process.device,
-        )
-        self._validation = open_validation(
-            run,
-            self._grid,
-            self._model,
-            padding_row=self._loader.padding_row(),
-            device=process.device,
-            heartbeat=process.heartbeat,
-        )
+        self._clock, self._step = self._parts.clock, self._parts.step
+        self._saving, self._health = self._parts.saving, self._parts.health
         self._last_validation: ValidationResult | None = None
+        loader = self._parts.loader
         self._progress = training_checkpoint.Progress(
-            step=0, updates=0, data=self._loader.state_dict(), earlier=earlier
+            step=0, updates=0, data=loader.state_dict(), earlier=earlier
         )
-        self._metrics: list[StepMetrics] = []
-        self._num_damaged = 0
+        self._sums, self._num_damaged = StepSums(), 0
         process.heartbeat.note("load")
         self._resume(checkpoint)
         process.heartbeat.folder = str(run.folder)
+        training = run.training
         self._has_rows = (
-            not self._loader.is_exhausted
-            if training.epochs
-            else self._progress.step < training.steps
+            not loader.is_exhausted if training.epochs else self._progress.step < training.steps
         )
-        self._ahead = ReadAhead(run, self._loader, self._progress.step, self._step.announce)
+        self._ahead = ReadAhead(run, loader, self._progress.step, self._step.announce)
 
     def train(self) -> dict[str, Any]:
         """Train to the last step, or until a signal asks to stop, saving on the way.
@@ -151,17 +104,15 @@ class Trainer:
         try:
             return self._train()
         finally:
-            self._saving.close()
             self._ahead.close()
-            if self._patches is not None:
-                self._patches.close()
+            self._parts.close()
             self._lock.release()
 
     def _train(self) -> dict[str, Any]:
         if self._is_over():
             return self._already_ended()
         hosts, first_step = host_names(), self._progress.step
-        self._stop.listen()
+        self._parts.stop.listen()
         if self._process.rank != 0:
             return self._summary(self._run_steps(None))
         device = device_name(self._process.device)
@@ -232,7 +183,7 @@ class Trainer:
         """Return why the run ended before its last step, "" if it did not."""
         if not self.was_stopped:
             return early_end(self._run, self._progress)
-        signal_name = self._stop.name or "a signal to another rank"
+        signal_name = self._parts.stop.name or "a signal to another rank"
         last = self._last_step(0)  # 0 where epochs say when the run ends
         after = f"{self._progress.step} of {last}" if last else str(self._progress.step)
         return f"stopped after step {after} by {signal_name}; --resume auto continues it"
@@ -276,7 +227,7 @@ class Trainer:
         num_skipped = batch.state["num_skipped"] + self._num_damaged
         self._progress.data = batch.state | {"num_skipped": num_skipped}
         self._has_rows = not batch.is_last
-        self._metrics.append(metrics)
+        self._sums.add(metrics)
         return metrics
 
     def _go_back(self, report: Report | None) -> None:
@@ -291,10 +242,11 @@ class Trainer:
         """Validate if that is due, and return whether it was the best so far."""
         is_last = not self._has_rows
         is_due = is_validation_due(self._run, self._progress, is_last=is_last)
-        if self._validation is None or not is_due:
+        validation = self._parts.validation
+        if validation is None or not is_due:
             return False
         with self._clock.part("validation"):
-            self._last_validation = self._validation()
+            self._last_validation = validation()
         if report is not None:
             report.show_validation(self._progress.step, self._last_validation.figures())
         return note_validation(self._run, self._progress, self._last_validation)
@@ -323,14 +275,17 @@ class Trainer:
         self._saving.wait(report)  # The one before, which then is the newest.
         with self._clock.part("save"):
             self._health.check_before_save(self._progress)
-        self._saving.begin(self._model, self._optimizer, self._grid, self._progress)
+        self._saving.begin(*self._saved_parts(), self._progress)
+
+    def _saved_parts(self) -> tuple[KeyeModel, JointOptimizer, Grid]:
+        return self._parts.model, self._parts.optimizer, self._parts.grid
 
     def _resume(self, checkpoint: Path | None) -> None:
         run, weights = self._run, self._run.training.checkpoint.weights
-        parts = (self._model, self._optimizer, self._grid)
+        parts = self._saved_parts()
         if checkpoint is not None:
             self._progress = training_checkpoint.load(checkpoint, run, *parts)
-            self._loader.load_state_dict(self._progress.data)
+            self._parts.loader.load_state_dict(self._progress.data)
         elif weights:
             training_checkpoint.load_weights(Path(weights), run, *parts)
         self._health.resume(self._progress, checkpoint)
@@ -340,10 +295,10 @@ class Trainer:
             take_carried_files(run, checkpoint)
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
-        if not self._metrics:  # The first validation ended the run.
+        if not self._sums.num_steps:  # The first validation ended the run.
             return read_summary(self._run)
         return {
-            **summarize_steps(self._run, self._progress, self._metrics),
+            **summarize_steps(self._run, self._progress, self._sums),
             "device": device_name(self._process.device),
             "video_decoder": video_decoder(self._run, self._process.device),
             **summarize_validation(self._progress, self._last_validation),

@@ -1,10 +1,9 @@
 """The closing table has units, and the checkpoint's path can be copied from any terminal."""
 
-import math
-
 import pytest
 
-from megatron_keye.training.summary import measure, show_summary
+from megatron_keye.training.step_sums import StepSums
+from megatron_keye.training.summary import show_summary
 from tests.support.metrics import step_metrics
 
 
@@ -22,7 +21,9 @@ def test_the_checkpoint_is_printed_whole_on_a_narrow_terminal(
 
 def test_figures_have_units(capsys: pytest.CaptureFixture[str]) -> None:
     summary = {"run": "r", "wall_seconds": 3723.0, "tokens": 12_345_678, "ranks": {"decoder": 2}}
-    show_summary(summary | measure([step_metrics()]) | {"checkpoint": None}, note="")
+    sums = StepSums()
+    sums.add(step_metrics())
+    show_summary(summary | sums.figures() | {"checkpoint": None}, note="")
     text = capsys.readouterr().out
     shown = dict(
         tuple(cell.strip() for cell in line.strip("\u2502").split("\u2502"))
@@ -43,20 +44,3 @@ def test_figures_have_units(capsys: pytest.CaptureFixture[str]) -> None:
         "padding": "5.0%",
     }
     assert "checkpoint" not in text
-
-
-def test_rates_weigh_steps_by_their_time_and_leave_out_the_first() -> None:
-    first = step_metrics(step_seconds=100.0, mfu=0.0, peak_memory_gib=80.0)
-    short = step_metrics(tokens=10, step_seconds=1.0, tflops_per_device=4.0, mfu=0.4)
-    long = step_metrics(tokens=10, step_seconds=3.0, tflops_per_device=0.0, mfu=0.0, loss=0.5)
-    measured = measure([first, short, long])
-    expected = {
-        "tokens_per_second": 5.0,
-        "tflops_per_device": 1.0,
-        "mfu": 0.1,
-        "step_seconds": 2.0,
-    }
-    assert {name: measured[name] for name in expected} == pytest.approx(expected)
-    assert measured["peak_memory_gib"] == 80.0 and measured["last_loss"] == 0.5
-    assert measure([first])["step_seconds"] == 100.0, "a single step is all there is"
-    assert "mfu" not in measure([step_metrics(mfu=math.nan)])

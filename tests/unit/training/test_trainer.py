@@ -22,6 +22,7 @@ from megatron_keye.training.health.run_health import RunHealth
 from megatron_keye.training.metrics import MeanLosses
 from megatron_keye.training.read_ahead import ReadAhead
 from megatron_keye.training.step_clock import StepClock
+from megatron_keye.training.step_sums import StepSums
 from megatron_keye.training.trainer import Trainer
 from megatron_keye.training.validation import ValidationResult
 from tests.support.clips import tiny_model as model_of_words
@@ -87,10 +88,10 @@ def trainer_without_model(
         "clock": clock,
         "step": step,
         "ahead": ReadAhead(run, loader, 0, step.announce),
-        "validation": _validation(losses) if losses else None,
+        "parts": SimpleNamespace(validation=_validation(losses) if losses else None),
         "last_validation": None,
         "progress": Progress(step=0, updates=0, data={}),
-        "metrics": [],
+        "sums": StepSums(),
         "num_damaged": 0,
         "health": RunHealth(run, no_model, no_model, SimpleNamespace(rank=0)),
         "has_rows": True,
@@ -150,13 +151,13 @@ def test_a_validation_is_a_part_of_the_next_step() -> None:
     run = run_of(2, validation=ValidationConfig(interval_steps=1))
     run = replace(run, data=replace(run.data, validation="v.jsonl"))
     trainer = trainer_without_model(run, Loader(num_steps=2), losses=iter([2.0, 1.0]))
-    validate = trainer._validation
+    validate = trainer._parts.validation
 
     def slowly() -> ValidationResult:
         time.sleep(0.1)
         return validate()
 
-    trainer._validation = slowly
+    trainer._parts.validation = slowly
     trainer._run_steps(None)
     first, second = trainer._step.times
     assert first["validation"] == 0.0
