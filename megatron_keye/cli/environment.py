@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import MutableMapping
+from pathlib import Path
 
 _MAX_THREADS = 8
 """More threads per rank only slow each other down."""
@@ -36,10 +37,13 @@ def complete_environment(environment: MutableMapping[str, str], *, local_ranks: 
 
 
 def bundled_cudnn() -> str:
-    """Return the folder of the cuDNN that is installed as a Python package; "" without one."""
-    # Looking for a part of a package that is not there would fail.
-    if importlib.util.find_spec("nvidia") is None:
+    """Return the folder of the cuDNN that is installed beside torch; "" without one.
+
+    It is not asked for as `nvidia.cudnn`: a package `nvidia` of another folder, such as the one
+    that comes with DALI, would hide it.
+    """
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
         return ""
-    found = importlib.util.find_spec("nvidia.cudnn")
-    folders = found.submodule_search_locations if found else None
-    return next(iter(folders), "") if folders else ""
+    folder = Path(torch.origin).parents[1] / "nvidia" / "cudnn"
+    return str(folder) if folder.is_dir() else ""

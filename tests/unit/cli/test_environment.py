@@ -44,16 +44,17 @@ def test_the_users_values_stay() -> None:
     assert variables == mine
 
 
-def test_the_cudnn_of_torch_is_found_where_there_is_one(
+def test_torchs_own_cudnn_is_found_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "nvidia"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert bundled_cudnn() == "", "no package of NVIDIA"
-    (tmp_path / "nvidia" / "nccl").mkdir(parents=True)
+    site, other = tmp_path / "site", tmp_path / "other"
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(sys, "path", [str(other), str(site)])
+    assert bundled_cudnn() == "", "no torch"
+    for package in (site / "torch", other / "nvidia"):
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
     importlib.invalidate_caches()
-    assert bundled_cudnn() == "", "another one"
-    (tmp_path / "nvidia" / "cudnn").mkdir()
-    importlib.invalidate_caches()
-    assert bundled_cudnn() == str(tmp_path / "nvidia" / "cudnn")
+    assert bundled_cudnn() == "", "a torch of the system's cuDNN"
+    (site / "nvidia" / "cudnn").mkdir(parents=True)
+    assert bundled_cudnn() == str(site / "nvidia" / "cudnn"), "another package nvidia comes first"
