@@ -1,7 +1,7 @@
 """The full-size ViT and four full-size decoder layers on two large GPUs, for measurements.
 
-One vision rank and one decoder rank; a row of 32K tokens holds a minute of 720p video. README.md
-("Overlap") has the commands that make the video and draw the timeline.
+One vision rank and one decoder rank; a row of 32K tokens holds a minute of 720p video.
+docs/overlap.md has the commands that make the video and draw the timeline.
 """
 
 from dataclasses import replace

@@ -35,7 +35,7 @@ HEADS, GROUPS, CHANNELS = 32, 4, 128
 INDEXER_HEADS, INDEXER_CHANNELS = 16, 64
 TOP_K = 2048
 CROSSOVER = 32768
-"""Tokens up to which the README says that dense attention is faster."""
+"""Tokens up to which docs/benchmarks says that dense attention is faster."""
 SCALE = CHANNELS**-0.5
 ROWS = [
     (8192, "local"),
