@@ -157,7 +157,7 @@ class Bench:
     def _measured(self, case: Case, *, is_plain: bool) -> dict[str, Any]:
         on_gpu = self._device.type == "cuda"
         run = self.run(case)
-        engine = uses_transformer_engine(run.training.linear_layers, has_gpu=on_gpu)
+        engine = uses_transformer_engine(run.training, has_gpu=on_gpu)
         fusions = choose_fusions(run.training, has_gpu=on_gpu, uses_transformer_engine=engine)
         hidden_SBD = hidden_states(case, run, self._device)
         build = case, run, self._groups, self._device, fusions
