@@ -26,7 +26,7 @@ class Fusions:
     swiglu: bool = False
     norm: bool = False
     weight_gradients: bool = False
-    """Of the linear layers and experts."""
+    """Of the linear layers, and of Transformer Engine's experts."""
     output_weight_gradients: bool = False
     """Of the output layer, which is always Megatron-Core's own."""
 

@@ -23,9 +23,7 @@ def weight_dtype(run: RunConfig) -> torch.dtype:
     return _DTYPES[run.training.precision]
 
 
-def decoder_config(
-    run: RunConfig, *, on_gpu: bool, fusions: Fusions = PLAIN
-) -> TransformerConfig:
+def decoder_config(run: RunConfig, *, on_gpu: bool, fusions: Fusions = PLAIN) -> TransformerConfig:
     """Translate the decoder's sizes and degrees.
 
     Args:

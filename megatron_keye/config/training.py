@@ -15,7 +15,6 @@ LinearLayers = Literal["auto", "megatron", "transformer_engine"]
 ExpertLayers = Literal["torch", "transformer_engine"]
 Recompute = Literal["none", "experts", "selective", "full"]
 
-EXPERT_LAYERS: tuple[ExpertLayers, ...] = ("torch", "transformer_engine")
 RECOMPUTE: tuple[Recompute, ...] = ("none", "experts", "selective", "full")
 
 
@@ -185,12 +184,11 @@ class TrainingConfig:
     """Type of weights and activations; bf16 has fp32 master weights and gradients. fp64 is for
     comparison with other implementations and needs model.decoder.experts.balance_loss_weight=0."""
     linear_layers: LinearLayers = "auto"
-    """Implementation of the decoder's linear layers. "auto" is Transformer Engine on a GPU if it is
-    installed, else Megatron-Core; checkpoints are the same for both."""
+    """Implementation of the attention's linear layers. "auto" is Transformer Engine on a GPU if it
+    is installed, else Megatron-Core; checkpoints are the same for both."""
     expert_layers: ExpertLayers = "torch"
-    """What multiplies the experts' weights: "torch" all experts of a rank by one grouped product,
-    "transformer_engine" each expert by one of its own, on a GPU and with its linear layers;
-    checkpoints are the same for both."""
+    """What multiplies the experts' weights: "torch" those of a rank by one grouped product,
+    "transformer_engine" each by its own, beside its linear layers; checkpoints are the same."""
     seed: int = 1234
     """Seed of initial weights, sample order and all other random numbers."""
     hang_minutes: float = 10.0
@@ -247,12 +245,6 @@ class TrainingConfig:
         check(self.precision in precisions, "training.precision", self.precision, f"{precisions}")
         unknown = [part for part in self.frozen if part not in PARTS]
         check(not unknown, "training.frozen", self.frozen, f"parts out of {PARTS}")
-        check(
-            self.expert_layers in EXPERT_LAYERS,
-            "training.expert_layers",
-            self.expert_layers,
-            f"one of {EXPERT_LAYERS}",
-        )
         check(self.recompute in RECOMPUTE, "training.recompute", self.recompute, f"{RECOMPUTE}")
         check(
             not self.keeps_in_host_memory or self.recompute in ("selective", "full"),

@@ -59,6 +59,10 @@ def _has_kernel(weight_EYX: Tensor) -> bool:
 class GroupedLinear(torch.nn.Module):
     """One linear of each expert, without bias; with an adapter if the experts have some."""
 
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+
     def __init__(
         self,
         num_experts: int,

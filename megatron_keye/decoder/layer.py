@@ -42,8 +42,8 @@ def block_spec(
         uses_transformer_engine: Whether linears are Transformer Engine's.
         fuses_norm: Whether Transformer Engine computes the norms.
         training: What learns, which linears have adapters, what is recomputed, and whose experts
-            they are. Where only indexers learn, the residual stream alone has a backward pass, to reach the attached
-            losses; attention and experts have none and save no activations.
+            they are. Where only indexers learn, the residual stream alone has a backward pass, to
+            reach the attached losses; attention and experts have none and save no activations.
     """
     lora = training.lora
     plain_norm = partial(RMSNorm, is_fused=fuses_norm)

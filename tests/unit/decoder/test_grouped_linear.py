@@ -1,5 +1,7 @@
 """One product for all experts equals one for each, in values and gradients."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -76,3 +78,35 @@ def test_each_expert_has_an_adapter_of_its_own() -> None:
     assert_close(output, plain_grouped_product(hidden, merged, ends(*NUM_ROWS)), 1e-12)
     output.sum().backward()
     assert not layer.lora_a.grad[1].any() and layer.lora_a.grad[2].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("num_rows", [0, 3, 4096])
+def test_the_kernel_of_a_gpu_is_a_loop_over_experts(num_rows: int) -> None:
+    """Also with experts that have no rows, without a wait of the host, and bit for bit again."""
+    generator = torch.Generator().manual_seed(num_rows)
+    experts = torch.randint(0, 100, (num_rows,), generator=generator)
+    counts = torch.bincount(experts, minlength=128)
+    assert (counts == 0).any(), "some expert has no rows"
+    places = counts.cumsum(0, dtype=torch.int32).cuda()
+    hidden, weight = (
+        make_tensor(*shape, seed=seed).bfloat16().cuda().requires_grad_()
+        for seed, shape in enumerate([(num_rows, 256), (128, 384, 256)])
+    )
+    slope = make_tensor(num_rows, 384, seed=2).bfloat16().cuda()
+
+    def results(of: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        output = of(hidden, weight, places)
+        return output, *torch.autograd.grad(output, (hidden, weight), slope)
+
+    results(grouped_product)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got, again = results(grouped_product), results(grouped_product)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for mine, repeated, theirs in zip(got, again, results(plain_grouped_product), strict=True):
+        assert torch.equal(mine, repeated)
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=1e-2 * 256**0.5)
+    assert not got[2][counts == 0].any(), "experts without rows have a gradient of zeros"
