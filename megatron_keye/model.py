@@ -66,18 +66,13 @@ def build_model(
         run: The run.
         grid: Process groups of this rank.
         device: Device of the weights.
-        uses_transformer_engine: Whether linears and experts are Transformer Engine's.
+        uses_transformer_engine: Whether linears are Transformer Engine's.
         fusions: The fused kernels that run.
         learns: Whether anything is trained; otherwise there is no memory for gradients.
     """
     stages: list[DistributedDataParallel] = []
     if grid.decoder is not None:
-        config = decoder_config(
-            run,
-            on_gpu=device.type == "cuda",
-            grouped_experts=uses_transformer_engine,
-            fusions=fusions,
-        )
+        config = decoder_config(run, on_gpu=device.type == "cuda", fusions=fusions)
         for index in range(run.parallel.decoder.virtual_stages):
             stage = VirtualStage(
                 run,

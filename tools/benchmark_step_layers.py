@@ -130,12 +130,7 @@ def our_stack(
     uses_transformer_engine: bool,
 ) -> Stack:
     """Return our layers."""
-    config = decoder_config(
-        run,
-        on_gpu=device.type == "cuda",
-        grouped_experts=uses_transformer_engine,
-        fusions=fusions,
-    )
+    config = decoder_config(run, on_gpu=device.type == "cuda", fusions=fusions)
     training, decoder = run.training, run.model.decoder
     spec = block_spec(
         decoder,
@@ -171,9 +166,7 @@ def plain_stack(
     """Return plain Megatron-Core's layers, which attend densely."""
     on_gpu, decoder = device.type == "cuda", run.model.decoder
     kept = replace(run, training=replace(run.training, recompute="none"))
-    config = decoder_config(
-        kept, on_gpu=on_gpu, grouped_experts=uses_transformer_engine, fusions=fusions
-    )
+    config = decoder_config(kept, on_gpu=on_gpu, fusions=fusions)
     if modules := PEER_RECOMPUTES[case.recompute]:
         config.recompute_granularity, config.recompute_modules = "selective", modules
         if not uses_transformer_engine:

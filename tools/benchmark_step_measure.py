@@ -157,7 +157,7 @@ class Bench:
     def _measured(self, case: Case, *, is_plain: bool) -> dict[str, Any]:
         on_gpu = self._device.type == "cuda"
         run = self.run(case)
-        engine = uses_transformer_engine(run.training.linear_layers, has_gpu=on_gpu)
+        engine = uses_transformer_engine(run.training, has_gpu=on_gpu)
         fusions = choose_fusions(run.training, has_gpu=on_gpu, uses_transformer_engine=engine)
         hidden_SBD = hidden_states(case, run, self._device)
         build = case, run, self._groups, self._device, fusions
@@ -168,6 +168,7 @@ class Bench:
             found["linear_layers"] = "transformer_engine" if engine else "megatron"
         else:
             stack = our_stack(*build, uses_transformer_engine=engine)
+            found["expert_layers"] = run.training.expert_layers
             found["expected_mib"] = round(_expected_bytes(run, stack) / 2**20)
             if case.phase == "sparse":
                 meter = UnionMeter()

@@ -50,6 +50,7 @@ _CHANGES = {
     "training.checkpoint": Change.FREE,
     "training.device_peak_tflops": Change.FREE,
     "training.linear_layers": Change.FREE,
+    "training.expert_layers": Change.FREE,
     "training.fusions": Change.FREE,
     "training.hang_minutes": Change.FREE,
     "training.logging": Change.FREE,

@@ -47,14 +47,14 @@ def without_objects(state: dict[str, Any]) -> Sharded:
 
 @torch.no_grad()
 def copy_loaded(loaded: dict[str, Any], targets: dict[str, Tensor]) -> None:
-    """Copy loaded tensors into the tensors that they were loaded for.
+    """Copy loaded tensors into the tensors that they were loaded for, unless they were read there.
 
     Args:
         loaded: Tensors by local name.
         targets: From `data_of` before loading, with the same names.
     """
     for name, target in targets.items():
-        if loaded[name] is not target:
+        if loaded[name].data_ptr() != target.data_ptr():
             target.copy_(loaded[name])
 
 

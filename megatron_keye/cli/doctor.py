@@ -148,7 +148,7 @@ def fused_kernels(facts: Facts) -> str:
     everything = FusionsConfig(**dict.fromkeys((f.name for f in fields(FusionsConfig)), wanted))
     training = TrainingConfig(steps=1, fusions=everything)
     has_gpu = bool(facts.torch and facts.torch.num_gpus)
-    engine = backends.uses_transformer_engine(training.linear_layers, has_gpu=has_gpu)
+    engine = backends.uses_transformer_engine(training, has_gpu=has_gpu)
     return ", ".join(
         choose_fusions(training, has_gpu=has_gpu, uses_transformer_engine=engine).names()
     )

@@ -219,7 +219,7 @@ def operators(run: RunConfig, process: "Process") -> dict[str, Any]:
     from megatron_keye.config.fused_kernels import choose_fusions
 
     has_gpu = process.device.type == "cuda"
-    engine = uses_transformer_engine(run.training.linear_layers, has_gpu=has_gpu)
+    engine = uses_transformer_engine(run.training, has_gpu=has_gpu)
     fusions = choose_fusions(run.training, has_gpu=has_gpu, uses_transformer_engine=engine)
     return {"uses_transformer_engine": engine, "fusions": fusions}
 

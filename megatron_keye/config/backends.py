@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_keye.config.data import DecodeBackend
-from megatron_keye.config.training import LinearLayers
+from megatron_keye.config.training import LinearLayers, TrainingConfig
 from megatron_keye.errors import UserError
 
 TRANSFORMER_ENGINE_INSTALL = (
@@ -79,17 +79,28 @@ def transformer_engine_version() -> str | None:
     return next(iter(present.values()))
 
 
-def uses_transformer_engine(wanted: LinearLayers, *, has_gpu: bool) -> bool:
+def uses_transformer_engine(training: TrainingConfig, *, has_gpu: bool) -> bool:
     """Return whether a run uses Transformer Engine's linear layers.
 
     Args:
-        wanted: The run's training.linear_layers.
+        training: The run's linear_layers and expert_layers.
         has_gpu: Whether the run is on GPUs.
 
     Raises:
-        UserError: When Transformer Engine is requested but not available.
+        UserError: When Transformer Engine is requested but not available, or asked for experts
+            alone.
         RuntimeError: When it is only partly installed.
     """
+    has_linears = _has_engine_linears(training.linear_layers, has_gpu=has_gpu)
+    if training.expert_layers == "transformer_engine" and not has_linears:
+        raise UserError(
+            "training.expert_layers: got 'transformer_engine' with Megatron-Core's linear layers, "
+            "expected 'torch', or linear layers of Transformer Engine"
+        )
+    return has_linears
+
+
+def _has_engine_linears(wanted: LinearLayers, *, has_gpu: bool) -> bool:
     if wanted == "megatron" or (wanted == "auto" and not has_gpu):
         return False
     version = transformer_engine_version()

@@ -26,7 +26,7 @@ class Fusions:
     swiglu: bool = False
     norm: bool = False
     weight_gradients: bool = False
-    """Of the linear layers and experts."""
+    """Of the linear layers, and of Transformer Engine's experts."""
     output_weight_gradients: bool = False
     """Of the output layer, which is always Megatron-Core's own."""
 
@@ -46,7 +46,7 @@ def choose_fusions(
     Args:
         training: The run's fusions and precision.
         has_gpu: Whether the run is on GPUs.
-        uses_transformer_engine: Whether linear layers and experts are Transformer Engine's.
+        uses_transformer_engine: Whether linear layers are Transformer Engine's.
 
     Raises:
         UserError: When a fusion is "on" that cannot run here.

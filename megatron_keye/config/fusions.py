@@ -27,7 +27,8 @@ class FusionsConfig:
     """RMSNorm by Transformer Engine instead of torch."""
     weight_gradients: Fusion = "auto"
     """Products that add weight gradients to the summed ones in place: by Transformer Engine in its
-    linear layers, by NVIDIA's apex in Megatron-Core's own."""
+    linear layers, by NVIDIA's apex in Megatron-Core's own. Grouped products of experts have none:
+    their gradients are added afterwards."""
 
     def __post_init__(self) -> None:
         for each in fields(self):

@@ -23,16 +23,12 @@ def weight_dtype(run: RunConfig) -> torch.dtype:
     return _DTYPES[run.training.precision]
 
 
-def decoder_config(
-    run: RunConfig, *, on_gpu: bool, grouped_experts: bool, fusions: Fusions = PLAIN
-) -> TransformerConfig:
+def decoder_config(run: RunConfig, *, on_gpu: bool, fusions: Fusions = PLAIN) -> TransformerConfig:
     """Translate the decoder's sizes and degrees.
 
     Args:
         run: The run.
         on_gpu: Whether modules are built on the GPU.
-        grouped_experts: Whether the experts of a rank run as one grouped GEMM, which needs
-            Transformer Engine.
         fusions: The fused kernels that run.
     """
     decoder, degrees = run.model.decoder, run.parallel.decoder
@@ -60,7 +56,6 @@ def decoder_config(
         moe_router_pre_softmax=False,
         moe_router_dtype="fp64" if run.training.precision == "fp64" else "fp32",
         moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=grouped_experts,
         moe_permute_fusion=fusions.permutation,
         moe_router_fusion=fusions.router,
         tensor_model_parallel_size=degrees.tensor,

@@ -12,6 +12,7 @@ from megatron_keye.config.parts import PARTS, Part
 
 Phase = Literal["dense", "indexer_warmup", "sparse"]
 LinearLayers = Literal["auto", "megatron", "transformer_engine"]
+ExpertLayers = Literal["torch", "transformer_engine"]
 Recompute = Literal["none", "experts", "selective", "full"]
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "experts", "selective", "full")
@@ -183,8 +184,11 @@ class TrainingConfig:
     """Type of weights and activations; bf16 has fp32 master weights and gradients. fp64 is for
     comparison with other implementations and needs model.decoder.experts.balance_loss_weight=0."""
     linear_layers: LinearLayers = "auto"
-    """Implementation of the decoder's linear layers and experts. "auto" is Transformer Engine on a
-    GPU if it is installed, else Megatron-Core; checkpoints are the same for both."""
+    """Implementation of the attention's linear layers. "auto" is Transformer Engine on a GPU if it
+    is installed, else Megatron-Core; checkpoints are the same for both."""
+    expert_layers: ExpertLayers = "torch"
+    """What multiplies the experts' weights: "torch" those of a rank by one grouped product,
+    "transformer_engine" each by its own, beside its linear layers; checkpoints are the same."""
     seed: int = 1234
     """Seed of initial weights, sample order and all other random numbers."""
     hang_minutes: float = 10.0

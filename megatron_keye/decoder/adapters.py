@@ -19,7 +19,6 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.moe.experts import GroupedMLPSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -42,22 +41,17 @@ def adapt_row(base: type, lora: LoraConfig) -> type:
 
 
 def adapt_experts(experts: partial[Any], lora: LoraConfig) -> partial[Any]:
-    """Return the builder of a rank's experts with an adapter of its own for each expert.
+    """Return the builder of Transformer Engine's experts with an adapter for each expert.
 
     Args:
         experts: Megatron's builder, with the classes of both linears in its `submodules`.
         lora: Rank and scale.
     """
-    both = experts.keywords["submodules"]
-    first: type = _ColumnAdapter
-    second: type = _RowAdapter
-    if isinstance(both, GroupedMLPSubmodules):
-        # One linear holds all experts of a rank.
-        first = second = _GroupedAdapter
+    both: Any = experts.keywords["submodules"]
     adapted = dataclasses.replace(
         both,
-        linear_fc1=_subclass(first, both.linear_fc1, lora),
-        linear_fc2=_subclass(second, both.linear_fc2, lora),
+        linear_fc1=_subclass(_GroupedAdapter, both.linear_fc1, lora),
+        linear_fc2=_subclass(_GroupedAdapter, both.linear_fc2, lora),
     )
     return partial(experts, submodules=adapted)
 

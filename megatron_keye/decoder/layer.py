@@ -1,9 +1,10 @@
 """Megatron-Core's specs of the decoder's layers.
 
-Linear layers and experts are Transformer Engine's or Megatron's own; norms and attention are
-always this package's, so that checkpoints have the same keys.
+Linear layers are Transformer Engine's or Megatron's own, experts Transformer Engine's or this
+package's; norms and attention are always this package's. Checkpoints have the same keys.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -20,6 +21,7 @@ from megatron_keye.config.model import DecoderConfig
 from megatron_keye.config.training import TrainingConfig
 from megatron_keye.decoder.adapters import adapt_column, adapt_experts, adapt_row
 from megatron_keye.decoder.attention import AttentionLinears, SparseSelfAttention
+from megatron_keye.decoder.grouped_experts import GroupedExpertLayer, GroupedExperts
 from megatron_keye.decoder.norm import RMSNorm
 from megatron_keye.decoder.router import Router
 
@@ -37,11 +39,11 @@ def block_spec(
     Args:
         decoder: Sizes.
         num_layers: Layers of one virtual stage.
-        uses_transformer_engine: Whether linears and experts are Transformer Engine's.
+        uses_transformer_engine: Whether linears are Transformer Engine's.
         fuses_norm: Whether Transformer Engine computes the norms.
-        training: What learns, which linears have adapters, and what is recomputed. Where only
-            indexers learn, the residual stream alone has a backward pass, to reach the attached
-            losses; attention and experts have none and save no activations.
+        training: What learns, which linears have adapters, what is recomputed, and whose experts
+            they are. Where only indexers learn, the residual stream alone has a backward pass, to
+            reach the attached losses; attention and experts have none and save no activations.
     """
     lora = training.lora
     plain_norm = partial(RMSNorm, is_fused=fuses_norm)
@@ -60,10 +62,6 @@ def block_spec(
         },
         submodules=AttentionLinears(column=column, row=row),
     )
-    experts = backend.grouped_mlp_modules(uses_transformer_engine)
-    if lora.is_adapting("experts"):
-        experts = adapt_experts(experts, lora)
-    mlp = partial(MoELayer, submodules=MoESubmodules(router=Router, experts=experts))
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -71,11 +69,23 @@ def block_spec(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=mlp,
+            mlp=_expert_layer(training),
             mlp_bda=get_bias_dropout_add,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=plain_norm)
+
+
+def _expert_layer(training: TrainingConfig) -> Callable[..., MoELayer]:
+    lora = training.lora if training.lora.is_adapting("experts") else None
+    if training.expert_layers == "torch":
+        experts = partial(GroupedExperts, lora=lora)
+        submodules = MoESubmodules(router=Router, experts=experts)
+        return partial(GroupedExpertLayer, submodules=submodules)
+    engine = _backend(uses_transformer_engine=True).grouped_mlp_modules(True)
+    if lora is not None:
+        engine = adapt_experts(engine, lora)
+    return partial(MoELayer, submodules=MoESubmodules(router=Router, experts=engine))
 
 
 def _backend(uses_transformer_engine: bool) -> BackendSpecProvider:

@@ -51,7 +51,7 @@ class VirtualStage(MegatronModule):
             config: Megatron's configuration of the run.
             groups: The decoder's process groups.
             index: Number of the virtual stage within its pipeline stage.
-            uses_transformer_engine: Whether linears and experts are Transformer Engine's.
+            uses_transformer_engine: Whether linears are Transformer Engine's.
             fusions: The fused kernels that run; those of `config`.
         """
         super().__init__(config=config)

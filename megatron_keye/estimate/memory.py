@@ -72,7 +72,7 @@ def decoder_memory(
     kept, again = _kept_and_recomputed(run)
     activations = _layers_in_flight(run, stage) * kept * num_tokens
     # One layer at a time is recomputed.
-    workspace = (_layer_workspace(run) + again) * num_tokens
+    workspace = (_layer_workspace(run) + again) * num_tokens + _expert_gradient_bytes(run)
     if stage == degrees.pipeline - 1:
         # Logits, their float32 copy and its gradient.
         width = decoder.vocab_size / degrees.tensor
@@ -187,6 +187,17 @@ def _layer_workspace(run: RunConfig) -> float:
     experts = decoder.experts
     width = 2 * decoder.hidden_size + experts.intermediate_size
     return _BYTES[run.training.precision] * experts.num_experts_per_token * width
+
+
+def _expert_gradient_bytes(run: RunConfig) -> float:
+    """Return the bytes of a layer's gate and up gradients before they are added to the sums."""
+    decoder, training = run.model.decoder, run.training
+    learns = training.is_trained("decoder", is_adapter=False)
+    if training.expert_layers != "torch" or not learns:
+        return 0.0
+    num_experts = decoder.experts.num_experts / run.parallel.decoder.expert
+    num_weights = 2 * decoder.experts.intermediate_size * decoder.hidden_size
+    return _BYTES[training.precision] * num_experts * num_weights
 
 
 def _layers_in_flight(run: RunConfig, stage: int) -> float:

@@ -34,7 +34,7 @@ def open_engine(
         run: A run whose grid generates (`rollout.grid.generating_run`).
         process: This rank.
         weights: A complete checkpoint that training or a conversion wrote, on any grid.
-        uses_transformer_engine: Whether linear layers and experts are Transformer Engine's.
+        uses_transformer_engine: Whether linear layers are Transformer Engine's.
         fusions: The fused kernels that run.
 
     Raises:

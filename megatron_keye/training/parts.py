@@ -54,7 +54,7 @@ def build_parts(
     Args:
         run: The run; its degrees fit the number of ranks.
         process: This rank.
-        uses_transformer_engine: Whether linear layers and experts are Transformer Engine's.
+        uses_transformer_engine: Whether linear layers are Transformer Engine's.
         fusions: The fused kernels that run.
 
     Raises:

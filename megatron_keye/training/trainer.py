@@ -61,7 +61,7 @@ class Trainer:
         Args:
             run: The run; its degrees must fit the number of ranks.
             process: This rank.
-            uses_transformer_engine: Whether linear layers and experts are Transformer Engine's.
+            uses_transformer_engine: Whether linear layers are Transformer Engine's.
             fusions: The fused kernels that run.
 
         Raises:

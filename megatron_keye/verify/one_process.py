@@ -20,7 +20,7 @@ from megatron_keye.checkpoint.convert.native_folder import NativeFolder
 from megatron_keye.checkpoint.hf.folder import HfFolder
 from megatron_keye.checkpoint.hf.parameter_shapes import ExpertLayout
 from megatron_keye.checkpoint.hf.weight_map import weight_mappings
-from megatron_keye.checkpoint.hf.weights import as_released, load_released, parameter_name
+from megatron_keye.checkpoint.hf.weights import as_released, load_released, parameter_of
 from megatron_keye.checkpoint.selection import check_whole
 from megatron_keye.checkpoint.sharded_load import load_sharded
 from megatron_keye.checkpoint.state import copy_loaded, data_of, without_objects
@@ -78,7 +78,7 @@ class OneProcessModel:
         on_gpu = device.type == "cuda"
         self.stage = VirtualStage(
             self.run,
-            decoder_config(self.run, on_gpu=on_gpu, grouped_experts=False),
+            decoder_config(self.run, on_gpu=on_gpu),
             groups,
             index=0,
             uses_transformer_engine=False,
@@ -136,7 +136,7 @@ class OneProcessModel:
             )
         weights = self.parameters()
         for mapping in weight_mappings(self.run.model, "fused"):
-            expected = [*mapping.stacked_shape, *weights[parameter_name(mapping)].shape]
+            expected = [*mapping.stacked_shape, *parameter_of(weights, mapping).shape]
             stored = folder.tensors.get(mapping.key)
             if stored is None or list(stored.shape) != expected:
                 got = "none" if stored is None else f"shape {list(stored.shape)}"

@@ -143,7 +143,7 @@ def _module_shapes(run_json: str) -> dict[str, tuple[int, ...]]:
     """Build all modules on the meta device and return the shapes, layers and experts stacked."""
     run = RunConfig.from_json(run_json)
     groups = build_grid(run.parallel).decoder
-    config = decoder_config(run, on_gpu=False, grouped_experts=False)
+    config = decoder_config(run, on_gpu=False)
     with torch.device("meta"):
         stage = VirtualStage(run, config, groups, index=0, uses_transformer_engine=False)
         tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
@@ -152,13 +152,12 @@ def _module_shapes(run_json: str) -> dict[str, tuple[int, ...]]:
     for name, parameter in stage.named_parameters():
         assert parameter.is_meta, name
         name = re.sub(r"layers\.\d+\.", "layers.", f"decoder.{name}")
-        name = re.sub(r"local_experts\.\d+\.", "experts.", name)
+        name = name.replace(".experts.", ".experts.experts.")
         stacks.setdefault(name, []).append(tuple(parameter.shape))
-    decoder = run.model.decoder
+    num_layers = run.model.decoder.num_layers
     for name, stack in stacks.items():
-        assert len(set(stack)) == 1, f"{name} differs between layers or experts"
-        stacked = (decoder.num_layers,) if ".layers." in name else ()
-        stacked += (decoder.experts.num_experts,) if ".experts.experts." in name else ()
+        assert len(set(stack)) == 1, f"{name} differs between layers"
+        stacked = (num_layers,) if ".layers." in name else ()
         assert len(stack) == torch.Size(stacked).numel(), name
         shapes[name] = (*stacked, *stack[0])
     return shapes

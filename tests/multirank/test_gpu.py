@@ -120,9 +120,10 @@ def test_a_distributed_optimizer_is_saved_and_continues(tmp_path: Path, precisio
         assert got.loss == pytest.approx(uninterrupted.metrics[2].loss, rel=relative)
 
 
-@pytest.mark.skipif(transformer_engine_version() is None, reason="no Transformer Engine")
-def test_transformer_engine_trains_as_megatrons_own_layers(one_gpu: Trained) -> None:
-    training = {"linear_layers": "transformer_engine"}
+@needs_engine
+@pytest.mark.parametrize("experts", ["torch", "transformer_engine"])
+def test_transformer_engine_trains_as_other_layers(experts: str, one_gpu: Trained) -> None:
+    training = {"linear_layers": "transformer_engine", "expert_layers": experts}
     got = train(tiny_run(device="cuda", training=training))
     assert got.weights.keys() == one_gpu.weights.keys(), "checkpoint keys differ"
     # Its matrix products round float32 to TF32, 10 bits of mantissa.
@@ -156,11 +157,34 @@ def test_fused_kernels_train_as_their_plain_forms(names: list[str], unfused: Tra
 
 
 @needs_engine
-def test_adapters_of_transformer_engine_train_as_those_of_megatrons_own_layers() -> None:
+@pytest.mark.parametrize("expert_layers", ["torch", "transformer_engine"])
+def test_a_checkpoint_continues_with_other_expert_layers(
+    expert_layers: str, tmp_path: Path
+) -> None:
+    steps = [mixed_rows(step) for step in range(3)]
+    engine = {"precision": "bf16", "linear_layers": "transformer_engine"}
+    saving, other = (
+        tiny_run(device="cuda", training=engine | {"expert_layers": layers})
+        for layers in ("torch", "transformer_engine")[:: 1 if expert_layers == "torch" else -1]
+    )
+    train(saving, steps[:2], save_to=tmp_path)
+    checkpoint = tmp_path / "tiny" / "checkpoints" / "step-00000002"
+    expected, got = (train(run, steps[2:], load_from=checkpoint) for run in (saving, other))
+    assert got.metrics[0].loss == pytest.approx(expected.metrics[0].loss, rel=1e-3)
+    assert got.metrics[0].gradient_norm == pytest.approx(
+        expected.metrics[0].gradient_norm, rel=1e-2
+    )
+
+
+@needs_engine
+def test_adapters_of_transformer_engine_train_as_those_of_other_layers() -> None:
     lora = LoraConfig(rank=4, alpha=8.0, targets=("attention", "experts"))
     runs = [
-        tiny_run(device="cuda", training={"lora": lora, "linear_layers": kind})
-        for kind in ("megatron", "transformer_engine")
+        tiny_run(device="cuda", training={"lora": lora, **layers})
+        for layers in (
+            {"linear_layers": "megatron", "expert_layers": "torch"},
+            {"linear_layers": "transformer_engine", "expert_layers": "transformer_engine"},
+        )
     ]
     drawn, drawn_by_engine = (train(run, []) for run in runs)
     assert not drawn_by_engine.changed(drawn)

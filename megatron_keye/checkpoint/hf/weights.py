@@ -18,20 +18,17 @@ _LAYERS = "block.layers."
 _EXPERTS = "mlp.experts.experts."
 
 
-def parameter_name(mapping: WeightMapping) -> str:
-    """Return a mapping's parameter name in modules that hold all layers and experts.
+def parameter_of(parameters: Mapping[str, Tensor], mapping: WeightMapping) -> Tensor:
+    """Return the native weight of a mapping: a parameter, or one expert's part of it.
 
-    A decoder stage's parameters have the prefix "decoder.", the vision tower's "vision.".
+    Args:
+        parameters: Those of modules that hold all layers and experts, by name; a decoder stage's
+            with the prefix "decoder.", the vision tower's with "vision.".
+        mapping: The weight.
     """
-    name = mapping.key
-    for stacked, own, index in zip(
-        (_LAYERS, _EXPERTS),
-        (_LAYERS, "mlp.experts.local_experts."),
-        mapping.stacked_index,
-        strict=False,
-    ):
-        name = name.replace(stacked, f"{own}{index}.")
-    return name
+    layer, expert, *_ = (*mapping.stacked_index, None, None)
+    name = mapping.key.replace(_LAYERS, f"{_LAYERS}{layer}.").replace(_EXPERTS, "mlp.experts.")
+    return parameters[name] if expert is None else parameters[name][expert]
 
 
 @torch.no_grad()
@@ -39,12 +36,12 @@ def load_released(weights: Mapping[str, Tensor], folder: HfFolder) -> None:
     """Fill parameters from a checkpoint folder, in their own type.
 
     Args:
-        weights: All parameters by `parameter_name`.
+        weights: All parameters, as for `parameter_of`.
         folder: The checkpoint.
     """
     for mapping in weight_mappings(folder.model, folder.layout):
         parts = [folder.entries[part.name].read(part.index) for part in mapping.parts]
-        weights[parameter_name(mapping)].copy_(torch.cat(mapping.arrangement.join(parts)))
+        parameter_of(weights, mapping).copy_(torch.cat(mapping.arrangement.join(parts)))
 
 
 def as_released(
@@ -53,14 +50,14 @@ def as_released(
     """Return parameters, or anything of their shapes, as the tensors of a checkpoint.
 
     Args:
-        weights: All parameters by `parameter_name`.
+        weights: All parameters, as for `parameter_of`.
         model: Sizes.
         layout: Expert layout of the checkpoint.
     """
     whole: dict[str, Tensor] = {}
     slices: dict[str, list[Tensor]] = {}
     for mapping in weight_mappings(model, layout):
-        tensors = mapping.arrangement.split(weights[parameter_name(mapping)])
+        tensors = mapping.arrangement.split(parameter_of(weights, mapping))
         for part, tensor in zip(mapping.parts, tensors, strict=True):
             if part.index is None:
                 whole[part.name] = tensor

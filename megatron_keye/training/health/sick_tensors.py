@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
@@ -99,8 +100,11 @@ def _named_state(
 
 
 def _name(entry: ShardedTensor | ShardedTensorFactory) -> str:
-    """Return a weight's name, with its layer and expert where those share one name."""
-    if isinstance(entry, ShardedTensor) and entry.prepend_axis_num:
-        places = entry.global_offset[: entry.prepend_axis_num]
-        return f"{entry.key}[{', '.join(map(str, places))}]"
-    return str(entry.key)
+    """Return a weight's name, with its layer and experts where those share one name."""
+    parts = [entry] if isinstance(entry, ShardedTensor) else list(nested_values([entry.build()]))
+    places = [part.global_offset[: part.prepend_axis_num] for part in parts]
+    indices = [
+        f"{first}" if first == last else f"{first}-{last}"
+        for first, last in zip(min(places), max(places), strict=True)
+    ]
+    return f"{entry.key}[{', '.join(indices)}]" if indices else str(entry.key)

@@ -68,7 +68,7 @@ def test_an_unknown_choice_is_refused() -> None:
 def test_megatron_is_told() -> None:
     run = tiny_run()
     fusions = Fusions(swiglu=True, weight_gradients=True)
-    config = decoder_config(run, on_gpu=False, grouped_experts=False, fusions=fusions)
+    config = decoder_config(run, on_gpu=False, fusions=fusions)
     assert config.bias_activation_fusion and config.gradient_accumulation_fusion
     assert not config.moe_permute_fusion and not config.moe_router_fusion
     assert not output_layer_config(config, fusions).gradient_accumulation_fusion
