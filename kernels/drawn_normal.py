@@ -60,7 +60,7 @@ def fill_normal(
 
 
 def _places(part: Tensor, whole: Sequence[int], first: Sequence[int]) -> Tensor:
-    """Return the place of each number of a part in the flattened whole: int64, the part's shape."""
+    """Return the place of each number in the flattened whole: int64, the part's shape."""
     places = torch.zeros((), dtype=torch.int64, device=part.device)
     for here, size, everywhere in zip(first, part.shape, whole, strict=True):
         steps = torch.arange(here, here + size, device=part.device)

@@ -112,8 +112,8 @@ class OptimizerConfig:
                 self._check(
                     getattr(self, name) <= _LARGEST_BETA,
                     name,
-                    f"at most {_LARGEST_BETA} with moments in bf16, which would be rounded back to "
-                    "what they were",
+                    f"at most {_LARGEST_BETA} with moments in bf16, which would else be rounded "
+                    "back to what they were",
                 )
 
     @property

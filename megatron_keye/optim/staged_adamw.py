@@ -48,7 +48,11 @@ class StagedAdamW:
     """
 
     def __init__(
-        self, groups: list[Group], settings: OptimizerConfig, *, room_elements: int = _ROOM_ELEMENTS
+        self,
+        groups: list[Group],
+        settings: OptimizerConfig,
+        *,
+        room_elements: int = _ROOM_ELEMENTS,
     ) -> None:
         """Make moments of 0, and masters of rounded weights.
 
@@ -166,9 +170,7 @@ def _share_of(weights: Iterable[Tensor], share: float) -> Iterator[bool]:
 def _update(pieces: list[_Piece], staged: list[State]) -> None:
     """Compute one update of pieces of one group, with their state in float32."""
     weights, group = [piece.weight for piece in pieces], pieces[0].group
-    masters = [
-        state.get(MASTER, weight) for weight, state in zip(weights, staged, strict=True)
-    ]
+    masters = [state.get(MASTER, weight) for weight, state in zip(weights, staged, strict=True)]
     means, squares = ([state[kind] for state in staged] for kind in MOMENTS)
     done = torch.full((len(pieces),), group["step"] - 1.0, device=weights[0].device)
     beta1, beta2 = group["betas"]

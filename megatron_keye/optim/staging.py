@@ -92,7 +92,11 @@ def pass_through[Batch: Sequence[Kept]](
         rooms: Made on the current stream, for this pass.
         compute: Changes the state in float32 in place.
     """
-    here, incoming, outgoing = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()
+    here, incoming, outgoing = (
+        torch.cuda.current_stream(),
+        torch.cuda.Stream(),
+        torch.cuda.Stream(),
+    )
     # The rooms' memory was others' before.
     incoming.wait_stream(here)
     for number, batch in enumerate(batches):

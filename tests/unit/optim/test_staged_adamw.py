@@ -52,9 +52,7 @@ def stepped(
             weight.decoupled_grad = gradient
         optimizer.step()
     state = [optimizer.state[weight].get("master", weight) for weight in weights]
-    assert all(
-        torch.equal(w, s.to(w.device, dtype)) for w, s in zip(weights, state, strict=True)
-    )
+    assert all(torch.equal(w, s.to(w.device, dtype)) for w, s in zip(weights, state, strict=True))
     return [tensor.cpu() for tensor in state]
 
 
