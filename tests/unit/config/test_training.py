@@ -19,6 +19,7 @@ NUMBERS: dict[str, tuple[float, ...]] = {
     "beta2": (-0.1, 1.0, NAN, INFINITY),
     "epsilon": (0.0, -1.0, NAN, INFINITY),
     "clip_gradient_norm": (-1.0, NAN, INFINITY),
+    "offload": (-0.1, 1.1, NAN, INFINITY),
     **{f"{part}_rate_multiplier": (0.0, -1.0, NAN, INFINITY) for part in PARTS},
 }
 
