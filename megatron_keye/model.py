@@ -81,11 +81,11 @@ def build_model(
                 index=index,
                 uses_transformer_engine=uses_transformer_engine,
                 fusions=fusions,
-            )
+            ).to(device)
             sharded = stage.sharded_state_dict(metadata={"dp_cp_group": grid.decoder.dp_cp})
             initialize_weights(sharded, std=run.model.decoder.init_std, seed=run.training.seed)
             _freeze(stage, run, learns=learns)
-            stages.append(_wrap(stage.to(device), run, config, grid.decoder))
+            stages.append(_wrap(stage, run, config, grid.decoder))
     return KeyeModel(stages=stages, vision=_build_vision(run, grid, device, learns=learns))
 
 
@@ -106,11 +106,12 @@ def _build_vision(
 ) -> DistributedDataParallel | None:
     if grid.vision is None:
         return None
-    tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
+    with device:
+        tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
     tower.reset_parameters(run.training.seed)
     add_adapters(tower, run.training.lora, seed=run.training.seed)
     _freeze(tower, run, learns=learns)
-    tower = tower.to(device=device, dtype=weight_dtype(run))
+    tower = tower.to(dtype=weight_dtype(run))
     return _wrap(tower, run, vision_config(run), grid.vision)
 
 

@@ -20,7 +20,8 @@ from megatron_keye.config import ParallelConfig, RunConfig, VisionParallel
 from megatron_keye.config.backends import transformer_engine_version, uses_transformer_engine
 from megatron_keye.config.fused_kernels import choose_fusions
 from megatron_keye.config.parts import Part
-from megatron_keye.estimate.memory import Parameters, decoder_memory
+from megatron_keye.estimate.memory import decoder_memory
+from megatron_keye.estimate.state import Parameters
 from megatron_keye.model import part_of
 from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import resolve_device

@@ -16,9 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_keye.optim.optimizer import JointOptimizer
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-MASTER = "master"
+from megatron_keye.optim.staged_adamw import MASTER, MOMENTS, StagedAdamW
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Shard:
     """Elements of the flattened weight that this rank updates."""
     kept: dict[str, Tensor]
     """Moments and, where the weight is rounded, its master weight, by name; each has as many
-    entries as `elements`, in the optimizer's own memory."""
+    entries as `elements`, in the optimizer's own memory, which may be the machine's."""
 
     @property
     def is_whole(self) -> bool:
@@ -61,7 +59,8 @@ def shards_of(optimizer: MegatronOptimizer) -> Iterator[Shard]:
     """Yield the shards of one optimizer, creating state that does not exist yet."""
     _create_state(optimizer)
     for weight, updated, elements in _updated(optimizer):
-        kept = {name: optimizer.optimizer.state[updated][name] for name in MOMENTS}
+        state = optimizer.optimizer.state[updated]
+        kept = {name: state[name] for name in (*MOMENTS, MASTER) if name in state}
         if updated.dtype != weight.dtype:
             kept[MASTER] = updated.data
         yield Shard(weight=weight, elements=elements, kept=kept)
@@ -106,6 +105,8 @@ def _create_state(optimizer: MegatronOptimizer) -> None:
     its next update.
     """
     inner = optimizer.optimizer
+    if isinstance(inner, StagedAdamW):
+        return  # Has it from the beginning.
     optimizer.init_state_fn(inner, optimizer.config)
     if isinstance(inner, torch.optim.Adam):
         for weight in optimizer.get_parameters():
@@ -125,8 +126,10 @@ def _updated(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, ran
 def _pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each weight that this rank updates a part of, with the tensor that it updates."""
     if isinstance(optimizer, DistributedOptimizer):
+        has_masters = isinstance(optimizer.optimizer, StagedAdamW)
+        rounded = "shard_float16_groups" if has_masters else "shard_fp32_from_float16_groups"
         kinds = [
-            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+            (optimizer.model_float16_groups, getattr(optimizer, rounded)),
             (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
         ]
     elif hasattr(optimizer, "float16_groups"):
@@ -166,14 +169,14 @@ def _gather_on_first(
     """Send this rank's part of a weight to the first holder, which returns the whole."""
     first = min(holders)
     if group.rank() != first:
-        parts = [part.flatten() for part in shard.kept.values()]
+        parts = [part.flatten().to(shard.weight.device) for part in shard.kept.values()]
         operations = [dist.P2POp(dist.isend, p, group=group, group_peer=first) for p in parts]
         _finish(operations)
         return None
     kept: dict[str, Tensor] = {}
     operations = []
     for name, mine in shard.kept.items():
-        whole = mine.new_empty(shard.weight.numel())
+        whole = mine.new_empty(shard.weight.numel(), device=shard.weight.device)
         whole[: len(shard.elements)] = mine.flatten()
         operations += [
             dist.P2POp(dist.irecv, whole[part.start : part.stop], group=group, group_peer=rank)

@@ -22,6 +22,12 @@ def describe(plan: dict[str, Any]) -> str:
         f"  most memory is expected on rank {fullest['rank']}, in GiB: {parts}; "
         f"together {_total(fullest):.1f}"
     )
+    if largest := max(rank["host_memory"] for rank in plan["ranks"]):
+        together = sum(rank["host_memory"] for rank in plan["ranks"])
+        lines += _wrapped(
+            f"  main memory for the optimizer, in GiB: {largest:.1f} a rank at most, all ranks "
+            f"together {together:.1f}"
+        )
     return "\n".join(lines) + "\n" + describe_step(plan.get("step"))
 
 

@@ -19,9 +19,10 @@ _REPEATS = 5
 
 def fit_vision(run: RunConfig, device: torch.device) -> str:
     """Time the ViT; return the times and the fitted setting as text."""
-    tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
+    with device:
+        tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
     tower.reset_parameters(run.training.seed)
-    tower = tower.to(device=device, dtype=weight_dtype(run))
+    tower = tower.to(dtype=weight_dtype(run))
     frames, seconds = [], []
     for side in _SIDES:
         patch_grids = [(side, side)] * max(1, _PATCHES // side**2)

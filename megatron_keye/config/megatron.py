@@ -141,7 +141,7 @@ def data_parallel_config(run: RunConfig) -> DistributedDataParallelConfig:
 def optimizer_config(run: RunConfig) -> MegatronOptimizerConfig:
     """Translate AdamW without clipping, which optim/ does by the norm over both grids."""
     optimizer = run.training.optimizer
-    return MegatronOptimizerConfig(
+    config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.learning_rate,
         min_lr=optimizer.min_learning_rate,
@@ -154,3 +154,8 @@ def optimizer_config(run: RunConfig) -> MegatronOptimizerConfig:
         bf16=run.training.precision == "bf16",
         params_dtype=weight_dtype(run),
     )
+    # The distributed optimizer then makes no master weights of its own, and hands gradients over
+    # in `decoupled_grad`. The setting that stands for this also asks for an optimizer that
+    # optim/staged_adamw.py takes the place of.
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = optimizer.is_staged
+    return config

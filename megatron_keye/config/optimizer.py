@@ -8,8 +8,13 @@ from megatron_keye.config.check import check, check_numbers
 from megatron_keye.config.parts import PARTS, Part
 
 Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
+Moments = Literal["fp32", "bf16"]
 
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant", "warmup_stable_decay")
+MOMENTS: tuple[Moments, ...] = ("fp32", "bf16")
+
+_LARGEST_BETA = 1 - 2**-8
+"""A moment in bf16 decays by no smaller part of itself: it would be rounded back for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,14 @@ class OptimizerConfig:
     """Whether data-parallel ranks share the optimizer (Megatron's distributed optimizer, ZeRO-1):
     each keeps moments and master weights of one shard and updates it, then weights are gathered.
     Otherwise each keeps all. Checkpoints are the same for both; ignored with fp64."""
+    moments: Moments = "fp32"
+    """Type that both moments are kept in. The update computes in fp32 with either; "bf16" saves 4
+    bytes a weight, and rounds what the next update reads."""
+    offload: float = 0.0
+    """Share of the weights whose moments and master weights are kept in the machine's main memory,
+    0 to 1. They pass through the GPU at each update, which computes the same: 12 bytes a weight
+    there and back, with bf16 moments 8. All replicas of one machine need that memory at once, and
+    as much again for checkpoints with training.checkpoint.asynchronous."""
 
     def __post_init__(self) -> None:
         peak, low = self.learning_rate, self.min_learning_rate
@@ -67,7 +80,7 @@ class OptimizerConfig:
             "training.optimizer",
             above_zero=f"learning_rate epsilon {multipliers}",
             zero_or_more="min_learning_rate warmup_steps decay_steps weight_decay beta1 beta2 "
-            "clip_gradient_norm",
+            "clip_gradient_norm offload",
         )
         self._check(low <= peak, "min_learning_rate", f"0 to learning_rate = {peak}")
         self._check(self.schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}")
@@ -83,6 +96,30 @@ class OptimizerConfig:
             self._check(self.decay_steps == 0, "decay_steps", rule)
         for name in ("beta1", "beta2"):
             self._check(getattr(self, name) < 1, name, "0 or more, and below 1")
+        self._check_state()
+
+    def _check_state(self) -> None:
+        """Check how and where the state is kept."""
+        self._check(self.moments in MOMENTS, "moments", f"one of {MOMENTS}")
+        self._check(self.offload <= 1, "offload", "a share from 0 to 1")
+        self._check(
+            self.distributed or not self.is_staged,
+            "distributed",
+            "true with moments in bf16 or a share in main memory (offload)",
+        )
+        if self.moments == "bf16":
+            for name in ("beta1", "beta2"):
+                self._check(
+                    getattr(self, name) <= _LARGEST_BETA,
+                    name,
+                    f"at most {_LARGEST_BETA} with moments in bf16, which would else be rounded "
+                    "back to what they were",
+                )
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether state passes through the GPU in parts: in another type, or from main memory."""
+        return self.moments != "fp32" or self.offload > 0
 
     def _check(self, holds: bool, name: str, expected: str) -> None:
         check(holds, f"training.optimizer.{name}", getattr(self, name), expected)

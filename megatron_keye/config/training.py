@@ -252,6 +252,12 @@ class TrainingConfig:
             self.keeps_in_host_memory,
             f"false with training.recompute = {self.recompute!r}, which keeps no such tensors",
         )
+        check(
+            self.precision != "fp64" or not self.optimizer.is_staged,
+            "training.precision",
+            self.precision,
+            "fp32 or bf16 with training.optimizer.moments in bf16 or training.optimizer.offload",
+        )
         self.lora.check_learns(self.phase, self.frozen)
         check(bool(self.trained_parts), "training.frozen", self.frozen, "a part that still learns")
         check(

@@ -3,7 +3,6 @@
 So a run starts from the same model on any number of ranks.
 """
 
-import zlib
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_keye.config.lora import LORA_A, LORA_B, initial_std
+from megatron_keye.kernels.drawn_normal import fill_normal
 
 
 @torch.no_grad()
@@ -19,8 +19,8 @@ def initialize_weights(sharded_state: dict[str, Any], *, std: float, seed: int) 
 
     An adapter begins as 0: its B is 0, and its A is drawn with a deviation of its own.
 
-    Each matrix is drawn whole, from a generator seeded with its key and its layer and expert
-    index; the local shard is copied from it.
+    Each number depends on the seed, its matrix's key, layer and expert, and its place in the
+    matrix: a rank draws its own shards alone, where they are.
 
     Args:
         sharded_state: A module's sharded_state_dict, whose tensors share memory with its weights.
@@ -47,8 +47,4 @@ def _draw(tensor: ShardedTensor, std: float, seed: int) -> None:
     if kind == LORA_A:
         std = initial_std(whole_shape[-1])
     name = f"{seed}/{tensor.key}/{tensor.global_offset[:first]}"
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    whole = torch.empty(whole_shape).normal_(0.0, std, generator=generator)
-    for dim, (offset, size) in enumerate(zip(offsets, data.shape, strict=True)):
-        whole = whole.narrow(dim, offset, size)
-    data.copy_(whole)
+    fill_normal(data, name, std=std, whole_shape=whole_shape, offset=offsets)

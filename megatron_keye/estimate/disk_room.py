@@ -9,8 +9,8 @@ from pathlib import Path
 from megatron_keye.checkpoint.folders import is_inside, step_of
 from megatron_keye.config.parallel import ParallelConfig
 from megatron_keye.config.run import RunConfig
-from megatron_keye.estimate.memory import state_bytes
 from megatron_keye.estimate.parameters import decoder_parameters, vision_parameters
+from megatron_keye.estimate.state import optimizer_bytes, state_bytes
 from megatron_keye.files.disk import check_writable, gibibytes
 
 _MINIMUM_BYTES = 2**24
@@ -47,8 +47,9 @@ def check_room(run: RunConfig) -> None:
 def saved_bytes(run: RunConfig) -> tuple[int, int]:
     """Return the bytes of a checkpoint's weights, and of the whole checkpoint with moments."""
     alone = replace(run, parallel=ParallelConfig())
-    state = state_bytes(alone, vision_parameters(alone) + decoder_parameters(alone, 0))
-    return int(state["weights"]), int(state["weights"] + state["optimizer"])
+    held = vision_parameters(alone) + decoder_parameters(alone, 0)
+    weights = state_bytes(alone, held)["weights"]
+    return int(weights), int(weights + optimizer_bytes(alone, held))
 
 
 def num_held(run: RunConfig) -> int:

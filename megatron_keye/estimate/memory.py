@@ -9,26 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_keye.config.model import DecoderConfig, VisionConfig
-from megatron_keye.config.parts import Part
 from megatron_keye.config.run import RunConfig
-
-_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
-_MASTER, _MOMENTS, _SUM = 4, 8, 4
-"""Bytes per parameter in bf16: master weight, both moments, summed gradient."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parameters:
-    """Parameters of one kind on one rank."""
-
-    part: Part
-    """Part of the model."""
-    is_expert: bool
-    """Whether they are split over the expert axis."""
-    count: int
-    """Elements on this rank."""
-    is_adapter: bool = False
-    """Whether they are low-rank adapters beside the part's weights."""
+from megatron_keye.estimate.state import (
+    BYTES,
+    Parameters,
+    brief_bytes,
+    state_bytes,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +27,7 @@ class Memory:
     gradients: float = 0.0
     """Gradients of what learns, summed over micro-batches."""
     optimizer: float = 0.0
-    """Moments, and with bf16 master weights."""
+    """Moments, and with bf16 master weights, as far as they are on the device."""
     activations: float = 0.0
     """Saved from forward to backward passes: of decoder layers, or of a chunk of pictures."""
     features: float = 0.0
@@ -76,7 +63,7 @@ def decoder_memory(
     if stage == degrees.pipeline - 1:
         # Logits, their float32 copy and its gradient.
         width = decoder.vocab_size / degrees.tensor
-        logits = num_labels / degrees.context * width * (_BYTES[training.precision] + 8)
+        logits = num_labels / degrees.context * width * (BYTES[training.precision] + 8)
         workspace = max(workspace, logits)
     features = 0.0
     if stage == 0:
@@ -85,6 +72,7 @@ def decoder_memory(
     if run.parallel.vision.placement == "colocated":
         # Vision's passes come before and after the decoder's, so the larger of the two counts.
         activations = max(activations, _chunk_bytes(run))
+    workspace = max(workspace, brief_bytes(run, held) - activations)
     return Memory(**states, activations=activations, features=features, workspace=workspace)
 
 
@@ -97,12 +85,13 @@ def vision_memory(run: RunConfig, held: Sequence[Parameters], *, num_patches: in
         num_patches: Patches of a row's pictures.
     """
     features = _feature_bytes(run, num_patches)
-    workspace = 2 * run.model.vision.intermediate_size * run.parallel.vision.chunk_patches
+    width = 2 * run.model.vision.intermediate_size * BYTES[run.training.precision]
+    chunk = _chunk_bytes(run)
     return Memory(
         **state_bytes(run, held),
-        activations=_chunk_bytes(run),
+        activations=chunk,
         features=features,
-        workspace=workspace * _BYTES[run.training.precision],
+        workspace=max(width * run.parallel.vision.chunk_patches, brief_bytes(run, held) - chunk),
     )
 
 
@@ -112,7 +101,7 @@ def layer_bytes(run: RunConfig) -> float:
     Under tensor parallelism each rank saves its share of all but the indexer, which runs whole on
     every rank; it is counted as if it were split too, except for the selected keys.
     """
-    decoder, size = run.model.decoder, _BYTES[run.training.precision]
+    decoder, size = run.model.decoder, BYTES[run.training.precision]
     numbers = _saved_by_attention(decoder, run.parallel.decoder.context)
     return size * (numbers + _saved_by_experts(decoder)) + _selection(run)
 
@@ -120,7 +109,7 @@ def layer_bytes(run: RunConfig) -> float:
 def _kept_and_recomputed(run: RunConfig) -> tuple[float, float]:
     """Return bytes per layer and token: kept for the backward pass, and made again in it."""
     decoder, recompute = run.model.decoder, run.training.recompute
-    size, whole = _BYTES[run.training.precision], layer_bytes(run)
+    size, whole = BYTES[run.training.precision], layer_bytes(run)
     experts = size * _saved_by_experts(decoder)
     kept = float(size * decoder.hidden_size)
     if run.training.only_indexers_learn:
@@ -177,7 +166,7 @@ def _selection(run: RunConfig) -> float:
     if run.training.phase != "sparse":
         return 0.0
     decoder, degrees = run.model.decoder, run.parallel.decoder
-    targets = _BYTES[run.training.precision] * decoder.num_kv_heads / degrees.tensor
+    targets = BYTES[run.training.precision] * decoder.num_kv_heads / degrees.tensor
     return decoder.indexer.top_k * (4 + 4 + targets + 6) * degrees.tensor
 
 
@@ -186,7 +175,7 @@ def _layer_workspace(run: RunConfig) -> float:
     decoder = run.model.decoder
     experts = decoder.experts
     width = 2 * decoder.hidden_size + experts.intermediate_size
-    return _BYTES[run.training.precision] * experts.num_experts_per_token * width
+    return BYTES[run.training.precision] * experts.num_experts_per_token * width
 
 
 def _expert_gradient_bytes(run: RunConfig) -> float:
@@ -218,7 +207,7 @@ def _layers_in_flight(run: RunConfig, stage: int) -> float:
 def _chunk_bytes(run: RunConfig) -> float:
     """Return the bytes of a chunk of pictures: of all saved activations if vision is trained."""
     vision, trained = run.model.vision, run.training.trained_parts
-    size = _BYTES[run.training.precision]
+    size = BYTES[run.training.precision]
     if not {"vision", "projector"} & set(trained):
         return run.parallel.vision.chunk_patches * size * 4 * vision.intermediate_size
     layers = vision.num_layers if "vision" in trained else 1
@@ -235,34 +224,4 @@ def _saved_by_vision_layer(vision: VisionConfig) -> float:
 def _feature_bytes(run: RunConfig, num_patches: float) -> float:
     """Return the bytes of the features of so many patches, later reused by their gradients."""
     tokens = num_patches / run.model.vision.merge_size**2
-    return float(tokens * run.model.decoder.hidden_size * _BYTES[run.training.precision])
-
-
-def state_bytes(run: RunConfig, held: Sequence[Parameters]) -> dict[str, float]:
-    """Return the bytes of weights, gradients and optimizer on one rank.
-
-    Args:
-        run: Precision, degrees and what learns.
-        held: Parameters on the rank.
-    """
-    size, is_bf16 = _BYTES[run.training.precision], run.training.precision == "bf16"
-    is_trained = run.training.is_trained
-    trained = [each for each in held if is_trained(each.part, is_adapter=each.is_adapter)]
-    gradient_size = _SUM if is_bf16 else size
-    optimizer_size = _MASTER + _MOMENTS if is_bf16 else 2 * size
-    return {
-        "weights": size * sum(each.count for each in held),
-        "gradients": gradient_size * sum(each.count for each in trained),
-        "optimizer": optimizer_size * sum(each.count / _sharers(run, each) for each in trained),
-    }
-
-
-def _sharers(run: RunConfig, held: Parameters) -> int:
-    """Return the number of ranks that share the optimizer of these parameters."""
-    degrees = run.parallel.decoder
-    if not run.training.distributes_optimizer:
-        return 1
-    if held.part in ("vision", "projector"):
-        return run.parallel.vision.num_ranks or degrees.num_ranks
-    replicas = degrees.context * degrees.data
-    return replicas * degrees.tensor // degrees.expert if held.is_expert else replicas
+    return float(tokens * run.model.decoder.hidden_size * BYTES[run.training.precision])

@@ -14,7 +14,7 @@ from megatron_keye.checkpoint.hf.parameter_shapes import (
 from megatron_keye.config.lora import TARGETS, Target
 from megatron_keye.config.parts import Part
 from megatron_keye.config.run import RunConfig
-from megatron_keye.estimate.memory import Parameters
+from megatron_keye.estimate.state import Parameters
 
 _EXPERTS = ".mlp.experts."
 # Split over the tensor axis; norms, router and indexer are replicated along it.

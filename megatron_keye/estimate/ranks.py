@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from megatron_keye.config.run import RunConfig
-from megatron_keye.estimate.memory import Memory, Parameters, decoder_memory, vision_memory
+from megatron_keye.estimate.memory import Memory, decoder_memory, vision_memory
 from megatron_keye.estimate.parameters import decoder_parameters, stage_layers, vision_parameters
+from megatron_keye.estimate.state import Parameters, host_bytes
 from megatron_keye.plan.places import decoder_place
 
 
@@ -23,7 +24,9 @@ class Rank:
     parameters: int
     """Number of parameters that it holds."""
     memory: dict[str, float]
-    """Expected memory in GiB, by the fields of `Memory`."""
+    """Expected memory of its device in GiB, by the fields of `Memory`."""
+    host_memory: float
+    """Expected main memory for offloaded state of the optimizer, in GiB."""
 
 
 def plan_ranks(run: RunConfig, num_labels: int | None) -> list[Rank]:
@@ -38,23 +41,24 @@ def plan_ranks(run: RunConfig, num_labels: int | None) -> list[Rank]:
     of_vision = vision_parameters(run)
     patches = run.data.row_tokens * run.model.vision.merge_size**2
     labels = run.data.row_tokens // 64 if num_labels is None else num_labels
-    stages: list[tuple[int, Memory]] = []
+    stages: list[tuple[list[Parameters], Memory]] = []
     for stage in range(degrees.pipeline):
         held = decoder_parameters(run, stage) + ([] if num_dedicated else of_vision)
         memory = decoder_memory(run, stage, held, num_labels=labels, num_patches=patches)
-        stages.append((_count(held), memory))
+        stages.append((held, memory))
     ranks = []
     for rank in range(degrees.num_ranks):
         place = vars(decoder_place(degrees, rank))
-        count, memory = stages[place["pipeline"]]
+        held, memory = stages[place["pipeline"]]
         ranks.append(
             Rank(
                 rank=rank,
                 role=role,
                 place=place,
                 layers=stage_layers(run, place["pipeline"]),
-                parameters=count,
+                parameters=_count(held),
                 memory=_gibibytes(memory),
+                host_memory=host_bytes(run, held) / 2**30,
             )
         )
     for number in range(num_dedicated):
@@ -67,6 +71,7 @@ def plan_ranks(run: RunConfig, num_labels: int | None) -> list[Rank]:
                 layers=[],
                 parameters=_count(of_vision),
                 memory=_gibibytes(memory),
+                host_memory=host_bytes(run, of_vision) / 2**30,
             )
         )
     return ranks

@@ -4,12 +4,15 @@ Adam turns one NaN in a moment into one in its weight while loss and gradients s
 A negative second moment, whose root is taken, does the same.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
+
+from megatron_keye.optim.staged_adamw import MASTER, StagedAdamW
 
 StateKind = Literal["weights", "first moments", "second moments"]
 STATE_KINDS: tuple[StateKind, ...] = ("weights", "first moments", "second moments")
@@ -18,21 +21,27 @@ _ROOTS_AT_ONCE = 1 << 24
 """Elements whose square roots are held at once: 64 MiB."""
 
 
-def updated_state(optimizers: Sequence[MegatronOptimizer]) -> dict[StateKind, list[Tensor]]:
+def updated_state(
+    optimizers: Sequence[MegatronOptimizer], *, is_away: bool
+) -> dict[StateKind, list[Tensor]]:
     """Return what this rank updates: weights, or masters of rounded ones, and their moments.
 
     Args:
         optimizers: Of decoder and vision, as far as this rank has them.
+        is_away: Whether what is offloaded to main memory is meant, or the rest.
     """
     state: dict[StateKind, list[Tensor]] = {kind: [] for kind in STATE_KINDS}
     for inner in _inner(optimizers):
         for group in inner.param_groups:
             for weight in group["params"]:
-                moments = inner.state.get(weight, {})
-                state["weights"].append(weight.detach())
-                if "exp_avg" in moments:  # From the first update on.
-                    state["first moments"].append(moments["exp_avg"])
-                    state["second moments"].append(moments["exp_avg_sq"])
+                is_offloaded = isinstance(inner, StagedAdamW) and inner.is_away(weight)
+                if is_offloaded != is_away:
+                    continue
+                kept = inner.state.get(weight, {})
+                state["weights"].append(kept.get(MASTER, weight).detach())
+                if "exp_avg" in kept:  # From the first update on.
+                    state["first moments"].append(kept["exp_avg"])
+                    state["second moments"].append(kept["exp_avg_sq"])
     return state
 
 
@@ -51,6 +60,19 @@ def sick_marks(state: dict[StateKind, list[Tensor]], device: torch.device | int)
     return torch.stack(marks).double()
 
 
+def host_marks(state: dict[StateKind, list[Tensor]]) -> Tensor:
+    """Return the same as `sick_marks` for state in main memory, which it reads once: float64 [3].
+
+    Args:
+        state: From `updated_state`.
+    """
+    marks = [
+        any(_is_sick_on_host(tensor, is_square=kind == "second moments") for tensor in state[kind])
+        for kind in STATE_KINDS
+    ]
+    return torch.tensor(marks, dtype=torch.float64)
+
+
 def is_sick(tensors: Sequence[Tensor], device: torch.device | int, *, is_square: bool) -> Tensor:
     """Return whether any number is not finite, or negative where it is a square: bool [].
 
@@ -58,14 +80,27 @@ def is_sick(tensors: Sequence[Tensor], device: torch.device | int, *, is_square:
 
     Args:
         tensors: Of any shapes and floating types.
-        device: Where they are.
+        device: Where they are, but for those in main memory.
         is_square: Whether they are averages of squares.
     """
+    device = torch.device(device)
+    away = [tensor for tensor in tensors if tensor.device != device]
+    if any(_is_sick_on_host(tensor, is_square=is_square) for tensor in away):
+        return torch.ones((), dtype=torch.bool, device=device)
+    tensors = [tensor for tensor in tensors if tensor.device == device]
     parts = _root_parts(tensors) if is_square else [[t for t in tensors if t.numel()]]
     norms = [norm for part in parts if part for norm in torch._foreach_norm(part)]
     if not norms:
         return torch.zeros((), dtype=torch.bool, device=device)
     return ~torch.stack([norm.double() for norm in norms]).isfinite().all()
+
+
+def _is_sick_on_host(tensor: Tensor, *, is_square: bool) -> bool:
+    """Return whether any number is not finite, or negative where it is a square."""
+    if not tensor.numel():
+        return False
+    low, high = map(float, tensor.aminmax())
+    return not (math.isfinite(low) and math.isfinite(high)) or (is_square and low < 0)
 
 
 def _root_parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -84,8 +119,10 @@ def _root_parts(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield list(torch._foreach_sqrt(waiting))
 
 
-def _inner(optimizers: Sequence[MegatronOptimizer]) -> Iterator[torch.optim.Optimizer]:
-    """Yield torch's optimizers behind Megatron's."""
+def _inner(
+    optimizers: Sequence[MegatronOptimizer],
+) -> Iterator[torch.optim.Optimizer | StagedAdamW]:
+    """Yield the optimizers behind Megatron's."""
     for optimizer in optimizers:
         chained = isinstance(optimizer, ChainedOptimizer)
         for part in optimizer.chained_optimizers if chained else [optimizer]:

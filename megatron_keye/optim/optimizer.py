@@ -4,6 +4,7 @@ The two are on different grids, so each has its own Megatron optimizer; this com
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from megatron_keye.config.check import check
 from megatron_keye.config.megatron import optimizer_config
 from megatron_keye.config.run import RunConfig
 from megatron_keye.model import KeyeModel
-from megatron_keye.optim.finite import sick_marks, updated_state
+from megatron_keye.optim.finite import host_marks, sick_marks, updated_state
 from megatron_keye.optim.measured import Measured, gather, norm_of
 from megatron_keye.optim.parameter_groups import (
     drop_empty_groups,
@@ -25,6 +26,7 @@ from megatron_keye.optim.parameter_groups import (
     set_learning_rate,
     set_weight_decay,
 )
+from megatron_keye.optim.staged_adamw import gradient_of, stage_state
 from megatron_keye.parallel.grid import Grid
 
 
@@ -65,6 +67,8 @@ class JointOptimizer:
         self.decoder: MegatronOptimizer | None = None
         self.vision: MegatronOptimizer | None = None
         self._own_norm = torch.zeros((), dtype=torch.float64)
+        self._host_thread = ThreadPoolExecutor(1, "look at optimizer state in main memory")
+        self._host_marks: Future[Tensor] | None = None
         if grid.decoder is not None:
             self.decoder = self._build(model.stages, grid.decoder)
         if grid.vision is not None:
@@ -79,6 +83,10 @@ class JointOptimizer:
             optimizer.zero_grad(set_to_none=True)
         for module in self._model.wrapped():
             module.zero_grad_buffer()
+        if self._run.training.optimizer.offload:
+            # It takes seconds, and changes in updates alone: beside the passes.
+            state = updated_state(self._optimizers, is_away=True)
+            self._host_marks = self._host_thread.submit(host_marks, state)
 
     def finish_gradients(self, divisor: float) -> None:
         """Reduce gradients over replicas and divide them once.
@@ -125,7 +133,7 @@ class JointOptimizer:
         row = [
             torch.tensor(norms, dtype=torch.float64, device=device),
             torch.stack([*sums, self._own_norm]),
-            sick_marks(updated_state(self._optimizers), device),
+            self._sick_marks(device),
         ]
         return gather(
             torch.cat(row),
@@ -152,6 +160,13 @@ class JointOptimizer:
     def _optimizers(self) -> list[MegatronOptimizer]:
         return [o for o in (self.decoder, self.vision) if o is not None]
 
+    def _sick_marks(self, device: torch.device | int) -> Tensor:
+        """Return for each kind of state 1.0 if a number of this rank is sick: float64 [3]."""
+        marks = sick_marks(updated_state(self._optimizers, is_away=False), device)
+        if self._host_marks is None:
+            return marks
+        return torch.maximum(marks, self._host_marks.result().to(device))
+
     def _build(
         self, modules: list[torch.nn.Module], groups: ProcessGroupCollection
     ) -> MegatronOptimizer:
@@ -167,6 +182,8 @@ class JointOptimizer:
             # Each would otherwise gather all weights, those of the others too.
             inner._defer_param_sync = True
             drop_empty_groups(inner)
+            if self._run.training.optimizer.is_staged:
+                stage_state(inner, self._run.training.optimizer)
         set_weight_decay(optimizer)
         return optimizer
 
@@ -176,7 +193,7 @@ class JointOptimizer:
         Megatron's clipping refuses float64.
         """
         limit = self._run.training.optimizer.clip_gradient_norm
-        gradients = [w.grad for w in optimizer.get_parameters() if w.grad is not None]
+        gradients = [g for w in optimizer.get_parameters() if (g := gradient_of(w)) is not None]
         scale = limit / (norm + 1e-6)
         if 0 < scale < 1 and gradients:
             torch._foreach_mul_(gradients, scale)

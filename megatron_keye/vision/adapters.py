@@ -5,13 +5,12 @@ Shape letters: P patches or merged tokens.
 Source: Hu et al., arXiv 2106.09685.
 """
 
-import zlib
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_keye.config.lora import LORA_A, LoraConfig, Target, initial_std
+from megatron_keye.kernels.drawn_normal import fill_normal
 from megatron_keye.vision.tower import VisionTower
 
 
@@ -54,9 +53,6 @@ def add_adapters(tower: VisionTower, lora: LoraConfig, *, seed: int) -> None:
         linears = [(n, m) for n, m in half.named_modules() if isinstance(m, nn.Linear)]
         for name, linear in linears if lora.is_adapting(target) else []:
             adapted = AdaptedLinear(linear, lora)
-            key = f"{seed}/{target}.{name}.{LORA_A}"
-            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-            drawn = torch.empty(adapted.lora_a.shape, dtype=torch.float32)
-            std = initial_std(linear.in_features)
-            adapted.lora_a.copy_(drawn.normal_(0, std, generator=generator))
+            key, std = f"{seed}/{target}.{name}.{LORA_A}", initial_std(linear.in_features)
+            fill_normal(adapted.lora_a, key, std=std)
             half.set_submodule(name, adapted)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_keye.config import VisionConfig
+from megatron_keye.kernels.drawn_normal import fill_normal
 from megatron_keye.vision.encoder import VisionEncoder
 from megatron_keye.vision.patch_grids import PatchGrid
 from megatron_keye.vision.projector import Projector
@@ -52,19 +53,17 @@ class VisionTower(nn.Module):
     def reset_parameters(self, seed: int) -> None:
         """Initialise every parameter from `seed` alone: equally on every rank, device and dtype.
 
-        Weights are normal with standard deviation 0.02, biases 0, norms 1. The values are drawn
-        on the CPU in float32 and then rounded to each parameter's type.
+        Weights are normal with standard deviation 0.02, biases 0, norms 1. A number depends on the
+        name and the place of its weight; it is rounded from float32 to the parameter's type.
 
         Args:
-            seed: Any integer that torch.Generator takes.
+            seed: Any integer.
         """
-        generator = torch.Generator().manual_seed(seed)
-        for module in self.modules():
+        for prefix, module in self.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if name == "bias":
                     parameter.zero_()
                 elif isinstance(module, nn.LayerNorm):
                     parameter.fill_(1)
                 else:
-                    drawn = torch.empty(parameter.shape, dtype=torch.float32)
-                    parameter.copy_(drawn.normal_(0, _INIT_STD, generator=generator))
+                    fill_normal(parameter, f"{seed}/vision.{prefix}.{name}", std=_INIT_STD)

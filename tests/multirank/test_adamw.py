@@ -123,24 +123,27 @@ def _compute_beside(
     optimizer.update = update  # type: ignore[method-assign]
 
 
-# Precision, whether the optimizer is shared, whether it is a fused one, and degrees.
-OPTIMIZERS: dict[str, tuple[str, bool, bool, dict[str, int]]] = {
-    "torch, fp64": ("fp64", False, False, {}),
-    "torch, masters": ("bf16", False, False, {}),
-    "torch, shared": ("fp32", True, False, {"data": 2, "expert": 2}),
-    "torch, shared masters, vision alone": ("bf16", True, False, {"vision_ranks": 1}),
-    "fused": ("fp32", False, True, {}),
-    "fused, shared masters": ("bf16", True, True, {"data": 2, "expert": 2}),
+ALONE = {"distributed": False}
+# Precision, how state is kept, whether the optimizer is a fused one, and degrees.
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any], bool, dict[str, int]]] = {
+    "torch, fp64": ("fp64", ALONE, False, {}),
+    "torch, masters": ("bf16", ALONE, False, {}),
+    "torch, shared": ("fp32", {}, False, {"data": 2, "expert": 2}),
+    "torch, shared masters, vision alone": ("bf16", {}, False, {"vision_ranks": 1}),
+    "fused": ("fp32", ALONE, True, {}),
+    "fused, shared masters": ("bf16", {}, True, {"data": 2, "expert": 2}),
+    "staged": ("fp32", {"offload": 1.0}, False, {}),
+    "staged, made with a fused one": ("bf16", {"offload": 0.5}, True, {"data": 2, "expert": 2}),
 }
 
 
 @pytest.mark.parametrize(
-    ("precision", "shares", "with_fused_adam", "degrees"), OPTIMIZERS.values(), ids=OPTIMIZERS
+    ("precision", "kept", "with_fused_adam", "degrees"), OPTIMIZERS.values(), ids=OPTIMIZERS
 )
 def test_three_steps_are_those_of_adamw(
-    precision: str, shares: bool, with_fused_adam: bool, degrees: dict[str, int]
+    precision: str, kept: dict[str, Any], with_fused_adam: bool, degrees: dict[str, int]
 ) -> None:
-    optimizer = replace(SETTINGS, distributed=shares)
+    optimizer = replace(SETTINGS, **kept)
     training = {"precision": precision, "optimizer": optimizer}
     if precision == "fp64":
         plain = tiny_model()

@@ -146,6 +146,32 @@ def test_four_replicas_keep_a_quarter() -> None:
     assert max(rank["elements"] for rank in shared) < 0.3 * whole
 
 
+def _learning(run_json: str) -> tuple[int, int, int]:
+    """Return the elements that learn, those of gradient buffers, and those of optimizer state."""
+    _, model, optimizer, step = build_step(RunConfig.from_json(run_json))
+    step(mixed_rows(0), 0)
+    weights = [w for module in model.wrapped() for w in module.parameters() if w.requires_grad]
+    buffers = [b for m in model.wrapped() for b in m.buffers + m.expert_parallel_buffers]
+    shards = [shard for each in optimizers_of(optimizer) for shard in shards_of(each)]
+    let_go(model)
+    return (
+        sum(weight.numel() for weight in weights),
+        sum(buffer.grad_data.numel() for buffer in buffers),
+        sum(tensor.numel() for shard in shards for tensor in shard.kept.values()),
+    )
+
+
+@pytest.mark.parametrize("offload", [0.0, 1.0])
+def test_frozen_weights_have_neither_gradients_nor_state(offload: float) -> None:
+    run = tiny_run(training={"phase": "indexer_warmup", "precision": "bf16"})
+    optimizer = replace(run.training.optimizer, offload=offload)
+    run = replace(run, training=replace(run.training, optimizer=optimizer))
+    ((learning, gradients, state),) = run_on_ranks(1, _learning, run.to_json())
+    # Rounded up to 128 elements a buffer and 64 a weight.
+    assert learning <= gradients < learning + 64 * 4 * 8
+    assert state == 3 * learning
+
+
 def _ranks_of_an_infinity(run_json: str) -> dict[str, list[int]]:
     """Return what is measured after one rank got an infinite gradient from its peers."""
     grid, model, optimizer, step = build_step(RunConfig.from_json(run_json))

@@ -25,14 +25,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
     "shared optimizer, masters": {"data": 2, "training": {"precision": "bf16"}},
     "dedicated vision": {"vision_ranks": 1},
+    "state in main memory": {"data": 2, "training": {"precision": "bf16"}},
 }
 
 
 def run_of(layout: str) -> RunConfig:
     run = tiny_run(**LAYOUTS[layout])
-    if "shared" not in layout:
+    if "main memory" not in layout:
         return run
-    optimizer = replace(run.training.optimizer, distributed=True)
+    optimizer = replace(run.training.optimizer, offload=1.0)
     return replace(run, training=replace(run.training, optimizer=optimizer))
 
 

@@ -19,6 +19,7 @@ NUMBERS: dict[str, tuple[float, ...]] = {
     "beta2": (-0.1, 1.0, NAN, INFINITY),
     "epsilon": (0.0, -1.0, NAN, INFINITY),
     "clip_gradient_norm": (-1.0, NAN, INFINITY),
+    "offload": (-0.1, 1.1, NAN, INFINITY),
     **{f"{part}_rate_multiplier": (0.0, -1.0, NAN, INFINITY) for part in PARTS},
 }
 
@@ -88,3 +89,20 @@ def test_a_run_that_could_not_learn_is_refused(settings: tuple[str, ...]) -> Non
 def test_recomputation_that_there_is_not_is_refused(name: str, training: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^training\.{name}: got "):
         tiny_run(training=training)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("optimizer.offload", ["optimizer.offload=1.5"]),
+        ("optimizer.moments", ["optimizer.moments=fp16"]),
+        ("optimizer.distributed", ["optimizer.offload=0.5", "optimizer.distributed=false"]),
+        ("optimizer.distributed", ["optimizer.moments=bf16", "optimizer.distributed=false"]),
+        # 0.999 times a moment rounds to the moment in bf16.
+        ("optimizer.beta2", ["optimizer.moments=bf16", "optimizer.beta2=0.999"]),
+        ("precision", ["optimizer.offload=1", "precision=fp64"]),
+    ],
+)
+def test_state_that_cannot_be_kept_so_is_refused(name: str, settings: list[str]) -> None:
+    with pytest.raises(ValueError, match=rf"^training\.{re.escape(name)}: got "):
+        tiny_run().with_overrides([f"training.{setting}" for setting in settings])

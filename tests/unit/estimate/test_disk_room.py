@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_keye.config import RunConfig
-from megatron_keye.estimate.disk_room import check_room, num_held
+from megatron_keye.estimate.disk_room import check_room, num_held, saved_bytes
 from megatron_keye.files.disk import DiskError
 from megatron_keye.recipes import load_recipe
 from tests.support.tiny import tiny_run
@@ -67,3 +67,11 @@ def test_a_run_that_has_ended_needs_no_room(
         check_room(run)
     (run.folder / "checkpoints" / "step-00000100").mkdir()
     check_room(run)
+
+
+def test_state_in_main_memory_is_saved_too() -> None:
+    run = load_recipe("keye_30b_a3b")(num_ranks=64, has_gpu=True)
+    away = run.with_overrides(["training.optimizer.offload=1"])
+    assert saved_bytes(away) == saved_bytes(run)
+    _, halved = saved_bytes(run.with_overrides(["training.optimizer.moments=bf16"]))
+    assert halved == pytest.approx(saved_bytes(run)[1] * 10 / 14)

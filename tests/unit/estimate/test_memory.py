@@ -7,6 +7,7 @@ import pytest
 from megatron_keye.config import RunConfig
 from megatron_keye.estimate.memory import Memory, decoder_memory, layer_bytes, vision_memory
 from megatron_keye.estimate.parameters import decoder_parameters, vision_parameters
+from megatron_keye.estimate.state import host_bytes
 from megatron_keye.recipes import load_recipe
 
 MEBIBYTE = 2**20
@@ -143,3 +144,26 @@ def test_adapters_and_indexers_alone_have_gradients_and_moments() -> None:
     assert 0 < learning < sum(each.count for each in held) / 50
     assert (memory.gradients, memory.optimizer) == (4 * learning, 12 * learning)
     assert memory.weights == 2 * sum(each.count for each in held)
+
+
+def test_state_in_main_memory_leaves_the_device_and_rounded_moments_halve() -> None:
+    run = full_size()
+    held = [*decoder_parameters(run, 0), *vision_parameters(run)]
+    away = full_size("training.optimizer.offload=0.75")
+    rounded = full_size("training.optimizer.offload=1", "training.optimizer.moments=bf16")
+    whole = of_decoder(run).optimizer
+    assert host_bytes(run, held) == 0
+    assert of_decoder(away).optimizer == pytest.approx(whole / 4)
+    assert host_bytes(away, held) == pytest.approx(whole * 3 / 4)
+    # Moments of 2 and a master of 4 bytes, of 12 in all.
+    assert host_bytes(rounded, held) == pytest.approx(whole * 8 / 12)
+
+
+def test_weights_are_there_twice_while_the_model_is_built() -> None:
+    """Of one rank without state on the device: more than a short row's activations take."""
+    settings = ["parallel.decoder.pipeline=1", "parallel.decoder.tensor=1", "data.row_tokens=1024"]
+    run = full_size(*settings, "training.optimizer.offload=1", "training.frozen=vision,projector")
+    held = [*decoder_parameters(run, 0), *vision_parameters(run)]
+    experts = 2 * sum(each.count for each in held if each.is_expert)
+    memory = of_decoder(run)
+    assert memory.activations + memory.workspace == pytest.approx(experts)
