@@ -185,15 +185,14 @@ class SparseSelfAttention(MegatronModule):
         )
         q_TGHC, k_TGC, v_TGC = mixed_TGX.split([self.heads_per_group, 1, 1], dim=2)
         k_TGC = rotate(self.k_layernorm(k_TGC.squeeze(2)), *row.attention_rotary)
-        keys, values = self._gather(k_TGC, row), self._gather(v_TGC.squeeze(2), row)
+        gather = self._gather(row, k_TGC, v_TGC.squeeze(2))
         indexer = None
         if row.phase == "sparse" or (row.phase == "indexer_warmup" and self._measures_indexer):
             indexer = self._project_indexer(hidden_SBD, row)
-            indexer.keys.start()
-        keys.start()
-        values.start()
+            indexer.gather.start()
         q_THC = rotate(self.q_layernorm(q_TGHC.flatten(1, 2)), *row.attention_rotary)
-        return RowHeads(q_THC, keys, values), indexer
+        gather.start()
+        return RowHeads(q_THC, gather), indexer
 
     def _project_indexer(self, hidden_SBD: Tensor, row: DecoderRow) -> RowIndexerHeads:
         """Run the indexer on the detached input, since it learns from its own loss only."""
@@ -201,10 +200,10 @@ class SparseSelfAttention(MegatronModule):
         if self.config.sequence_parallel:
             hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, group=self.tp_group)
         q_TIJ, k_TJ, gate_TI = self.indexer(hidden_SBD.squeeze(1), row.indexer_rotary)
-        return RowIndexerHeads(q_TIJ, self._gather(k_TJ, row), gate_TI)
+        return RowIndexerHeads(q_TIJ, self._gather(row, k_TJ), gate_TI)
 
-    def _gather(self, local: Tensor, row: DecoderRow) -> RowGather:
-        return RowGather(local, row.gathered_order_S, self.cp_group)
+    def _gather(self, row: DecoderRow, *local: Tensor) -> RowGather:
+        return RowGather(*local, order_S=row.gathered_order_S, group=self.cp_group)
 
     def _attend_densely(
         self, heads: RowHeads, row: DecoderRow, kept: KeptAttention
@@ -212,8 +211,7 @@ class SparseSelfAttention(MegatronModule):
         """Return out_THC and lse_TH, the log-sum-exp of each query's logits."""
         return dense_attention_with_lse(
             heads.q_THC,
-            heads.keys.row(),
-            heads.values.row(),
+            *heads.gather.rows(),
             row.key_start_T,
             row.key_end_T,
             scale=self.head_dim**-0.5,
@@ -224,9 +222,10 @@ class SparseSelfAttention(MegatronModule):
         """Return indices_TK, in the second pass of a recomputed layer those of the first one."""
         if kept.selection is not None:
             return kept.selection.unpack()
+        (k_SJ,) = indexer.gather.rows()
         indices_TK = lightning_indexer(
             indexer.q_TIJ.detach(),
-            indexer.keys.row().detach(),
+            k_SJ.detach(),
             indexer.gate_TI.detach(),
             row.key_start_T,
             row.key_end_T,
@@ -234,7 +233,7 @@ class SparseSelfAttention(MegatronModule):
         )
         if self.is_recomputed and not self._measures_indexer:
             kept.selection = PackedSelection.of(
-                indices_TK, len(indexer.keys.row()), in_host_memory=self.in_host_memory
+                indices_TK, len(k_SJ), in_host_memory=self.in_host_memory
             )
         return indices_TK
 
@@ -247,12 +246,11 @@ class SparseSelfAttention(MegatronModule):
         scores_TK = None
         if self._measures_indexer:
             # Before attention, so that in the backward pass they hide the sum of dK and dV.
-            k_SJ = indexer.keys.row()
+            (k_SJ,) = indexer.gather.rows()
             scores_TK = selected_indexer_scores(indexer.q_TIJ, k_SJ, indexer.gate_TI, indices_TK)
         out_THC, target_TGK = sparse_attention(
             heads.q_THC,
-            heads.keys.row(),
-            heads.values.row(),
+            *heads.gather.rows(),
             indices_TK,
             scale=self.head_dim**-0.5,
             with_target=self._measures_indexer,
@@ -261,7 +259,7 @@ class SparseSelfAttention(MegatronModule):
         if scores_TK is None:
             return out_THC, None
         kl_TG = sparse_indexer_loss(scores_TK, target_TGK)
-        measure_recall(heads.q_THC, heads.keys.row(), indices_TK, row)
+        measure_recall(heads.q_THC, heads.gather.rows()[0], indices_TK, row)
         return out_THC, self._sum_kl(kl_TG, row) * row.indexer_loss_weight
 
     def _attend_in_cache(
@@ -269,13 +267,13 @@ class SparseSelfAttention(MegatronModule):
     ) -> Tensor:
         """Return out_THC of new tokens, whose keys are then in the cache."""
         assert row.cache is not None and self.cp_group.size() == 1, "a row's tokens are all here"
-        new = NewHeads(q_THC=heads.q_THC, k_TGC=heads.keys.row(), v_TGC=heads.values.row())
+        k_TGC, v_TGC = heads.gather.rows()
+        new = NewHeads(q_THC=heads.q_THC, k_TGC=k_TGC, v_TGC=v_TGC)
         layer, ranges = row.cache.layers[self.layer_number - 1], (row.key_start_T, row.key_end_T)
         if indexer is None:
             return attend_densely(new, layer, row.cache, ranges)
-        new_indexer = NewIndexerHeads(
-            q_TIJ=indexer.q_TIJ, k_TJ=indexer.keys.row(), gate_TI=indexer.gate_TI
-        )
+        (k_TJ,) = indexer.gather.rows()
+        new_indexer = NewIndexerHeads(q_TIJ=indexer.q_TIJ, k_TJ=k_TJ, gate_TI=indexer.gate_TI)
         out_THC, indices_TK = attend_sparsely(
             new, new_indexer, layer, row.cache, ranges, top_k=self.top_k
         )
@@ -287,12 +285,13 @@ class SparseSelfAttention(MegatronModule):
     ) -> tuple[Tensor, Tensor]:
         """Return out_THC of dense attention and the indexer's loss over all keys."""
         out_THC, lse_TH = self._attend_densely(heads, row, kept)
+        (k_SGC, _), (k_SJ,) = heads.gather.rows(), indexer.gather.rows()
         loss, kl_TG = dense_indexer_loss(
             indexer.q_TIJ,
-            indexer.keys.row(),
+            k_SJ,
             indexer.gate_TI,
             heads.q_THC,
-            heads.keys.row(),
+            k_SGC,
             row.key_start_T,
             row.key_end_T,
             row.is_real_T.double() * row.indexer_loss_weight,

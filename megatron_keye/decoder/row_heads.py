@@ -17,10 +17,8 @@ class RowHeads:
 
     q_THC: Tensor
     """Queries."""
-    keys: RowGather
-    """Gathers k_SGC, rotated."""
-    values: RowGather
-    """Gathers v_SGC."""
+    gather: RowGather
+    """Gives k_SGC, rotated, and v_SGC."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class RowIndexerHeads:
 
     q_TIJ: Tensor
     """Queries."""
-    keys: RowGather
-    """Gathers k_SJ."""
+    gather: RowGather
+    """Gives k_SJ."""
     gate_TI: Tensor
     """Weights of the heads."""
