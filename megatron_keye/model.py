@@ -90,7 +90,7 @@ def build_model(
             sharded = stage.sharded_state_dict(metadata={"dp_cp_group": grid.decoder.dp_cp})
             initialize_weights(sharded, std=run.model.decoder.init_std, seed=run.training.seed)
             _freeze(stage, run, learns=learns)
-            stages.append(_wrap(stage.to(device), run, config, grid.decoder))
+            stages.append(wrap(stage.to(device), run, config, grid.decoder))
     return KeyeModel(stages=stages, vision=_build_vision(run, grid, device, learns=learns))
 
 
@@ -116,7 +116,7 @@ def _build_vision(
     add_adapters(tower, run.training.lora, seed=run.training.seed)
     _freeze(tower, run, learns=learns)
     tower = tower.to(device=device, dtype=weight_dtype(run))
-    return _wrap(tower, run, vision_config(run), grid.vision)
+    return wrap(tower, run, vision_config(run), grid.vision)
 
 
 def _freeze(module: torch.nn.Module, run: RunConfig, *, learns: bool) -> None:
@@ -127,12 +127,20 @@ def _freeze(module: torch.nn.Module, run: RunConfig, *, learns: bool) -> None:
             parameter.requires_grad_(False)
 
 
-def _wrap(
+def wrap(
     module: torch.nn.Module,
     run: RunConfig,
     config: TransformerConfig,
     groups: ProcessGroupCollection,
 ) -> DistributedDataParallel:
+    """Wrap a module so that its replicas add up gradients, and share the optimizer if they do.
+
+    Args:
+        module: The module, on its device.
+        run: Precision and optimizer.
+        config: Megatron's configuration of the module.
+        groups: Process groups of its grid.
+    """
     replicas = data_parallel_config(run)
     layout = None
     if replicas.use_distributed_optimizer:
