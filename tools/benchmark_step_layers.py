@@ -40,6 +40,7 @@ from megatron_keye.decoder.layer import block_spec
 from megatron_keye.decoder.row import DecoderRow, RowMeter, rotary_tables
 from megatron_keye.kernels.union_lists import union_lists
 from megatron_keye.model import part_of, wrap
+from megatron_keye.optim.overlapped_sum import OverlappedSum
 from megatron_keye.parallel.context import gathered_order
 from megatron_keye.plan.places import owned_positions
 from tools.benchmark_step_cases import PEER_RECOMPUTES, Case
@@ -54,16 +55,20 @@ class Stack:
 
     module: DistributedDataParallel
     optimizer: MegatronOptimizer
+    sums: OverlappedSum
+    """Of its gradients over ranks, where they run under the backward pass."""
     run_forward: Callable[[Tensor], Tensor]
     """Hidden states [S/CP, 1, D] to hidden states."""
 
     def clear_gradients(self) -> None:
         """Forget the gradients of the last step."""
+        self.sums.begin_step()
         self.module.zero_grad_buffer()
         self.optimizer.zero_grad(set_to_none=True)
 
     def update(self) -> None:
         """Update all weights that learn."""
+        self.sums.start_rest()
         self.module.finish_grad_sync()
         self.optimizer.step()
 
@@ -266,8 +271,9 @@ def _stack(
     for weight in block.parameters():
         if weight.dim() > 1:
             weight.data.normal_(0.0, run.model.decoder.init_std, generator=generator)
-    wrapped = wrap(block, run, config, groups)
+    wrapped = wrap(block, run, config, groups, may_overlap=True)
     optimizer = get_megatron_optimizer(
         optimizer_config(run), [wrapped], use_gloo_process_groups=False, pg_collection=groups
     )
-    return Stack(wrapped, optimizer, forward)
+    overlapped = [wrapped] if wrapped.ddp_config.overlap_grad_reduce else []
+    return Stack(wrapped, optimizer, OverlappedSum(overlapped), forward)

@@ -138,8 +138,10 @@ class Bench:
         Only Transformer Engine's attention packs documents or splits rows, and it cannot split
         rows of documents that are not padded for it.
         """
-        is_packed, is_split = case.layout == "packed", self._groups.cp.size() > 1
-        return is_packed + is_split <= int(self._device.type == "cuda")
+        is_packed, is_split = case.layout == "packed", bool(self._groups.cp.size() > 1)
+        return not (is_packed or is_split) or (
+            self._device.type == "cuda" and not (is_packed and is_split)
+        )
 
     def line(self, case: Case, *, is_plain: bool) -> dict[str, Any]:
         """Return the fields of one case, of our layers or of the peer's."""

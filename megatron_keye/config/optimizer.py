@@ -8,8 +8,10 @@ from megatron_keye.config.check import check, check_numbers
 from megatron_keye.config.parts import PARTS, Part
 
 Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
+Overlap = Literal["auto", "on", "off"]
 
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant", "warmup_stable_decay")
+OVERLAP: tuple[Overlap, ...] = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,10 @@ class OptimizerConfig:
     """Whether data-parallel ranks share the optimizer (Megatron's distributed optimizer, ZeRO-1):
     each keeps moments and master weights of one shard and updates it, then weights are gathered.
     Otherwise each keeps all. Checkpoints are the same for both; ignored with fp64."""
+    overlap: Overlap = "auto"
+    """Whether the decoder's gradients are summed over data-parallel and context-parallel ranks
+    while the last backward pass of a step still runs, in buckets of 40 million. "auto": on
+    GPUs."""
 
     def __post_init__(self) -> None:
         peak, low = self.learning_rate, self.min_learning_rate
@@ -71,6 +77,7 @@ class OptimizerConfig:
         )
         self._check(low <= peak, "min_learning_rate", f"0 to learning_rate = {peak}")
         self._check(self.schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}")
+        self._check(self.overlap in OVERLAP, "overlap", f"one of {OVERLAP}")
         self._check(
             low == 0 or self.schedule != "constant",
             "min_learning_rate",

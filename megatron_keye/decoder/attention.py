@@ -18,12 +18,7 @@ from torch import Tensor
 from megatron_keye.config.model import DecoderConfig
 from megatron_keye.config.training import Recompute
 from megatron_keye.decoder.auxiliary_loss import attach_loss
-from megatron_keye.decoder.cached_attention import (
-    NewHeads,
-    NewIndexerHeads,
-    attend_densely,
-    attend_sparsely,
-)
+from megatron_keye.decoder.cached_attention import attend_densely, attend_sparsely
 from megatron_keye.decoder.indexer import Indexer
 from megatron_keye.decoder.norm import RMSNorm
 from megatron_keye.decoder.recall import measure_recall
@@ -146,8 +141,7 @@ class SparseSelfAttention(MegatronModule):
             out_THC, loss = self._attend_sparsely(heads, indexer, row, kept)
         else:
             out_THC, loss = self._warm_up_indexer(heads, indexer, row, kept)
-        out_SBX = out_THC.flatten(1)[:, None]
-        projected_SBD = cast(Tensor, self.linear_proj(out_SBX)[0])
+        projected_SBD = cast(Tensor, self.linear_proj(out_THC.flatten(1)[:, None])[0])
         if loss is not None:
             projected_SBD = attach_loss(projected_SBD, loss)
         return projected_SBD, None
@@ -159,17 +153,13 @@ class SparseSelfAttention(MegatronModule):
 
     def _kept(self, row: DecoderRow) -> KeptAttention:
         """Return what this layer keeps of a row: to be filled in the first pass, then filled."""
-        if self.is_recomputed and self.training:
-            if torch.is_grad_enabled():
-                kept = row.kept.pop(self.layer_number)
-                if kept.outputs is not None:
-                    kept.outputs.begin_second_call()
-                return kept
-            outputs = KeptOutputs(in_host_memory=self.in_host_memory)
-            kept = KeptAttention(outputs if self.keeps_outputs else None)
-            row.kept[self.layer_number] = kept
-            return kept
-        return KeptAttention(None)
+        if not (self.is_recomputed and self.training):
+            return KeptAttention(None)
+        if torch.is_grad_enabled():
+            return row.kept.pop(self.layer_number).of_second_pass()
+        outputs = KeptOutputs(in_host_memory=self.in_host_memory) if self.keeps_outputs else None
+        row.kept[self.layer_number] = kept = KeptAttention(outputs)
+        return kept
 
     def _project(
         self, hidden_SBD: Tensor, row: DecoderRow
@@ -209,9 +199,11 @@ class SparseSelfAttention(MegatronModule):
         self, heads: RowHeads, row: DecoderRow, kept: KeptAttention
     ) -> tuple[Tensor, Tensor]:
         """Return out_THC and lse_TH, the log-sum-exp of each query's logits."""
+        k_SGC, v_SGC = heads.gather.rows()
         return dense_attention_with_lse(
             heads.q_THC,
-            *heads.gather.rows(),
+            k_SGC,
+            v_SGC,
             row.key_start_T,
             row.key_end_T,
             scale=self.head_dim**-0.5,
@@ -248,9 +240,11 @@ class SparseSelfAttention(MegatronModule):
             # Before attention, so that in the backward pass they hide the sum of dK and dV.
             (k_SJ,) = indexer.gather.rows()
             scores_TK = selected_indexer_scores(indexer.q_TIJ, k_SJ, indexer.gate_TI, indices_TK)
+        k_SGC, v_SGC = heads.gather.rows()
         out_THC, target_TGK = sparse_attention(
             heads.q_THC,
-            *heads.gather.rows(),
+            k_SGC,
+            v_SGC,
             indices_TK,
             scale=self.head_dim**-0.5,
             with_target=self._measures_indexer,
@@ -259,7 +253,7 @@ class SparseSelfAttention(MegatronModule):
         if scores_TK is None:
             return out_THC, None
         kl_TG = sparse_indexer_loss(scores_TK, target_TGK)
-        measure_recall(heads.q_THC, heads.gather.rows()[0], indices_TK, row)
+        measure_recall(heads.q_THC, k_SGC, indices_TK, row)
         return out_THC, self._sum_kl(kl_TG, row) * row.indexer_loss_weight
 
     def _attend_in_cache(
@@ -267,15 +261,11 @@ class SparseSelfAttention(MegatronModule):
     ) -> Tensor:
         """Return out_THC of new tokens, whose keys are then in the cache."""
         assert row.cache is not None and self.cp_group.size() == 1, "a row's tokens are all here"
-        k_TGC, v_TGC = heads.gather.rows()
-        new = NewHeads(q_THC=heads.q_THC, k_TGC=k_TGC, v_TGC=v_TGC)
         layer, ranges = row.cache.layers[self.layer_number - 1], (row.key_start_T, row.key_end_T)
         if indexer is None:
-            return attend_densely(new, layer, row.cache, ranges)
-        (k_TJ,) = indexer.gather.rows()
-        new_indexer = NewIndexerHeads(q_TIJ=indexer.q_TIJ, k_TJ=k_TJ, gate_TI=indexer.gate_TI)
+            return attend_densely(heads, layer, row.cache, ranges)
         out_THC, indices_TK = attend_sparsely(
-            new, new_indexer, layer, row.cache, ranges, top_k=self.top_k
+            heads, indexer, layer, row.cache, ranges, top_k=self.top_k
         )
         row.meter.record("topk_indices", self.layer_number, indices_TK)
         return out_THC
