@@ -85,7 +85,7 @@ def build_model(
             sharded = stage.sharded_state_dict(metadata={"dp_cp_group": grid.decoder.dp_cp})
             initialize_weights(sharded, std=run.model.decoder.init_std, seed=run.training.seed)
             _freeze(stage, run, learns=learns)
-            stages.append(_wrap(stage, run, config, grid.decoder))
+            stages.append(wrap(stage, run, config, grid.decoder, may_overlap=True))
     return KeyeModel(stages=stages, vision=_build_vision(run, grid, device, learns=learns))
 
 
@@ -112,7 +112,7 @@ def _build_vision(
     add_adapters(tower, run.training.lora, seed=run.training.seed)
     _freeze(tower, run, learns=learns)
     tower = tower.to(dtype=weight_dtype(run))
-    return _wrap(tower, run, vision_config(run), grid.vision)
+    return wrap(tower, run, vision_config(run), grid.vision)
 
 
 def _freeze(module: torch.nn.Module, run: RunConfig, *, learns: bool) -> None:
@@ -123,18 +123,33 @@ def _freeze(module: torch.nn.Module, run: RunConfig, *, learns: bool) -> None:
             parameter.requires_grad_(False)
 
 
-def _wrap(
+def wrap(
     module: torch.nn.Module,
     run: RunConfig,
     config: TransformerConfig,
     groups: ProcessGroupCollection,
+    *,
+    may_overlap: bool = False,
 ) -> DistributedDataParallel:
-    replicas = data_parallel_config(run)
+    """Wrap a module so that its replicas add up gradients, and share the optimizer if they do.
+
+    Args:
+        module: The module, on its device.
+        run: Precision and optimizer.
+        config: Megatron's configuration of the module.
+        groups: Process groups of its grid.
+        may_overlap: Whether gradients may be added up while the last backward pass of a step still
+            runs, with `optim.overlapped_sum`.
+    """
+    overlaps = may_overlap and _overlaps(module, run, groups)
+    replicas = data_parallel_config(run, overlaps=overlaps)
+    # Megatron-Core has one bucket on later stages, which wait for the first one.
+    has_buckets = overlaps and groups.pp.rank() == 0
     layout = None
     if replicas.use_distributed_optimizer:
         layout = DistributedOptimizer.compute_full_param_layout(
             [weight for weight in module.parameters() if weight.requires_grad],
-            None,  # One bucket: gradients are not reduced while the backward pass runs.
+            replicas.bucket_size if has_buckets else None,
             groups.dp_cp.size(),
             replicas,
             expert_data_parallel_world_size=groups.expt_dp.size(),
@@ -143,7 +158,15 @@ def _wrap(
         config,
         replicas,
         module,
-        disable_bucketing=True,
+        disable_bucketing=not has_buckets,
         pg_collection=groups,
         full_param_layout=layout,
     )
+
+
+def _overlaps(module: torch.nn.Module, run: RunConfig, groups: ProcessGroupCollection) -> bool:
+    """Return whether replicas add up gradients under the backward pass."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    setting, has_replicas = run.training.optimizer.overlap, groups.dp_cp.size() > 1
+    on_gpu = bool(weights) and weights[0].device.type == "cuda"
+    return bool(weights) and has_replicas and (setting == "on" or (setting == "auto" and on_gpu))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from megatron_keye.config import FusionsConfig, ParallelConfig, RunConfig
+from megatron_keye.config import DecoderParallel, FusionsConfig, ParallelConfig, RunConfig
 from megatron_keye.config.run import as_override
 from megatron_keye.config.training import Phase, Recompute
 from megatron_keye.recipes import load_recipe
@@ -60,15 +60,20 @@ class Case:
             recompute="selective" if self.recompute == "full" else self.recompute,
         )
 
-    def run(self, recipe: str, settings: list[str], *, layers: int, has_gpu: bool) -> RunConfig:
-        """Return the recipe with a few layers on one rank, and what the case changes.
+    def run(
+        self, recipe: str, settings: list[str], *, layers: int, has_gpu: bool, ranks: int = 1
+    ) -> RunConfig:
+        """Return the recipe with a few layers, and what the case changes.
+
+        Several ranks split rows by context and the experts.
 
         Raises:
             UserError: For an unknown recipe or setting.
         """
         base = load_recipe(recipe)(num_ranks=1, has_gpu=has_gpu)
         off = FUSIONS if self.without == "all" else (self.without,) if self.without else ()
-        return replace(base, parallel=ParallelConfig()).with_overrides(
+        degrees = DecoderParallel(context=ranks, expert=ranks)
+        return replace(base, parallel=ParallelConfig(decoder=degrees)).with_overrides(
             [
                 f"model.decoder.num_layers={layers}",
                 f"data.row_tokens={self.tokens}",
@@ -103,6 +108,13 @@ def one_gpu_table() -> Iterator[Case]:
     yield replace(long, recompute="selective", keeps_in_host_memory=True)
     yield replace(long, recompute="full")
     yield replace(long, recompute="experts")
+
+
+def two_gpu_table() -> Iterator[Case]:
+    """Yield the cases of two GPUs of 80 GB, context 2 x expert 2, for less than three minutes."""
+    for count in (128, 256):
+        yield Case(tokens=1024 * count, recompute="selective")
+    yield Case(tokens=131_072, recompute="selective", phase="indexer_warmup")
 
 
 def every_combination(

@@ -32,7 +32,6 @@ from torch import Tensor
 from megatron_keye.config import RunConfig
 from megatron_keye.config.fused_kernels import Fusions
 from megatron_keye.config.megatron import (
-    data_parallel_config,
     decoder_config,
     optimizer_config,
     weight_dtype,
@@ -40,7 +39,10 @@ from megatron_keye.config.megatron import (
 from megatron_keye.decoder.layer import block_spec
 from megatron_keye.decoder.row import DecoderRow, RowMeter, rotary_tables
 from megatron_keye.kernels.union_lists import union_lists
-from megatron_keye.model import part_of
+from megatron_keye.model import part_of, wrap
+from megatron_keye.optim.overlapped_sum import OverlappedSum
+from megatron_keye.parallel.context import gathered_order
+from megatron_keye.plan.places import owned_positions
 from tools.benchmark_step_cases import PEER_RECOMPUTES, Case
 
 SEGMENT_TOKENS = 64
@@ -53,16 +55,20 @@ class Stack:
 
     module: DistributedDataParallel
     optimizer: MegatronOptimizer
+    sums: OverlappedSum
+    """Of its gradients over ranks, where they run under the backward pass."""
     run_forward: Callable[[Tensor], Tensor]
-    """Hidden states [S, 1, D] to hidden states."""
+    """Hidden states [S/CP, 1, D] to hidden states."""
 
     def clear_gradients(self) -> None:
         """Forget the gradients of the last step."""
+        self.sums.begin_step()
         self.module.zero_grad_buffer()
         self.optimizer.zero_grad(set_to_none=True)
 
     def update(self) -> None:
         """Update all weights that learn."""
+        self.sums.start_rest()
         self.module.finish_grad_sync()
         self.optimizer.step()
 
@@ -84,8 +90,16 @@ class UnionMeter(RowMeter):
             self.union_keys = float(counts_B.double().mean())
 
 
-def hidden_states(case: Case, run: RunConfig, device: torch.device) -> Tensor:
-    """Return random hidden states [S, 1, D] that need a gradient."""
+def own_positions(case: Case, groups: ProcessGroupCollection, device: torch.device) -> Tensor:
+    """Return the row positions of this rank's tokens, int64 [S/CP]."""
+    positions = owned_positions(case.tokens, groups.cp.size(), groups.cp.rank())
+    return torch.from_numpy(positions).to(device)
+
+
+def hidden_states(
+    case: Case, run: RunConfig, groups: ProcessGroupCollection, device: torch.device
+) -> Tensor:
+    """Return random hidden states [S/CP, 1, D] that need a gradient."""
     generator = torch.Generator(device).manual_seed(run.training.seed)
     shape = (case.tokens, 1, run.model.decoder.hidden_size)
     options: dict[str, Any] = {"generator": generator, "device": device}
@@ -94,24 +108,32 @@ def hidden_states(case: Case, run: RunConfig, device: torch.device) -> Tensor:
         noise_SBD = NOISE * hidden_SBD
         segments = torch.randn((-(-case.tokens // SEGMENT_TOKENS), *shape[1:]), **options)
         hidden_SBD = segments.repeat_interleave(SEGMENT_TOKENS, dim=0)[: case.tokens] + noise_SBD
-    return hidden_SBD.to(weight_dtype(run)).requires_grad_()
+    own_SBD = hidden_SBD[own_positions(case, groups, device)]
+    return own_SBD.to(weight_dtype(run)).requires_grad_()
 
 
-def decoder_row(case: Case, run: RunConfig, device: torch.device, meter: RowMeter) -> DecoderRow:
-    """Return the row of a case: causal documents of text, without padding."""
+def decoder_row(
+    case: Case,
+    run: RunConfig,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    meter: RowMeter,
+) -> DecoderRow:
+    """Return this rank's row of a case: causal documents of text, without padding."""
     lengths = case.document_lengths()
     starts = [0, *accumulate(lengths)]
     key_start_T = torch.cat(
         [torch.full((length,), start) for start, length in zip(starts, lengths, strict=False)]
     ).to(device)
-    position_T = torch.arange(case.tokens, device=device)
+    position_T = own_positions(case, groups, device)
+    key_start_T = key_start_T[position_T]
     ids_3T = (position_T - key_start_T).expand(3, -1)
     attention, indexer = rotary_tables(ids_3T, run.model.decoder, weight_dtype(run))
     return DecoderRow(
         key_start_T=key_start_T,
         key_end_T=position_T + 1,
         is_real_T=torch.ones_like(position_T, dtype=torch.bool),
-        gathered_order_S=position_T,
+        gathered_order_S=gathered_order(case.tokens, groups.cp.size()).to(device),
         attention_rotary=attention,
         indexer_rotary=indexer,
         phase=run.training.phase,
@@ -142,7 +164,7 @@ def our_stack(
     block = TransformerBlock(config, spec, post_process=False, pg_collection=groups)
     for name, weight in block.named_parameters():
         weight.requires_grad_(training.is_trained(part_of(name), is_adapter=False))
-    row = decoder_row(case, run, device, RowMeter())
+    row = decoder_row(case, run, groups, device, RowMeter())
 
     def forward(hidden_SBD: Tensor) -> Tensor:
         fresh = replace(row, meter=RowMeter(), kept={})
@@ -242,10 +264,9 @@ def _stack(
     for weight in block.parameters():
         if weight.dim() > 1:
             weight.data.normal_(0.0, run.model.decoder.init_std, generator=generator)
-    wrapped = DistributedDataParallel(
-        config, data_parallel_config(run), block, disable_bucketing=True, pg_collection=groups
-    )
+    wrapped = wrap(block, run, config, groups, may_overlap=True)
     optimizer = get_megatron_optimizer(
         optimizer_config(run), [wrapped], use_gloo_process_groups=False, pg_collection=groups
     )
-    return Stack(wrapped, optimizer, forward)
+    overlapped = [wrapped] if wrapped.ddp_config.overlap_grad_reduce else []
+    return Stack(wrapped, optimizer, OverlappedSum(overlapped), forward)

@@ -3,7 +3,9 @@
 import argparse
 import gc
 import json
+import os
 import statistics
+import sys
 import time
 import traceback
 from collections import Counter
@@ -13,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_keye.config import ParallelConfig, RunConfig, VisionParallel
+from megatron_keye.config import DecoderParallel, ParallelConfig, RunConfig, VisionParallel
 from megatron_keye.config.backends import transformer_engine_version, uses_transformer_engine
 from megatron_keye.config.fused_kernels import choose_fusions
 from megatron_keye.config.parts import Part
@@ -26,7 +29,6 @@ from megatron_keye.model import part_of
 from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import resolve_device
 from megatron_keye.parallel.random import seed_rank
-from megatron_keye.verify.one_process import alone
 from tools.benchmark_lines import shared_fields, write_line
 from tools.benchmark_step_cases import PEER_RECOMPUTES, Case
 from tools.benchmark_step_layers import (
@@ -53,30 +55,38 @@ def measure_all(cases: list[Case], options: argparse.Namespace) -> int:
     Raises:
         UserError: For a recipe or settings that do not fit, before anything is timed.
     """
-    device = resolve_device("auto", 0)
-    shared = machine_fields(device)
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    device = resolve_device("auto", rank)
+    grid = build_grid(ParallelConfig(decoder=DecoderParallel(context=num_ranks, expert=num_ranks)))
+    assert grid.decoder is not None, "all ranks have a decoder"
+    seed_rank(1, grid)
+    bench = Bench(device, grid.decoder, options)
+    for case in cases:
+        bench.run(case)
+    shared = machine_fields(device) | {"ranks": num_ranks}
+    lines: list[dict[str, Any]] = []
     peers: dict[Case, dict[str, Any]] = {}
-    statuses = []
-    with alone(device):
-        grid = build_grid(ParallelConfig())
-        assert grid.decoder is not None, "the only rank has a decoder"
-        seed_rank(1, grid)
-        bench = Bench(device, grid.decoder, options)
-        for case in cases:
-            bench.run(case)
-        for case in cases:
-            line = bench.line(case, is_plain=False)
-            if not options.no_peer and bench.has_peer(case):
-                key = case.peer()
-                if key not in peers:
-                    peers[key] = bench.line(key, is_plain=True)
-                    write_line(peers[key] | shared, options.out)
-                    statuses.append(peers[key])
-                if device.type == "cuda":
-                    line |= compared(line, peers[key])
+
+    def write(line: dict[str, Any]) -> None:
+        lines.append(line)
+        if rank == 0 or "error" in line:
             write_line(line | shared, options.out)
-            statuses.append(line)
-    return int(any(line.get("error", "out of memory") != "out of memory" for line in statuses))
+
+    for case in cases:
+        line = bench.line(case, is_plain=False)
+        if not options.no_peer and bench.has_peer(case):
+            key = case.peer()
+            if key not in peers:
+                peers[key] = bench.line(key, is_plain=True)
+                write(peers[key])
+            if device.type == "cuda":
+                line |= compared(line, peers[key])
+        write(line)
+        if num_ranks > 1 and any("error" in line for line in lines):
+            # Others may wait for this rank in an exchange, which taking leave would do as well.
+            sys.stdout.flush()
+            os._exit(1)
+    return int(any(line.get("error", "out of memory") != "out of memory" for line in lines))
 
 
 def machine_fields(device: torch.device) -> dict[str, Any]:
@@ -120,11 +130,19 @@ class Bench:
             self._options.set,
             layers=self._options.layers,
             has_gpu=self._device.type == "cuda",
+            ranks=self._groups.cp.size(),
         )
 
     def has_peer(self, case: Case) -> bool:
-        """Return whether the peer can run: only Transformer Engine's attention packs documents."""
-        return case.layout == "one" or self._device.type == "cuda"
+        """Return whether the peer can run.
+
+        Only Transformer Engine's attention packs documents or splits rows, and it cannot split
+        rows of documents that are not padded for it.
+        """
+        is_packed, is_split = case.layout == "packed", bool(self._groups.cp.size() > 1)
+        return not (is_packed or is_split) or (
+            self._device.type == "cuda" and not (is_packed and is_split)
+        )
 
     def line(self, case: Case, *, is_plain: bool) -> dict[str, Any]:
         """Return the fields of one case, of our layers or of the peer's."""
@@ -160,7 +178,7 @@ class Bench:
         run = self.run(case)
         engine = uses_transformer_engine(run.training, has_gpu=on_gpu)
         fusions = choose_fusions(run.training, has_gpu=on_gpu, uses_transformer_engine=engine)
-        hidden_SBD = hidden_states(case, run, self._device)
+        hidden_SBD = hidden_states(case, run, self._groups, self._device)
         build = case, run, self._groups, self._device, fusions
         found: dict[str, Any] = {"fusions": fusions.names()}
         if is_plain:
@@ -175,7 +193,7 @@ class Bench:
                 meter = UnionMeter()
                 stack.module.eval()
                 with torch.no_grad():
-                    row = decoder_row(case, run, self._device, meter)
+                    row = decoder_row(case, run, self._groups, self._device, meter)
                     stack.module(hidden_SBD, attention_mask=None, packed_seq_params=row)
                 stack.module.train()
                 found["union_keys"] = round(meter.union_keys)
@@ -211,6 +229,8 @@ class Bench:
             profiled = profile_step(step)
             found["gpu_busy"] = round(min(1.0, profiled.busy_milliseconds / step_ms), 3)
             found["launches"] = profiled.num_launches
+            found["communication_ms"] = round(profiled.communication_milliseconds, 2)
+            found["exposed_communication"] = round(profiled.exposed_share, 4)
             _write_profile(self._options.profiles, case, is_plain, profiled.kernels)
         return found
 

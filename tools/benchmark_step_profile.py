@@ -1,7 +1,10 @@
-"""What a GPU did in a step of tools/benchmark_step.py: kernels by name, and how long it worked."""
+"""What a GPU did in a step of tools/benchmark_step.py: kernels by name, and how long it worked.
+
+Communication is told apart, since only what nothing else hides costs time.
+"""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +23,17 @@ class StepProfile:
     """Name, number of launches and milliseconds of the TOP_KERNELS longest, by name."""
     num_launches: int
     """Of all kernels and copies."""
+    communication_milliseconds: float
+    """Time in which at least one kernel of NCCL ran, waiting for another rank included."""
+    exposed_milliseconds: float
+    """The part of it in which nothing else ran."""
+    milliseconds: float
+    """From the first kernel's begin to the last one's end."""
+
+    @property
+    def exposed_share(self) -> float:
+        """Share of the step in which nothing but NCCL's kernels ran."""
+        return self.exposed_milliseconds / self.milliseconds
 
 
 def profile_step(step: Callable[[], object]) -> StepProfile:
@@ -31,12 +45,16 @@ def profile_step(step: Callable[[], object]) -> StepProfile:
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         step()
         torch.cuda.synchronize()
-    spans, launches, milliseconds = [], defaultdict[str, int](int), defaultdict[str, float](float)
+    launches, milliseconds = defaultdict[str, int](int), defaultdict[str, float](float)
+    spans: list[tuple[float, float]] = []
+    computing: list[tuple[float, float]] = []
+    communicating: list[tuple[float, float]] = []
     for event in recorded.events():
         if event.device_type.name != "CUDA":
             continue
         start, end = event.time_range.start, event.time_range.end
         spans.append((start, end))
+        (communicating if event.name.startswith("nccl") else computing).append((start, end))
         launches[event.name] += 1
         milliseconds[event.name] += (end - start) / 1e3
     longest = sorted(milliseconds, key=lambda name: milliseconds[name], reverse=True)
@@ -46,7 +64,17 @@ def profile_step(step: Callable[[], object]) -> StepProfile:
             (name, launches[name], round(milliseconds[name], 3)) for name in longest[:TOP_KERNELS]
         ],
         num_launches=len(spans),
+        communication_milliseconds=covered(communicating) / 1e3,
+        exposed_milliseconds=exposed(communicating, computing) / 1e3,
+        milliseconds=(max(end for _, end in spans) - min(start for start, _ in spans)) / 1e3,
     )
+
+
+def exposed(
+    communicating: Sequence[tuple[float, float]], computing: Sequence[tuple[float, float]]
+) -> float:
+    """Return for how long there was communication and no computation beside it."""
+    return covered([*communicating, *computing]) - covered(computing)
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

@@ -65,6 +65,7 @@ _CHANGES = {
     "training.health.window_steps": Change.SAID,
     "training.optimizer.distributed": Change.FREE,
     "training.optimizer.offload": Change.FREE,
+    "training.optimizer.overlap": Change.FREE,
     "training.recompute": Change.FREE,
     "training.keeps_in_host_memory": Change.FREE,
     "training.records_timeline": Change.FREE,

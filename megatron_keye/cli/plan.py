@@ -9,7 +9,8 @@ Ranks are numbered as by megatron-keye train, torchrun and srun; those that are 
 each rank encodes, and its expected idle time; without SAMPLES it reads the recipe's samples.
 --suggest simulates that step with several numbers of vision ranks. Expected times are counted
 operations divided by an assumed speed of a device. Expected memory assumes packed rows full of
-video; CUDA, NCCL and fragmentation add a few GiB.
+video; CUDA, NCCL and fragmentation add a few GiB, and what ViT activations that
+parallel.vision.recompute=auto keeps take of the rest is not counted.
 """
 
 import argparse

@@ -15,6 +15,8 @@ from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import Recompute
 
+BUCKET_ELEMENTS = 40_000_000
+"""Gradients that are summed at once under the backward pass; Megatron-Core's own choice."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -127,13 +129,21 @@ def vision_config(run: RunConfig) -> TransformerConfig:
     )
 
 
-def data_parallel_config(run: RunConfig) -> DistributedDataParallelConfig:
-    """Translate the reduction of gradients over replicas."""
+def data_parallel_config(
+    run: RunConfig, *, overlaps: bool = False
+) -> DistributedDataParallelConfig:
+    """Translate the reduction of gradients over replicas.
+
+    Args:
+        run: The run.
+        overlaps: Whether it runs under the backward pass, in buckets.
+    """
     return DistributedDataParallelConfig(
         # Otherwise in the type of the weights, as float64 needs.
         grad_reduce_in_fp32=run.training.precision != "fp64",
         use_distributed_optimizer=run.training.distributes_optimizer,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=overlaps,
+        bucket_size=BUCKET_ELEMENTS if overlaps else None,
         check_for_nan_in_grad=False,
     )
 

@@ -9,9 +9,11 @@ from megatron_keye.config.parts import PARTS, Part
 
 Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
 Moments = Literal["fp32", "bf16"]
+Overlap = Literal["auto", "on", "off"]
 
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant", "warmup_stable_decay")
 MOMENTS: tuple[Moments, ...] = ("fp32", "bf16")
+OVERLAP: tuple[Overlap, ...] = ("auto", "on", "off")
 
 _LARGEST_BETA = 1 - 2**-8
 """A moment in bf16 decays by no smaller part of itself: it would be rounded back for ever."""
@@ -65,6 +67,10 @@ class OptimizerConfig:
     0 to 1. They pass through the GPU at each update, which computes the same: 12 bytes a weight
     there and back, with bf16 moments 8. All replicas of one machine need that memory at once, and
     as much again for checkpoints with training.checkpoint.asynchronous."""
+    overlap: Overlap = "auto"
+    """Whether the decoder's gradients are summed over data-parallel and context-parallel ranks
+    while the last backward pass of a step still runs, in buckets of 40 million. "auto": on
+    GPUs."""
 
     def __post_init__(self) -> None:
         peak, low = self.learning_rate, self.min_learning_rate
@@ -84,6 +90,7 @@ class OptimizerConfig:
         )
         self._check(low <= peak, "min_learning_rate", f"0 to learning_rate = {peak}")
         self._check(self.schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}")
+        self._check(self.overlap in OVERLAP, "overlap", f"one of {OVERLAP}")
         self._check(
             low == 0 or self.schedule != "constant",
             "min_learning_rate",

@@ -18,17 +18,13 @@ from torch import Tensor
 from megatron_keye.config.model import DecoderConfig
 from megatron_keye.config.training import Recompute
 from megatron_keye.decoder.auxiliary_loss import attach_loss
-from megatron_keye.decoder.cached_attention import (
-    NewHeads,
-    NewIndexerHeads,
-    attend_densely,
-    attend_sparsely,
-)
+from megatron_keye.decoder.cached_attention import attend_densely, attend_sparsely
 from megatron_keye.decoder.indexer import Indexer
 from megatron_keye.decoder.norm import RMSNorm
 from megatron_keye.decoder.recall import measure_recall
 from megatron_keye.decoder.recomputation import KeptAttention, PackedSelection
 from megatron_keye.decoder.row import DecoderRow
+from megatron_keye.decoder.row_heads import RowHeads, RowIndexerHeads
 from megatron_keye.kernels.dense_attention import dense_attention_with_lse
 from megatron_keye.kernels.dense_indexer_loss import dense_indexer_loss
 from megatron_keye.kernels.kept_outputs import KeptOutputs
@@ -37,7 +33,7 @@ from megatron_keye.kernels.rotary import rotate
 from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.sparse_attention import sparse_attention
 from megatron_keye.kernels.sparse_indexer_loss import sparse_indexer_loss
-from megatron_keye.parallel.context import gather_row
+from megatron_keye.parallel.context import RowGather
 
 
 @dataclass(frozen=True)
@@ -48,24 +44,6 @@ class AttentionLinears:
     """Column-parallel: outputs are split over tensor ranks."""
     row: Any
     """Row-parallel: inputs are split over tensor ranks."""
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Rotated queries of the local tokens, and keys and values of the whole row."""
-
-    q_THC: Tensor
-    k_SGC: Tensor
-    v_SGC: Tensor
-
-
-@dataclass(frozen=True)
-class _IndexerHeads:
-    """The indexer's queries and gates of the local tokens, and its keys of the whole row."""
-
-    q_TIJ: Tensor
-    k_SJ: Tensor
-    gate_TI: Tensor
 
 
 class SparseSelfAttention(MegatronModule):
@@ -153,18 +131,17 @@ class SparseSelfAttention(MegatronModule):
         """
         row = packed_seq_params
         kept = self._kept(row)
-        heads = self._project(hidden_states, row)
+        heads, indexer = self._project(hidden_states, row)
         loss = None
         if row.cache is not None:
-            out_THC = self._attend_in_cache(heads, hidden_states, row)
-        elif row.phase == "dense":
+            out_THC = self._attend_in_cache(heads, indexer, row)
+        elif indexer is None:
             out_THC, _ = self._attend_densely(heads, row, kept)
+        elif row.phase == "sparse":
+            out_THC, loss = self._attend_sparsely(heads, indexer, row, kept)
         else:
-            indexer_heads = self._project_indexer(hidden_states, row)
-            attend = self._attend_sparsely if row.phase == "sparse" else self._warm_up_indexer
-            out_THC, loss = attend(heads, indexer_heads, row, kept)
-        out_SBX = out_THC.flatten(1)[:, None]
-        projected_SBD = cast(Tensor, self.linear_proj(out_SBX)[0])
+            out_THC, loss = self._warm_up_indexer(heads, indexer, row, kept)
+        projected_SBD = cast(Tensor, self.linear_proj(out_THC.flatten(1)[:, None])[0])
         if loss is not None:
             projected_SBD = attach_loss(projected_SBD, loss)
         return projected_SBD, None
@@ -176,60 +153,71 @@ class SparseSelfAttention(MegatronModule):
 
     def _kept(self, row: DecoderRow) -> KeptAttention:
         """Return what this layer keeps of a row: to be filled in the first pass, then filled."""
-        if self.is_recomputed and self.training:
-            if torch.is_grad_enabled():
-                kept = row.kept.pop(self.layer_number)
-                if kept.outputs is not None:
-                    kept.outputs.begin_second_call()
-                return kept
-            outputs = KeptOutputs(in_host_memory=self.in_host_memory)
-            kept = KeptAttention(outputs if self.keeps_outputs else None)
-            row.kept[self.layer_number] = kept
-            return kept
-        return KeptAttention(None)
+        if not (self.is_recomputed and self.training):
+            return KeptAttention(None)
+        if torch.is_grad_enabled():
+            return row.kept.pop(self.layer_number).of_second_pass()
+        outputs = KeptOutputs(in_host_memory=self.in_host_memory) if self.keeps_outputs else None
+        row.kept[self.layer_number] = kept = KeptAttention(outputs)
+        return kept
 
-    def _project(self, hidden_SBD: Tensor, row: DecoderRow) -> _Heads:
+    def _project(
+        self, hidden_SBD: Tensor, row: DecoderRow
+    ) -> tuple[RowHeads, RowIndexerHeads | None]:
+        """Project hidden states, and start to gather what other ranks need of them.
+
+        The indexer's keys travel first, and those and the values of attention while it selects.
+        Work is called in the order that lets the backward pass hide the way back (`RowGather`).
+        """
         mixed_SBX = self.linear_qkv(hidden_SBD)[0]
         mixed_TGX = mixed_SBX.squeeze(1).unflatten(
             -1, (-1, self.heads_per_group + 2, self.head_dim)
         )
         q_TGHC, k_TGC, v_TGC = mixed_TGX.split([self.heads_per_group, 1, 1], dim=2)
-        q_THC = rotate(self.q_layernorm(q_TGHC.flatten(1, 2)), *row.attention_rotary)
         k_TGC = rotate(self.k_layernorm(k_TGC.squeeze(2)), *row.attention_rotary)
-        return _Heads(q_THC, self._gather(k_TGC, row), self._gather(v_TGC.squeeze(2), row))
+        gather = self._gather(row, k_TGC, v_TGC.squeeze(2))
+        indexer = None
+        if row.phase == "sparse" or (row.phase == "indexer_warmup" and self._measures_indexer):
+            indexer = self._project_indexer(hidden_SBD, row)
+            indexer.gather.start()
+        q_THC = rotate(self.q_layernorm(q_TGHC.flatten(1, 2)), *row.attention_rotary)
+        gather.start()
+        return RowHeads(q_THC, gather), indexer
 
-    def _project_indexer(self, hidden_SBD: Tensor, row: DecoderRow) -> _IndexerHeads:
+    def _project_indexer(self, hidden_SBD: Tensor, row: DecoderRow) -> RowIndexerHeads:
         """Run the indexer on the detached input, since it learns from its own loss only."""
         hidden_SBD = hidden_SBD.detach()
         if self.config.sequence_parallel:
             hidden_SBD = gather_from_sequence_parallel_region(hidden_SBD, group=self.tp_group)
         q_TIJ, k_TJ, gate_TI = self.indexer(hidden_SBD.squeeze(1), row.indexer_rotary)
-        return _IndexerHeads(q_TIJ, self._gather(k_TJ, row), gate_TI)
+        return RowIndexerHeads(q_TIJ, self._gather(row, k_TJ), gate_TI)
 
-    def _gather(self, local: Tensor, row: DecoderRow) -> Tensor:
-        return gather_row(local, row.gathered_order_S, self.cp_group)
+    def _gather(self, row: DecoderRow, *local: Tensor) -> RowGather:
+        return RowGather(*local, order_S=row.gathered_order_S, group=self.cp_group)
 
     def _attend_densely(
-        self, heads: _Heads, row: DecoderRow, kept: KeptAttention
+        self, heads: RowHeads, row: DecoderRow, kept: KeptAttention
     ) -> tuple[Tensor, Tensor]:
         """Return out_THC and lse_TH, the log-sum-exp of each query's logits."""
+        k_SGC, v_SGC = heads.gather.rows()
         return dense_attention_with_lse(
             heads.q_THC,
-            heads.k_SGC,
-            heads.v_SGC,
+            k_SGC,
+            v_SGC,
             row.key_start_T,
             row.key_end_T,
             scale=self.head_dim**-0.5,
             kept=kept.outputs,
         )
 
-    def _select(self, indexer: _IndexerHeads, row: DecoderRow, kept: KeptAttention) -> Tensor:
+    def _select(self, indexer: RowIndexerHeads, row: DecoderRow, kept: KeptAttention) -> Tensor:
         """Return indices_TK, in the second pass of a recomputed layer those of the first one."""
         if kept.selection is not None:
             return kept.selection.unpack()
+        (k_SJ,) = indexer.gather.rows()
         indices_TK = lightning_indexer(
             indexer.q_TIJ.detach(),
-            indexer.k_SJ.detach(),
+            k_SJ.detach(),
             indexer.gate_TI.detach(),
             row.key_start_T,
             row.key_end_T,
@@ -237,64 +225,63 @@ class SparseSelfAttention(MegatronModule):
         )
         if self.is_recomputed and not self._measures_indexer:
             kept.selection = PackedSelection.of(
-                indices_TK, len(indexer.k_SJ), in_host_memory=self.in_host_memory
+                indices_TK, len(k_SJ), in_host_memory=self.in_host_memory
             )
         return indices_TK
 
     def _attend_sparsely(
-        self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow, kept: KeptAttention
+        self, heads: RowHeads, indexer: RowIndexerHeads, row: DecoderRow, kept: KeptAttention
     ) -> tuple[Tensor, Tensor | None]:
         """Return out_THC and the indexer's loss, or None where it is not measured."""
         indices_TK = self._select(indexer, row, kept)
         row.meter.record("topk_indices", self.layer_number, indices_TK)
+        scores_TK = None
+        if self._measures_indexer:
+            # Before attention, so that in the backward pass they hide the sum of dK and dV.
+            (k_SJ,) = indexer.gather.rows()
+            scores_TK = selected_indexer_scores(indexer.q_TIJ, k_SJ, indexer.gate_TI, indices_TK)
+        k_SGC, v_SGC = heads.gather.rows()
         out_THC, target_TGK = sparse_attention(
             heads.q_THC,
-            heads.k_SGC,
-            heads.v_SGC,
+            k_SGC,
+            v_SGC,
             indices_TK,
             scale=self.head_dim**-0.5,
             with_target=self._measures_indexer,
             kept=kept.outputs,
         )
-        if not self._measures_indexer:
+        if scores_TK is None:
             return out_THC, None
-        scores_TK = selected_indexer_scores(
-            indexer.q_TIJ, indexer.k_SJ, indexer.gate_TI, indices_TK
-        )
         kl_TG = sparse_indexer_loss(scores_TK, target_TGK)
-        measure_recall(heads.q_THC, heads.k_SGC, indices_TK, row)
+        measure_recall(heads.q_THC, k_SGC, indices_TK, row)
         return out_THC, self._sum_kl(kl_TG, row) * row.indexer_loss_weight
 
-    def _attend_in_cache(self, heads: _Heads, hidden_SBD: Tensor, row: DecoderRow) -> Tensor:
+    def _attend_in_cache(
+        self, heads: RowHeads, indexer: RowIndexerHeads | None, row: DecoderRow
+    ) -> Tensor:
         """Return out_THC of new tokens, whose keys are then in the cache."""
         assert row.cache is not None and self.cp_group.size() == 1, "a row's tokens are all here"
-        new = NewHeads(q_THC=heads.q_THC, k_TGC=heads.k_SGC, v_TGC=heads.v_SGC)
         layer, ranges = row.cache.layers[self.layer_number - 1], (row.key_start_T, row.key_end_T)
-        if row.phase != "sparse":
-            return attend_densely(new, layer, row.cache, ranges)
-        indexer = self._project_indexer(hidden_SBD, row)
-        new_indexer = NewIndexerHeads(
-            q_TIJ=indexer.q_TIJ, k_TJ=indexer.k_SJ, gate_TI=indexer.gate_TI
-        )
+        if indexer is None:
+            return attend_densely(heads, layer, row.cache, ranges)
         out_THC, indices_TK = attend_sparsely(
-            new, new_indexer, layer, row.cache, ranges, top_k=self.top_k
+            heads, indexer, layer, row.cache, ranges, top_k=self.top_k
         )
         row.meter.record("topk_indices", self.layer_number, indices_TK)
         return out_THC
 
     def _warm_up_indexer(
-        self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow, kept: KeptAttention
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return out_THC of dense attention and the indexer's loss over all keys, or None."""
+        self, heads: RowHeads, indexer: RowIndexerHeads, row: DecoderRow, kept: KeptAttention
+    ) -> tuple[Tensor, Tensor]:
+        """Return out_THC of dense attention and the indexer's loss over all keys."""
         out_THC, lse_TH = self._attend_densely(heads, row, kept)
-        if not self._measures_indexer:
-            return out_THC, None
+        (k_SGC, _), (k_SJ,) = heads.gather.rows(), indexer.gather.rows()
         loss, kl_TG = dense_indexer_loss(
             indexer.q_TIJ,
-            indexer.k_SJ,
+            k_SJ,
             indexer.gate_TI,
             heads.q_THC,
-            heads.k_SGC,
+            k_SGC,
             row.key_start_T,
             row.key_end_T,
             row.is_real_T.double() * row.indexer_loss_weight,

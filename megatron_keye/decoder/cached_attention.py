@@ -5,45 +5,20 @@ is read as training reads it; single new tokens of many sequences have an operat
 which scores and selects as those do.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from megatron_keye.decoder.key_cache import LayerCache, RowCache
+from megatron_keye.decoder.row_heads import RowHeads, RowIndexerHeads
 from megatron_keye.kernels.dense_attention import dense_attention
 from megatron_keye.kernels.lightning_indexer import lightning_indexer
 from megatron_keye.kernels.sparse_attention import sparse_attention
 from megatron_keye.kernels.sparse_decode import PagedCache, sparse_decode
 
 
-@dataclass(frozen=True, kw_only=True)
-class NewHeads:
-    """What the attention of one layer makes of a row's tokens."""
-
-    q_THC: Tensor
-    """Rotated queries."""
-    k_TGC: Tensor
-    """Rotated keys."""
-    v_TGC: Tensor
-    """Values."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewIndexerHeads:
-    """What the indexer of one layer makes of a row's tokens."""
-
-    q_TIJ: Tensor
-    """Queries."""
-    k_TJ: Tensor
-    """Keys."""
-    gate_TI: Tensor
-    """Weights of the heads."""
-
-
 @torch.no_grad()
 def attend_densely(
-    heads: NewHeads, layer: LayerCache, cache: RowCache, ranges: tuple[Tensor, Tensor]
+    heads: RowHeads, layer: LayerCache, cache: RowCache, ranges: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Write the row's keys and attend to all keys of its queries' ranges.
 
@@ -57,7 +32,7 @@ def attend_densely(
     Returns:
         out_THC; 0 for a query without keys.
     """
-    layer.write_heads(cache.slots_T, heads.k_TGC, heads.v_TGC)
+    layer.write_heads(cache.slots_T, *heads.gather.rows())
     scale = heads.q_THC.shape[-1] ** -0.5
     k_SGC, v_SGC = layer.read_heads(cache.key_slots_S)
     return dense_attention(heads.q_THC, k_SGC, v_SGC, *ranges, scale=scale)
@@ -65,8 +40,8 @@ def attend_densely(
 
 @torch.no_grad()
 def attend_sparsely(
-    heads: NewHeads,
-    indexer: NewIndexerHeads,
+    heads: RowHeads,
+    indexer: RowIndexerHeads,
     layer: LayerCache,
     cache: RowCache,
     ranges: tuple[Tensor, Tensor],
@@ -87,8 +62,8 @@ def attend_sparsely(
         out_THC, 0 for a query without keys, and indices_TK, int32: the selected keys by their
         place in the sequence, ascending, then -1.
     """
-    layer.write_heads(cache.slots_T, heads.k_TGC, heads.v_TGC)
-    layer.write_index_keys(cache.slots_T, indexer.k_TJ)
+    layer.write_heads(cache.slots_T, *heads.gather.rows())
+    layer.write_index_keys(cache.slots_T, *indexer.gather.rows())
     scale = heads.q_THC.shape[-1] ** -0.5
     if cache.pages_BN is not None:
         return _decode(heads, indexer, layer, cache, top_k, scale)
@@ -100,8 +75,8 @@ def attend_sparsely(
 
 
 def _decode(
-    heads: NewHeads,
-    indexer: NewIndexerHeads,
+    heads: RowHeads,
+    indexer: RowIndexerHeads,
     layer: LayerCache,
     cache: RowCache,
     top_k: int,

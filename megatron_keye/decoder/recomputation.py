@@ -71,3 +71,9 @@ class KeptAttention:
     """Of dense or sparse attention; None where they are computed again."""
     selection: PackedSelection | None = None
     """The indexer's selection; None before it is made, and where attention is dense."""
+
+    def of_second_pass(self) -> "KeptAttention":
+        """Return this, which from now on gives out what the first pass kept."""
+        if self.outputs is not None:
+            self.outputs.begin_second_call()
+        return self

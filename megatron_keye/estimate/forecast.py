@@ -169,8 +169,13 @@ class Forecast:
 
     @property
     def vision_passes(self) -> int:
-        """Vision's work in forward passes: backward is two, and recomputing the chunk one."""
-        return 4 if vision_learns(self._run) else 1
+        """Vision's work in forward passes: the first one, and those of the backward pass."""
+        return 1 + self._vision_backward_passes if vision_learns(self._run) else 1
+
+    @property
+    def _vision_backward_passes(self) -> int:
+        """Two, and one that encodes the chunk again, as is assumed with "auto"."""
+        return 2 if self._run.parallel.vision.recompute == "off" else 3
 
     @property
     def decoder_passes(self) -> int:
@@ -186,7 +191,7 @@ class Forecast:
         largest = self._largest_shares(plan)
         costs = StepCosts(
             encode=lambda chunk: seconds[chunk],
-            vision_backward=lambda chunk: 3 * seconds[chunk],
+            vision_backward=lambda chunk: self._vision_backward_passes * seconds[chunk],
             decoder=self._pass_seconds,
             exchange=lambda exchange: largest[exchange],
         )
@@ -202,7 +207,7 @@ class Forecast:
             self._run.parallel, vision=replace(self._run.parallel.vision, placement="colocated")
         )
         degrees = parallel.decoder
-        passes = self.vision_passes - 1
+        passes = 3 if vision_learns(self._run) else 0
 
         def seconds(place: DecoderPlace, step: Pass) -> float:
             decoder = self._pass_seconds(place, step)

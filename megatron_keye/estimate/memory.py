@@ -70,8 +70,9 @@ def decoder_memory(
         features = _feature_bytes(run, num_patches / degrees.context / degrees.tensor)
         features *= training.rows_per_step / degrees.data
     if run.parallel.vision.placement == "colocated":
-        # Vision's passes come before and after the decoder's, so the larger of the two counts.
-        activations = max(activations, _chunk_bytes(run))
+        # Vision's passes come before and after the decoder's, so the larger of the two counts;
+        # what waits from one to the other counts beside it.
+        activations = max(activations, _chunk_bytes(run)) + _kept_chunk_bytes(run, num_patches)
     workspace = max(workspace, brief_bytes(run, held) - activations)
     return Memory(**states, activations=activations, features=features, workspace=workspace)
 
@@ -89,7 +90,7 @@ def vision_memory(run: RunConfig, held: Sequence[Parameters], *, num_patches: in
     chunk = _chunk_bytes(run)
     return Memory(
         **state_bytes(run, held),
-        activations=chunk,
+        activations=chunk + _kept_chunk_bytes(run, num_patches),
         features=features,
         workspace=max(width * run.parallel.vision.chunk_patches, brief_bytes(run, held) - chunk),
     )
@@ -186,7 +187,7 @@ def _expert_gradient_bytes(run: RunConfig) -> float:
         return 0.0
     num_experts = decoder.experts.num_experts / run.parallel.decoder.expert
     num_weights = 2 * decoder.experts.intermediate_size * decoder.hidden_size
-    return _BYTES[training.precision] * num_experts * num_weights
+    return BYTES[training.precision] * num_experts * num_weights
 
 
 def _layers_in_flight(run: RunConfig, stage: int) -> float:
@@ -204,14 +205,35 @@ def _layers_in_flight(run: RunConfig, stage: int) -> float:
     return in_flight * sum(layers) / num_virtual
 
 
+def patch_bytes(run: RunConfig) -> float:
+    """Return the bytes that autograd saves per patch, where ViT or projector is trained."""
+    vision, size = run.model.vision, BYTES[run.training.precision]
+    layers = vision.num_layers if "vision" in run.training.trained_parts else 1
+    return float(size * layers * _saved_by_vision_layer(vision))
+
+
 def _chunk_bytes(run: RunConfig) -> float:
     """Return the bytes of a chunk of pictures: of all saved activations if vision is trained."""
-    vision, trained = run.model.vision, run.training.trained_parts
-    size = BYTES[run.training.precision]
-    if not {"vision", "projector"} & set(trained):
-        return run.parallel.vision.chunk_patches * size * 4 * vision.intermediate_size
-    layers = vision.num_layers if "vision" in trained else 1
-    return run.parallel.vision.chunk_patches * size * layers * _saved_by_vision_layer(vision)
+    num_patches = run.parallel.vision.chunk_patches
+    if _vision_learns(run):
+        return num_patches * patch_bytes(run)
+    return num_patches * BYTES[run.training.precision] * 4 * run.model.vision.intermediate_size
+
+
+def _kept_chunk_bytes(run: RunConfig, num_patches: int) -> float:
+    """Return the bytes of activations that wait for a step's backward passes of vision.
+
+    None with "auto", which takes only what all else leaves free.
+    """
+    vision, num_decoder = run.parallel.vision, run.parallel.decoder.num_ranks
+    if vision.recompute != "off" or not _vision_learns(run):
+        return 0.0
+    of_step = num_patches * run.training.rows_per_step / (vision.num_ranks or num_decoder)
+    return max(0.0, of_step * patch_bytes(run) - _chunk_bytes(run))
+
+
+def _vision_learns(run: RunConfig) -> bool:
+    return bool({"vision", "projector"} & set(run.training.trained_parts))
 
 
 def _saved_by_vision_layer(vision: VisionConfig) -> float:

@@ -20,6 +20,7 @@ from megatron_keye.config.run import RunConfig
 from megatron_keye.model import KeyeModel
 from megatron_keye.optim.finite import host_marks, sick_marks, updated_state
 from megatron_keye.optim.measured import Measured, gather, norm_of
+from megatron_keye.optim.overlapped_sum import OverlappedSum
 from megatron_keye.optim.parameter_groups import (
     drop_empty_groups,
     group_overrides,
@@ -69,6 +70,9 @@ class JointOptimizer:
         self._own_norm = torch.zeros((), dtype=torch.float64)
         self._host_thread = ThreadPoolExecutor(1, "look at optimizer state in main memory")
         self._host_marks: Future[Tensor] | None = None
+        overlapped = [stage for stage in model.stages if stage.ddp_config.overlap_grad_reduce]
+        self._overlapped = OverlappedSum(overlapped)
+        self._summed_later = [each for each in model.wrapped() if each not in overlapped]
         if grid.decoder is not None:
             self.decoder = self._build(model.stages, grid.decoder)
         if grid.vision is not None:
@@ -81,6 +85,7 @@ class JointOptimizer:
             # In fp32 gradients alias the summing buffer, and the next backward pass would add to
             # it twice.
             optimizer.zero_grad(set_to_none=True)
+        self._overlapped.begin_step()
         for module in self._model.wrapped():
             module.zero_grad_buffer()
         if self._run.training.optimizer.offload:
@@ -98,9 +103,11 @@ class JointOptimizer:
         # Before ranks add up theirs, after which nobody could tell whose was bad.
         own = [
             buffer.grad_data
-            for module in self._model.wrapped()
+            for module in self._summed_later
             for buffer in module.buffers + module.expert_parallel_buffers
         ]
+        self._overlapped.start_rest()
+        own += self._overlapped.own_norms()
         self._own_norm = norm_of(own, torch.cuda.current_device())
         if self._grid.decoder is not None:
             finalize_model_grads(self._model.stages, None, pg_collection=self._grid.decoder)

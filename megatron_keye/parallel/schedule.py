@@ -39,9 +39,8 @@ def run_step(
 ) -> None:
     """Run this rank's share of a step.
 
-    No activations are kept between a chunk's two passes: backward recomputes the chunk. Dedicated
-    vision ranks encode ahead of the decoder, into the next step where ViT and projector are
-    frozen, and run backward passes while the decoder runs; colocated, all chunks are encoded
+    Dedicated vision ranks encode ahead of the decoder, into the next step where ViT and projector
+    are frozen, and run backward passes while the decoder runs; colocated, all chunks are encoded
     before the decoder runs, and all their backward passes follow it.
 
     Args:

@@ -58,6 +58,7 @@ class BatchPass:
         source: PatchSource | None,
         device: torch.device,
         is_forward_only: bool = False,
+        kept_patches: int = 0,
     ) -> None:
         """Prepare for all batches.
 
@@ -68,6 +69,7 @@ class BatchPass:
             source: Supplies the patches of pictures, on ranks that encode; None on others.
             device: Where this rank computes.
             is_forward_only: Whether there is no backward pass.
+            kept_patches: Most patches whose activations wait for their backward pass at once.
         """
         self._run, self._grid, self._device = run, grid, device
         self._returns_gradients = vision_learns(run) and not is_forward_only
@@ -88,7 +90,13 @@ class BatchPass:
             projects_only = bool(run.data.feature_cache)
             vision = model.vision.module.projector if projects_only else model.vision
             self._encoder = ChunkEncoder(
-                run, vision, source, device, grid.rank, learns=self._returns_gradients
+                run,
+                vision,
+                source,
+                device,
+                grid.rank,
+                learns=self._returns_gradients,
+                kept_patches=kept_patches,
             )
 
     @property

@@ -1,6 +1,7 @@
-"""Runs vision chunk by chunk: forward without activations, later forward again and backward.
+"""Runs vision chunk by chunk, forward and later backward.
 
-Memory is bounded by one chunk, whatever the video's length.
+Activations wait for the backward pass as far as there is room; other chunks are encoded again, so
+that memory is bounded whatever the video's length.
 """
 
 import time
@@ -62,6 +63,7 @@ class ChunkEncoder:
         rank: int,
         *,
         learns: bool,
+        kept_patches: int = 0,
     ) -> None:
         """Create an encoder for all steps.
 
@@ -72,11 +74,14 @@ class ChunkEncoder:
             device: Where `vision` runs.
             rank: This rank.
             learns: Whether chunks have a backward pass.
+            kept_patches: Most patches whose activations wait for it at once.
         """
         self._vision, self._source, self._device = vision, source, device
         self._rank = rank
         self._dtype, self._width = weight_dtype(run), run.model.decoder.hidden_size
         self._learns = learns
+        self._room_patches = kept_patches
+        self._outputs: dict[int, tuple[Tensor, int]] = {}
         self._inputs: dict[int, tuple[Tensor, list[tuple[int, int]]]] = {}
         self._recorder = Recorder()
         self._due: deque[tuple[int, _PictureChunk]] = deque()
@@ -122,6 +127,8 @@ class ChunkEncoder:
         """Begin the next announced step, given its plan and rows again, and its recorder."""
         self._recorder = recorder
         self._inputs.clear()
+        for chunk in list(self._outputs):
+            self._take_output(chunk)
         self.num_pictures = 0
         self.seconds = self.wait_seconds = self._whole_step_seconds
         self._whole_step_seconds = 0.0
@@ -132,7 +139,7 @@ class ChunkEncoder:
 
     @torch.no_grad()
     def encode(self, chunk: int) -> Tensor:
-        """Encode the next chunk, keeping its patches on the CPU if a backward pass follows.
+        """Encode the next chunk, and keep for a backward pass its activations or its patches.
 
         Args:
             chunk: Index in the plan; a rank encodes its chunks in the plan's order.
@@ -171,7 +178,7 @@ class ChunkEncoder:
         return True
 
     def backward(self, chunk: int, gradient_MD: Tensor) -> None:
-        """Encode a chunk again and accumulate the gradients of the weights.
+        """Accumulate the gradients of the weights; encodes a chunk without activations again.
 
         Args:
             chunk: Index in the plan.
@@ -179,7 +186,10 @@ class ChunkEncoder:
         """
         started = time.perf_counter()
         with self._recorder.span("vision", f"chunk {chunk}"):
-            features_MD = self._forward(*self._inputs.pop(chunk))
+            if chunk in self._outputs:
+                features_MD = self._take_output(chunk)
+            else:
+                features_MD = self._forward(*self._inputs.pop(chunk))
             torch.autograd.backward(features_MD, gradient_MD.to(features_MD.dtype))
         self.seconds += time.perf_counter() - started
 
@@ -188,21 +198,33 @@ class ChunkEncoder:
         return self._source.statistics()
 
     def _encode(self, due: _PictureChunk, label: str, keep_as: int | None = None) -> Tensor:
-        """Encode the next decoded chunk; `keep_as` is where to keep its input for backward."""
+        """Encode the next decoded chunk; `keep_as` is its number where a backward pass follows."""
         started = time.perf_counter()
         patch_grids = [picture.patch_grid for picture in due.pictures]
         with self._recorder.span("decode", label):
             patches = self._source.take()
         self.wait_seconds += time.perf_counter() - started
         patches = patches.to(self._dtype)
-        if keep_as is not None:
+        num_patches = sum(picture.num_patches for picture in due.pictures)
+        keeps_activations = keep_as is not None and num_patches <= self._room_patches
+        if keep_as is not None and not keeps_activations:
             self._inputs[keep_as] = patches.cpu(), patch_grids
-        with self._recorder.span("encode", label):
+        with self._recorder.span("encode", label), torch.set_grad_enabled(keeps_activations):
             features_MD = self._forward(patches, patch_grids)
-        if keep_as is None and self._device.type == "cuda":
+        if keep_as is not None and keeps_activations:
+            self._room_patches -= num_patches
+            self._outputs[keep_as] = features_MD, num_patches
+            features_MD = features_MD.detach()
+        if keep_as not in self._inputs and self._device.type == "cuda":
             # No copy synchronises here, but the host checks the decoder after each chunk.
             torch.cuda.current_stream().synchronize()
         self.seconds += time.perf_counter() - started
+        return features_MD
+
+    def _take_output(self, chunk: int) -> Tensor:
+        """Return what a chunk became, with its activations, for which there is room again then."""
+        features_MD, num_patches = self._outputs.pop(chunk)
+        self._room_patches += num_patches
         return features_MD
 
     def _forward(self, patches: Tensor, patch_grids: list[tuple[int, int]]) -> Tensor:

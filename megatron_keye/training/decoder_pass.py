@@ -56,6 +56,10 @@ class DecoderPass:
         self._is_forward_only = is_forward_only
         self._returns_gradients = vision_learns(run) and not is_forward_only
         self._config = get_model_config(stages[0])
+        if stages[0].ddp_config.overlap_grad_reduce:
+            # So that gradients are summed in the last micro-batch alone.
+            holding_back = [stage.no_sync for stage in stages]
+            self._config.no_sync_func = holding_back if len(stages) > 1 else holding_back[0]
         self._schedule = get_forward_backward_func(
             pp_size=run.parallel.decoder.pipeline,
             vp_size=self._config.virtual_pipeline_model_parallel_size,

@@ -25,6 +25,7 @@ from megatron_keye.training.batch_pass import BatchPass, PlannedBatch
 from megatron_keye.training.chunk_encoder import PatchSource
 from megatron_keye.training.health.judge import Judge
 from megatron_keye.training.health.sick_tensors import sick_tensors
+from megatron_keye.training.kept_patches import kept_patches
 from megatron_keye.training.metrics import (
     BatchCounts,
     StepMetrics,
@@ -75,7 +76,8 @@ class TrainingStep:
         self._model, self._optimizer = model, optimizer
         self._open_source, self._judge = open_source, judge
         self._stop, self._saving, self._clock = stop, saving, clock
-        self._batch_pass = BatchPass(run, grid, model, source=source, device=device)
+        self._kept_patches = kept_patches(run, grid, device)
+        self._batch_pass = self._open_batch_pass(source)
         self.recorder: StepRecorder | None = None
         """Recorder of the last step, where the run records its timeline."""
         self.slowness: list[Slowness] = []
@@ -176,13 +178,23 @@ class TrainingStep:
             with recorder.exchange("the gradient norm"):
                 return self._optimizer.measure(losses, batch_pass.encode_ahead)
 
+    def _open_batch_pass(self, source: PatchSource | None) -> BatchPass:
+        return BatchPass(
+            self._run,
+            self._grid,
+            self._model,
+            source=source,
+            device=self._device,
+            kept_patches=self._kept_patches,
+        )
+
     def _compute_again(
         self, planned: PlannedBatch, counts: BatchCounts, states: dict[str, Any]
     ) -> Measured:
         """Compute a step's losses and gradients once more, from the same random states."""
         restore_random(states)
         source = self._open_source()
-        again = BatchPass(self._run, self._grid, self._model, source=source, device=self._device)
+        again = self._open_batch_pass(source)
         recorder = Recorder(self._clock.heartbeat)
         try:
             again.announce_again(planned)

@@ -35,8 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "verify": {"checkpoint", "config", "data", "decoder", "errors", "parallel", "vision"},
     "estimate": {"checkpoint", "config", "data", "errors", "files", "observe", "plan"},
     "training": {
-        *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "optim"),
-        *("parallel", "plan"),
+        *("checkpoint", "config", "data", "decoder", "errors", "estimate", "model", "observe"),
+        *("optim", "parallel", "plan"),
     },
     "rollout": {
         *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "parallel"),

@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 
 from megatron_keye.config import RunConfig
-from megatron_keye.estimate.memory import Memory, decoder_memory, layer_bytes, vision_memory
+from megatron_keye.estimate.kept_patches import affordable_patches
+from megatron_keye.estimate.memory import (
+    Memory,
+    decoder_memory,
+    layer_bytes,
+    patch_bytes,
+    vision_memory,
+)
 from megatron_keye.estimate.parameters import decoder_parameters, vision_parameters
 from megatron_keye.estimate.state import host_bytes
 from megatron_keye.recipes import load_recipe
@@ -134,6 +141,37 @@ def test_phases_keep_what_they_need() -> None:
         for phase in ("sparse", "dense", "indexer_warmup")
     )
     assert warm_up < 0.2 * dense < 0.2 * sparse
+
+
+def test_kept_activations_of_vision_count_beside_the_decoders() -> None:
+    """A row's 131,072 patches times six rows, in bytes of an encoder layer's tensors."""
+    again, kept = (
+        of_decoder(two_gpus(*COLOCATED, f"parallel.vision.recompute={choice}"))
+        for choice in ("on", "off")
+    )
+    run = two_gpus(*COLOCATED)
+    assert of_decoder(run) == again, "auto takes what is left"
+    of_patch = 27 * 2 * (9 * 1152 + 2 * 4304)
+    assert patch_bytes(run) == of_patch
+    chunk = run.parallel.vision.chunk_patches
+    expected = (131_072 * 6 // 2 - chunk) * of_patch
+    assert kept.activations - again.activations == pytest.approx(expected)
+    frozen = two_gpus("parallel.vision.recompute=off", "training.frozen=vision,projector")
+    patches, held = 131_072, vision_parameters(frozen)
+    memory = vision_memory(frozen, held, num_patches=patches)
+    free = frozen.with_overrides(["parallel.vision.recompute=on"])
+    assert memory == vision_memory(free, held, num_patches=patches)
+
+
+def test_activations_are_kept_as_far_as_a_gpu_has_room() -> None:
+    run = two_gpus()
+    needed = vision_memory(run, vision_parameters(run), num_patches=131_072).total
+    room = [affordable_patches(run, 1, gibibytes * 2**30) for gibibytes in (16, 80, 140)]
+    assert room[0] == 0 < room[1] < room[2]
+    assert (room[2] - room[1]) * patch_bytes(run) == pytest.approx(60 * 2**30, rel=1e-4)
+    assert 1.05 * needed + room[1] * patch_bytes(run) <= 72 * 2**30
+    off = run.with_overrides(["parallel.vision.recompute=off"])
+    assert affordable_patches(off, 1, 80 * 2**30) == room[1], "the setting itself does not count"
 
 
 def test_adapters_and_indexers_alone_have_gradients_and_moments() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.benchmark_step_cases import FUSIONS, Case, one_gpu_table
-from tools.benchmark_step_profile import covered
+from tools.benchmark_step_cases import FUSIONS, Case, one_gpu_table, two_gpu_table
+from tools.benchmark_step_profile import covered, exposed
 
 ROOT = Path(__file__).parents[3]
 
@@ -17,6 +17,21 @@ ROOT = Path(__file__).parents[3]
 def test_the_busy_time_counts_overlapping_kernels_once() -> None:
     assert covered([]) == 0
     assert covered([(5, 9), (0, 4), (1, 2), (3, 6), (20, 21)]) == 10
+
+
+def test_communication_is_exposed_where_nothing_else_runs() -> None:
+    assert exposed([(0, 10), (8, 12)], []) == 12
+    assert exposed([(0, 10), (8, 12)], [(2, 5), (4, 9), (30, 40)]) == 12 - 7
+    assert exposed([], [(0, 10)]) == 0
+
+
+def test_two_gpus_split_rows_and_experts_on_both_sides() -> None:
+    cases = list(two_gpu_table())
+    assert len({case.peer() for case in cases}) == 2
+    for case in cases:
+        run = case.run("keye_30b_a3b", [], layers=2, has_gpu=True, ranks=2)
+        degrees = run.parallel.decoder
+        assert (degrees.context, degrees.expert, run.parallel.num_ranks) == (2, 2, 2)
 
 
 def test_a_case_runs_a_few_layers_of_the_recipe_on_one_rank() -> None:
@@ -40,18 +55,20 @@ def test_the_table_has_each_fusion_off_by_itself_and_few_peers() -> None:
 
 
 @pytest.mark.slow
-def test_it_runs_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_runs_on_a_machine_without_a_gpu(ranks: int, tmp_path: Path) -> None:
     out = tmp_path / "step.jsonl"
     cases = ["--phases", "sparse", "dense", "--recompute", "selective"]
-    words = ["--tokens", "96", *cases, "--repeats", "1"]
+    words = ["--tokens", "96", *cases, "--repeats", "1", "--ranks", str(ranks)]
     command = [sys.executable, "-m", "tools.benchmark_step", *words, "--out", str(out)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "prove nothing of speed" in done.stderr
+    assert done.stderr.count("prove nothing of speed") == 1
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["phase"] for line in lines] == ["plain", "sparse", "dense"]
+    phases = ["sparse", "dense"] if ranks == 2 else ["plain", "sparse", "dense"]
+    assert [line["phase"] for line in lines] == phases
     assert all(line["step_ms"] > 0 and not line["proves_speed"] for line in lines)
-    assert lines[1]["union_keys"] > 0
+    assert lines[-2]["union_keys"] > 0

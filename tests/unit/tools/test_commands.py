@@ -26,7 +26,7 @@ TOOLS = {
 PARTS_OF_TOOLS = {
     "benchmark_clips",
     "benchmark_lines",
-    *(f"benchmark_step_{part}" for part in ("cases", "layers", "measure", "profile")),
+    *(f"benchmark_step_{part}" for part in ("cases", "layers", "measure", "profile", "ranks")),
 }
 """Files that another one imports, without a command line."""
 

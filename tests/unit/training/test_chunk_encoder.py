@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_keye.config import RunConfig
 from megatron_keye.data.media import Medium
@@ -33,10 +34,55 @@ def step(seed: int) -> tuple[StepPlan, list[PackedRow]]:
     return StepPlan(chunks=chunks, transfers=(), exchanges=()), [row]
 
 
-def make_encoder(run: RunConfig = RUN) -> ChunkEncoder:
+def make_encoder(run: RunConfig = RUN, kept_patches: int = 0) -> ChunkEncoder:
     tower = VisionTower(run.model.vision, run.model.decoder.hidden_size)
     tower.reset_parameters(1)
-    return ChunkEncoder(run, tower, SyntheticPatches(), CPU, rank=0, learns=vision_learns(run))
+    learns = vision_learns(run)
+    source = SyntheticPatches()
+    return ChunkEncoder(run, tower, source, CPU, rank=0, learns=learns, kept_patches=kept_patches)
+
+
+def trained(kept_patches: int) -> tuple[list[Tensor], list[Tensor], int]:
+    """Return features and gradients of two steps, and how often chunks were encoded."""
+    encoder = make_encoder(kept_patches=kept_patches)
+    tower, features, calls = encoder._vision, [], []
+    tower.register_forward_hook(lambda *_: calls.append(1))
+    for seed in (1, 2):
+        plan, rows = step(seed)
+        encoder.announce(plan, rows)
+        encoder.start_step(plan, rows, Recorder())
+        chunks = plan.chunks_of(0)
+        made = [encoder.encode(chunk) for chunk in chunks]
+        assert not any(each.requires_grad for each in made)
+        for chunk, each in zip(chunks, made, strict=True):
+            encoder.backward(chunk, each.sin())
+        features += made
+    gradients = [weight.grad for weight in tower.parameters() if weight.requires_grad]
+    assert not encoder._outputs and not encoder._inputs
+    return features, [each for each in gradients if each is not None], len(calls)
+
+
+def test_chunks_with_room_for_their_activations_are_encoded_once_with_equal_gradients() -> None:
+    """A step has chunks of 24 and of 8 patches; room is taken in their order."""
+    features, gradients, num_calls = trained(0)
+    assert num_calls == 2 * 4 and all(each.any() for each in gradients)
+    for kept_patches, expected_calls in ((8, 6), (24, 6), (31, 6), (32, 4), (1000, 4)):
+        other, others, num_calls = trained(kept_patches)
+        assert num_calls == expected_calls
+        assert all(map(torch.equal, other, features))
+        assert len(others) == len(gradients) and all(map(torch.equal, others, gradients))
+
+
+def test_a_step_that_ended_early_leaves_its_room_to_the_next_one() -> None:
+    encoder = make_encoder(kept_patches=24)
+    for seed in (1, 2):
+        plan, rows = step(seed)
+        encoder.announce(plan, rows)
+        encoder.start_step(plan, rows, Recorder())
+        first, second = plan.chunks_of(0)
+        for chunk in (first, second):
+            encoder.encode(chunk)
+        assert list(encoder._outputs) == [first] and list(encoder._inputs) == [second]
 
 
 def test_announcing_ahead_changes_no_feature() -> None:
