@@ -1,21 +1,20 @@
-#!/usr/bin/env python3
-"""Compare the CUDA sparse attention with its definition, piece by piece, on a Hopper GPU.
+"""Compares the CUDA sparse attention with its definition, piece by piece, on a Hopper GPU.
 
-    python tools/compare_sparse_attention.py [--all]
+    python -m tools.compare_sparse_attention [--all]
 
 Cases grow from one tile of keys and one group to many of both; each is announced before it runs,
 so that one that hangs is known. Three comparisons tell where an error comes from: the log-sum-exp
 depends on queries, keys and masks alone; with queries of 0 the output is the mean of the selected
-values, whatever the keys; last comes the whole. Ends at the first difference unless --all is given.
+values, whatever the keys; last comes the whole. It ends at the first difference, with status 1.
 """
 
-import argparse
 import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_keye.cli.arguments import make_parser
 from megatron_keye.kernels.sparse_attention import cuda
 from megatron_keye.kernels.union_lists import union_lists
 
@@ -52,7 +51,7 @@ CASES = [
 
 def main() -> int:
     """Run the cases; return 1 when one differs."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = make_parser("python -m tools.compare_sparse_attention", __doc__)
     parser.add_argument("--all", action="store_true", help="go on after a difference")
     goes_on = parser.parse_args().all
     status = 0
@@ -113,11 +112,11 @@ def report(name: str, got_THC: Tensor, wanted_THC: Tensor, tolerance: float) -> 
         return True
     query, head, channel = (int(each) for each in wrong[0])
     got, wanted = (float(each[query, head, channel]) for each in (got_THC, wanted_THC))
+    queries, heads, channels = (wrong[:, dim].unique().tolist() for dim in range(3))
     print(
-        f"  {name}: {len(wrong)} of {is_close_THC.numel()} differ, first query {query} head {head} "
-        f"channel {channel}: got {got:.5f}, expected {wanted:.5f}; places in a tile "
-        f"{wrong[:, 0].remainder(16).unique().tolist()}, heads {wrong[:, 1].unique().tolist()}, "
-        f"channels {wrong[:, 2].unique().tolist()}",
+        f"  {name}: {len(wrong)} of {is_close_THC.numel()} differ; query {query} head {head} "
+        f"channel {channel} got {got:.5f}, expected {wanted:.5f};\n    all queries "
+        f"{queries}, heads {heads}, channels {channels}",
         flush=True,
     )
     return False
