@@ -34,10 +34,21 @@ struct Block {
   static constexpr int kTileBytes = kHalves * kHalfBytes;  // of keys, or of values
   static constexpr int kStages = kResident == 1 ? 6 : 3;
   // 65,536 registers of a multiprocessor, in steps of 8 a thread.
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = kResident == 1 ? 232 : 216;
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = kResident == 1 ? 224 : 200;
   static_assert(kResident * kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <=
                 65536);
+};
+
+// Whose queries selected the keys of a tile. One warpgroup's tiles are passed over by the other.
+enum TileKind : int { kOfFirst = 0, kOfSecond = 1, kOfBoth = 2, kEnd = 3 };
+constexpr int kKinds = 3;  // of tiles with keys
+
+// Keys of each kind that wait for a tile to be full, in rings; each gathering warp keeps its own.
+struct Queues {
+  static constexpr int kPlaces = 2 * kTileKeys;
+  int keys[kKinds][kPlaces];
+  uint16_t masks[kKinds][kPlaces];
 };
 
 // A stage holds the keys of a tile and behind them the values: for each 64 channels a half-tile
@@ -45,10 +56,14 @@ struct Block {
 template <typename Cut>
 struct Shared {
   using Ring = RingPlace<Cut::kStages>;
+  static constexpr int kWarps = kWarpgroup / 32;
 
   unsigned char stages[Cut::kStages][2][Cut::kTileBytes];
   uint64_t is_full[Cut::kStages];   // a phase ends when the stage's keys and values are there
   uint64_t is_empty[Cut::kStages];  // a phase ends when no warp needs them any more
+  uint32_t masks[Cut::kStages][kTileKeys / 2];  // words of two keys each
+  TileKind kind[Cut::kStages];
+  Queues queues[kWarps];
 
   __device__ __forceinline__ uint32_t keys(const Ring& ring) const {
     return shared_address(stages[ring.stage]);
@@ -60,28 +75,44 @@ struct Shared {
   __device__ __forceinline__ void make_barriers() {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < Cut::kStages; ++stage) {
-        make_barrier(shared_address(&is_full[stage]), kWarpgroup);
-        make_barrier(shared_address(&is_empty[stage]), Cut::kConsumers * kWarpgroup / 32);
+        make_barrier(shared_address(&is_full[stage]), kWarpgroup + kWarps);
+        make_barrier(shared_address(&is_empty[stage]), Cut::kConsumers * kWarps);
       }
     }
     __syncthreads();
   }
 
-  // Producers wait until they may fill a stage, and announce their copies.
+  // Producers wait until they may fill a stage, and announce their copies, masks and kind.
   __device__ __forceinline__ void await_room(const Ring& ring) {
     wait_for_phase(shared_address(&is_empty[ring.stage]), ring.parity ^ 1);
   }
   __device__ __forceinline__ void announce(const Ring& ring) {
     arrive_after_copies(shared_address(&is_full[ring.stage]));
+    __syncwarp();
+    if (lane_of_warp() == 0) {
+      arrive(shared_address(&is_full[ring.stage]));
+    }
   }
 
-  // Consumers wait until a stage is there for the tensor cores, and give it back.
-  __device__ __forceinline__ void await(const Ring& ring) {
-    wait_for_phase(shared_address(&is_full[ring.stage]), ring.parity);
-    publish_to_tensor_cores();
+  // Consumers wait for the next tile with keys of theirs and pass over others; false at the end.
+  __device__ __forceinline__ bool find_tile(TileKind own, Ring& unread, Ring& found) {
+    while (true) {
+      found = unread;
+      wait_for_phase(shared_address(&is_full[found.stage]), found.parity);
+      const TileKind is = kind[found.stage];
+      if (is == kEnd) {
+        return false;
+      }
+      unread.advance();
+      if (is == kOfBoth || is == own) {
+        publish_to_tensor_cores();
+        return true;
+      }
+      release(found);
+    }
   }
   __device__ __forceinline__ void release(const Ring& ring) {
-    if (threadIdx.x % 32 == 0) {
+    if (lane_of_warp() == 0) {
       arrive(shared_address(&is_empty[ring.stage]));
     }
   }
@@ -91,8 +122,7 @@ struct Shared {
 template <typename Cut>
 struct Place {
   int64_t first_union;  // place of the union's first key in `keys` and `masks`
-  int num_keys;         // of the union
-  int num_tiles;
+  int num_keys;     // of the union
   int first_local;  // the block's first query, counted from the tile's first
   int first_query;
   int group;
@@ -101,10 +131,15 @@ struct Place {
     const int tile = static_cast<int>(blockIdx.x) / Cut::kParts;
     first_union = tile * params.capacity;
     num_keys = params.counts[tile];
-    num_tiles = (num_keys + kTileKeys - 1) / kTileKeys;
     first_local = static_cast<int>(blockIdx.x) % Cut::kParts * Cut::kQueries;
     first_query = tile * kTileQueries + first_local;
     group = static_cast<int>(blockIdx.y);
+  }
+
+  // Bits of a mask word that belong to the queries of a consumer warpgroup.
+  __device__ __forceinline__ uint32_t bits_of(int consumer) const {
+    constexpr int kOwned = Cut::kQueries / Cut::kConsumers;
+    return ((1u << kOwned) - 1) << (first_local + consumer * kOwned);
   }
 };
 

@@ -1,9 +1,9 @@
 // Sparse attention forward on the tensor cores of Hopper.
 // A thread block attends for the queries of one tile and one group: it walks over the union of
 // their selections in tiles of 64 keys, each loaded once for all of them, and masks by bits what a
-// query did not select. One warpgroup gathers keys and values, the others multiply: queries stay
-// in registers, and while the tensor cores add one tile's weighted values, the softmax of the
-// next tile runs.
+// query did not select. One warpgroup gathers keys and values, the others multiply, each only with
+// tiles that its own queries need: queries stay in registers, and while the tensor cores add one
+// tile's weighted values, the softmax of the next tile runs.
 // Groups are outermost in the grid: one group's keys and values fit into the L2 cache where those
 // of all groups do not.
 
@@ -149,42 +149,34 @@ template <typename Cut>
 __device__ __forceinline__ void attend(const ForwardParams& params, const Place<Cut>& place,
                                        Shared<Cut>& shared) {
   Attention<Cut> attention(params, place);
-  if (place.num_tiles == 0) {
+  const auto own = static_cast<TileKind>(threadIdx.x / kWarpgroup - 1);
+  RingPlace<Cut::kStages> unread;
+  RingPlace<Cut::kStages> here;
+  if (!shared.find_tile(own, unread, here)) {
     attention.store();
     return;
   }
-  Selection<Cut> selection(params, place);
-  RingPlace<Cut::kStages> here;
-  RingPlace<Cut::kStages> next;
-  next.advance();
   uint32_t bits[2];
-  shared.await(here);
   begin_products();
   attention.start_logits(shared.keys(here));
-  selection.find_bits(bits);
-  selection.fetch(1);
+  find_bits(place, shared.masks[here.stage], bits);
   attention.template wait_for_logits<0>();
   attention.weigh(bits);
-  if (place.num_tiles > 1) {
-    shared.await(next);
-  }
+  RingPlace<Cut::kStages> next;
+  bool has_next = shared.find_tile(own, unread, next);
   attention.turn();
 #pragma unroll 1
-  for (int tile = 1; tile < place.num_tiles; ++tile) {
+  while (has_next) {
     begin_products();
     attention.start_logits(shared.keys(next));
     attention.start_values(shared.values(here));
-    selection.find_bits(bits);
-    selection.fetch(tile + 1);
+    find_bits(place, shared.masks[next.stage], bits);
     attention.template wait_for_logits<1>();
     attention.weigh(bits);
     const RingPlace<Cut::kStages> done = here;
     here = next;
-    next.advance();
     // Here, since its loop keeps the compiler from moving the weighing behind the next line.
-    if (tile + 1 < place.num_tiles) {
-      shared.await(next);
-    }
+    has_next = shared.find_tile(own, unread, next);
     attention.wait_for_values();
     shared.release(done);
     attention.turn();

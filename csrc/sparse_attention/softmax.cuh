@@ -17,50 +17,29 @@ __device__ __forceinline__ float power_of_two(float x) {
   return result;
 }
 
-// Reads the mask words of a union, a tile ahead of their use. A lane holds the words of two keys,
-// chosen so that what a thread needs lies in one byte of a ballot.
+// Of each row: whether its query selected key 8j + 2 * (lane % 4) + odd is bit 8 * odd + j. A lane
+// reads the words of two keys, chosen so that what a thread needs lies in one byte of a ballot.
 template <typename Cut>
-class Selection {
- public:
-  __device__ __forceinline__ Selection(const ForwardParams& params, const Place<Cut>& place)
-      : words_(params.masks + place.first_union), num_keys_(place.num_keys) {
-    const int warp = static_cast<int>(threadIdx.x) / 32 - kWarpgroup / 32;
-    first_bit_ = place.first_local + warp * kWarpRows / Cut::kHeads;
-    fetch(0);
-  }
-
-  __device__ __forceinline__ void fetch(int tile) {
-    const int lane = lane_of_warp();
-    const int at = tile * kTileKeys + lane % 8 * 8 + lane / 8 * 2;
-    even_word_ = at < num_keys_ ? words_[at] : 0;
-    odd_word_ = at + 1 < num_keys_ ? words_[at + 1] : 0;
-  }
-
-  // Of each row: whether its query selected key 8j + 2 * (lane % 4) + odd is bit 8 * odd + j.
-  __device__ __forceinline__ void find_bits(uint32_t (&bits)[2]) const {
-    const int shift = lane_of_warp() % 4 * 8;
-    constexpr int kQueries = (kWarpRows + Cut::kHeads - 1) / Cut::kHeads;  // of a warp
+__device__ __forceinline__ void find_bits(const Place<Cut>& place,
+                                          const uint32_t (&masks)[kTileKeys / 2],
+                                          uint32_t (&bits)[2]) {
+  const int warp = static_cast<int>(threadIdx.x) / 32 - kWarpgroup / 32;
+  const int first_bit = place.first_local + warp * kWarpRows / Cut::kHeads;
+  const int shift = lane_of_warp() % 4 * 8;
+  const uint32_t words = masks[lane_of_warp() % 8 * 4 + lane_of_warp() / 8] >> first_bit;
+  constexpr int kQueries = kWarpRows / Cut::kHeads;  // of a warp
 #pragma unroll
-    for (int query = 0; query < kQueries; ++query) {
-      const uint32_t bit = 1u << (first_bit_ + query);
-      const uint32_t even = __ballot_sync(kWholeWarp, (even_word_ & bit) != 0) >> shift & 0xFFu;
-      const uint32_t odd = __ballot_sync(kWholeWarp, (odd_word_ & bit) != 0) >> shift & 0xFFu;
+  for (int query = 0; query < kQueries; ++query) {
+    const uint32_t even = __ballot_sync(kWholeWarp, words >> query & 1u) >> shift & 0xFFu;
+    const uint32_t odd = __ballot_sync(kWholeWarp, words >> (16 + query) & 1u) >> shift & 0xFFu;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if ((lane_of_warp() / 4 + 8 * i) / Cut::kHeads == query) {
-          bits[i] = even | odd << 8;
-        }
+    for (int i = 0; i < 2; ++i) {
+      if ((lane_of_warp() / 4 + 8 * i) / Cut::kHeads == query) {
+        bits[i] = even | odd << 8;
       }
     }
   }
-
- private:
-  const uint16_t* words_;
-  int num_keys_;
-  int first_bit_;  // of the warp's first query
-  uint32_t even_word_;
-  uint32_t odd_word_;
-};
+}
 
 __device__ __forceinline__ void mask(float (&logits)[kLogits], const uint32_t (&bits)[2]) {
 #pragma unroll
