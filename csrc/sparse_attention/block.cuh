@@ -95,18 +95,19 @@ struct Shared {
   }
 
   // Consumers wait for the next tile with keys of theirs and pass over others; false at the end.
-  __device__ __forceinline__ bool find_tile(TileKind own, Ring& unread, Ring& found) {
+  __device__ __forceinline__ bool find_tile(int own, Ring& unread, Ring& found) {
     while (true) {
       found = unread;
-      wait_for_phase(shared_address(&is_full[found.stage]), found.parity);
-      const TileKind is = kind[found.stage];
-      if (is == kEnd) {
-        return false;
-      }
       unread.advance();
+      wait_for_phase(shared_address(&is_full[found.stage]), found.parity);
+      // By a reduction, whose result the compiler knows to be the same in the whole warp.
+      const int is = __reduce_max_sync(kWholeWarp, static_cast<int>(kind[found.stage]));
       if (is == kOfBoth || is == own) {
         publish_to_tensor_cores();
         return true;
+      }
+      if (is == kEnd) {
+        return false;
       }
       release(found);
     }

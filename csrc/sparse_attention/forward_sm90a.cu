@@ -149,7 +149,8 @@ template <typename Cut>
 __device__ __forceinline__ void attend(const ForwardParams& params, const Place<Cut>& place,
                                        Shared<Cut>& shared) {
   Attention<Cut> attention(params, place);
-  const auto own = static_cast<TileKind>(threadIdx.x / kWarpgroup - 1);
+  const int own =  // as a TileKind
+      __reduce_max_sync(kWholeWarp, static_cast<int>(threadIdx.x) / kWarpgroup - 1);
   RingPlace<Cut::kStages> unread;
   RingPlace<Cut::kStages> here;
   if (!shared.find_tile(own, unread, here)) {
