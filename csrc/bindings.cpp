@@ -6,6 +6,7 @@
 
 #include "lightning_indexer/lightning_indexer.h"
 #include "select_top_k/select_top_k.h"
+#include "sparse_attention/sparse_attention.h"
 
 TORCH_LIBRARY(megatron_keye, m) {
   m.def(
@@ -13,11 +14,15 @@ TORCH_LIBRARY(megatron_keye, m) {
       "Tensor key_end_T, int k, int scratch_bytes) -> Tensor");
   m.def("select_top_k(Tensor scores_TS, Tensor key_start_T, Tensor key_end_T, int k) -> Tensor");
   m.def("select_top_k_split_rows(Tensor scores_TS, Tensor key_end_T, int k) -> Tensor");
+  m.def(
+      "sparse_attention_forward(Tensor q_THC, Tensor k_SGC, Tensor v_SGC, Tensor keys_BU, "
+      "Tensor masks_BU, Tensor counts_B, float scale) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(megatron_keye, CUDA, m) {
 #ifdef MEGATRON_KEYE_SM90A
   m.impl("lightning_indexer", &megatron_keye::lightning_indexer);
+  m.impl("sparse_attention_forward", &megatron_keye::sparse_attention_forward);
 #endif
   m.impl("select_top_k", &megatron_keye::select_top_k);
   m.impl("select_top_k_split_rows", &megatron_keye::select_top_k_split_rows);

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+_HOPPER = (9, 0)
+"""Compute capability of the GPUs whose own instructions some operators need."""
 _BUILD_COMMAND = "MEGATRON_KEYE_BUILD_CUDA=1 pip install --no-build-isolation --no-deps -e ."
 
 
@@ -21,12 +23,30 @@ def missing_reason(operator: str) -> str | None:
     return reason
 
 
-def register(operator: str, fake: Callable[..., Tensor]) -> None:
+def hopper_reason(operator: str, device: torch.device) -> str | None:
+    """Return why an operator with Hopper's own instructions does not run, or None when it does.
+
+    Args:
+        operator: Its name in the extension, which is built.
+        device: A GPU.
+
+    Returns:
+        The reason as "got ..., expected ...".
+    """
+    capability = torch.cuda.get_device_capability(device)
+    if capability != _HOPPER:
+        return f"got a GPU of compute capability {capability}, expected {_HOPPER}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_keye::{operator}", "CUDA"):
+        return "got an extension built without TORCH_CUDA_ARCH_LIST=9.0a, expected it with that"
+    return None
+
+
+def register(operator: str, fake: Callable[..., Tensor | tuple[Tensor, ...]]) -> None:
     """Tell torch.compile what an operator returns, if it is there.
 
     Args:
         operator: Its name in the extension.
-        fake: Takes its arguments and returns an empty tensor of the result's shape and type.
+        fake: Takes its arguments and returns empty tensors of the results' shapes and types.
     """
     if missing_reason(operator) is None:
         torch.library.register_fake(f"megatron_keye::{operator}", fake)

@@ -37,7 +37,12 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
 }
 
-// Makes what this thread wrote to shared memory visible to the tensor cores.
+__device__ __forceinline__ void wait_for_all_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// Makes what this thread wrote to shared memory, or has waited for, visible to the
+// tensor cores.
 __device__ __forceinline__ void publish_to_tensor_cores() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -66,8 +71,8 @@ __device__ __forceinline__ void commit_products() {
 }
 
 // Waits until at most kPending commits are unfinished, of which `out` is none.
-template <int kPending>
-__device__ __forceinline__ void wait_for_products(float (&out)[64]) {
+template <int kPending, int kSize>
+__device__ __forceinline__ void wait_for_products(float (&out)[kSize]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kPending) : "memory");
 #pragma unroll
   for (float& each : out) {

@@ -10,7 +10,12 @@ Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selecte
 import torch
 from torch import Tensor
 
-from megatron_keye.kernels.extension import check_built, missing_reason, register
+from megatron_keye.kernels.extension import (
+    check_built,
+    hopper_reason,
+    missing_reason,
+    register,
+)
 
 CHANNELS = 64
 MAX_HEADS = 16
@@ -18,7 +23,6 @@ MAX_KEYS = 262144
 MAX_SELECTED = 2048
 PAYS_ABOVE_KEYS = 16384
 """Rows up to here are selected from as fast by scoring and selecting apart (one H100)."""
-_CAPABILITY = (9, 0)
 _NAME = "lightning_indexer"
 
 SCRATCH_BYTES = 2**30
@@ -61,12 +65,7 @@ def unsupported_reason(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> str | None:
     for is_unsupported, got, expected in got_and_expected:
         if is_unsupported:
             return f"got {got}, expected {expected}"
-    capability = torch.cuda.get_device_capability(q_TIJ.device)
-    if capability != _CAPABILITY:
-        return f"got a GPU of compute capability {capability}, expected {_CAPABILITY}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_keye::{_NAME}", "CUDA"):
-        return "got an extension built without TORCH_CUDA_ARCH_LIST=9.0a, expected it with that"
-    return None
+    return hopper_reason(_NAME, q_TIJ.device)
 
 
 def suits(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> bool:

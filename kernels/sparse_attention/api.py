@@ -26,7 +26,7 @@ from megatron_keye.kernels.arguments import (
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.sparse_attention import reference
 
-IMPLEMENTATIONS = ("eager", "triton")
+IMPLEMENTATIONS = ("eager", "triton", "cuda")
 """What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
 
 
@@ -54,17 +54,19 @@ def sparse_attention(
         indices_TK: int32 or int64, selected keys in any order, each counted as often as it
             stands there; -1, like every entry outside 0 <= index < S, is padding and loads
             neither key nor value. Causality and documents are up to the selection.
-            "triton" takes rows only as `select_top_k` gives them: ascending, distinct, padded
-            last.
+            "triton" and "cuda" take rows only as `select_top_k` gives them: ascending, distinct,
+            padded last.
         scale: Factor of the logits, usually C^-0.5.
         deterministic: Whether the gradients of keys and values are the same bits at every call.
-            "triton" then sums them as 64-bit integers, with twice the memory traffic; "eager" is
-            deterministic on a CPU anyway and refuses on a GPU.
+            "triton" and "cuda" then sum them as 64-bit integers, with twice the memory traffic;
+            "eager" is deterministic on a CPU anyway and refuses on a GPU.
         with_target: Whether the target is computed; without it K is 0 in its shape.
         kept: Keeps what the backward pass needs for a second call with the same tensors, which
             then takes it from there; "eager" computes it again. None: nothing is kept.
         impl: One of IMPLEMENTATIONS, or None for the default. "triton" takes float32, bfloat16
-            and float16, groups of up to 128 heads and heads of up to 256 channels.
+            and float16, groups of up to 128 heads and heads of up to 256 channels. "cuda" takes
+            bfloat16, groups of 4, 8 or 16 heads, heads of 64 or 128 channels and a scale above 0,
+            on a GPU of compute capability 9.0; its backward pass is that of "triton".
 
     Returns:
         out_THC, type of `q_THC`, and target_TGK, float32 (float64 for float64 inputs): the mean
@@ -73,8 +75,9 @@ def sparse_attention(
 
     Raises:
         ValueError: On shapes, types or devices that do not fit, or an unknown `impl`.
-        RuntimeError: "triton" got tensors on a CPU, or rows that are not ascending and distinct
-            (on a GPU as a device-side assertion).
+        RuntimeError: "cuda" is asked for and its extension is not built; "triton" got tensors on
+            a CPU; or either got rows that are not ascending and distinct (on a GPU as a
+            device-side assertion).
 
     Source: arXiv 2606.10651, sparse attention and the indexer's target on the selected set.
     """
@@ -84,7 +87,7 @@ def sparse_attention(
     check_groups(sizes["H"], sizes["G"])
     check_same_dtype(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
     check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
-    if chosen == "triton":
+    if chosen != "eager":
         # Loaded on demand: everything else must import where Triton cannot compile.
         autograd = import_module("megatron_keye.kernels.sparse_attention.autograd")
         result: tuple[Tensor, Tensor] = autograd.sparse_attention(
@@ -96,6 +99,7 @@ def sparse_attention(
             deterministic=deterministic,
             with_target=with_target,
             kept=KeptOutputs() if kept is None else kept,
+            impl=chosen,
         )
         return result
     if deterministic and q_THC.is_cuda:

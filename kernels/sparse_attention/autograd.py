@@ -1,4 +1,4 @@
-"""Ties the sparse attention's Triton kernels into autograd.
+"""Ties the sparse attention's kernels into autograd; the backward pass is always Triton's.
 
 Between forward and backward it keeps the inputs, the output, one number per row and the union
 lists, never a matrix of queries by keys.
@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.launch import adjacent_channels, check_triton
-from megatron_keye.kernels.sparse_attention.triton import attend, recover_target
+from megatron_keye.kernels.sparse_attention import cuda, triton
+from megatron_keye.kernels.sparse_attention.triton import recover_target
 from megatron_keye.kernels.sparse_attention.triton_backward import attend_backward
 from megatron_keye.kernels.union_lists import UnionLists, union_lists
 
@@ -30,11 +31,14 @@ def sparse_attention(
     deterministic: bool,
     with_target: bool,
     kept: KeptOutputs,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Return out_THC and target_TGK; see api.sparse_attention."""
+    if impl == "cuda":
+        cuda.check_call(q_THC, k_SGC, scale)
     check_triton("sparse_attention", q_THC, q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
     out_THC, target_TGK = _SparseAttention.apply(
-        q_THC, k_SGC, v_SGC, indices_TK, scale, deterministic, with_target, kept
+        q_THC, k_SGC, v_SGC, indices_TK, scale, deterministic, with_target, kept, impl
     )
     return out_THC, target_TGK
 
@@ -51,11 +55,13 @@ class _SparseAttention(torch.autograd.Function):
         deterministic: bool,
         with_target: bool,
         kept: KeptOutputs,
+        impl: str,
     ) -> tuple[Tensor, Tensor]:
         q_THC, k_SGC, v_SGC = (adjacent_channels(tensor) for tensor in (q_THC, k_SGC, v_SGC))
         if k_SGC.stride() != v_SGC.stride():
             k_SGC, v_SGC = k_SGC.contiguous(), v_SGC.contiguous()
         lists = union_lists(indices_TK, k_SGC.shape[0], impl="triton")
+        attend = cuda.attend if impl == "cuda" else triton.attend
         out_THC, lse_TH = kept.outputs_of(
             "sparse_attention", lambda: attend(q_THC, k_SGC, v_SGC, lists, scale=scale)
         )
@@ -81,4 +87,4 @@ class _SparseAttention(torch.autograd.Function):
             scale=ctx.scale,
             is_deterministic=ctx.is_deterministic,
         )
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)

@@ -23,6 +23,7 @@ from megatron_keye.kernels.extension import missing_reason
 from megatron_keye.kernels.lightning_indexer import cuda, lightning_indexer
 from megatron_keye.kernels.rotary import rotate
 from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
+from megatron_keye.kernels.sparse_attention import cuda as sparse_cuda
 from megatron_keye.kernels.sparse_attention import sparse_attention
 from megatron_keye.kernels.sparse_indexer_loss import sparse_indexer_loss
 from megatron_keye.kernels.union_lists import union_lists
@@ -167,12 +168,12 @@ def fastest_indexer(row: Row) -> str:
 
 
 def attend(
-    row: Row, *, with_target: bool, indices_TK: Tensor | None = None
+    row: Row, *, with_target: bool, indices_TK: Tensor | None = None, impl: str = "triton"
 ) -> tuple[Tensor, Tensor | None]:
     if indices_TK is None:
         indices_TK = row.indices_TK
     return sparse_attention(
-        *row.heads, indices_TK, scale=SCALE, with_target=with_target, impl="triton"
+        *row.heads, indices_TK, scale=SCALE, with_target=with_target, impl=impl
     )
 
 
@@ -202,13 +203,26 @@ def test_union_lists(row: Row, recorder: Recorder) -> None:
     recorder.time("union_lists", "triton", build, fields=row.fields)
 
 
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
 @pytest.mark.parametrize("with_target", [False, True])
-def test_sparse_attention_forward(row: Row, recorder: Recorder, with_target: bool) -> None:
+def test_sparse_attention_forward(
+    row: Row, recorder: Recorder, with_target: bool, impl: str
+) -> None:
+    if impl == "cuda" and (
+        missing_reason("sparse_attention_forward")
+        or sparse_cuda.unsupported_reason(*row.heads[:2], SCALE)
+    ):
+        pytest.skip("the extension is not built, or not for this GPU")
     flop = (6 if with_target else 4) * HEADS * CHANNELS * row.num_selected
     op = "sparse_attention_with_target" if with_target else "sparse_attention_forward"
     with torch.no_grad():
         time_beside_dense(
-            recorder, row, op, lambda: attend(row, with_target=with_target), flop=flop
+            recorder,
+            row,
+            op,
+            lambda: attend(row, with_target=with_target, impl=impl),
+            flop=flop,
+            impl=impl,
         )
 
 

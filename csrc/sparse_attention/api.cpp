@@ -1,0 +1,127 @@
+// Host side of the sparse attention's forward pass: checks the tensors and launches.
+// No check here reads device memory.
+
+#include <c10/cuda/CUDAGuard.h>
+
+#include <limits>
+#include <utility>
+
+#include "sparse_attention/params.h"
+#include "sparse_attention/sparse_attention.h"
+#include "support/check.h"
+
+namespace megatron_keye {
+
+namespace {
+
+using namespace sparse_attention;
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr int64_t kVectorChannels = 8;  // of 16 bytes, copied at once
+
+void check_heads(const at::Tensor& heads, const char* name, const at::Tensor& q_THC) {
+  check_num_dims(heads, name, 3);
+  check_dtype(heads, name, at::kBFloat16);
+  check_size(heads, name, 2, q_THC.size(2));
+  check_same_device(heads, name, q_THC, "q_THC");
+  TORCH_CHECK_VALUE(heads.stride(2) == 1, name, ": got strides ", heads.strides(),
+                    ", expected adjacent channels");
+}
+
+// Keys and values are gathered in vectors, which are counted in 32 bits.
+void check_gathered(const at::Tensor& heads, const char* name, const at::Tensor& k_SGC) {
+  check_size(heads, name, 0, k_SGC.size(0));
+  check_size(heads, name, 1, k_SGC.size(1));
+  TORCH_CHECK_VALUE(heads.strides() == k_SGC.strides(), name, ": got strides ", heads.strides(),
+                    ", expected ", k_SGC.strides(), " as k_SGC");
+  const bool is_aligned = reinterpret_cast<uintptr_t>(heads.const_data_ptr()) % 16 == 0 &&
+                          heads.stride(0) % kVectorChannels == 0 &&
+                          heads.stride(1) % kVectorChannels == 0;
+  TORCH_CHECK_VALUE(is_aligned, name, ": expected rows that begin at multiples of 16 bytes");
+  TORCH_CHECK_VALUE(heads.size(0) * (heads.stride(0) / kVectorChannels) <=
+                        std::numeric_limits<int>::max(),
+                    name, ": got ", heads.size(0), " rows, which are too far apart");
+}
+
+void check_unions(const at::Tensor& keys_BU, const at::Tensor& masks_BU,
+                  const at::Tensor& counts_B, const at::Tensor& q_THC) {
+  check_num_dims(keys_BU, "keys_BU", 2);
+  check_num_dims(masks_BU, "masks_BU", 2);
+  check_num_dims(counts_B, "counts_B", 1);
+  check_dtype(keys_BU, "keys_BU", at::kInt);
+  check_dtype(masks_BU, "masks_BU", at::kShort);
+  check_dtype(counts_B, "counts_B", at::kInt);
+  const int64_t num_tiles = (q_THC.size(0) + kTileQueries - 1) / kTileQueries;
+  check_size(keys_BU, "keys_BU", 0, num_tiles);
+  check_size(masks_BU, "masks_BU", 0, num_tiles);
+  check_size(masks_BU, "masks_BU", 1, keys_BU.size(1));
+  check_size(counts_B, "counts_B", 0, num_tiles);
+  for (const auto& [tensor, name] :
+       {std::pair{keys_BU, "keys_BU"}, std::pair{masks_BU, "masks_BU"},
+        std::pair{counts_B, "counts_B"}}) {
+    check_same_device(tensor, name, q_THC, "q_THC");
+    TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(),
+                      ", expected a contiguous tensor");
+  }
+}
+
+void check_sizes(const at::Tensor& q_THC, const at::Tensor& k_SGC, double scale) {
+  const int64_t channels = q_THC.size(2);
+  TORCH_CHECK_VALUE(channels == 64 || channels == 128, "q_THC: got ", channels,
+                    " channels, expected 64 or 128");
+  const int64_t num_groups = k_SGC.size(1);
+  const int64_t heads = num_groups > 0 ? q_THC.size(1) / num_groups : 0;
+  TORCH_CHECK_VALUE((heads == 4 || heads == 8 || heads == 16) &&
+                        heads * num_groups == q_THC.size(1),
+                    "q_THC: got ", q_THC.size(1), " heads in ", num_groups,
+                    " groups, expected 4, 8 or 16 a group");
+  TORCH_CHECK_VALUE(scale > 0, "scale: got ", scale, ", expected more than 0");
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> sparse_attention_forward(
+    const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::Tensor& v_SGC,
+    const at::Tensor& keys_BU, const at::Tensor& masks_BU, const at::Tensor& counts_B,
+    double scale) {
+  check_cuda(q_THC, "q_THC");
+  check_heads(q_THC, "q_THC", q_THC);
+  check_heads(k_SGC, "k_SGC", q_THC);
+  check_heads(v_SGC, "v_SGC", q_THC);
+  check_sizes(q_THC, k_SGC, scale);
+  check_gathered(k_SGC, "k_SGC", k_SGC);
+  check_gathered(v_SGC, "v_SGC", k_SGC);
+  check_unions(keys_BU, masks_BU, counts_B, q_THC);
+  TORCH_CHECK_VALUE(q_THC.stride(0) % 2 == 0 && q_THC.stride(1) % 2 == 0 &&
+                        reinterpret_cast<uintptr_t>(q_THC.const_data_ptr()) % 4 == 0,
+                    "q_THC: expected rows that begin at multiples of 4 bytes");
+  const c10::cuda::CUDAGuard guard(q_THC.device());
+  at::Tensor out_THC = at::empty(q_THC.sizes(), q_THC.options());
+  at::Tensor lse_TH =
+      at::empty({q_THC.size(0), q_THC.size(1)}, q_THC.options().dtype(at::kFloat));
+  if (q_THC.size(0) > 0) {
+    launch_forward({
+        .q = reinterpret_cast<const __nv_bfloat16*>(q_THC.const_data_ptr()),
+        .k = reinterpret_cast<const __nv_bfloat16*>(k_SGC.const_data_ptr()),
+        .v = reinterpret_cast<const __nv_bfloat16*>(v_SGC.const_data_ptr()),
+        .keys = keys_BU.const_data_ptr<int>(),
+        .masks = reinterpret_cast<const uint16_t*>(masks_BU.const_data_ptr<int16_t>()),
+        .counts = counts_B.const_data_ptr<int>(),
+        .out = reinterpret_cast<__nv_bfloat16*>(out_THC.mutable_data_ptr()),
+        .lse = lse_TH.mutable_data_ptr<float>(),
+        .scale_log2 = static_cast<float>(scale * kLog2E),
+        .num_queries = static_cast<int>(q_THC.size(0)),
+        .num_groups = static_cast<int>(k_SGC.size(1)),
+        .heads = static_cast<int>(q_THC.size(1) / k_SGC.size(1)),
+        .channels = static_cast<int>(q_THC.size(2)),
+        .capacity = keys_BU.size(1),
+        .q_stride_t = q_THC.stride(0),
+        .q_stride_h = q_THC.stride(1),
+        .k_stride_s = k_SGC.stride(0),
+        .k_stride_g = k_SGC.stride(1),
+    });
+  }
+  return {out_THC, lse_TH};
+}
+
+}  // namespace megatron_keye

@@ -1,0 +1,147 @@
+// How a thread block is cut: which rows it attends for, and where its tiles of keys lie.
+// A row is a query's head: query * heads + head. Each consumer warpgroup owns 64 rows; one more
+// warpgroup, the first, brings keys and values.
+#pragma once
+
+#include "sparse_attention/params.h"
+#include "support/hopper_sm90a.cuh"
+#include "support/mbarrier_sm90a.cuh"
+
+namespace megatron_keye::sparse_attention {
+
+using namespace hopper;
+
+constexpr int kWarpgroupRows = 64;
+constexpr int kWarpRows = 16;
+constexpr uint32_t kWholeWarp = 0xFFFFFFFFu;
+constexpr int kHalfChannels = kSwizzleBytes / sizeof(__nv_bfloat16);  // of a half-tile's rows
+constexpr int kHalfBytes = kTileKeys * kSwizzleBytes;
+
+__device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x) % 32; }
+
+// Shared by host and device: everything that is known when the kernel is compiled.
+template <int kChannelsOf, int kHeadsOf>
+struct Block {
+  static constexpr int kChannels = kChannelsOf;
+  static constexpr int kHeads = kHeadsOf;  // of a group
+  // 4 heads of 16 queries fill one warpgroup, 8 heads two; 16 heads leave room for 8 queries.
+  static constexpr int kConsumers = kHeads == 4 ? 1 : 2;
+  static constexpr int kQueries = kConsumers * kWarpgroupRows / kHeads;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+  static constexpr int kParts = kTileQueries / kQueries;  // blocks that share a union
+  static constexpr int kResident = kConsumers == 1 ? 2 : 1;  // blocks of a multiprocessor
+  static constexpr int kHalves = kChannels / kHalfChannels;
+  static constexpr int kTileBytes = kHalves * kHalfBytes;  // of keys, or of values
+  static constexpr int kStages = kResident == 1 ? 6 : 3;
+  // 65,536 registers of a multiprocessor, in steps of 8 a thread.
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = kResident == 1 ? 224 : 200;
+  static_assert(kResident * kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <=
+                65536);
+};
+
+// Whose queries selected the keys of a tile. One warpgroup's tiles are passed over by the other.
+enum TileKind : int { kOfFirst = 0, kOfSecond = 1, kOfBoth = 2, kEnd = 3 };
+constexpr int kKinds = 3;  // of tiles with keys
+
+// Keys of each kind that wait for a tile to be full, in rings; each gathering warp keeps its own.
+struct Queues {
+  static constexpr int kPlaces = 2 * kTileKeys;
+  int keys[kKinds][kPlaces];
+  uint16_t masks[kKinds][kPlaces];
+};
+
+// A stage holds the keys of a tile and behind them the values: for each 64 channels a half-tile
+// [64 keys][64 channels] in the order of `swizzled`.
+template <typename Cut>
+struct Shared {
+  using Ring = RingPlace<Cut::kStages>;
+  static constexpr int kWarps = kWarpgroup / 32;
+
+  unsigned char stages[Cut::kStages][2][Cut::kTileBytes];
+  uint64_t is_full[Cut::kStages];   // a phase ends when the stage's keys and values are there
+  uint64_t is_empty[Cut::kStages];  // a phase ends when no warp needs them any more
+  uint32_t masks[Cut::kStages][kTileKeys / 2];  // words of two keys each
+  TileKind kind[Cut::kStages];
+  Queues queues[kWarps];
+
+  __device__ __forceinline__ uint32_t keys(const Ring& ring) const {
+    return shared_address(stages[ring.stage]);
+  }
+  __device__ __forceinline__ uint32_t values(const Ring& ring) const {
+    return keys(ring) + Cut::kTileBytes;
+  }
+
+  __device__ __forceinline__ void make_barriers() {
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < Cut::kStages; ++stage) {
+        make_barrier(shared_address(&is_full[stage]), kWarpgroup + kWarps);
+        make_barrier(shared_address(&is_empty[stage]), Cut::kConsumers * kWarps);
+      }
+    }
+    __syncthreads();
+  }
+
+  // Producers wait until they may fill a stage, and announce their copies, masks and kind.
+  __device__ __forceinline__ void await_room(const Ring& ring) {
+    wait_for_phase(shared_address(&is_empty[ring.stage]), ring.parity ^ 1);
+  }
+  __device__ __forceinline__ void announce(const Ring& ring) {
+    arrive_after_copies(shared_address(&is_full[ring.stage]));
+    __syncwarp();
+    if (lane_of_warp() == 0) {
+      arrive(shared_address(&is_full[ring.stage]));
+    }
+  }
+
+  // Consumers wait for the next tile with keys of theirs and pass over others; false at the end.
+  __device__ __forceinline__ bool find_tile(int own, Ring& unread, Ring& found) {
+    while (true) {
+      found = unread;
+      unread.advance();
+      wait_for_phase(shared_address(&is_full[found.stage]), found.parity);
+      // By a reduction, whose result the compiler knows to be the same in the whole warp.
+      const int is = __reduce_max_sync(kWholeWarp, static_cast<int>(kind[found.stage]));
+      if (is == kOfBoth || is == own) {
+        publish_to_tensor_cores();
+        return true;
+      }
+      if (is == kEnd) {
+        return false;
+      }
+      release(found);
+    }
+  }
+  __device__ __forceinline__ void release(const Ring& ring) {
+    if (lane_of_warp() == 0) {
+      arrive(shared_address(&is_empty[ring.stage]));
+    }
+  }
+};
+
+// The rows and the union of this thread block.
+template <typename Cut>
+struct Place {
+  int64_t first_union;  // place of the union's first key in `keys` and `masks`
+  int num_keys;     // of the union
+  int first_local;  // the block's first query, counted from the tile's first
+  int first_query;
+  int group;
+
+  __device__ __forceinline__ explicit Place(const ForwardParams& params) {
+    const int tile = static_cast<int>(blockIdx.x) / Cut::kParts;
+    first_union = tile * params.capacity;
+    num_keys = params.counts[tile];
+    first_local = static_cast<int>(blockIdx.x) % Cut::kParts * Cut::kQueries;
+    first_query = tile * kTileQueries + first_local;
+    group = static_cast<int>(blockIdx.y);
+  }
+
+  // Bits of a mask word that belong to the queries of a consumer warpgroup.
+  __device__ __forceinline__ uint32_t bits_of(int consumer) const {
+    constexpr int kOwned = Cut::kQueries / Cut::kConsumers;
+    return ((1u << kOwned) - 1) << (first_local + consumer * kOwned);
+  }
+};
+
+}  // namespace megatron_keye::sparse_attention
