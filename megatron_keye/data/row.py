@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_keye.data.media import Medium
+from megatron_keye.plan.prefix_trees import PrefixTrees
 
 IGNORED_LABEL = -100
 """Label of a position whose token is not predicted."""
@@ -85,6 +86,19 @@ class PackedRow:
     """Row position of each picture's first placeholder."""
     sample_names: tuple[str, ...]
     """Where the documents come from, for error messages."""
+    prefix_trees: PrefixTrees | None = None
+    """Branches of the documents, whose bounds those of the documents are; None where no document
+    branches."""
+
+    @property
+    def branches(self) -> PrefixTrees:
+        """The branches of all documents, each document being one where none branches."""
+        return self.prefix_trees or PrefixTrees.of_documents(self.document_bounds)
+
+    @property
+    def num_indexer_queries(self) -> int:
+        """Real tokens, each counted once for every path through it."""
+        return int(self.branches.num_paths[: self.num_real_tokens].sum())
 
     @property
     def num_loss_tokens(self) -> int:
@@ -98,8 +112,8 @@ class PackedRow:
 
     @property
     def longest_document(self) -> int:
-        """Tokens of the longest document, padding included."""
-        return int(np.diff(self.document_bounds).max())
+        """Tokens of the longest document, or of the longest path in one, padding included."""
+        return self.branches.longest_path
 
 
 def labels_of(token_ids: NDArray[np.int64], weights: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -30,7 +30,14 @@ class Batch:
     """int64 [S]: index of each row position after gathering over the context axis."""
     feature_positions_M: Tensor
     """int64 [M]: index of each vision feature among this rank's S/CP/TP embeddings."""
+    key_reach_S: Tensor | None = None
+    """int64 [S]: the largest `key_end_T` of a query that sees each key; None where no document
+    branches."""
+    num_paths_T: Tensor | None = None
+    """int64 [S/CP]: paths through each token; None where no document branches, so all have 1."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return a copy on `device`."""
-        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: each.to(device) for name, each in given.items() if each is not None}
+        return Batch(**moved)

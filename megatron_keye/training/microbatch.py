@@ -4,7 +4,6 @@ It combines documents and pictures from the data, position ids from the decoder,
 that a rank holds from its grid.
 """
 
-import numpy as np
 import torch
 
 from megatron_keye.config.run import RunConfig
@@ -14,7 +13,7 @@ from megatron_keye.decoder.batch import Batch
 from megatron_keye.decoder.positions import position_ids
 from megatron_keye.parallel.context import gathered_order
 from megatron_keye.plan.places import DecoderPlace, owned_positions
-from megatron_keye.plan.slots import balanced_order, plan_slots
+from megatron_keye.plan.slots import RowSizes, balanced_order, plan_slots
 from megatron_keye.plan.step import StepPlan
 
 
@@ -24,7 +23,11 @@ def balance_rows(rows: list[PackedRow], run: RunConfig) -> list[PackedRow]:
     The loss is a sum over the global batch, so their order changes only rounding.
     """
     sizes = [
-        (np.diff(row.document_bounds).tolist(), [p.num_patches for p in row.pictures])
+        RowSizes(
+            row.branches.lengths,
+            [picture.num_patches for picture in row.pictures],
+            row.branches.num_earlier,
+        )
         for row in rows
     ]
     return [rows[place] for place in balanced_order(sizes, run)]
@@ -67,7 +70,9 @@ def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:
     is_vision = torch.isin(embedded, torch.tensor(run.model.vision_token_ids))
     labels = torch.from_numpy(row.labels)[positions]
     is_predicted = labels != IGNORED_LABEL
-    ids_3T = position_ids(row.document_bounds, row.picture_starts, sizes)
+    trees = row.prefix_trees
+    branches = row.branches
+    ids_3T = position_ids(branches.bounds, row.picture_starts, sizes, branches.parents.tolist())
     return Batch(
         token_ids_BS=token_ids[None],
         label_positions_L=is_predicted.nonzero().squeeze(1),
@@ -79,4 +84,6 @@ def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:
         is_real_T=positions < row.num_real_tokens,
         gathered_order_S=gathered_order(len(row.token_ids), degrees.context),
         feature_positions_M=is_vision.nonzero().squeeze(1),
+        key_reach_S=None if trees is None else torch.from_numpy(trees.key_reach),
+        num_paths_T=None if trees is None else torch.from_numpy(trees.num_paths)[positions],
     )

@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "optim"),
         *("parallel", "plan"),
     },
+    "post_training": {"data", "errors"},
     "rollout": {
         *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "parallel"),
         "training",

@@ -75,7 +75,7 @@ class DenseInputs(NamedTuple):
         query, key = self[3:5]
         return query, key, *query.stride()[:2], *key.stride()[:2]
 
-    def range_arguments(self) -> tuple[Tensor | None, ...]:
+    def range_arguments(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what a kernel needs for the visible keys."""
         return self.key_start_T, self.key_end_T, self.key_reach_S
 
