@@ -123,7 +123,8 @@ class Bench:
 
     def has_peer(self, case: Case) -> bool:
         """Return whether the peer can run: only Transformer Engine's attention packs documents."""
-        return case.layout == "one" or self._device.type == "cuda"
+        packs = self._device.type == "cuda" and case.layout == "packed"
+        return case.layout == "one" or packs
 
     def line(self, case: Case, *, is_plain: bool) -> dict[str, Any]:
         """Return the fields of one case, of our layers or of the peer's."""

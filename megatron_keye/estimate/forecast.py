@@ -68,11 +68,9 @@ def shape_of(row: PackedRow, run: RunConfig) -> RowShape:
         UserError: If its placeholders are not where its pictures go.
     """
     branches = row.branches
-    return RowShape(
-        document_lengths=tuple(branches.lengths.tolist()),
-        pictures=tuple(picture_slots([row], run)),
-        num_earlier=tuple(branches.num_earlier.tolist()),
-    )
+    lengths, earlier = (tuple(each.tolist()) for each in (branches.lengths, branches.num_earlier))
+    pictures = tuple(picture_slots([row], run))
+    return RowShape(document_lengths=lengths, pictures=pictures, num_earlier=earlier)
 
 
 def balance_shapes(rows: Sequence[RowShape], run: RunConfig) -> list[RowShape]:

@@ -9,9 +9,13 @@ from torch import Tensor
 
 from megatron_keye.kernels.dense_attention import dense_attention_with_lse
 from megatron_keye.kernels.dense_indexer_loss import dense_indexer_loss
+from megatron_keye.kernels.extension import missing_reason
+from megatron_keye.kernels.indexer_scores import indexer_scores
 from megatron_keye.kernels.lightning_indexer import lightning_indexer, paths, reference
+from megatron_keye.kernels.select_top_k import select_top_k
 from megatron_keye.kernels.trapezoids import Trapezoid, find_trapezoids
 from megatron_keye.kernels.visible_keys import find_visible
+from megatron_keye.plan.prefix_trees import PrefixTrees
 from tests.support.numerics import (
     BRANCHES,
     assert_close,
@@ -159,6 +163,71 @@ def test_triton_gives_the_warm_ups_loss_and_gradients(
     for actual, expected in zip(got[1:], wanted[1:], strict=True):
         assert_norm_close(actual, expected, 5e-6)
     assert len(keys[-1]) == 85, "the last branch sees the first one and itself"
+
+
+LONG = PrefixTrees(
+    bounds=np.cumsum([0, 18_000, 700, 65, 4200, 1, 900, 134]),
+    parents=np.array([-1, 0, 1, 1, 0, 0, -1]),
+)
+"""Branches on both sides of where cuDNN begins, and of lengths that no tile divides."""
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def long_row(rank: int) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """Return the queries of one of two context ranks, their ranges, and the reach of all keys."""
+    order_T = torch.arange(int(LONG.bounds[-1])).view(4, -1)[[rank, 3 - rank]].flatten()
+    starts = LONG.document_bounds[np.searchsorted(LONG.document_bounds, order_T, "right") - 1]
+    ranges = torch.from_numpy(starts).cuda(), order_T.cuda() + 1
+    return order_T.cuda(), ranges, torch.from_numpy(LONG.key_reach).cuda()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_gpus_dense_attention_is_that_of_the_path(rank: int) -> None:
+    order_T, ranges, reach_S = long_row(rank)
+    shapes = ((len(order_T), 8, 128), (len(reach_S), 2, 128), (len(reach_S), 2, 128))
+    inputs = tuple(
+        make_tensor(*shape, seed=seed, dtype=torch.bfloat16).cuda()
+        for seed, shape in enumerate(shapes)
+    )
+    options: dict[str, Any] = {"scale": 128**-0.5, "key_reach_S": reach_S}
+    half, wide = trainable(inputs), trainable(tuple(each.detach().float() for each in inputs))
+    got = dense_attention_with_lse(*half, *ranges, **options)
+    wanted = dense_attention_with_lse(*wide, *ranges, **options, impl="eager")
+    assert_close(got[0].float(), wanted[0], 2e-2)
+    assert_close(got[1], wanted[1], 1e-4)
+    for actual, expected in zip(
+        gradients(got[0], *half), gradients(wanted[0], *wide), strict=True
+    ):
+        assert_norm_close(actual, expected, 2e-2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_gpus_selections_are_those_of_the_path_alone(impl: str, rank: int) -> None:
+    if impl == "cuda" and missing_reason("lightning_indexer") is not None:
+        pytest.skip("megatron_keye._C is not built")
+    order_T, ranges, reach_S = long_row(rank)
+    shapes = ((len(order_T), 16, 64), (len(reach_S), 64), (len(order_T), 16))
+    q_TIJ, k_SJ, gate_TI = (
+        make_tensor(*shape, seed=seed, dtype=torch.bfloat16).cuda()
+        for seed, shape in enumerate(shapes)
+    )
+    indices_TK = lightning_indexer(
+        q_TIJ, k_SJ, gate_TI, *ranges, 2048, key_reach_S=reach_S, impl=impl
+    )
+    is_visible_TS = find_visible(*ranges, len(reach_S), reach_S)
+    scores_TS = indexer_scores(q_TIJ, k_SJ, gate_TI, *ranges, impl="triton")
+    # What a query does not see ranks below all that it sees, and is then taken out.
+    scores_TS.masked_fill_(~is_visible_TS, -torch.inf)
+    expected_TK = select_top_k(scores_TS, *ranges, 2048, impl="triton")
+    is_taken_TK = is_visible_TS.gather(1, expected_TK.clamp(min=0).long()) & (expected_TK >= 0)
+    largest = torch.iinfo(torch.int32).max
+    expected_TK = expected_TK.masked_fill(~is_taken_TK, largest).sort(dim=1).values
+    assert torch.equal(indices_TK, expected_TK.masked_fill(expected_TK == largest, -1))
 
 
 def test_a_misfit_is_named() -> None:

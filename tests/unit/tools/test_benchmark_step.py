@@ -28,6 +28,9 @@ def test_a_case_runs_a_few_layers_of_the_recipe_on_one_rank() -> None:
     assert run.training.fusions.norm == "off" and run.training.fusions.router == "auto"
     packed = Case(tokens=1003, layout="packed").document_lengths()
     assert sum(packed) == 1003 and max(packed) - min(packed) == 1
+    answers = Case(tokens=40_960, layout="answers").branches()
+    assert answers.lengths.tolist() == [32_768, *[1024] * 8]
+    assert answers.longest_path == 40_960 * 33 // 40, "as long as a row to compare with"
 
 
 def test_the_table_has_each_fusion_off_by_itself_and_few_peers() -> None:
@@ -43,6 +46,7 @@ def test_the_table_has_each_fusion_off_by_itself_and_few_peers() -> None:
 def test_it_runs_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
     out = tmp_path / "step.jsonl"
     cases = ["--phases", "sparse", "dense", "--recompute", "selective"]
+    cases += ["--layouts", "one", "answers"]
     words = ["--tokens", "96", *cases, "--repeats", "1"]
     command = [sys.executable, "-m", "tools.benchmark_step", *words, "--out", str(out)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -52,6 +56,12 @@ def test_it_runs_on_a_machine_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "prove nothing of speed" in done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["phase"] for line in lines] == ["plain", "sparse", "dense"]
+    assert [(line["phase"], line["layout"]) for line in lines] == [
+        ("plain", "one"),
+        ("sparse", "one"),
+        ("sparse", "answers"),
+        ("dense", "one"),
+        ("dense", "answers"),
+    ]
     assert all(line["step_ms"] > 0 and not line["proves_speed"] for line in lines)
     assert lines[1]["union_keys"] > 0
