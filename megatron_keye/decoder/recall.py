@@ -17,8 +17,8 @@ _SAMPLED_QUERIES = 16
 def measure_recall(q_THC: Tensor, k_SGC: Tensor, indices_TK: Tensor, row: DecoderRow) -> None:
     """Add the selected keys' share of the dense attention weights to the row's meter.
 
-    Evenly spaced local queries are sampled; padding does not count, and a query counts once, however
-    many paths lead through it.
+    Evenly spaced local queries are sampled; padding does not count, and a query counts once,
+    however many paths lead through it.
 
     Args:
         q_THC: [T, H, C] rotated queries of the local tokens.

@@ -8,7 +8,6 @@ token that sees, and for the token that is seen the end of all that descends fro
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -102,7 +101,3 @@ class PrefixTrees:
         """Where documents start and end [documents + 1]: 0, ..., T."""
         starts = self.bounds[:-1][self.parents < 0]
         return np.append(starts, self.bounds[-1])
-
-    def slices(self) -> list[slice]:
-        """Return the tokens of each branch in the row."""
-        return [slice(start, stop) for start, stop in pairwise(self.bounds.tolist())]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_keye.plan.cost import num_pairs
+from megatron_keye.plan.places import owned_positions
 from megatron_keye.plan.prefix_trees import PrefixTrees
 from tests.support.numerics import BRANCHES, branched_ranges
 
@@ -37,6 +38,19 @@ def test_pairs_are_those_of_the_paths(top_k: int | None) -> None:
     trees = trees_of(*BRANCHES)
     expected = sum(min(len(seen), top_k or len(seen)) for seen in keys)
     assert num_pairs(trees.lengths, top_k, trees.num_earlier) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "most"), [(131_072, 2048, 1.02), (32_768, 1024, 1.04), (8192, 1024, 1.3)]
+)
+def test_context_ranks_have_about_equal_pairs(prompt: int, answer: int, most: float) -> None:
+    trees = trees_of((prompt, -1), *[(answer, 0)] * 8)
+    before = np.repeat(trees.num_earlier - trees.bounds[:-1], trees.lengths)
+    num_seen = np.arange(trees.bounds[-1]) + before + 1
+    ranks = [owned_positions(len(num_seen), 8, rank) for rank in range(8)]
+    pairs = [num_seen[owned].sum() for owned in ranks]
+    assert sum(pairs) == num_pairs(trees.lengths, None, trees.num_earlier)
+    assert max(pairs) <= most * np.mean(pairs)
 
 
 def test_documents_alone_are_paths_of_their_own() -> None:
