@@ -66,7 +66,7 @@ def branch_of(sample: Sample) -> Branch:
 
 def pack_branches(
     samples: Sequence[BranchedSample], row_tokens: int, *, pad_token_id: int
-) -> tuple[PackedRow, list[list[NDArray[np.int64]]]]:
+) -> PackedRow:
     """Lay branched samples end to end and pad the rest of the row as a document of its own.
 
     Args:
@@ -74,18 +74,15 @@ def pack_branches(
         row_tokens: Length of the row.
         pad_token_id: Token of the padding document.
 
-    Returns:
-        The row, and for each branch of each sample where its tokens are predicted [T]: the row
-        position before each, -1 for the first of a sample.
-
     Raises:
         ValueError: If branches are not in order, or one has too few tokens.
     """
     num_real = sum(sample.num_tokens for sample in samples)
     assert num_real <= row_tokens, f"{num_real} tokens were packed into a row of {row_tokens}"
     writer = _Writer(row_tokens, pad_token_id)
-    predicting = [writer.write(sample) for sample in samples]
-    return writer.row([sample.name for sample in samples]), predicting
+    for sample in samples:
+        writer.write(sample)
+    return writer.row([sample.name for sample in samples])
 
 
 class _Writer:
@@ -98,10 +95,9 @@ class _Writer:
         self._bounds, self._parents = [0], list[int]()
         self._pictures, self._picture_starts = list[Picture](), list[int]()
 
-    def write(self, sample: BranchedSample) -> list[NDArray[np.int64]]:
-        """Append a sample; return where the tokens of each branch are predicted."""
+    def write(self, sample: BranchedSample) -> None:
+        """Append a sample."""
         first_branch, forks = len(self._parents), [n > 1 for n in sample.num_children]
-        predicting: list[NDArray[np.int64]] = []
         for index, branch in enumerate(sample.branches):
             repeated = branch.token_ids[:0]
             if branch.parent >= 0 and forks[branch.parent]:
@@ -120,20 +116,15 @@ class _Writer:
             own = start + len(repeated)
             self._pictures += branch.pictures
             self._picture_starts += [own + place for place in branch.picture_starts]
-            is_start = branch.parent < 0
-            predicting.append(self._label(branch, own - 1, is_start=is_start))
-        return predicting
+            self._label(branch, own - 1)
 
-    def _label(self, branch: Branch, before: int, *, is_start: bool) -> NDArray[np.int64]:
+    def _label(self, branch: Branch, before: int) -> None:
         """Label the positions before a branch's tokens, the first of them `before`."""
-        positions = before + np.arange(len(branch.token_ids))
-        if is_start:
-            assert branch.token_weights[0] == 0, "nothing precedes a sample's first token"
-            positions[0] = -1
         is_predicted = branch.token_weights > 0
-        self._labels[positions[is_predicted]] = branch.token_ids[is_predicted]
-        self._weights[positions[is_predicted]] = branch.token_weights[is_predicted]
-        return positions
+        assert branch.parent >= 0 or not is_predicted[0], "nothing precedes a sample's first token"
+        positions = before + is_predicted.nonzero()[0]
+        self._labels[positions] = branch.token_ids[is_predicted]
+        self._weights[positions] = branch.token_weights[is_predicted]
 
     def row(self, names: Sequence[str]) -> PackedRow:
         """Return the row."""

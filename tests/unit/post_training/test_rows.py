@@ -1,4 +1,4 @@
-"""Answers share a row with their prompt, and are found again in it."""
+"""Answers share a row with their prompt, and their tokens are its labels."""
 
 import numpy as np
 import pytest
@@ -23,39 +23,30 @@ def prompt_of(num_tokens: int) -> Sample:
 
 def answer_of(length: int) -> Answer:
     """Return an answer whose second token does not count."""
-    weights = np.ones(length, dtype=np.float32)
+    weights = np.full(length, 1 / length, dtype=np.float32)
     weights[1:2] = 0
-    return Answer(
-        token_ids=100 + np.arange(length),
-        weights=weights,
-        old_log_probs=-np.arange(length, dtype=np.float32) - 1,
-    )
+    return Answer(token_ids=100 + np.arange(length), weights=weights)
 
 
-def test_each_position_knows_whose_token_it_predicts() -> None:
+def test_labels_are_the_tokens_that_count_answer_by_answer() -> None:
     answers = [answer_of(length) for length in (3, 1, 2)]
-    (found,) = shared_prompt_rows(prompt_of(5), answers, row_tokens=16, pad_token_id=0)
+    (found,) = shared_prompt_rows(prompt_of(5), answers, 16, pad_token_id=0)
     row = found.row
     assert row.token_ids[:13].tolist() == [0, 1, 2, 3, 4, 100, 101, 102, 4, 100, 4, 100, 101]
-    assert found.answer_of_T.tolist() == [-1] * 4 + [0, -1, 0, -1, 1, -1, 2] + [-1] * 5
-    assert (row.labels != IGNORED_LABEL).tolist() == (found.answer_of_T >= 0).tolist()
-    assert found.old_log_probs_T[[4, 5, 6]].tolist() == [-1, 0, -3]
-    assert [each.tolist() for each in found.split_log_probs(np.arange(16.0))] == [
-        [4, 5, 6],
-        [8],
-        [10, 11],
-    ]
+    is_label = row.labels != IGNORED_LABEL
+    assert is_label.nonzero()[0].tolist() == [4, 6, 8, 10]
+    assert row.labels[is_label].tolist() == [100, 102, 100, 100]
+    assert row.weights[is_label].tolist() == pytest.approx([1 / 3, 1 / 3, 1, 1 / 2])
 
 
 def test_answers_that_do_not_fit_together_have_the_prompt_in_each_row() -> None:
     answers = [answer_of(length) for length in (3, 1, 2, 6, 11)]
-    rows = shared_prompt_rows(prompt_of(5), answers, row_tokens=16, pad_token_id=0)
-    assert [each.answers for each in rows] == [(0, 1, 2), (3,), (4,)]
+    rows = shared_prompt_rows(prompt_of(5), answers, 16, pad_token_id=0)
+    assert [each.answers for each in rows] == [slice(0, 3), slice(3, 4), slice(4, 5)]
     assert [each.row.num_real_tokens for each in rows] == [13, 11, 16]
-    assert set(rows[1].answer_of_T.tolist()) == {-1, 3}
-    assert not shared_prompt_rows(prompt_of(5), [], row_tokens=16, pad_token_id=0)
+    assert not shared_prompt_rows(prompt_of(5), [], 16, pad_token_id=0)
 
 
 def test_an_answer_that_never_fits_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"clips.jsonl:4: a prompt of 5 tokens .* of 12 is longer"):
-        shared_prompt_rows(prompt_of(5), [answer_of(12)], row_tokens=16, pad_token_id=0)
+        shared_prompt_rows(prompt_of(5), [answer_of(12)], 16, pad_token_id=0)
