@@ -78,6 +78,8 @@ class PackedRow:
     """Weight of each label in the loss [T]; those of positions without a label do not count."""
     document_bounds: NDArray[np.int64]
     """Where documents start and end [documents + 1]: 0, ..., T."""
+    prefix_trees: PrefixTrees | None = None
+    """Branches of these documents; None where no document branches."""
     num_real_tokens: int
     """Tokens that belong to samples; the rest is padding."""
     pictures: tuple[Picture, ...]
@@ -86,19 +88,6 @@ class PackedRow:
     """Row position of each picture's first placeholder."""
     sample_names: tuple[str, ...]
     """Where the documents come from, for error messages."""
-    prefix_trees: PrefixTrees | None = None
-    """Branches of the documents, whose bounds those of the documents are; None where no document
-    branches."""
-
-    @property
-    def branches(self) -> PrefixTrees:
-        """The branches of all documents, each document being one where none branches."""
-        return self.prefix_trees or PrefixTrees.of_documents(self.document_bounds)
-
-    @property
-    def num_indexer_queries(self) -> int:
-        """Real tokens, each counted once for every path through it."""
-        return int(self.branches.num_paths[: self.num_real_tokens].sum())
 
     @property
     def num_loss_tokens(self) -> int:
@@ -114,6 +103,16 @@ class PackedRow:
     def longest_document(self) -> int:
         """Tokens of the longest document, or of the longest path in one, padding included."""
         return self.branches.longest_path
+
+    @property
+    def branches(self) -> PrefixTrees:
+        """The branches of all documents, each document being one where none branches."""
+        return self.prefix_trees or PrefixTrees.of_documents(self.document_bounds)
+
+    @property
+    def num_indexer_queries(self) -> int:
+        """Real tokens, each counted once for every path through it."""
+        return int(self.branches.num_paths[: self.num_real_tokens].sum())
 
 
 def labels_of(token_ids: NDArray[np.int64], weights: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ It combines documents and pictures from the data, position ids from the decoder,
 that a rank holds from its grid.
 """
 
+import numpy as np
 import torch
 
 from megatron_keye.config.run import RunConfig
@@ -63,8 +64,7 @@ def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:
     sizes = [(p.patch_grid[0] // merge, p.patch_grid[1] // merge) for p in row.pictures]
     owned = owned_positions(len(row.token_ids), degrees.context, place.context)
     positions = torch.from_numpy(owned)
-    bounds = torch.from_numpy(row.document_bounds)
-    document = torch.searchsorted(bounds, positions, right=True) - 1
+    document = np.searchsorted(row.document_bounds, owned, side="right") - 1
     token_ids = torch.from_numpy(row.token_ids)[positions]
     embedded = token_ids.view(degrees.tensor, -1)[place.tensor]
     is_vision = torch.isin(embedded, torch.tensor(run.model.vision_token_ids))
@@ -79,11 +79,11 @@ def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:
         labels_L=labels[is_predicted],
         weights_L=torch.from_numpy(row.weights)[positions][is_predicted],
         position_ids_3T=torch.from_numpy(ids_3T)[:, positions].contiguous(),
-        key_start_T=bounds[document],
+        key_start_T=torch.from_numpy(row.document_bounds[document]),
         key_end_T=positions + 1,
+        key_reach_S=None if trees is None else torch.from_numpy(trees.key_reach),
+        num_paths_T=None if trees is None else torch.from_numpy(trees.num_paths[owned]),
         is_real_T=positions < row.num_real_tokens,
         gathered_order_S=gathered_order(len(row.token_ids), degrees.context),
         feature_positions_M=is_vision.nonzero().squeeze(1),
-        key_reach_S=None if trees is None else torch.from_numpy(trees.key_reach),
-        num_paths_T=None if trees is None else torch.from_numpy(trees.num_paths)[positions],
     )

@@ -38,11 +38,11 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "optim"),
         *("parallel", "plan"),
     },
-    "post_training": {"data", "errors"},
     "rollout": {
         *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "parallel"),
         "training",
     },
+    "post_training": {"data", "errors"},
 }
 # Entry points may import every part: the command line, and the package's own public names.
 ENTRY_POINTS = ("cli", "__main__", "")
