@@ -5,24 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from megatron_keye.config import ExpertsConfig, RunConfig
+from megatron_keye.config import RunConfig
 from megatron_keye.data.branches import Branch, BranchedSample, branch_of, pack_branches
 from megatron_keye.data.row import PackedRow, Sample, labels_of
-from megatron_keye.decoder import virtual_stage
-from megatron_keye.decoder.virtual_stage import VirtualStage
-from megatron_keye.plan.places import decoder_place, owned_positions
 from megatron_keye.post_training.rows import Answer, shared_prompt_rows
-from tests.support.ranks import run_on_ranks
-from tests.support.tiny import ROW_TOKENS, packed_row, tiny_model, tiny_run
-from tests.support.train import build_step, let_go
+from tests.support.float64 import TOLERANCE, assert_trains_as, exact_run, without_trees
+from tests.support.tiny import ROW_TOKENS, packed_row
 
-EXPERTS = ExpertsConfig(
-    num_experts=4, num_experts_per_token=2, intermediate_size=24, balance_loss_weight=0.0
-)
-"""No balancing loss, the one which a row has over its own tokens."""
-TOLERANCE = 1e-12
 PHASES = [
     pytest.param({"recompute": "full"}, id="sparse"),
     pytest.param({"phase": "indexer_warmup"}, id="warm-up"),
@@ -38,12 +28,6 @@ TWO_RANKS = [
     ),
     pytest.param({"phase": "dense"}, {"context": 2}, id="dense, context", marks=pytest.mark.slow),
 ]
-
-
-def exact_run(training: dict[str, Any] | None = None, **degrees: int) -> RunConfig:
-    """Return a run in float64 whose losses are sums over tokens."""
-    options = {"precision": "fp64", **(training or {})}
-    return tiny_run(model=tiny_model(experts=EXPERTS), training=options, **degrees)
 
 
 def video_prompt() -> Sample:
@@ -98,69 +82,6 @@ def branching_turns() -> tuple[PackedRow, list[PackedRow]]:
         sample = BranchedSample(name=f"path {number}", branches=path)
         alone.append(pack_branches([sample], ROW_TOKENS, pad_token_id=0))
     return shared, alone
-
-
-def without_trees(row: PackedRow) -> PackedRow:
-    """Return a row of one path each as rows are that know no branches."""
-    return replace(row, prefix_trees=None)
-
-
-def compute_on_rank(run_json: str, batches: list[list[PackedRow]]) -> list[tuple[Any, ...]]:
-    """Return the sums of losses, all gradients, and losses by sample and row position."""
-    run = RunConfig.from_json(run_json)
-    grid, model, _, step = build_step(run)
-    place = decoder_place(run.parallel.decoder, grid.rank)
-    owned = owned_positions(ROW_TOKENS, run.parallel.decoder.context, place.context)
-    forward, token_losses = VirtualStage.forward, virtual_stage.token_losses
-    running: dict[str, Any] = {}
-    losses: dict[tuple[str, int], float] = {}
-
-    def recorded_forward(self: VirtualStage, batch: Any, *rest: Any, **named: Any) -> Any:
-        running.update(batch=batch, where=named["where"].partition("row of ")[2])
-        return forward(self, batch, *rest, **named)
-
-    def recorded_losses(*arguments: Any) -> torch.Tensor:
-        loss_LB = token_losses(*arguments)
-        positions = owned[running["batch"].label_positions_L.numpy()].tolist()
-        of_row = zip(positions, loss_LB.flatten().tolist(), strict=True)
-        losses.update({(running["where"], position): loss for position, loss in of_row})
-        return loss_LB
-
-    VirtualStage.forward, virtual_stage.token_losses = recorded_forward, recorded_losses
-    results = []
-    try:
-        for rows in batches:
-            losses.clear()
-            _, measured = step.compute_only(rows)
-            gradients = {
-                name: weight.main_grad.clone()
-                for wrapped in model.wrapped()
-                for name, weight in wrapped.module.named_parameters()
-                if getattr(weight, "main_grad", None) is not None
-            }
-            results.append((measured, gradients, dict(losses)))
-    finally:
-        VirtualStage.forward, virtual_stage.token_losses = forward, token_losses
-    let_go(model)
-    return results
-
-
-def assert_trains_as(run: RunConfig, shared: list[PackedRow], alone: list[PackedRow]) -> Any:
-    """Compare losses and every gradient; return the losses by sample and position of both."""
-    batches = [shared, alone]
-    results = run_on_ranks(run.parallel.num_ranks, compute_on_rank, run.to_json(), batches)
-    together: list[dict[tuple[str, int], float]] = [{}, {}]
-    for (got, gradients, mine), (expected, wanted, theirs) in results:
-        assert got.loss_sum == pytest.approx(expected.loss_sum, rel=TOLERANCE)
-        assert got.gradient_norm == pytest.approx(expected.gradient_norm, rel=TOLERANCE)
-        assert gradients.keys() == wanted.keys() and gradients, "the same weights learn"
-        for name, gradient in wanted.items():
-            limit = TOLERANCE * float(gradient.abs().max())
-            worst = float((gradients[name] - gradient).abs().max())
-            assert worst <= limit, f"{name}: differs by {worst:.1e}, expected {limit:.1e} at most"
-        for losses, of_rank in zip(together, (mine, theirs), strict=True):
-            losses.update(of_rank)
-    return together
 
 
 def assert_answers_train_as_alone(run: RunConfig) -> None:
