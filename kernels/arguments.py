@@ -158,3 +158,19 @@ def check_key_ranges(rows: Tensor, key_start_T: Tensor, key_end_T: Tensor) -> No
                 f"{name}: got shape {tuple(bound_T.shape)} on {bound_T.device}, expected "
                 f"[T] = ({rows.shape[0]},) on {rows.device}; pass one bound for each query"
             )
+
+
+def check_key_reach(keys: Tensor, key_reach_S: Tensor | None) -> None:
+    """Raise unless the reach of keys, where there is one, is int64 [S] beside `keys` [S, ...].
+
+    Raises:
+        ValueError: On another length, type or device.
+    """
+    if key_reach_S is None:
+        return
+    check_dtypes((torch.int64,), key_reach_S=key_reach_S)
+    if key_reach_S.shape != keys.shape[:1] or key_reach_S.device != keys.device:
+        raise ValueError(
+            f"key_reach_S: got shape {tuple(key_reach_S.shape)} on {key_reach_S.device}, expected "
+            f"[S] = ({keys.shape[0]},) on {keys.device}; pass one number for each key"
+        )

@@ -3,6 +3,11 @@
 All eager operators share these two readings, so that an empty range or a padded entry means the
 same in each of them.
 
+Where documents branch, a range also holds keys of branches beside the query's own. Tokens lie
+branch by branch, each behind the one that it goes on from and before what follows it, so what
+descends from a key is one range too, and its end, the key's reach, says whether a later query has
+the key on its path.
+
 Shape letters: T queries, S keys, K selected keys of a query, X channels of a key.
 """
 
@@ -10,16 +15,23 @@ import torch
 from torch import Tensor
 
 
-def keys_in_range(key_start_T: Tensor, key_end_T: Tensor, num_keys: int) -> Tensor:
-    """Return bool [T, S]: whether key_start_T[t] <= s < key_end_T[t].
+def find_visible(
+    key_start_T: Tensor, key_end_T: Tensor, num_keys: int, key_reach_S: Tensor | None = None
+) -> Tensor:
+    """Return bool [T, S]: whether key_start_T[t] <= s < key_end_T[t] <= key_reach_S[s].
 
     Args:
         key_start_T: int64, first visible key of each query.
         key_end_T: int64, one past the last visible key; at or below the start for no key at all.
         num_keys: S.
+        key_reach_S: int64, the largest `key_end_T` of a query that sees the key; None where all
+            keys of a range are visible. The first key of a range is visible anyway.
     """
     keys_S = torch.arange(num_keys, device=key_start_T.device)
-    return (keys_S >= key_start_T[:, None]) & (keys_S < key_end_T[:, None])
+    is_visible_TS = (keys_S >= key_start_T[:, None]) & (keys_S < key_end_T[:, None])
+    if key_reach_S is None:
+        return is_visible_TS
+    return is_visible_TS & (key_end_T[:, None] <= key_reach_S)
 
 
 def gather_selected(keys_SX: Tensor, indices_TK: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,11 @@ Megatron-Core's own layers with Transformer Engine: dense attention, the same ex
 fused kernels and optimizer, and its usual recomputation ("moe,layernorm" beside selective and
 full).
 `times_faster` compares forward and backward. --without turns fused kernels off, one at a time or
-"all". --profiles writes the kernels of one more step by name; the share of the step in which the
-GPU works stands in every line. Every case prints a JSON line; one that fails or runs out of memory
-says so, and the next one runs. --all takes about five minutes on an H100.
+"all". --layouts answers is a prompt with eight answers behind it, each of 1/40 of the row; it has
+no peer, and is to be compared with eight rows of "one" that have 33/40 of its tokens. --profiles
+writes the kernels of one more step by name; the share of the step in which the GPU works stands in
+every line. Every case prints a JSON line; one that fails or runs out of memory says so, and the
+next one runs. --all takes about five minutes on an H100.
 
 --ranks splits rows by context and the experts over so many GPUs, on both sides; lines have rank
 0's figures, and the share of its step in which nothing but communication ran
@@ -54,7 +56,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=positive_integer, nargs="+", metavar="N", default=[])
     for name, values, default in (
         ("--phases", PHASES, "sparse"),
-        ("--layouts", ("one", "packed"), "one"),
+        ("--layouts", ("one", "packed", "answers"), "one"),
         ("--localities", ("segments", "tokens"), "segments"),
         ("--recompute", RECOMPUTE, "none"),
         ("--without", ("", "all", *FUSIONS), ""),

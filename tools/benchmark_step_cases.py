@@ -5,16 +5,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+import numpy as np
+
 from megatron_keye.config import DecoderParallel, FusionsConfig, ParallelConfig, RunConfig
 from megatron_keye.config.run import as_override
 from megatron_keye.config.training import Phase, Recompute
+from megatron_keye.plan.prefix_trees import PrefixTrees
 from megatron_keye.recipes import load_recipe
 
-Layout = Literal["one", "packed"]
+Layout = Literal["one", "packed", "answers"]
 Locality = Literal["segments", "tokens"]
 
 FUSIONS = tuple(each.name for each in fields(FusionsConfig))
 PACKED_DOCUMENTS = 8
+ANSWERS, ANSWER_SHARE = 8, 40
+"""Answers behind one prompt, and how many of them are as long as their row."""
 PEER_RECOMPUTES: dict[Recompute, list[str]] = {
     "none": [],
     "experts": ["moe"],
@@ -33,7 +38,8 @@ class Case:
     phase: Phase = "sparse"
     """Of our layers; the peer is always dense."""
     layout: Layout = "one"
-    """One document, or PACKED_DOCUMENTS of one length."""
+    """One document, PACKED_DOCUMENTS of one length, or a prompt with ANSWERS behind it, to be
+    compared with ANSWERS rows of "one", each as long as the prompt and an answer."""
     locality: Locality = "segments"
     """Whether hidden states are segments of 64 alike tokens, whose queries select alike, or
     independent of one another."""
@@ -50,6 +56,15 @@ class Case:
             return [self.tokens]
         size, rest = divmod(self.tokens, PACKED_DOCUMENTS)
         return [size + (index < rest) for index in range(PACKED_DOCUMENTS)]
+
+    def branches(self) -> PrefixTrees:
+        """Return the branches of the row; a document is one where none branches."""
+        if self.layout != "answers":
+            return PrefixTrees.of_documents(np.cumsum([0, *self.document_lengths()]))
+        answer = self.tokens // ANSWER_SHARE
+        prompt = self.tokens - ANSWERS * answer
+        bounds = np.cumsum([0, prompt, *[answer] * ANSWERS])
+        return PrefixTrees(bounds=bounds, parents=np.array([-1] + [0] * ANSWERS))
 
     def peer(self) -> "Case":
         """Return the case whose peer is also this one's: it does not see the rest."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -27,6 +28,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_keye.config import RunConfig
@@ -120,18 +122,22 @@ def decoder_row(
     meter: RowMeter,
 ) -> DecoderRow:
     """Return this rank's row of a case: causal documents of text, without padding."""
-    lengths = case.document_lengths()
-    starts = [0, *accumulate(lengths)]
-    key_start_T = torch.cat(
-        [torch.full((length,), start) for start, length in zip(starts, lengths, strict=False)]
-    ).to(device)
-    position_T = own_positions(case, groups, device)
-    key_start_T = key_start_T[position_T]
-    ids_3T = (position_T - key_start_T).expand(3, -1)
+    trees, position_T = case.branches(), own_positions(case, groups, device)
+
+    def to_tokens(of_branches: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.repeat(of_branches, trees.lengths)).to(device)[position_T]
+
+    documents = np.maximum.accumulate(np.where(trees.parents < 0, trees.bounds[:-1], 0))
+    ids_3T = (position_T - to_tokens(trees.bounds[:-1] - trees.num_earlier)).expand(3, -1)
+    is_branched = case.layout == "answers"
     attention, indexer = rotary_tables(ids_3T, run.model.decoder, weight_dtype(run))
     return DecoderRow(
-        key_start_T=key_start_T,
+        key_start_T=to_tokens(documents),
         key_end_T=position_T + 1,
+        key_reach_S=torch.from_numpy(trees.key_reach).to(device) if is_branched else None,
+        num_paths_T=torch.from_numpy(trees.num_paths).to(device)[position_T]
+        if is_branched
+        else None,
         is_real_T=torch.ones_like(position_T, dtype=torch.bool),
         gathered_order_S=gathered_order(case.tokens, groups.cp.size()).to(device),
         attention_rotary=attention,

@@ -137,12 +137,12 @@ class Bench:
         """Return whether the peer can run.
 
         Only Transformer Engine's attention packs documents or splits rows, and it cannot split
-        rows of documents that are not padded for it.
+        rows of documents that are not padded for it; nothing packs answers behind a prompt.
         """
         is_packed, is_split = case.layout == "packed", bool(self._groups.cp.size() > 1)
-        return not (is_packed or is_split) or (
-            self._device.type == "cuda" and not (is_packed and is_split)
-        )
+        if case.layout == "answers" or (is_packed and is_split):
+            return False
+        return not (is_packed or is_split) or self._device.type == "cuda"
 
     def line(self, case: Case, *, is_plain: bool) -> dict[str, Any]:
         """Return the fields of one case, of our layers or of the peer's."""

@@ -11,13 +11,14 @@ from torch import Tensor
 from megatron_keye.kernels.arguments import (
     check_groups,
     check_key_ranges,
+    check_key_reach,
     check_same_dtype,
     check_shapes,
     choose_impl,
 )
 from megatron_keye.kernels.dense_attention import reference, sdpa
-from megatron_keye.kernels.dense_attention.trapezoids import find_trapezoids
 from megatron_keye.kernels.kept_outputs import KeptOutputs
+from megatron_keye.kernels.trapezoids import find_trapezoids
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 """What exists; "sdpa" is the default on a GPU in 16 bits, "eager" otherwise."""
@@ -47,6 +48,7 @@ def dense_attention_with_lse(
     key_end_T: Tensor,
     *,
     scale: float,
+    key_reach_S: Tensor | None = None,
     kept: KeptOutputs | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -63,10 +65,13 @@ def dense_attention_with_lse(
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
         scale: Factor of the logits, usually C^-0.5.
+        key_reach_S: int64, for documents that branch: a query sees a key of its range only where
+            `key_end_T` is at most this. None: it sees all of them.
         kept: Keeps what the backward pass needs for a second call with the same tensors, which
             then takes it from there; "eager" computes it again. None: nothing is kept.
         impl: One of IMPLEMENTATIONS, or None for the default. "sdpa" is torch's own attention,
-            cuDNN's or FlashAttention, two calls for each trapezoid of the mask; on a GPU
+            cuDNN's or FlashAttention, two calls for each trapezoid of the mask, and one
+            more for each gap in it; on a GPU
             it takes 16 bits and heads of a multiple of 8 channels, and sums gradients in its own
             order. To find the trapezoids, the ranges are read back to the host once.
 
@@ -84,17 +89,19 @@ def dense_attention_with_lse(
     check_groups(sizes["H"], sizes["G"])
     check_same_dtype(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
     check_key_ranges(q_THC, key_start_T, key_end_T)
+    check_key_reach(k_SGC, key_reach_S)
     suits_sdpa = sdpa.takes(q_THC, k_SGC, v_SGC)
     # On a GPU no operator takes 32 bits, which only tests train in.
     is_eager = not q_THC.is_cuda or (not suits_sdpa and q_THC.element_size() > 2)
     default = "eager" if is_eager else "sdpa"
     chosen = choose_impl("dense_attention", impl, IMPLEMENTATIONS, default)
     if chosen == "eager":
-        return reference.dense_attention(q_THC, k_SGC, v_SGC, key_start_T, key_end_T, scale=scale)
+        ranges = key_start_T, key_end_T, key_reach_S
+        return reference.dense_attention(q_THC, k_SGC, v_SGC, *ranges, scale=scale)
     if not suits_sdpa:
         raise ValueError(
             f"q_THC: got {q_THC.dtype} with C = {q_THC.shape[2]}, which neither cuDNN nor "
             "FlashAttention takes here; take impl='eager'"
         )
-    trapezoids = find_trapezoids(key_start_T, key_end_T)
+    trapezoids = find_trapezoids(key_start_T, key_end_T, key_reach_S)
     return sdpa.dense_attention(q_THC, k_SGC, v_SGC, trapezoids, scale=scale, kept=kept)

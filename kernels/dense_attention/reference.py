@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_keye.kernels.masked_softmax import masked_softmax
 from megatron_keye.kernels.precision import accumulation_dtype
 from megatron_keye.kernels.row_chunks import map_row_chunks
-from megatron_keye.kernels.visible_keys import keys_in_range
+from megatron_keye.kernels.visible_keys import find_visible
 
 
 def dense_attention(
@@ -23,13 +23,14 @@ def dense_attention(
     v_SGC: Tensor,
     key_start_T: Tensor,
     key_end_T: Tensor,
+    key_reach_S: Tensor | None,
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return out_THC and lse_TH; see api.dense_attention_with_lse."""
     dtype = accumulation_dtype(q_THC)
     out_THC, lse_TH = map_row_chunks(
-        functools.partial(_attend_rows, scale=scale),
+        functools.partial(_attend_rows, key_reach_S=key_reach_S, scale=scale),
         (q_THC, key_start_T, key_end_T),
         (k_SGC.to(dtype), v_SGC.to(dtype)),
         bytes_per_row=3 * q_THC.shape[1] * k_SGC.shape[0] * dtype.itemsize,
@@ -64,10 +65,12 @@ def _attend_rows(
     k_SGC: Tensor,
     v_SGC: Tensor,
     *,
+    key_reach_S: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return out_THC and lse_TH of one chunk of rows; keys come in the accumulation type."""
-    mask_TGHS = keys_in_range(key_start_T, key_end_T, k_SGC.shape[0])[:, None, None, :]
+    mask_TS = find_visible(key_start_T, key_end_T, k_SGC.shape[0], key_reach_S)
+    mask_TGHS = mask_TS[:, None, None, :]
     logits_TGHS = _logits(q_THC, k_SGC, scale)
     out_TGHC = torch.einsum("tghs,sgc->tghc", masked_softmax(logits_TGHS, mask_TGHS), v_SGC)
     lse_TGH = logits_TGHS.detach().masked_fill(~mask_TGHS, -torch.inf).logsumexp(dim=3)

@@ -1,14 +1,14 @@
 """Dense attention through the operators behind torch's scaled_dot_product_attention.
 
 Those know all keys or a causal triangle, not a range for each query. So queries are cut into
-trapezoids, and each attends to the keys that all its queries see and to its triangle; the two are
+trapezoids, and each attends to the keys that all its queries see and to its triangle; these are
 merged by their log-sum-exps (Milakov, Gimelshein: Online normalizer calculation for softmax).
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head, B is 1.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.dense_attention import operators
 from megatron_keye.kernels.dense_attention.operators import Operator, State
-from megatron_keye.kernels.dense_attention.trapezoids import Trapezoid
 from megatron_keye.kernels.kept_outputs import KeptOutputs
+from megatron_keye.kernels.trapezoids import Trapezoid
 
 
 def takes(q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor) -> bool:
@@ -63,10 +63,7 @@ class _DenseAttention(torch.autograd.Function):
         kept: KeptOutputs | None,
     ) -> tuple[Tensor, Tensor]:
         def attend() -> tuple[Any, ...]:
-            done = [
-                _attend(q_THC[each.queries], k_SGC[each.keys], v_SGC[each.keys], each, scale)
-                for each in trapezoids
-            ]
+            done = [_attend(q_THC[each.queries], k_SGC, v_SGC, each, scale) for each in trapezoids]
             outs_THC, lses_TH, blocks = zip(*done, strict=True)
             return _joined(outs_THC), _joined(lses_TH), *blocks
 
@@ -132,24 +129,17 @@ def _attend(
         lse_TH = q_THC.new_full(q_THC.shape[:2], torch.inf, dtype=lse_type)
         return torch.zeros_like(q_THC), lse_TH, blocks
     q_BHTC, parts = _heads_first(q_THC), list[tuple[Tensor, Tensor]]()
-    for first, stop, is_causal in _cuts(trapezoid):
-        heads = q_BHTC, *(_heads_first(each[first:stop]) for each in (k_SGC, v_SGC))
+    cuts = [(keys, False) for keys in trapezoid.earlier_keys]
+    for keys, is_causal in [*cuts, (trapezoid.triangle_keys, True)]:
+        heads = q_BHTC, *(_heads_first(each[keys]) for each in (k_SGC, v_SGC))
         operator = operators.choose(*heads, is_causal=is_causal)
         out_BHTC, lse_BHT, state = operators.attend(
             operator, *heads, is_causal=is_causal, scale=scale
         )
-        keys = slice(trapezoid.first_key + first, trapezoid.first_key + stop)
         blocks.append(_Block(keys, is_causal, operator, state))
         parts.append((out_BHTC, lse_BHT))
     out_BHTC, lse_BHT = functools.reduce(_merge, parts)
     return out_BHTC[0].transpose(0, 1), lse_BHT[0].T, blocks
-
-
-def _cuts(trapezoid: Trapezoid) -> Iterator[tuple[int, int, bool]]:
-    """Yield first key, end and whether it is the triangle for each block of a trapezoid's keys."""
-    if trapezoid.num_earlier > 0:
-        yield 0, trapezoid.num_earlier, False
-    yield trapezoid.num_earlier, trapezoid.num_earlier + trapezoid.num_queries, True
 
 
 def _heads_first(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from megatron_keye.kernels.arguments import (
     check_dtypes,
     check_groups,
     check_key_ranges,
+    check_key_reach,
     check_same_dtype,
     check_shapes,
     choose_impl,
@@ -38,14 +39,15 @@ def dense_indexer_loss(
     attention_lse_TH: Tensor | None = None,
     *,
     scale: float,
+    key_reach_S: Tensor | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return a weighted sum of KL(dense attention of a group || softmax of the indexer's scores).
 
-    Both are over a query's range. The attention is the mean of the softmax of the group's H / G
-    heads; `query_THC` and `key_SGC` get no gradient. The sum is differentiable in `q_TIJ`, `k_SJ`
-    and `gate_TI`, with memory linear in the row's length. All inputs must be finite. A query with
-    an empty range has loss 0.
+    Both are over the keys that a query sees. The attention is the mean of the softmax of the
+    group's H / G heads; `query_THC` and `key_SGC` get no gradient. The sum is differentiable in
+    `q_TIJ`, `k_SJ` and `gate_TI`, with memory linear in the row's length. All inputs must be
+    finite. A query with an empty range has loss 0.
 
     The weights are an argument because "triton" makes the gradients in the forward pass: both
     need the same products, and those of keys add up over weighted queries.
@@ -63,6 +65,8 @@ def dense_indexer_loss(
         attention_lse_TH: From `dense_attention_with_lse` of the same queries, keys, ranges and
             scale; saves "triton" a pass over all their logits ("eager" does without).
         scale: Factor of the attention's logits, usually C^-0.5.
+        key_reach_S: int64, for documents that branch: a query sees a key of its range only where
+            `key_end_T` is at most this. None: it sees all of them.
         impl: One of IMPLEMENTATIONS, or None for the default. "triton" takes heads of up to
             256 channels and is deterministic, gradients included.
 
@@ -85,6 +89,7 @@ def dense_indexer_loss(
     check_same_dtype(query_THC=query_THC, key_SGC=key_SGC)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
     check_key_ranges(q_TIJ, key_start_T, key_end_T)
+    check_key_reach(k_SJ, key_reach_S)
     check_shapes(q_TIJ=q_TIJ, weight_T=weight_T)
     check_dtypes(FLOAT_DTYPES, weight_T=weight_T)
     if attention_lse_TH is not None:
@@ -94,6 +99,8 @@ def dense_indexer_loss(
     if chosen == "triton":
         # Loaded on demand: everything else must import where Triton cannot compile.
         autograd = import_module("megatron_keye.kernels.dense_indexer_loss.autograd")
-        loss, kl_TG = autograd.dense_indexer_loss(inputs, weight_T, attention_lse_TH, scale=scale)
+        loss, kl_TG = autograd.dense_indexer_loss(
+            (*inputs, key_reach_S), weight_T, attention_lse_TH, scale=scale
+        )
         return loss, kl_TG
-    return reference.dense_indexer_loss(*inputs, weight_T, scale=scale)
+    return reference.dense_indexer_loss(*inputs, weight_T, key_reach_S, scale=scale)

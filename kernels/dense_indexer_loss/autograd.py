@@ -16,11 +16,12 @@ from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.dense_indexer_loss.triton.attention_lse import attention_lse
 from megatron_keye.kernels.dense_indexer_loss.triton.loss import dense_divergence
-from megatron_keye.kernels.dense_indexer_loss.triton.tiles import DenseInputs, span_tiles
+from megatron_keye.kernels.dense_indexer_loss.triton.ranges import span_tiles
+from megatron_keye.kernels.dense_indexer_loss.triton.tiles import DenseInputs
 
 
 def dense_indexer_loss(
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Any, ...],
     weight_T: Tensor,
     attention_lse_TH: Tensor | None,
     *,
@@ -50,7 +51,7 @@ class _DenseLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         scaled = ((gradient.float() * dloss).to(dtype) for gradient, dtype in gradients)
-        return (*scaled, *(None,) * 8)
+        return (*scaled, *(None,) * 9)
 
 
 def _loss(
@@ -65,7 +66,7 @@ def _loss(
     if num_queries == 0 or num_keys == 0:
         kl_TG = weight_T.new_zeros((num_queries, inputs.key_SGC.shape[1]))
         return kl_TG, tuple(torch.zeros_like(tensor) for tensor in inputs[:3])
-    spans_B4 = span_tiles(inputs.key_start_T, inputs.key_end_T, num_keys)
+    spans_B4 = span_tiles(*inputs.range_arguments(), num_keys)
     if known_TH is None:
         lse_TH = attention_lse(inputs, spans_B4, scale=scale)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_keye.kernels.indexer_heads import sum_indexer_heads
 from megatron_keye.kernels.precision import accumulation_dtype
 from megatron_keye.kernels.row_chunks import map_row_chunks
-from megatron_keye.kernels.visible_keys import keys_in_range
+from megatron_keye.kernels.visible_keys import find_visible
 
 
 def indexer_scores(
@@ -34,5 +34,5 @@ def score_range(
     """Return scores_TS of one chunk of rows in the type of `k_SJ`, -inf outside the range."""
     dots_TIS = torch.einsum("tij,sj->tis", q_TIJ.to(k_SJ.dtype), k_SJ)
     scores_TS = sum_indexer_heads(dots_TIS, gate_TI, num_channels=k_SJ.shape[1])
-    in_range_TS = keys_in_range(key_start_T, key_end_T, k_SJ.shape[0])
+    in_range_TS = find_visible(key_start_T, key_end_T, k_SJ.shape[0])
     return (scores_TS.masked_fill(~in_range_TS, -torch.inf),)

@@ -14,12 +14,13 @@ from megatron_keye.kernels.arguments import (
     FLOAT_DTYPES,
     check_dtypes,
     check_key_ranges,
+    check_key_reach,
     check_same_dtype,
     check_shapes,
     choose_impl,
     default_impl,
 )
-from megatron_keye.kernels.lightning_indexer import cuda, reference
+from megatron_keye.kernels.lightning_indexer import cuda, paths, reference
 
 IMPLEMENTATIONS = ("eager", "triton", "cuda")
 """What exists. The default is "cuda" for long rows where it is built and takes the call, else
@@ -34,6 +35,7 @@ def lightning_indexer(
     key_end_T: Tensor,
     k: int,
     *,
+    key_reach_S: Tensor | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Select for each query the k keys of its range that the indexer scores highest.
@@ -50,9 +52,12 @@ def lightning_indexer(
         key_end_T: int64, one past the last key that it may see, at most S; at or below
             `key_start_T` for a query without any key.
         k: Keys K to select, 1 or more; may exceed S. A score that is NaN ranks below -inf.
+        key_reach_S: int64, for documents that branch: a query sees a key of its range only where
+            `key_end_T` is at most this, and its selection is the one that it has alone. Ranges and
+            reach are then read back to the host once. None: it sees all keys of its range.
         impl: One of IMPLEMENTATIONS, or None for the default. "triton" and "cuda" read nothing
-            back to the host. "triton" selects with the extension where that is built, with Triton
-            otherwise; both give the same keys.
+            else back to the host. "triton" selects with the extension where that is built, with
+            Triton otherwise; both give the same keys.
             "cuda" takes bfloat16, J = 64, up to 16 heads, S up to 262144 and k up to 2048, on a
             GPU of compute capability 9.0, and never writes the scores.
 
@@ -70,16 +75,17 @@ def lightning_indexer(
     check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
     check_key_ranges(q_TIJ, key_start_T, key_end_T)
+    check_key_reach(k_SJ, key_reach_S)
     if k < 1:
         raise ValueError(f"k: got {k}, expected 1 or more; set model.decoder.indexer.top_k")
     default = "cuda" if cuda.suits(q_TIJ, k_SJ, k) else default_impl(q_TIJ, k_SJ, gate_TI)
     chosen = choose_impl("lightning_indexer", impl, IMPLEMENTATIONS, default)
     inputs = q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T, k
-    if chosen == "cuda":
-        return cuda.lightning_indexer(*inputs)
-    if chosen == "triton":
-        # Loaded on demand: everything else must import where Triton cannot compile.
-        triton = import_module("megatron_keye.kernels.lightning_indexer.triton")
-        indices_TK: Tensor = triton.lightning_indexer(*inputs)
-        return indices_TK
-    return reference.lightning_indexer(*inputs)
+    if chosen == "eager":
+        return reference.lightning_indexer(*inputs, key_reach_S)
+    # Loaded on demand: everything else must import where Triton cannot compile.
+    implementation = import_module(f"megatron_keye.kernels.lightning_indexer.{chosen}")
+    if key_reach_S is not None:
+        return paths.select_along_paths(implementation.lightning_indexer, *inputs, key_reach_S)
+    indices_TK: Tensor = implementation.lightning_indexer(*inputs)
+    return indices_TK

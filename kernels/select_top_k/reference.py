@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_keye.kernels.row_chunks import map_row_chunks
-from megatron_keye.kernels.visible_keys import keys_in_range
+from megatron_keye.kernels.visible_keys import find_visible
 
 _BYTES_PER_SCORE = 32
 """Masks, ranks and a copy of the scores, for one score."""
@@ -33,7 +33,18 @@ def _select_rows(
     scores_TS: Tensor, key_start_T: Tensor, key_end_T: Tensor, *, k: int
 ) -> tuple[Tensor]:
     """Return indices_TK of one chunk of rows."""
-    is_candidate_TS = keys_in_range(key_start_T, key_end_T, scores_TS.shape[1])
+    is_candidate_TS = find_visible(key_start_T, key_end_T, scores_TS.shape[1])
+    return (select_candidates(scores_TS, is_candidate_TS, k),)
+
+
+def select_candidates(scores_TS: Tensor, is_candidate_TS: Tensor, k: int) -> Tensor:
+    """Return indices_TK, the k best of each row's candidates.
+
+    Args:
+        scores_TS: Any float type.
+        is_candidate_TS: bool.
+        k: Keys K to select.
+    """
     is_number_TS = is_candidate_TS & ~scores_TS.isnan()
     numbers_TS = scores_TS.masked_fill(~is_number_TS, -torch.inf)
     is_selected_TS = _mark_best(numbers_TS, is_number_TS, k)
@@ -41,7 +52,7 @@ def _select_rows(
     is_nan_TS = is_candidate_TS & ~is_number_TS
     num_free_T1 = k - is_selected_TS.sum(dim=1, keepdim=True)
     is_selected_TS |= is_nan_TS & (is_nan_TS.cumsum(dim=1) <= num_free_T1)
-    return (_list_marked(is_selected_TS, k),)
+    return _list_marked(is_selected_TS, k)
 
 
 def _mark_best(candidates_TS: Tensor, is_candidate_TS: Tensor, k: int) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_keye.data.media import Medium
+from megatron_keye.plan.prefix_trees import PrefixTrees
 
 IGNORED_LABEL = -100
 """Label of a position whose token is not predicted."""
@@ -77,6 +78,8 @@ class PackedRow:
     """Weight of each label in the loss [T]; those of positions without a label do not count."""
     document_bounds: NDArray[np.int64]
     """Where documents start and end [documents + 1]: 0, ..., T."""
+    prefix_trees: PrefixTrees | None = None
+    """Branches of these documents; None where no document branches."""
     num_real_tokens: int
     """Tokens that belong to samples; the rest is padding."""
     pictures: tuple[Picture, ...]
@@ -98,8 +101,18 @@ class PackedRow:
 
     @property
     def longest_document(self) -> int:
-        """Tokens of the longest document, padding included."""
-        return int(np.diff(self.document_bounds).max())
+        """Tokens of the longest document, or of the longest path in one, padding included."""
+        return self.branches.longest_path
+
+    @property
+    def branches(self) -> PrefixTrees:
+        """The branches of all documents, each document being one where none branches."""
+        return self.prefix_trees or PrefixTrees.of_documents(self.document_bounds)
+
+    @property
+    def num_indexer_queries(self) -> int:
+        """Real tokens, each counted once for every path through it."""
+        return int(self.branches.num_paths[: self.num_real_tokens].sum())
 
 
 def labels_of(token_ids: NDArray[np.int64], weights: NDArray[np.float32]) -> NDArray[np.int64]:

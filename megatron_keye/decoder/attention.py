@@ -207,6 +207,7 @@ class SparseSelfAttention(MegatronModule):
             row.key_start_T,
             row.key_end_T,
             scale=self.head_dim**-0.5,
+            key_reach_S=row.key_reach_S,
             kept=kept.outputs,
         )
 
@@ -222,6 +223,7 @@ class SparseSelfAttention(MegatronModule):
             row.key_start_T,
             row.key_end_T,
             self.top_k,
+            key_reach_S=row.key_reach_S,
         )
         if self.is_recomputed and not self._measures_indexer:
             kept.selection = PackedSelection.of(
@@ -284,16 +286,17 @@ class SparseSelfAttention(MegatronModule):
             k_SGC,
             row.key_start_T,
             row.key_end_T,
-            row.is_real_T.double() * row.indexer_loss_weight,
+            row.query_weights * row.indexer_loss_weight,
             lse_TH,
             scale=self.head_dim**-0.5,
+            key_reach_S=row.key_reach_S,
         )
         self._sum_kl(kl_TG, row)
         return out_THC, loss
 
     def _sum_kl(self, kl_TG: Tensor, row: DecoderRow) -> Tensor:
         """Meter and return the KL, summed over queries but padding and over this rank's groups."""
-        kl_G = (kl_TG * row.is_real_T[:, None]).sum(dim=0)
+        kl_G = (kl_TG * row.query_weights[:, None].to(kl_TG.dtype)).sum(dim=0)
         row.meter.record("indexer_kl", self.layer_number, kl_G)
         kl = kl_G.sum()
         row.meter.accumulate("indexer_kl", kl)

@@ -24,6 +24,11 @@ class Batch:
     """int64 [S/CP]: first key visible to each query: the start of its document in the row."""
     key_end_T: Tensor
     """int64 [S/CP]: one past the last key visible to each query, which is its own position."""
+    key_reach_S: Tensor | None = None
+    """int64 [S]: the largest `key_end_T` of a query that sees each key; None where no document
+    branches."""
+    num_paths_T: Tensor | None = None
+    """int64 [S/CP]: paths through each token; None where no document branches, so all have 1."""
     is_real_T: Tensor
     """bool [S/CP]: False for padding."""
     gathered_order_S: Tensor
@@ -33,4 +38,6 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return a copy on `device`."""
-        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: each.to(device) for name, each in given.items() if each is not None}
+        return Batch(**moved)

@@ -16,33 +16,41 @@ def position_ids(
     document_bounds: NDArray[np.int64],
     picture_starts: Sequence[int],
     picture_sizes: Sequence[tuple[int, int]],
+    parents: Sequence[int] | None = None,
 ) -> NDArray[np.int64]:
     """Return the time, height and width position of every token of a packed row.
 
     Text advances all three by one. With s = (largest position so far) + 1, a picture's tokens have
     (s, s + row, s + column), and the next token has s + max(rows, columns). Positions restart at 0
-    in each document.
+    in each document; where documents branch, each branch goes on from the end of its parent.
 
     Args:
-        document_bounds: int64 [documents + 1], from 0 to the row's length T.
+        document_bounds: int64 [documents + 1], from 0 to the row's length T; of branches where
+            documents branch.
         picture_starts: Row position of each picture's first token, ascending.
         picture_sizes: Rows and columns of each picture, in vision tokens.
+        parents: For each branch the one that it goes on from, -1 where a document begins; None
+            where no document branches.
 
     Returns:
         int64 [3, T].
     """
     positions = np.empty((3, int(document_bounds[-1])), dtype=np.int64)
     pictures = list(zip(picture_starts, picture_sizes, strict=True))
-    for start, end in zip(document_bounds[:-1], document_bounds[1:], strict=True):
-        inside = [picture for picture in pictures if start <= picture[0] < end]
-        _fill_document(positions[:, start:end], [(p - int(start), size) for p, size in inside])
+    parents = parents if parents is not None else [-1] * (len(document_bounds) - 1)
+    following: list[int] = []
+    for start, end, parent in zip(document_bounds[:-1], document_bounds[1:], parents, strict=True):
+        inside = [(p - int(start), size) for p, size in pictures if start <= p < end]
+        first = following[parent] if parent >= 0 else 0
+        following.append(_fill_branch(positions[:, start:end], inside, first))
     return positions
 
 
-def _fill_document(
-    positions: NDArray[np.int64], pictures: list[tuple[int, tuple[int, int]]]
-) -> None:
-    cursor = value = 0
+def _fill_branch(
+    positions: NDArray[np.int64], pictures: list[tuple[int, tuple[int, int]]], first: int
+) -> int:
+    """Fill in positions from `first` on, and return the one that follows them."""
+    cursor, value = 0, first
     for start, (rows, columns) in pictures:
         text = start - cursor
         positions[:, cursor:start] = value + np.arange(text)
@@ -52,7 +60,9 @@ def _fill_document(
         positions[:, start:end] = value + np.stack([np.zeros_like(down), down, across])
         value += max(rows, columns)
         cursor = end
-    positions[:, cursor:] = value + np.arange(positions.shape[1] - cursor)
+    text = positions.shape[1] - cursor
+    positions[:, cursor:] = value + np.arange(text)
+    return int(value + text)
 
 
 def rotary_table(

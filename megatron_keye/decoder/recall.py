@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_keye.decoder.row import DecoderRow
+from megatron_keye.kernels.visible_keys import find_visible
 
 _SAMPLED_QUERIES = 16
 """Queries per row and layer; at 256K tokens their dense scores take 2 GFLOP per head."""
@@ -16,7 +17,8 @@ _SAMPLED_QUERIES = 16
 def measure_recall(q_THC: Tensor, k_SGC: Tensor, indices_TK: Tensor, row: DecoderRow) -> None:
     """Add the selected keys' share of the dense attention weights to the row's meter.
 
-    Evenly spaced local queries are sampled; padding does not count.
+    Evenly spaced local queries are sampled; padding does not count, and a query counts once,
+    however many paths lead through it.
 
     Args:
         q_THC: [T, H, C] rotated queries of the local tokens.
@@ -30,9 +32,8 @@ def measure_recall(q_THC: Tensor, k_SGC: Tensor, indices_TK: Tensor, row: Decode
     groups = k_SGC.shape[1]
     q_TGHC = q_THC[sample].unflatten(1, (groups, -1)).float()
     scores_TGHS = torch.einsum("tghc,sgc->tghs", q_TGHC, k_SGC.float()) * q_THC.shape[-1] ** -0.5
-    keys = torch.arange(len(k_SGC), device=q_THC.device)
-    start, end = row.key_start_T[sample, None], row.key_end_T[sample, None]
-    is_visible_TS = (keys >= start) & (keys < end)
+    ranges = row.key_start_T[sample], row.key_end_T[sample]
+    is_visible_TS = find_visible(*ranges, len(k_SGC), row.key_reach_S)
     weights_TGHS = scores_TGHS.masked_fill(~is_visible_TS[:, None, None], -torch.inf).softmax(-1)
     chosen_TK = indices_TK[sample].long()
     is_chosen_TS = torch.zeros_like(is_visible_TS, dtype=torch.float32)

@@ -74,6 +74,10 @@ class DecoderRow:
     """cos and sin, float32 (float64 in a float64 run) [S/CP, C]."""
     indexer_rotary: tuple[Tensor, Tensor]
     """cos and sin, likewise [S/CP, J]."""
+    key_reach_S: Tensor | None = None
+    """int64 [S]: see `Batch.key_reach_S`."""
+    num_paths_T: Tensor | None = None
+    """int64 [S/CP]: see `Batch.num_paths_T`."""
     cache: RowCache | None = None
     """Where keys of earlier tokens are and those of the row go, while generating; None in
     training, where a row holds all its keys."""
@@ -85,6 +89,15 @@ class DecoderRow:
     """Receives the layers' measurements."""
     kept: dict[int, KeptAttention] = field(default_factory=dict)
     """By number of a recomputed layer, between its first pass and its second one."""
+
+    @property
+    def query_weights(self) -> Tensor:
+        """float64 [S/CP]: what each query's KL weighs, 0 for padding.
+
+        A query on several paths counts as often as in rows of one path each.
+        """
+        weight_T = self.is_real_T.double()
+        return weight_T if self.num_paths_T is None else weight_T * self.num_paths_T
 
 
 def rotary_tables(

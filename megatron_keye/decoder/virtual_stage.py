@@ -197,6 +197,8 @@ class VirtualStage(MegatronModule):
             key_end_T=batch.key_end_T,
             is_real_T=batch.is_real_T,
             gathered_order_S=batch.gathered_order_S,
+            key_reach_S=batch.key_reach_S,
+            num_paths_T=batch.num_paths_T,
             attention_rotary=attention,
             indexer_rotary=indexer,
             phase=phase,

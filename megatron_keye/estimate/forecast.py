@@ -24,7 +24,7 @@ from megatron_keye.plan.cost import (
 )
 from megatron_keye.plan.order import Exchange, Pass
 from megatron_keye.plan.places import DecoderPlace, vision_ranks
-from megatron_keye.plan.slots import balanced_order, plan_slots, vision_learns
+from megatron_keye.plan.slots import RowSizes, balanced_order, plan_slots, vision_learns
 from megatron_keye.plan.step import Chunk, PictureSlot, StepPlan, plan_messages
 
 _TRIED_FACTORS = (0.8, 1.0, 1.25, 1.6)
@@ -48,9 +48,17 @@ class RowShape:
     """Sizes of one packed row."""
 
     document_lengths: tuple[int, ...]
-    """Tokens of each document, padding included."""
+    """Tokens of each document, padding included; of each branch where documents branch."""
     pictures: tuple[PictureSlot, ...]
     """Its pictures; their row and index are ignored."""
+    num_earlier: tuple[int, ...] = (0,)
+    """Tokens before each branch on its path; 0 for all by default."""
+
+    @property
+    def sizes(self) -> RowSizes:
+        """What its cost follows from."""
+        patches = [picture.num_patches for picture in self.pictures]
+        return RowSizes(self.document_lengths, patches, self.num_earlier)
 
 
 def shape_of(row: PackedRow, run: RunConfig) -> RowShape:
@@ -59,14 +67,15 @@ def shape_of(row: PackedRow, run: RunConfig) -> RowShape:
     Raises:
         UserError: If its placeholders are not where its pictures go.
     """
-    lengths = tuple(np.diff(row.document_bounds).tolist())
-    return RowShape(document_lengths=lengths, pictures=tuple(picture_slots([row], run)))
+    branches = row.branches
+    lengths, earlier = (tuple(each.tolist()) for each in (branches.lengths, branches.num_earlier))
+    pictures = tuple(picture_slots([row], run))
+    return RowShape(document_lengths=lengths, pictures=pictures, num_earlier=earlier)
 
 
 def balance_shapes(rows: Sequence[RowShape], run: RunConfig) -> list[RowShape]:
     """Return the rows in training's order."""
-    sizes = [(row.document_lengths, [p.num_patches for p in row.pictures]) for row in rows]
-    return [rows[place] for place in balanced_order(sizes, run)]
+    return [rows[place] for place in balanced_order([row.sizes for row in rows], run)]
 
 
 def plan_balanced(rows: Sequence[RowShape], run: RunConfig) -> StepPlan:
@@ -238,8 +247,8 @@ class Forecast:
         """Return the time of one layer's forward pass over a row, on one device."""
         decoder = self._run.model.decoder
         flops = self._run.data.row_tokens * token_flops(decoder)
-        phase = self._run.training.row_phase(max(row.document_lengths))
-        flops += attention_flops(row.document_lengths, decoder, phase)
+        phase = self._run.training.row_phase(row.sizes.longest_path)
+        flops += attention_flops(row.document_lengths, decoder, phase, row.num_earlier)
         return flops / (self._speeds.decoder_tflops * 1e12)
 
     def _pass_seconds(self, place: DecoderPlace, step: Pass) -> float:

@@ -14,6 +14,9 @@ from megatron_keye.config.model import DecoderConfig, VisionConfig
 from megatron_keye.config.parallel import VisionParallel
 from megatron_keye.config.training import Phase
 
+Lengths = Sequence[int] | NDArray[np.int64]
+"""Numbers of tokens."""
+
 
 @dataclass(frozen=True)
 class VisionCost:
@@ -61,7 +64,7 @@ def frame_attention_flops(vision: VisionConfig, num_patches: int) -> float:
 
 
 def attention_flops(
-    document_lengths: Sequence[int] | NDArray[np.int64], decoder: DecoderConfig, phase: Phase
+    document_lengths: Lengths, decoder: DecoderConfig, phase: Phase, num_earlier: Lengths = (0,)
 ) -> float:
     """Return one decoder layer's forward FLOPs over (query, key) pairs of one row.
 
@@ -72,25 +75,36 @@ def attention_flops(
         decoder: Sizes.
         phase: Dense attention is over all causal pairs, sparse attention over the selected ones,
             and the indexer scores all.
+        num_earlier: As `num_pairs` takes it.
     """
-    attended = num_pairs(document_lengths, decoder.indexer.top_k if phase == "sparse" else None)
-    flops = pair_flops(decoder) * attended
+    top_k = decoder.indexer.top_k if phase == "sparse" else None
+    flops = pair_flops(decoder) * num_pairs(document_lengths, top_k, num_earlier)
     if phase != "dense":
-        flops += score_flops(decoder) * num_pairs(document_lengths)
+        flops += score_flops(decoder) * num_pairs(document_lengths, None, num_earlier)
     return flops
 
 
 def num_pairs(
-    document_lengths: Sequence[int] | NDArray[np.int64], top_k: int | None = None
+    document_lengths: Lengths, top_k: int | None = None, num_earlier: Lengths = (0,)
 ) -> float:
     """Return the number of causal (query, key) pairs in a row, at most `top_k` for each query.
 
     A document of n tokens has n (n + 1) / 2; with top_k = k < n, the first k queries have
-    k (k + 1) / 2 and each later one k.
+    k (k + 1) / 2 and each later one k. A branch has those of its path less its earlier tokens'.
+
+    Args:
+        document_lengths: Tokens of each document, or of each branch where documents branch.
+        top_k: Most keys of a query; None for all.
+        num_earlier: Tokens before each branch on its path; 0 for all by default.
     """
-    lengths = np.asarray(document_lengths, dtype=np.float64)
+    earlier = np.asarray(num_earlier, dtype=np.float64)
+    paths = np.asarray(document_lengths, dtype=np.float64) + earlier
+    return float((_pairs_of(paths, top_k) - _pairs_of(earlier, top_k)).sum())
+
+
+def _pairs_of(lengths: NDArray[np.float64], top_k: int | None) -> NDArray[np.float64]:
     short = lengths if top_k is None else np.minimum(lengths, top_k)
-    return float((short * (short + 1) / 2 + (lengths - short) * short).sum())
+    return short * (short + 1) / 2 + (lengths - short) * short
 
 
 def pair_flops(decoder: DecoderConfig) -> float:

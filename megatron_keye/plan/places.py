@@ -100,7 +100,9 @@ def owned_positions(row_tokens: int, num_ranks: int, rank: int) -> NDArray[np.in
     """Return the row positions that a context-parallel rank holds.
 
     The row is cut into 2 x CP equal parts and rank i holds parts i and 2 x CP - 1 - i, so that all
-    ranks have the same number of (query, key) pairs under a causal mask.
+    ranks have the same number of (query, key) pairs under a causal mask. Where a document branches
+    later queries see less: the busiest rank then has up to 1.3 times the mean, 1.01 times with a
+    prompt of 128K and eight answers of 2K.
 
     Args:
         row_tokens: Length S of the row, a multiple of 2 x num_ranks unless num_ranks is 1.

@@ -4,31 +4,51 @@ Training and estimates call the same functions, so that they agree on the plan.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.plan.balance import RowCost, order_rows
-from megatron_keye.plan.cost import attention_flops, vision_cost
+from megatron_keye.plan.cost import Lengths, attention_flops, vision_cost
 from megatron_keye.plan.step import PictureSlot, StepPlan, plan_step
 
 
-def balanced_order(
-    sizes: Sequence[tuple[Sequence[int], Sequence[int]]], run: RunConfig
-) -> list[int]:
+class RowSizes(NamedTuple):
+    """What the cost of a row follows from."""
+
+    lengths: Lengths
+    """Tokens of each document, or of each branch where documents branch."""
+    patches: Sequence[int]
+    """Patches of each picture."""
+    num_earlier: Lengths = (0,)
+    """Tokens before each branch on its path; 0 for all by default."""
+
+    @property
+    def longest_path(self) -> int:
+        """Tokens of the longest document, or of the longest path in one."""
+        return int(np.add(self.lengths, self.num_earlier).max())
+
+
+def balanced_order(sizes: Sequence[RowSizes], run: RunConfig) -> list[int]:
     """Return the rows in the order that balances replicas and micro-batches (`order_rows`).
 
     Args:
-        sizes: For each row, the tokens of its documents and the patches of its pictures.
+        sizes: Of each row.
         run: Sizes and degrees.
     """
     cost = vision_cost(run.model.vision, run.parallel.vision)
     costs = [
         RowCost(
             attention=attention_flops(
-                lengths, run.model.decoder, run.training.row_phase(max(lengths))
+                row.lengths,
+                run.model.decoder,
+                run.training.row_phase(row.longest_path),
+                row.num_earlier,
             ),
-            vision=sum(map(cost.of_frame, patches)),
+            vision=sum(map(cost.of_frame, row.patches)),
         )
-        for lengths, patches in sizes
+        for row in sizes
     ]
     return order_rows(costs, run.parallel.decoder.data)
 

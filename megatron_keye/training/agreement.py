@@ -32,7 +32,8 @@ def check_same_rows(rows: list[PackedRow] | None, device: torch.device) -> None:
             (picture.frame, picture.patch_grid, picture.is_video) for picture in row.pictures
         ]
         digest.update(repr((row.sample_names, pictures)).encode())
-        digest.update(row.document_bounds.tobytes())
+        digest.update(row.branches.bounds.tobytes())
+        digest.update(row.branches.parents.tobytes())
     number = int.from_bytes(digest.digest(), "little")
     if rows is None:
         number = -1

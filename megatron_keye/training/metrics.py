@@ -31,7 +31,7 @@ class BatchCounts:
     queries: int
     """Real tokens."""
     indexer_queries: int
-    """Real tokens in rows that have an indexer loss."""
+    """Real tokens in rows that have an indexer loss, once for every path through each."""
     tokens: int
     """All tokens, padding included."""
     flops: float
@@ -55,7 +55,7 @@ def count_batch(rows: Sequence[PackedRow], run: RunConfig) -> BatchCounts:
         loss_weight=math.fsum(row.loss_weight for row in rows),
         queries=sum(row.num_real_tokens for row in rows),
         indexer_queries=sum(
-            row.num_real_tokens
+            row.num_indexer_queries
             for row in rows
             if run.training.row_phase(row.longest_document) != "dense"
         ),

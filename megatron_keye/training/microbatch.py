@@ -14,7 +14,7 @@ from megatron_keye.decoder.batch import Batch
 from megatron_keye.decoder.positions import position_ids
 from megatron_keye.parallel.context import gathered_order
 from megatron_keye.plan.places import DecoderPlace, owned_positions
-from megatron_keye.plan.slots import balanced_order, plan_slots
+from megatron_keye.plan.slots import RowSizes, balanced_order, plan_slots
 from megatron_keye.plan.step import StepPlan
 
 
@@ -24,7 +24,11 @@ def balance_rows(rows: list[PackedRow], run: RunConfig) -> list[PackedRow]:
     The loss is a sum over the global batch, so their order changes only rounding.
     """
     sizes = [
-        (np.diff(row.document_bounds).tolist(), [p.num_patches for p in row.pictures])
+        RowSizes(
+            row.branches.lengths,
+            [picture.num_patches for picture in row.pictures],
+            row.branches.num_earlier,
+        )
         for row in rows
     ]
     return [rows[place] for place in balanced_order(sizes, run)]
@@ -60,22 +64,25 @@ def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:
     sizes = [(p.patch_grid[0] // merge, p.patch_grid[1] // merge) for p in row.pictures]
     owned = owned_positions(len(row.token_ids), degrees.context, place.context)
     positions = torch.from_numpy(owned)
-    bounds = torch.from_numpy(row.document_bounds)
-    document = torch.searchsorted(bounds, positions, right=True) - 1
+    document = np.searchsorted(row.document_bounds, owned, side="right") - 1
     token_ids = torch.from_numpy(row.token_ids)[positions]
     embedded = token_ids.view(degrees.tensor, -1)[place.tensor]
     is_vision = torch.isin(embedded, torch.tensor(run.model.vision_token_ids))
     labels = torch.from_numpy(row.labels)[positions]
     is_predicted = labels != IGNORED_LABEL
-    ids_3T = position_ids(row.document_bounds, row.picture_starts, sizes)
+    trees = row.prefix_trees
+    branches = row.branches
+    ids_3T = position_ids(branches.bounds, row.picture_starts, sizes, branches.parents.tolist())
     return Batch(
         token_ids_BS=token_ids[None],
         label_positions_L=is_predicted.nonzero().squeeze(1),
         labels_L=labels[is_predicted],
         weights_L=torch.from_numpy(row.weights)[positions][is_predicted],
         position_ids_3T=torch.from_numpy(ids_3T)[:, positions].contiguous(),
-        key_start_T=bounds[document],
+        key_start_T=torch.from_numpy(row.document_bounds[document]),
         key_end_T=positions + 1,
+        key_reach_S=None if trees is None else torch.from_numpy(trees.key_reach),
+        num_paths_T=None if trees is None else torch.from_numpy(trees.num_paths[owned]),
         is_real_T=positions < row.num_real_tokens,
         gathered_order_S=gathered_order(len(row.token_ids), degrees.context),
         feature_positions_M=is_vision.nonzero().squeeze(1),

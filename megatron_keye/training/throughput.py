@@ -92,14 +92,14 @@ def _vision_flops(row: PackedRow, run: RunConfig) -> float:
 def _decoder_flops(row: PackedRow, run: RunConfig) -> float:
     decoder, trained = run.model.decoder, run.training.trained_parts
     # Padding is the last document, and does not count.
-    bounds = np.minimum(row.document_bounds, row.num_real_tokens)
-    lengths, num_tokens = np.diff(bounds), row.num_real_tokens
+    branches, num_tokens = row.branches, row.num_real_tokens
+    lengths, earlier = np.diff(np.minimum(branches.bounds, num_tokens)), branches.num_earlier
     phase = run.training.row_phase(row.longest_document)
     passes_gradients = not run.training.only_indexers_learn
     learns = run.training.is_trained("decoder", is_adapter=False)
     num_products = 1 + passes_gradients + learns
     top_k = decoder.indexer.top_k if phase == "sparse" else None
-    attended, scored = num_pairs(lengths, top_k), num_pairs(lengths)
+    attended, scored = num_pairs(lengths, top_k, earlier), num_pairs(lengths, None, earlier)
     layer = num_products * block_flops(decoder) * num_tokens
     layer += (1 + 2 * passes_gradients) * pair_flops(decoder) * attended
     if phase != "dense":

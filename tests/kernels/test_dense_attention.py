@@ -14,8 +14,8 @@ from megatron_keye.kernels.dense_attention import (
     dense_attention_with_lse,
     operators,
 )
-from megatron_keye.kernels.dense_attention.trapezoids import Trapezoid, find_trapezoids
 from megatron_keye.kernels.kept_outputs import KeptOutputs
+from megatron_keye.kernels.trapezoids import Trapezoid, find_trapezoids
 from tests.support.numerics import (
     assert_close,
     assert_norm_close,

@@ -7,6 +7,8 @@ Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query h
 G key-value heads, C channels of a head, K selected keys.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -87,6 +89,35 @@ def document_ranges(*lengths: int) -> tuple[Tensor, Tensor]:
         ends += range(offset + 1, offset + length + 1)
         offset += length
     return torch.tensor(starts), torch.tensor(ends)
+
+
+BRANCHES = ((11, -1), (7, 0), (5, 1), (9, 1), (3, 0), (13, 0), (8, -1), (2, 6), (4, 6))
+"""Tokens and parent of each branch: two documents, with branches of branches and without."""
+
+
+def branched_ranges(
+    branches: Sequence[tuple[int, int]] = BRANCHES,
+) -> tuple[tuple[Tensor, Tensor], Tensor, list[list[int]]]:
+    """Return ranges, int64 key_reach_S, and the keys on each query's path, found by its parents.
+
+    Args:
+        branches: Tokens and parent, -1 for the start of a document; in the order of the row.
+    """
+    paths: list[list[int]] = []
+    keys_of_query: list[list[int]] = []
+    for length, parent in branches:
+        path = list(paths[parent]) if parent >= 0 else []
+        for _ in range(length):
+            path.append(len(keys_of_query))
+            keys_of_query.append(list(path))
+        paths.append(path)
+    reach = [0] * len(keys_of_query)
+    for query, keys in enumerate(keys_of_query):
+        for key in keys:
+            reach[key] = query + 1
+    starts = torch.tensor([keys[0] for keys in keys_of_query])
+    ends = torch.arange(1, len(keys_of_query) + 1)
+    return (starts, ends), torch.tensor(reach), keys_of_query
 
 
 def odd_ranges(num_queries: int, num_keys: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "parallel"),
         "training",
     },
+    "post_training": {"data", "errors"},
 }
 # Entry points may import every part: the command line, and the package's own public names.
 ENTRY_POINTS = ("cli", "__main__", "")

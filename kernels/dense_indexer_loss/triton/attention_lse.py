@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_keye.kernels.dense_indexer_loss.triton.ranges import load_ranges, mask_block
 from megatron_keye.kernels.dense_indexer_loss.triton.tiles import (
     DenseInputs,
     launch_constants,
     load_block,
-    load_ranges,
     locate_block,
 )
 from megatron_keye.kernels.launch import Blocks
@@ -40,8 +40,7 @@ def attention_lse(inputs: DenseInputs, spans_B4: Tensor, *, scale: float) -> Ten
     constants = inputs.constants()
     _lse_kernel[(triton.cdiv(num_queries, blocks.rows), num_heads)](
         *inputs.attention_arguments(),
-        inputs.key_start_T,
-        inputs.key_end_T,
+        *inputs.range_arguments(),
         spans_B4,
         lse_TH,
         num_queries,
@@ -61,6 +60,7 @@ def _online_softmax_update_range(
     key_group: tl.tensor,
     start: tl.tensor,
     end: tl.tensor,
+    key_reach: tl.tensor,
     first: tl.tensor,
     last: tl.tensor,
     num_keys: int,
@@ -78,10 +78,8 @@ def _online_softmax_update_range(
         key_tile = load_block(key_group, key_stride_s, begin, is_key, CHANNELS, PADDED_CHANNELS)
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee") * scale_log2
         if not ALL_VISIBLE:
-            key = (begin + place)[None, :]
-            logits = tl.where(
-                (key >= start[:, None]) & (key < end[:, None]), logits, -float("inf")
-            )
+            is_visible = mask_block(start, end, key_reach, begin, 0, is_key)
+            logits = tl.where(is_visible, logits, -float("inf"))
         m_new = tl.maximum(m_i, tl.max(logits, 1))
         l_i = l_i * tl.exp2(m_i - m_new) + tl.sum(tl.exp2(logits - m_new[:, None]), 1)
         m_i = m_new
@@ -98,6 +96,7 @@ def _lse_kernel(
     key_stride_g: int,
     key_start: tl.tensor,
     key_end: tl.tensor,
+    key_reach: tl.tensor,
     spans: tl.tensor,
     lse: tl.tensor,
     num_queries: int,
@@ -140,6 +139,7 @@ def _lse_kernel(
             key_group,
             start,
             end,
+            key_reach,
             begin,
             stop,
             num_keys,

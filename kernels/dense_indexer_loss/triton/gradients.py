@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_keye.kernels.dense_indexer_loss.triton.ranges import is_spanned
 from megatron_keye.kernels.dense_indexer_loss.triton.tiles import (
     DenseInputs,
-    is_spanned,
     launch_constants,
     load_block,
     locate_block,

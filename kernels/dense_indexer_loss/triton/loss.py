@@ -17,15 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_keye.kernels.dense_indexer_loss.triton.gradients import Gradients
+from megatron_keye.kernels.dense_indexer_loss.triton.ranges import is_spanned, load_mask
 from megatron_keye.kernels.dense_indexer_loss.triton.score_lse import score_lse
 from megatron_keye.kernels.dense_indexer_loss.triton.tiles import (
     LN_2,
     LOG2_E,
     WIDEST_BLOCK,
     DenseInputs,
-    is_spanned,
     launch_constants,
-    load_mask,
     locate_block,
     mean_weights,
     query_chunks,
@@ -96,8 +95,7 @@ def _chunk_divergence(
     _loss_kernel[(triton.cdiv(last - first, blocks.rows), num_blocks)](
         *inputs.score_arguments(),
         *inputs.attention_arguments(),
-        inputs.key_start_T,
-        inputs.key_end_T,
+        *inputs.range_arguments(),
         spans_B4,
         lse_TH,
         score_lse(inputs, spans_B4, first, last),
@@ -135,6 +133,7 @@ def _loss_kernel(
     key_stride_g: int,
     key_start: tl.tensor,
     key_end: tl.tensor,
+    key_reach: tl.tensor,
     spans: tl.tensor,
     lse: tl.tensor,
     score_lse: tl.tensor,
@@ -178,7 +177,7 @@ def _loss_kernel(
         )
         row_lse = tl.load(score_lse + (query - first) + local, is_query, other=float("inf"))
         scores -= row_lse[:, None] * LOG2_E
-        is_visible = load_mask(key_start, key_end, query, key, is_query, BLOCK_S)
+        is_visible = load_mask(key_start, key_end, key_reach, query, key, is_query, is_key)
         target_sum = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
         for group in range(GROUPS):
             target = mean_weights(

@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_keye.kernels.dense_indexer_loss.triton.ranges import is_spanned, load_mask
 from megatron_keye.kernels.dense_indexer_loss.triton.tiles import (
     LN_2,
     DenseInputs,
-    is_spanned,
     launch_constants,
-    load_mask,
     locate_block,
     score_block,
 )
@@ -40,8 +39,7 @@ def score_lse(inputs: DenseInputs, spans_B4: Tensor, first: int, last: int) -> T
     lse_NT = spans_B4.new_empty((num_blocks, last - first), dtype=torch.float32)
     _score_lse_kernel[(triton.cdiv(last - first, blocks.rows), num_blocks)](
         *inputs.score_arguments(),
-        inputs.key_start_T,
-        inputs.key_end_T,
+        *inputs.range_arguments(),
         spans_B4,
         lse_NT,
         first,
@@ -67,6 +65,7 @@ def _score_lse_kernel(
     gate_stride_i: int,
     key_start: tl.tensor,
     key_end: tl.tensor,
+    key_reach: tl.tensor,
     spans: tl.tensor,
     lse: tl.tensor,
     first: int,
@@ -96,7 +95,7 @@ def _score_lse_kernel(
             INDEXER_CHANNELS,
             PADDED_INDEXER_CHANNELS,
         )
-        is_visible = load_mask(key_start, key_end, query, key, is_query, BLOCK_S)
+        is_visible = load_mask(key_start, key_end, key_reach, query, key, is_query, is_key)
         scores = tl.where(is_visible, scores, -float("inf"))
         m_i = tl.max(scores, 1)
         m_i = tl.where(m_i > -float("inf"), m_i, 0.0)

@@ -39,6 +39,7 @@ class DenseInputs(NamedTuple):
     key_SGC: Tensor
     key_start_T: Tensor
     key_end_T: Tensor
+    key_reach_S: Tensor | None
 
     def checked(self) -> "DenseInputs":
         """Return the inputs as the kernels read them.
@@ -57,7 +58,8 @@ class DenseInputs(NamedTuple):
             )
         heads = {name: _near_rows(tensor) for name, tensor in floats.items()}
         ranges = {n: named[n].contiguous() for n in ("key_start_T", "key_end_T")}
-        return self._replace(**heads, **ranges)
+        reach_S = None if self.key_reach_S is None else self.key_reach_S.contiguous()
+        return self._replace(**heads, **ranges, key_reach_S=reach_S)
 
     def sizes(self) -> tuple[int, int]:
         """Return T and S."""
@@ -72,6 +74,10 @@ class DenseInputs(NamedTuple):
         """Return what a kernel needs for the attention's weights."""
         query, key = self[3:5]
         return query, key, *query.stride()[:2], *key.stride()[:2]
+
+    def range_arguments(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what a kernel needs for the visible keys."""
+        return self.key_start_T, self.key_end_T, self.key_reach_S
 
     def constants(self) -> dict[str, int]:
         """Return the sizes that kernels are compiled for."""
@@ -104,30 +110,6 @@ def _near_rows(tensor: Tensor) -> Tensor:
     tensor = adjacent_channels(tensor)
     extents = [TILE_QUERIES * tensor.stride(0), tensor.shape[1] * tensor.stride(1)]
     return tensor if max(extents) < 2**31 else tensor.contiguous()
-
-
-def span_tiles(key_start_T: Tensor, key_end_T: Tensor, num_keys: int) -> Tensor:
-    """Return spans_B4, int32: the keys that any query of a tile sees, and those that all see.
-
-    Args:
-        key_start_T: First visible key.
-        key_end_T: One past the last visible key.
-        num_keys: S.
-    """
-    is_empty_T = key_start_T >= key_end_T
-    fill = -len(key_start_T) % TILE_QUERIES
-
-    def tiles(bound_T: Tensor, of_empty: int, of_none: int) -> Tensor:
-        bound_T = bound_T.masked_fill(is_empty_T, of_empty)
-        return torch.nn.functional.pad(bound_T, (0, fill), value=of_none).view(-1, TILE_QUERIES)
-
-    spans = [
-        tiles(key_start_T, num_keys, num_keys).amin(1),
-        tiles(key_end_T, 0, 0).amax(1),
-        tiles(key_start_T, num_keys, 0).amax(1),
-        tiles(key_end_T, 0, num_keys).amin(1),
-    ]
-    return torch.stack(spans, dim=1).int()
 
 
 def query_chunks(num_queries: int, num_keys: int) -> Iterator[tuple[int, int]]:
@@ -176,49 +158,6 @@ def load_block(
     place = tl.arange(0, is_row.shape[0])
     rows += tl.cast(start, tl.int64) * stride
     return load_rows(rows, place * stride, is_row, CHANNELS, PADDED_CHANNELS)
-
-
-@triton.jit
-def load_ranges(
-    key_start: tl.tensor,
-    key_end: tl.tensor,
-    query: tl.tensor,
-    first_key: tl.tensor,
-    is_query: tl.tensor,
-) -> tl.tensor:
-    """Return each query's range, counted from `first_key`; an empty one where no query is."""
-    local = tl.arange(0, is_query.shape[0])
-    start = tl.load(key_start + query + local, is_query, other=first_key) - first_key
-    end = tl.load(key_end + query + local, is_query, other=first_key) - first_key
-    return start.to(tl.int32), end.to(tl.int32)
-
-
-@triton.jit
-def load_mask(
-    key_start: tl.tensor,
-    key_end: tl.tensor,
-    query: tl.tensor,
-    key: tl.tensor,
-    is_query: tl.tensor,
-    BLOCK_S: tl.constexpr,
-) -> tl.tensor:
-    """Return which keys each query sees, of the block that begins at `query` and `key`."""
-    start, end = load_ranges(key_start, key_end, query, key, is_query)
-    place = tl.arange(0, BLOCK_S)[None, :]
-    return (place >= start[:, None]) & (place < end[:, None])
-
-
-@triton.jit
-def is_spanned(
-    spans: tl.tensor,
-    query: tl.tensor,
-    key: tl.tensor,
-    TILE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-) -> tl.tensor:
-    """Return whether the tile of a query may see any key of the block that begins at `key`."""
-    span = spans + query // TILE * 4
-    return (key < tl.load(span + 1)) & (key + BLOCK_S > tl.load(span))
 
 
 @triton.jit

@@ -33,6 +33,15 @@ def test_each_document_starts_at_zero_again() -> None:
     assert got[1].tolist() == [0, 0, 2, 0, 1, 1, 2, 2, 3]
 
 
+def test_each_branch_goes_on_from_the_end_of_its_parent() -> None:
+    # One text token, a picture of 2 x 2 and two text tokens; behind them two branches, the second
+    # of which has a picture of its own and a branch behind it; then another document.
+    bounds, parents = np.array([0, 7, 9, 12, 14, 16]), [-1, 0, 0, 2, -1]
+    got = position_ids(bounds, [1, 10], [(2, 2), (1, 2)], parents)
+    assert got[0].tolist() == [0, 1, 1, 1, 1, 3, 4, 5, 6, 5, 6, 6, 8, 9, 0, 1]
+    assert got[2].tolist() == [0, 1, 2, 1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 0, 1]
+
+
 def test_sections_take_their_frequencies_from_their_own_position() -> None:
     ids = torch.tensor([[1], [10], [100]])
     cos, sin = rotary_table(ids, 8, (1, 2, 1), theta=10_000.0)

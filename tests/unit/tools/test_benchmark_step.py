@@ -43,6 +43,9 @@ def test_a_case_runs_a_few_layers_of_the_recipe_on_one_rank() -> None:
     assert run.training.fusions.norm == "off" and run.training.fusions.router == "auto"
     packed = Case(tokens=1003, layout="packed").document_lengths()
     assert sum(packed) == 1003 and max(packed) - min(packed) == 1
+    answers = Case(tokens=40_960, layout="answers").branches()
+    assert answers.lengths.tolist() == [32_768, *[1024] * 8]
+    assert answers.longest_path == 40_960 * 33 // 40, "as long as a row to compare with"
 
 
 def test_the_table_has_each_fusion_off_by_itself_and_few_peers() -> None:
@@ -59,6 +62,7 @@ def test_the_table_has_each_fusion_off_by_itself_and_few_peers() -> None:
 def test_it_runs_on_a_machine_without_a_gpu(ranks: int, tmp_path: Path) -> None:
     out = tmp_path / "step.jsonl"
     cases = ["--phases", "sparse", "dense", "--recompute", "selective"]
+    cases += ["--layouts", "one", "answers"]
     words = ["--tokens", "96", *cases, "--repeats", "1", "--ranks", str(ranks)]
     command = [sys.executable, "-m", "tools.benchmark_step", *words, "--out", str(out)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -68,7 +72,8 @@ def test_it_runs_on_a_machine_without_a_gpu(ranks: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("prove nothing of speed") == 1
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    phases = ["sparse", "dense"] if ranks == 2 else ["plain", "sparse", "dense"]
-    assert [line["phase"] for line in lines] == phases
+    ours = [(phase, layout) for phase in ("sparse", "dense") for layout in ("one", "answers")]
+    plain = [] if ranks == 2 else [("plain", "one")]
+    assert [(line["phase"], line["layout"]) for line in lines] == plain + ours
     assert all(line["step_ms"] > 0 and not line["proves_speed"] for line in lines)
     assert lines[-2]["union_keys"] > 0

@@ -8,7 +8,7 @@ import pytest
 from megatron_keye.data.placeholders import picture_slots
 from megatron_keye.estimate.forecast import balance_shapes, shape_of
 from megatron_keye.plan.cost import attention_flops
-from megatron_keye.plan.slots import balanced_order
+from megatron_keye.plan.slots import RowSizes, balanced_order
 from megatron_keye.training.metrics import count_batch
 from megatron_keye.training.microbatch import (
     balance_rows,
@@ -79,7 +79,7 @@ def test_a_rows_cost_is_that_of_the_attention_it_gets() -> None:
         for phase in ("dense", "sparse")
     )
     assert dense[1] > sparse[0] > sparse[1], "the setting decides which of the two costs more"
-    sizes = [(each, []) for each in lengths]
+    sizes = [RowSizes(each, []) for each in lengths]
     for dense_up_to, order in ((0, [0, 1]), (34, [1, 0])):
         run = tiny_run(training={"dense_up_to": dense_up_to, "rows_per_step": 2})
         assert balanced_order(sizes, run) == order, "the more expensive one first"
