@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.kept_outputs import KeptOutputs
-from megatron_keye.kernels.launch import adjacent_channels, check_triton
-from megatron_keye.kernels.sparse_attention.triton import attend, recover_target
+from megatron_keye.kernels.launch import check_triton
+from megatron_keye.kernels.sparse_attention.triton import attend, lay_out_heads
 from megatron_keye.kernels.sparse_attention.triton_backward import attend_backward
+from megatron_keye.kernels.sparse_attention.triton_target import recover_target
 from megatron_keye.kernels.union_lists import UnionLists, union_lists
 
 
@@ -52,9 +53,7 @@ class _SparseAttention(torch.autograd.Function):
         with_target: bool,
         kept: KeptOutputs,
     ) -> tuple[Tensor, Tensor]:
-        q_THC, k_SGC, v_SGC = (adjacent_channels(tensor) for tensor in (q_THC, k_SGC, v_SGC))
-        if k_SGC.stride() != v_SGC.stride():
-            k_SGC, v_SGC = k_SGC.contiguous(), v_SGC.contiguous()
+        q_THC, k_SGC, v_SGC = lay_out_heads(q_THC, k_SGC, v_SGC)
         lists = union_lists(indices_TK, k_SGC.shape[0], impl="triton")
         out_THC, lse_TH = kept.outputs_of(
             "sparse_attention", lambda: attend(q_THC, k_SGC, v_SGC, lists, scale=scale)
@@ -70,7 +69,7 @@ class _SparseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists = ctx.saved_tensors
-        gradients = attend_backward(
+        *gradients, _ = attend_backward(
             dout_THC.contiguous(),
             q_THC,
             k_SGC,

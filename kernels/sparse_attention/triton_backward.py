@@ -2,13 +2,16 @@
 
 Each program recomputes its weights, keeps dQ, and adds dK and dV of every key that it visits to
 float32 sums in memory. The order of those additions varies from run to run; the deterministic
-form adds integers instead, whose sum has no order.
+form adds integers instead, whose sum has no order. Where asked to, it also stores the indexer's
+target, the mean of its weights over a group's heads: to make that apart, by gathering the keys
+of each query again, takes a fifth of this pass.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
-B tiles of queries, U places of a union.
+K selected keys, B tiles of queries, U places of a union.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,7 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_keye.kernels.launch import Blocks
-from megatron_keye.kernels.primitives import load_rows, load_union, locate_rows, store_rows
+from megatron_keye.kernels.primitives import (
+    load_rows,
+    load_union,
+    locate_rows,
+    selection_slots,
+    store_rows,
+)
 from megatron_keye.kernels.sparse_attention.triton import choose_blocks, lay_out_rows
 from megatron_keye.kernels.union_lists import UnionLists
 
@@ -24,6 +33,19 @@ BACKWARD_BLOCKS = Blocks(rows=128, keys=32, warps=8, stages=2, registers=128)
 """Two programs per multiprocessor: while one waits for its additions, the other multiplies."""
 _INTEGER_BITS = 60
 """Bits that a deterministic sum may use: 63, less room for rounding in the bounds."""
+
+
+class AttentionGradients(NamedTuple):
+    """What one backward pass gives."""
+
+    dq_THC: Tensor
+    """Type of the queries."""
+    dk_SGC: Tensor
+    """Type of the keys."""
+    dv_SGC: Tensor
+    """Type of the values."""
+    target_TGK: Tensor
+    """float32, see api.sparse_attention; not specified at padding. K is 0 where not wanted."""
 
 
 def attend_backward(
@@ -37,9 +59,10 @@ def attend_backward(
     *,
     scale: float,
     is_deterministic: bool,
+    num_selected: int = 0,
     blocks: Blocks | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq_THC, dk_SGC and dv_SGC in the types of `q_THC` and `k_SGC`.
+) -> AttentionGradients:
+    """Return the gradients of the inputs and, where wanted, the indexer's target.
 
     Args:
         dout_THC: Gradient of the output, contiguous.
@@ -52,6 +75,7 @@ def attend_backward(
         scale: Factor of the logits.
         is_deterministic: Whether dK and dV are summed as 64-bit integers: the same bits at
             every call, twice the memory traffic.
+        num_selected: K of the selection whose target is wanted, 0 for none.
         blocks: How the work is cut; None for the tuned cut.
     """
     blocks = blocks or choose_blocks(BACKWARD_BLOCKS, q_THC.dtype)
@@ -61,41 +85,45 @@ def attend_backward(
     sum_dtype = torch.int64 if is_deterministic else torch.float32
     dk_SGC = torch.zeros(k_SGC.shape, dtype=sum_dtype, device=k_SGC.device)
     dv_SGC = torch.zeros_like(dk_SGC)
-    if num_queries == 0:
-        return dq_THC, dk_SGC.to(k_SGC.dtype), dv_SGC.to(v_SGC.dtype)
-    units = (
-        _integer_units(dout_THC, q_THC, v_SGC, scale, num_groups)
-        if is_deterministic
-        else lse_TH  # not read
-    )
-    _backward_kernel[layout.grid(num_queries, num_groups)](
-        q_THC,
-        k_SGC,
-        v_SGC,
-        out_THC,
-        dout_THC,
-        lse_TH,
-        dq_THC,
-        dk_SGC,
-        dv_SGC,
-        units,
-        *lists,
-        num_queries,
-        lists.keys_BU.shape[1],
-        scale,
-        scale * math.log2(math.e),
-        *q_THC.stride()[:2],
-        *k_SGC.stride()[:2],
-        **layout.constants(),
-        BLOCK_U=blocks.keys,
-        IN_INTEGERS=is_deterministic,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-        maxnreg=blocks.registers,
-    )
-    if is_deterministic:
-        dk_SGC, dv_SGC = dk_SGC.double() / units[0], dv_SGC.double() / units[1]
-    return dq_THC, dk_SGC.to(k_SGC.dtype), dv_SGC.to(v_SGC.dtype)
+    target_TGK = lse_TH.new_empty((num_queries, num_groups, num_selected))
+    if num_queries > 0:
+        units = (
+            _integer_units(dout_THC, q_THC, v_SGC, scale, num_groups)
+            if is_deterministic
+            else lse_TH  # not read
+        )
+        _backward_kernel[layout.grid(num_queries, num_groups)](
+            q_THC,
+            k_SGC,
+            v_SGC,
+            out_THC,
+            dout_THC,
+            lse_TH,
+            dq_THC,
+            dk_SGC,
+            dv_SGC,
+            units,
+            target_TGK,
+            *lists,
+            num_queries,
+            num_selected,
+            lists.keys_BU.shape[1],
+            scale,
+            scale * math.log2(math.e),
+            *q_THC.stride()[:2],
+            *k_SGC.stride()[:2],
+            **layout.constants(),
+            BLOCK_U=blocks.keys,
+            IN_INTEGERS=is_deterministic,
+            WITH_TARGET=num_selected > 0,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+            maxnreg=blocks.registers,
+        )
+        if is_deterministic:
+            dk_SGC, dv_SGC = dk_SGC.double() / units[0], dv_SGC.double() / units[1]
+    dk_SGC, dv_SGC = dk_SGC.to(k_SGC.dtype), dv_SGC.to(v_SGC.dtype)
+    return AttentionGradients(dq_THC, dk_SGC, dv_SGC, target_TGK)
 
 
 def _integer_units(
@@ -136,10 +164,12 @@ def _backward_kernel(
     dk: tl.tensor,
     dv: tl.tensor,
     units: tl.tensor,
+    target: tl.tensor,
     keys: tl.tensor,
     masks: tl.tensor,
     counts: tl.tensor,
     num_queries: int,
+    num_selected: int,
     capacity: int,
     scale: float,
     scale_log2: float,
@@ -155,6 +185,7 @@ def _backward_kernel(
     PADDED_CHANNELS: tl.constexpr,
     BLOCK_U: tl.constexpr,
     IN_INTEGERS: tl.constexpr,
+    WITH_TARGET: tl.constexpr,
 ) -> None:
     scale = tl.cast(scale, tl.float32)  # torch.compile gives float64
     scale_log2 = tl.cast(scale_log2, tl.float32)  # torch.compile gives float64
@@ -180,6 +211,12 @@ def _backward_kernel(
         dk_unit = tl.load(units)
         dv_unit = tl.load(units + 1)
     dq_tile = tl.zeros([QUERIES * PADDED_HEADS, PADDED_CHANNELS], tl.float32)
+    # One row of places for each query.
+    first = tl.program_id(0) % (TILE // QUERIES) * QUERIES
+    one_local = first + tl.arange(0, QUERIES)
+    one_query = tile * TILE + one_local
+    target_rows = target + (one_query * num_groups + group) * num_selected
+    num_before = tl.zeros([QUERIES], tl.int32)
     count = tl.load(counts + tile)
     for start in range(0, count, BLOCK_U):
         key, word, is_real = load_union(keys, masks, tile * capacity, start, count, BLOCK_U)
@@ -190,6 +227,11 @@ def _backward_kernel(
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
         weights = tl.exp2(logits - row_lse[:, None])
         weights = tl.where((word[None, :] & bit[:, None]) != 0, weights, 0.0)
+        if WITH_TARGET:
+            by_head = tl.reshape(weights, [QUERIES, PADDED_HEADS, BLOCK_U])
+            slot, is_selected, num_before = selection_slots(word, one_local, num_before)
+            is_stored = is_selected & (one_query < num_queries)[:, None]
+            tl.store(target_rows[:, None] + slot, tl.sum(by_head, 1) / HEADS, is_stored)
         # Channels as rows of the product: a step may then have fewer keys than 64.
         dv_tile = tl.dot(tl.trans(dout_tile), weights.to(k_tile.dtype), input_precision="ieee")
         _add(dv_group + sums, tl.trans(dv_tile), in_k, dv_unit, IN_INTEGERS)

@@ -36,7 +36,7 @@ from megatron_keye.kernels.lightning_indexer import lightning_indexer
 from megatron_keye.kernels.rotary import rotate
 from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.sparse_attention import sparse_attention
-from megatron_keye.kernels.sparse_indexer_loss import sparse_indexer_loss
+from megatron_keye.kernels.sparse_attention_with_loss import sparse_attention_with_loss
 from megatron_keye.parallel.context import gather_row
 
 
@@ -247,23 +247,23 @@ class SparseSelfAttention(MegatronModule):
         """Return out_THC and the indexer's loss, or None where it is not measured."""
         indices_TK = self._select(indexer, row, kept)
         row.meter.record("topk_indices", self.layer_number, indices_TK)
-        out_THC, target_TGK = sparse_attention(
-            heads.q_THC,
-            heads.k_SGC,
-            heads.v_SGC,
-            indices_TK,
-            scale=self.head_dim**-0.5,
-            with_target=self._measures_indexer,
-            kept=kept.outputs,
-        )
+        operands = heads.q_THC, heads.k_SGC, heads.v_SGC, indices_TK
+        options: dict[str, Any] = {"scale": self.head_dim**-0.5, "kept": kept.outputs}
         if not self._measures_indexer:
+            out_THC, _ = sparse_attention(*operands, with_target=False, **options)
             return out_THC, None
         scores_TK = selected_indexer_scores(
             indexer.q_TIJ, indexer.k_SJ, indexer.gate_TI, indices_TK
         )
-        kl_TG = sparse_indexer_loss(scores_TK, target_TGK)
+        out_THC, loss = sparse_attention_with_loss(
+            *operands,
+            scores_TK,
+            row.is_real_T.double() * row.indexer_loss_weight,
+            lambda kl_TG: self._meter_kl(kl_TG, row),
+            **options,
+        )
         measure_recall(heads.q_THC, heads.k_SGC, indices_TK, row)
-        return out_THC, self._sum_kl(kl_TG, row) * row.indexer_loss_weight
+        return out_THC, loss
 
     def _attend_in_cache(self, heads: _Heads, hidden_SBD: Tensor, row: DecoderRow) -> Tensor:
         """Return out_THC of new tokens, whose keys are then in the cache."""
@@ -301,13 +301,11 @@ class SparseSelfAttention(MegatronModule):
             lse_TH,
             scale=self.head_dim**-0.5,
         )
-        self._sum_kl(kl_TG, row)
+        self._meter_kl(kl_TG, row)
         return out_THC, loss
 
-    def _sum_kl(self, kl_TG: Tensor, row: DecoderRow) -> Tensor:
-        """Meter and return the KL, summed over queries but padding and over this rank's groups."""
+    def _meter_kl(self, kl_TG: Tensor, row: DecoderRow) -> None:
+        """Meter the KL, summed over queries but padding and over this rank's groups."""
         kl_G = (kl_TG * row.is_real_T[:, None]).sum(dim=0)
         row.meter.record("indexer_kl", self.layer_number, kl_G)
-        kl = kl_G.sum()
-        row.meter.accumulate("indexer_kl", kl)
-        return kl
+        row.meter.accumulate("indexer_kl", kl_G.sum())
