@@ -1,9 +1,9 @@
 """Public function of the sparse attention with its indexer's loss: contract, checks and choice.
 
 The loss needs the attention's weights, of which a fast forward pass keeps none, and which its
-backward pass computes anyway. So the target is taken there, where it costs a tenth of what
-gathering every query's keys for it does (4 KiB a selected key at 32 heads of 128 channels), and
-nothing of the size of queries by selected keys but the scores lives between the two passes.
+backward pass computes anyway. So the target is taken there: nothing gathers every query's keys for
+it (1 KiB a selected key: 275 GB at 128K, K = 2048, four key-value heads of 128 channels), and of
+the size of queries by selected keys only the scores live between the two passes.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
 K selected keys.
@@ -11,6 +11,7 @@ K selected keys.
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ def sparse_attention_with_loss(
     check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
     check_dtypes(FLOAT_DTYPES, scores_TK=scores_TK, weight_T=weight_T)
     operands = q_THC, k_SGC, v_SGC, indices_TK, scores_TK, weight_T.detach(), report
-    options = {"scale": scale, "deterministic": deterministic, "kept": kept or KeptOutputs()}
+    options: dict[str, Any] = {"scale": scale, "deterministic": deterministic}
+    options["kept"] = KeptOutputs() if kept is None else kept
     has_backward = torch.is_grad_enabled() and any(each.requires_grad for each in operands[:3])
     if chosen == "triton" and has_backward:
         # Loaded on demand: everything else must import where Triton cannot compile.

@@ -72,8 +72,10 @@ def _with_losses(
     """Return activations, losses and, if asked for, gradients, from separate passes."""
     model.clear_gradients()
     num_labels = len(inputs.batch().labels_L)
-    with torch.no_grad():  # where there is a backward pass the KL may come with that
+    model.stage.eval()  # in training the KL may come with the backward pass
+    with torch.no_grad():
         alone = _forward(model, inputs, "sparse", 0.0)
+    model.stage.train()
     arrays = _activations(model, inputs, alone)
     arrays["lm_loss"] = _array(alone.loss_sum / num_labels)
     arrays["sparse_kl"] = _array(alone.layers.stacked("indexer_kl"))
