@@ -6,6 +6,7 @@ a recomputed layer must keep its selection and may keep what attention gave.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -258,8 +259,8 @@ class SparseSelfAttention(MegatronModule):
         out_THC, loss = sparse_attention_with_loss(
             *operands,
             scores_TK,
-            row.is_real_T.double() * row.indexer_loss_weight,
-            lambda kl_TG: self._meter_kl(kl_TG, row),
+            row.kl_weights(),
+            partial(row.meter_kl, self.layer_number),
             **options,
         )
         measure_recall(heads.q_THC, heads.k_SGC, indices_TK, row)
@@ -297,15 +298,9 @@ class SparseSelfAttention(MegatronModule):
             heads.k_SGC,
             row.key_start_T,
             row.key_end_T,
-            row.is_real_T.double() * row.indexer_loss_weight,
+            row.kl_weights(),
             lse_TH,
             scale=self.head_dim**-0.5,
         )
-        self._meter_kl(kl_TG, row)
+        row.meter_kl(self.layer_number, kl_TG)
         return out_THC, loss
-
-    def _meter_kl(self, kl_TG: Tensor, row: DecoderRow) -> None:
-        """Meter the KL, summed over queries but padding and over this rank's groups."""
-        kl_G = (kl_TG * row.is_real_T[:, None]).sum(dim=0)
-        row.meter.record("indexer_kl", self.layer_number, kl_G)
-        row.meter.accumulate("indexer_kl", kl_G.sum())

@@ -86,6 +86,16 @@ class DecoderRow:
     kept: dict[int, KeptAttention] = field(default_factory=dict)
     """By number of a recomputed layer, between its first pass and its second one."""
 
+    def kl_weights(self) -> Tensor:
+        """Return float64 [S/CP]: what each query's KL weighs in the loss, 0 for padding."""
+        return self.is_real_T.double() * self.indexer_loss_weight
+
+    def meter_kl(self, layer_number: int, kl_TG: Tensor) -> None:
+        """Meter a layer's KL [S/CP, G], summed over queries but padding and over its groups."""
+        kl_G = (kl_TG * self.is_real_T[:, None]).sum(dim=0)
+        self.meter.record("indexer_kl", layer_number, kl_G)
+        self.meter.accumulate("indexer_kl", kl_G.sum())
+
 
 def rotary_tables(
     position_ids_3T: Tensor, decoder: DecoderConfig, dtype: torch.dtype

@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_keye.decoder.recomputation import PackedSelection
 from megatron_keye.kernels.kept_outputs import KeptOutputs
+from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.sparse_attention import sparse_attention
 from megatron_keye.kernels.sparse_attention_with_loss import sparse_attention_with_loss
 from megatron_keye.kernels.sparse_indexer_loss import sparse_indexer_loss
 from tests.support.numerics import (
     assert_close,
     assert_norm_close,
+    gradients,
     make_selection,
     make_tensor,
     moved,
@@ -45,6 +48,13 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, indices_TK: Tensor) 
     )
 
 
+def make_indexer(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q_TIJ, k_SJ and gate_TI."""
+    sizes = [(shape[0], 2, 12), (shape[1], 12), (shape[0], 2)]
+    q, k, gate = (make_tensor(*s, seed=i, dtype=torch.float32) for i, s in enumerate(sizes, 6))
+    return q, k, gate
+
+
 def run(
     inputs: Inputs, indices_TK: Tensor, impl: str, **options: Any
 ) -> tuple[list[Tensor], Tensor, bool]:
@@ -68,9 +78,9 @@ def run(
     outputs, grads = (out_THC, loss), (dout_THC, 3 * torch.ones_like(loss))
     if not out_THC.requires_grad:
         outputs, grads = outputs[1:], grads[1:]
-    gradients = torch.autograd.grad(outputs, learning, grads)
+    found = torch.autograd.grad(outputs, learning, grads)
     assert len(reports) == 1 and not reports[0].requires_grad, "one report"
-    return [out_THC, *gradients], reports[0], came_late
+    return [out_THC, *found], reports[0], came_late
 
 
 def apart(inputs: Inputs, indices_TK: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -151,7 +161,7 @@ def test_heads_that_learn_nothing_have_no_backward_pass(impl: str) -> None:
     assert_close(dscores_TK, expected[-1], 2e-5)
 
 
-def test_the_target_is_gathered_nowhere_else_and_unions_are_merged_once(
+def test_the_target_is_gathered_nowhere_and_unions_are_merged_once_a_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from megatron_keye.kernels.sparse_attention import autograd
@@ -177,7 +187,9 @@ def test_the_target_is_gathered_nowhere_else_and_unions_are_merged_once(
     inputs = trainable(moved(make_inputs(shape, torch.float32, indices_TK), "triton"))
     (indices_TK,) = moved((indices_TK,), "triton")
     plain, plain_TG, _ = run(inputs, indices_TK, "triton", deterministic=True)
-    assert calls == ["_merge", "attend"], "one pass forward"
+    indexer = trainable(moved(make_indexer(shape), "triton"))
+    gradients(selected_indexer_scores(*indexer, indices_TK, impl="triton"), *indexer)
+    assert calls == ["_merge", "attend"], "one pass forward, and one union for all operators"
     kept = KeptOutputs()
     with torch.no_grad():
         first_THC, _ = sparse_attention(
@@ -185,8 +197,9 @@ def test_the_target_is_gathered_nowhere_else_and_unions_are_merged_once(
         )
     kept.begin_second_call()
     calls.clear()
-    again, again_TG, _ = run(inputs, indices_TK, "triton", deterministic=True, kept=kept)
-    assert not calls, "a recomputed layer makes nothing again"
+    unpacked_TK = PackedSelection.of(indices_TK, shape[1]).unpack()
+    again, again_TG, _ = run(inputs, unpacked_TK, "triton", deterministic=True, kept=kept)
+    assert calls == ["_merge"], "a recomputed layer merges again, and makes nothing else again"
     assert again[0].data_ptr() == first_THC.data_ptr(), "the first pass's output"
     pairs = zip([*again, again_TG], [*plain, plain_TG], strict=True)
     assert all(torch.equal(*pair) for pair in pairs), "the same bits"
