@@ -245,7 +245,7 @@ class SparseSelfAttention(MegatronModule):
     def _attend_sparsely(
         self, heads: _Heads, indexer: _IndexerHeads, row: DecoderRow, kept: KeptAttention
     ) -> tuple[Tensor, Tensor | None]:
-        """Return out_THC and the indexer's loss, or None where it is not measured."""
+        """Return out_THC and a loss that teaches the indexer, or None where it is not measured."""
         indices_TK = self._select(indexer, row, kept)
         row.meter.record("topk_indices", self.layer_number, indices_TK)
         operands = heads.q_THC, heads.k_SGC, heads.v_SGC, indices_TK
