@@ -95,6 +95,19 @@ def load_union(
 
 
 @triton.jit
+def selection_slots(word: tl.tensor, local: tl.tensor, num_before: tl.tensor) -> tl.tensor:
+    """Return [queries, keys]: the places of a union's keys in each query's row, and which it has.
+
+    Rows are ascending, so that a key's place in its row is the number of selected keys before;
+    `num_before` counts those of earlier steps, and is returned for the next one. `word` holds
+    the keys' masks, `local` the queries' places in the tile.
+    """
+    is_selected = (word[None, :] >> local[:, None]) & 1
+    slot = num_before[:, None] + tl.cumsum(is_selected, 1) - 1
+    return slot, is_selected != 0, num_before + tl.sum(is_selected, 1)
+
+
+@triton.jit
 def score_tile(
     q_rows: tl.tensor,
     gate_rows: tl.tensor,

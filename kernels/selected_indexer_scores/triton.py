@@ -14,7 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_keye.kernels.launch import Blocks, adjacent_channels, check_triton, padded
-from megatron_keye.kernels.primitives import load_rows, load_union, locate_rows, store_rows
+from megatron_keye.kernels.primitives import (
+    load_rows,
+    load_union,
+    locate_rows,
+    selection_slots,
+    store_rows,
+)
 from megatron_keye.kernels.union_lists import TILE_QUERIES, UnionLists
 
 SELECTED_BLOCKS = Blocks(rows=16, keys=64, warps=1, stages=3)
@@ -225,12 +231,8 @@ def _selected_backward_kernel(
     for start in range(0, count, BLOCK_U):
         key, word, is_real = load_union(keys, masks, tile * capacity, start, count, BLOCK_U)
         k_tile = load_rows(k, key * k_stride_s, is_real, CHANNELS, PADDED_CHANNELS)
-        # Rows are ascending, so a key's place in its row is the number of selected keys before.
-        is_selected = (word[None, :] >> local[:, None]) & 1
-        slot = num_before[:, None] + tl.cumsum(is_selected, 1) - 1
-        num_before += tl.sum(is_selected, 1)
-        is_loaded = (is_selected != 0) & is_query[:, None]
-        dscore = tl.load(dscores_row + slot, is_loaded, other=0.0)
+        slot, is_selected, num_before = selection_slots(word, local, num_before)
+        dscore = tl.load(dscores_row + slot, is_selected & is_query[:, None], other=0.0)
         dscore = tl.broadcast_to(dscore[:, None, :], [QUERIES, PADDED_HEADS, BLOCK_U])
         dscore = tl.reshape(dscore, [ROWS, BLOCK_U])
         dots = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")

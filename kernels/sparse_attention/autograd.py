@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.kept_outputs import KeptOutputs
-from megatron_keye.kernels.launch import adjacent_channels, check_triton
+from megatron_keye.kernels.launch import check_triton
 from megatron_keye.kernels.sparse_attention import cuda, triton
-from megatron_keye.kernels.sparse_attention.triton import recover_target
+from megatron_keye.kernels.sparse_attention.triton import lay_out_heads
 from megatron_keye.kernels.sparse_attention.triton_backward import attend_backward
+from megatron_keye.kernels.sparse_attention.triton_target import recover_target
 from megatron_keye.kernels.union_lists import UnionLists, union_lists
 
 
@@ -57,9 +58,7 @@ class _SparseAttention(torch.autograd.Function):
         kept: KeptOutputs,
         impl: str,
     ) -> tuple[Tensor, Tensor]:
-        q_THC, k_SGC, v_SGC = (adjacent_channels(tensor) for tensor in (q_THC, k_SGC, v_SGC))
-        if k_SGC.stride() != v_SGC.stride():
-            k_SGC, v_SGC = k_SGC.contiguous(), v_SGC.contiguous()
+        q_THC, k_SGC, v_SGC = lay_out_heads(q_THC, k_SGC, v_SGC)
         lists = union_lists(indices_TK, k_SGC.shape[0], impl="triton")
         attend = cuda.attend if impl == "cuda" else triton.attend
         out_THC, lse_TH = kept.outputs_of(
@@ -76,7 +75,7 @@ class _SparseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists = ctx.saved_tensors
-        gradients = attend_backward(
+        *gradients, _ = attend_backward(
             dout_THC.contiguous(),
             q_THC,
             k_SGC,

@@ -18,29 +18,13 @@ def divergence(scores_TK: Tensor, target_TGK: Tensor) -> Tensor:
 
     Args:
         scores_TK: Contiguous.
-        target_TGK: Contiguous.
+        target_TGK: Contiguous; read where the scores are not -inf.
 
     Raises:
         ValueError: More selected keys than fit a program, or types that it does not take.
     """
-    check_triton("sparse_indexer_loss", scores_TK, scores_TK=scores_TK, target_TGK=target_TGK)
-    num_queries, num_groups, num_selected = target_TGK.shape
-    if num_selected > _MAX_SELECTED:
-        raise ValueError(
-            f"scores_TK: got K = {num_selected}, expected at most {_MAX_SELECTED} with impl "
-            "'triton'; take impl='eager'"
-        )
-    kl_TG = scores_TK.new_empty((num_queries, num_groups), dtype=torch.float32)
-    if num_queries > 0:
-        _divergence_kernel[(num_queries,)](
-            scores_TK,
-            target_TGK,
-            kl_TG,
-            num_selected,
-            GROUPS=num_groups,
-            BLOCK_K=padded(num_selected),
-            num_warps=4,
-        )
+    kl_TG = scores_TK.new_empty(target_TGK.shape[:2], dtype=torch.float32)
+    _launch(None, scores_TK, target_TGK, kl_TG, None)
     return kl_TG
 
 
@@ -52,20 +36,50 @@ def divergence_backward(dkl_TG: Tensor, scores_TK: Tensor, target_TGK: Tensor) -
         scores_TK: As in `divergence`.
         target_TGK: As in `divergence`.
     """
-    num_queries, num_groups, num_selected = target_TGK.shape
     dscores_TK = torch.empty_like(scores_TK)
-    if dscores_TK.numel() > 0:
-        _divergence_backward_kernel[(num_queries,)](
-            dkl_TG,
+    _launch(dkl_TG, scores_TK, target_TGK, None, dscores_TK)
+    return dscores_TK
+
+
+def divergence_with_gradient(
+    dkl_TG: Tensor, scores_TK: Tensor, target_TGK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what `divergence` and `divergence_backward` return, from one read of the target."""
+    kl_TG = scores_TK.new_empty(target_TGK.shape[:2], dtype=torch.float32)
+    dscores_TK = torch.empty_like(scores_TK)
+    _launch(dkl_TG, scores_TK, target_TGK, kl_TG, dscores_TK)
+    return kl_TG, dscores_TK
+
+
+def _launch(
+    dkl_TG: Tensor | None,
+    scores_TK: Tensor,
+    target_TGK: Tensor,
+    kl_TG: Tensor | None,
+    dscores_TK: Tensor | None,
+) -> None:
+    """Fill what is given of `kl_TG` and `dscores_TK`."""
+    check_triton("sparse_indexer_loss", scores_TK, scores_TK=scores_TK, target_TGK=target_TGK)
+    num_queries, num_groups, num_selected = target_TGK.shape
+    if num_selected > _MAX_SELECTED:
+        raise ValueError(
+            f"scores_TK: got K = {num_selected}, expected at most {_MAX_SELECTED} with impl "
+            "'triton'; take impl='eager'"
+        )
+    if num_queries > 0:
+        _divergence_kernel[(num_queries,)](
+            scores_TK if dkl_TG is None else dkl_TG,  # not read without a gradient
             scores_TK,
             target_TGK,
-            dscores_TK,
+            scores_TK if kl_TG is None else kl_TG,
+            scores_TK if dscores_TK is None else dscores_TK,
             num_selected,
             GROUPS=num_groups,
             BLOCK_K=padded(num_selected),
+            WITH_VALUE=kl_TG is not None,
+            WITH_GRADIENT=dscores_TK is not None,
             num_warps=4,
         )
-    return dscores_TK
 
 
 @triton.jit
@@ -85,32 +99,16 @@ def _load_scores(
 
 @triton.jit
 def _divergence_kernel(
-    scores: tl.tensor,
-    target: tl.tensor,
-    kl: tl.tensor,
-    num_selected: int,
-    GROUPS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
-    query = tl.program_id(0).to(tl.int64)
-    place, is_real, score, log_l = _load_scores(scores, query, num_selected, BLOCK_K)
-    for group in range(GROUPS):
-        row = target + (query * GROUPS + group) * num_selected
-        wanted = tl.load(row + place, is_real, other=0.0).to(tl.float32)
-        log_wanted = tl.log(tl.where(wanted > 0, wanted, 1.0))
-        terms = tl.where(wanted > 0, wanted * (log_wanted - score + log_l), 0.0)
-        tl.store(kl + query * GROUPS + group, tl.sum(terms, 0))
-
-
-@triton.jit
-def _divergence_backward_kernel(
     dkl: tl.tensor,
     scores: tl.tensor,
     target: tl.tensor,
+    kl: tl.tensor,
     dscores: tl.tensor,
     num_selected: int,
     GROUPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WITH_VALUE: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
 ) -> None:
     query = tl.program_id(0).to(tl.int64)
     place, is_real, score, log_l = _load_scores(scores, query, num_selected, BLOCK_K)
@@ -119,7 +117,13 @@ def _divergence_backward_kernel(
     for group in range(GROUPS):
         row = target + (query * GROUPS + group) * num_selected
         wanted = tl.load(row + place, is_real, other=0.0).to(tl.float32)
-        factor = tl.load(dkl + query * GROUPS + group).to(tl.float32)
-        dscore += factor * (weight * tl.sum(wanted, 0) - wanted)
-    dscores_row = dscores + query * num_selected
-    tl.store(dscores_row + place, dscore.to(dscores.dtype.element_ty), place < num_selected)
+        if WITH_VALUE:
+            log_wanted = tl.log(tl.where(wanted > 0, wanted, 1.0))
+            terms = tl.where(wanted > 0, wanted * (log_wanted - score + log_l), 0.0)
+            tl.store(kl + query * GROUPS + group, tl.sum(terms, 0))
+        if WITH_GRADIENT:
+            factor = tl.load(dkl + query * GROUPS + group).to(tl.float32)
+            dscore += factor * (weight * tl.sum(wanted, 0) - wanted)
+    if WITH_GRADIENT:
+        row = dscores + query * num_selected
+        tl.store(row + place, dscore.to(dscores.dtype.element_ty), place < num_selected)

@@ -6,6 +6,7 @@ a recomputed layer must keep its selection and may keep what attention gave.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,7 @@ from megatron_keye.kernels.lightning_indexer import lightning_indexer
 from megatron_keye.kernels.rotary import rotate
 from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.sparse_attention import sparse_attention
-from megatron_keye.kernels.sparse_indexer_loss import sparse_indexer_loss
+from megatron_keye.kernels.sparse_attention_with_loss import sparse_attention_with_loss
 from megatron_keye.parallel.context import RowGather
 
 
@@ -234,7 +235,7 @@ class SparseSelfAttention(MegatronModule):
     def _attend_sparsely(
         self, heads: RowHeads, indexer: RowIndexerHeads, row: DecoderRow, kept: KeptAttention
     ) -> tuple[Tensor, Tensor | None]:
-        """Return out_THC and the indexer's loss, or None where it is not measured."""
+        """Return out_THC and a loss that teaches the indexer, or None where it is not measured."""
         indices_TK = self._select(indexer, row, kept)
         row.meter.record("topk_indices", self.layer_number, indices_TK)
         scores_TK = None
@@ -243,20 +244,20 @@ class SparseSelfAttention(MegatronModule):
             (k_SJ,) = indexer.gather.rows()
             scores_TK = selected_indexer_scores(indexer.q_TIJ, k_SJ, indexer.gate_TI, indices_TK)
         k_SGC, v_SGC = heads.gather.rows()
-        out_THC, target_TGK = sparse_attention(
-            heads.q_THC,
-            k_SGC,
-            v_SGC,
-            indices_TK,
-            scale=self.head_dim**-0.5,
-            with_target=self._measures_indexer,
-            kept=kept.outputs,
-        )
+        operands = heads.q_THC, k_SGC, v_SGC, indices_TK
+        options: dict[str, Any] = {"scale": self.head_dim**-0.5, "kept": kept.outputs}
         if scores_TK is None:
+            out_THC, _ = sparse_attention(*operands, with_target=False, **options)
             return out_THC, None
-        kl_TG = sparse_indexer_loss(scores_TK, target_TGK)
+        out_THC, loss = sparse_attention_with_loss(
+            *operands,
+            scores_TK,
+            row.kl_weights(),
+            partial(row.meter_kl, self.layer_number),
+            **options,
+        )
         measure_recall(heads.q_THC, k_SGC, indices_TK, row)
-        return out_THC, self._sum_kl(kl_TG, row) * row.indexer_loss_weight
+        return out_THC, loss
 
     def _attend_in_cache(
         self, heads: RowHeads, indexer: RowIndexerHeads | None, row: DecoderRow
@@ -286,18 +287,10 @@ class SparseSelfAttention(MegatronModule):
             k_SGC,
             row.key_start_T,
             row.key_end_T,
-            row.query_weights * row.indexer_loss_weight,
+            row.kl_weights(),
             lse_TH,
             scale=self.head_dim**-0.5,
             key_reach_S=row.key_reach_S,
         )
-        self._sum_kl(kl_TG, row)
+        row.meter_kl(self.layer_number, kl_TG)
         return out_THC, loss
-
-    def _sum_kl(self, kl_TG: Tensor, row: DecoderRow) -> Tensor:
-        """Meter and return the KL, summed over queries but padding and over this rank's groups."""
-        kl_G = (kl_TG * row.query_weights[:, None].to(kl_TG.dtype)).sum(dim=0)
-        row.meter.record("indexer_kl", self.layer_number, kl_G)
-        kl = kl_G.sum()
-        row.meter.accumulate("indexer_kl", kl)
-        return kl

@@ -99,6 +99,16 @@ class DecoderRow:
         weight_T = self.is_real_T.double()
         return weight_T if self.num_paths_T is None else weight_T * self.num_paths_T
 
+    def kl_weights(self) -> Tensor:
+        """Return float64 [S/CP]: what each query's KL weighs in the loss, 0 for padding."""
+        return self.query_weights * self.indexer_loss_weight
+
+    def meter_kl(self, layer_number: int, kl_TG: Tensor) -> None:
+        """Meter a layer's KL [S/CP, G], summed over queries but padding and over its groups."""
+        kl_G = (kl_TG * self.query_weights[:, None].to(kl_TG.dtype)).sum(dim=0)
+        self.meter.record("indexer_kl", layer_number, kl_G)
+        self.meter.accumulate("indexer_kl", kl_G.sum())
+
 
 def rotary_tables(
     position_ids_3T: Tensor, decoder: DecoderConfig, dtype: torch.dtype

@@ -72,12 +72,15 @@ def _with_losses(
     """Return activations, losses and, if asked for, gradients, from separate passes."""
     model.clear_gradients()
     num_labels = len(inputs.batch().labels_L)
-    sparse = _forward(model, inputs, "sparse", 0.0)
-    loss = sparse.loss_sum / num_labels
-    arrays = _activations(model, inputs, sparse)
-    arrays["lm_loss"] = _array(loss)
-    arrays["sparse_kl"] = _array(sparse.layers.stacked("indexer_kl"))
+    model.stage.eval()  # in training the KL may come with the backward pass
+    with torch.no_grad():
+        alone = _forward(model, inputs, "sparse", 0.0)
+    model.stage.train()
+    arrays = _activations(model, inputs, alone)
+    arrays["lm_loss"] = _array(alone.loss_sum / num_labels)
+    arrays["sparse_kl"] = _array(alone.layers.stacked("indexer_kl"))
     if gradients_as is not None:
+        sparse = _forward(model, inputs, "sparse", 0.0)
         arrays |= _gradients(model, sparse.loss_sum / max(num_labels, 1), "lm", gradients_as)
         with_indexer = _forward(model, inputs, "sparse", 1.0)
         arrays |= _gradients(model, 0 * with_indexer.loss_sum, "sparse", gradients_as)

@@ -14,8 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_keye.kernels.dense_indexer_loss import dense_indexer_loss
 from megatron_keye.kernels.lightning_indexer import lightning_indexer
 from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
-from megatron_keye.kernels.sparse_attention import sparse_attention
-from megatron_keye.kernels.sparse_indexer_loss import sparse_indexer_loss
+from megatron_keye.kernels.sparse_attention_with_loss import sparse_attention_with_loss
 from tests.support.numerics import document_ranges, make_tensor, moved, trainable
 
 SCALE = 0.3
@@ -44,16 +43,24 @@ def run_layer(
     indices_TK = lightning_indexer(*detached, *ranges, 5, impl=impl)
     if show is not None:
         show(indices_TK)
-    out_THC, target_TGK = sparse_attention(
-        query_THC, key_SGC, value_SGC, indices_TK, scale=SCALE, impl=impl, deterministic=True
-    )
-    scores_TK = selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK, impl=impl)
-    sparse_TG = sparse_indexer_loss(scores_TK, target_TGK, impl=impl)
     weight_T = torch.ones(LENGTH, device=q_TIJ.device)
+    scores_TK = selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK, impl=impl)
+    out_THC, sparse = sparse_attention_with_loss(
+        query_THC,
+        key_SGC,
+        value_SGC,
+        indices_TK,
+        scores_TK,
+        weight_T,
+        lambda kl_TG: None,
+        scale=SCALE,
+        impl=impl,
+        deterministic=True,
+    )
     dense, _ = dense_indexer_loss(
         q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, *ranges, weight_T, scale=SCALE, impl=impl
     )
-    return out_THC.square().sum() + sparse_TG.sum() + dense, indices_TK
+    return out_THC.square().sum() + sparse + dense, indices_TK
 
 
 @pytest.mark.slow

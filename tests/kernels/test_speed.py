@@ -25,6 +25,7 @@ from megatron_keye.kernels.rotary import rotate
 from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.sparse_attention import cuda as sparse_cuda
 from megatron_keye.kernels.sparse_attention import sparse_attention
+from megatron_keye.kernels.sparse_attention_with_loss import sparse_attention_with_loss
 from megatron_keye.kernels.sparse_indexer_loss import sparse_indexer_loss
 from megatron_keye.kernels.union_lists import union_lists
 from tests.support.benchmark import Recorder, gradients_of
@@ -291,24 +292,41 @@ def test_dense_layer_up_to_the_crossover(row: Row, recorder: Recorder) -> None:
     time_beside_dense(recorder, row, "dense_layer", layer, flop=flop, passes=both, impl="sdpa")
 
 
-def test_whole_layer(row: Row, recorder: Recorder) -> None:
-    """Select, attend, lose and both backward passes, as the decoder does without its linears."""
+@pytest.mark.parametrize("target", ["from backward", "gathered"])
+def test_whole_layer(row: Row, recorder: Recorder, target: str) -> None:
+    """Select, attend, lose and both backward passes, as the decoder does without its linears.
+
+    Its target comes from the attention's backward pass; "gathered" is the plain form beside it.
+    """
 
     indexer = fastest_indexer(row)
+    weight_T = torch.ones(row.length, device="cuda")
 
     def layer() -> tuple[Tensor, ...]:
         select(row, indexer)
         # Random tokens have no locality, so the named selection goes on; its unions, merged anew.
         indices_TK = row.indices_TK.detach()
-        out_THC, target_TGK = attend(row, with_target=True, indices_TK=indices_TK)
-        assert target_TGK is not None
-        outputs = out_THC, lose(row, target_TGK, indices_TK)
+        if target == "gathered":
+            out_THC, target_TGK = attend(row, with_target=True, indices_TK=indices_TK)
+            assert target_TGK is not None
+            loss = lose(row, target_TGK, indices_TK).sum()
+        else:
+            out_THC, loss = sparse_attention_with_loss(
+                *row.heads,
+                indices_TK,
+                selected_indexer_scores(*row.indexer, indices_TK, impl="triton"),
+                weight_T,
+                lambda kl_TG: None,
+                scale=SCALE,
+                impl="triton",
+            )
+        outputs = out_THC, loss
         grads = tuple(torch.ones_like(output) for output in outputs)
         return torch.autograd.grad(outputs, (*row.heads, *row.indexer), grads)
 
     flop = (14 * HEADS * CHANNELS + 8 * INDEXER_HEADS * INDEXER_CHANNELS) * row.num_selected
-    both = ("forward", "backward")
-    time_beside_dense(recorder, row, "sparse_layer", layer, flop=flop, passes=both)
+    both, impl = ("forward", "backward"), "triton" + ("+gather" if target == "gathered" else "")
+    time_beside_dense(recorder, row, "sparse_layer", layer, flop=flop, passes=both, impl=impl)
 
 
 @pytest.mark.parametrize(

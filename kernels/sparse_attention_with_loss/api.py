@@ -1,0 +1,103 @@
+"""Public function of the sparse attention with its indexer's loss: contract, checks and choice.
+
+The loss needs the attention's weights, of which a fast forward pass keeps none, and which its
+backward pass computes anyway. So the target is taken there: nothing gathers every query's keys for
+it (1 KiB a selected key: 275 GB at 128K, K = 2048, four key-value heads of 128 channels), and of
+the size of queries by selected keys only the scores live between the two passes.
+
+Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
+K selected keys.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_keye.kernels.arguments import (
+    FLOAT_DTYPES,
+    INDEX_DTYPES,
+    check_dtypes,
+    check_groups,
+    check_same_dtype,
+    check_shapes,
+    choose_impl,
+    default_impl,
+)
+from megatron_keye.kernels.kept_outputs import KeptOutputs
+from megatron_keye.kernels.sparse_attention_with_loss import reference
+
+IMPLEMENTATIONS = ("eager", "triton")
+"""What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
+
+
+def sparse_attention_with_loss(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    indices_TK: Tensor,
+    scores_TK: Tensor,
+    weight_T: Tensor,
+    report: Callable[[Tensor], None],
+    *,
+    scale: float,
+    deterministic: bool = False,
+    kept: KeptOutputs | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend as `sparse_attention` does, and teach the scores as `sparse_indexer_loss` does.
+
+    The output is differentiable in `q_THC`, `k_SGC` and `v_SGC`, the loss in `scores_TK` alone.
+
+    Args:
+        q_THC: See `sparse_attention`, like the next three.
+        k_SGC: Keys.
+        v_SGC: Values.
+        indices_TK: The selection.
+        scores_TK: From `selected_indexer_scores`, any float type; -inf marks padding.
+        weight_T: Any float type, by which each query's KL enters the loss.
+        report: Called once with kl_TG, detached, float32 (float64 for float64 inputs), in nats.
+            "triton" calls it in the backward pass where the attention has one, and in this call
+            otherwise; "eager" always in this call.
+        scale: Factor of the logits, usually C^-0.5.
+        deterministic: See `sparse_attention`.
+        kept: See `sparse_attention`.
+        impl: One of IMPLEMENTATIONS, or None for the default; see `sparse_attention` and
+            `sparse_indexer_loss` for what "triton" takes.
+
+    Returns:
+        out_THC, type of `q_THC`, and a scalar whose value is 0, since that of the loss is not
+        known yet, and whose gradient is that of sum over T and G of weight_T x kl_TG.
+
+    Raises:
+        ValueError: On shapes, types or devices that do not fit, or an unknown `impl`.
+        RuntimeError: See `sparse_attention`.
+
+    Source: arXiv 2606.10651, sparse attention and the indexer's loss on the selected set.
+    """
+    default = default_impl(q_THC, k_SGC, v_SGC, scores_TK)
+    chosen = choose_impl("sparse_attention_with_loss", impl, IMPLEMENTATIONS, default)
+    sizes = check_shapes(
+        q_THC=q_THC,
+        k_SGC=k_SGC,
+        v_SGC=v_SGC,
+        indices_TK=indices_TK,
+        scores_TK=scores_TK,
+        weight_T=weight_T,
+    )
+    check_groups(sizes["H"], sizes["G"])
+    check_same_dtype(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
+    check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
+    check_dtypes(FLOAT_DTYPES, scores_TK=scores_TK, weight_T=weight_T)
+    operands = q_THC, k_SGC, v_SGC, indices_TK, scores_TK, weight_T.detach(), report
+    options: dict[str, Any] = {"scale": scale, "deterministic": deterministic}
+    options["kept"] = KeptOutputs() if kept is None else kept
+    has_backward = torch.is_grad_enabled() and any(each.requires_grad for each in operands[:3])
+    if chosen == "triton" and has_backward:
+        # Loaded on demand: everything else must import where Triton cannot compile.
+        autograd = import_module("megatron_keye.kernels.sparse_attention_with_loss.autograd")
+        result: tuple[Tensor, Tensor] = autograd.sparse_attention_with_loss(*operands, **options)
+        return result
+    return reference.sparse_attention_with_loss(*operands, **options, impl=chosen)
