@@ -74,7 +74,8 @@ def measure_all(cases: list[Case], options: argparse.Namespace) -> int:
 
     for case in cases:
         line = bench.line(case, is_plain=False)
-        if not options.no_peer and bench.has_peer(case):
+        goes_on = num_ranks == 1 or "error" not in line
+        if goes_on and not options.no_peer and bench.has_peer(case):
             key = case.peer()
             if key not in peers:
                 peers[key] = bench.line(key, is_plain=True)

@@ -56,7 +56,7 @@ class DecoderPass:
         self._is_forward_only = is_forward_only
         self._returns_gradients = vision_learns(run) and not is_forward_only
         self._config = get_model_config(stages[0])
-        if stages[0].ddp_config.overlap_grad_reduce:
+        if any(stage.ddp_config.overlap_grad_reduce for stage in stages):
             # So that gradients are summed in the last micro-batch alone.
             holding_back = [stage.no_sync for stage in stages]
             self._config.no_sync_func = holding_back if len(stages) > 1 else holding_back[0]

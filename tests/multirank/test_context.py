@@ -14,7 +14,7 @@ from megatron_keye.config import RunConfig
 from megatron_keye.decoder import attention
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import mixed_rows, tiny_model, tiny_run
-from tests.support.train import LOSS_TOLERANCE, build_step, let_go
+from tests.support.train import build_step, let_go
 
 TRAININGS: list[dict[str, Any]] = [
     {},
@@ -82,10 +82,11 @@ def test_gathers_under_other_work_give_the_bits_of_plain_ones() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 def test_gathers_under_other_work_train_as_plain_ones_on_gpus() -> None:
     """Kernels with atomic additions keep it from being the same bits."""
-    runs = [run_of(training, "cuda").to_json() for training in TRAININGS]
+    trainings = [training | {"precision": "bf16"} for training in TRAININGS]
+    runs = [run_of(training, "cuda").to_json() for training in trainings]
     for rank in run_on_ranks(2, _steps_on_rank, runs, device="cuda"):
         for (overlapped, _), (plain, _) in rank:
-            assert overlapped == pytest.approx(plain, rel=LOSS_TOLERANCE, nan_ok=True)
+            assert overlapped == pytest.approx(plain, rel=1e-3, nan_ok=True)
 
 
 def _order_on_rank(run_json: str) -> list[str]:

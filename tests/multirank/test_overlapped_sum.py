@@ -18,7 +18,7 @@ from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.optim.overlapped_sum import OverlappedSum
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import mixed_rows, tiny_model, tiny_run
-from tests.support.train import LOSS_TOLERANCE, build_step, let_go
+from tests.support.train import build_step, let_go
 
 CASES: dict[str, dict[str, Any]] = {
     "experts, replicas whose last rows attend otherwise": {
@@ -32,7 +32,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 def run_of(case: str, overlap: str, device: str = "cpu") -> RunConfig:
     """Return a run whose gradients are not clipped, since buckets round their norm otherwise."""
-    run = tiny_run(model=tiny_model(num_layers=2), device=device, **CASES[case])
+    options = dict(CASES[case])
+    if device == "cuda":
+        options["training"] = options.get("training", {}) | {"precision": "bf16"}
+    run = tiny_run(model=tiny_model(num_layers=2), device=device, **options)
     optimizer = replace(
         run.training.optimizer,
         overlap=overlap,
@@ -118,4 +121,4 @@ def test_sums_under_the_backward_pass_train_as_others_on_gpus(case: str) -> None
     for overlapped, plain in run_on_ranks(2, _steps_on_rank, runs, device="cuda"):
         assert overlapped[2][0][1] >= 4
         for mine, theirs in zip(overlapped[0], plain[0], strict=True):
-            assert mine == pytest.approx(theirs, rel=LOSS_TOLERANCE)
+            assert mine == pytest.approx(theirs, rel=1e-2)
