@@ -35,6 +35,8 @@ class ForgeOptions:
     """Rate, in variable clips the average one."""
     most_shapes: int = 4
     """Most shapes of a clip."""
+    longest_stay: float = MOST_SECONDS
+    """Most seconds for which a shape or a word stays at once, 1 or more."""
     questions_per_clip: int = 4
     """Most questions about a clip."""
     variable_share: float = 0.25
@@ -75,6 +77,10 @@ class ForgeOptions:
         _check(
             min(self.num_clips, self.num_held_out, self.questions_per_clip) >= 1,
             "--samples, --held-out, --per-clip: got less than 1, expected 1 or more",
+        )
+        _check(
+            self.longest_stay >= 1,
+            f"--stay: got {self.longest_stay:g}, expected 1 second or more",
         )
         _check(
             0 <= self.variable_share <= 1,
