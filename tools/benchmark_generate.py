@@ -5,8 +5,8 @@
 
 Weights and prompts are random. A JSON line each for
 
-prefill: the attention of a whole prompt, in one piece and in pieces of rollout.prefill_tokens, as a
-share of its time in training's forward of the same row, without the indexer's loss;
+prefill: the attention of a whole prompt, in one piece and in pieces of rollout.prefill_tokens, as
+a share of its time in training's forward of the same row, without the indexer's loss;
 decode: a layer with one new token of each answer, as a share of the operator's own time plus that
 of a layer whose operator does nothing;
 shared_prompt: pages of many answers to one prompt, as a share of those of one answer;

@@ -86,7 +86,7 @@ def _per_call(bench: Bench, tick: Callable[[], object], repeats: int) -> float:
 
 
 def _layers(bench: Bench, tick: Callable[[], object], repeats: int) -> float:
-    """Return the median microseconds from the beginning of the first layer to the last one's end."""
+    """Return the median microseconds from the first layer's beginning to the last one's end."""
     layers, clock, found = bench.stage.block.layers, Clock(bench.device), []
     with clock.around(layers[0], layers[-1]):
         for number, _ in enumerate(repeated(tick, repeats)):

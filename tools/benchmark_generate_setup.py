@@ -87,7 +87,7 @@ class Clock:
 
     @contextmanager
     def around(self, first: torch.nn.Module, last: torch.nn.Module) -> Iterator[None]:
-        """Measure from the beginning of one module to the end of another, until the context ends."""
+        """Measure from one module's beginning to another's end, until the context ends."""
         hooks = [
             first.register_forward_pre_hook(lambda module, inputs: self.start()),
             last.register_forward_hook(lambda module, inputs, outputs: self.stop()),
