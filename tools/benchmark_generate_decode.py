@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from megatron_keye.decoder import cached_attention
 from megatron_keye.decoder.key_cache import LayerCache
 from megatron_keye.decoder.row import RowMeter
+from megatron_keye.kernels.sparse_decode import sparse_decode
 from megatron_keye.rollout.cache import allocate
 from megatron_keye.rollout.new_tokens import RankCache
 from megatron_keye.rollout.pages import PagePool, PageTable
@@ -33,7 +35,7 @@ def time_decode(bench: Bench) -> Iterator[dict[str, Any]]:
                 "op": "decode",
                 "batch": batch,
                 "tokens": bench.options.tokens,
-                **_timed(bench, lambda a=answers, r=replica: r.run_answers(a)),
+                **_timed(bench, partial(replica.run_answers, answers)),
             }
         del answers, replica
 
@@ -43,12 +45,11 @@ def _timed(bench: Bench, tick: Callable[[], object]) -> dict[str, Any]:
     layers = bench.stage.block.layers
     repeats, num_layers = bench.options.repeats, len(layers)
     whole = _per_call(bench, tick, repeats)
-    operator = cached_attention.sparse_decode
     calls: list[Callable[[], object]] = []
 
     def watched(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        calls[:] = [lambda: operator(*inputs, **options)]
-        return operator(*inputs, **options)
+        calls[:] = [partial(sparse_decode, *inputs, **options)]
+        return sparse_decode(*inputs, **options)
 
     with patch.object(cached_attention, "sparse_decode", watched):
         layer = _layers(bench, tick, repeats) / num_layers

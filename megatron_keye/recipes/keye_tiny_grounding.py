@@ -1,14 +1,15 @@
 """A tiny Keye-VL that learns on forged clips when something is on the screen, on a CPU.
 
-    megatron-keye forge_video runs/grounding --samples 4000 --seconds 20 24 --rate 1 --size 56 56 \\
-        --shapes 4 --stay 3 --questions when at describe --per-clip 6 --plain --variable 0 --tokenizer
+    megatron-keye forge_video runs/grounding --samples 8000 --seconds 20 24 --rate 1 --plain \\
+        --variable 0 --size 56 56 --shapes 4 --stay 3 --questions when at describe --per-clip 6 \\
+        --tokenizer
     megatron-keye train keye_tiny_grounding --ranks 1
     megatron-keye evaluate keye_tiny_grounding --task grounding --out runs/grounding_scores \\
         --samples runs/grounding/held_out.questions.jsonl --weights runs/keye_tiny_grounding
 
 A frame is four vision tokens and its time two words, which are also the words of the answers; so
-each time of an answer stands beside one of the frames, and the model has to find which. "when" asks
-for that; "at" and "describe" ask for many frames each, from which it first learns to look at all.
+each time of an answer stands beside one of the frames, and the model has to find which. "when"
+asks for that; "at" and "describe" ask for many frames each, from which it first learns to look.
 Nothing stays longer than 3 of about 22 seconds, so that an answer that looks at nothing scores
 below 0.2.
 """
@@ -18,12 +19,14 @@ from megatron_keye.config import (
     DataConfig,
     DecoderConfig,
     DecoderParallel,
+    EvaluationConfig,
     ExpertsConfig,
     FrameConfig,
     IndexerConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    RolloutConfig,
     RunConfig,
     TrainingConfig,
     ValidationConfig,
@@ -66,6 +69,8 @@ def keye_tiny_grounding(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             ),
         ),
         parallel=ParallelConfig(decoder=DecoderParallel(data=num_ranks)),
+        # Prompts of about 200 tokens; a CPU's attention takes the square of a row's length.
+        rollout=RolloutConfig(prefill_tokens=8192 if has_gpu else 1024),
         training=TrainingConfig(
             steps=1500,
             # As many tokens with either device: a GPU wants them at once, a CPU in short rows.
@@ -76,6 +81,13 @@ def keye_tiny_grounding(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50),
             checkpoint=CheckpointConfig(interval_steps=250),
             validation=ValidationConfig(interval_steps=100),
+            evaluation=EvaluationConfig(
+                samples=f"{FOLDER}/held_out.questions.jsonl",
+                task="grounding",
+                interval_steps=100,
+                num_questions=0,
+                max_new_tokens=64,
+            ),
         ),
     )
 

@@ -36,6 +36,10 @@ from megatron_keye.training.patch_source import (
     open_patch_source,
     video_decoder,
 )
+from megatron_keye.training.periodic_evaluation import (
+    OpenEvaluation,
+    open_periodic_evaluation,
+)
 from megatron_keye.training.provenance import host_names, record_start
 from megatron_keye.training.read_ahead import ReadAhead, StepRows
 from megatron_keye.training.report import Report
@@ -65,6 +69,7 @@ class Trainer:
         *,
         uses_transformer_engine: bool,
         fusions: Fusions = PLAIN,
+        open_evaluation: OpenEvaluation | None = None,
     ) -> None:
         """Build all parts, and load the checkpoint that the run's settings ask for, if any.
 
@@ -73,6 +78,7 @@ class Trainer:
             process: This rank.
             uses_transformer_engine: Whether linear layers and experts are Transformer Engine's.
             fusions: The fused kernels that run.
+            open_evaluation: Builds what answers the questions of training.evaluation, if any.
 
         Raises:
             UserError: For degrees, samples or a checkpoint that do not fit the run.
@@ -125,6 +131,9 @@ class Trainer:
             padding_row=self._loader.padding_row(),
             device=process.device,
             heartbeat=process.heartbeat,
+        )
+        self._evaluation = open_periodic_evaluation(
+            run, self._grid, self._model, process, self._clock, open_evaluation
         )
         self._last_validation: ValidationResult | None = None
         self._progress = training_checkpoint.Progress(
@@ -216,6 +225,8 @@ class Trainer:
                 continue
             self.was_stopped = metrics.asks_to_stop and not self._is_over()
             is_best = not self.was_stopped and self._validate(report)
+            if not self.was_stopped:
+                self._evaluation.look(self._progress.step, report, is_last=not self._has_rows)
             if self._is_checkpoint_due(is_best=is_best):
                 self._save(report)
                 folder = checkpoint_folder(self._run, self._progress.step)
