@@ -66,13 +66,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="SECONDS",
         help="most seconds for which a shape or a word stays at once; default: no limit",
     )
-    parser.add_argument(
-        "--variable",
-        type=float,
-        default=0.25,
-        metavar="SHARE",
-        help="share of clips with uneven times between frames; default: 0.25",
-    )
+    for name, share, meaning in (
+        ("--words", 0.5, "share of clips that show a word"),
+        ("--variable", 0.25, "share of clips with uneven times between frames"),
+    ):
+        parser.add_argument(
+            name, type=float, default=share, metavar="SHARE", help=f"{meaning}; default: {share:g}"
+        )
     parser.add_argument("--plain", action="store_true", help="neither noise nor swaying pictures")
     parser.add_argument(
         "--tokenizer",
@@ -99,6 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         frames_per_second=options.rate,
         most_shapes=options.shapes,
         longest_stay=options.stay,
+        word_share=options.words,
         questions_per_clip=options.per_clip,
         variable_share=options.variable,
         has_distractors=not options.plain,

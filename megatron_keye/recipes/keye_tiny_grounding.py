@@ -1,13 +1,13 @@
 """A tiny Keye-VL that learns on forged clips when something is on the screen, on a CPU.
 
     megatron-keye forge_video runs/grounding --samples 8000 --seconds 20 24 --rate 1 --plain \\
-        --variable 0 --size 56 56 --shapes 4 --stay 3 --questions when at describe --per-clip 6 \\
-        --tokenizer
+        --variable 0 --words 0 --size 56 56 --shapes 4 --stay 3 --per-clip 6 \\
+        --questions when at describe --tokenizer
     megatron-keye train keye_tiny_grounding --ranks 1
     megatron-keye evaluate keye_tiny_grounding --task grounding --out runs/grounding_scores \\
         --samples runs/grounding/held_out.questions.jsonl --weights runs/keye_tiny_grounding
 
-A frame is four vision tokens and its time two words, which are also the words of the answers; so
+A frame is one vision token and its time two words, which are also the words of the answers; so
 each time of an answer stands beside one of the frames, and the model has to find which. "when"
 asks for that; "at" and "describe" ask for many frames each, from which it first learns to look.
 Nothing stays longer than 3 of about 22 seconds, so that an answer that looks at nothing scores
@@ -65,7 +65,7 @@ def keye_tiny_grounding(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             validation=f"{FOLDER}/held_out.jsonl",
             packing_window=8,
             frames=FrameConfig(
-                frames_per_second=1.0, min_tokens_per_frame=4, max_tokens_per_frame=4
+                frames_per_second=1.0, min_tokens_per_frame=1, max_tokens_per_frame=1
             ),
         ),
         parallel=ParallelConfig(decoder=DecoderParallel(data=num_ranks)),

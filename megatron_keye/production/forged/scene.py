@@ -84,6 +84,7 @@ def draw_scene(
     most_shapes: int,
     frames_per_second: float,
     longest_stay: float = math.inf,
+    word_share: float = 0.5,
 ) -> Scene:
     """Draw a scene.
 
@@ -93,6 +94,7 @@ def draw_scene(
         most_shapes: Most shapes; one at least is drawn.
         frames_per_second: Whatever comes or goes stays so for about a second or longer.
         longest_stay: Most seconds for which a shape or a word stays at once.
+        word_share: How likely a word is shown.
     """
     shortest = max(1, min(round(frames_per_second), num_frames // 6))
     longest = int(max(shortest, min(num_frames, longest_stay * frames_per_second)))
@@ -122,7 +124,7 @@ def draw_scene(
                 turns=turns,
             )
         )
-    if generator.random() < 0.5:
+    if generator.random() >= word_share:
         return Scene(num_frames=num_frames, shapes=tuple(shapes))
     word = WORDS[generator.integers(len(WORDS))]
     [shown] = _cut(generator, num_frames, 1, shortest, longest)

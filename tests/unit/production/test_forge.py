@@ -174,6 +174,8 @@ def test_clips_without_a_question_are_counted(
         (("--size", "63", "48"), "--size: got 63 48, expected even numbers"),
         (("--shapes", "9"), "--shapes: got 9, expected 1 to 5"),
         (("--variable", "2"), "--variable: got 2, expected a share"),
+        (("--words", "-1"), "--words: got -1, expected a share"),
+        (("--stay", "0.5"), "--stay: got 0.5, expected 1 second or more"),
         (("--workers", "0"), "--workers: got 0"),
     ],
 )

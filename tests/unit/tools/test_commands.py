@@ -26,6 +26,8 @@ TOOLS = {
 PARTS_OF_TOOLS = {
     "benchmark_clips",
     "benchmark_lines",
+    *(f"benchmark_generate_{part}" for part in ("answers", "decode", "measure", "prefill")),
+    "benchmark_generate_setup",
     *(f"benchmark_step_{part}" for part in ("cases", "layers", "measure", "profile")),
 }
 """Files that another one imports, without a command line."""
