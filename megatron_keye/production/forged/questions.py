@@ -29,7 +29,7 @@ def ask(watched: Watched, kinds: Sequence[str], count: int, draw: Draw) -> list[
     Args:
         watched: The clip.
         kinds: Kinds of questions, each of which is drawn equally often as far as it can be asked;
-            questions come in this order of their kinds, so that none is answered by one before.
+            questions come in this order of their kinds, so that what tells most can come last.
         count: Most questions.
         draw: Chooses.
     """
@@ -159,10 +159,10 @@ def _at(watched: Watched, draw: Draw) -> Candidates:
     # Mostly of frames that show something.
     weights = np.array([_WEIGHT_OF_SHOWN if each else 1.0 for each in seen])
     drawn = draw.choice(len(seen), len(seen), replace=False, p=weights / weights.sum())
-    for frames in np.array_split(drawn[: 2 * _NUM_TIMES], 2):
-        times = [f"<{watched.times[frame]:.1f} seconds>" for frame in frames]
-        shown = [seen[frame] or "nothing" for frame in frames]
-        answer = " ".join(f"{time} {each}" for time, each in zip(times, shown, strict=True))
+    # Of frames that share a tenth of a second, one.
+    frames = {f"<{watched.times[frame]:.1f} seconds>": frame for frame in drawn}
+    for times in np.array_split(list(frames)[: 2 * _NUM_TIMES], 2):
+        answer = " ".join(f"{time} {seen[frames[time]] or 'nothing'}" for time in times)
         yield ForgedQuestion(
             kind="at",
             task="caption",

@@ -2,9 +2,9 @@
 
 A step is {"step": 1, "loss": ..., ...} with every metric by name. A validation is {"step": 1,
 "validation": {source: {"loss": ...}}}, an evaluation {"step": 1, "evaluation": {task: {metric:
-...}}}, and samples left out are {"step": 1, "skipped_samples":
-total, "reasons": [...]}. A comparison of ranks is {"step": 1, "stragglers": {work: {"rank": 3,
-...}}}. A number that is not finite is null, as JSON has none.
+...}}}, and samples left out are {"step": 1, "skipped_samples": total, "reasons": [...]}. A
+comparison of ranks is {"step": 1, "stragglers": {work: {"rank": 3, ...}}}. A number that is not
+finite is null, as JSON has none.
 """
 
 import json
