@@ -31,6 +31,7 @@ from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.config import (
     CheckpointConfig,
     DataConfig,
+    EvaluationConfig,
     OptimizerConfig,
     RunConfig,
     ValidationConfig,
@@ -155,9 +156,11 @@ def dense(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         training=replace(
             base.training,
             steps=1200,
-            optimizer=replace(base.training.optimizer, warmup_steps=50),
+            rows_per_step=1,
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
             checkpoint=CheckpointConfig(interval_steps=600),
             validation=ValidationConfig(interval_steps=50),
+            evaluation=EvaluationConfig(),
         ),
     )
 

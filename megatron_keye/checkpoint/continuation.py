@@ -56,6 +56,7 @@ _CHANGES = {
     "training.logging": Change.FREE,
     "training.checks_hand_over": Change.FREE,
     "training.validation": Change.FREE,
+    "training.evaluation": Change.FREE,
     "data.validation": Change.FREE,
     "data.remote": Change.FREE,
     # Limits and responses; what decides whether an update is made is said.

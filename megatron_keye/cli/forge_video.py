@@ -10,7 +10,7 @@ Times are read back from the files. No scene is in both parts; one seed gives th
 
 Kinds of questions: when, never (what is not there), moves, turns (to another colour) and word ask
 for times; blinks asks how often; first, together, order and letter are multiple choice; describe
-asks for a caption.
+asks for a caption, and at for what is on the screen at some times.
 
 Exit status 2, and nothing written, for a wrong argument; a killed run continues with the same
 command.
@@ -25,7 +25,7 @@ from megatron_keye.cli.arguments import add_count, add_workers, chosen_workers, 
 from megatron_keye.cli.progress import sample_bar
 from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.production.forged.forge import forge
-from megatron_keye.production.forged.options import ForgeOptions
+from megatron_keye.production.forged.options import MOST_SECONDS, ForgeOptions
 from megatron_keye.production.forged.questions import KINDS
 
 
@@ -60,12 +60,19 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=4.0, help="frames per second; default: 4")
     add_count(parser, "--shapes", "most shapes of a clip", default=4)
     parser.add_argument(
-        "--variable",
+        "--stay",
         type=float,
-        default=0.25,
-        metavar="SHARE",
-        help="share of clips with uneven times between frames; default: 0.25",
+        default=MOST_SECONDS,
+        metavar="SECONDS",
+        help="most seconds for which a shape or a word stays at once; default: no limit",
     )
+    for name, share, meaning in (
+        ("--words", 0.5, "share of clips that show a word"),
+        ("--variable", 0.25, "share of clips with uneven times between frames"),
+    ):
+        parser.add_argument(
+            name, type=float, default=share, metavar="SHARE", help=f"{meaning}; default: {share:g}"
+        )
     parser.add_argument("--plain", action="store_true", help="neither noise nor swaying pictures")
     parser.add_argument(
         "--tokenizer",
@@ -91,6 +98,8 @@ def main(arguments: Sequence[str]) -> int:
         longest_seconds=options.seconds[1],
         frames_per_second=options.rate,
         most_shapes=options.shapes,
+        longest_stay=options.stay,
+        word_share=options.words,
         questions_per_clip=options.per_clip,
         variable_share=options.variable,
         has_distractors=not options.plain,

@@ -19,14 +19,14 @@ from megatron_keye.cli.progress import sample_bar
 from megatron_keye.config import RunConfig
 from megatron_keye.data.prompts import PromptFile, Question
 from megatron_keye.data.row import Sample
-from megatron_keye.data.tokens import END_OF_TEXT, TURN_END, Tokenizer, load_tokenizer
+from megatron_keye.data.tokens import Tokenizer, load_tokenizer
 from megatron_keye.data.video.probe_cache import node_cache
 from megatron_keye.errors import UserError
 from megatron_keye.parallel.process import Process
 from megatron_keye.rollout.engine import Engine
 from megatron_keye.rollout.grid import generating_run
 from megatron_keye.rollout.opening import open_engine
-from megatron_keye.rollout.request import Completion, Request, SamplingLaw
+from megatron_keye.rollout.request import Completion, Request, SamplingLaw, stop_ids
 from megatron_keye.rollout.served import ServedEngine
 
 
@@ -100,11 +100,6 @@ def new_request(
     )
 
 
-def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the tokens that end an answer."""
-    return tuple(tokenizer.control_id(name) for name in (TURN_END, END_OF_TEXT))
-
-
 def _answer_file(
     run: RunConfig,
     process: Process,
@@ -143,11 +138,10 @@ def _answer_file(
 
 
 def _record(completion: Completion, question: Question, tokenizer: Tokenizer) -> dict[str, Any]:
-    token_ids = completion.token_ids[:-1] if completion.finish == "stop" else completion.token_ids
     return {
         "name": question.prompt.name,
         "answer": completion.answer,
-        "text": tokenizer.decode(list(token_ids)),
+        "text": tokenizer.decode(list(completion.text_ids)),
         "finish": completion.finish,
         "num_tokens": len(completion.token_ids),
         "log_prob": sum(completion.log_probs),

@@ -192,12 +192,13 @@ def watch(run: RunConfig, process: "Process") -> "Watchdog":
 def train(run: RunConfig, process: "Process") -> bool:
     """Build a trainer on this rank, run it, and return whether it reached its last step."""
     from megatron_keye.config.backends import check_wandb
+    from megatron_keye.evaluation import Evaluation
     from megatron_keye.training.trainer import Trainer
 
     if process.rank == 0:
         check_wandb(run.training.logging.wandb_project)
     with writing(run.folder, "the run's files", then=_GO_ON):
-        trainer = Trainer(run, process, **operators(run, process))
+        trainer = Trainer(run, process, open_evaluation=Evaluation, **operators(run, process))
         trainer.train()
     return not trainer.was_stopped
 

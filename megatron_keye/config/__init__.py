@@ -1,6 +1,7 @@
 """Configuration of a run: frozen dataclasses, validated when they are made."""
 
 from megatron_keye.config.data import DataConfig, DecodeConfig, FrameConfig, RemoteConfig
+from megatron_keye.config.evaluation import EvaluationConfig
 from megatron_keye.config.fusions import FusionsConfig
 from megatron_keye.config.health import HealthConfig
 from megatron_keye.config.lora import LoraConfig
@@ -28,6 +29,7 @@ __all__ = [
     "DecodeConfig",
     "DecoderConfig",
     "DecoderParallel",
+    "EvaluationConfig",
     "ExpertsConfig",
     "FrameConfig",
     "FusionsConfig",

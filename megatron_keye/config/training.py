@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_keye.config.check import check, check_numbers
+from megatron_keye.config.evaluation import EvaluationConfig
 from megatron_keye.config.fusions import FusionsConfig
 from megatron_keye.config.health import HealthConfig
 from megatron_keye.config.lora import TARGETS, LoraConfig
@@ -210,6 +211,8 @@ class TrainingConfig:
     """Figures beside the console."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The loss of samples that are not trained on."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Answers to questions, and their scores."""
     fusions: FusionsConfig = field(default_factory=FusionsConfig)
     """Fused kernels of the decoder."""
     health: HealthConfig = field(default_factory=HealthConfig)

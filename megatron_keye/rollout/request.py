@@ -5,6 +5,7 @@ from typing import Literal
 
 from megatron_keye.config.rollout import RolloutConfig
 from megatron_keye.data.row import Sample
+from megatron_keye.data.tokens import END_OF_TEXT, TURN_END, Tokenizer
 
 Finish = Literal["stop", "length", "aborted"]
 
@@ -98,3 +99,13 @@ class Completion:
     which no answer may hold and which is left out."""
     versions: tuple[tuple[int, int], ...]
     """Runs of tokens by the weights that drew them: version and number of tokens."""
+
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        """Its tokens without the one that ended it."""
+        return self.token_ids[:-1] if self.finish == "stop" else self.token_ids
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the tokens that end an answer of a chat."""
+    return tuple(tokenizer.control_id(name) for name in (TURN_END, END_OF_TEXT))

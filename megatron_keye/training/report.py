@@ -16,7 +16,7 @@ from megatron_keye.checkpoint.saver import Saved
 from megatron_keye.config.run import RunConfig
 from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.metrics import StepMetrics
-from megatron_keye.training.sinks import Losses, open_sinks
+from megatron_keye.training.sinks import Losses, Scores, open_sinks
 
 _NOTABLE_SHARE = 0.05
 """Share of a step from which a wait is worth a place on the step's line."""
@@ -98,6 +98,21 @@ class Report:
             sink.log_validation(step, losses)
         parts = [f"{source} {figures['loss']:.4f}" for source, figures in losses.items()]
         self._bar.console.out(f"validation after step {step}: {', '.join(parts)}", highlight=False)
+
+    def show_evaluation(self, step: int, scores: Scores) -> None:
+        """Show the scores of an evaluation.
+
+        Args:
+            step: Steps done.
+            scores: By task and metric.
+        """
+        for sink in self._sinks:
+            sink.log_evaluation(step, scores)
+        parts = [
+            " ".join([task, *(f"{name} {value:.3f}" for name, value in of_task.items())])
+            for task, of_task in scores.items()
+        ]
+        self._bar.console.out(f"evaluation after step {step}: {', '.join(parts)}", highlight=False)
 
     def show_saved(self, saved: Saved) -> None:
         """Show a checkpoint that is complete."""

@@ -29,6 +29,10 @@ from megatron_keye.training.early_end import (
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.parts import build_parts
 from megatron_keye.training.patch_source import video_decoder
+from megatron_keye.training.periodic_evaluation import (
+    OpenEvaluation,
+    open_periodic_evaluation,
+)
 from megatron_keye.training.provenance import host_names, record_start
 from megatron_keye.training.read_ahead import ReadAhead, StepRows
 from megatron_keye.training.report import Report
@@ -55,6 +59,7 @@ class Trainer:
         *,
         uses_transformer_engine: bool,
         fusions: Fusions = PLAIN,
+        open_evaluation: OpenEvaluation | None = None,
     ) -> None:
         """Build all parts, and load the checkpoint that the run's settings ask for, if any.
 
@@ -63,6 +68,7 @@ class Trainer:
             process: This rank.
             uses_transformer_engine: Whether linear layers are Transformer Engine's.
             fusions: The fused kernels that run.
+            open_evaluation: Builds what answers the questions of training.evaluation, if any.
 
         Raises:
             UserError: For degrees, samples or a checkpoint that do not fit the run.
@@ -80,6 +86,9 @@ class Trainer:
         )
         self._clock, self._step = self._parts.clock, self._parts.step
         self._saving, self._health = self._parts.saving, self._parts.health
+        self._evaluation = open_periodic_evaluation(
+            run, self._parts.grid, self._parts.model, process, self._clock, open_evaluation
+        )
         self._last_validation: ValidationResult | None = None
         loader = self._parts.loader
         self._progress = training_checkpoint.Progress(
@@ -167,6 +176,8 @@ class Trainer:
                 continue
             self.was_stopped = metrics.asks_to_stop and not self._is_over()
             is_best = not self.was_stopped and self._validate(report)
+            if not self.was_stopped:
+                self._evaluation.look(self._progress.step, report, is_last=not self._has_rows)
             if self._is_checkpoint_due(is_best=is_best):
                 self._save(report)
                 folder = checkpoint_folder(self._run, self._progress.step)

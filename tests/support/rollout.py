@@ -126,15 +126,15 @@ def training_log_probs(
     )
     row = pack([whole], len(token_ids) + 3, pad_token_id=0)
     run = replace(run, data=replace(run.data, row_tokens=len(row.token_ids)))
-    batch = cut_row(row, run, grid.place())
     stage: VirtualStage = model.stages[0].module
-    width = run.model.decoder.hidden_size
-    features = torch.zeros(0, width, dtype=stage.config.params_dtype)
+    own = {"device": next(stage.parameters()).device, "dtype": stage.config.params_dtype}
+    batch = cut_row(row, run, grid.place()).to(own["device"])
+    features = torch.zeros(0, run.model.decoder.hidden_size, **own)
     if row.pictures and model.vision is not None:
-        patches = synthetic_patches(row.pictures).to(stage.config.params_dtype)
+        patches = synthetic_patches(row.pictures).to(**own)
         features = model.vision(patches, [picture.patch_grid for picture in row.pictures])
     # The gradient of a label's weight is its cross entropy.
-    weights_L = torch.ones(len(answer), dtype=stage.config.params_dtype, requires_grad=True)
+    weights_L = torch.ones(len(answer), **own, requires_grad=True)
     meter = SelectionMeter()
     loss = stage(
         replace(batch, weights_L=weights_L),
@@ -145,4 +145,4 @@ def training_log_probs(
         phase=run.training.phase,
     )
     (losses_L,) = torch.autograd.grad(loss, weights_L)
-    return -losses_L, meter.selected
+    return -losses_L.cpu(), meter.selected

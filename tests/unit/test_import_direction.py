@@ -43,6 +43,10 @@ ALLOWED: dict[str, set[str]] = {
         "training",
     },
     "post_training": {"data", "errors"},
+    "evaluation": {
+        *("config", "data", "errors", "files", "model", "parallel", "rollout", "scoring"),
+        "training",
+    },
 }
 # Entry points may import every part: the command line, and the package's own public names.
 ENTRY_POINTS = ("cli", "__main__", "")

@@ -35,6 +35,10 @@ class ForgeOptions:
     """Rate, in variable clips the average one."""
     most_shapes: int = 4
     """Most shapes of a clip."""
+    longest_stay: float = MOST_SECONDS
+    """Most seconds for which a shape or a word stays at once, 1 or more."""
+    word_share: float = 0.5
+    """Share of clips that show a word."""
     questions_per_clip: int = 4
     """Most questions about a clip."""
     variable_share: float = 0.25
@@ -77,9 +81,11 @@ class ForgeOptions:
             "--samples, --held-out, --per-clip: got less than 1, expected 1 or more",
         )
         _check(
-            0 <= self.variable_share <= 1,
-            f"--variable: got {self.variable_share:g}, expected a share from 0 to 1",
+            self.longest_stay >= 1,
+            f"--stay: got {self.longest_stay:g}, expected 1 second or more",
         )
+        for name, share in (("variable", self.variable_share), ("words", self.word_share)):
+            _check(0 <= share <= 1, f"--{name}: got {share:g}, expected a share from 0 to 1")
 
     @property
     def size(self) -> tuple[int, int]:

@@ -11,10 +11,14 @@ from megatron_keye.production.forged.forged_question import (
     grounding,
     written_intervals,
 )
-from megatron_keye.production.forged.scene import LETTERS, SHAPE_NAMES, WORDS, Shape
+from megatron_keye.production.forged.scene import LETTERS, SHAPE_NAMES, WORDS, Scene, Shape
 from megatron_keye.scoring.truth import CaptionTruth, CountTruth
 
 _NUM_OPTIONS = 4
+_NUM_TIMES = 8
+"""Most times that one question asks about."""
+_WEIGHT_OF_SHOWN = 3.0
+"""How much likelier than an empty frame one that shows something is asked about."""
 Draw = np.random.Generator
 Candidates = Iterator[ForgedQuestion]
 
@@ -24,7 +28,8 @@ def ask(watched: Watched, kinds: Sequence[str], count: int, draw: Draw) -> list[
 
     Args:
         watched: The clip.
-        kinds: Kinds of questions, each of which is drawn equally often as far as it can be asked.
+        kinds: Kinds of questions, each of which is drawn equally often as far as it can be asked;
+            questions come in this order of their kinds, so that what tells most can come last.
         count: Most questions.
         draw: Chooses.
     """
@@ -35,7 +40,7 @@ def ask(watched: Watched, kinds: Sequence[str], count: int, draw: Draw) -> list[
     while len(chosen) < count and (left := [group for group in left if group]):
         group = left[draw.integers(len(left))]
         chosen.append(group.pop(draw.integers(len(group))))
-    return chosen
+    return sorted(chosen, key=lambda question: kinds.index(question.kind))
 
 
 def _when(watched: Watched, draw: Draw) -> Candidates:
@@ -147,6 +152,26 @@ def _letter(watched: Watched, draw: Draw) -> Candidates:
         yield choice("letter", text, options[0], options, draw)
 
 
+def _at(watched: Watched, draw: Draw) -> Candidates:
+    """Ask what is there at some times, in any order: each is answered by one frame."""
+    scene = watched.scene
+    seen = [" and ".join(_shown(scene, frame)) for frame in range(scene.num_frames)]
+    # Mostly of frames that show something.
+    weights = np.array([_WEIGHT_OF_SHOWN if each else 1.0 for each in seen])
+    drawn = draw.choice(len(seen), len(seen), replace=False, p=weights / weights.sum())
+    # Of frames that share a tenth of a second, one.
+    frames = {f"<{watched.times[frame]:.1f} seconds>": frame for frame in drawn}
+    for times in np.array_split(list(frames)[: 2 * _NUM_TIMES], 2):
+        answer = " ".join(f"{time} {seen[frames[time]] or 'nothing'}" for time in times)
+        yield ForgedQuestion(
+            kind="at",
+            task="caption",
+            text=f"What is on the screen at {' '.join(times)} ?",
+            answer=answer,
+            truth=CaptionTruth(text=answer),
+        )
+
+
 def _describe(watched: Watched, draw: Draw) -> Candidates:
     sentences = []
     for shape in sorted(watched.scene.shapes, key=lambda shape: shape.shown[0][0]):
@@ -179,8 +204,18 @@ KINDS: dict[str, Callable[[Watched, Draw], Candidates]] = {
     "order": _order,
     "letter": _letter,
     "describe": _describe,
+    "at": _at,
 }
 """What makes the questions of each kind."""
+
+
+def _shown(scene: Scene, frame: int) -> Iterator[str]:
+    """Yield what a frame shows."""
+    for shape in scene.shapes:
+        if shape.is_shown(frame):
+            yield f"{shape.colour_at(frame)} {shape.form}"
+    if scene.word and scene.word_shown[0] <= frame < scene.word_shown[1]:
+        yield scene.word
 
 
 def _names(shape: Shape) -> Iterator[str]:

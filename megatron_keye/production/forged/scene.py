@@ -5,6 +5,7 @@ times of the written file make seconds of them.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,7 +78,13 @@ class Scene:
 
 
 def draw_scene(
-    generator: np.random.Generator, num_frames: int, *, most_shapes: int, frames_per_second: float
+    generator: np.random.Generator,
+    num_frames: int,
+    *,
+    most_shapes: int,
+    frames_per_second: float,
+    longest_stay: float = math.inf,
+    word_share: float = 0.5,
 ) -> Scene:
     """Draw a scene.
 
@@ -86,8 +93,11 @@ def draw_scene(
         num_frames: Frames of the clip, at least 6.
         most_shapes: Most shapes; one at least is drawn.
         frames_per_second: Whatever comes or goes stays so for about a second or longer.
+        longest_stay: Most seconds for which a shape or a word stays at once.
+        word_share: How likely a word is shown.
     """
     shortest = max(1, min(round(frames_per_second), num_frames // 6))
+    longest = int(max(shortest, min(num_frames, longest_stay * frames_per_second)))
     num_shapes = int(generator.integers(1, most_shapes + 1))
     # Two colours of each form are set aside for each shape, one to turn into.
     names = [SHAPE_NAMES[place] for place in generator.permutation(len(SHAPE_NAMES))]
@@ -96,7 +106,7 @@ def draw_scene(
     for number in range(num_shapes):
         colour, form = names.pop(0).split()
         other = next((name for name in names if name.endswith(form)), None)
-        life = _draw_life(generator, num_frames, shortest)
+        life = _draw_life(generator, num_frames, shortest, longest)
         turns = None
         if other is not None and len(life) == 1 and generator.random() < 0.3:
             names.remove(other)
@@ -114,31 +124,52 @@ def draw_scene(
                 turns=turns,
             )
         )
-    if generator.random() < 0.5:
+    if generator.random() >= word_share:
         return Scene(num_frames=num_frames, shapes=tuple(shapes))
     word = WORDS[generator.integers(len(WORDS))]
-    [shown] = _cut(generator, num_frames, 1, shortest)
+    [shown] = _cut(generator, num_frames, 1, shortest, longest)
     return Scene(num_frames=num_frames, shapes=tuple(shapes), word=word, word_shown=shown)
 
 
 def _draw_life(
-    generator: np.random.Generator, num_frames: int, shortest: int
+    generator: np.random.Generator, num_frames: int, shortest: int, longest: int
 ) -> tuple[Frames, ...]:
     """Return the stretches in which a shape is shown: one, or one more than its blinks."""
     most = min(_MOST_BLINKS, (num_frames // shortest - 1) // 2 - 1)
     num_blinks = int(generator.integers(1, most + 1)) if most > 0 else 0
-    return _cut(generator, num_frames, 1 + num_blinks * (generator.random() < 0.35), shortest)
+    num_stretches = 1 + num_blinks * (generator.random() < 0.35)
+    return _cut(generator, num_frames, num_stretches, shortest, longest)
 
 
 def _cut(
-    generator: np.random.Generator, num_frames: int, num_stretches: int, shortest: int
+    generator: np.random.Generator,
+    num_frames: int,
+    num_stretches: int,
+    shortest: int,
+    longest: int,
 ) -> tuple[Frames, ...]:
-    """Draw stretches that are, like the gaps between, at least `shortest` frames long."""
+    """Draw stretches that are, like the gaps between, at least `shortest` frames long.
+
+    None is longer than `longest`; of one that would be, a part is taken.
+    """
     num_parts = 2 * num_stretches - 1
     spare = num_frames - num_parts * shortest
     cuts = np.sort(generator.integers(0, spare + 1, num_parts + 1))
     bounds = (cuts + shortest * np.arange(num_parts + 1)).tolist()
-    return tuple(zip(bounds[::2], bounds[1::2], strict=True))
+    stretches = zip(bounds[::2], bounds[1::2], strict=True)
+    return tuple(
+        each if each[1] - each[0] <= longest else _short_part(generator, each, shortest, longest)
+        for each in stretches
+    )
+
+
+def _short_part(
+    generator: np.random.Generator, stretch: Frames, shortest: int, longest: int
+) -> Frames:
+    """Draw a part of a stretch of `shortest` to `longest` frames, every length equally often."""
+    length = int(generator.integers(shortest, longest + 1))
+    start = int(generator.integers(stretch[0], stretch[1] - length + 1))
+    return start, start + length
 
 
 def _inside(generator: np.random.Generator, stretch: Frames, shortest: int) -> int:

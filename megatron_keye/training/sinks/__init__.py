@@ -5,11 +5,11 @@ They belong to training, since they write its metrics; `observe` knows the parts
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.training.sinks.json_lines import JsonLines
-from megatron_keye.training.sinks.sink import Losses, Sink
+from megatron_keye.training.sinks.sink import Losses, Scores, Sink
 from megatron_keye.training.sinks.tensorboard import TensorBoard
 from megatron_keye.training.sinks.wandb import Wandb
 
-__all__ = ["Losses", "Sink", "open_sinks"]
+__all__ = ["Losses", "Scores", "Sink", "open_sinks"]
 
 
 def open_sinks(run: RunConfig, first_step: int) -> list[Sink]:

@@ -1,9 +1,10 @@
 """metrics.jsonl in the run's folder: one JSON object a line, for pandas, jq and scripts.
 
 A step is {"step": 1, "loss": ..., ...} with every metric by name. A validation is {"step": 1,
-"validation": {source: {"loss": ...}}}, and samples left out are {"step": 1, "skipped_samples":
-total, "reasons": [...]}. A comparison of ranks is {"step": 1, "stragglers": {work: {"rank": 3,
-...}}}. A number that is not finite is null, as JSON has none.
+"validation": {source: {"loss": ...}}}, an evaluation {"step": 1, "evaluation": {task: {metric:
+...}}}, and samples left out are {"step": 1, "skipped_samples": total, "reasons": [...]}. A
+comparison of ranks is {"step": 1, "stragglers": {work: {"rank": 3, ...}}}. A number that is not
+finite is null, as JSON has none.
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import Any
 from megatron_keye.config.run import RunConfig
 from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.metrics import StepMetrics
-from megatron_keye.training.sinks.sink import Losses
+from megatron_keye.training.sinks.sink import Losses, Scores
 
 
 class JsonLines:
@@ -35,6 +36,10 @@ class JsonLines:
     def log_validation(self, step: int, losses: Losses) -> None:
         """Write the figures of each source."""
         self._write({"step": step, "validation": {name: dict(of) for name, of in losses.items()}})
+
+    def log_evaluation(self, step: int, scores: Scores) -> None:
+        """Write the scores of each task."""
+        self._write({"step": step, "evaluation": {task: dict(of) for task, of in scores.items()}})
 
     def log_skipped(self, step: int, num_skipped: int, reasons: list[str]) -> None:
         """Write the count and the reasons, where there are new ones."""

@@ -14,6 +14,9 @@ from megatron_keye.training.metrics import StepMetrics
 Losses = Mapping[str, Mapping[str, float]]
 """Figures of a validation, "loss" among them, by name of its source; "all" are all of them."""
 
+Scores = Mapping[str, Mapping[str, float]]
+"""Means over the questions of an evaluation, by task and by name of the metric."""
+
 _PERPLEXITY_EXPONENT = 20.0
 """Megatron-LM's limit of the loss in a perplexity, against overflow."""
 
@@ -31,6 +34,9 @@ class Sink(Protocol):
 
     def log_validation(self, step: int, losses: Losses) -> None:
         """Write the result of a validation after `step` steps."""
+
+    def log_evaluation(self, step: int, scores: Scores) -> None:
+        """Write the scores of an evaluation after `step` steps."""
 
     def log_skipped(self, step: int, num_skipped: int, reasons: list[str]) -> None:
         """Write the samples left out.
@@ -74,6 +80,15 @@ def slowness_scalars(slowness: Sequence[Slowness]) -> dict[str, float]:
         scalars[f"stragglers/{slowest.work}_ratio"] = slowest.ratio
         scalars[f"stragglers/{slowest.work}_rank"] = float(slowest.rank)
     return scalars
+
+
+def evaluation_scalars(scores: Scores) -> dict[str, float]:
+    """Return the curves of an evaluation by name."""
+    return {
+        f"evaluation/{task}/{name}": value
+        for task, of_task in scores.items()
+        for name, value in of_task.items()
+    }
 
 
 def validation_scalars(losses: Losses) -> dict[str, float]:

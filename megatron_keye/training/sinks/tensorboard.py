@@ -10,6 +10,8 @@ from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.sinks.sink import (
     Losses,
+    Scores,
+    evaluation_scalars,
     slowness_scalars,
     step_scalars,
     validation_scalars,
@@ -38,6 +40,10 @@ class TensorBoard:
     def log_validation(self, step: int, losses: Losses) -> None:
         """Write a point of each curve of validation."""
         self._add(step, validation_scalars(losses))
+
+    def log_evaluation(self, step: int, scores: Scores) -> None:
+        """Write a point of each curve of evaluation."""
+        self._add(step, evaluation_scalars(scores))
 
     def log_skipped(self, step: int, num_skipped: int, reasons: list[str]) -> None:
         """Write the count as a curve, and the reasons as text."""

@@ -10,6 +10,8 @@ from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.sinks.sink import (
     Losses,
+    Scores,
+    evaluation_scalars,
     slowness_scalars,
     step_scalars,
     validation_scalars,
@@ -64,6 +66,10 @@ class Wandb:
     def log_validation(self, step: int, losses: Losses) -> None:
         """Send a point of each curve of validation."""
         self._send(step, validation_scalars(losses))
+
+    def log_evaluation(self, step: int, scores: Scores) -> None:
+        """Send a point of each curve of evaluation."""
+        self._send(step, evaluation_scalars(scores))
 
     def log_skipped(self, step: int, num_skipped: int, reasons: list[str]) -> None:
         """Send the count; the reasons are in the other sinks."""

@@ -31,6 +31,7 @@ ZERO_MEANS_SOMETHING = {
     *(f"training.optimizer.{name}" for name in ("beta1", "beta2", "clip_gradient_norm")),
     "training.optimizer.offload",
     *(f"training.validation.{name}" for name in ("interval_steps", "num_rows")),
+    *(f"training.evaluation.{name}" for name in ("interval_steps", "num_questions")),
     *(f"training.health.{name}" for name in ("spike_score", "rerun_tolerance")),
     *("training.validation.patience", "training.validation.min_delta", "training.epochs"),
     *("training.hang_minutes", "training.logging.straggler_steps"),

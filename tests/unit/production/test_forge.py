@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import av
@@ -68,6 +69,40 @@ def test_what_a_scene_shows_is_within_it(
         score = question.truth.score(question.answer, watched.seconds)
         is_exact = not isinstance(question.truth, GroundingTruth) or not question.truth.intervals
         assert score.understood is not None and (score.value == 1 or not is_exact), question
+
+
+@given(st.integers(0, 2**32), st.integers(6, 200), st.floats(0.5, 30), st.floats(1, 9))
+def test_nothing_stays_longer_than_asked(
+    seed: int, num_frames: int, rate: float, longest: float
+) -> None:
+    generator = np.random.default_rng(seed)
+    options = {"most_shapes": 3, "frames_per_second": rate, "longest_stay": longest}
+    scene = draw_scene(generator, num_frames, **options, word_share=1.0)
+    for start, stop in (scene.word_shown, *(s for shape in scene.shapes for s in shape.shown)):
+        assert 0 < stop - start <= max(1, round(rate), longest * rate)
+
+
+def test_what_is_at_a_time_is_what_its_frame_shows() -> None:
+    generator = np.random.default_rng(0)
+    scene = draw_scene(generator, 40, most_shapes=2, frames_per_second=20, word_share=1.0)
+    times = [frame / 20 for frame in range(40)]
+    watched = Watched(scene=scene, times=times, seconds=2.0)
+    for question in ask(watched, ("at",), 2, generator):
+        asked = question.text.removeprefix("What is on the screen at ").removesuffix(" ?")
+        names = re.findall(r"<[0-9.]+ seconds>", question.answer)
+        assert " ".join(names) == asked and len(set(names)) == len(names) == 8
+        said = re.split(r" ?<[0-9.]+ seconds> ", question.answer)[1:]
+        for name, seen in zip(names, said, strict=True):
+            frames = [n for n, time in enumerate(times) if f"<{time:.1f} seconds>" == name]
+            expected = [
+                " and ".join(
+                    [f"{s.colour_at(n)} {s.form}" for s in scene.shapes if s.is_shown(n)]
+                    + [scene.word] * (scene.word_shown[0] <= n < scene.word_shown[1])
+                )
+                or "nothing"
+                for n in frames
+            ]
+            assert seen in expected
 
 
 def test_answers_of_the_files_are_right(folder: Path) -> None:
@@ -174,6 +209,8 @@ def test_clips_without_a_question_are_counted(
         (("--size", "63", "48"), "--size: got 63 48, expected even numbers"),
         (("--shapes", "9"), "--shapes: got 9, expected 1 to 5"),
         (("--variable", "2"), "--variable: got 2, expected a share"),
+        (("--words", "-1"), "--words: got -1, expected a share"),
+        (("--stay", "0.5"), "--stay: got 0.5, expected 1 second or more"),
         (("--workers", "0"), "--workers: got 0"),
     ],
 )

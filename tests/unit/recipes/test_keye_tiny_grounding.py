@@ -10,6 +10,8 @@ from megatron_keye.data.source import ConversationFile
 from megatron_keye.data.tokens import END_OF_TEXT, load_tokenizer
 from megatron_keye.recipes import keye_tiny_grounding as recipe
 from megatron_keye.scoring.parse_intervals import parse_intervals
+from megatron_keye.scoring.question_file import read_questions
+from megatron_keye.scoring.summary import score_questions, summarize
 
 
 def forge_command() -> list[str]:
@@ -23,7 +25,7 @@ def test_the_recipe_reads_what_its_command_forges(tmp_path: Path) -> None:
     words = forge_command()
     words[words.index("--samples") + 1] = "8"
     folder = tmp_path / "out"
-    assert forge_video.main([str(folder), *words, "--held-out", "2", "--workers", "1"]) == 0
+    assert forge_video.main([str(folder), *words, "--held-out", "40", "--workers", "1"]) == 0
     run = recipe.keye_tiny_grounding(num_ranks=1, has_gpu=False)
     data = replace(
         run.data, samples=str(folder / "train.jsonl"), tokenizer=str(folder / "tokenizer")
@@ -41,3 +43,7 @@ def test_the_recipe_reads_what_its_command_forges(tmp_path: Path) -> None:
         answers = tokenizer.decode([int(each) for each in sample.labels if each != IGNORED_LABEL])
         last = answers.split("<|im_end|>")[-2]
         assert parse_intervals(last), "and the answer is one that is scored"
+    questions = read_questions(folder / "held_out.questions.jsonl")
+    asked = [question for question in questions if question.task == run.training.evaluation.task]
+    blind = summarize(score_questions(asked, {}))[0].blind
+    assert blind is not None and blind < 0.2, "the whole video is no good answer"

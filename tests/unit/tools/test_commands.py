@@ -27,6 +27,8 @@ PARTS_OF_TOOLS = {
     "benchmark_clips",
     "benchmark_lines",
     *(f"benchmark_step_{part}" for part in ("cases", "layers", "measure", "profile", "ranks")),
+    *(f"benchmark_generate_{part}" for part in ("answers", "decode", "measure", "prefill")),
+    "benchmark_generate_setup",
 }
 """Files that another one imports, without a command line."""
 

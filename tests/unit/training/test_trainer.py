@@ -96,6 +96,7 @@ def trainer_without_model(
         "health": RunHealth(run, no_model, no_model, SimpleNamespace(rank=0)),
         "has_rows": True,
         "saved": [],
+        "evaluation": SimpleNamespace(look=lambda *_, **__: None),
         "saving": SimpleNamespace(look=lambda *_, **__: None, wait=lambda _: None),
     }
     vars(trainer).update({f"_{name}": value for name, value in fields.items()})

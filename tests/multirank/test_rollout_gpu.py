@@ -1,0 +1,112 @@
+"""The engine's tests on real GPUs: NCCL instead of gloo, Triton's kernels in float32.
+
+In float64 the operators are the reference ones, so that what is left is the engine itself.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_keye.rollout.grid import generating_run
+from tests.support.ranks import run_on_ranks
+from tests.support.rollout import generated, prompt, request
+from tests.support.rollout_cases import (
+    ARRANGEMENTS,
+    REQUESTS,
+    assert_same_answers,
+    compare_with_training,
+    generate_from,
+    generate_with_new_weights,
+    selections,
+    tiny,
+)
+from tests.support.train import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+
+TOLERANCES = {"fp32": 1e-4, "fp64": 1e-12}
+FOUR_RANKS = "tensor 2 x data 2, expert 4"
+ON_TWO = [name for name in ARRANGEMENTS if name != FOUR_RANKS]
+PRECISIONS = pytest.mark.parametrize("precision", TOLERANCES)
+
+Answers = dict[tuple[int, int], Any]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Answers]:
+    """Return the answers of one GPU by precision."""
+    return {name: generated(tiny(name, device="cuda"), REQUESTS) for name in TOLERANCES}
+
+
+@PRECISIONS
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_log_probabilities_are_those_of_training(precision: str, quantization: str) -> None:
+    run = tiny(precision, quantization=quantization, device="cuda")
+    sampled = [each for each in REQUESTS if not each.law.is_greedy]
+    ((worst, count),) = run_on_ranks(
+        1, compare_with_training, run.to_json(), sampled, device="cuda"
+    )
+    assert count > 30
+    assert worst < TOLERANCES[precision]
+
+
+@PRECISIONS
+def test_selections_are_those_of_training(precision: str) -> None:
+    asked = request(0, prompt(1, 14, (4, 6)), max_new_tokens=8)
+    run = tiny(precision, device="cuda")
+    (pairs,) = run_on_ranks(1, selections, run.to_json(), asked, device="cuda")
+    assert len(pairs) == 4
+    for got, trained in pairs:
+        assert torch.equal(got, trained)
+
+
+@needs_two
+@PRECISIONS
+@pytest.mark.parametrize("name", ON_TWO)
+def test_answers_do_not_depend_on_batch_pages_or_grid(
+    name: str, precision: str, alone: dict[str, Answers]
+) -> None:
+    run = tiny(precision, device="cuda", **ARRANGEMENTS[name])
+    tolerance = TOLERANCES[precision]
+    assert_same_answers(generated(run, REQUESTS), alone[precision], tolerance=tolerance)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="fewer than four GPUs")
+def test_four_gpus_answer_as_one(alone: dict[str, Answers]) -> None:
+    run = tiny("fp64", device="cuda", **ARRANGEMENTS[FOUR_RANKS])
+    assert_same_answers(generated(run, REQUESTS), alone["fp64"])
+
+
+@needs_two
+def test_a_replica_without_requests_runs_beside_the_others(alone: dict[str, Answers]) -> None:
+    answers = generated(tiny("fp64", device="cuda", data=2, expert=2), REQUESTS[:1])
+    assert_same_answers(answers, {key: alone["fp64"][key] for key in answers})
+
+
+@needs_two
+def test_weights_come_from_another_training_grid(
+    alone: dict[str, Answers], tmp_path: Path
+) -> None:
+    train(tiny("fp64", device="cuda", pipeline=2), [], save_to=tmp_path)
+    saved = tmp_path / "tiny" / "checkpoints" / "step-00000000"
+    # Another seed, so that weights that are not loaded differ.
+    run = generating_run(tiny("fp64", device="cuda", tensor=2, training={"seed": 9}), 2)
+    for answers in run_on_ranks(2, generate_from, run.to_json(), saved, REQUESTS, device="cuda"):
+        assert_same_answers({(a.key, a.answer): a for a in answers}, alone["fp64"])
+
+
+def test_no_key_of_earlier_weights_is_read_after_new_ones_are_taken() -> None:
+    asked = request(0, prompt(1, 12, (4, 6)), max_new_tokens=8)
+    run = tiny("fp64", device="cuda")
+    ((versions, errors),) = run_on_ranks(
+        1, generate_with_new_weights, run.to_json(), asked, device="cuda"
+    )
+    assert versions == ((0, 4), (1, 4))
+    assert min(errors[:4]) > 1e-6, "other weights give other scores"
+    assert max(errors[4:]) < 1e-12

@@ -1,0 +1,133 @@
+"""The runs and requests of the engine's tests, and what ranks do in them, with gloo or NCCL."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_keye.checkpoint.training_checkpoint import read_weights
+from megatron_keye.config import ExpertsConfig, IndexerConfig, RolloutConfig, RunConfig
+from megatron_keye.rollout.request import Completion, Request, SamplingLaw
+from tests.support.rollout import (
+    SelectionMeter,
+    build_engine,
+    prompt,
+    request,
+    training_log_probs,
+)
+from tests.support.tiny import tiny_model, tiny_run
+from tests.support.train import let_go
+
+EXPERTS = ExpertsConfig(
+    num_experts=4, num_experts_per_token=2, intermediate_size=24, balance_loss_weight=0.0
+)
+SMALL = RolloutConfig(page_tokens=4, cache_tokens=400, prefill_tokens=64)
+REQUESTS = [
+    request(0, prompt(1, 12, (4, 6), (2, 2))),
+    request(1, prompt(2, 21), num_answers=3, max_new_tokens=5),
+    request(2, prompt(3, 5, (2, 4)), num_answers=2, max_new_tokens=9),
+    request(3, prompt(4, 1)),
+    request(4, prompt(5, 30), law=SamplingLaw(temperature=0.0)),
+]
+
+
+ARRANGEMENTS: dict[str, dict[str, Any]] = {
+    "pages of one token": {"rollout": replace(SMALL, page_tokens=1)},
+    "prompts in parts, one answer after the other": {
+        "rollout": replace(SMALL, prefill_tokens=7, max_sequences=1)
+    },
+    "a cache in which answers make room for older ones": {
+        "rollout": replace(SMALL, cache_tokens=52, page_tokens=2)
+    },
+    "tensor 2 with sequence parallelism": {"tensor": 2, "expert": 2},
+    "data 2 x expert 2": {"data": 2, "expert": 2},
+    "vision apart": {"vision_ranks": 1, "rollout": replace(SMALL, prefill_tokens=20)},
+    "tensor 2 x data 2, expert 4": {"tensor": 2, "data": 2, "expert": 4},
+}
+
+
+def tiny(
+    precision: str = "fp32",
+    *,
+    rollout: RolloutConfig = SMALL,
+    training: dict[str, Any] | None = None,
+    quantization: str = "none",
+    **degrees: Any,
+) -> RunConfig:
+    """Return a run of the tiny model that generates with a small cache."""
+    indexer = IndexerConfig(num_heads=4, head_dim=8, top_k=12, quantization=quantization)
+    model = tiny_model(experts=EXPERTS, indexer=indexer)
+    training = {"precision": precision} | (training or {})
+    return replace(tiny_run(model=model, training=training, **degrees), rollout=rollout)
+
+
+def compare_with_training(run_json: str, requests: list[Request]) -> tuple[float, int]:
+    """Return the largest difference of log-probabilities, and the number of tokens."""
+    run = RunConfig.from_json(run_json)
+    engine, grid, model = build_engine(run)
+    prompts = {each.key: each.prompt for each in requests}
+    worst, count = 0.0, 0
+    for answer in engine.generate(requests):
+        scored, _ = training_log_probs(run, grid, model, prompts[answer.key], answer.token_ids)
+        differences = (torch.tensor(answer.log_probs, dtype=scored.dtype) - scored).abs()
+        worst, count = max(worst, float(differences.max())), count + len(differences)
+    let_go(model)
+    return worst, count
+
+
+def selections(run_json: str, asked: Request) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return what each layer selects in the engine and in training, for all tokens that ran."""
+    run, meter = RunConfig.from_json(run_json), SelectionMeter()
+    engine, grid, model = build_engine(run, meter)
+    (answer,) = engine.generate([asked])
+    _, trained = training_log_probs(run, grid, model, asked.prompt, answer.token_ids)
+    let_go(model)
+    length = len(asked.prompt.token_ids)
+    pairs = []
+    for layer, (selected, *later) in meter.selected.items():
+        num_new = len(answer.token_ids) - 1
+        got = torch.cat([selected[:length], *later])
+        pairs.append((got.cpu(), trained[layer][0][: length + num_new].cpu()))
+    return pairs
+
+
+def generate_from(run_json: str, weights: Path, requests: list[Request]) -> list[Completion]:
+    """Answer with the weights of a checkpoint."""
+    run = RunConfig.from_json(run_json)
+    engine, grid, model = build_engine(run)
+    read_weights(weights, run, model, grid)
+    answers = list(engine.generate(requests))
+    let_go(model)
+    return answers
+
+
+def generate_with_new_weights(run_json: str, asked: Request) -> tuple[Any, list[float]]:
+    """Change the weights after four tokens of an answer; return how far its scores are off."""
+    run = RunConfig.from_json(run_json)
+    engine, grid, model = build_engine(run)
+    other = replace(asked, key=1, max_new_tokens=4)
+    for answer in engine.generate([asked, other]):
+        if answer.key == other.key:
+            with torch.no_grad():
+                for weight in model.stages[0].module.parameters():
+                    weight.mul_(1.1)
+            engine.take_weights(1)
+    scored, _ = training_log_probs(run, grid, model, asked.prompt, answer.token_ids)
+    let_go(model)
+    return answer.versions, (
+        torch.tensor(answer.log_probs, dtype=torch.float64) - scored
+    ).abs().tolist()
+
+
+def assert_same_answers(
+    got: dict[tuple[int, int], Any], expected: Any, *, tolerance: float = 1e-12
+) -> None:
+    """Compare answers by request and number: tokens, ends, and log-probabilities."""
+    assert got.keys() == expected.keys()
+    for key, answer in got.items():
+        assert answer.token_ids == expected[key].token_ids, key
+        assert answer.finish == expected[key].finish
+        wanted = pytest.approx(expected[key].log_probs, abs=tolerance)
+        assert answer.log_probs == wanted, key

@@ -1,0 +1,65 @@
+"""Draws how a run's scores rose while it trained, from its metrics.jsonl.
+
+    python tools/draw_scores.py runs/keye_tiny_grounding --out scores.svg
+
+One panel for the loss of training, one for each metric of training.evaluation.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_keye.cli.arguments import make_parser
+from megatron_keye.cli.status import reports_user_errors
+from megatron_keye.errors import UserError
+from megatron_keye.files.disk import writing
+from megatron_keye.observe.curves import StageCurves, draw
+
+Points = dict[str, list[tuple[int, float]]]
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = make_parser("tools/draw_scores.py", __doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="SVG to write")
+    return parser.parse_args(arguments)
+
+
+@reports_user_errors
+def main(arguments: Sequence[str]) -> int:
+    """Draw the picture and return the exit status."""
+    options = parse_arguments(arguments)
+    file = options.run / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"{options.run}: has no metrics.jsonl, expected the folder of a run")
+    curves = read_curves(file.read_text())
+    scores = [name for name in curves if name != "loss"]
+    if not scores:
+        raise UserError(f"{file}: has no scores, expected those of training.evaluation.samples")
+    steps = max(step for points in curves.values() for step, _ in points)
+    stage = StageCurves(name=scores[0].partition(" ")[0], num_steps=steps, curves=curves)
+    picture = draw([stage], ["loss", *scores], f"{options.run.name}: answers while it trains")
+    with writing(options.out, "the picture"):
+        options.out.write_text(picture)
+    return 0
+
+
+def read_curves(lines: str) -> Points:
+    """Return the points of the loss, and of each task's metrics, by name."""
+    curves: Points = {}
+    for line in map(json.loads, lines.splitlines()):
+        found = {"loss": line["loss"]} if "loss" in line else {}
+        for task, scores in line.get("evaluation", {}).items():
+            found |= {f"{task} {name}": value for name, value in scores.items()}
+        for name, value in found.items():
+            # A loss that is not finite is null.
+            if value is not None:
+                curves.setdefault(name, []).append((line["step"], value))
+    return curves
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
