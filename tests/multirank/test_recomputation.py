@@ -35,9 +35,9 @@ def _step_on_rank(runs: list[str]) -> list[tuple[Any, ...]]:
     for run_json in runs:
         selections = []
 
-        def counted(*inputs: Any) -> torch.Tensor:
+        def counted(*inputs: Any, **options: Any) -> torch.Tensor:
             selections.append(len(inputs))  # noqa: B023
-            return select(*inputs)
+            return select(*inputs, **options)
 
         attention.lightning_indexer = counted
         try:
