@@ -59,9 +59,10 @@ struct Shared {
   static constexpr int kWarps = kWarpgroup / 32;
 
   unsigned char stages[Cut::kStages][2][Cut::kTileBytes];
-  uint64_t is_full[Cut::kStages];   // a phase ends when the stage's keys and values are there
-  uint64_t is_empty[Cut::kStages];  // a phase ends when no warp needs them any more
-  uint32_t masks[Cut::kStages][kTileKeys / 2];  // words of two keys each
+  uint64_t is_full[Cut::kStages];   // a phase ends when all of a stage is there
+  uint64_t is_empty[Cut::kStages];  // a phase ends when no warp needs it any more
+  // Beside the keys: two mask words to one of these, and whose they are.
+  uint32_t masks[Cut::kStages][kTileKeys / 2];
   TileKind kind[Cut::kStages];
   Queues queues[kWarps];
 
@@ -123,8 +124,8 @@ struct Shared {
 template <typename Cut>
 struct Place {
   int64_t first_union;  // place of the union's first key in `keys` and `masks`
-  int num_keys;     // of the union
-  int first_local;  // the block's first query, counted from the tile's first
+  int num_keys;         // of the union
+  int first_local;      // the block's first query, counted from the tile's first
   int first_query;
   int group;
 

@@ -1,8 +1,8 @@
 // Sorts the keys of a union by who needs them and brings them with their values to shared memory.
 // Rows lie anywhere in memory, which Hopper's bulk copies can't gather, so each thread copies 16
 // bytes at a time; a barrier hears from the copies themselves when a stage is full.
-// Half of a tile's queries need only about 90 % of the union's keys where selections are alike,
-// and half of them where they are not, so each warpgroup is spared the other's keys.
+// Where selections differ much, half of the queries need little more than half of the union, so
+// tiles are filled with keys that both warpgroups need, or only the one or the other.
 #pragma once
 
 #include "sparse_attention/block.cuh"

@@ -27,7 +27,8 @@ from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.sparse_attention import reference
 
 IMPLEMENTATIONS = ("eager", "triton", "cuda")
-"""What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
+"""What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere.
+"cuda" has to be asked for."""
 
 
 def sparse_attention(

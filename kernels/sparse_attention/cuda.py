@@ -1,8 +1,9 @@
 """Binding of the CUDA sparse attention: the forward pass on Hopper's own instructions.
 
 The contract stands in api.py, the device code in csrc/sparse_attention/. It walks over the same
-unions as the Triton form, with the same results but for rounding; what keeps the tensor cores busy
-is that one warpgroup gathers keys while the others multiply, each beside its own softmax.
+unions as the Triton form, with the same results but for rounding. What keeps the tensor cores busy
+is that one warpgroup gathers keys while the others multiply, each beside its own softmax and only
+with keys that its own queries need.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head, B tiles
 of queries, U places of a union.
