@@ -70,10 +70,10 @@ def dense_attention_with_lse(
         kept: Keeps what the backward pass needs for a second call with the same tensors, which
             then takes it from there; "eager" computes it again. None: nothing is kept.
         impl: One of IMPLEMENTATIONS, or None for the default. "sdpa" is torch's own attention,
-            cuDNN's or FlashAttention, two calls for each trapezoid of the mask, and one
-            more for each gap in it; on a GPU
-            it takes 16 bits and heads of a multiple of 8 channels, and sums gradients in its own
-            order. To find the trapezoids, the ranges are read back to the host once.
+            cuDNN's or FlashAttention, two calls for each trapezoid of the mask and one more for
+            each gap in it; on a GPU it takes 16 bits and heads of a multiple of 8 channels, and
+            sums gradients in its own order. To find the trapezoids, ranges and reach are read back
+            to the host once.
 
     Returns:
         out_THC, type of `q_THC`, and lse_TH without a gradient, float32 (float64 for float64
