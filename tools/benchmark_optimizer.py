@@ -30,7 +30,7 @@ from tools.benchmark_lines import shared_fields, write_line
 
 _SHAPE = (2048, 1536)
 _REPEATS = 5
-_SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+_SETTINGS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 Step = Callable[[], Any]
 
@@ -93,7 +93,7 @@ def weights_on(device: torch.device, num_tensors: int) -> list[Tensor]:
     return weights
 
 
-def measure(make: Callable[[], Step]) -> dict[str, float]:
+def measure(make: Callable[[], Step]) -> dict[str, Any]:
     """Return the seconds of making a case and of each repetition, and the memory it held."""
     gc.collect()
     if torch.cuda.is_available():
@@ -136,12 +136,13 @@ def by_torch(weights: list[Tensor]) -> Step:
 
 def staged(make: Callable[[], list[Tensor]], settings: OptimizerConfig) -> Step:
     """Update with this project's AdamW."""
-    return StagedAdamW([{"params": make(), **_SETTINGS}], settings).step
+    optimizer = StagedAdamW([{"params": make(), **_SETTINGS}], settings)
+    return optimizer.step
 
 
 def hybrid(weights: list[Tensor]) -> Step:
     """Update with Megatron-Core's, as its own settings make it."""
-    return HybridDeviceOptimizer(
+    optimizer = HybridDeviceOptimizer(
         [{"params": weights}],
         offload_fraction=1.0,
         cpu_optimizer_cls=torch.optim.AdamW,
@@ -150,7 +151,9 @@ def hybrid(weights: list[Tensor]) -> Step:
         overlap_cpu_optimizer_d2h_h2d=True,
         fused=True,
         **_SETTINGS,
-    ).step
+    )
+    step: Step = optimizer.step
+    return step
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_keye.checkpoint.optimizer_shards import (
-    MASTER,
     Shard,
     gather_whole,
     is_sharded,
@@ -22,6 +21,7 @@ from megatron_keye.checkpoint.optimizer_shards import (
 )
 from megatron_keye.checkpoint.state import Sharded, data_of
 from megatron_keye.optim.optimizer import JointOptimizer
+from megatron_keye.optim.staged_adamw import MASTER
 
 type ShardedEntry = ShardedTensor | ShardedTensorFactory
 

@@ -26,11 +26,12 @@ def host_memory(like: Sequence[Tensor], *, is_pinned: bool) -> list[Tensor]:
         RuntimeError: When the system does not let so much memory be pinned.
     """
     sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in like]
-    pages = mmap.mmap(-1, max(1, sum(sizes)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    total = int(sum(sizes))
+    pages = mmap.mmap(-1, max(1, total), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # Huge pages, where there are any, are taken and pinned several times faster.
     with suppress(OSError):
         pages.madvise(mmap.MADV_HUGEPAGE)
-    if is_pinned and sum(sizes):
+    if is_pinned and total:
         _pin(pages)
     tensors, start = [], 0
     for tensor, size in zip(like, sizes, strict=True):

@@ -18,7 +18,7 @@ from torch.optim.adamw import adamw
 
 from megatron_keye.config.optimizer import OptimizerConfig
 from megatron_keye.optim.pinned_memory import host_memory
-from megatron_keye.optim.staging import Kept, Room, State, pass_through
+from megatron_keye.optim.staging import Kept, Room, State, copy_pairs, pass_through
 
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -67,7 +67,9 @@ class StagedAdamW:
         self.param_groups = groups
         self.state: dict[Tensor, State] = {}
         weights = [weight for group in groups for weight in group["params"]]
-        self._is_away = dict(zip(weights, _share_of(weights, settings.offload), strict=True))
+        self._is_away: dict[Tensor, bool] = dict(
+            zip(weights, _share_of(weights, settings.offload), strict=True)
+        )
         # A rank may have no part of the few weights that learn.
         self._device = weights[0].device if weights else torch.device("cpu")
         self._kinds = dict.fromkeys(MOMENTS, _DTYPES[settings.moments])
@@ -190,6 +192,5 @@ def _update(pieces: list[_Piece], staged: list[State]) -> None:
         eps=group["eps"],
         maximize=False,
     )
-    rounded = [pair for pair in zip(weights, masters, strict=True) if pair[0] is not pair[1]]
-    if rounded:
-        torch._foreach_copy_(*map(list, zip(*rounded, strict=True)))
+    pairs = zip(masters, weights, strict=True)
+    copy_pairs([(master, weight) for master, weight in pairs if master is not weight])

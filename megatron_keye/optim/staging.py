@@ -64,19 +64,19 @@ class Room:
                     self._cast.append((near, staged[kind]))
             self.staged.append(staged)
             start += len(stored)
-        _copy(self._copied)
+        copy_pairs(self._copied)
 
     def widen(self) -> None:
         """Make float32 of what was copied."""
-        _copy(self._cast)
+        copy_pairs(self._cast)
 
     def narrow(self) -> None:
         """Round float32 to the types that are kept."""
-        _copy(_swapped(self._cast))
+        copy_pairs(_swapped(self._cast))
 
     def store(self) -> None:
         """Begin to copy the room's content to where it is kept."""
-        _copy(_swapped(self._copied))
+        copy_pairs(_swapped(self._copied))
 
     def _part(self, kind: str, dtype: torch.dtype, start: int, like: Tensor) -> Tensor:
         return self._memory[kind, dtype][start : start + len(like)]
@@ -117,7 +117,7 @@ def pass_through[Batch: Sequence[Kept]](
     outgoing.synchronize()
 
 
-def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def copy_pairs(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Copy the first of each pair into the second, beside what the host does."""
     if pairs:
         sources, targets = map(list, zip(*pairs, strict=True))

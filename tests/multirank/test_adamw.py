@@ -10,12 +10,13 @@ import pytest
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor
 
-from megatron_keye.checkpoint.optimizer_shards import MASTER, Shard, optimizers_of, shards_of
+from megatron_keye.checkpoint.optimizer_shards import Shard, optimizers_of, shards_of
 from megatron_keye.config import OptimizerConfig, RunConfig
 from megatron_keye.config.parts import PARTS
 from megatron_keye.model import KeyeModel, part_of
 from megatron_keye.optim.learning_rate import learning_rate
 from megatron_keye.optim.optimizer import JointOptimizer
+from megatron_keye.optim.staged_adamw import MASTER
 from tests.support.fused_adam import fused_adam
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import mixed_rows, tiny_model, tiny_run

@@ -12,12 +12,13 @@ from megatron_keye.checkpoint.convert.convert import Options, hf_to_native, nati
 from megatron_keye.checkpoint.convert.synthetic import write_synthetic
 from megatron_keye.checkpoint.convert.to_native import native_shapes
 from megatron_keye.checkpoint.hf.safetensors_index import open_folder
-from megatron_keye.checkpoint.optimizer_shards import MASTER, optimizers_of, shards_of
+from megatron_keye.checkpoint.optimizer_shards import optimizers_of, shards_of
 from megatron_keye.config import ParallelConfig, RunConfig
 from megatron_keye.config.megatron import decoder_config
 from megatron_keye.decoder.virtual_stage import VirtualStage
 from megatron_keye.model import build_model
 from megatron_keye.optim.optimizer import JointOptimizer
+from megatron_keye.optim.staged_adamw import MASTER
 from megatron_keye.parallel.grid import build_grid
 from megatron_keye.vision import VisionTower
 from tests.support.ranks import run_on_ranks

@@ -9,8 +9,9 @@ import torch
 
 from megatron_keye.checkpoint import training_checkpoint
 from megatron_keye.checkpoint.convert.convert import Options, hf_to_native, native_to_hf
-from megatron_keye.checkpoint.optimizer_shards import MOMENTS, optimizers_of, shards_of
+from megatron_keye.checkpoint.optimizer_shards import optimizers_of, shards_of
 from megatron_keye.config import ExpertsConfig, OptimizerConfig, RunConfig
+from megatron_keye.optim.staged_adamw import MOMENTS
 from tests.support.fused_adam import fused_adam
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny import mixed_rows, tiny_model, tiny_run
