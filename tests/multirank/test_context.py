@@ -131,7 +131,7 @@ def _order_on_rank(run_json: str) -> list[str]:
     for name, has_backward in (
         ("lightning_indexer", False),
         ("selected_indexer_scores", True),
-        ("sparse_attention", True),
+        ("sparse_attention_with_loss", True),
     ):
         call = named(getattr(attention, name), name, has_backward=has_backward)
         replace(attention, name, call)
@@ -154,10 +154,10 @@ def test_exchanges_start_before_the_work_that_hides_them() -> None:
     layer = [
         *("gather indexer keys", "gather heads"),
         *("gather indexer keys arrived", "lightning_indexer", "selected_indexer_scores"),
-        *("gather heads arrived", "sparse_attention"),
+        *("gather heads arrived", "sparse_attention_with_loss"),
     ]
     back = [
-        *("sparse_attention backward", "sum heads"),
+        *("sparse_attention_with_loss backward", "sum heads"),
         *("selected_indexer_scores backward", "sum indexer keys"),
         *("sum indexer keys arrived", "sum heads arrived"),
     ]
