@@ -53,13 +53,17 @@ def test_a_layers_activations_agree_with_an_h100() -> None:
 def test_a_recomputed_layers_memory_agrees_with_an_h100() -> None:
     """Two layers that save their input, and one recomputed: MiB at the backward pass's peak.
 
-    The measured run selected again; a kept selection takes two bytes a key more.
+    The measured run selected again; a kept selection takes two bytes a key more. Each of its
+    experts had a weight of its own; the gradient of stacked ones comes on top.
     """
-    run = two_gpus("training.recompute=full", "model.decoder.num_layers=2")
+    changes = ("training.recompute=full", "model.decoder.num_layers=2")
+    run = two_gpus(*changes, "training.expert_layers=transformer_engine")
     memory = of_decoder(run)
     peak = memory.activations + memory.workspace
     selections = 2 * run.data.row_tokens * 2 * run.model.decoder.indexer.top_k
     assert (peak - selections) / MEBIBYTE == pytest.approx(10_065, rel=0.03)
+    stacked = of_decoder(two_gpus(*changes)).workspace - memory.workspace
+    assert stacked == 2 * 128 * 2 * 768 * 2048, "gate and up of 128 experts, in bf16"
 
 
 def test_each_choice_of_recomputation_keeps_what_it_says() -> None:
