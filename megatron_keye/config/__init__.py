@@ -13,6 +13,7 @@ from megatron_keye.config.model import (
 )
 from megatron_keye.config.optimizer import OptimizerConfig
 from megatron_keye.config.parallel import DecoderParallel, ParallelConfig, VisionParallel
+from megatron_keye.config.post_training import PostTrainingConfig
 from megatron_keye.config.rollout import RolloutConfig
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import (
@@ -38,6 +39,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PostTrainingConfig",
     "RemoteConfig",
     "RolloutConfig",
     "RunConfig",
