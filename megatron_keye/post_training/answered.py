@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from megatron_keye.data.row import Sample
 from megatron_keye.post_training.groups import advantages, has_variance
-from megatron_keye.post_training.rewards.reward import Reward
+from megatron_keye.post_training.reward import Reward
 from megatron_keye.rollout.request import Completion
 
 

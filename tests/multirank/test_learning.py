@@ -8,7 +8,7 @@ import pytest
 from megatron_keye.config import OptimizerConfig, PostTrainingConfig, RolloutConfig, RunConfig
 from megatron_keye.post_training.answered import AnsweredGroup
 from megatron_keye.post_training.learning import Learned, Learning
-from megatron_keye.post_training.rewards.reward import Reward
+from megatron_keye.post_training.reward import Reward
 from megatron_keye.rollout.embedded import EmbeddedEngine
 from megatron_keye.rollout.grid import generating_run
 from tests.support.ranks import run_on_ranks
