@@ -192,12 +192,14 @@ def watch(run: RunConfig, process: "Process") -> "Watchdog":
 def train(run: RunConfig, process: "Process") -> bool:
     """Build a trainer on this rank, run it, and return whether it reached its last step."""
     from megatron_keye.config.backends import check_wandb
+    from megatron_keye.post_training.trainer import PolicyTrainer
     from megatron_keye.training.trainer import Trainer
 
     if process.rank == 0:
         check_wandb(run.training.logging.wandb_project)
     with writing(run.folder, "the run's files", then=_GO_ON):
-        trainer = Trainer(run, process, **operators(run, process))
+        kind = PolicyTrainer if run.post_training.is_on else Trainer
+        trainer = kind(run, process, **operators(run, process))
         trainer.train()
     return not trainer.was_stopped
 

@@ -1,7 +1,7 @@
 """TensorBoard's event files, in events/ of the run's folder."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -10,6 +10,7 @@ from megatron_keye.observe.stragglers import Slowness
 from megatron_keye.training.metrics import StepMetrics
 from megatron_keye.training.sinks.sink import (
     Losses,
+    policy_scalars,
     slowness_scalars,
     step_scalars,
     validation_scalars,
@@ -48,6 +49,10 @@ class TensorBoard:
     def log_slowness(self, step: int, slowness: Sequence[Slowness]) -> None:
         """Write a point of the curves of each kind of work."""
         self._add(step, slowness_scalars(slowness))
+
+    def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write a point of the curves of learning from answers."""
+        self._add(step, policy_scalars(figures))
 
     def close(self, *, failed: bool) -> None:
         """Write what is still in memory."""
