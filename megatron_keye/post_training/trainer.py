@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +15,24 @@ from megatron_keye.checkpoint.selection import choose_checkpoint
 from megatron_keye.checkpoint.set_aside import set_aside
 from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
-from megatron_keye.data.tokens import END_OF_TEXT, load_tokenizer
-from megatron_keye.data.video.probe_cache import node_cache
 from megatron_keye.errors import UserError
-from megatron_keye.model import build_model
-from megatron_keye.optim.optimizer import JointOptimizer
-from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import Process
-from megatron_keye.parallel.random import seed_rank
 from megatron_keye.post_training.figures import (
     as_one_step,
     check_figures,
     describe_figures,
     policy_figures,
 )
-from megatron_keye.post_training.learning import Learned, Learning
+from megatron_keye.post_training.learning import Learned
+from megatron_keye.post_training.parts import Parts
 from megatron_keye.post_training.position import Position
-from megatron_keye.post_training.prompts import Prompts
-from megatron_keye.post_training.reward_pool import RewardPool
 from megatron_keye.post_training.rollout_log import RolloutLog
-from megatron_keye.post_training.rollouts import GenerationStopped, Rollout, Rollouts
-from megatron_keye.rollout.embedded import EmbeddedEngine
-from megatron_keye.rollout.grid import generating_run
+from megatron_keye.post_training.rollouts import GenerationStopped, Rollout
 from megatron_keye.training import hand_over
-from megatron_keye.training.health.run_health import RunHealth
 from megatron_keye.training.metrics import StepMetrics
-from megatron_keye.training.patch_source import (
-    log_video_decoder,
-    open_patch_source,
-    video_decoder,
-)
+from megatron_keye.training.patch_source import video_decoder
 from megatron_keye.training.provenance import host_names, record_start
 from megatron_keye.training.report import Report
-from megatron_keye.training.saving import Saving
-from megatron_keye.training.step import TrainingStep
 from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.stop import StopRequest
 from megatron_keye.training.summary import (
@@ -95,70 +78,17 @@ class PolicyTrainer:
         process.heartbeat.note("build")
         self.was_stopped = False
         """Whether a signal ended the run before its last step."""
-        self._grid, device = build_grid(run.parallel), process.device
-        seed_rank(run.training.seed, self._grid)
-        tokenizer = load_tokenizer(run.data.tokenizer)
-        self._prompts = Prompts(run, tokenizer, node_cache().probe)
-        self._model = build_model(
+        self._parts = Parts(
             run,
-            self._grid,
-            device,
+            process,
+            self._stop,
+            self._clock,
             uses_transformer_engine=uses_transformer_engine,
             fusions=fusions,
         )
-        self._optimizer = JointOptimizer(run, self._model, self._grid)
-        log_video_decoder(run, self._grid, device)
-        generating = generating_run(run, process.num_ranks)
-        open_patches = partial(open_patch_source, run, self._model, device, node_cache().probe)
-        self._sources = [
-            open_patches(),
-            open_patch_source(generating, self._model, device, node_cache().probe),
-        ]
-        self._health = RunHealth(run, self._model, self._optimizer, self._grid)
-        self._saving = Saving(run, self._clock, self._health.note_saved)
-        step = TrainingStep(
-            run,
-            self._grid,
-            self._model,
-            self._optimizer,
-            source=self._sources[0],
-            open_source=open_patches,
-            judge=self._health.judge,
-            stop=self._stop,
-            saving=self._saving,
-            clock=self._clock,
-            device=device,
-        )
-        self._learning = Learning(
-            run,
-            self._grid,
-            self._model,
-            step,
-            pad_token_id=tokenizer.control_id(END_OF_TEXT),
-            open_source=open_patches,
-            device=device,
-        )
-        self._engine = EmbeddedEngine(
-            generating,
-            self._grid,
-            self._model,
-            source=self._sources[1],
-            device=device,
-            heartbeat=process.heartbeat,
-        )
-        self._pool = RewardPool(run.post_training) if process.rank == 0 else None
-        self._rollouts = Rollouts(
-            run,
-            self._engine,
-            self._prompts,
-            tokenizer,
-            pool=self._pool,
-            is_asked_to_stop=lambda: bool(self._stop.name),
-            device=device,
-        )
         self._position = Position()
         self._progress = training_checkpoint.Progress(
-            step=0, updates=0, data=self._position.state_dict(self._prompts), earlier=earlier
+            step=0, updates=0, data=self._position.state_dict(self._parts.prompts), earlier=earlier
         )
         self._metrics: list[StepMetrics] = []
         self._seconds: dict[str, float] = {}
@@ -175,10 +105,7 @@ class PolicyTrainer:
         try:
             return self._train()
         finally:
-            self._saving.close()
-            for closed in (*self._sources, self._pool):
-                if closed is not None:
-                    closed.close()
+            self._parts.close()
             self._lock.release()
 
     def _train(self) -> dict[str, Any]:
@@ -214,16 +141,18 @@ class PolicyTrainer:
             self._clock.heartbeat.begin_step(self._progress.step + 1)
             try:
                 with self._part("generate"):
-                    rollout = self._rollouts(self._position.next_prompt, self._position.begun)
+                    rollout = self._parts.rollouts(
+                        self._position.next_prompt, self._position.begun
+                    )
             except GenerationStopped as stopped:
                 self._position.begun = stopped.begun
                 self.was_stopped = True
             else:
                 self._learn(rollout, report, log)
-            self._progress.data = self._position.state_dict(self._prompts)
+            self._progress.data = self._position.state_dict(self._parts.prompts)
             if self._is_checkpoint_due():
                 folder = self._save(report)
-        self._saving.wait(report)
+        self._parts.saving.wait(report)
         return folder
 
     def _learn(self, rollout: Rollout, report: Report | None, log: RolloutLog | None) -> None:
@@ -231,11 +160,11 @@ class PolicyTrainer:
         drops_equal = self._run.post_training.drops_equal_groups
         kept = rollout.kept(drops_equal=drops_equal)
         with self._part("learn"):
-            learned = self._learning(kept, self._progress.step)
+            learned = self._parts.learning(kept, self._progress.step)
         self._progress.step += 1
         self._position.begun = {}
         self._position.next_prompt += rollout.num_prompts
-        self._engine.take_weights(self._progress.step)
+        self._parts.engine.take_weights(self._progress.step)
         self._note_updates(learned, report)
         figures = policy_figures(rollout, learned, self._seconds, self._run)
         if report is not None:
@@ -258,7 +187,7 @@ class PolicyTrainer:
             )
         for metrics, rows in zip(learned.metrics, learned.rows, strict=True):
             progress.updates += metrics.was_applied
-            self._health.note(progress, metrics, rows, is_last=False)
+            self._parts.health.note(progress, metrics, rows, is_last=False)
         if not learned.metrics:
             return
         metrics = as_one_step(learned.metrics)
@@ -267,7 +196,7 @@ class PolicyTrainer:
         progress.tokens += metrics.tokens
         progress.seconds += metrics.step_seconds
         self._metrics.append(metrics)
-        self._saving.look(report, has_failed=metrics.has_failed_save)
+        self._parts.saving.look(report, has_failed=metrics.has_failed_save)
         self.was_stopped = metrics.asks_to_stop and progress.step < self._last_step
         if report is not None:
             report.show(progress.step, metrics)
@@ -280,29 +209,28 @@ class PolicyTrainer:
 
     def _save(self, report: Report | None) -> Path:
         self._lock.check()
-        self._saving.wait(report)  # The one before, which then is the newest.
+        self._parts.saving.wait(report)  # The one before, which then is the newest.
         with self._clock.part("save"):
-            self._health.check_before_save(self._progress)
-        self._saving.begin(self._model, self._optimizer, self._grid, self._progress)
+            self._parts.health.check_before_save(self._progress)
+        self._parts.saving.begin(*self._parts.trained, self._progress)
         folder = checkpoint_folder(self._run, self._progress.step)
         is_last = self._progress.step >= self._last_step
         exports = self._run.training.checkpoint.exports(self._progress.step, is_last=is_last)
         if exports and not self.was_stopped:
-            self._saving.wait(report)
+            self._parts.saving.wait(report)
             with self._clock.part("save"):
                 export_checkpoint(self._run, folder)
         return folder
 
     def _resume(self, checkpoint: Path | None) -> None:
         run, weights = self._run, self._run.training.checkpoint.weights
-        parts = (self._model, self._optimizer, self._grid)
         if checkpoint is not None:
-            self._progress = training_checkpoint.load(checkpoint, run, *parts)
-            self._position = Position.of(self._progress.data, self._prompts, run)
+            self._progress = training_checkpoint.load(checkpoint, run, *self._parts.trained)
+            self._position = Position.of(self._progress.data, self._parts.prompts, run)
         elif weights:
-            training_checkpoint.load_weights(Path(weights), run, *parts)
-        self._engine.take_weights(self._progress.step)
-        self._health.resume(self._progress, checkpoint)
+            training_checkpoint.load_weights(Path(weights), run, *self._parts.trained)
+        self._parts.engine.take_weights(self._progress.step)
+        self._parts.health.resume(self._progress, checkpoint)
         # What fails above leaves an earlier run where it is.
         if self._process.rank == 0:
             set_aside(run, self._lock, continued=checkpoint)

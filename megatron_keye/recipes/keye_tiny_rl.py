@@ -9,7 +9,7 @@
         --samples runs/rl/held_out.questions.jsonl --weights runs/keye_tiny_rl
 
 A short supervised run teaches the form of an answer and a little of when; then rewards of its own
-answers take the model further. The ViT and the projector are frozen then, and so are indexers.
+answers take the model further. The ViT and the projector are frozen then.
 """
 
 from dataclasses import replace
@@ -69,7 +69,7 @@ def keye_tiny_rl(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         training=replace(
             start.training,
             steps=100,
-            frozen=("vision", "projector"),
+            frozen=("vision", "projector"),  # The dense phase has no indexers.
             optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2, schedule="constant"),
             checkpoint=CheckpointConfig(
                 interval_steps=10,
@@ -81,7 +81,7 @@ def keye_tiny_rl(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         rollout=RolloutConfig(max_new_tokens=24, cache_tokens=16_384),
         post_training=PostTrainingConfig(
             kind="gspo",
-            prompts_per_step=16,
+            prompts_per_step=8,
             answers_per_prompt=8,
             minibatches=2,
             clip_low=3e-3,

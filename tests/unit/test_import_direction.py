@@ -42,6 +42,10 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "parallel"),
         "training",
     },
+    "post_training": {
+        *("checkpoint", "config", "data", "decoder", "errors", "files", "model", "observe"),
+        *("optim", "parallel", "rollout", "scoring", "training"),
+    },
 }
 # Entry points may import every part: the command line, and the package's own public names.
 ENTRY_POINTS = ("cli", "__main__", "")
