@@ -1,12 +1,9 @@
 """Settings of training on a model's own answers: groups of answers, the objective, the loop."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from megatron_keye.config.check import check, check_numbers
-
-if TYPE_CHECKING:
-    from megatron_keye.config.run import RunConfig
 
 Kind = Literal["none", "gspo", "grpo"]
 """What a run learns from: samples, or scored answers of its own."""
@@ -109,39 +106,3 @@ class PostTrainingConfig:
     def most_prompts(self) -> int:
         """Prompts that a step asks at most."""
         return max(self.prompts_per_step, int(self.oversampling * self.prompts_per_step))
-
-    def check_run(self, run: "RunConfig") -> None:
-        """Check the settings of other sections that learning from answers depends on.
-
-        Not a part of `RunConfig.validate`, since such a run may generate by other settings.
-
-        Raises:
-            UserError: Names the setting, its value and what was expected.
-        """
-        because = f" with post_training.kind = {self.kind!r}"
-        degrees, rollout, training = run.parallel.decoder, run.rollout, run.training
-        for axis in ("pipeline", "context"):
-            degree = getattr(degrees, axis)
-            expected = f"1{because}, since the same ranks generate with the same weights"
-            check(degree == 1, f"parallel.decoder.{axis}", degree, expected)
-        for axis in ("tensor", "expert"):
-            degree, trained = getattr(rollout, axis), getattr(degrees, axis)
-            expected = f"0 or {trained}, as parallel.decoder.{axis},{because}"
-            check(degree in (0, trained), f"rollout.{axis}", degree, expected)
-        is_whole_law = rollout.temperature > 0 and rollout.top_p == 1 and rollout.top_k == 0
-        law = (rollout.temperature, rollout.top_p, rollout.top_k)
-        expected = f"a temperature above 0, 1 and 0{because}, whose ratios are of the whole law"
-        check(is_whole_law, "rollout.temperature, top_p, top_k", law, expected)
-        health, data = training.health, run.data
-        for name, value, expected in (
-            ("rollout.server", rollout.server, ("",)),
-            ("training.epochs", training.epochs, (0.0,)),
-            ("training.phase", training.phase, ("dense", "sparse")),
-            ("training.health.on_spike", health.on_spike, ("warn", "skip", "stop")),
-            ("training.health.after_bad_steps", health.after_bad_steps, ("stop",)),
-            ("data.validation", data.validation, ("",)),
-            ("data.on_bad_sample", data.on_bad_sample, ("refuse",)),
-        ):
-            check(value in expected, name, value, f"{' or '.join(map(repr, expected))}{because}")
-        is_one = len(data.sources) == 1
-        check(is_one, "data.samples", data.samples, f"one file of questions{because}")

@@ -17,6 +17,7 @@ from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
 from megatron_keye.parallel.process import Process
+from megatron_keye.post_training.check_run import check_run
 from megatron_keye.post_training.figures import (
     as_one_step,
     check_figures,
@@ -68,7 +69,7 @@ class PolicyTrainer:
         Raises:
             UserError: For settings, questions or a checkpoint that do not fit the run.
         """
-        run.post_training.check_run(run)
+        check_run(run)
         run.check_num_ranks(process.num_ranks)
         self._lock = hold_run_folder(run, process.rank)
         checkpoint = choose_checkpoint(run)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from megatron_keye.config import (
     CheckpointConfig,
     DecoderParallel,
+    FrameConfig,
     HealthConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -25,6 +26,8 @@ from megatron_keye.recipes.keye_30b_a3b import keye_30b_a3b
 
 _ROW_TOKENS = 32_768
 _NEW_TOKENS = 1_024
+_VIDEO_TOKENS = 24_576
+"""Leaves room for the times of its frames, about 12 tokens each, the question and the answer."""
 _TENSOR, _EXPERT = 4, 8
 
 
@@ -45,7 +48,12 @@ def keye_video_rl(*, num_ranks: int, has_gpu: bool) -> RunConfig:
     return replace(
         run,
         name="keye_video_rl",
-        data=replace(run.data, samples="data/questions.jsonl", row_tokens=_ROW_TOKENS),
+        data=replace(
+            run.data,
+            samples="data/questions.jsonl",
+            row_tokens=_ROW_TOKENS,
+            frames=FrameConfig(max_tokens_per_video=_VIDEO_TOKENS),
+        ),
         parallel=ParallelConfig(decoder=degrees),
         training=replace(
             run.training,

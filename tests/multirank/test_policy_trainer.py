@@ -20,6 +20,7 @@ from megatron_keye.config import (
 from megatron_keye.errors import UserError
 from megatron_keye.parallel.process import Process
 from megatron_keye.post_training import rollouts
+from megatron_keye.post_training.check_run import check_run
 from megatron_keye.post_training.trainer import PolicyTrainer
 from megatron_keye.production.word_tokenizer import write_tokenizer
 from tests.support.ranks import run_on_ranks
@@ -187,7 +188,6 @@ def test_settings_that_make_no_sense_are_refused(
     run = run_of(folder, "refused")
     changed = replace(run, **{section: replace(getattr(run, section), **change)})
     with pytest.raises(UserError, match=message):
-        changed.post_training.check_run(changed)
+        check_run(changed)
     with pytest.raises(UserError, match=r"parallel.decoder.context: got 2, expected 1"):
-        wide = run_of(folder, "refused", context=2)
-        wide.post_training.check_run(wide)
+        check_run(run_of(folder, "refused", context=2))
