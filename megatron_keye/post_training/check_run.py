@@ -29,7 +29,7 @@ def check_run(run: RunConfig) -> None:
     expected = f"a temperature above 0, 1 and 0{because}, whose ratios are of the whole law"
     check(is_whole_law, "rollout.temperature, top_p, top_k", law, expected)
     health, data = training.health, run.data
-    for name, value, expected in (
+    known: list[tuple[str, object, tuple[object, ...]]] = [
         ("rollout.server", rollout.server, ("",)),
         ("training.epochs", training.epochs, (0.0,)),
         ("training.phase", training.phase, ("dense", "sparse")),
@@ -38,7 +38,8 @@ def check_run(run: RunConfig) -> None:
         ("training.health.after_bad_steps", health.after_bad_steps, ("stop",)),
         ("data.validation", data.validation, ("",)),
         ("data.on_bad_sample", data.on_bad_sample, ("refuse",)),
-    ):
-        check(value in expected, name, value, f"{' or '.join(map(repr, expected))}{because}")
+    ]
+    for name, value, values in known:
+        check(value in values, name, value, f"{' or '.join(map(repr, values))}{because}")
     is_one = len(data.sources) == 1
     check(is_one, "data.samples", data.samples, f"one file of questions{because}")

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,11 @@ _MOST_NOT_FINITE = 0.01
 _SUMMED = (
     *("tokens", "step_seconds", "data_wait_seconds", "save_seconds", "validation_seconds"),
     *("decoder_seconds", "vision_seconds", "vision_wait_seconds", "pictures"),
+)
+_RATES = ("tflops_per_device", "mfu")
+_MEANS = (
+    *("loss", "indexer_kl", "indexer_recall", "router_load", "padding_share"),
+    *("decode_queue", "decoded_per_second"),
 )
 _LARGEST = ("gradient_norm", "saved_seconds", "peak_memory_gib", "asks_to_stop", "has_failed_save")
 
@@ -113,20 +119,13 @@ def as_one_step(metrics: Sequence[StepMetrics]) -> StepMetrics:
     values = {name: [getattr(each, name) for each in metrics] for name in vars(last)}
     tokens, seconds = sum(values["tokens"]), sum(values["step_seconds"])
     weights = np.array(values["step_seconds"]) / seconds
-    rates = {
-        name: float(weights @ np.array(values[name])) for name in ("tflops_per_device", "mfu")
-    }
-    means = ("loss", "indexer_kl", "indexer_recall", "router_load", "padding_share")
-    means += ("decode_queue", "decoded_per_second")
-    return replace(
-        last,
-        **{name: sum(values[name]) for name in _SUMMED},
-        **{name: max(values[name]) for name in _LARGEST},
-        **{name: float(np.mean(values[name])) for name in means},
-        **rates,
-        was_applied=any(values["was_applied"]),
-        tokens_per_second=tokens / seconds,
-    )
+    combined: dict[str, Any] = {name: sum(values[name]) for name in _SUMMED}
+    combined |= {name: max(values[name]) for name in _LARGEST}
+    combined |= {name: float(np.mean(values[name])) for name in _MEANS}
+    combined |= {name: float(weights @ np.array(values[name])) for name in _RATES}
+    combined["was_applied"] = any(values["was_applied"])
+    combined["tokens_per_second"] = tokens / seconds
+    return replace(last, **combined)
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:

@@ -97,7 +97,9 @@ class Learning:
             self._check_error(errors)
             passed = {a: span for a, span in places.items() if self._passes(old - drawn, span)}
             num_gated, places = len(places) - len(passed), passed
-        metrics, rows, ratios = [], [], {}
+        metrics: list[StepMetrics] = []
+        rows: list[list[PackedRow]] = []
+        ratios: dict[Answer, Ratios] = {}
         for part in _parts(groups, places, self._settings.minibatches):
             rows.append(self._rows(groups, part, old))
             metrics.append(self._step(rows[-1], number))

@@ -106,7 +106,8 @@ def _ious(ones: Sequence[Box], others: Sequence[Box]) -> NDArray[np.float64]:
     shared = np.clip(sides, 0, None).prod(axis=-1)
     areas = [(box[..., 2:] - box[..., :2]).prod(axis=-1) for box in (a, b)]
     total = areas[0] + areas[1] - shared
-    return np.divide(shared, total, out=np.zeros_like(shared), where=total > 0)
+    ious: NDArray[np.float64] = shared / np.where(total > 0, total, 1.0)
+    return ious
 
 
 def _of_json(value: Any) -> Box | None:

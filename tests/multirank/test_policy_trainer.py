@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_keye.checkpoint.convert.native_folder import NativeFolder
 from megatron_keye.config import (
     CheckpointConfig,
     HealthConfig,
@@ -73,7 +74,9 @@ def run_of(folder: Path, name: str, **degrees: int) -> RunConfig:
             run.training,
             steps=STEPS,
             optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant"),
-            checkpoint=CheckpointConfig(resume="auto", asynchronous=False),
+            checkpoint=CheckpointConfig(
+                resume="auto", asynchronous=False, interval_steps=1, keep=0
+            ),
             health=HealthConfig(spike_score=0.0),
             frozen=("vision", "projector", "indexer"),
         ),
@@ -191,3 +194,29 @@ def test_settings_that_make_no_sense_are_refused(
         check_run(changed)
     with pytest.raises(UserError, match=r"parallel.decoder.context: got 2, expected 1"):
         check_run(run_of(folder, "refused", context=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "degrees", [{"tensor": 2, "expert": 2}, {"data": 2}], ids=["tensor", "data"]
+)
+def test_two_ranks_answer_and_learn_as_one(
+    folder: Path, whole: RunConfig, degrees: dict[str, int]
+) -> None:
+    run = run_of(folder, "-".join(degrees), **degrees)
+    trained(replace(run, training=replace(run.training, stop_after_step=2)))
+    for mine, theirs in zip(logs(run), logs(whole)[:2], strict=True):
+        assert [line["text"] for line in mine] == [line["text"] for line in theirs]
+        for line, other in zip(mine, theirs, strict=True):
+            assert line["reward"] == other["reward"]
+            ratios = [each.get("ratio", 0.0) for each in (line, other)]
+            assert ratios[0] == pytest.approx(ratios[1], rel=1e-4)
+
+
+def test_frozen_parts_stay_as_they_were_bit_for_bit(whole: RunConfig) -> None:
+    folders = [NativeFolder(whole.folder / f"checkpoints/step-{step:08d}") for step in (1, STEPS)]
+    before, after = ({key: folder.read(key, ()) for key in folder.tensors} for folder in folders)
+    changed = {key for key, weight in before.items() if not torch.equal(weight, after[key])}
+    frozen = {key for key in before if key.startswith("vision.") or ".indexer." in key}
+    assert len(frozen) > 20 and any(key.startswith("vision.projector.") for key in frozen)
+    assert changed and not changed & frozen

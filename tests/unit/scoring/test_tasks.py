@@ -1,6 +1,7 @@
 """Each kind of question: what earns 0, what earns 1, and what lies between."""
 
 from itertools import combinations, permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,3 +168,10 @@ def test_nothing_is_there_and_boxes_are_read_or_refused() -> None:
     flood = str([[0, 0, 4, 4]] * 3_000)
     assert BoxTruth(boxes=((0, 0, 4, 4),)).score(flood, None).value == 0
     assert np.isfinite(BoxTruth(boxes=((0, 0, 4, 4),)).score("[[1, 1, 1, 1]]", None).value)
+
+
+def test_the_page_of_rewards_names_every_task_and_its_truth() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text()
+    for task in TRUTHS:
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| `{task}` |")]
+        assert all(f'"{key}"' in line for key in RAW[task]), line
