@@ -209,6 +209,12 @@ def recompute(run: RunConfig, process: "Process", file: Path) -> bool:
     from megatron_keye.training.health.bad_step import BadStep
     from megatron_keye.training.health.replay import replay
 
+    if run.post_training.is_on:
+        raise UserError(
+            f"--replay: got a step of post_training.kind={run.post_training.kind}, whose rows are "
+            "answers and in no file; continue its newest checkpoint with --resume, which "
+            "generates the same ones"
+        )
     result = replay(run, process, BadStep.read(file), **operators(run, process))
     if process.rank == 0:
         sys.stdout.write(f"{result}\n")

@@ -1,7 +1,7 @@
 """What a step does with scored answers: log-probabilities before, mini-batches, updates."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,15 +28,15 @@ Answer = tuple[int, int]
 """Number of a group within the step, and of an answer within the group."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Learned:
     """What a step has learned from its answers."""
 
-    metrics: list[StepMetrics]
+    metrics: list[StepMetrics] = field(default_factory=list)
     """Of each update; none if no answer counts."""
-    rows: list[list[PackedRow]]
+    rows: list[list[PackedRow]] = field(default_factory=list)
     """Of each update."""
-    ratios: dict[Answer, Ratios]
+    ratios: dict[Answer, Ratios] = field(default_factory=dict)
     """Of each answer that counts, in the update that it was in."""
     num_gated: int
     """Answers left out since training and generation differ on them."""
@@ -97,29 +97,35 @@ class Learning:
             self._check_error(errors)
             passed = {a: span for a, span in places.items() if self._passes(old - drawn, span)}
             num_gated, places = len(places) - len(passed), passed
-        metrics: list[StepMetrics] = []
-        rows: list[list[PackedRow]] = []
-        ratios: dict[Answer, Ratios] = {}
+        learned = Learned(num_gated=num_gated, log_prob_errors=errors)
         for part in _parts(groups, places, self._settings.minibatches):
-            rows.append(self._rows(groups, part, old))
-            metrics.append(self._step(rows[-1], number))
-            now = gather_log_probs(self._step.log_probs, num_tokens, self._grid, self._device)
-            ratios |= {
-                answer: Ratios.of(
-                    now[span] - old[span], groups[answer[0]].advantages[answer[1]], self._settings
+            now = self._update(groups, part, old, number, learned)
+            if len(learned.metrics) == 1 and not len(learned.log_prob_errors):
+                spans = part.values()
+                learned.log_prob_errors = np.concatenate(
+                    [np.abs(now[s] - drawn[s]) for s in spans]
                 )
-                for answer, span in part.items()
-            }
-            if len(metrics) == 1 and not len(errors):
-                errors = np.concatenate([np.abs(now[s] - drawn[s]) for s in part.values()])
-                self._check_error(errors)
-        return Learned(
-            metrics=metrics,
-            rows=rows,
-            ratios=ratios,
-            num_gated=num_gated,
-            log_prob_errors=errors,
-        )
+                self._check_error(learned.log_prob_errors)
+        return learned
+
+    def _update(
+        self,
+        groups: Sequence[AnsweredGroup],
+        part: dict[Answer, slice],
+        old: NDArray[np.float64],
+        number: int,
+        learned: Learned,
+    ) -> NDArray[np.float64]:
+        """Make one update, note it in `learned`, and return the log-probabilities before it."""
+        rows = self._rows(groups, part, old)
+        learned.rows.append(rows)
+        learned.metrics.append(self._step(rows, number))
+        now = gather_log_probs(self._step.log_probs, len(old), self._grid, self._device)
+        for answer, span in part.items():
+            advantage = float(groups[answer[0]].advantages[answer[1]])
+            ratios = Ratios.of(now[span] - old[span], advantage, self._settings)
+            learned.ratios[answer] = ratios
+        return now
 
     def _passes(self, differences: NDArray[np.float64], span: slice) -> bool:
         return passes_gate(differences[span], self._settings)
@@ -127,7 +133,10 @@ class Learning:
     def _rows(
         self, groups: Sequence[AnsweredGroup], part: dict[Answer, slice], old: NDArray[np.float64]
     ) -> list[PackedRow]:
-        """Return the rows of some answers, with what the grid needs to be full."""
+        """Return the rows of some answers, with rows of padding that the grid needs to be full.
+
+        These count in the router's balancing loss, in which grids then differ; in no other.
+        """
         rows: list[PackedRow] = []
         for number, group in enumerate(groups):
             answers = [

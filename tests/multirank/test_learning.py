@@ -99,6 +99,7 @@ def test_the_first_mini_batch_is_of_the_law_that_drew_it() -> None:
         assert {version for version, _ in lengths[number]} == {number}, "the newest weights"
 
 
+@pytest.mark.slow
 def test_both_sources_of_old_log_probabilities_learn_the_same() -> None:
     results = [
         run_on_ranks(1, _learn, pilot(old_log_probs=source).to_json(), 2)[0]

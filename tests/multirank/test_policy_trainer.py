@@ -13,7 +13,6 @@ from megatron_keye.checkpoint.convert.native_folder import NativeFolder
 from megatron_keye.config import (
     CheckpointConfig,
     HealthConfig,
-    OptimizerConfig,
     PostTrainingConfig,
     RolloutConfig,
     RunConfig,
@@ -53,8 +52,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_of(folder: Path, name: str, **degrees: int) -> RunConfig:
     # Its tokenizer has these ids in front.
+    # Rows of padding, which fill a grid up, count in the balancing loss.
+    experts = replace(tiny_model().decoder.experts, balance_loss_weight=0.0)
     model = replace(
-        tiny_model(),
+        tiny_model(experts=experts),
         vision_start_token_id=3,
         vision_end_token_id=4,
         image_token_id=5,
@@ -73,7 +74,7 @@ def run_of(folder: Path, name: str, **degrees: int) -> RunConfig:
         training=replace(
             run.training,
             steps=STEPS,
-            optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant"),
+            optimizer=replace(run.training.optimizer, schedule="constant", warmup_steps=0),
             checkpoint=CheckpointConfig(
                 resume="auto", asynchronous=False, interval_steps=1, keep=0
             ),
@@ -197,13 +198,8 @@ def test_settings_that_make_no_sense_are_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "degrees", [{"tensor": 2, "expert": 2}, {"data": 2}], ids=["tensor", "data"]
-)
-def test_two_ranks_answer_and_learn_as_one(
-    folder: Path, whole: RunConfig, degrees: dict[str, int]
-) -> None:
-    run = run_of(folder, "-".join(degrees), **degrees)
+def test_two_replicas_answer_and_learn_as_one(folder: Path, whole: RunConfig) -> None:
+    run = run_of(folder, "two", data=2)
     trained(replace(run, training=replace(run.training, stop_after_step=2)))
     for mine, theirs in zip(logs(run), logs(whole)[:2], strict=True):
         assert [line["text"] for line in mine] == [line["text"] for line in theirs]
