@@ -213,8 +213,10 @@ class VirtualStage(MegatronModule):
         which are those of the law that generates.
         """
         logits_LBV = self.logits(self._labelled(hidden_SBD, batch))
-        if batch.answers is not None:
-            logits_LBV = logits_LBV / self.run.rollout.temperature
+        temperature = self.run.rollout.temperature if batch.answers is not None else 1.0
+        if temperature != 1:
+            wide = torch.promote_types(logits_LBV.dtype, torch.float32)
+            logits_LBV = logits_LBV.to(wide) / temperature
         loss_LB = token_losses(logits_LBV, batch.labels_L[:, None], self.tp_group)
         if batch.answers is None:
             return (loss_LB * batch.weights_L[:, None]).sum()

@@ -11,6 +11,7 @@ from megatron_keye.post_training.learning import Learned, Learning
 from megatron_keye.post_training.reward import Reward
 from megatron_keye.rollout.embedded import EmbeddedEngine
 from megatron_keye.rollout.grid import generating_run
+from megatron_keye.rollout.request import SamplingLaw
 from tests.support.ranks import run_on_ranks
 from tests.support.rollout import prompt, request
 from tests.support.tiny import SyntheticPatches, tiny_run
@@ -51,12 +52,13 @@ def _learn(run_json: str, num_steps: int) -> tuple[list[float], list[Learned], l
         open_source=SyntheticPatches,
         device=step._device,
     )
-    prompts = [prompt(1, 6), prompt(2, 6)]
+    prompts, law = [prompt(1, 6), prompt(2, 6)], SamplingLaw.of(run.rollout)
     rewards, learned, lengths = [], [], []
     for number in range(num_steps):
         keys = [4 * number + place for place in range(4)]
         requests = [
-            request(key, prompts[key % 2], num_answers=8, max_new_tokens=8) for key in keys
+            request(key, prompts[key % 2], num_answers=8, max_new_tokens=8, law=law)
+            for key in keys
         ]
         completions = sorted(engine.generate(requests), key=lambda c: (c.key, c.answer))
         groups = []
@@ -88,6 +90,7 @@ def pilot(**changes: object) -> RunConfig:
 
 def test_the_first_mini_batch_is_of_the_law_that_drew_it() -> None:
     run = pilot(old_log_probs="engine", minibatches=1)
+    run = replace(run, rollout=replace(ROLLOUT, temperature=0.7))
     ((_, learned, lengths),) = run_on_ranks(1, _learn, run.to_json(), 2)
     for number, each in enumerate(learned):
         ratios = list(each.ratios.values())
