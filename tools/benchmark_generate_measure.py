@@ -78,7 +78,7 @@ def _run(options: argparse.Namespace, *, has_gpu: bool) -> RunConfig:
 
 @contextmanager
 def _built(run: RunConfig, grid: Grid, device: torch.device) -> Iterator[KeyeModel]:
-    engine = uses_transformer_engine(run.training.linear_layers, has_gpu=device.type == "cuda")
+    engine = uses_transformer_engine(run.training, has_gpu=device.type == "cuda")
     fusions = choose_fusions(
         run.training, has_gpu=device.type == "cuda", uses_transformer_engine=engine
     )

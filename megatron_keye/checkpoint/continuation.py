@@ -42,6 +42,11 @@ _CHANGES = {
     "data.shuffles": Change.REFUSED,
     "parallel": Change.FREE,
     "rollout": Change.FREE,
+    # The law of tokens, and where an answer ends, decide what a run learns from.
+    "rollout.temperature": Change.SAID,
+    "rollout.max_new_tokens": Change.SAID,
+    "post_training.kind": Change.REFUSED,
+    "post_training.reward_processes": Change.FREE,
     "training.phase": Change.REFUSED,
     "training.frozen": Change.REFUSED,
     "training.lora": Change.REFUSED,

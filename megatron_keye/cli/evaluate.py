@@ -50,7 +50,7 @@ from megatron_keye.scoring.summary import (
     score_questions,
     summarize,
 )
-from megatron_keye.scoring.truth import TRUTHS
+from megatron_keye.scoring.tasks import TRUTHS
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

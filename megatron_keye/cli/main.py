@@ -18,6 +18,7 @@ COMMANDS = {
     "run_stages": "train all stages of a model, each from the one before",
     "plan": "show ranks, parameters and memory of a recipe, or the plan of one step",
     "evaluate": "score answers to questions about videos",
+    "show_rollouts": "show the best and the worst answers of a run that learns from rewards",
     "forge_video": "make clips with known events, and questions with right answers",
     "interleave": "cut captioned videos into samples of short pieces",
     "prepare": "tokenize samples into a store on disk",

@@ -193,12 +193,14 @@ def train(run: RunConfig, process: "Process") -> bool:
     """Build a trainer on this rank, run it, and return whether it reached its last step."""
     from megatron_keye.config.backends import check_wandb
     from megatron_keye.evaluation import Evaluation
+    from megatron_keye.post_training.trainer import PolicyTrainer
     from megatron_keye.training.trainer import Trainer
 
     if process.rank == 0:
         check_wandb(run.training.logging.wandb_project)
     with writing(run.folder, "the run's files", then=_GO_ON):
-        trainer = Trainer(run, process, open_evaluation=Evaluation, **operators(run, process))
+        kind = PolicyTrainer if run.post_training.is_on else Trainer
+        trainer = kind(run, process, open_evaluation=Evaluation, **operators(run, process))
         trainer.train()
     return not trainer.was_stopped
 
@@ -208,6 +210,12 @@ def recompute(run: RunConfig, process: "Process", file: Path) -> bool:
     from megatron_keye.training.health.bad_step import BadStep
     from megatron_keye.training.health.replay import replay
 
+    if run.post_training.is_on:
+        raise UserError(
+            f"--replay: got a step of post_training.kind={run.post_training.kind}, whose rows are "
+            "answers and in no file; continue its newest checkpoint with --resume, which "
+            "generates the same ones"
+        )
     result = replay(run, process, BadStep.read(file), **operators(run, process))
     if process.rank == 0:
         sys.stdout.write(f"{result}\n")

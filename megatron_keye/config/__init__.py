@@ -14,6 +14,7 @@ from megatron_keye.config.model import (
 )
 from megatron_keye.config.optimizer import OptimizerConfig
 from megatron_keye.config.parallel import DecoderParallel, ParallelConfig, VisionParallel
+from megatron_keye.config.post_training import PostTrainingConfig
 from megatron_keye.config.rollout import RolloutConfig
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import (
@@ -40,6 +41,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PostTrainingConfig",
     "RemoteConfig",
     "RolloutConfig",
     "RunConfig",

@@ -13,6 +13,7 @@ from megatron_keye.config.check import check, suggest
 from megatron_keye.config.data import DataConfig
 from megatron_keye.config.model import ModelConfig
 from megatron_keye.config.parallel import ParallelConfig
+from megatron_keye.config.post_training import PostTrainingConfig
 from megatron_keye.config.rollout import RolloutConfig
 from megatron_keye.config.training import TrainingConfig
 from megatron_keye.errors import UserError
@@ -43,6 +44,8 @@ class RunConfig:
     """Steps, optimizer and checkpoints."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Generation."""
+    post_training: PostTrainingConfig = field(default_factory=PostTrainingConfig)
+    """Learning from the model's own answers."""
     output_dir: str = "runs"
     """Parent folder of the runs' folders."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

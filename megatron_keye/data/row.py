@@ -63,6 +63,24 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowAnswers:
+    """What policy training knows of a row's labels, which are tokens of a model's own answers.
+
+    The weights of an answer's labels add up to 1, up to rounding, so that the weight of a global
+    batch is its number of answers.
+    """
+
+    answers: NDArray[np.int64]
+    """Number of the answer, within the row, that each label belongs to [L], in the row's order."""
+    places: NDArray[np.int64]
+    """Place of each label [L] among the tokens of all answers of the step."""
+    old_log_probs: NDArray[np.float64]
+    """Log-probability [L] of each label before the step's first update."""
+    advantages: NDArray[np.float64]
+    """How much better than its group's mean each answer is [A]."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedRow:
     """Several samples laid end to end in one row of fixed length, padded at its end.
 
@@ -88,6 +106,8 @@ class PackedRow:
     """Row position of each picture's first placeholder."""
     sample_names: tuple[str, ...]
     """Where the documents come from, for error messages."""
+    answers: RowAnswers | None = None
+    """What its labels are in policy training; None where they are to be imitated."""
 
     @property
     def num_loss_tokens(self) -> int:

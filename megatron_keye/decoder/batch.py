@@ -1,9 +1,28 @@
 """The tensors of one packed row that are copied to the device of a decoder rank."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerBatch:
+    """What policy training knows of a decoder rank's labels, and of the whole row's answers."""
+
+    answers_L: Tensor
+    """int64 [L]: number of the answer that each label belongs to, 0 to A - 1."""
+    places_L: Tensor
+    """int64 [L]: place of each label among the tokens of all answers of the step."""
+    old_log_probs_L: Tensor
+    """float64 [L]: log-probability of each label before the step's first update."""
+    advantages_A: Tensor
+    """float64 [A]: advantage of each answer of the row, equal on all context ranks."""
+
+    def to(self, device: torch.device) -> "AnswerBatch":
+        """Return a copy on `device`."""
+        return AnswerBatch(**_moved(self, device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +54,15 @@ class Batch:
     """int64 [S]: index of each row position after gathering over the context axis."""
     feature_positions_M: Tensor
     """int64 [M]: index of each vision feature among this rank's S/CP/TP embeddings."""
+    answers: AnswerBatch | None = None
+    """What the labels are in policy training; None where they are to be imitated."""
 
     def to(self, device: torch.device) -> "Batch":
         """Return a copy on `device`."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: each.to(device) for name, each in given.items() if each is not None}
-        return Batch(**moved)
+        return Batch(**_moved(self, device))
+
+
+def _moved(batch: Batch | AnswerBatch, device: torch.device) -> dict[str, Any]:
+    """Return the fields of a batch on a device, by name."""
+    parts = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return {name: None if part is None else part.to(device) for name, part in parts.items()}

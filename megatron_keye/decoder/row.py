@@ -36,6 +36,9 @@ class RowMeter:
 
     sums: dict[MeterName, Tensor] = field(default_factory=dict)
     """Scalars, float64, by name; without those to which this rank adds nothing."""
+    log_probs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """In policy training, of each row that this rank ran: places of the tokens of answers [L], and
+    their log-probabilities [L], float32 or better."""
 
     def accumulate(self, name: MeterName, value: Tensor) -> None:
         """Add `value` (detached) to the sum called `name`.

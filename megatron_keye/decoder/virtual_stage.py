@@ -27,6 +27,7 @@ from megatron_keye.decoder.batch import Batch
 from megatron_keye.decoder.cross_entropy import token_losses
 from megatron_keye.decoder.key_cache import RowCache
 from megatron_keye.decoder.layer import block_spec
+from megatron_keye.decoder.policy import policy_weights
 from megatron_keye.decoder.row import DecoderRow, RowMeter, rotary_tables
 from megatron_keye.decoder.scatter import scatter_features
 
@@ -57,7 +58,7 @@ class VirtualStage(MegatronModule):
         super().__init__(config=config)
         decoder, degrees = run.model.decoder, run.parallel.decoder
         stage, last = groups.pp.rank(), groups.pp.size() - 1
-        self.run, self.tp_group = run, groups.tp
+        self.run, self.tp_group, self.cp_group = run, groups.tp, groups.cp
         self.pre_process = stage == 0 and index == 0
         self.post_process = stage == last and index == degrees.virtual_stages - 1
         self.vp_stage = index if degrees.virtual_stages > 1 else None
@@ -125,7 +126,7 @@ class VirtualStage(MegatronModule):
         """
         row = self._row(batch, indexer_loss_weight, meter, phase)
         hidden_SBD = self._run_layers(batch, features_MD, row, where)
-        return self._loss(hidden_SBD, batch) if self.post_process else hidden_SBD
+        return self._loss(hidden_SBD, batch, meter) if self.post_process else hidden_SBD
 
     def final_states(
         self,
@@ -206,15 +207,31 @@ class VirtualStage(MegatronModule):
             meter=meter,
         )
 
-    def _loss(self, hidden_SBD: Tensor, batch: Batch) -> Tensor:
+    def _loss(self, hidden_SBD: Tensor, batch: Batch, meter: RowMeter) -> Tensor:
         """Sum the loss of labelled tokens, each times its weight.
 
         Only these get logits, which are as wide as the vocabulary: a long video has a hundred
-        times more tokens than its answer.
+        times more tokens than its answer. In policy training weights depend on log-probabilities,
+        which are those of the law that generates.
         """
-        hidden_LBD = self._labelled(hidden_SBD, batch)
-        loss_LB = token_losses(self.logits(hidden_LBD), batch.labels_L[:, None], self.tp_group)
-        return (loss_LB * batch.weights_L[:, None]).sum()
+        logits_LBV = self.logits(self._labelled(hidden_SBD, batch))
+        temperature = self.run.rollout.temperature if batch.answers is not None else 1.0
+        if temperature != 1:
+            wide = torch.promote_types(logits_LBV.dtype, torch.float32)
+            logits_LBV = logits_LBV.to(wide) / temperature
+        loss_LB = token_losses(logits_LBV, batch.labels_L[:, None], self.tp_group)
+        if batch.answers is None:
+            return (loss_LB * batch.weights_L[:, None]).sum()
+        log_probs_L = -loss_LB.detach().squeeze(1)
+        meter.log_probs.append((batch.answers.places_L, log_probs_L))
+        weights_L = policy_weights(
+            log_probs_L,
+            batch.answers,
+            batch.weights_L,
+            settings=self.run.post_training,
+            cp_group=self.cp_group,
+        )
+        return (loss_LB.squeeze(1) * weights_L).sum()
 
     def _labelled(self, hidden_SBD: Tensor, batch: Batch) -> Tensor:
         """Return the states [L, 1, D] at label positions, on all tensor ranks."""

@@ -79,14 +79,30 @@ def next_pieces(group: Group, room: int, *, is_first: bool) -> Iterator[Piece]:
 def _prompt_piece(group: Group, table: PageTable, end: int) -> Piece:
     draws = end == group.num_prompt_tokens and not group.answers
     if draws:
-        group.answers = [Answer(group, n) for n in range(group.request.num_answers)]
+        group.answers = [_new_answer(group, n) for n in range(group.request.num_answers)]
     return Piece(
         group=group,
         answer=None,
         table=table,
         start=group.num_cached,
         end=end,
-        drawn=tuple(group.answers) if draws else (),
+        # The others go on from where they were.
+        drawn=tuple(a for a in group.answers if not a.token_ids and not a.finish) if draws else (),
+    )
+
+
+def _new_answer(group: Group, number: int) -> Answer:
+    """Return an answer of a group, with what an earlier process drew of it."""
+    begun = group.request.begun.get(number)
+    if begun is None:
+        return Answer(group, number)
+    return Answer(
+        group,
+        number,
+        token_ids=list(begun.token_ids),
+        log_probs=list(begun.log_probs),
+        versions=[begun.version] * len(begun.token_ids),
+        finish=begun.finish,
     )
 
 

@@ -1,5 +1,6 @@
 """What an engine is asked and what it answers: tokens in, tokens out; text never crosses."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,6 +40,20 @@ class SamplingLaw:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BegunAnswer:
+    """What an earlier process drew of an answer, which goes on or is finished."""
+
+    token_ids: tuple[int, ...]
+    """Its tokens so far."""
+    log_probs: tuple[float, ...]
+    """Log-probability of each."""
+    version: int
+    """Of the weights that drew them."""
+    finish: Finish | None = None
+    """Why it ended; None while it goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt, and how to answer it."""
 
@@ -56,6 +71,9 @@ class Request:
     """How tokens are drawn."""
     seed: int
     """Seed of the draws; each depends on seed, key, answer and the token's number alone."""
+    begun: Mapping[int, BegunAnswer] = field(default_factory=dict)
+    """Answers that have begun, by number: they go on, and those that are finished are not
+    returned again. At least one goes on, or is new."""
 
     def __post_init__(self) -> None:
         for name in ("num_answers", "max_new_tokens"):
@@ -65,6 +83,12 @@ class Request:
             raise ValueError(
                 f"request: got key {self.key} and {len(self.prompt.token_ids)} tokens, expected a "
                 "key of 0 or more and a prompt"
+            )
+        num_finished = sum(answer.finish is not None for answer in self.begun.values())
+        if num_finished >= self.num_answers or not set(self.begun) <= set(range(self.num_answers)):
+            raise ValueError(
+                f"request.begun: got answers {sorted(self.begun)}, {num_finished} of them "
+                f"finished, expected some of {self.num_answers}, of which one goes on"
             )
 
 

@@ -154,6 +154,8 @@ class ServedEngine:
 def _check(request: Request) -> None:
     """Raise unless the server answers what is asked, under the law that is asked for."""
     name, law = request.prompt.name, request.law
+    if request.begun:
+        raise ValueError(f"{name}: has answers that have begun, which no server goes on with")
     if request.prompt.pictures:
         raise UserError(
             f"{name}: has {len(request.prompt.pictures)} pictures, expected text alone with "

@@ -11,7 +11,8 @@ from typing import Any
 from megatron_keye.data.conversation.values import number, shown, text
 from megatron_keye.errors import UserError
 from megatron_keye.scoring.parse_choice import LETTERS
-from megatron_keye.scoring.truth import TRUTHS, Task, Truth
+from megatron_keye.scoring.tasks import TRUTHS
+from megatron_keye.scoring.truth import Task, Truth
 
 KEYS = {"messages", "task", "truth"}
 """Keys that every question has."""

@@ -16,13 +16,17 @@ _ARTICLES = {"a", "an", "the"}
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
 
+def normal(text: str) -> str:
+    """Return a text in lower case, with one spelling for characters of several."""
+    return unicodedata.normalize("NFKC", text).lower()
+
+
 def tokens(text: str) -> list[str]:
     """Return the words of a text in lower case without articles and punctuation.
 
     In scripts that put no spaces between words each character counts as one.
     """
-    normal = unicodedata.normalize("NFKC", text).lower()
-    return [word for word in _TOKEN.findall(normal) if word not in _ARTICLES]
+    return [word for word in _TOKEN.findall(normal(text)) if word not in _ARTICLES]
 
 
 def token_f1(answer: str, truth: str) -> float:

@@ -14,7 +14,18 @@ from megatron_keye.scoring.parse_count import parse_count
 from megatron_keye.scoring.parse_intervals import parse_intervals
 from megatron_keye.scoring.token_f1 import token_f1
 
-Task = Literal["grounding", "choice", "count", "caption"]
+Task = Literal[
+    "grounding",
+    "choice",
+    "count",
+    "caption",
+    "scenes",
+    "timestamp",
+    "order",
+    "boxes",
+    "number",
+    "text",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +77,7 @@ class GroundingTruth(Truth):
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> "GroundingTruth":
         """Read {"intervals": [[start, end], ...]}."""
-        _check_keys(raw, {"intervals"})
+        check_keys(raw, {"intervals"})
         intervals = raw["intervals"]
         if not isinstance(intervals, list):
             raise UserError(f"'intervals': got {shown(intervals)}, expected a list of pairs")
@@ -109,7 +120,7 @@ class ChoiceTruth(Truth):
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> "ChoiceTruth":
         """Read {"letter": "B", "options": ["...", "..."]}."""
-        _check_keys(raw, {"letter", "options"})
+        check_keys(raw, {"letter", "options"})
         options = raw["options"]
         if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
             raise UserError(
@@ -146,7 +157,7 @@ class CountTruth(Truth):
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> "CountTruth":
         """Read {"number": 3}."""
-        _check_keys(raw, {"number"})
+        check_keys(raw, {"number"})
         found = number(raw["number"], "'number'", "a whole number, 0 or more", least=0)
         if found != int(found):
             raise UserError(f"'number': got {found}, expected a whole number, 0 or more")
@@ -173,7 +184,7 @@ class CaptionTruth(Truth):
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> "CaptionTruth":
         """Read {"text": "..."}."""
-        _check_keys(raw, {"text"})
+        check_keys(raw, {"text"})
         caption = text(raw["text"], "'text'")
         if not caption.strip():
             raise UserError(f"'text': got {caption!r}, expected words")
@@ -191,15 +202,6 @@ class CaptionTruth(Truth):
         return Score(value=token_f1(caption, self.text), understood=caption)
 
 
-TRUTHS: dict[Task, type[Truth]] = {
-    "grounding": GroundingTruth,
-    "choice": ChoiceTruth,
-    "count": CountTruth,
-    "caption": CaptionTruth,
-}
-"""The kinds of questions, by their task."""
-
-
 def read_interval(raw: Any) -> Interval:
     """Read [start, end].
 
@@ -215,6 +217,7 @@ def read_interval(raw: Any) -> Interval:
     return start, end
 
 
-def _check_keys(raw: Mapping[str, Any], expected: set[str]) -> None:
+def check_keys(raw: Mapping[str, Any], expected: set[str]) -> None:
+    """Raise a UserError unless a truth has these keys and no others."""
     if raw.keys() != expected:
         raise UserError(f"got keys {sorted(raw)}, expected {sorted(expected)}")

@@ -6,11 +6,12 @@ that a rank holds from its grid.
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.placeholders import picture_slots
 from megatron_keye.data.row import IGNORED_LABEL, PackedRow
-from megatron_keye.decoder.batch import Batch
+from megatron_keye.decoder.batch import AnswerBatch, Batch
 from megatron_keye.decoder.positions import position_ids
 from megatron_keye.parallel.context import gathered_order
 from megatron_keye.plan.places import DecoderPlace, owned_positions
@@ -86,4 +87,24 @@ def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:
         is_real_T=positions < row.num_real_tokens,
         gathered_order_S=gathered_order(len(row.token_ids), degrees.context),
         feature_positions_M=is_vision.nonzero().squeeze(1),
+        answers=_cut_answers(row, owned),
+    )
+
+
+def _cut_answers(row: PackedRow, owned: NDArray[np.int64]) -> AnswerBatch | None:
+    """Return what belongs to the labels at the positions that a rank owns, None without answers.
+
+    Args:
+        row: The row.
+        owned: Positions, in the rank's order.
+    """
+    if row.answers is None:
+        return None
+    is_label = row.labels != IGNORED_LABEL
+    labels = (np.cumsum(is_label) - 1)[owned][is_label[owned]]
+    return AnswerBatch(
+        answers_L=torch.from_numpy(row.answers.answers[labels]),
+        places_L=torch.from_numpy(row.answers.places[labels]),
+        old_log_probs_L=torch.from_numpy(row.answers.old_log_probs[labels]),
+        advantages_A=torch.from_numpy(row.answers.advantages),
     )

@@ -5,7 +5,7 @@ Only rank 0 reports, since metrics are the same on all ranks.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -122,6 +122,18 @@ class Report:
             f"complete after {saved.seconds:.3g} s ({speed:.2g} GB/s per rank)",
             highlight=False,
         )
+
+    def show_figures(self, step: int, figures: Mapping[str, float], line: str) -> None:
+        """Write the figures of a step that learns from answers to the sinks, and show a line.
+
+        Args:
+            step: Steps done.
+            figures: By name.
+            line: The most important ones.
+        """
+        for sink in self._sinks:
+            sink.log_figures(step, figures)
+        self._bar.console.out(f"step {step}: {line}", highlight=False)
 
     def expect(self, last_step: int) -> None:
         """Change the step after which this process is expected to stop."""

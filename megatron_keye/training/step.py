@@ -82,6 +82,8 @@ class TrainingStep:
         """Recorder of the last step, where the run records its timeline."""
         self.slowness: list[Slowness] = []
         """The slowest rank in each kind of work in the last step, where ranks were compared."""
+        self.log_probs: list[tuple[Tensor, Tensor]] = []
+        """Of the answers' tokens that this rank ran in the last step (`RowMeter.log_probs`)."""
         self._router_load = RouterLoad(run.model.decoder, model.stages, device)
 
     @property
@@ -107,6 +109,7 @@ class TrainingStep:
         planned = self._batch_pass.take(rows)
         meter, counts = RowMeter(), count_batch(planned.rows, self._run)
         measured = self._compute(self._batch_pass, planned, meter, counts, recorder)
+        self.log_probs = meter.log_probs
         may_update = self._judge.may_update(
             measured,
             _mean_loss(measured, counts),

@@ -42,10 +42,13 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "parallel"),
         "training",
     },
-    "post_training": {"data", "errors"},
     "evaluation": {
         *("config", "data", "errors", "files", "model", "parallel", "rollout", "scoring"),
         "training",
+    },
+    "post_training": {
+        *("checkpoint", "config", "data", "decoder", "errors", "files", "model", "observe"),
+        *("optim", "parallel", "rollout", "scoring", "training"),
     },
 }
 # Entry points may import every part: the command line, and the package's own public names.

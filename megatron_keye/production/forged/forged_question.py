@@ -19,7 +19,7 @@ class ForgedQuestion:
     kind: str
     """Of `questions.KINDS`."""
     task: Task
-    """Of `scoring.truth.TRUTHS`."""
+    """Of `scoring.tasks.TRUTHS`."""
     text: str
     """The question."""
     answer: str

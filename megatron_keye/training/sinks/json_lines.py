@@ -3,13 +3,14 @@
 A step is {"step": 1, "loss": ..., ...} with every metric by name. A validation is {"step": 1,
 "validation": {source: {"loss": ...}}}, an evaluation {"step": 1, "evaluation": {task: {metric:
 ...}}}, and samples left out are {"step": 1, "skipped_samples": total, "reasons": [...]}. A
-comparison of ranks is {"step": 1, "stragglers": {work: {"rank": 3, ...}}}. A number that is not
-finite is null, as JSON has none.
+comparison of ranks is {"step": 1, "stragglers": {work: {"rank": 3, ...}}}. A step that learns from
+answers is {"step": 1, "policy": {name: ...}} too. A number that is not finite is null, as JSON has
+none.
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ class JsonLines:
         if slowness:
             of_work = {slowest.work: asdict(slowest) for slowest in slowness}
             self._write({"step": step, "stragglers": of_work})
+
+    def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write the figures of a step that learns from answers."""
+        self._write({"step": step, "policy": dict(figures)})
 
     def close(self, *, failed: bool) -> None:
         """Close the file."""

@@ -50,6 +50,9 @@ class Sink(Protocol):
     def log_slowness(self, step: int, slowness: Sequence[Slowness]) -> None:
         """Write how far the slowest ranks lag behind their peers, where ranks were compared."""
 
+    def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write the figures of a step that learns from answers (`post_training.figures`)."""
+
     def close(self, *, failed: bool) -> None:
         """Write what is still in memory; `failed` if an error ends the run."""
 
@@ -89,6 +92,11 @@ def evaluation_scalars(scores: Scores) -> dict[str, float]:
         for task, of_task in scores.items()
         for name, value in of_task.items()
     }
+
+
+def policy_scalars(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return the curves of a step that learns from answers by name, less what is not measured."""
+    return {f"policy/{name}": of for name, of in figures.items() if not math.isnan(of)}
 
 
 def validation_scalars(losses: Losses) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """TensorBoard's event files, in events/ of the run's folder."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -12,6 +12,7 @@ from megatron_keye.training.sinks.sink import (
     Losses,
     Scores,
     evaluation_scalars,
+    policy_scalars,
     slowness_scalars,
     step_scalars,
     validation_scalars,
@@ -54,6 +55,10 @@ class TensorBoard:
     def log_slowness(self, step: int, slowness: Sequence[Slowness]) -> None:
         """Write a point of the curves of each kind of work."""
         self._add(step, slowness_scalars(slowness))
+
+    def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write a point of the curves of learning from answers."""
+        self._add(step, policy_scalars(figures))
 
     def close(self, *, failed: bool) -> None:
         """Write what is still in memory."""

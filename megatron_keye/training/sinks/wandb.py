@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
@@ -12,6 +12,7 @@ from megatron_keye.training.sinks.sink import (
     Losses,
     Scores,
     evaluation_scalars,
+    policy_scalars,
     slowness_scalars,
     step_scalars,
     validation_scalars,
@@ -78,6 +79,10 @@ class Wandb:
     def log_slowness(self, step: int, slowness: Sequence[Slowness]) -> None:
         """Send a point of the curves of each kind of work."""
         self._send(step, slowness_scalars(slowness))
+
+    def log_figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Send a point of the curves of learning from answers."""
+        self._send(step, policy_scalars(figures))
 
     def close(self, *, failed: bool) -> None:
         """Send the rest, and mark the run as finished or failed."""

@@ -34,6 +34,7 @@ ZERO_MEANS_SOMETHING = {
     *(f"training.evaluation.{name}" for name in ("interval_steps", "num_questions")),
     *(f"training.health.{name}" for name in ("spike_score", "rerun_tolerance")),
     *("training.validation.patience", "training.validation.min_delta", "training.epochs"),
+    *(f"post_training.{name}" for name in ("format_weight", "max_failed_rewards")),
     *("training.hang_minutes", "training.logging.straggler_steps"),
 }
 

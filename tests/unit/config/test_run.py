@@ -43,7 +43,7 @@ def test_overrides_reach_every_kind_of_field() -> None:
     ("override", "message"),
     [
         ("training.stepz=5", "training.stepz: no such field; did you mean steps?"),
-        ("trainin.steps=5", "trainin: no such field; did you mean training?"),
+        ("trainin.steps=5", "trainin: no such field; did you mean training or post_training?"),
         ("training=5", "training: is a section"),
         ("training.steps.more=5", "training.steps"),
         ("steps", "expected section.field=value"),

@@ -95,7 +95,7 @@ def test_a_question_is_read_as_it_is_written(
 @pytest.mark.parametrize(
     ("task", "truth", "message"),
     [
-        ("boxes", {}, "'task': got 'boxes', expected one of grounding, choice, count, caption"),
+        ("cubes", {}, "'task': got 'cubes', expected one of grounding, choice, count, caption"),
         ("count", {"numbr": 3}, r"got keys \['numbr'\], expected \['number'\]"),
         ("count", {"number": 2.5}, "expected a whole number"),
         ("count", [3], r"'truth': got \[3\], expected an object"),

@@ -1,0 +1,45 @@
+"""Which settings make no sense for a run that learns from its own answers.
+
+No part of `RunConfig.validate`, since the same run may generate by other settings, as when it is
+evaluated.
+"""
+
+from megatron_keye.config.check import check
+from megatron_keye.config.run import RunConfig
+
+
+def check_run(run: RunConfig) -> None:
+    """Check the settings of other sections that learning from answers depends on.
+
+    Raises:
+        UserError: Names the setting, its value and what was expected.
+    """
+    because = f" with post_training.kind = {run.post_training.kind!r}"
+    degrees, rollout, training = run.parallel.decoder, run.rollout, run.training
+    for axis in ("pipeline", "context"):
+        degree = getattr(degrees, axis)
+        expected = f"1{because}, since the same ranks generate with the same weights"
+        check(degree == 1, f"parallel.decoder.{axis}", degree, expected)
+    for axis in ("tensor", "expert"):
+        degree, trained = getattr(rollout, axis), getattr(degrees, axis)
+        expected = f"0 or {trained}, as parallel.decoder.{axis},{because}"
+        check(degree in (0, trained), f"rollout.{axis}", degree, expected)
+    is_whole_law = rollout.temperature > 0 and rollout.top_p == 1 and rollout.top_k == 0
+    law = (rollout.temperature, rollout.top_p, rollout.top_k)
+    expected = f"a temperature above 0, 1 and 0{because}, whose ratios are of the whole law"
+    check(is_whole_law, "rollout.temperature, top_p, top_k", law, expected)
+    health, data = training.health, run.data
+    known: list[tuple[str, object, tuple[object, ...]]] = [
+        ("rollout.server", rollout.server, ("",)),
+        ("training.epochs", training.epochs, (0.0,)),
+        ("training.phase", training.phase, ("dense", "sparse")),
+        ("training.dense_up_to", training.dense_up_to, (0,)),
+        ("training.health.on_spike", health.on_spike, ("warn", "skip", "stop")),
+        ("training.health.after_bad_steps", health.after_bad_steps, ("stop",)),
+        ("data.validation", data.validation, ("",)),
+        ("data.on_bad_sample", data.on_bad_sample, ("refuse",)),
+    ]
+    for name, value, values in known:
+        check(value in values, name, value, f"{' or '.join(map(repr, values))}{because}")
+    is_one = len(data.sources) == 1
+    check(is_one, "data.samples", data.samples, f"one file of questions{because}")

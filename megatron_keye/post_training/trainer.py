@@ -1,0 +1,276 @@
+"""A run that learns from its own answers: generate, score, learn, take the new weights, save."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_keye.checkpoint import training_checkpoint
+from megatron_keye.checkpoint.export import export_checkpoint, take_carried_files
+from megatron_keye.checkpoint.folders import checkpoint_folder
+from megatron_keye.checkpoint.run_lock import hold_run_folder
+from megatron_keye.checkpoint.selection import choose_checkpoint
+from megatron_keye.checkpoint.set_aside import set_aside
+from megatron_keye.config.fused_kernels import PLAIN, Fusions
+from megatron_keye.config.run import RunConfig
+from megatron_keye.errors import UserError
+from megatron_keye.parallel.process import Process
+from megatron_keye.post_training.check_run import check_run
+from megatron_keye.post_training.figures import (
+    as_one_step,
+    check_figures,
+    describe_figures,
+    policy_figures,
+)
+from megatron_keye.post_training.learning import Learned
+from megatron_keye.post_training.parts import Parts
+from megatron_keye.post_training.position import Position
+from megatron_keye.post_training.rollout_log import RolloutLog
+from megatron_keye.post_training.rollouts import GenerationStopped, Rollout
+from megatron_keye.training import hand_over
+from megatron_keye.training.patch_source import video_decoder
+from megatron_keye.training.periodic_evaluation import (
+    OpenEvaluation,
+    open_periodic_evaluation,
+)
+from megatron_keye.training.provenance import host_names, record_start
+from megatron_keye.training.report import Report
+from megatron_keye.training.step_clock import StepClock
+from megatron_keye.training.step_sums import StepSums
+from megatron_keye.training.stop import StopRequest
+from megatron_keye.training.summary import (
+    read_summary,
+    show_summary,
+    summarize_steps,
+    write_summary,
+)
+from megatron_keye.training.throughput import device_name
+
+_logger = logging.getLogger(__name__)
+
+
+class PolicyTrainer:
+    """Runs training on a model's own answers on one rank."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        process: Process,
+        *,
+        uses_transformer_engine: bool,
+        fusions: Fusions = PLAIN,
+        open_evaluation: OpenEvaluation | None = None,
+    ) -> None:
+        """Build all parts, and load the checkpoint that the run's settings ask for, if any.
+
+        Args:
+            run: The run; its degrees must fit the number of ranks.
+            process: This rank.
+            uses_transformer_engine: Whether linear layers are Transformer Engine's.
+            fusions: The fused kernels that run.
+            open_evaluation: Builds what answers the questions of training.evaluation, if any.
+
+        Raises:
+            UserError: For settings, questions or a checkpoint that do not fit the run.
+        """
+        check_run(run)
+        run.check_num_ranks(process.num_ranks)
+        self._lock = hold_run_folder(run, process.rank)
+        checkpoint = choose_checkpoint(run)
+        earlier = [] if checkpoint else hand_over.begin(run, process.rank)
+        self._run, self._process, self._fusions = run, process, fusions
+        self._stop, self._clock = StopRequest(), StepClock(process.heartbeat)
+        process.heartbeat.note("build")
+        self.was_stopped = False
+        """Whether a signal ended the run before its last step."""
+        self._parts = Parts(
+            run,
+            process,
+            self._stop,
+            self._clock,
+            uses_transformer_engine=uses_transformer_engine,
+            fusions=fusions,
+        )
+        model, _, grid = self._parts.trained
+        self._evaluation = open_periodic_evaluation(
+            run, grid, model, process, self._clock, open_evaluation
+        )
+        self._position = Position()
+        self._progress = training_checkpoint.Progress(
+            step=0, updates=0, data=self._position.state_dict(self._parts.prompts), earlier=earlier
+        )
+        self._sums = StepSums()
+        self._seconds: dict[str, float] = {}
+        process.heartbeat.note("load")
+        self._resume(checkpoint)
+        process.heartbeat.folder = str(run.folder)
+
+    def train(self) -> dict[str, Any]:
+        """Train to the last step, or until a signal asks to stop, saving on the way.
+
+        Returns:
+            The summary that rank 0 also writes to summary.json.
+        """
+        try:
+            return self._train()
+        finally:
+            self._parts.close()
+            self._lock.release()
+
+    def _train(self) -> dict[str, Any]:
+        step, rank = self._progress.step, self._process.rank
+        if step >= self._last_step:
+            summary = read_summary(self._run)
+            if rank == 0:
+                show_summary(summary, note=f"step {step} is done; raise training.steps")
+            return summary
+        hosts = host_names()
+        self._stop.listen()
+        if rank != 0:
+            return self._summary(self._run_steps(None, None))
+        record_start(self._run, step, hosts, device_name(self._process.device), self._fusions)
+        with Report(self._run, step, self._last_step) as report:
+            log = RolloutLog(self._run.folder, step)
+            summary = self._summary(self._run_steps(report, log))
+        write_summary(self._run, summary)
+        show_summary(summary, note=self._note())
+        return summary
+
+    @property
+    def _last_step(self) -> int:
+        """The step after which this process stops."""
+        training = self._run.training
+        return min(training.stop_after_step or training.steps, training.steps)
+
+    def _run_steps(self, report: Report | None, log: RolloutLog | None) -> Path | None:
+        """Run the remaining steps and return the last checkpoint's folder, None without one."""
+        folder = None
+        self._clock.end_step()  # Building the run is no part of its first step.
+        while self._progress.step < self._last_step and not self.was_stopped:
+            self._clock.heartbeat.begin_step(self._progress.step + 1)
+            try:
+                with self._part("generate"):
+                    rollout = self._parts.rollouts(
+                        self._position.next_prompt, self._position.begun
+                    )
+            except GenerationStopped as stopped:
+                self._position.begun = stopped.begun
+                self.was_stopped = True
+            else:
+                self._learn(rollout, report, log)
+                step = self._progress.step
+                self._evaluation.look(step, report, is_last=step >= self._last_step)
+            self._progress.data = self._position.state_dict(self._parts.prompts)
+            if self._is_checkpoint_due():
+                folder = self._save(report)
+        self._parts.saving.wait(report)
+        return folder
+
+    def _learn(self, rollout: Rollout, report: Report | None, log: RolloutLog | None) -> None:
+        """Learn from the answers of a step, and note it."""
+        drops_equal = self._run.post_training.drops_equal_groups
+        kept = rollout.kept(drops_equal=drops_equal)
+        with self._part("learn"):
+            learned = self._parts.learning(kept, self._progress.step)
+        self._progress.step += 1
+        self._position.begun = {}
+        self._position.next_prompt += rollout.num_prompts
+        self._parts.engine.take_weights(self._progress.step)
+        self._note_updates(learned, report)
+        figures = policy_figures(rollout, learned, self._seconds, self._run)
+        if report is not None:
+            report.show_figures(self._progress.step, figures, describe_figures(figures))
+        if log is not None:
+            for failure in rollout.failures:
+                _logger.warning("an answer was not scored: %s", failure)
+            log.write(self._progress.step, rollout, learned, kept)
+        check_figures(figures, rollout, self._run)
+
+    def _note_updates(self, learned: Learned, report: Report | None) -> None:
+        """Note the updates of a step in progress and health; a step may have none."""
+        limit, progress = self._run.training.health.max_bad_steps, self._progress
+        self._position.num_idle = 0 if learned.metrics else self._position.num_idle + 1
+        if self._position.num_idle >= limit:
+            raise UserError(
+                f"post_training: {limit} steps in a row had no answers to learn from, expected "
+                "some whose rewards differ; rollouts/ of the run's folder has them, megatron-keye "
+                "show_rollouts shows the best and the worst"
+            )
+        for metrics, rows in zip(learned.metrics, learned.rows, strict=True):
+            progress.updates += metrics.was_applied
+            self._parts.health.note(progress, metrics, rows, is_last=False)
+        if not learned.metrics:
+            return
+        metrics = as_one_step(learned.metrics)
+        if not self._sums.num_steps and progress.step == 1:
+            progress.first_loss = metrics.loss
+        progress.tokens += metrics.tokens
+        progress.seconds += metrics.step_seconds
+        self._sums.add(metrics)
+        self._parts.saving.look(report, has_failed=metrics.has_failed_save)
+        self.was_stopped = metrics.asks_to_stop and progress.step < self._last_step
+        if report is not None:
+            report.show(progress.step, metrics)
+
+    def _is_checkpoint_due(self) -> bool:
+        settings, step = self._run.training.checkpoint, self._progress.step
+        is_due = settings.interval_steps > 0 and step % settings.interval_steps == 0
+        is_last = step >= self._last_step and settings.saves_last
+        return is_due or self.was_stopped or is_last
+
+    def _save(self, report: Report | None) -> Path:
+        self._lock.check()
+        self._parts.saving.wait(report)  # The one before, which then is the newest.
+        with self._clock.part("save"):
+            self._parts.health.check_before_save(self._progress)
+        self._parts.saving.begin(*self._parts.trained, self._progress)
+        folder = checkpoint_folder(self._run, self._progress.step)
+        is_last = self._progress.step >= self._last_step
+        exports = self._run.training.checkpoint.exports(self._progress.step, is_last=is_last)
+        if exports and not self.was_stopped:
+            self._parts.saving.wait(report)
+            with self._clock.part("save"):
+                export_checkpoint(self._run, folder)
+        return folder
+
+    def _resume(self, checkpoint: Path | None) -> None:
+        run, weights = self._run, self._run.training.checkpoint.weights
+        if checkpoint is not None:
+            self._progress = training_checkpoint.load(checkpoint, run, *self._parts.trained)
+            self._position = Position.of(self._progress.data, self._parts.prompts, run)
+        elif weights:
+            training_checkpoint.load_weights(Path(weights), run, *self._parts.trained)
+        self._parts.engine.take_weights(self._progress.step)
+        self._parts.health.resume(self._progress, checkpoint)
+        # What fails above leaves an earlier run where it is.
+        if self._process.rank == 0:
+            set_aside(run, self._lock, continued=checkpoint)
+            take_carried_files(run, checkpoint)
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        """Measure a part of a step."""
+        began = time.perf_counter()
+        yield
+        self._seconds[name] = time.perf_counter() - began
+
+    def _note(self) -> str:
+        """Return why the run ended before its last step, "" if it did not."""
+        if not self.was_stopped:
+            return ""
+        signal_name = self._stop.name or "a signal to another rank"
+        after = f"{self._progress.step} of {self._last_step}"
+        begun = ", with the answers so far" if self._position.begun else ""
+        return f"stopped after step {after} by {signal_name}{begun}; --resume auto continues it"
+
+    def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
+        if not self._sums.num_steps:
+            return read_summary(self._run)
+        return {
+            **summarize_steps(self._run, self._progress, self._sums),
+            "device": device_name(self._process.device),
+            "video_decoder": video_decoder(self._run, self._process.device),
+            "checkpoint": str(checkpoint) if checkpoint else None,
+        }
