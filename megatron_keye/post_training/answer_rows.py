@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import batched
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_keye.data.packing import pack
-from megatron_keye.data.row import PackedRow, RowAnswers, Sample, labels_of
+from megatron_keye.data.row import PackedRow, RowAnswers, Sample
+from megatron_keye.post_training.rows import Answer, shared_prompt_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class LearnedAnswer:
 def answer_rows(
     prompt: Sample, answers: Sequence[LearnedAnswer], row_tokens: int, *, pad_token_id: int
 ) -> list[PackedRow]:
-    """Return rows in which each answer stands behind a prompt of its own.
+    """Return rows of a prompt and the answers behind it, each of which sees the prompt and itself.
 
     The weights of an answer's labels are 1 / n, so that each answer weighs 1, however long it is.
 
@@ -38,35 +37,23 @@ def answer_rows(
         row_tokens: Length of a row.
         pad_token_id: Token of padding.
     """
-    longest = len(prompt.token_ids) + max(len(answer.token_ids) for answer in answers)
-    return [
-        _row(prompt, together, row_tokens, pad_token_id)
-        for together in batched(answers, row_tokens // longest)
-    ]
+    laid = [_weighted(answer.token_ids) for answer in answers]
+    shared = shared_prompt_rows(prompt, laid, row_tokens, pad_token_id=pad_token_id)
+    return [replace(each.row, answers=_row_answers(answers[each.answers])) for each in shared]
 
 
-def _row(
-    prompt: Sample, answers: Sequence[LearnedAnswer], row_tokens: int, pad_token_id: int
-) -> PackedRow:
-    samples = [_answered(prompt, answer.token_ids) for answer in answers]
-    row = pack(samples, row_tokens, pad_token_id=pad_token_id)
+def _row_answers(answers: Sequence[LearnedAnswer]) -> RowAnswers:
+    """Return what is known of a row's labels, which are the answers' tokens in order."""
     lengths = [len(answer.token_ids) for answer in answers]
     places = [answer.first_place + np.arange(len(answer.token_ids)) for answer in answers]
-    return replace(
-        row,
-        answers=RowAnswers(
-            answers=np.repeat(np.arange(len(answers)), lengths),
-            places=np.concatenate(places),
-            old_log_probs=np.concatenate([answer.old_log_probs for answer in answers]),
-            advantages=np.array([answer.advantage for answer in answers]),
-        ),
+    return RowAnswers(
+        answers=np.repeat(np.arange(len(answers)), lengths),
+        places=np.concatenate(places),
+        old_log_probs=np.concatenate([answer.old_log_probs for answer in answers]),
+        advantages=np.array([answer.advantage for answer in answers]),
     )
 
 
-def _answered(prompt: Sample, answer: Sequence[int]) -> Sample:
-    """Return the prompt with an answer, whose tokens are the labels."""
-    token_ids = np.concatenate([prompt.token_ids, np.array(answer, dtype=np.int64)])
-    weights = np.zeros(len(token_ids), dtype=np.float32)
-    weights[len(prompt.token_ids) - 1 : -1] = 1 / len(answer)
-    labels = labels_of(token_ids, weights)
-    return replace(prompt, token_ids=token_ids, labels=labels, weights=weights)
+def _weighted(token_ids: Sequence[int]) -> Answer:
+    weights = np.full(len(token_ids), 1 / len(token_ids), dtype=np.float32)
+    return Answer(token_ids=np.array(token_ids, dtype=np.int64), weights=weights)

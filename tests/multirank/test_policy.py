@@ -15,6 +15,7 @@ from megatron_keye.decoder.policy import policy_weights
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.post_training.answer_rows import LearnedAnswer, answer_rows
 from megatron_keye.training.microbatch import cut_row
+from tests.support.float64 import assert_trains_as, exact_run, without_trees
 from tests.support.ranks import run_on_ranks
 from tests.support.rollout import prompt
 from tests.support.tiny import ROW_TOKENS, tiny_run
@@ -113,9 +114,10 @@ def answers_to(seed: int, count: int, length: int, first: int) -> list[LearnedAn
 
 
 def policy_rows(step: int) -> list[PackedRow]:
-    """Return a global batch of answers to three prompts, some of them in one row."""
+    """Return a global batch of answers to four prompts."""
     rows: list[PackedRow] = []
-    for place, (number, pictures) in enumerate([(9, ((4, 4),)), (16, ()), (11, ((2, 2), (2, 2)))]):
+    prompts = [(9, ((4, 4),)), (16, ()), (11, ((2, 2), (2, 2))), (20, ())]
+    for place, (number, pictures) in enumerate(prompts):
         asked = prompt(20 * step + place, number, *pictures)
         answers = answers_to(50 * step + place, 3, 5, 100 * place)
         rows += answer_rows(asked, answers, ROW_TOKENS, pad_token_id=0)
@@ -139,6 +141,22 @@ def run_of(kind: str = "gspo", **degrees: int) -> RunConfig:
 def test_every_grid_learns_the_same(degrees: dict[str, int]) -> None:
     batches = [policy_rows(0), policy_rows(1)]
     assert_same_training(train(run_of(**degrees), batches), train(run_of(), batches))
+
+
+@pytest.mark.parametrize("kind", ["gspo", "grpo"])
+def test_answers_learn_behind_one_prompt_as_behind_their_own(kind: str) -> None:
+    asked, answers = prompt(20, 16, (4, 4)), answers_to(50, 3, 5, 0)
+    shared = answer_rows(asked, answers, ROW_TOKENS, pad_token_id=0)
+    alone = [
+        without_trees(row)
+        for number, answer in enumerate(answers)
+        for row in answer_rows(
+            replace(asked, name=f"alone {number}"), [answer], ROW_TOKENS, pad_token_id=0
+        )
+    ]
+    assert len(shared) == 1 and len(alone) == 3
+    run = replace(exact_run(context=2), post_training=replace(WIDE, kind=kind))
+    assert_trains_as(run, shared, alone)
 
 
 def _states_with_gradients(run_json: str, row: PackedRow) -> tuple[list[int], list[int]]:
@@ -170,7 +188,7 @@ def test_tokens_of_prompts_and_padding_and_clipped_answers_have_no_gradient() ->
     (row,) = answer_rows(prompt(4, 10), answers, ROW_TOKENS, pad_token_id=0)
     ((found, labelled),) = run_on_ranks(1, _states_with_gradients, run_of().to_json(), row)
     of_second = labelled[6:]
-    assert len(of_second) == 7 and of_second[0] == 10 + 6 + 10 - 1, "the prompt's last token"
+    assert len(of_second) == 7 and of_second[0] == 9 + 7, "the prompt's last token, laid again"
     assert found == of_second
 
 
