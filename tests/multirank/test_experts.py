@@ -60,18 +60,8 @@ def _layer_on_rank(
         favoured: The two experts that every token chooses; none for what random weights choose.
         device: "cpu" or "cuda".
     """
-    run, rank, on_gpu = RunConfig.from_json(run_json), dist.get_rank(), device == "cuda"
-    engine = run.training.linear_layers == "transformer_engine"
-    grid = build_grid(run.parallel)
-    assert grid.decoder is not None, "every rank is the decoder's"
-    fusions = choose_fusions(run.training, has_gpu=on_gpu, uses_transformer_engine=engine)
-    config = decoder_config(run, on_gpu=on_gpu, fusions=fusions)
-    stage = VirtualStage(
-        run, config, grid.decoder, index=0, uses_transformer_engine=engine, fusions=fusions
-    )
-    sharded = stage.sharded_state_dict(metadata={"dp_cp_group": grid.decoder.dp_cp})
-    initialize_weights(sharded, std=run.model.decoder.init_std, seed=run.training.seed)
-    layer = stage.to(device).block.layers[0].mlp
+    run, rank = RunConfig.from_json(run_json), dist.get_rank()
+    layer = _expert_layer(run, device)
     router = layer.router.weight
     if favoured:
         with torch.no_grad():
@@ -88,6 +78,22 @@ def _layer_on_rank(
     experts = expert_gradients(layer.experts, rank * NUM_LOCAL[len(counts)])
     parts = (output.detach(), tokens.grad, router.grad, experts)
     return tuple(_on_cpu(part) for part in parts)  # type: ignore[return-value]
+
+
+def _expert_layer(run: RunConfig, device: str) -> Any:
+    """Return the first layer's router and experts on this rank."""
+    on_gpu = device == "cuda"
+    engine = run.training.linear_layers == "transformer_engine"
+    grid = build_grid(run.parallel)
+    assert grid.decoder is not None, "every rank is the decoder's"
+    fusions = choose_fusions(run.training, has_gpu=on_gpu, uses_transformer_engine=engine)
+    config = decoder_config(run, on_gpu=on_gpu, fusions=fusions)
+    stage = VirtualStage(
+        run, config, grid.decoder, index=0, uses_transformer_engine=engine, fusions=fusions
+    )
+    sharded = stage.sharded_state_dict(metadata={"dp_cp_group": grid.decoder.dp_cp})
+    initialize_weights(sharded, std=run.model.decoder.init_std, seed=run.training.seed)
+    return stage.to(device).block.layers[0].mlp
 
 
 def _on_cpu(part: Any) -> Any:
@@ -176,3 +182,20 @@ def test_fused_experts_that_get_no_tokens_equal_plain_ones() -> None:
     fused = run_of(2, is_fused=True, precision="fp32", **ENGINE)
     got = layer_on(fused, (4, 3), (0, 1), "cuda")
     assert_same(got, expected, 5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(transformer_engine_version() is None, reason="no Transformer Engine")
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_the_host_waits_for_no_numbers_of_tokens(is_fused: bool) -> None:
+    run = run_of(1, is_fused=is_fused, precision="bf16", linear_layers="transformer_engine")
+    (waits_at,) = run_on_ranks(1, _place_of_waiting, run.to_json(), device="cuda")
+    # Megatron's plain permutation splits by them on the host.
+    assert waits_at == ("no_sync" if is_fused else "before_permutation_2")
+
+
+def _place_of_waiting(run_json: str) -> str:
+    layer = _expert_layer(RunConfig.from_json(run_json), "cuda")
+    layer(make_tensor(*SIZE, seed=3).to(layer.router.weight))
+    return str(layer.token_dispatcher.cuda_sync_point)
