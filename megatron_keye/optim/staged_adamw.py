@@ -155,7 +155,9 @@ def stage_state(optimizer: MegatronOptimizer, settings: OptimizerConfig) -> None
 
 def gradient_of(weight: Tensor) -> Tensor | None:
     """Return the gradient that an optimizer of Megatron's updates a shard by."""
-    gradient: Tensor | None = getattr(weight, "decoupled_grad", weight.grad)
+    # Views of weights have no .grad, and say so.
+    name = "decoupled_grad" if hasattr(weight, "decoupled_grad") else "grad"
+    gradient: Tensor | None = getattr(weight, name)
     return gradient
 
 
