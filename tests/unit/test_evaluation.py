@@ -14,7 +14,7 @@ from megatron_keye.data.tokens import load_tokenizer
 from megatron_keye.errors import UserError
 from megatron_keye.evaluation import Evaluation
 from megatron_keye.rollout.request import Completion
-from megatron_keye.scoring.truth import TRUTHS
+from megatron_keye.scoring.tasks import TRUTHS
 from megatron_keye.training.periodic_evaluation import PeriodicEvaluation
 from megatron_keye.training.report import Report
 from megatron_keye.training.step_clock import StepClock
