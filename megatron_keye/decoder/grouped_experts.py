@@ -1,7 +1,7 @@
 """The experts of a rank as one module, and the layer that routes tokens to them.
 
-In place of Megatron-Core's SequentialMLP and TEGroupedMLP, which have a weight for each expert;
-checkpoints are the same.
+Megatron-Core's own, SequentialMLP and TEGroupedMLP, have a weight for each expert; checkpoints are
+the same.
 
 Shape letters: D hidden size, E experts of a rank, F hidden size of an expert, R rows routed to
 this rank, sorted by expert.
@@ -64,8 +64,7 @@ class GroupedExperts(MegatronModule):
             probabilities_R: What the router weighs each by.
         """
         ends_E = num_rows_E.cumsum(0, dtype=torch.int32)
-        gate_up_RF = self.linear_fc1(hidden_RD, ends_E)
-        inner_RF = self._activation(gate_up_RF, probabilities_R[:, None])
+        inner_RF = self._activation(self.linear_fc1(hidden_RD, ends_E), probabilities_R[:, None])
         return self.linear_fc2(inner_RF, ends_E), None
 
     def sharded_state_dict(
@@ -100,13 +99,13 @@ class GroupedExperts(MegatronModule):
             for name, weight in self.named_parameters()
         }
 
-    def _activation(self, gate_up_RF: Tensor, probabilities_R1: Tensor) -> Tensor:
-        """Return SwiGLU [R, F] of [R, 2F], weighted by the router."""
+    def _activation(self, gate_and_up: Tensor, probabilities_R1: Tensor) -> Tensor:
+        """Return SwiGLU [R, F] of gate and up [R, 2F], weighted by the router."""
         if self.config.bias_activation_fusion:
-            weighted: Tensor = weighted_bias_swiglu_impl(gate_up_RF, None, probabilities_R1)
+            weighted: Tensor = weighted_bias_swiglu_impl(gate_and_up, None, probabilities_R1)
             return weighted
-        gate_RF, up_RF = gate_up_RF.chunk(2, dim=-1)
-        return (silu(gate_RF) * up_RF * probabilities_R1).to(gate_up_RF.dtype)
+        gate_RF, up_RF = gate_and_up.chunk(2, dim=-1)
+        return (silu(gate_RF) * up_RF * probabilities_R1).to(gate_and_up.dtype)
 
 
 def _stacked(weights: list[Tensor]) -> Tensor:
