@@ -19,6 +19,11 @@ RowFunction = Callable[..., tuple[Tensor, ...]]
 """Takes a chunk of each row tensor, then the shared tensors; gives tensors of as many rows."""
 
 
+def rows_of_chunk(bytes_per_row: int) -> int:
+    """Return how many rows a chunk has, at least one, for the bytes that a row's share takes."""
+    return max(1, CHUNK_BYTES // max(1, bytes_per_row))
+
+
 def map_row_chunks(
     function: RowFunction,
     rows: tuple[Tensor, ...],
@@ -41,7 +46,7 @@ def map_row_chunks(
     Returns:
         The results of `function`, each [T, ...].
     """
-    num_rows = max(1, CHUNK_BYTES // max(1, bytes_per_row))
+    num_rows = rows_of_chunk(bytes_per_row)
     needs_gradient = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (*rows, *shared)
     )

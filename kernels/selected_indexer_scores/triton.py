@@ -24,7 +24,7 @@ from megatron_keye.kernels.primitives import (
 from megatron_keye.kernels.union_lists import TILE_QUERIES, UnionLists
 
 SELECTED_BLOCKS = Blocks(rows=16, keys=64, warps=1, stages=3)
-BACKWARD_BLOCKS = Blocks(rows=128, keys=64, warps=8, stages=2, registers=128)
+BACKWARD_BLOCKS = Blocks(rows=128, keys=64, warps=8, stages=3, registers=128)
 FLOAT32_BLOCKS = Blocks(rows=64, keys=32, warps=8, stages=1)
 _MAX_HEADS, _MAX_CHANNELS = 64, 128
 

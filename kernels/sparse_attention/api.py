@@ -4,7 +4,7 @@ Attention to 2,048 selected keys passes torch's dense attention between 8K and 3
 H100 (bf16, 32/4 heads x 128) 0.8 times its speed at 8K, 1.8 times at 32K, 6 times at 128K.
 
 It also returns the indexer's target, which is the attention's own softmax over the selected keys.
-Where the attention has a backward pass `sparse_attention_with_loss` takes the target from there.
+Where the attention has a backward pass `sparse_attention_with_loss` gathers the target there.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
 K selected keys.

@@ -75,7 +75,7 @@ class _SparseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists = ctx.saved_tensors
-        *gradients, _ = attend_backward(
+        gradients = attend_backward(
             dout_THC.contiguous(),
             q_THC,
             k_SGC,

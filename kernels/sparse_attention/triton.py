@@ -30,6 +30,7 @@ from megatron_keye.kernels.primitives import (
 from megatron_keye.kernels.union_lists import TILE_QUERIES, UnionLists
 
 _MAX_HEADS, _MAX_CHANNELS = 128, 256
+_TUNED_CHANNELS = 128
 
 
 FORWARD_BLOCKS = Blocks(rows=128, keys=64, warps=8, stages=2, registers=128)
@@ -97,9 +98,17 @@ def lay_out_heads(q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor) -> tuple[Tensor, 
     return q_THC, k_SGC, v_SGC
 
 
-def choose_blocks(tuned: Blocks, dtype: torch.dtype) -> Blocks:
-    """Return the blocks for inputs of `dtype`."""
-    return FLOAT32_BLOCKS if dtype == torch.float32 else tuned
+def choose_blocks(tuned: Blocks, q_THC: Tensor) -> Blocks:
+    """Return the blocks for such queries.
+
+    Wider heads than the tuned ones fill a multiprocessor with one program, which may then have
+    all registers.
+    """
+    if q_THC.dtype == torch.float32:
+        return FLOAT32_BLOCKS
+    if q_THC.shape[2] <= _TUNED_CHANNELS:
+        return tuned
+    return tuned._replace(rows=tuned.rows // 2, stages=2, registers=None)
 
 
 def attend(
@@ -124,7 +133,7 @@ def attend(
     Returns:
         The output, and float32 log2 of each row's sum of exponentials, +inf without any key.
     """
-    blocks = blocks or choose_blocks(FORWARD_BLOCKS, q_THC.dtype)
+    blocks = blocks or choose_blocks(FORWARD_BLOCKS, q_THC)
     num_queries, num_groups = q_THC.shape[0], k_SGC.shape[1]
     layout = lay_out_rows(q_THC, num_groups, blocks)
     out_THC = torch.empty_like(q_THC, memory_format=torch.contiguous_format)

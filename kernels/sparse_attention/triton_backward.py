@@ -2,16 +2,15 @@
 
 Each program recomputes its weights, keeps dQ, and adds dK and dV of every key that it visits to
 float32 sums in memory. The order of those additions varies from run to run; the deterministic
-form adds integers instead, whose sum has no order. Where asked to, it also stores the indexer's
-target, the mean of its weights over a group's heads. Made apart, by gathering the keys of each
-query, it took 36 ms beside the 167 of this pass (H100, 128K tokens, docs/benchmarks).
+form adds integers instead, whose sum has no order. The sums of one key-value head lie together,
+those of a key side by side: a program adds to one head's alone, and they stay longer in the L2
+cache.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
-K selected keys, B tiles of queries, U places of a union.
+B tiles of queries, U places of a union.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,46 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_keye.kernels.launch import Blocks
-from megatron_keye.kernels.primitives import (
-    load_rows,
-    load_union,
-    locate_rows,
-    selection_slots,
-    store_rows,
-)
+from megatron_keye.kernels.primitives import load_rows, load_union, locate_rows, store_rows
 from megatron_keye.kernels.sparse_attention.triton import choose_blocks, lay_out_rows
 from megatron_keye.kernels.union_lists import UnionLists
 
-BACKWARD_BLOCKS = Blocks(rows=128, keys=32, warps=8, stages=2, registers=128)
+BACKWARD_BLOCKS = Blocks(rows=128, keys=32, warps=8, stages=3, registers=128)
 """Two programs per multiprocessor: while one waits for its additions, the other multiplies."""
 _INTEGER_BITS = 60
 """Bits that a deterministic sum may use: 63, less room for rounding in the bounds."""
-
-
-class AttentionGradients(NamedTuple):
-    """What one backward pass gives."""
-
-    dq_THC: Tensor
-    """Type of the queries."""
-    dk_SGC: Tensor
-    """Type of the keys."""
-    dv_SGC: Tensor
-    """Type of the values."""
-    target_TGK: Tensor
-    """float32, see api.sparse_attention; not specified at padding. K is 0 where not wanted."""
-
-
-class BackwardForm(NamedTuple):
-    """How the backward pass runs; the result does not depend on it but for rounding."""
-
-    blocks: Blocks
-    key_blocks: Blocks | None = None
-    """Of a pass of its own for dK and dV, with the weights computed again; None for one pass."""
-    sums_by_group: bool = False
-    """Whether the sums of a key-value head lie together, those of a key side by side."""
-
-
-BACKWARD_FORM = BackwardForm(BACKWARD_BLOCKS)
 
 
 def attend_backward(
@@ -72,10 +39,9 @@ def attend_backward(
     *,
     scale: float,
     is_deterministic: bool,
-    num_selected: int = 0,
-    form: BackwardForm | None = None,
-) -> AttentionGradients:
-    """Return the gradients of the inputs and, where wanted, the indexer's target.
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq_THC, dk_SGC and dv_SGC in the types of `q_THC` and `k_SGC`.
 
     Args:
         dout_THC: Gradient of the output, contiguous.
@@ -88,67 +54,58 @@ def attend_backward(
         scale: Factor of the logits.
         is_deterministic: Whether dK and dV are summed as 64-bit integers: the same bits at
             every call, twice the memory traffic.
-        num_selected: K of the selection whose target is wanted, 0 for none.
-        form: How it runs; None for the tuned form.
+        blocks: How the work is cut; None for the tuned cut.
     """
-    if form is None:
-        form = BACKWARD_FORM
-        form = form._replace(blocks=choose_blocks(form.blocks, q_THC.dtype))
+    blocks = blocks or choose_blocks(BACKWARD_BLOCKS, q_THC)
     num_queries, num_groups = q_THC.shape[0], k_SGC.shape[1]
     dq_THC = torch.empty_like(q_THC, memory_format=torch.contiguous_format)
-    dk_SGC, dv_SGC = _new_sums(k_SGC, torch.int64 if is_deterministic else torch.float32, form)
-    target_TGK = lse_TH.new_empty((num_queries, num_groups, num_selected))
+    layout = lay_out_rows(q_THC, num_groups, blocks)
+    dk_SGC, dv_SGC = _new_sums(k_SGC, torch.int64 if is_deterministic else torch.float32)
     if num_queries > 0:
         units = (
             _integer_units(dout_THC, q_THC, v_SGC, scale, num_groups)
             if is_deterministic
             else lse_TH  # not read
         )
-        tensors = q_THC, k_SGC, v_SGC, out_THC, dout_THC, lse_TH, dq_THC, dk_SGC, dv_SGC, units
-        passes = [(form.blocks, True, form.key_blocks is None)]
-        if form.key_blocks is not None:
-            passes.append((form.key_blocks, False, True))
-        for blocks, with_queries, with_sums in passes:
-            layout = lay_out_rows(q_THC, num_groups, blocks)
-            _backward_kernel[layout.grid(num_queries, num_groups)](
-                *tensors,
-                target_TGK,
-                *lists,
-                num_queries,
-                num_selected,
-                lists.keys_BU.shape[1],
-                scale,
-                scale * math.log2(math.e),
-                *q_THC.stride()[:2],
-                *k_SGC.stride()[:2],
-                *dk_SGC.stride()[:2],
-                **layout.constants(),
-                BLOCK_U=blocks.keys,
-                IN_INTEGERS=is_deterministic,
-                WIDE_SUMS=dk_SGC.shape[0] * dk_SGC.stride(0) >= 2**31,
-                WITH_QUERIES=with_queries,
-                WITH_SUMS=with_sums,
-                WITH_TARGET=with_queries and num_selected > 0,
-                num_warps=blocks.warps,
-                num_stages=blocks.stages,
-                maxnreg=blocks.registers,
-            )
+        _backward_kernel[layout.grid(num_queries, num_groups)](
+            q_THC,
+            k_SGC,
+            v_SGC,
+            out_THC,
+            dout_THC,
+            lse_TH,
+            dq_THC,
+            dk_SGC,
+            dv_SGC,
+            units,
+            *lists,
+            num_queries,
+            lists.keys_BU.shape[1],
+            scale,
+            scale * math.log2(math.e),
+            *q_THC.stride()[:2],
+            *k_SGC.stride()[:2],
+            *dk_SGC.stride()[:2],
+            **layout.constants(),
+            BLOCK_U=blocks.keys,
+            IN_INTEGERS=is_deterministic,
+            WIDE_SUMS=len(dk_SGC) * dk_SGC.stride(0) >= 2**31,
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+            maxnreg=blocks.registers,
+        )
         if is_deterministic:
             dk_SGC, dv_SGC = dk_SGC.double() / units[0], dv_SGC.double() / units[1]
     dk_SGC, dv_SGC = (each.to(k_SGC.dtype).contiguous() for each in (dk_SGC, dv_SGC))
-    return AttentionGradients(dq_THC, dk_SGC, dv_SGC, target_TGK)
+    return dq_THC, dk_SGC, dv_SGC
 
 
-def _new_sums(k_SGC: Tensor, dtype: torch.dtype, form: BackwardForm) -> tuple[Tensor, Tensor]:
-    """Return zeros for dK and dV, with the same strides."""
-    if not form.sums_by_group:
-        dk_SGC = torch.zeros(k_SGC.shape, dtype=dtype, device=k_SGC.device)
-        return dk_SGC, torch.zeros_like(dk_SGC)
+def _new_sums(k_SGC: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return zeros for dK and dV, both [S, G, C] with the strides of [G, S, 2, C] in memory."""
     num_keys, num_groups, num_channels = k_SGC.shape
     shape = num_groups, num_keys, 2, num_channels
-    dk_SGC, dv_SGC = (
-        torch.zeros(shape, dtype=dtype, device=k_SGC.device).transpose(0, 1).unbind(dim=2)
-    )
+    sums_SG2C = torch.zeros(shape, dtype=dtype, device=k_SGC.device).transpose(0, 1)
+    dk_SGC, dv_SGC = sums_SG2C.unbind(dim=2)
     return dk_SGC, dv_SGC
 
 
@@ -190,12 +147,10 @@ def _backward_kernel(
     dk: tl.tensor,
     dv: tl.tensor,
     units: tl.tensor,
-    target: tl.tensor,
     keys: tl.tensor,
     masks: tl.tensor,
     counts: tl.tensor,
     num_queries: int,
-    num_selected: int,
     capacity: int,
     scale: float,
     scale_log2: float,
@@ -214,9 +169,6 @@ def _backward_kernel(
     BLOCK_U: tl.constexpr,
     IN_INTEGERS: tl.constexpr,
     WIDE_SUMS: tl.constexpr,
-    WITH_QUERIES: tl.constexpr,
-    WITH_SUMS: tl.constexpr,
-    WITH_TARGET: tl.constexpr,
 ) -> None:
     scale = tl.cast(scale, tl.float32)  # torch.compile gives float64
     scale_log2 = tl.cast(scale_log2, tl.float32)  # torch.compile gives float64
@@ -242,12 +194,6 @@ def _backward_kernel(
         dk_unit = tl.load(units)
         dv_unit = tl.load(units + 1)
     dq_tile = tl.zeros([QUERIES * PADDED_HEADS, PADDED_CHANNELS], tl.float32)
-    # One row of places for each query.
-    first = tl.program_id(0) % (TILE // QUERIES) * QUERIES
-    one_local = first + tl.arange(0, QUERIES)
-    one_query = tile * TILE + one_local
-    target_rows = target + (one_query * num_groups + group) * num_selected
-    num_before = tl.zeros([QUERIES], tl.int32)
     count = tl.load(counts + tile)
     for start in range(0, count, BLOCK_U):
         key, word, is_real = load_union(keys, masks, tile * capacity, start, count, BLOCK_U)
@@ -259,22 +205,12 @@ def _backward_kernel(
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
         weights = tl.exp2(logits - row_lse[:, None])
         weights = tl.where((word[None, :] & bit[:, None]) != 0, weights, 0.0)
-        if WITH_TARGET:
-            by_head = tl.reshape(weights, [QUERIES, PADDED_HEADS, BLOCK_U])
-            slot, is_selected, num_before = selection_slots(word, one_local, num_before)
-            is_stored = is_selected & (one_query < num_queries)[:, None]
-            tl.store(target_rows[:, None] + slot, tl.sum(by_head, 1) / HEADS, is_stored)
         # Channels as rows of the product: a step may then have fewer keys than 64.
-        if WITH_SUMS:
-            weights_tile = weights.to(k_tile.dtype)
-            dv_tile = tl.dot(tl.trans(dout_tile), weights_tile, input_precision="ieee")
-            _add(dv_group + sums, tl.trans(dv_tile), in_k, dv_unit, IN_INTEGERS)
+        dv_tile = tl.dot(tl.trans(dout_tile), weights.to(k_tile.dtype), input_precision="ieee")
+        _add(dv_group + sums, tl.trans(dv_tile), in_k, dv_unit, IN_INTEGERS)
         dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
         dlogits = (weights * (dweights - mean[:, None])).to(k_tile.dtype)
-        if WITH_SUMS:
-            dk_tile = tl.dot(tl.trans(q_tile), dlogits, input_precision="ieee") * scale
-            _add(dk_group + sums, tl.trans(dk_tile), in_k, dk_unit, IN_INTEGERS)
-        if WITH_QUERIES:
-            dq_tile = tl.dot(dlogits, k_tile, dq_tile, input_precision="ieee")
-    if WITH_QUERIES:
-        store_rows(dq, row * CHANNELS, dq_tile * scale, is_row, CHANNELS, PADDED_CHANNELS)
+        dk_tile = tl.dot(tl.trans(q_tile), dlogits, input_precision="ieee") * scale
+        _add(dk_group + sums, tl.trans(dk_tile), in_k, dk_unit, IN_INTEGERS)
+        dq_tile = tl.dot(dlogits, k_tile, dq_tile, input_precision="ieee")
+    store_rows(dq, row * CHANNELS, dq_tile * scale, is_row, CHANNELS, PADDED_CHANNELS)

@@ -1,4 +1,4 @@
-"""The indexer's target in Triton, where no backward pass of the attention gives it.
+"""The indexer's target in Triton, gathered by a pass of its own.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
 K selected keys.
@@ -39,7 +39,7 @@ def recover_target(
         scale: Factor of the logits.
         blocks: How the work is cut; None for the tuned cut.
     """
-    blocks = blocks or choose_blocks(TARGET_BLOCKS, q_THC.dtype)
+    blocks = blocks or choose_blocks(TARGET_BLOCKS, q_THC)
     (num_queries, num_selected), num_groups = indices_TK.shape, k_SGC.shape[1]
     heads, channels = q_THC.shape[1] // num_groups, q_THC.shape[2]
     target_TGK = q_THC.new_empty((num_queries, num_groups, num_selected), dtype=torch.float32)

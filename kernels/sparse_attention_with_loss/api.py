@@ -1,9 +1,9 @@
 """Public function of the sparse attention with its indexer's loss: contract, checks and choice.
 
-The loss needs the attention's weights, of which a fast forward pass keeps none, and which its
-backward pass computes anyway. So the target is taken there: nothing gathers every query's keys for
-it (1 KiB a selected key: 275 GB at 128K, K = 2048, four key-value heads of 128 channels), and of
-the size of queries by selected keys only the scores live between the two passes.
+The loss needs the attention's weights, of which a fast forward pass keeps none. So the target is
+gathered again in the backward pass, for a part of the queries at a time: it never exists whole
+(4.3 GB at 128K, K = 2048 and four key-value heads), and of the size of queries by selected keys
+the selection and the scores alone live between the two passes.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
 K selected keys.

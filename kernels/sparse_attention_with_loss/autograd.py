@@ -1,4 +1,7 @@
-"""Attention and loss as one node of autograd, whose backward pass in Triton gives the target.
+"""Attention and loss as one node of autograd, whose backward pass in Triton makes the target.
+
+It is gathered for a part of the queries at a time, which learn from it at once, so that of the
+size of queries by selected keys only scores and their gradient exist.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
 K selected keys.
@@ -13,9 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.launch import check_triton
+from megatron_keye.kernels.row_chunks import rows_of_chunk
 from megatron_keye.kernels.sparse_attention.triton import attend, lay_out_heads
 from megatron_keye.kernels.sparse_attention.triton_backward import attend_backward
-from megatron_keye.kernels.sparse_indexer_loss.triton import divergence_with_gradient
+from megatron_keye.kernels.sparse_attention.triton_target import recover_target
+from megatron_keye.kernels.sparse_indexer_loss.triton import fill_divergence_and_gradient
 from megatron_keye.kernels.union_lists import UnionLists, union_lists
 
 
@@ -70,28 +75,49 @@ class _AttentionWithLoss(torch.autograd.Function):
         out_THC, lse_TH = kept.outputs_of(
             "sparse_attention", lambda: attend(*heads, lists, scale=scale)
         )
-        ctx.save_for_backward(*heads, out_THC, lse_TH, scores_TK.contiguous(), weight_T, *lists)
+        selected = indices_TK, scores_TK.contiguous(), weight_T
+        ctx.save_for_backward(*heads, out_THC, lse_TH, *selected, *lists)
         ctx.report, ctx.scale, ctx.is_deterministic = report, scale, deterministic
         return out_THC, lse_TH.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        q_THC, k_SGC, v_SGC, out_THC, lse_TH, scores_TK, weight_T, *lists = ctx.saved_tensors
-        *dheads, target_TGK = attend_backward(
+        *heads, out_THC, lse_TH, indices_TK, scores_TK, weight_T = ctx.saved_tensors[:8]
+        dheads = attend_backward(
             dout_THC.contiguous(),
-            q_THC,
-            k_SGC,
-            v_SGC,
+            *heads,
             out_THC,
             lse_TH,
-            UnionLists(*lists),
+            UnionLists(*ctx.saved_tensors[8:]),
             scale=ctx.scale,
             is_deterministic=ctx.is_deterministic,
-            num_selected=scores_TK.shape[1],
         )
-        dkl_T1 = (dloss * weight_T).float()[:, None]
-        dkl_TG = dkl_T1.expand(-1, k_SGC.shape[1]).contiguous()
-        kl_TG, dscores_TK = divergence_with_gradient(dkl_TG, scores_TK, target_TGK)
+        selected = lse_TH, indices_TK, scores_TK, dloss * weight_T
+        kl_TG, dscores_TK = _teach(*heads[:2], *selected, scale=ctx.scale)
         ctx.report(kl_TG)
         return (*dheads, dscores_TK, None, None, None, None, None, None)
+
+
+def _teach(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    lse_TH: Tensor,
+    indices_TK: Tensor,
+    scores_TK: Tensor,
+    dkl_T: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return kl_TG and dscores_TK for the gradient `dkl_T` of every group's KL."""
+    num_groups = k_SGC.shape[1]
+    dkl_TG = dkl_T.float()[:, None].expand(-1, num_groups).contiguous()
+    kl_TG, dscores_TK = torch.empty_like(dkl_TG), torch.empty_like(scores_TK)
+    num_rows = rows_of_chunk(num_groups * indices_TK.shape[1] * torch.float32.itemsize)
+    rows = q_THC, lse_TH, indices_TK, dkl_TG, scores_TK, kl_TG, dscores_TK
+    for q, lse, indices, dkl, scores, kl, dscores in zip(
+        *(each.split(num_rows) for each in rows), strict=True
+    ):
+        target = recover_target(q, k_SGC, lse, indices, scale=scale)
+        fill_divergence_and_gradient(dkl, scores, target, kl_TG=kl, dscores_TK=dscores)
+    return kl_TG, dscores_TK

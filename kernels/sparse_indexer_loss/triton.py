@@ -41,14 +41,24 @@ def divergence_backward(dkl_TG: Tensor, scores_TK: Tensor, target_TGK: Tensor) -
     return dscores_TK
 
 
-def divergence_with_gradient(
-    dkl_TG: Tensor, scores_TK: Tensor, target_TGK: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return what `divergence` and `divergence_backward` return, from one read of the target."""
-    kl_TG = scores_TK.new_empty(target_TGK.shape[:2], dtype=torch.float32)
-    dscores_TK = torch.empty_like(scores_TK)
+def fill_divergence_and_gradient(
+    dkl_TG: Tensor,
+    scores_TK: Tensor,
+    target_TGK: Tensor,
+    *,
+    kl_TG: Tensor,
+    dscores_TK: Tensor,
+) -> None:
+    """Fill what `divergence` and `divergence_backward` return, from one read of the target.
+
+    Args:
+        dkl_TG: As in `divergence_backward`.
+        scores_TK: As in `divergence`.
+        target_TGK: As in `divergence`.
+        kl_TG: To be filled; float32, contiguous.
+        dscores_TK: To be filled; type of `scores_TK`, contiguous.
+    """
     _launch(dkl_TG, scores_TK, target_TGK, kl_TG, dscores_TK)
-    return kl_TG, dscores_TK
 
 
 def _launch(

@@ -225,12 +225,24 @@ def test_triton_equals_eager_in_float64(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["local", "uniform"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_triton_equals_eager_in_float64_at_the_models_size(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "channels"),
+    [
+        (torch.float32, 128),
+        (torch.bfloat16, 128),
+        (torch.float16, 128),
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 256),
+        (torch.float32, 256),
+    ],
+)
+def test_triton_equals_eager_in_float64_at_the_models_size(
+    kind: str, dtype: torch.dtype, channels: int
+) -> None:
     inputs = (
-        make_tensor(515, 32, 128, seed=1, dtype=dtype),
-        make_tensor(8195, 4, 128, seed=2, dtype=dtype),
-        make_tensor(8195, 4, 128, seed=3, dtype=dtype),
+        make_tensor(515, 32, channels, seed=1, dtype=dtype),
+        make_tensor(8195, 4, channels, seed=2, dtype=dtype),
+        make_tensor(8195, 4, channels, seed=3, dtype=dtype),
     )
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}[dtype]
     assert_triton_equals_eager(inputs, make_selection(kind, 515, 8195, 2048, seed=4), tolerance)

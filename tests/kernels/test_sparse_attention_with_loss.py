@@ -1,4 +1,4 @@
-"""Tests of the attention whose backward pass gives the indexer's target."""
+"""Tests of the attention whose backward pass makes the indexer's target, in parts."""
 
 from typing import Any
 
@@ -161,10 +161,10 @@ def test_heads_that_learn_nothing_have_no_backward_pass(impl: str) -> None:
     assert_close(dscores_TK, expected[-1], 2e-5)
 
 
-def test_the_target_is_gathered_nowhere_and_unions_are_merged_once_a_pass(
+def test_the_target_never_exists_whole_and_unions_are_merged_once_a_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from megatron_keye.kernels.sparse_attention import autograd
+    from megatron_keye.kernels import row_chunks
     from megatron_keye.kernels.sparse_attention_with_loss import autograd as one_pass
     from megatron_keye.kernels.union_lists import triton as union_lists
 
@@ -179,17 +179,21 @@ def test_the_target_is_gathered_nowhere_and_unions_are_merged_once_a_pass(
 
         monkeypatch.setattr(module, name, wrapped)
 
-    counted(autograd, "recover_target")
     counted(one_pass, "attend")
+    counted(one_pass, "attend_backward")
+    counted(one_pass, "recover_target")
     counted(union_lists, "_merge")
     shape = SHAPES[1]
-    indices_TK = odd_selection(*shape[:2], shape[-1], seed=5)
+    num_groups, num_selected = shape[2], shape[-1]
+    monkeypatch.setattr(row_chunks, "CHUNK_BYTES", 8 * num_groups * num_selected * 4)
+    indices_TK = odd_selection(*shape[:2], num_selected, seed=5)
     inputs = trainable(moved(make_inputs(shape, torch.float32, indices_TK), "triton"))
     (indices_TK,) = moved((indices_TK,), "triton")
     plain, plain_TG, _ = run(inputs, indices_TK, "triton", deterministic=True)
     indexer = trainable(moved(make_indexer(shape), "triton"))
     gradients(selected_indexer_scores(*indexer, indices_TK, impl="triton"), *indexer)
-    assert calls == ["_merge", "attend"], "one pass forward, and one union for all operators"
+    of_backward = ["attend_backward", *["recover_target"] * 3]
+    assert calls == ["_merge", "attend", *of_backward], "20 queries in parts of 8, one union"
     kept = KeptOutputs()
     with torch.no_grad():
         first_THC, _ = sparse_attention(
@@ -199,7 +203,7 @@ def test_the_target_is_gathered_nowhere_and_unions_are_merged_once_a_pass(
     calls.clear()
     unpacked_TK = PackedSelection.of(indices_TK, shape[1]).unpack()
     again, again_TG, _ = run(inputs, unpacked_TK, "triton", deterministic=True, kept=kept)
-    assert calls == ["_merge"], "a recomputed layer merges again, and makes nothing else again"
+    assert calls == ["_merge", *of_backward], "a recomputed layer merges again, and no more"
     assert again[0].data_ptr() == first_THC.data_ptr(), "the first pass's output"
     pairs = zip([*again, again_TG], [*plain, plain_TG], strict=True)
     assert all(torch.equal(*pair) for pair in pairs), "the same bits"

@@ -292,11 +292,11 @@ def test_dense_layer_up_to_the_crossover(row: Row, recorder: Recorder) -> None:
     time_beside_dense(recorder, row, "dense_layer", layer, flop=flop, passes=both, impl="sdpa")
 
 
-@pytest.mark.parametrize("target", ["from backward", "gathered"])
+@pytest.mark.parametrize("target", ["in parts", "whole"])
 def test_whole_layer(row: Row, recorder: Recorder, target: str) -> None:
     """Select, attend, lose and both backward passes, as the decoder does without its linears.
 
-    Its target comes from the attention's backward pass; "gathered" is the plain form beside it.
+    Its target exists in parts, in the backward pass; "whole" is the plain form beside it.
     """
 
     indexer = fastest_indexer(row)
@@ -306,7 +306,7 @@ def test_whole_layer(row: Row, recorder: Recorder, target: str) -> None:
         select(row, indexer)
         # Random tokens have no locality, so the named selection goes on; its unions, merged anew.
         indices_TK = row.indices_TK.detach()
-        if target == "gathered":
+        if target == "whole":
             out_THC, target_TGK = attend(row, with_target=True, indices_TK=indices_TK)
             assert target_TGK is not None
             loss = lose(row, target_TGK, indices_TK).sum()
@@ -325,7 +325,7 @@ def test_whole_layer(row: Row, recorder: Recorder, target: str) -> None:
         return torch.autograd.grad(outputs, (*row.heads, *row.indexer), grads)
 
     flop = (14 * HEADS * CHANNELS + 8 * INDEXER_HEADS * INDEXER_CHANNELS) * row.num_selected
-    both, impl = ("forward", "backward"), "triton" + ("+gather" if target == "gathered" else "")
+    both, impl = ("forward", "backward"), "triton" + (", whole target" if target == "whole" else "")
     time_beside_dense(recorder, row, "sparse_layer", layer, flop=flop, passes=both, impl=impl)
 
 

@@ -38,7 +38,6 @@ class Recorder:
         flop: float = 0.0,
         peer: tuple[str, float] | None = None,
         in_graph: bool = False,
-        repeats: int | None = None,
     ) -> float:
         """Time one case.
 
@@ -51,20 +50,17 @@ class Recorder:
             peer: Name and milliseconds of the case to compare with.
             in_graph: Whether to time a CUDA graph of it, with a cold L2 cache, as for a case that
                 takes less time than its kernel launches.
-            repeats: Calls that are timed, after a single one to warm up; None for the usual ones.
 
         Returns:
             Median of the repetitions in milliseconds.
         """
-        for _ in range(_WARM_UPS if repeats is None else 1):
+        for _ in range(_WARM_UPS):
             run()
         torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated()
         flush = torch.empty(_L2_BYTES if in_graph else 0, dtype=torch.uint8, device="cuda")
         timed = _graph_of(run) if in_graph else run
-        milliseconds = torch.tensor(
-            [_milliseconds(timed, flush) for _ in range(repeats or _REPEATS)]
-        )
+        milliseconds = torch.tensor([_milliseconds(timed, flush) for _ in range(_REPEATS)])
         low, median, high = milliseconds.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
         line = {
             "op": op,
