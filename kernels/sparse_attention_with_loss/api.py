@@ -27,10 +27,11 @@ from megatron_keye.kernels.arguments import (
     default_impl,
 )
 from megatron_keye.kernels.kept_outputs import KeptOutputs
+from megatron_keye.kernels.sparse_attention import cuda
 from megatron_keye.kernels.sparse_attention_with_loss import reference
 
-IMPLEMENTATIONS = ("eager", "triton")
-"""What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
+IMPLEMENTATIONS = ("eager", "triton", "cuda")
+"""What exists: those of `sparse_attention`, with the same default."""
 
 
 def sparse_attention_with_loss(
@@ -59,13 +60,13 @@ def sparse_attention_with_loss(
         scores_TK: From `selected_indexer_scores`, any float type; -inf marks padding.
         weight_T: Any float type, by which each query's KL enters the loss.
         report: Called once with kl_TG, detached, float32 (float64 for float64 inputs), in nats.
-            "triton" calls it in the backward pass where the attention has one, and in this call
-            otherwise; "eager" always in this call.
+            "eager" calls it in this call, the others in the backward pass where the attention has
+            one.
         scale: Factor of the logits, usually C^-0.5.
         deterministic: See `sparse_attention`.
         kept: See `sparse_attention`.
         impl: One of IMPLEMENTATIONS, or None for the default; see `sparse_attention` and
-            `sparse_indexer_loss` for what "triton" takes.
+            `sparse_indexer_loss` for what they take.
 
     Returns:
         out_THC, type of `q_THC`, and a scalar whose value is 0, since that of the loss is not
@@ -77,7 +78,8 @@ def sparse_attention_with_loss(
 
     Source: arXiv 2606.10651, sparse attention and the indexer's loss on the selected set.
     """
-    default = default_impl(q_THC, k_SGC, v_SGC, scores_TK)
+    suits = cuda.suits(q_THC, k_SGC, scale) and scores_TK.dtype != torch.float64
+    default = "cuda" if suits else default_impl(q_THC, k_SGC, v_SGC, scores_TK)
     chosen = choose_impl("sparse_attention_with_loss", impl, IMPLEMENTATIONS, default)
     sizes = check_shapes(
         q_THC=q_THC,
@@ -95,9 +97,11 @@ def sparse_attention_with_loss(
     options: dict[str, Any] = {"scale": scale, "deterministic": deterministic}
     options["kept"] = KeptOutputs() if kept is None else kept
     has_backward = torch.is_grad_enabled() and any(each.requires_grad for each in operands[:3])
-    if chosen == "triton" and has_backward:
+    if chosen != "eager" and has_backward:
         # Loaded on demand: everything else must import where Triton cannot compile.
         autograd = import_module("megatron_keye.kernels.sparse_attention_with_loss.autograd")
-        result: tuple[Tensor, Tensor] = autograd.sparse_attention_with_loss(*operands, **options)
+        result: tuple[Tensor, Tensor] = autograd.sparse_attention_with_loss(
+            *operands, **options, impl=chosen
+        )
         return result
     return reference.sparse_attention_with_loss(*operands, **options, impl=chosen)

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.launch import check_triton
 from megatron_keye.kernels.row_chunks import rows_of_chunk
-from megatron_keye.kernels.sparse_attention.triton import attend, lay_out_heads
+from megatron_keye.kernels.sparse_attention import cuda, triton
+from megatron_keye.kernels.sparse_attention.triton import lay_out_heads
 from megatron_keye.kernels.sparse_attention.triton_backward import attend_backward
 from megatron_keye.kernels.sparse_attention.triton_target import recover_target
 from megatron_keye.kernels.sparse_indexer_loss.triton import fill_divergence_and_gradient
@@ -36,8 +37,12 @@ def sparse_attention_with_loss(
     scale: float,
     deterministic: bool,
     kept: KeptOutputs,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return out_THC and loss; see api.sparse_attention_with_loss."""
+    """Return out_THC and loss; see api.sparse_attention_with_loss.
+
+    With `impl` "cuda" the forward pass is that of the extension.
+    """
     operator, heads = "sparse_attention_with_loss", {"q_THC": q_THC, "k_SGC": k_SGC}
     check_triton(operator, q_THC, **heads, v_SGC=v_SGC, scores_TK=scores_TK)
     out_THC, loss = _AttentionWithLoss.apply(
@@ -51,6 +56,7 @@ def sparse_attention_with_loss(
         scale,
         deterministic,
         kept,
+        impl,
     )
     return out_THC, loss
 
@@ -69,9 +75,11 @@ class _AttentionWithLoss(torch.autograd.Function):
         scale: float,
         deterministic: bool,
         kept: KeptOutputs,
+        impl: str,
     ) -> tuple[Tensor, Tensor]:
         heads = lay_out_heads(q_THC, k_SGC, v_SGC)
         lists = union_lists(indices_TK, k_SGC.shape[0], impl="triton")
+        attend = cuda.attend if impl == "cuda" else triton.attend
         out_THC, lse_TH = kept.outputs_of(
             "sparse_attention", lambda: attend(*heads, lists, scale=scale)
         )
@@ -83,20 +91,24 @@ class _AttentionWithLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        *heads, out_THC, lse_TH, indices_TK, scores_TK, weight_T = ctx.saved_tensors[:8]
+        q_THC, k_SGC, v_SGC, out_THC, lse_TH, *selected = ctx.saved_tensors[:8]
+        indices_TK, scores_TK, weight_T = selected
         dheads = attend_backward(
             dout_THC.contiguous(),
-            *heads,
+            q_THC,
+            k_SGC,
+            v_SGC,
             out_THC,
             lse_TH,
             UnionLists(*ctx.saved_tensors[8:]),
             scale=ctx.scale,
             is_deterministic=ctx.is_deterministic,
         )
-        selected = lse_TH, indices_TK, scores_TK, dloss * weight_T
-        kl_TG, dscores_TK = _teach(*heads[:2], *selected, scale=ctx.scale)
+        kl_TG, dscores_TK = _teach(
+            q_THC, k_SGC, lse_TH, indices_TK, scores_TK, dloss * weight_T, scale=ctx.scale
+        )
         ctx.report(kl_TG)
-        return (*dheads, dscores_TK, None, None, None, None, None, None)
+        return (*dheads, dscores_TK, *[None] * 7)
 
 
 def _teach(

@@ -40,7 +40,8 @@ def sparse_attention_with_loss(
         kept=kept,
         impl=impl,
     )
-    kl_TG = sparse_indexer_loss(scores_TK, target_TGK, impl=impl)
+    loss_impl = "eager" if impl == "eager" else "triton"
+    kl_TG = sparse_indexer_loss(scores_TK, target_TGK, impl=loss_impl)
     report(kl_TG.detach())
     loss = (kl_TG * weight_T[:, None].to(kl_TG.dtype)).sum()
     return out_THC, loss - loss.detach()
