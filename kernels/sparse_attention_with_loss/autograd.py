@@ -83,18 +83,23 @@ class _AttentionWithLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        *heads, out_THC, lse_TH, indices_TK, scores_TK, weight_T = ctx.saved_tensors[:8]
+        q_THC, k_SGC, v_SGC, out_THC, lse_TH, *others = ctx.saved_tensors
+        indices_TK, scores_TK, weight_T, *lists = others
         dheads = attend_backward(
             dout_THC.contiguous(),
-            *heads,
+            q_THC,
+            k_SGC,
+            v_SGC,
             out_THC,
             lse_TH,
-            UnionLists(*ctx.saved_tensors[8:]),
+            UnionLists(*lists),
             scale=ctx.scale,
             is_deterministic=ctx.is_deterministic,
         )
-        selected = lse_TH, indices_TK, scores_TK, dloss * weight_T
-        kl_TG, dscores_TK = _teach(*heads[:2], *selected, scale=ctx.scale)
+        dkl_T = dloss * weight_T
+        kl_TG, dscores_TK = _teach(
+            q_THC, k_SGC, lse_TH, indices_TK, scores_TK, dkl_T, scale=ctx.scale
+        )
         ctx.report(kl_TG)
         return (*dheads, dscores_TK, None, None, None, None, None, None)
 
