@@ -91,8 +91,8 @@ class _AttentionWithLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        q_THC, k_SGC, v_SGC, out_THC, lse_TH, *selected = ctx.saved_tensors[:8]
-        indices_TK, scores_TK, weight_T = selected
+        q_THC, k_SGC, v_SGC, out_THC, lse_TH, *others = ctx.saved_tensors
+        indices_TK, scores_TK, weight_T, *lists = others
         dheads = attend_backward(
             dout_THC.contiguous(),
             q_THC,
@@ -100,12 +100,13 @@ class _AttentionWithLoss(torch.autograd.Function):
             v_SGC,
             out_THC,
             lse_TH,
-            UnionLists(*ctx.saved_tensors[8:]),
+            UnionLists(*lists),
             scale=ctx.scale,
             is_deterministic=ctx.is_deterministic,
         )
+        dkl_T = dloss * weight_T
         kl_TG, dscores_TK = _teach(
-            q_THC, k_SGC, lse_TH, indices_TK, scores_TK, dloss * weight_T, scale=ctx.scale
+            q_THC, k_SGC, lse_TH, indices_TK, scores_TK, dkl_T, scale=ctx.scale
         )
         ctx.report(kl_TG)
         return (*dheads, dscores_TK, *[None] * 7)

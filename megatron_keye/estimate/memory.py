@@ -1,14 +1,16 @@
 """Estimates the memory that a run needs on each device, from sizes and degrees.
 
-Activations are what autograd saves in this code, tensor by tensor, with Megatron's own linear
-layers; test_memory.py compares them with measurements on GPUs. Not counted are the contexts of
-CUDA and NCCL and the allocator's fragmentation, together a few GiB. Standard library only.
+Activations are what autograd saves in this code, tensor by tensor; test_memory.py compares them
+with measurements on GPUs. A fused kernel that is "auto" counts as one that runs: without
+Transformer Engine norms keep 6 % more of a layer. Not counted are the contexts of CUDA and NCCL
+and the allocator's fragmentation, together a few GiB. Standard library only.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from megatron_keye.config.model import DecoderConfig, VisionConfig
+from megatron_keye.config.model import VisionConfig
 from megatron_keye.config.run import RunConfig
 from megatron_keye.estimate.state import (
     BYTES,
@@ -96,22 +98,21 @@ def vision_memory(run: RunConfig, held: Sequence[Parameters], *, num_patches: in
     )
 
 
-def layer_bytes(run: RunConfig) -> float:
+def _layer_bytes(run: RunConfig) -> float:
     """Return the bytes that autograd saves per decoder layer and local token, of a whole layer.
 
     Under tensor parallelism each rank saves its share of all but the indexer, which runs whole on
     every rank; it is counted as if it were split too, except for the selected keys.
     """
-    decoder, size = run.model.decoder, BYTES[run.training.precision]
-    numbers = _saved_by_attention(decoder, run.parallel.decoder.context)
-    return size * (numbers + _saved_by_experts(decoder)) + _selection(run)
+    size = BYTES[run.training.precision]
+    return size * (_saved_by_attention(run) + _saved_by_experts(run)) + _selection(run)
 
 
 def _kept_and_recomputed(run: RunConfig) -> tuple[float, float]:
     """Return bytes per layer and token: kept for the backward pass, and made again in it."""
     decoder, recompute = run.model.decoder, run.training.recompute
-    size, whole = BYTES[run.training.precision], layer_bytes(run)
-    experts = size * _saved_by_experts(decoder)
+    size, whole = BYTES[run.training.precision], _layer_bytes(run)
+    experts = size * _saved_by_experts(run)
     kept = float(size * decoder.hidden_size)
     if run.training.only_indexers_learn:
         # The indexer's queries and their gradients, which its loss computes in the forward pass.
@@ -125,8 +126,9 @@ def _kept_and_recomputed(run: RunConfig) -> tuple[float, float]:
     if recompute in ("selective", "full"):
         kept += _kept_selection(run)
     if recompute == "selective":
-        # Attention's output and the log-sum-exp of each head.
-        kept += decoder.num_heads * (size * decoder.head_dim + max(4, size))
+        # Attention's output and the log-sum-exp of each head, which the second pass takes.
+        outputs = decoder.num_heads * (size * decoder.head_dim + max(4, size))
+        return kept + outputs, whole - outputs
     return kept, whole
 
 
@@ -138,45 +140,56 @@ def _kept_selection(run: RunConfig) -> float:
     return (2 * run.model.decoder.indexer.top_k + 4 * blocks) * run.parallel.decoder.tensor
 
 
-def _saved_by_attention(decoder: DecoderConfig, context: int) -> float:
+def _is_fused(run: RunConfig, name: Literal["swiglu", "norm"]) -> bool:
+    fusion = getattr(run.training.fusions, name)
+    return fusion != "off" and run.training.precision != "fp64"
+
+
+def _saved_by_attention(run: RunConfig) -> float:
     """Count elements: the residual stream and its norm, twice; queries, keys and values after the
     projection, as inputs of norms and of attention, gathered over the context axis; its output;
-    the indexer's queries.
+    the indexer's queries. Plain norms keep queries and keys once more.
     """
+    decoder, context = run.model.decoder, run.parallel.decoder.context
     heads = decoder.num_heads * decoder.head_dim
     groups = decoder.num_kv_heads * decoder.head_dim
     projected = heads + 2 * groups
     indexer = 2 * decoder.indexer.num_heads * decoder.indexer.head_dim
     gathered = (1 + 2 * context) * groups
-    return 4 * decoder.hidden_size + projected + 2 * heads + gathered + heads + indexer
+    copies = 0 if _is_fused(run, "norm") else heads + groups
+    return 4 * decoder.hidden_size + projected + 2 * heads + gathered + heads + indexer + copies
 
 
-def _saved_by_experts(decoder: DecoderConfig) -> float:
-    """Count elements of each expert that a token is routed to: its input, gate and value, their
-    product, the output, and that once more when outputs are combined.
+def _saved_by_experts(run: RunConfig) -> float:
+    """Count elements of each expert that a token is routed to: its input, gate and value, and
+    their product. Plain SwiGLU keeps the activated gate and the product without its weight too.
     """
-    experts = decoder.experts
-    width = 3 * decoder.hidden_size + 3 * experts.intermediate_size
+    decoder, experts = run.model.decoder, run.model.decoder.experts
+    num_inner = 3 if _is_fused(run, "swiglu") else 5
+    width = decoder.hidden_size + num_inner * experts.intermediate_size
     return experts.num_experts_per_token * width
 
 
 def _selection(run: RunConfig) -> float:
-    """Return the bytes per token for its selected keys: indices, scores, the target of each group,
-    and a share of the union with neighbouring queries, at its largest, where they share no key.
+    """Return the bytes per token for its selected keys: indices, scores, and a share of the union
+    with neighbouring queries, at its largest, where they share no key.
     """
     if run.training.phase != "sparse":
         return 0.0
-    decoder, degrees = run.model.decoder, run.parallel.decoder
-    targets = BYTES[run.training.precision] * decoder.num_kv_heads / degrees.tensor
-    return decoder.indexer.top_k * (4 + 4 + targets + 6) * degrees.tensor
+    return run.model.decoder.indexer.top_k * (4 + 4 + 6) * run.parallel.decoder.tensor
 
 
 def _layer_workspace(run: RunConfig) -> float:
-    """Return the bytes per token while experts run: inputs and outputs, permuted by expert."""
-    decoder = run.model.decoder
+    """Return the bytes per token in the experts' backward pass: gradients of their outputs, of
+    gate and value, of their inputs, and of the layer's output and input. Plain SwiGLU makes that
+    of the product in float32.
+    """
+    decoder, size = run.model.decoder, BYTES[run.training.precision]
     experts = decoder.experts
-    width = 2 * decoder.hidden_size + experts.intermediate_size
-    return BYTES[run.training.precision] * experts.num_experts_per_token * width
+    of_row = size * 2 * (decoder.hidden_size + experts.intermediate_size)
+    if not _is_fused(run, "swiglu"):
+        of_row += max(4, size) * experts.intermediate_size
+    return experts.num_experts_per_token * of_row + size * 2 * decoder.hidden_size
 
 
 def _expert_gradient_bytes(run: RunConfig) -> float:

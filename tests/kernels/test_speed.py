@@ -325,10 +325,7 @@ def test_whole_layer(row: Row, recorder: Recorder, target: str) -> None:
         return torch.autograd.grad(outputs, (*row.heads, *row.indexer), grads)
 
     flop = (14 * HEADS * CHANNELS + 8 * INDEXER_HEADS * INDEXER_CHANNELS) * row.num_selected
-    both, impl = (
-        ("forward", "backward"),
-        "triton" + (", whole target" if target == "whole" else ""),
-    )
+    both, impl = ("forward", "backward"), "triton" + "+target" * (target == "whole")
     time_beside_dense(recorder, row, "sparse_layer", layer, flop=flop, passes=both, impl=impl)
 
 
