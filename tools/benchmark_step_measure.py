@@ -188,7 +188,8 @@ class Bench:
             found["linear_layers"] = "transformer_engine" if engine else "megatron"
         else:
             stack = our_stack(*build, uses_transformer_engine=engine)
-            found["expert_layers"] = run.training.expert_layers
+            by_engine = engine and run.training.expert_layers != "torch"
+            found["expert_layers"] = "transformer_engine" if by_engine else "torch"
             found["expected_mib"] = round(_expected_bytes(run, stack) / 2**20)
             if case.phase == "sparse":
                 meter = UnionMeter()

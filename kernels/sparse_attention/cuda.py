@@ -12,12 +12,7 @@ of queries, U places of a union.
 import torch
 from torch import Tensor
 
-from megatron_keye.kernels.extension import (
-    check_built,
-    hopper_reason,
-    missing_reason,
-    register,
-)
+from megatron_keye.kernels.extension import check_built, hopper_reason, register
 from megatron_keye.kernels.union_lists import UnionLists
 
 HEADS = (4, 8, 16)
@@ -67,19 +62,6 @@ def unsupported_reason(q_THC: Tensor, k_SGC: Tensor, scale: float) -> str | None
         if is_unsupported:
             return f"got {got}, expected {expected}"
     return hopper_reason(_NAME, q_THC.device)
-
-
-def suits(q_THC: Tensor, k_SGC: Tensor, scale: float) -> bool:
-    """Return whether the extension is there and takes such a call, for which it is the fastest.
-
-    Args:
-        q_THC: Queries.
-        k_SGC: Keys, of the same type and device.
-        scale: Factor of the logits.
-    """
-    if not q_THC.is_cuda or missing_reason(_NAME) is not None:
-        return False
-    return unsupported_reason(q_THC, k_SGC, scale) is None
 
 
 def check_call(q_THC: Tensor, k_SGC: Tensor, scale: float) -> None:

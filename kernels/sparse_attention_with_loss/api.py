@@ -27,7 +27,6 @@ from megatron_keye.kernels.arguments import (
     default_impl,
 )
 from megatron_keye.kernels.kept_outputs import KeptOutputs
-from megatron_keye.kernels.sparse_attention import cuda
 from megatron_keye.kernels.sparse_attention_with_loss import reference
 
 IMPLEMENTATIONS = ("eager", "triton", "cuda")
@@ -78,8 +77,7 @@ def sparse_attention_with_loss(
 
     Source: arXiv 2606.10651, sparse attention and the indexer's loss on the selected set.
     """
-    suits = cuda.suits(q_THC, k_SGC, scale) and scores_TK.dtype != torch.float64
-    default = "cuda" if suits else default_impl(q_THC, k_SGC, v_SGC, scores_TK)
+    default = default_impl(q_THC, k_SGC, v_SGC, scores_TK)
     chosen = choose_impl("sparse_attention_with_loss", impl, IMPLEMENTATIONS, default)
     sizes = check_shapes(
         q_THC=q_THC,

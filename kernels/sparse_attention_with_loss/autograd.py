@@ -43,6 +43,8 @@ def sparse_attention_with_loss(
 
     With `impl` "cuda" the forward pass is that of the extension.
     """
+    if impl == "cuda":
+        cuda.check_call(q_THC, k_SGC, scale)
     operator, heads = "sparse_attention_with_loss", {"q_THC": q_THC, "k_SGC": k_SGC}
     check_triton(operator, q_THC, **heads, v_SGC=v_SGC, scores_TK=scores_TK)
     out_THC, loss = _AttentionWithLoss.apply(

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 from megatron_keye.config.check import check, check_numbers
 
-TASKS = ("grounding", "choice", "count", "caption")
+TASKS = (
+    *("grounding", "choice", "count", "caption"),
+    *("scenes", "timestamp", "order", "boxes", "number", "text"),
+)
 """Kinds of questions, as scoring knows them."""
 
 

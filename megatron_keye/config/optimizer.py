@@ -67,10 +67,10 @@ class OptimizerConfig:
     0 to 1. They pass through the GPU at each update, which computes the same: 12 bytes a weight
     there and back, with bf16 moments 8. All replicas of one machine need that memory at once, and
     as much again for checkpoints with training.checkpoint.asynchronous."""
-    overlap: Overlap = "auto"
+    overlap: Overlap = "off"
     """Whether the decoder's gradients are summed over data-parallel and context-parallel ranks
     while the last backward pass of a step still runs, in buckets of 40 million. "auto": on
-    GPUs."""
+    GPUs. Off by default until it is measured there."""
 
     def __post_init__(self) -> None:
         peak, low = self.learning_rate, self.min_learning_rate

@@ -120,11 +120,12 @@ class VisionParallel:
     chunk_patches: int = 8_192
     """Most patches that a rank encodes at once, as one chunk of images and frames; bounds memory
     for videos of any length. A single image or frame with more patches is a chunk by itself."""
-    recompute: VisionRecompute = "auto"
+    recompute: VisionRecompute = "on"
     """Whether chunks are encoded a second time for their backward pass. "on": no activations of
     the ViT wait for it, so that memory is bounded by one chunk. "off": those of all chunks of a
     step do. "auto": those of as many as the GPU has room for beside all else that megatron-keye
-    plan expects, and none on a CPU. Results are the same bit for bit."""
+    plan expects, and none on a CPU. Results are the same bit for bit. It is on by default until
+    the others are measured."""
     attention_break_even_patches: int = 0
     """Number of patches per frame at which the ViT's attention takes as long as the rest of the
     ViT; the cost model that balances vision ranks uses it. megatron-keye profile --fit-vision

@@ -13,7 +13,7 @@ from megatron_keye.config.parts import PARTS, Part
 
 Phase = Literal["dense", "indexer_warmup", "sparse"]
 LinearLayers = Literal["auto", "megatron", "transformer_engine"]
-ExpertLayers = Literal["torch", "transformer_engine"]
+ExpertLayers = Literal["auto", "torch", "transformer_engine"]
 Recompute = Literal["none", "experts", "selective", "full"]
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "experts", "selective", "full")
@@ -187,9 +187,10 @@ class TrainingConfig:
     linear_layers: LinearLayers = "auto"
     """Implementation of the attention's linear layers. "auto" is Transformer Engine on a GPU if it
     is installed, else Megatron-Core; checkpoints are the same for both."""
-    expert_layers: ExpertLayers = "torch"
+    expert_layers: ExpertLayers = "auto"
     """What multiplies the experts' weights: "torch" those of a rank by one grouped product,
-    "transformer_engine" each by its own, beside its linear layers; checkpoints are the same."""
+    "transformer_engine" each by its own, beside its linear layers, "auto" the latter where these
+    are; checkpoints are the same."""
     seed: int = 1234
     """Seed of initial weights, sample order and all other random numbers."""
     hang_minutes: float = 10.0

@@ -69,16 +69,18 @@ def block_spec(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=_expert_layer(training),
+            mlp=_expert_layer(training, uses_transformer_engine=uses_transformer_engine),
             mlp_bda=get_bias_dropout_add,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=plain_norm)
 
 
-def _expert_layer(training: TrainingConfig) -> Callable[..., MoELayer]:
+def _expert_layer(
+    training: TrainingConfig, *, uses_transformer_engine: bool
+) -> Callable[..., MoELayer]:
     lora = training.lora if training.lora.is_adapting("experts") else None
-    if training.expert_layers == "torch":
+    if training.expert_layers == "torch" or not uses_transformer_engine:
         experts = partial(GroupedExperts, lora=lora)
         submodules = MoESubmodules(router=Router, experts=experts)
         return partial(GroupedExpertLayer, submodules=submodules)

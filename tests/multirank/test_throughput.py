@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,13 +22,19 @@ TOP_K = 12
 FROZEN = ("vision", "projector", "decoder")
 
 
+def _grouped(left: tuple[int, ...], right: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Count the FLOPs of a grouped product of rows by stacked weights, or of rows by rows."""
+    return 2 * left[0] * left[1] * right[-1]
+
+
 def _matrix_products(run_json: str) -> int:
     """Count the FLOPs of products with weights in a step of one row; those of pairs use bmm."""
     _, model, _, step = build_step(RunConfig.from_json(run_json))
-    with FlopCounterMode(display=False) as counter:
+    products = torch.ops.aten.mm, torch.ops.aten._grouped_mm
+    with FlopCounterMode(display=False, custom_mapping={products[1]: _grouped}) as counter:
         step([mixed_rows(0)[1]], 0)
     let_go(model)
-    return int(counter.get_flop_counts()["Global"][torch.ops.aten.mm])
+    return sum(int(counter.get_flop_counts()["Global"][product]) for product in products)
 
 
 def _pair_products(phase: str, *, passes_gradients: bool) -> float:

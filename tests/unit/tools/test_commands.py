@@ -29,6 +29,7 @@ PARTS_OF_TOOLS = {
     *(f"benchmark_step_{part}" for part in ("cases", "layers", "measure", "profile", "ranks")),
     *(f"benchmark_generate_{part}" for part in ("answers", "decode", "measure", "prefill")),
     "benchmark_generate_setup",
+    "benchmark_optimizer_cases",
 }
 """Files that another one imports, without a command line."""
 
