@@ -1,7 +1,7 @@
 """A tiny Keye-VL that learns from rewards when something is on the screen, on a CPU.
 
-    megatron-keye forge_video runs/rl --samples 600 --seconds 8 12 --rate 1 --size 56 56 \\
-        --shapes 3 --questions when --plain --variable 0 --tokenizer
+    megatron-keye forge_video runs/rl --samples 600 --seconds 20 24 --rate 1 --plain --variable 0 \\
+        --words 0 --size 56 56 --shapes 4 --stay 3 --questions when --tokenizer
     megatron-keye train keye_tiny_rl_start --ranks 1
     megatron-keye train keye_tiny_rl --ranks 1
     megatron-keye evaluate keye_tiny_rl --task grounding --out runs/rl_scores \\
@@ -50,6 +50,9 @@ def keye_tiny_rl_start(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             steps=300,
             checkpoint=CheckpointConfig(interval_steps=100),
             validation=replace(run.training.validation, interval_steps=0),
+            evaluation=replace(
+                run.training.evaluation, samples=f"{FOLDER}/held_out.questions.jsonl"
+            ),
         ),
     )
 
@@ -75,6 +78,7 @@ def keye_tiny_rl(*, num_ranks: int, has_gpu: bool) -> RunConfig:
                 interval_steps=10,
                 weights="runs/keye_tiny_rl_start/checkpoints/step-00000300",
             ),
+            evaluation=replace(start.training.evaluation, interval_steps=10),
             # The loss of weighted answers has another meaning in every step.
             health=HealthConfig(spike_score=0.0),
         ),
