@@ -7,12 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_keye.checkpoint import training_checkpoint
-from megatron_keye.checkpoint.export import export_checkpoint, take_carried_files
-from megatron_keye.checkpoint.folders import checkpoint_folder
-from megatron_keye.checkpoint.run_lock import hold_run_folder
-from megatron_keye.checkpoint.selection import choose_checkpoint
-from megatron_keye.checkpoint.set_aside import set_aside
+from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
@@ -29,7 +24,6 @@ from megatron_keye.post_training.parts import Parts
 from megatron_keye.post_training.position import Position
 from megatron_keye.post_training.rollout_log import RolloutLog
 from megatron_keye.post_training.rollouts import GenerationStopped, Rollout
-from megatron_keye.training import hand_over
 from megatron_keye.training.patch_source import video_decoder
 from megatron_keye.training.periodic_evaluation import (
     OpenEvaluation,
@@ -37,6 +31,7 @@ from megatron_keye.training.periodic_evaluation import (
 )
 from megatron_keye.training.provenance import host_names, record_start
 from megatron_keye.training.report import Report
+from megatron_keye.training.run_checkpoints import RunCheckpoints, is_save_due, open_run
 from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.step_sums import StepSums
 from megatron_keye.training.stop import StopRequest
@@ -76,10 +71,8 @@ class PolicyTrainer:
             UserError: For settings, questions or a checkpoint that do not fit the run.
         """
         check_run(run)
-        run.check_num_ranks(process.num_ranks)
-        self._lock = hold_run_folder(run, process.rank)
-        checkpoint = choose_checkpoint(run)
-        earlier = [] if checkpoint else hand_over.begin(run, process.rank)
+        opened = open_run(run, process)
+        self._lock = opened.lock
         self._run, self._process, self._fusions = run, process, fusions
         self._stop, self._clock = StopRequest(), StepClock(process.heartbeat)
         process.heartbeat.note("build")
@@ -97,14 +90,24 @@ class PolicyTrainer:
         self._evaluation = open_periodic_evaluation(
             run, grid, model, process, self._clock, open_evaluation
         )
-        self._position = Position()
-        self._progress = training_checkpoint.Progress(
-            step=0, updates=0, data=self._position.state_dict(self._parts.prompts), earlier=earlier
+        self._checkpoints = RunCheckpoints(
+            run,
+            process,
+            opened,
+            self._parts.trained,
+            health=self._parts.health,
+            saving=self._parts.saving,
+            clock=self._clock,
         )
+        self._position = Position()
         self._sums = StepSums()
         self._seconds: dict[str, float] = {}
         process.heartbeat.note("load")
-        self._resume(checkpoint)
+        data = self._position.state_dict(self._parts.prompts)
+        self._progress = self._checkpoints.load(
+            Progress(step=0, updates=0, data=data, earlier=opened.earlier), self._restore
+        )
+        self._parts.engine.take_weights(self._progress.step)
         process.heartbeat.folder = str(run.folder)
 
     def train(self) -> dict[str, Any]:
@@ -163,8 +166,10 @@ class PolicyTrainer:
                 step = self._progress.step
                 self._evaluation.look(step, report, is_last=step >= self._last_step)
             self._progress.data = self._position.state_dict(self._parts.prompts)
-            if self._is_checkpoint_due():
-                folder = self._save(report)
+            step = self._progress.step
+            ends = {"is_last": step >= self._last_step, "was_stopped": self.was_stopped}
+            if is_save_due(self._run, step, **ends):
+                folder = self._checkpoints.save(self._progress, report, **ends)
         self._parts.saving.wait(report)
         return folder
 
@@ -214,40 +219,8 @@ class PolicyTrainer:
         if report is not None:
             report.show(progress.step, metrics)
 
-    def _is_checkpoint_due(self) -> bool:
-        settings, step = self._run.training.checkpoint, self._progress.step
-        is_due = settings.interval_steps > 0 and step % settings.interval_steps == 0
-        is_last = step >= self._last_step and settings.saves_last
-        return is_due or self.was_stopped or is_last
-
-    def _save(self, report: Report | None) -> Path:
-        self._lock.check()
-        self._parts.saving.wait(report)  # The one before, which then is the newest.
-        with self._clock.part("save"):
-            self._parts.health.check_before_save(self._progress)
-        self._parts.saving.begin(*self._parts.trained, self._progress)
-        folder = checkpoint_folder(self._run, self._progress.step)
-        is_last = self._progress.step >= self._last_step
-        exports = self._run.training.checkpoint.exports(self._progress.step, is_last=is_last)
-        if exports and not self.was_stopped:
-            self._parts.saving.wait(report)
-            with self._clock.part("save"):
-                export_checkpoint(self._run, folder)
-        return folder
-
-    def _resume(self, checkpoint: Path | None) -> None:
-        run, weights = self._run, self._run.training.checkpoint.weights
-        if checkpoint is not None:
-            self._progress = training_checkpoint.load(checkpoint, run, *self._parts.trained)
-            self._position = Position.of(self._progress.data, self._parts.prompts, run)
-        elif weights:
-            training_checkpoint.load_weights(Path(weights), run, *self._parts.trained)
-        self._parts.engine.take_weights(self._progress.step)
-        self._parts.health.resume(self._progress, checkpoint)
-        # What fails above leaves an earlier run where it is.
-        if self._process.rank == 0:
-            set_aside(run, self._lock, continued=checkpoint)
-            take_carried_files(run, checkpoint)
+    def _restore(self, progress: Progress) -> None:
+        self._position = Position.of(progress.data, self._parts.prompts, self._run)
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:

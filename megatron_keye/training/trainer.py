@@ -4,21 +4,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from megatron_keye.checkpoint import training_checkpoint
-from megatron_keye.checkpoint.export import export_checkpoint, take_carried_files
-from megatron_keye.checkpoint.folders import checkpoint_folder
-from megatron_keye.checkpoint.run_lock import hold_run_folder
-from megatron_keye.checkpoint.selection import choose_checkpoint
-from megatron_keye.checkpoint.set_aside import set_aside
+from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
 from megatron_keye.errors import UserError
-from megatron_keye.model import KeyeModel
 from megatron_keye.observe.timeline import write_step
-from megatron_keye.optim.optimizer import JointOptimizer
-from megatron_keye.parallel.grid import Grid
 from megatron_keye.parallel.process import Process
-from megatron_keye.training import hand_over
 from megatron_keye.training.agreement import check_same_rows
 from megatron_keye.training.early_end import (
     early_end,
@@ -36,6 +27,7 @@ from megatron_keye.training.periodic_evaluation import (
 from megatron_keye.training.provenance import host_names, record_start
 from megatron_keye.training.read_ahead import ReadAhead, StepRows
 from megatron_keye.training.report import Report
+from megatron_keye.training.run_checkpoints import RunCheckpoints, is_save_due, open_run
 from megatron_keye.training.step_sums import StepSums
 from megatron_keye.training.summary import (
     read_summary,
@@ -73,10 +65,8 @@ class Trainer:
         Raises:
             UserError: For degrees, samples or a checkpoint that do not fit the run.
         """
-        run.check_num_ranks(process.num_ranks)
-        self._lock = hold_run_folder(run, process.rank)
-        checkpoint = choose_checkpoint(run)
-        earlier = [] if checkpoint else hand_over.begin(run, process.rank)
+        opened = open_run(run, process)
+        self._lock = opened.lock
         self._run, self._process, self._fusions = run, process, fusions
         self.was_stopped = False
         """Whether a signal ended the run before its last step."""
@@ -90,13 +80,22 @@ class Trainer:
             run, self._parts.grid, self._parts.model, process, self._clock, open_evaluation
         )
         self._last_validation: ValidationResult | None = None
-        loader = self._parts.loader
-        self._progress = training_checkpoint.Progress(
-            step=0, updates=0, data=loader.state_dict(), earlier=earlier
+        self._checkpoints = RunCheckpoints(
+            run,
+            process,
+            opened,
+            (self._parts.model, self._parts.optimizer, self._parts.grid),
+            health=self._health,
+            saving=self._saving,
+            clock=self._clock,
         )
+        loader = self._parts.loader
         self._sums, self._num_damaged = StepSums(), 0
         process.heartbeat.note("load")
-        self._resume(checkpoint)
+        self._progress = self._checkpoints.load(
+            Progress(step=0, updates=0, data=loader.state_dict(), earlier=opened.earlier),
+            lambda progress: loader.load_state_dict(progress.data),
+        )
         process.heartbeat.folder = str(run.folder)
         training = run.training
         self._has_rows = (
@@ -178,13 +177,9 @@ class Trainer:
             is_best = not self.was_stopped and self._validate(report)
             if not self.was_stopped:
                 self._evaluation.look(self._progress.step, report, is_last=not self._has_rows)
-            if self._is_checkpoint_due(is_best=is_best):
-                self._save(report)
-                folder = checkpoint_folder(self._run, self._progress.step)
-                if self._is_export_due():
-                    self._saving.wait(report)
-                    with self._clock.part("save"):
-                        export_checkpoint(self._run, folder)
+            ends = {"is_last": self._is_over(), "was_stopped": self.was_stopped}
+            if is_save_due(self._run, self._progress.step, is_best=is_best, **ends):
+                folder = self._checkpoints.save(self._progress, report, **ends)
             if self.was_stopped:
                 break
         self._saving.wait(report)
@@ -262,48 +257,12 @@ class Trainer:
             report.show_validation(self._progress.step, self._last_validation.figures())
         return note_validation(self._run, self._progress, self._last_validation)
 
-    def _is_checkpoint_due(self, *, is_best: bool) -> bool:
-        settings, step = self._run.training.checkpoint, self._progress.step
-        keeps_best = is_best and self._run.training.validation.patience > 0
-        is_due = settings.interval_steps > 0 and step % settings.interval_steps == 0
-        return (
-            is_due or keeps_best or self.was_stopped or (self._is_over() and settings.saves_last)
-        )
-
-    def _is_export_due(self) -> bool:
-        settings, step = self._run.training.checkpoint, self._progress.step
-        return not self.was_stopped and settings.exports(step, is_last=self._is_over())
-
     def _note_damaged(self) -> None:
         """Count and log the samples that did not decode in the last step."""
         self._num_damaged += len(self._step.damaged)
         if self._process.rank == 0:
             for reason in self._step.damaged:
                 _logger.warning("sample skipped: %s", reason)
-
-    def _save(self, report: Report | None) -> None:
-        self._lock.check()
-        self._saving.wait(report)  # The one before, which then is the newest.
-        with self._clock.part("save"):
-            self._health.check_before_save(self._progress)
-        self._saving.begin(*self._saved_parts(), self._progress)
-
-    def _saved_parts(self) -> tuple[KeyeModel, JointOptimizer, Grid]:
-        return self._parts.model, self._parts.optimizer, self._parts.grid
-
-    def _resume(self, checkpoint: Path | None) -> None:
-        run, weights = self._run, self._run.training.checkpoint.weights
-        parts = self._saved_parts()
-        if checkpoint is not None:
-            self._progress = training_checkpoint.load(checkpoint, run, *parts)
-            self._parts.loader.load_state_dict(self._progress.data)
-        elif weights:
-            training_checkpoint.load_weights(Path(weights), run, *parts)
-        self._health.resume(self._progress, checkpoint)
-        # What fails above leaves an earlier run where it is.
-        if self._process.rank == 0:
-            set_aside(run, self._lock, continued=checkpoint)
-            take_carried_files(run, checkpoint)
 
     def _summary(self, checkpoint: Path | None) -> dict[str, Any]:
         if not self._sums.num_steps:  # The first validation ended the run.

@@ -101,7 +101,7 @@ def trainer_without_model(
     }
     vars(trainer).update({f"_{name}": value for name, value in fields.items()})
     trainer.was_stopped = False
-    trainer._save = lambda _: trainer._saved.append(trainer._progress.step)
+    trainer._checkpoints = SimpleNamespace(save=lambda of, _, **__: trainer._saved.append(of.step))
     return trainer
 
 
