@@ -16,6 +16,7 @@ from megatron_keye.kernels.select_top_k import select_top_k
 from megatron_keye.kernels.sparse_attention import cuda, sparse_attention
 from megatron_keye.kernels.union_lists import union_lists
 from tests.support.numerics import (
+    assert_norm_close,
     document_ranges,
     gradients,
     make_selection,
@@ -218,7 +219,8 @@ def test_target_and_gradients_equal_those_of_triton() -> None:
     expected_TGK, *expected = results["triton"]
     torch.testing.assert_close(target_TGK, expected_TGK, atol=1e-6, rtol=1e-4)
     for actual, wanted in zip(grads, expected, strict=True):
-        assert_rows_close(actual, wanted, 2 * TOLERANCE)
+        # Not row by row: the queries' gradient is all rounding where a query selects one key.
+        assert_norm_close(actual, wanted, 2 * TOLERANCE)
 
 
 def test_a_second_call_takes_the_output_of_the_first() -> None:
