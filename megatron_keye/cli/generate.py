@@ -20,10 +20,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from megatron_keye.cli import local, rank
 from megatron_keye.cli.arguments import add_count, add_folder, add_recipe, make_parser
 from megatron_keye.cli.status import reports_user_errors
+from megatron_keye.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from megatron_keye.parallel.process import Process
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -51,14 +57,20 @@ def main(arguments: Sequence[str]) -> int:
     """Generate and return the exit status."""
     options = parse_arguments(arguments)
     if "RANK" in os.environ:
-        # Late, since torch takes seconds to import.
-        from megatron_keye.cli.generation import generate, make_run
-
-        return rank.run_rank(
-            options,
-            prepare=make_run,
-            work=lambda run, process: generate(run, process, options),
-        )
+        return rank.run_rank(options, prepare=_make_run, work=partial(_generate, options))
     num_ranks = options.ranks or local.count_gpus() or 1
     command = [sys.executable, "-m", "megatron_keye", "generate", *arguments]
     return local.launch(command, num_ranks, shares_stdin=options.samples is None)
+
+
+# Both import late: torch takes seconds, and a rank's environment comes before it.
+def _make_run(options: argparse.Namespace, num_ranks: int) -> RunConfig:
+    from megatron_keye.cli.generation import make_run
+
+    return make_run(options, num_ranks)
+
+
+def _generate(options: argparse.Namespace, run: RunConfig, process: "Process") -> bool:
+    from megatron_keye.cli.generation import generate
+
+    return generate(run, process, options)

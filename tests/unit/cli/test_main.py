@@ -79,6 +79,7 @@ def test_a_wrong_recipe_is_one_sentence_and_needs_no_torch(words: list[str]) -> 
         ["profile", "keye_tini", "--fit-vision"],
         ["convert", "hf-to-native", "--hf", "a", "--out", "b", "--recipe", "keye_tini"],
         ["verify", "--hf", "nowhere"],
+        ["generate", "keye_tini", "--weights", "a"],
     ],
     ids=lambda words: words[0],
 )
@@ -86,7 +87,8 @@ def test_libraries_add_nothing_to_an_error(words: list[str], tmp_path: Path) -> 
     # With a toolkit and without a GPU torch warns, and Megatron does without optional packages.
     answer = subprocess.run(
         [sys.executable, "-m", "megatron_keye", *words],
-        env=os.environ | {"CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""},
+        # As a rank, which some commands start; the others ignore it.
+        env=os.environ | {"CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "RANK": "0"},
         capture_output=True,
         text=True,
         check=False,
