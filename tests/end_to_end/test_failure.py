@@ -46,7 +46,7 @@ def test_a_rank_that_is_ended_in_its_start_is_named(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait(timeout=SECONDS_TO_END)
-    assert process.returncode == 1
+    assert process.returncode == 1, errors
     assert f"process {ranks[1].pid} was ended by signal 15 (SIGTERM): rank 1" in errors
     assert "before the first step, start; --resume auto" in errors and "Traceback" not in errors
 
@@ -122,7 +122,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_error(
     finally:
         process.terminate()
         process.wait(timeout=SECONDS_TO_END)
-    assert process.returncode == 1
+    assert process.returncode == 1, errors
     assert errors.count("Traceback") == 1, errors
     assert "RuntimeError: a deliberate fault" in errors
     told, trace = errors.index(f"error: rank {fault['rank']} ("), errors.index("Traceback")
