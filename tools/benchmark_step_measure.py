@@ -20,7 +20,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_keye.config import DecoderParallel, ParallelConfig, RunConfig, VisionParallel
-from megatron_keye.config.backends import transformer_engine_version, uses_transformer_engine
+from megatron_keye.config.backends import (
+    has_engine_experts,
+    transformer_engine_version,
+    uses_transformer_engine,
+)
 from megatron_keye.config.fused_kernels import choose_fusions
 from megatron_keye.config.parts import Part
 from megatron_keye.estimate.memory import decoder_memory
@@ -188,7 +192,7 @@ class Bench:
             found["linear_layers"] = "transformer_engine" if engine else "megatron"
         else:
             stack = our_stack(*build, uses_transformer_engine=engine)
-            by_engine = engine and run.training.expert_layers != "torch"
+            by_engine = has_engine_experts(run.training, uses_transformer_engine=engine)
             found["expert_layers"] = "transformer_engine" if by_engine else "torch"
             found["expected_mib"] = round(_expected_bytes(run, stack) / 2**20)
             if case.phase == "sparse":

@@ -100,6 +100,16 @@ def uses_transformer_engine(training: TrainingConfig, *, has_gpu: bool) -> bool:
     return has_linears
 
 
+def has_engine_experts(training: TrainingConfig, *, uses_transformer_engine: bool) -> bool:
+    """Return whether Transformer Engine multiplies the experts' weights, rather than torch.
+
+    Args:
+        training: The run's expert_layers.
+        uses_transformer_engine: From `uses_transformer_engine`.
+    """
+    return uses_transformer_engine and training.expert_layers != "torch"
+
+
 def _has_engine_linears(wanted: LinearLayers, *, has_gpu: bool) -> bool:
     if wanted == "megatron" or (wanted == "auto" and not has_gpu):
         return False

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from megatron_keye.config.backends import has_engine_experts
 from megatron_keye.config.model import DecoderConfig
 from megatron_keye.config.training import TrainingConfig
 from megatron_keye.decoder.adapters import adapt_column, adapt_experts, adapt_row
@@ -80,7 +81,7 @@ def _expert_layer(
     training: TrainingConfig, *, uses_transformer_engine: bool
 ) -> Callable[..., MoELayer]:
     lora = training.lora if training.lora.is_adapting("experts") else None
-    if training.expert_layers == "torch" or not uses_transformer_engine:
+    if not has_engine_experts(training, uses_transformer_engine=uses_transformer_engine):
         experts = partial(GroupedExperts, lora=lora)
         submodules = MoESubmodules(router=Router, experts=experts)
         return partial(GroupedExpertLayer, submodules=submodules)
