@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "post_training": {
         *("checkpoint", "config", "data", "decoder", "errors", "files", "model", "observe"),
-        *("optim", "parallel", "rollout", "scoring", "training"),
+        *("parallel", "rollout", "scoring", "training"),
     },
 }
 # Entry points may import every part: the command line, and the package's own public names.

@@ -88,7 +88,7 @@ def trainer_without_model(
         "clock": clock,
         "step": step,
         "ahead": ReadAhead(run, loader, 0, step.announce),
-        "parts": SimpleNamespace(validation=_validation(losses) if losses else None),
+        "validation": _validation(losses) if losses else None,
         "last_validation": None,
         "progress": Progress(step=0, updates=0, data={}),
         "sums": StepSums(),
@@ -152,13 +152,13 @@ def test_a_validation_is_a_part_of_the_next_step() -> None:
     run = run_of(2, validation=ValidationConfig(interval_steps=1))
     run = replace(run, data=replace(run.data, validation="v.jsonl"))
     trainer = trainer_without_model(run, Loader(num_steps=2), losses=iter([2.0, 1.0]))
-    validate = trainer._parts.validation
+    validate = trainer._validation
 
     def slowly() -> ValidationResult:
         time.sleep(0.1)
         return validate()
 
-    trainer._parts.validation = slowly
+    trainer._validation = slowly
     trainer._run_steps(None)
     first, second = trainer._step.times
     assert first["validation"] == 0.0
