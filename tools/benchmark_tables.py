@@ -1,4 +1,4 @@
-"""Tables of one run of a benchmark: kernels in the form in which they are compared, others whole."""
+"""The table of one run of a benchmark: kernels as they are compared, all other lines whole."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -2,9 +2,9 @@
 
 A block of commands has a mark in front, an HTML comment that says how it is known to work:
 
-    <!-- run: tests/end_to_end/test_tutorial.py -->          this test runs it as it stands
-    <!-- shown by: tests/unit/data/test_store.py -->         this test shows the same, at its size
-    <!-- needs: 4 GPUs of 80 GB -->                          nothing here runs it: the machine it needs
+    <!-- run: tests/end_to_end/test_tutorial.py -->      this test runs it as it stands
+    <!-- shown by: tests/unit/cli/test_prepare.py -->    this test shows the same, at its size
+    <!-- needs: 4 GPUs of 80 GB -->                      no test runs it: the machine it needs
 """
 
 import re
@@ -19,7 +19,9 @@ MARKS = ("run", "shown by", "needs")
 _MARK = re.compile(rf"<!-- ({'|'.join(MARKS)}): (.+) -->")
 _FENCE = re.compile(r"```(\w*)")
 _SHELLS = ("bash", "console", "sh")
-_PROGRAMS = "bash|git|make|megatron-keye|mkdocs|pip|pytest|python[0-9.]*|sbatch|tensorboard|torchrun"
+_PROGRAMS = (
+    "bash|git|make|megatron-keye|mkdocs|pip|pytest|python[0-9.]*|sbatch|tensorboard|torchrun"
+)
 _COMMAND = re.compile(rf"^(?:\w+=\S* )*(?:[\w./]*/bin/)?(?:{_PROGRAMS})(?: |$)", re.MULTILINE)
 
 

@@ -17,7 +17,9 @@ def rooms_of(table: str) -> list[str]:
 def test_the_named_files_exist() -> None:
     names = [name for name in re.findall(r"`([\w/.]+)`", TEXT) if name.endswith((".py", "/"))]
     assert len(names) > 60, "the walks name files"
-    missing = [name for name in names if not (PACKAGE / name.removeprefix("megatron_keye/")).exists()]
+    missing = [
+        name for name in names if not (PACKAGE / name.removeprefix("megatron_keye/")).exists()
+    ]
     assert not missing
 
 
