@@ -124,9 +124,10 @@ def page(root: Path) -> str:
         [
             "# What is proved",
             "",
-            "Made by `python tools/report_verification.py` from `docs/verification/` and the JSON",
-            "lines of `docs/benchmarks/`. All tests but those marked `gpu` run on CPUs with gloo in",
-            "CI, at every commit; on GPUs ran what stands under [Runs on GPUs](#runs-on-gpus).",
+            "Made by `python tools/report_verification.py` from `docs/verification/` and the",
+            "JSON lines of `docs/benchmarks/`. All tests but those marked `gpu` run on CPUs with",
+            "gloo, in CI at every commit; on GPUs ran what stands under",
+            "[Runs on GPUs](#runs-on-gpus).",
             "",
             "## Checks",
             "",
