@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_keye.checkpoint.hf.safetensors_index import open_folder
 from tests.support.doc_pages import ROOT, Block, blocks_of
 
 pytestmark = pytest.mark.slow
 PAGE = ROOT / "docs" / "tutorial.md"
+FORMAT = ROOT / "docs" / "checkpoint_format.md"
 SMALLER = {
     "training.steps=100": "training.steps=2",
     "training.steps=130": "training.steps=3",
@@ -82,8 +84,19 @@ def test_the_tutorial_leads_from_videos_to_an_exported_model(tmp_path: Path) -> 
     assert sorted(answer["expected"] for answer in answers) == sorted(expected)
     assert any("within" in text for text in said), "verify has compared"
     assert len(open_folder(clone / "exports/my_videos")) > 100
+    check_format(clone / "runs/my_videos/checkpoints/step-00000003")
     shown = re.search(r"```text\n(.+?)```", PAGE.read_text(), re.DOTALL)
     assert shown is not None
     preview = (clone / "runs/my_videos.zarr.preview.txt").read_text()
     for piece in re.split(r"\.\.\. |\n", shown[1].strip()):
         assert piece in preview, "what the page shows of the preview is what stands there"
+
+
+def check_format(checkpoint: Path) -> None:
+    """Check that the page of the checkpoint's form names every file and every kind of tensor."""
+    rows = re.findall(r"^\| (`.+?) \|", FORMAT.read_text(), re.MULTILINE)
+    named = tuple(name for row in rows for name in re.findall(r"`([^`]+)`", row))
+    files = {re.sub(r"__\d+_0", "__R_0", path.name) for path in checkpoint.iterdir()}
+    assert not files - set(named)
+    keys = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    assert not [key for key in keys if not key.startswith(named)]

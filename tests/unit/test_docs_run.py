@@ -25,28 +25,30 @@ QUICK_COMMANDS = [
 
 
 @pytest.mark.parametrize("source", PYTHON)
-def test_python_runs(source: str, tmp_path: Path) -> None:
-    done = started([sys.executable, "-c", source], tmp_path)
-    assert done.returncode == 0 and done.stdout, done.stderr
+def test_python_runs(
+    source: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source, "page", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", QUICK_COMMANDS)
 def test_quick_commands_run(script: str, tmp_path: Path) -> None:
     program = f'megatron-keye() {{ "{sys.executable}" -P -m megatron_keye "$@"; }}\n'
-    done = started(["bash", "-euo", "pipefail", "-c", program + script], tmp_path)
-    assert done.returncode == 0 and done.stdout, done.stderr
-
-
-def started(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=folder,
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", program + script],
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
+    assert done.returncode == 0 and done.stdout, done.stderr
 
 
 def test_there_is_something_to_run() -> None:
