@@ -18,8 +18,9 @@ def run_table(lines: Sequence[Line], device: str) -> str:
         device: The device's name.
     """
     versions = [f"{name} {lines[0][name]}" for name in _VERSIONS if name in lines[0]]
-    commit, command = lines[0]["commit"], str(lines[0]["command"]).strip()
-    head = f"{', '.join([device, *versions])}, commit {commit}; `{command}`"
+    command = str(lines[0].get("command", "")).strip()
+    head = ", ".join([device, *versions, f"commit {lines[0]['commit']}"])
+    head += f"; `{command}`" if command else ""
     if all(name in line for line in lines for name in _KERNEL):
         return f"{head}\n\n{_kernel_table(lines)}"
     rest = [

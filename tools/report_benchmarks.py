@@ -20,8 +20,9 @@ from megatron_keye.cli.status import report_error, reports_user_errors
 from megatron_keye.errors import UserError
 from tools.benchmark_tables import run_table
 
-_RUN = ("commit", "command")
-"""What every line has, and a run has one of."""
+_RUN = ("torch", "triton", "commit", "command")
+"""What a run has one of, where its lines say it."""
+_NEEDED = "commit"
 _DEVICES = ("gpu", "device")
 """Fields that name a device; without one it was the processor."""
 _CPU = "CPU"
@@ -29,8 +30,8 @@ _ABOUT = """Every line of the files beside this page, which
 `python tools/report_benchmarks.py --pages docs/benchmarks` makes. Operators and layers have the
 sizes of `keye_30b_a3b` where a table does not say otherwise. What it means: [Measured](README.md).
 """
-_OWN_PAGE = {"faults.jsonl": "faults.md"}
-"""Files that another tool makes a page of."""
+_TOLD_ELSEWHERE = ("faults.jsonl", "steps_measured.jsonl")
+"""Files whose lines are in docs/faults.md and docs/plan.md."""
 
 
 @reports_user_errors
@@ -64,13 +65,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(path.read_text().splitlines(), start=1):
         try:
             line = json.loads(text)
-            missing = [name for name in ("op", *_RUN) if name not in line]
+            is_known = _NEEDED in line
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}, line {number}: is not a JSON object ({error})") from error
-        if missing:
+        if not is_known:
             raise UserError(
-                f"{path}, line {number}: lacks {', '.join(missing)}, expected what a benchmark "
-                "of tests/kernels or of tools/ writes"
+                f"{path}, line {number}: lacks {_NEEDED}, expected what a benchmark of "
+                "tests/kernels or of tools/ writes"
             )
         lines.append(line)
     return lines
@@ -80,8 +81,7 @@ def tables(lines: Sequence[Mapping[str, Any]]) -> str:
     """Return Markdown: a table per run, below its device, versions and command."""
     runs: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for line in lines:
-        versions = (str(line.get(name, "")) for name in ("torch", "triton"))
-        key = (device_of(line), *versions, *(str(line[name]).strip() for name in _RUN))
+        key = (device_of(line), *(str(line.get(name, "")).strip() for name in _RUN))
         runs.setdefault(key, []).append(line)
     return "\n".join(run_table(of_run, device_of(of_run[0])) for of_run in runs.values())
 
@@ -90,7 +90,7 @@ def pages(folder: Path) -> dict[str, str]:
     """Return the text of the page of each device that the files of a folder tell of, by name."""
     by_device: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        if path.name in _OWN_PAGE:
+        if path.name in _TOLD_ELSEWHERE:
             continue
         lines = read_lines(path)
         for device in dict.fromkeys(map(device_of, lines)):

@@ -57,7 +57,7 @@ def test_a_line_of_other_form_is_refused(
 ) -> None:
     path = written(tmp_path / "lines.jsonl", LINE, {"op": "x"})
     assert report_benchmarks.main([path]) == 2
-    assert "lines.jsonl, line 2: lacks commit, command" in capsys.readouterr().err
+    assert "lines.jsonl, line 2: lacks commit, expected" in capsys.readouterr().err
     (tmp_path / "broken.jsonl").write_text("{")
     assert report_benchmarks.main([str(tmp_path / "broken.jsonl")]) == 2
     assert "broken.jsonl, line 1: is not a JSON object" in capsys.readouterr().err
