@@ -3,6 +3,7 @@
 #   make train [ARGS="--resume auto"]   train the tiny recipe on this machine
 #   make test [ARGS="-k packing"]       the CPU test suite; SLOW=1 adds its slow cases
 #   make lint                           ruff and mypy
+#   make docs                           the site of the documentation, into build/site
 #   make doctor                         what is installed, and what is missing
 #   make gpu                            add Transformer Engine and DALI (needs a GPU and nvcc)
 #   make clean                          remove .venv and what was built; runs/ stays
@@ -11,7 +12,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help train test lint doctor gpu clean
+.PHONY: help train test lint docs doctor gpu clean
 
 VENV := .venv
 # What every run imports; compiled to bytecode once, at installation.
@@ -37,6 +38,10 @@ lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The notice is about a later major version, which pyproject.toml excludes.
+docs: $(INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 exec $(VENV)/bin/mkdocs build --quiet
 
 doctor: $(INSTALLED)
 	@exec $(VENV)/bin/megatron-keye doctor $(ARGS)
