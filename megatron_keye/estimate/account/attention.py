@@ -166,10 +166,10 @@ def _dense_loss(run: RunConfig, counts: RowCounts) -> Work:
 
 
 def _recall(run: RunConfig, counts: RowCounts) -> Work:
-    """Measure the selection on a few queries: logits, and a sum over keys for each head."""
+    """Measure the selection on a few queries, by their dense logits."""
     decoder = run.model.decoder
     heads = decoder.num_heads / run.parallel.decoder.tensor
-    flops = 2 * heads * (decoder.head_dim + 1) * counts.num_measured
+    flops = 2 * heads * decoder.head_dim * counts.num_measured
     return Work(
         module="decoder.indexer.recall",
         precision=widened(run.training.precision),

@@ -1,7 +1,8 @@
 """The work of one module of the model in one step: FLOPs and bytes of each pass.
 
 A product of [m, k] and [k, n] counts 2 m k n FLOPs (Narayanan et al., arXiv:2104.04473,
-appendix). Elementwise work counts none; of such modules the bytes say how long they take.
+appendix). Elementwise work counts none, nor do sums over heads weighted by gates; of modules that
+do nothing else the bytes say how long they take.
 """
 
 from collections.abc import Iterable
