@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from megatron_keye.config.lora import Target
 from megatron_keye.config.run import RunConfig
 from megatron_keye.estimate.account.attention import (
     attention_works,
@@ -16,7 +15,13 @@ from megatron_keye.estimate.account.attention import (
     is_layer_recomputed,
 )
 from megatron_keye.estimate.account.counts import RowCounts
-from megatron_keye.estimate.account.linears import Linear, Rows, linear_work, with_adapter
+from megatron_keye.estimate.account.linears import (
+    Linear,
+    Rows,
+    adapter_rank,
+    linear_work,
+    with_adapter,
+)
 from megatron_keye.estimate.account.work import Passes, Work, widened
 from megatron_keye.estimate.state import BYTES, SUM_BYTES
 
@@ -63,7 +68,7 @@ def output_works(run: RunConfig, counts: Sequence[RowCounts]) -> list[Work]:
     logits = linear_work("vocabulary", [linear], rows, run)
     if run.training.only_indexers_learn:
         # The loss has a backward pass as ever, whose gradient reaches nothing that learns.
-        logits = without_model_gradients(logits)
+        logits = _without_model_gradients(logits)
     numbers = decoder.hidden_size * _rows(counts, num_sharers=tensor).laid
     size = BYTES[run.training.precision]
     moved = Passes(forward=2 * size, backward=3 * size) * numbers
@@ -71,7 +76,7 @@ def output_works(run: RunConfig, counts: Sequence[RowCounts]) -> list[Work]:
     return [norm, logits]
 
 
-def without_model_gradients(work: Work) -> Work:
+def _without_model_gradients(work: Work) -> Work:
     """Return work whose backward pass runs, but is none of the model's mathematics."""
     kept = Passes(forward=work.model_flops.forward)
     return replace(work, model_flops=kept)
@@ -88,10 +93,6 @@ def _rows(counts: Sequence[RowCounts], *, num_sharers: int) -> Rows:
 
 def _weights_learn(run: RunConfig) -> bool:
     return run.training.is_trained("decoder", is_adapter=False)
-
-
-def _adapter_rank(run: RunConfig, target: Target) -> int:
-    return run.training.lora.rank if run.training.lora.is_adapting(target) else 0
 
 
 def _layer_norms(run: RunConfig, counts: RowCounts) -> Work:
@@ -126,7 +127,7 @@ def _projections(run: RunConfig, counts: RowCounts) -> Work:
     build: dict[str, Any] = {"learns": learns, "passes_gradients": passes}
     into = Linear(inputs=width, outputs=heads + 2 * groups, **build)
     out = Linear(inputs=heads, outputs=width, **build)
-    rank = _adapter_rank(run, "attention")
+    rank = adapter_rank(run, "attention")
     linears = [
         *with_adapter(into, rank, shares=(1 / tensor, 1)),
         *with_adapter(out, rank, shares=(1, 1 / tensor)),
@@ -165,7 +166,7 @@ def _experts(run: RunConfig, counts: RowCounts) -> Work:
         "passes_gradients": not run.training.only_indexers_learn,
         "num_weights": experts.num_experts // degrees.expert,
     }
-    rank = _adapter_rank(run, "experts")
+    rank = adapter_rank(run, "experts")
     linears = [
         *with_adapter(Linear(inputs=decoder.hidden_size, outputs=2 * inner, **build), rank),
         *with_adapter(Linear(inputs=inner, outputs=decoder.hidden_size, **build), rank),

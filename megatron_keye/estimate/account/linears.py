@@ -7,6 +7,7 @@ where something before it learns, and by the rows where the weight does.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_keye.config.lora import Target
 from megatron_keye.config.run import RunConfig
 from megatron_keye.estimate.account.work import Module, Passes, Precision, Work
 from megatron_keye.estimate.state import BYTES, SUM_BYTES
@@ -38,6 +39,11 @@ class Linear:
     def num_gradients(self) -> int:
         """Products of the backward pass, each of as many FLOPs."""
         return self.learns + self.passes_gradients
+
+
+def adapter_rank(run: RunConfig, target: Target) -> int:
+    """Return the rank of the adapters of a group of linears, 0 without any."""
+    return run.training.lora.rank if run.training.lora.is_adapting(target) else 0
 
 
 def with_adapter(

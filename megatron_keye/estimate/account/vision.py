@@ -4,9 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_keye.config.lora import Target
 from megatron_keye.config.run import RunConfig
-from megatron_keye.estimate.account.linears import Linear, Rows, linear_work, with_adapter
+from megatron_keye.estimate.account.linears import (
+    Linear,
+    Rows,
+    adapter_rank,
+    linear_work,
+    with_adapter,
+)
 from megatron_keye.estimate.account.work import Passes, Work
 from megatron_keye.estimate.state import BYTES
 from megatron_keye.plan.slots import vision_learns
@@ -69,10 +74,6 @@ def vision_works(run: RunConfig, counts: PatchCounts) -> list[Work]:
     return works
 
 
-def _adapter_rank(run: RunConfig, target: Target) -> int:
-    return run.training.lora.rank if run.training.lora.is_adapting(target) else 0
-
-
 def _linears(run: RunConfig, counts: PatchCounts, num_repeats: int) -> Work:
     """Embedding of patches, whose pixels have no gradient, and four and two linears a layer.
 
@@ -82,7 +83,7 @@ def _linears(run: RunConfig, counts: PatchCounts, num_repeats: int) -> Work:
     width, inner = vision.hidden_size, vision.intermediate_size
     learns = training.is_trained("vision", is_adapter=False)
     passes = "vision" in training.trained_parts
-    rank = _adapter_rank(run, "vision")
+    rank = adapter_rank(run, "vision")
 
     def linear(inputs: float, outputs: float, *, is_first: bool = False) -> list[Linear]:
         reaches = learns if is_first else passes
@@ -154,7 +155,7 @@ def _projector(run: RunConfig, counts: PatchCounts, num_repeats: int) -> Work:
     merged = vision.hidden_size * vision.merge_size**2
     learns = training.is_trained("projector", is_adapter=False)
     vision_has = "vision" in training.trained_parts
-    rank = _adapter_rank(run, "projector")
+    rank = adapter_rank(run, "projector")
     build: dict[str, Any] = {"learns": learns}
     first = Linear(inputs=merged, outputs=merged, passes_gradients=vision_has or learns, **build)
     second = Linear(
