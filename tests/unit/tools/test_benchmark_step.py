@@ -48,6 +48,15 @@ def test_a_case_runs_a_few_layers_of_the_recipe_on_one_rank() -> None:
     assert answers.longest_path == 40_960 * 33 // 40, "as long as a row to compare with"
 
 
+def test_answers_share_the_pairs_of_their_prompt() -> None:
+    cases = [Case(tokens=4096, phase="dense", layout=layout) for layout in ("one", "answers")]
+    one, answers = (
+        case.layer_flops(case.run("keye_30b_a3b", [], layers=2, has_gpu=True)) for case in cases
+    )
+    # 8 answers of 102 tokens do not see each other: 28 pairs of them; 2 + 4 products, 2 layers.
+    assert one - answers == 2 * 12 * 32 * 128 * 28 * 102**2
+
+
 def test_the_table_has_each_fusion_off_by_itself_and_few_peers() -> None:
     cases = list(one_gpu_table())
     assert {case.without for case in cases} == {"", "all", *FUSIONS}
