@@ -1,0 +1,104 @@
+"""The rows of a step as a prediction needs them: their counts, and rates for their lengths."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from megatron_keye.config.run import RunConfig
+from megatron_keye.estimate.account.counts import RowCounts, count_rows
+from megatron_keye.estimate.prediction.operators import (
+    DENSE_BACKWARD,
+    DENSE_FORWARD,
+    DENSE_LOSS,
+    SELECTED_BACKWARD,
+    SELECTED_FORWARD,
+    SELECTED_LOSS,
+    UNION_KEYS,
+    effective,
+)
+from megatron_keye.plan.cost import attention_flops, num_pairs, token_flops
+from megatron_keye.plan.slots import RowSizes, balanced_order
+
+_RELEASED_TOP_K = 2048
+"""For which unions of selections were measured."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """TFLOP/s of what depends on the lengths of documents, on an H100."""
+
+    attention_forward: float
+    """Of attention, dense or to selected keys."""
+    attention_backward: float
+    """That of its backward pass."""
+    loss: float
+    """Of the indexer's loss."""
+
+
+@dataclass
+class RowMix:
+    """Rows of a global batch; what depends on few degrees is computed once."""
+
+    rows: Sequence[RowSizes]
+    """Sizes of each row."""
+    run: RunConfig
+    """Its model, phase and row length; degrees do not count."""
+    union_keys: float = 0.0
+    """Keys that 16 neighbouring queries select together; 0: by `UNION_KEYS`."""
+    _counts: dict[int, list[RowCounts]] = field(default_factory=dict)
+    _imbalance: dict[int, float] = field(default_factory=dict)
+
+    def counts(self, context: int) -> list[RowCounts]:
+        """Return the counts of all rows on one of so many context ranks, by phase."""
+        if context not in self._counts:
+            degrees = replace(self.run.parallel.decoder, context=context, expert=1, tensor=1)
+            parallel = replace(self.run.parallel, decoder=degrees)
+            split = replace(self.run, parallel=parallel)
+            self._counts[context] = count_rows(self.rows, split, context=0)
+        return self._counts[context]
+
+    def imbalance(self, data: int) -> float:
+        """Return how much longer replicas take that wait for each other in every micro-batch."""
+        if data not in self._imbalance:
+            degrees = replace(self.run.parallel.decoder, data=data)
+            run = replace(self.run, parallel=replace(self.run.parallel, decoder=degrees))
+            order = balanced_order(self.rows, run)
+            costs = np.array([self._cost(self.rows[place]) for place in order]).reshape(-1, data)
+            self._imbalance[data] = float(costs.max(axis=1).sum() / costs.mean(axis=1).sum())
+        return self._imbalance[data]
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of all pictures."""
+        return sum(sum(row.patches) for row in self.rows)
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures of all rows."""
+        return sum(len(row.patches) for row in self.rows)
+
+    def rates(self, phase: str) -> Rates:
+        """Return the rates at which documents of the rows of a phase run together."""
+        rows = [r for r in self.rows if self.run.training.row_phase(r.longest_path) == phase]
+        lengths = np.concatenate([np.add(row.lengths, row.num_earlier) for row in rows])
+        top_k = self.run.model.decoder.indexer.top_k
+        if phase != "sparse":
+            pairs = [num_pairs([length]) for length in lengths]
+            curves = DENSE_FORWARD, DENSE_BACKWARD, DENSE_LOSS
+            return Rates(*(effective(curve, lengths, pairs) for curve in curves))
+        pairs = [num_pairs([length], top_k) for length in lengths]
+        scale = _RELEASED_TOP_K / top_k
+        unions = UNION_KEYS.at(lengths * scale)
+        if self.union_keys:
+            unions = np.full(len(lengths), self.union_keys * scale)
+        curves = SELECTED_FORWARD, SELECTED_BACKWARD, SELECTED_LOSS
+        return Rates(*(effective(curve, unions, pairs) for curve in curves))
+
+    def _cost(self, row: RowSizes) -> float:
+        decoder = self.run.model.decoder
+        phase = self.run.training.row_phase(row.longest_path)
+        flops = attention_flops(row.lengths, decoder, phase, row.num_earlier)
+        return flops + token_flops(decoder) * float(np.sum(row.lengths))
+
+
