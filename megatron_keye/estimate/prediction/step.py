@@ -1,0 +1,131 @@
+"""The time of a step, in closed form: decoder, pipeline, vision, exchanges and the update."""
+
+from dataclasses import dataclass
+
+from megatron_keye.config.run import RunConfig
+from megatron_keye.estimate.account.decoder import output_works
+from megatron_keye.estimate.account.optimizer import optimizer_work
+from megatron_keye.estimate.account.vision import count_patches, vision_works
+from megatron_keye.estimate.parameters import decoder_parameters, vision_parameters
+from megatron_keye.estimate.prediction import operators
+from megatron_keye.estimate.prediction.exchanges import gradient_seconds
+from megatron_keye.estimate.prediction.layer import Seconds, layer_seconds
+from megatron_keye.estimate.prediction.machine import Machine
+from megatron_keye.estimate.prediction.machines import H100
+from megatron_keye.estimate.prediction.mix import RowMix
+from megatron_keye.estimate.state import host_bytes
+
+_FRAMES_OF_A_PICTURE = 12
+"""Frames of a video that are decoded for each that is encoded: two of 24 a second."""
+_TERA = 1e12
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The predicted time of a step, and what it is made of."""
+
+    seconds: float
+    """Of the whole step."""
+    parts: dict[str, float]
+    """Seconds of a rank of the busiest stage, by what it does or waits for; together the step."""
+    vision_seconds: float
+    """Of one vision rank."""
+    decoder_seconds: float
+    """Of the decoder's passes on such a rank, without waiting."""
+
+    @property
+    def idle_share(self) -> float:
+        """Share of the step in which such a rank waits for others."""
+        return sum(self.parts.get(name, 0.0) for name in WAITS) / self.seconds
+
+    def reason(self, num_parts: int = 2) -> str:
+        """Return the longest parts with their shares of the step, in words."""
+        longest = sorted(self.parts.items(), key=lambda part: -part[1])[:num_parts]
+        return ", ".join(f"{name} {seconds / self.seconds:.0%}" for name, seconds in longest)
+
+
+WAITS = ("pipeline idle", "unlike rows", "waits for vision")
+"""Parts in which a rank of the decoder does nothing."""
+
+
+class Predictor:
+    """Predicts steps of one batch of rows on one kind of GPU, for many degrees and settings."""
+
+    def __init__(self, mix: RowMix, machine: Machine) -> None:
+        """Take the rows and the GPU."""
+        self.mix, self.machine = mix, machine
+        self._layers: dict[tuple[object, ...], dict[str, Seconds]] = {}
+        self._vision: dict[tuple[object, ...], float] = {}
+
+    def predict(self, run: RunConfig) -> StepTime:
+        """Return the time of a run's step."""
+        degrees, num_layers = run.parallel.decoder, run.model.decoder.num_layers
+        layer, logits = self.layer(run), self._logits(run).total
+        layers = max(degrees.layers_per_stage(num_layers))
+        num_rows = run.training.rows_per_step // degrees.data
+        parts = {name: each.total * layers * num_rows for name, each in layer.items()}
+        parts["logits"] = logits * num_rows
+        passes = sum(parts.values())
+        parts["unlike rows"] = passes * (self.mix.imbalance(degrees.data) - 1)
+        bubble = (degrees.pipeline - 1) / degrees.virtual_stages / num_rows
+        parts["pipeline idle"] = bubble * passes
+        vision = self.vision_seconds(run)
+        decoder = sum(parts.values())
+        if not run.parallel.vision.num_ranks:
+            parts["vision"] = vision
+        else:
+            # Its first features come before the decoder, its last gradients after it.
+            ends = vision / num_rows * (1 if degrees.virtual_stages == 1 else degrees.pipeline)
+            parts["waits for vision"] = max(decoder, vision) + min(ends, vision) - decoder
+        parts["update"], parts["gradients"] = self._update(run)
+        return StepTime(sum(parts.values()), parts, vision, passes)
+
+    def layer(self, run: RunConfig) -> dict[str, Seconds]:
+        """Return the time of one layer, as `layer_seconds` does."""
+        degrees = run.parallel.decoder
+        key = degrees.tensor, degrees.context, degrees.expert, run.training.recompute
+        if key not in self._layers:
+            self._layers[key] = layer_seconds(run, self.mix, self.machine)
+        return self._layers[key]
+
+    def vision_seconds(self, run: RunConfig) -> float:
+        """Return the time of a vision rank, which decodes, encodes and runs backward."""
+        vision = run.parallel.vision
+        key = vision.chunk_patches, vision.recompute
+        if key not in self._vision:
+            self._vision[key] = self._all_vision(run)
+        num_ranks = vision.num_ranks or run.parallel.decoder.num_ranks
+        frames = _FRAMES_OF_A_PICTURE * self.mix.num_pictures
+        decoding = frames / self.machine.decoded_frames_per_second
+        return max(self._vision[key], decoding) / num_ranks
+
+    def _all_vision(self, run: RunConfig) -> float:
+        patches = [count for row in self.mix.rows for count in row.patches]
+        works = vision_works(run, count_patches(patches, run))
+        forward = sum(work.executed_flops.forward for work in works)
+        again = sum(work.executed_flops.total for work in works) - forward
+        scale = self.machine.matmul_tflops / H100.matmul_tflops * _TERA
+        size = run.parallel.vision.chunk_patches
+        encoding = float(operators.VISION_FORWARD.at([size])[0])
+        learning = float(operators.VISION_LEARNING.at([size])[0])
+        return forward / (encoding * scale) + again / (learning * scale)
+
+    def _logits(self, run: RunConfig) -> Seconds:
+        counts = self.mix.counts(run.parallel.decoder.context)
+        flops = [work.executed_flops for work in output_works(run, counts)]
+        rate = self.machine.matmul_tflops * operators.PRODUCT_SHARE * _TERA * len(self.mix.rows)
+        forward = sum(each.forward for each in flops)
+        return Seconds(forward / rate, sum(each.total for each in flops) / rate - forward / rate)
+
+    def _update(self, run: RunConfig) -> tuple[float, float]:
+        """Return the time of the update, and of summing gradients, on the fullest stage."""
+        machine, updates, sums = self.machine, [0.0], [0.0]
+        of_vision = [] if run.parallel.vision.num_ranks else vision_parameters(run)
+        for stage in {0, run.parallel.decoder.pipeline - 1}:
+            held = decoder_parameters(run, stage) + of_vision
+            moved = optimizer_work(run, held).moved_bytes.total
+            rate = machine.copy_gigabytes_per_second * operators.UPDATE_SHARE
+            away = 2 * host_bytes(run, held) / machine.host_gigabytes_per_second
+            updates.append((moved / rate + away) / 1e9)
+            sums.append(gradient_seconds(run, held, machine))
+        return max(updates), max(sums)
