@@ -5,6 +5,7 @@ Needs no torch.
 """
 
 import functools
+from collections import Counter
 from math import prod
 
 from megatron_keye.checkpoint.hf.parameter_shapes import (
@@ -64,20 +65,20 @@ def decoder_parameters(run: RunConfig, stage: int) -> list[Parameters]:
 
 @functools.lru_cache(maxsize=8)
 def _decoder_tensors(model: ModelConfig) -> tuple[tuple[str, Part, str, int], ...]:
-    """Return where each tensor stands ("layer" for one of each layer), its part, the axis over
-    which ranks share it, and its elements.
+    """Return the elements of tensors that stand in one place ("layer" for those of each layer),
+    are of one part, and are shared along one axis.
     """
-    found = []
+    found: Counter[tuple[str, Part, str]] = Counter()
     for name, shape in parameter_shapes(model).items():
         part, words = part_of(name), name.split(".")
         if part in ("vision", "projector"):
             continue
         if not name.startswith("model.layers."):
             where = words[0] if words[0] == "lm_head" else words[1]
-            found.append((where, part, "nobody" if where == "norm" else "tensor", prod(shape)))
+            found[where, part, "nobody" if where == "norm" else "tensor"] += prod(shape)
         elif words[2] == "0":
-            found.append(("layer", part, _axis(name), prod(shape)))
-    return tuple(found)
+            found["layer", part, _axis(name)] += prod(shape)
+    return tuple((*key, count) for key, count in found.items())
 
 
 def _axis(name: str) -> str:

@@ -52,6 +52,15 @@ def least_memory(run: RunConfig) -> RunConfig:
     return replace(run, parallel=replace(run.parallel, vision=vision), training=training)
 
 
+def least_time(run: RunConfig) -> RunConfig:
+    """Return a run with the choices of `choices` that take the least time, fit or not."""
+    vision = run.parallel.vision
+    chunk = max(*_CHUNKS, vision.chunk_patches)
+    vision = replace(vision, chunk_patches=chunk, recompute="off")
+    training = replace(run.training, recompute="none", keeps_in_host_memory=False)
+    return replace(run, parallel=replace(run.parallel, vision=vision), training=training)
+
+
 def needed_bytes(run: RunConfig) -> float:
     """Return the expected memory of the fullest GPU, for rows full of video.
 

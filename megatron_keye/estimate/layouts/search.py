@@ -1,7 +1,6 @@
 """Searches the layouts of a run on some GPUs, the fastest first, for those that fit."""
 
 import heapq
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_keye.config.parallel import ParallelConfig
@@ -10,6 +9,7 @@ from megatron_keye.errors import UserError
 from megatron_keye.estimate.layouts.choices import (
     choices,
     least_memory,
+    least_time,
     needed_bytes,
     optimizers,
     usable_bytes,
@@ -108,8 +108,7 @@ def _best_first(
 
 
 def _least_seconds(run: RunConfig, predictor: Predictor) -> float:
-    fastest: Iterator[RunConfig] = choices(run)
-    return min(predictor.predict(chosen).seconds for chosen in fastest)
+    return predictor.predict(least_time(run)).seconds
 
 
 def _kind(parallel: ParallelConfig) -> tuple[object, ...]:

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_keye.config.run import RunConfig
+from megatron_keye.config.training import Phase
 from megatron_keye.estimate.account.counts import RowCounts, count_rows
 from megatron_keye.estimate.prediction.operators import (
     DENSE_BACKWARD,
@@ -17,7 +19,7 @@ from megatron_keye.estimate.prediction.operators import (
     UNION_KEYS,
     effective,
 )
-from megatron_keye.plan.cost import attention_flops, num_pairs, token_flops
+from megatron_keye.plan.cost import attention_flops, token_flops
 from megatron_keye.plan.slots import RowSizes, balanced_order
 
 _RELEASED_TOP_K = 2048
@@ -48,6 +50,7 @@ class RowMix:
     """Keys that 16 neighbouring queries select together; 0: by `UNION_KEYS`."""
     _counts: dict[int, list[RowCounts]] = field(default_factory=dict)
     _imbalance: dict[int, float] = field(default_factory=dict)
+    _rates: dict[Phase, Rates] = field(default_factory=dict)
 
     def counts(self, context: int) -> list[RowCounts]:
         """Return the counts of all rows on one of so many context ranks, by phase."""
@@ -78,16 +81,22 @@ class RowMix:
         """Pictures of all rows."""
         return sum(len(row.patches) for row in self.rows)
 
-    def rates(self, phase: str) -> Rates:
+    def rates(self, phase: Phase) -> Rates:
         """Return the rates at which documents of the rows of a phase run together."""
-        rows = [r for r in self.rows if self.run.training.row_phase(r.longest_path) == phase]
-        lengths = np.concatenate([np.add(row.lengths, row.num_earlier) for row in rows])
-        top_k = self.run.model.decoder.indexer.top_k
+        if phase not in self._rates:
+            rows = [r for r in self.rows if self.run.training.row_phase(r.longest_path) == phase]
+            lengths = np.concatenate([np.add(row.lengths, row.num_earlier) for row in rows])
+            self._rates[phase] = self._rates_of(lengths.astype(np.float64), phase)
+        return self._rates[phase]
+
+    def _rates_of(self, lengths: NDArray[np.float64], phase: Phase) -> Rates:
         if phase != "sparse":
-            pairs = [num_pairs([length]) for length in lengths]
-            curves = DENSE_FORWARD, DENSE_BACKWARD, DENSE_LOSS
-            return Rates(*(effective(curve, lengths, pairs) for curve in curves))
-        pairs = [num_pairs([length], top_k) for length in lengths]
+            pairs = lengths * (lengths + 1) / 2
+            dense = DENSE_FORWARD, DENSE_BACKWARD, DENSE_LOSS
+            return Rates(*(effective(curve, lengths, pairs) for curve in dense))
+        top_k = self.run.model.decoder.indexer.top_k
+        short = np.minimum(lengths, top_k)
+        pairs = short * (short + 1) / 2 + (lengths - short) * short
         scale = _RELEASED_TOP_K / top_k
         unions = UNION_KEYS.at(lengths * scale)
         if self.union_keys:

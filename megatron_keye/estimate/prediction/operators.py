@@ -5,7 +5,6 @@ docs/benchmarks/README.md and the lines beside it: "K" is kernels_h100.jsonl, "B
 backward_forms_h100.jsonl, "S" step_h100.jsonl.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +97,7 @@ LAUNCHES = {"layer": 100, "expert": 2}
 """Kernels of a forward pass: of a layer, and of each expert that has products of its own."""
 
 
-def effective(curve: Curve, sizes: Sequence[float], weights: Sequence[float]) -> float:
+def effective(curve: Curve, sizes: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
     """Return the rate at which parts of different sizes run together.
 
     Args:
@@ -106,7 +105,4 @@ def effective(curve: Curve, sizes: Sequence[float], weights: Sequence[float]) ->
         sizes: Of each part.
         weights: Work of each part.
     """
-    work = np.asarray(weights, dtype=np.float64)
-    if work.sum() <= 0:
-        return float(curve.at([sizes[0] if len(sizes) else 1])[0])
-    return float(work.sum() / (work / curve.at(sizes)).sum())
+    return float(weights.sum() / (weights / curve.at(sizes)).sum())

@@ -1,11 +1,12 @@
 """The time of a step, in closed form: decoder, pipeline, vision, exchanges and the update."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.estimate.account.decoder import output_works
 from megatron_keye.estimate.account.optimizer import optimizer_work
 from megatron_keye.estimate.account.vision import count_patches, vision_works
+from megatron_keye.estimate.account.work import total_executed_flops
 from megatron_keye.estimate.parameters import decoder_parameters, vision_parameters
 from megatron_keye.estimate.prediction import operators
 from megatron_keye.estimate.prediction.exchanges import gradient_seconds
@@ -56,11 +57,13 @@ class Predictor:
         self.mix, self.machine = mix, machine
         self._layers: dict[tuple[object, ...], dict[str, Seconds]] = {}
         self._vision: dict[tuple[object, ...], float] = {}
+        self._outputs: dict[tuple[object, ...], float] = {}
+        self._updates: dict[tuple[object, ...], tuple[float, float]] = {}
 
     def predict(self, run: RunConfig) -> StepTime:
         """Return the time of a run's step."""
         degrees, num_layers = run.parallel.decoder, run.model.decoder.num_layers
-        layer, logits = self.layer(run), self._logits(run).total
+        layer, logits = self.layer(run), self._logits(run)
         layers = max(degrees.layers_per_stage(num_layers))
         num_rows = run.training.rows_per_step // degrees.data
         parts = {name: each.total * layers * num_rows for name, each in layer.items()}
@@ -110,22 +113,31 @@ class Predictor:
         learning = float(operators.VISION_LEARNING.at([size])[0])
         return forward / (encoding * scale) + again / (learning * scale)
 
-    def _logits(self, run: RunConfig) -> Seconds:
-        counts = self.mix.counts(run.parallel.decoder.context)
-        flops = [work.executed_flops for work in output_works(run, counts)]
-        rate = self.machine.matmul_tflops * operators.PRODUCT_SHARE * _TERA * len(self.mix.rows)
-        forward = sum(each.forward for each in flops)
-        return Seconds(forward / rate, sum(each.total for each in flops) / rate - forward / rate)
+    def _logits(self, run: RunConfig) -> float:
+        """Return the mean time of a row's logits, forward and backward."""
+        degrees = run.parallel.decoder
+        key = degrees.tensor, degrees.context
+        if key not in self._outputs:
+            flops = total_executed_flops(output_works(run, self.mix.counts(degrees.context)))
+            rate = self.machine.matmul_tflops * operators.PRODUCT_SHARE * _TERA
+            self._outputs[key] = flops / rate / len(self.mix.rows)
+        return self._outputs[key]
 
     def _update(self, run: RunConfig) -> tuple[float, float]:
         """Return the time of the update, and of summing gradients, on the fullest stage."""
-        machine, updates, sums = self.machine, [0.0], [0.0]
+        degrees = replace(run.parallel.decoder, virtual_stages=1)
+        key = degrees, run.parallel.vision.num_ranks, run.training.optimizer
+        if key not in self._updates:
+            stages = {0, degrees.pipeline - 1}
+            seconds = [self._update_of(run, stage) for stage in stages]
+            self._updates[key] = max(update for update, _ in seconds), max(s for _, s in seconds)
+        return self._updates[key]
+
+    def _update_of(self, run: RunConfig, stage: int) -> tuple[float, float]:
+        machine = self.machine
         of_vision = [] if run.parallel.vision.num_ranks else vision_parameters(run)
-        for stage in {0, run.parallel.decoder.pipeline - 1}:
-            held = decoder_parameters(run, stage) + of_vision
-            moved = optimizer_work(run, held).moved_bytes.total
-            rate = machine.copy_gigabytes_per_second * operators.UPDATE_SHARE
-            away = 2 * host_bytes(run, held) / machine.host_gigabytes_per_second
-            updates.append((moved / rate + away) / 1e9)
-            sums.append(gradient_seconds(run, held, machine))
-        return max(updates), max(sums)
+        held = decoder_parameters(run, stage) + of_vision
+        moved = optimizer_work(run, held).moved_bytes.total
+        rate = machine.copy_gigabytes_per_second * operators.UPDATE_SHARE
+        away = 2 * host_bytes(run, held) / machine.host_gigabytes_per_second
+        return (moved / rate + away) / 1e9, gradient_seconds(run, held, machine)
