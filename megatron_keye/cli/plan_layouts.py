@@ -13,8 +13,8 @@ from megatron_keye.estimate.prediction.machine import Machine
 _COLUMNS = 80
 _LEGEND = (
     "TP, PP, CP, EP, DP: tensor, pipeline (x virtual stages), context, expert, data. ViT: ranks of "
-    "its own, or all. chunk: patches. again: what layers compute again; +ViT where it encodes "
-    "chunks again."
+    "its own, or all. chunk: patches; k where their activations are kept, else they are encoded "
+    "again. again: what layers compute again. why: the largest part of the step."
 )
 
 
@@ -55,7 +55,7 @@ def _layout(suggestion: Suggestion, recipe: RunConfig) -> dict[str, Any]:
         "is_simulated": suggestion.is_simulated,
         "gibibytes": layout.needed_bytes / 2**30,
         "host_gibibytes": host_gibibytes(run),
-        "reason": time.reason(),
+        "why": time.reason(1),
         "parts": time.parts,
         "degrees": vars(run.parallel.decoder),
         "vision": vars(run.parallel.vision),
@@ -81,7 +81,7 @@ def describe_layouts(planned: dict[str, Any], command: Sequence[str]) -> str:
     lines = [*_wrapped(title), ""]
     lines.append(
         f" {'step, s':>8} {'idle':>5} {'GiB':>5} {'TP':>2} {'PP':>5} {'CP':>3} {'EP':>3} {'DP':>3} "
-        f"{'ViT':>4} {'chunk':>6} {'again':<14} why"
+        f"{'ViT':>4} {'chunk':>5} {'again':<9} why"
     )
     layouts = planned["layouts"]
     lines += [_line(layout) for layout in layouts]
@@ -98,14 +98,13 @@ def _line(layout: dict[str, Any]) -> str:
     degrees, vision = layout["degrees"], layout["vision"]
     virtual = degrees["virtual_stages"]
     pipeline = f"{degrees['pipeline']}" + (f"x{virtual}" if virtual > 1 else "")
-    again = layout["recompute"] + ("+ViT" if vision["recompute"] == "on" else "")
+    chunk = f"{vision['chunk_patches'] / 1024:g}K" + "k" * (vision["recompute"] == "off")
     mark = "*" if layout["is_simulated"] else " "
-    reason = layout["reason"].split(", ")[0]
     return (
-        f" {layout['seconds']:>7.2f}{mark} {layout['idle_share']:>5.1%} {layout['gibibytes']:>5.1f} "
-        f"{degrees['tensor']:>2} {pipeline:>5} {degrees['context']:>3} {degrees['expert']:>3} "
-        f"{degrees['data']:>3} {vision['num_ranks'] or 'all':>4} {vision['chunk_patches']:>6} "
-        f"{again:<14} {reason}"
+        f" {layout['seconds']:>7.4g}{mark} {layout['idle_share']:>5.1%} "
+        f"{layout['gibibytes']:>5.1f} {degrees['tensor']:>2} {pipeline:>5} "
+        f"{degrees['context']:>3} {degrees['expert']:>3} {degrees['data']:>3} "
+        f"{vision['num_ranks'] or 'all':>4} {chunk:>5} {layout['recompute']:<9} {layout['why']}"
     )
 
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from megatron_keye.config.parallel import DecoderParallel, ParallelConfig
 from megatron_keye.config.run import RunConfig
-from megatron_keye.errors import UserError
 
 _MOST_VISION_SHARE = 0.5
 """No more than this share of the GPUs are vision's own."""
@@ -28,24 +27,39 @@ def grids(run: RunConfig, num_gpus: int) -> Iterator[ParallelConfig]:
 
 
 def has_grid(run: RunConfig, num_gpus: int) -> bool:
-    """Return whether a run can use so many GPUs at all, whatever their memory."""
-    return any(is_valid(run, parallel) for parallel in grids(run, num_gpus))
-
-
-def is_valid(run: RunConfig, parallel: ParallelConfig) -> bool:
-    """Return whether a run takes this grid."""
-    try:
-        replace(run, parallel=parallel)
-    except UserError:
-        return False
-    return True
+    """Return whether a run can be divided over so many GPUs, whatever their memory."""
+    return any(_lowest(num_gpus) <= size <= num_gpus for size in _decoder_sizes(run))
 
 
 def nearest(run: RunConfig, num_gpus: int) -> list[int]:
-    """Return the next lower and the next higher number of GPUs that a run can use."""
-    lower = next((n for n in range(num_gpus - 1, 0, -1) if has_grid(run, n)), None)
-    higher = next((n for n in range(num_gpus + 1, 2 * num_gpus + 1) if has_grid(run, n)), None)
+    """Return the next lower and the next higher number of GPUs over which it can be divided."""
+    sizes = _decoder_sizes(run)
+    with_vision = [number for size in sizes for number in range(size, 2 * size + 1)]
+    valid = {number for number in with_vision if has_grid(run, number)}
+    lower = max((number for number in valid if number < num_gpus), default=None)
+    higher = min((number for number in valid if number > num_gpus), default=None)
     return [number for number in (lower, higher) if number is not None]
+
+
+def _lowest(num_gpus: int) -> int:
+    """Return the fewest ranks of the decoder beside which the others may be vision's."""
+    return num_gpus - int(num_gpus * _MOST_VISION_SHARE)
+
+
+def _decoder_sizes(run: RunConfig) -> set[int]:
+    """Return every number of ranks that the decoder can have."""
+    decoder, tokens = run.model.decoder, run.data.row_tokens
+    sizes = set[int]()
+    for tensor in _divisors(decoder.num_kv_heads, of=decoder.vocab_size):
+        contexts = [c for c in range(1, tokens + 1) if c == 1 or tokens % (2 * c * tensor) == 0]
+        for pipeline in _divisors(decoder.num_layers, of=decoder.num_layers):
+            rows = run.training.rows_per_step
+            sizes |= {
+                tensor * pipeline * context * data
+                for context in contexts
+                for data in _divisors(rows, of=rows)
+            }
+    return sizes
 
 
 def _decoder_grids(run: RunConfig, num_ranks: int) -> Iterator[DecoderParallel]:

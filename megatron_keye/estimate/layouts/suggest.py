@@ -13,7 +13,7 @@ from megatron_keye.estimate.forecast import (
     plan_balanced,
 )
 from megatron_keye.estimate.layouts.choices import usable_bytes
-from megatron_keye.estimate.layouts.grids import has_grid, nearest
+from megatron_keye.estimate.layouts.grids import grids, has_grid, nearest
 from megatron_keye.estimate.layouts.search import Layout, find_layouts, smallest_need
 from megatron_keye.estimate.prediction.machine import Machine
 from megatron_keye.estimate.prediction.mix import RowMix
@@ -23,6 +23,8 @@ _MOST_SIMULATED_ROWS = 32
 """Rows of a simulated step: with more, a part of the replicas stands for all."""
 _TRIED_FACTORS = (2, 4, 8, 16)
 """Of GPUs, where so many do not hold the run."""
+
+_ADAPTER_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,12 @@ def settings_of(run: RunConfig, recipe: RunConfig) -> list[str]:
 def _simulate(layout: Layout, rows: Sequence[RowShape], predictor: Predictor) -> Suggestion:
     """Play the order of a step's events, at the speeds that the closed form gives."""
     run, rows = _fewer_replicas(layout.run, rows)
-    time, degrees = layout.time, run.parallel.decoder
+    time, degrees = layout.time, layout.run.parallel.decoder
     # Work at a speed of 1 TFLOP/s, over the time of all ranks that do it.
     unit = Forecast(rows, run, Speeds(vision_tflops=1.0, decoder_tflops=1.0))
-    layer = sum(each.total for each in predictor.layer(run).values())
-    of_decoder = layer * run.model.decoder.num_layers * len(rows)
-    of_decoder *= degrees.tensor * degrees.context
     share = len(rows) / layout.run.training.rows_per_step
-    encoders = layout.run.parallel.vision.num_ranks or layout.run.parallel.decoder.num_ranks
+    of_decoder = time.decoder_seconds * degrees.num_ranks * share
+    encoders = layout.run.parallel.vision.num_ranks or degrees.num_ranks
     of_vision = time.vision_seconds * encoders * share
     speeds = Speeds(
         decoder_tflops=unit.decoder_seconds() * unit.decoder_passes / of_decoder,
@@ -140,7 +140,11 @@ def _too_large(run: RunConfig, num_gpus: int, machine: Machine) -> str:
     """Say that nothing fits, how much is missing, and what would fit."""
     usable = usable_bytes(machine.memory_gibibytes * 2**30)
     need = smallest_need(run, num_gpus)
-    assert need is not None, "the run has a grid of so many ranks"
+    if need is None:
+        # No grid suits another of its settings, which says so.
+        for parallel in grids(run, num_gpus):
+            replace(run, parallel=parallel)
+    assert need is not None, "a grid that was refused is refused again"
     remedies = []
     for factor in _TRIED_FACTORS:
         more = smallest_need(run, factor * num_gpus)
@@ -149,14 +153,28 @@ def _too_large(run: RunConfig, num_gpus: int, machine: Machine) -> str:
             break
     if shorter := _shorter_rows(run, num_gpus, usable):
         remedies.append(f"data.row_tokens={shorter}")
-    remedies.append("low-rank adapters (training.lora.rank)" * (not run.training.lora.is_on))
-    found = ", ".join(filter(None, remedies)) or "GPUs with more memory"
+    if _fits_with_adapters(run, num_gpus, usable):
+        remedies.append(f"low-rank adapters, training.lora.rank={_ADAPTER_RANK}")
+    found = ", ".join(remedies) or "GPUs with more memory"
     return (
         f"--gpus: got {num_gpus} of {machine.name}, on which no layout of {run.name} fits: a GPU "
         f"needs {need[0] / 2**30:.1f} GiB at least ({need[1].parallel.describe()}, everything "
         f"recomputed, with any way to keep the optimizer's state), expected at most "
         f"{usable / 2**30:.1f} of its {machine.memory_gibibytes:g}; what would fit: {found}"
     )
+
+
+def _fits_with_adapters(run: RunConfig, num_gpus: int, usable: float) -> bool:
+    """Return whether the run fits where adapters learn in place of weights."""
+    if run.training.lora.is_on:
+        return False
+    lora = replace(run.training.lora, rank=_ADAPTER_RANK)
+    try:
+        adapted = replace(run, training=replace(run.training, lora=lora))
+    except UserError:
+        return False
+    need = smallest_need(adapted, num_gpus)
+    return need is not None and need[0] <= usable
 
 
 def _shorter_rows(run: RunConfig, num_gpus: int, usable: float) -> int | None:

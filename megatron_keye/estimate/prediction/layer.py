@@ -49,8 +49,8 @@ def layer_seconds(run: RunConfig, mix: RowMix, machine: Machine) -> dict[str, Se
         machine: The GPU.
 
     Returns:
-        Seconds of "attention", "indexer", "experts", "linears", "routed rows" (permutation and all
-        that moves memory), "all-to-all", "tensor" and "context" (exchanges that nothing hides),
+        Seconds of "attention", "indexer", "experts", "linears", "elementwise" (norms, permutation of
+        rows, SwiGLU, and all else that is no product), "all-to-all", "tensor" and "context" (exchanges that nothing hides),
         and "launches": what the host needs beyond all of these.
     """
     counts = mix.counts(run.parallel.decoder.context)
@@ -60,7 +60,7 @@ def layer_seconds(run: RunConfig, mix: RowMix, machine: Machine) -> dict[str, Se
         for work in layer_works(run, [each]):
             name, seconds = _work_seconds(work, each, run, machine, rates)
             parts[name] = parts.get(name, Seconds()) + seconds
-    parts["routed rows"] = parts["routed rows"] + _row_seconds(run, counts, machine)
+    parts["elementwise"] = parts["elementwise"] + _row_seconds(run, counts, machine)
     parts |= _exchange_seconds(run, counts, machine, parts)
     num_rows = sum(each.num_rows for each in counts)
     return _with_launches({name: each * (1 / num_rows) for name, each in parts.items()}, run)
@@ -93,7 +93,7 @@ def _work_seconds(
         return "indexer", Seconds(counts.laid.num_tokens * each / compute)
     copy = machine.copy_gigabytes_per_second * 1e9
     if work.module == "decoder.norms":
-        return "routed rows", Seconds(moved.forward / copy, (moved.total - moved.forward) / copy)
+        return "elementwise", Seconds(moved.forward / copy, (moved.total - moved.forward) / copy)
     rate = {
         "decoder.experts": machine.matmul_tflops * operators.EXPERT_SHARE,
         "decoder.router": operators.FLOAT32_TFLOPS * compute,

@@ -48,6 +48,8 @@ class RowMix:
     """Its model, phase and row length; degrees do not count."""
     union_keys: float = 0.0
     """Keys that 16 neighbouring queries select together; 0: by `UNION_KEYS`."""
+    frames_per_picture: float = 12.0
+    """Frames of a video that are decoded for each that is encoded: two of 24 a second."""
     _counts: dict[int, list[RowCounts]] = field(default_factory=dict)
     _imbalance: dict[int, float] = field(default_factory=dict)
     _rates: dict[Phase, Rates] = field(default_factory=dict)
@@ -70,11 +72,6 @@ class RowMix:
             costs = np.array([self._cost(self.rows[place]) for place in order]).reshape(-1, data)
             self._imbalance[data] = float(costs.max(axis=1).sum() / costs.mean(axis=1).sum())
         return self._imbalance[data]
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of all pictures."""
-        return sum(sum(row.patches) for row in self.rows)
 
     @property
     def num_pictures(self) -> int:

@@ -9,15 +9,13 @@ from megatron_keye.estimate.account.vision import count_patches, vision_works
 from megatron_keye.estimate.account.work import total_executed_flops
 from megatron_keye.estimate.parameters import decoder_parameters, vision_parameters
 from megatron_keye.estimate.prediction import operators
-from megatron_keye.estimate.prediction.exchanges import gradient_seconds
+from megatron_keye.estimate.prediction.exchanges import Group, gradient_seconds, message_seconds
 from megatron_keye.estimate.prediction.layer import Seconds, layer_seconds
 from megatron_keye.estimate.prediction.machine import Machine
 from megatron_keye.estimate.prediction.machines import H100
 from megatron_keye.estimate.prediction.mix import RowMix
-from megatron_keye.estimate.state import host_bytes
+from megatron_keye.estimate.state import BYTES, host_bytes
 
-_FRAMES_OF_A_PICTURE = 12
-"""Frames of a video that are decoded for each that is encoded: two of 24 a second."""
 _TERA = 1e12
 
 
@@ -68,6 +66,7 @@ class Predictor:
         num_rows = run.training.rows_per_step // degrees.data
         parts = {name: each.total * layers * num_rows for name, each in layer.items()}
         parts["logits"] = logits * num_rows
+        parts["stage messages"] = self._message_seconds(run) * num_rows
         passes = sum(parts.values())
         parts["unlike rows"] = passes * (self.mix.imbalance(degrees.data) - 1)
         bubble = (degrees.pipeline - 1) / degrees.virtual_stages / num_rows
@@ -77,11 +76,22 @@ class Predictor:
         if not run.parallel.vision.num_ranks:
             parts["vision"] = vision
         else:
-            # Its first features come before the decoder, its last gradients after it.
+            # Its first features come before the decoder, its last gradients after it; where vision
+            # takes longer, it waits for the last row's gradients alone.
             ends = vision / num_rows * (1 if degrees.virtual_stages == 1 else degrees.pipeline)
-            parts["waits for vision"] = max(decoder, vision) + min(ends, vision) - decoder
+            longer = max(decoder + min(ends, vision), vision + decoder / num_rows)
+            parts["waits for vision"] = longer - decoder
         parts["update"], parts["gradients"] = self._update(run)
         return StepTime(sum(parts.values()), parts, vision, passes)
+
+    def _message_seconds(self, run: RunConfig) -> float:
+        """Return the time of a row's messages between pipeline stages, there and back."""
+        degrees = run.parallel.decoder
+        within_stage = degrees.num_ranks // degrees.pipeline
+        tokens = run.data.row_tokens / degrees.context / degrees.tensor
+        sent = BYTES[run.training.precision] * run.model.decoder.hidden_size * tokens
+        group = Group(degrees.pipeline, within_stage)
+        return 2 * degrees.virtual_stages * message_seconds(sent, group, self.machine)
 
     def layer(self, run: RunConfig) -> dict[str, Seconds]:
         """Return the time of one layer, as `layer_seconds` does."""
@@ -98,7 +108,7 @@ class Predictor:
         if key not in self._vision:
             self._vision[key] = self._all_vision(run)
         num_ranks = vision.num_ranks or run.parallel.decoder.num_ranks
-        frames = _FRAMES_OF_A_PICTURE * self.mix.num_pictures
+        frames = self.mix.frames_per_picture * self.mix.num_pictures
         decoding = frames / self.machine.decoded_frames_per_second
         return max(self._vision[key], decoding) / num_ranks
 
