@@ -103,11 +103,12 @@ def predicted_bytes(line: dict[str, Any]) -> float:
     target *= 4 * decoder.num_kv_heads
     if "layers" not in line:
         return needed_bytes(run) + decoder.num_layers * target
-    # Layers alone: no embeddings, and no features.
-    model = replace(run.model, decoder=replace(decoder, vocab_size=1))
+    # Layers alone, without embeddings and features: those of the middle one of three stages.
+    three = replace(run.parallel, decoder=replace(run.parallel.decoder, pipeline=3))
+    model = replace(run.model, decoder=replace(decoder, num_layers=3 * line["layers"]))
+    held = decoder_parameters(replace(run, model=model, parallel=three), 1)
     apart = replace(run.parallel, vision=VisionParallel(placement="dedicated", num_ranks=1))
-    alone = replace(run, model=model, parallel=apart)
-    held = decoder_parameters(alone, 0)
+    alone = replace(run, parallel=apart)
     memory = decoder_memory(alone, 0, held, num_labels=0, num_patches=0)
     is_once = line["recompute"] in ("selective", "full")
     return memory.total + (1 if is_once else line["layers"]) * target
