@@ -2,6 +2,7 @@
 
 import shlex
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +89,7 @@ def describe_layouts(planned: dict[str, Any], command: Sequence[str]) -> str:
     lines += ["", *_wrapped(_LEGEND)]
     if any(layout["is_simulated"] for layout in layouts):
         lines += _wrapped("*: every event simulated; others in closed form.")
-    lines += _state(layouts[0])
+    lines += [*_rates(planned), *_state(layouts[0])]
     train = ["megatron-keye", "train", *command, "--ranks", str(planned["gpus"])]
     train += [word for setting in layouts[0]["settings"] for word in ("--set", setting)]
     return "\n".join([*lines, "", "the first one:", "", *_command(train)]) + "\n"
@@ -106,6 +107,15 @@ def _line(layout: dict[str, Any]) -> str:
         f"{degrees['context']:>3} {degrees['expert']:>3} {degrees['data']:>3} "
         f"{vision['num_ranks'] or 'all':>4} {chunk:>5} {layout['recompute']:<9} {layout['why']}"
     )
+
+
+def _rates(planned: dict[str, Any]) -> list[str]:
+    """Return where the rates are from, by kind of source (--json lists each)."""
+    counts: Counter[str] = Counter()
+    for rate in planned["rates"].values():
+        counts[rate["source"].split(":")[0]] += 1
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    return _wrapped(f"rates of {planned['gpu']}: {kinds} (--json lists each)")
 
 
 def _state(layout: dict[str, Any]) -> list[str]:

@@ -24,9 +24,7 @@ def choices(run: RunConfig) -> Iterator[RunConfig]:
     again: tuple[VisionRecompute, ...] = ("on", "off") if vision_learns(run) else ("on",)
     for chunk in sorted({*_CHUNKS, run.parallel.vision.chunk_patches}):
         for recompute_vision in again:
-            vision = replace(
-                run.parallel.vision, chunk_patches=chunk, recompute=recompute_vision
-            )
+            vision = replace(run.parallel.vision, chunk_patches=chunk, recompute=recompute_vision)
             parallel = replace(run.parallel, vision=vision)
             for recompute in recomputes:
                 training = replace(run.training, recompute=recompute, keeps_in_host_memory=False)

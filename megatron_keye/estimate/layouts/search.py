@@ -50,9 +50,7 @@ def find_layouts(run: RunConfig, num_gpus: int, predictor: Predictor, most: int)
     return found
 
 
-def smallest_need(
-    run: RunConfig, num_gpus: int
-) -> tuple[float, RunConfig] | None:
+def smallest_need(run: RunConfig, num_gpus: int) -> tuple[float, RunConfig] | None:
     """Return the least memory that a GPU would need, with the run that needs it.
 
     None where no grid has so many ranks.

@@ -174,7 +174,5 @@ def _with_launches(parts: dict[str, Seconds], run: RunConfig) -> dict[str, Secon
     has_backward = not run.training.only_indexers_learn
     known = sum(parts.values(), Seconds())
     repeats = 2 * has_backward + (num_repeats(run) if has_backward else 0)
-    waits = Seconds(
-        max(0.0, host - known.forward), max(0.0, host * repeats - known.backward)
-    )
+    waits = Seconds(max(0.0, host - known.forward), max(0.0, host * repeats - known.backward))
     return parts | {"launches": waits}

@@ -70,9 +70,13 @@ def read_machine(file: Path, machine: Machine) -> Machine:
         if not _is_rate(rate):
             raise UserError(f"--rates: {file} has {name} = {rate!r}, expected a number above 0")
     missing = sorted(known - {*rates})
-    values: dict[str, Any] = {**vars(machine), **rates, "name": str(found.get("device", file.stem))}
+    values: dict[str, Any] = {
+        **vars(machine),
+        **rates,
+        "name": str(found.get("device", file.stem)),
+    }
     values["sources"] = {
-        **{name: f"measured, {file.name}" for name in rates},
+        **{name: f"measured: {file.name}" for name in rates},
         **{name: f"not measured: that of {machine.name}" for name in missing},
     }
     return Machine(**values)

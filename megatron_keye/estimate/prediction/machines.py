@@ -23,7 +23,7 @@ H100 = Machine(
     host_gigabytes_per_second=40.0,
     decoded_frames_per_second=5665.0,
     sources={
-        "memory_gibibytes": "H100 80GB HBM3, as torch sees it",
+        "memory_gibibytes": "measured: H100 80GB HBM3, as torch sees it",
         "matmul_tflops": "measured: bf16, 8192 x 8192 x 8192, torch 2.11.0+cu130",
         "copy_gigabytes_per_second": "measured: a copy on the device",
         "gather_gigabytes_per_second": "measured: torch's embedding_bag, rows of 2 KiB",
@@ -79,7 +79,7 @@ def _scaled(
         name=name,
         memory_gibibytes=memory_gibibytes,
         **{field: getattr(H100, field) * ratio for field, (ratio, _) in ratios.items()},
-        sources={"memory_gibibytes": "the vendor's data sheet"} | sources,
+        sources={"memory_gibibytes": "from the data sheet: less what the driver keeps"} | sources,
     )
 
 

@@ -106,5 +106,3 @@ class RowMix:
         phase = self.run.training.row_phase(row.longest_path)
         flops = attention_flops(row.lengths, decoder, phase, row.num_earlier)
         return flops + token_flops(decoder) * float(np.sum(row.lengths))
-
-
