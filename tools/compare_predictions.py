@@ -88,7 +88,7 @@ def predicted_seconds(line: dict[str, Any]) -> float:
         return Predictor(mix, machine).predict(run).seconds
     mix = RowMix([RowSizes([line["tokens"]], [])], run, line["union_keys"])
     parts = layer_seconds(run, mix, machine).values()
-    return line["layers"] * sum(parts, Seconds()).total
+    return sum(parts, Seconds()).total * int(line["layers"])
 
 
 def predicted_bytes(line: dict[str, Any]) -> float:

@@ -6,9 +6,9 @@
 GPU packages that do not fit together often fail far from the cause, as in an import of
 Megatron-Core. Exit status 0 when training works here, 1 when something is broken.
 
---rates measures, in less than a minute, how fast this machine multiplies, copies, gathers, reduces
-and decodes, and with several ranks how fast they exchange, for megatron-keye plan --rates. torchrun
-may start its ranks, on several nodes too.
+--rates measures, in less than a minute, how fast this machine multiplies, copies, gathers,
+reduces and decodes, and with several ranks how fast they exchange, for megatron-keye plan --rates.
+torchrun may start its ranks, on several nodes too.
 """
 
 import json

@@ -13,9 +13,9 @@ from megatron_keye.estimate.prediction.machine import Machine
 
 _COLUMNS = 80
 _LEGEND = (
-    "TP, PP, CP, EP, DP: tensor, pipeline (x virtual stages), context, expert, data. ViT: ranks of "
-    "its own, or all. chunk: patches; k where their activations are kept, else they are encoded "
-    "again. again: what layers compute again. why: the largest part of the step."
+    "TP, PP, CP, EP, DP: tensor, pipeline (x virtual stages), context, expert, data. ViT: ranks "
+    "of its own, or all. chunk: patches; k where their activations are kept, else they are "
+    "encoded again. again: what layers compute again. why: the largest part of the step."
 )
 
 
@@ -81,8 +81,8 @@ def describe_layouts(planned: dict[str, Any], command: Sequence[str]) -> str:
     )
     lines = [*_wrapped(title), ""]
     lines.append(
-        f" {'step, s':>8} {'idle':>5} {'GiB':>5} {'TP':>2} {'PP':>5} {'CP':>3} {'EP':>3} {'DP':>3} "
-        f"{'ViT':>4} {'chunk':>5} {'again':<9} why"
+        f" {'step, s':>8} {'idle':>5} {'GiB':>5} {'TP':>2} {'PP':>5} {'CP':>3} {'EP':>3} "
+        f"{'DP':>3} {'ViT':>4} {'chunk':>5} {'again':<9} why"
     )
     layouts = planned["layouts"]
     lines += [_line(layout) for layout in layouts]

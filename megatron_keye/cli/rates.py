@@ -67,7 +67,7 @@ def device_title(device: torch.device) -> str:
 def _rate(
     work: float, run: Callable[[], object], device: torch.device, *, together: bool
 ) -> float:
-    """Return work per second of a call, which all ranks repeat as often if they do it together."""
+    """Return work per second of a call, which all ranks repeat as often if it is `together`."""
 
     def timed(repeats: int) -> float:
         _synchronize(device)

@@ -6,8 +6,7 @@ from dataclasses import replace
 from megatron_keye.config.parallel import VisionRecompute
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import RECOMPUTE, Recompute
-from megatron_keye.estimate.memory import INACCURACY, RESERVED_BYTES
-from megatron_keye.estimate.memory import decoder_memory, vision_memory
+from megatron_keye.estimate.memory import INACCURACY, RESERVED_BYTES, decoder_memory, vision_memory
 from megatron_keye.estimate.parameters import decoder_parameters, vision_parameters
 from megatron_keye.estimate.state import host_bytes
 from megatron_keye.plan.slots import vision_learns

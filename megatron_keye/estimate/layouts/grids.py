@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megatron_keye.config.parallel import DecoderParallel, ParallelConfig
+from megatron_keye.config.parallel import DecoderParallel, ParallelConfig, Placement
 from megatron_keye.config.run import RunConfig
 
 _MOST_VISION_SHARE = 0.5
@@ -20,7 +20,7 @@ def grids(run: RunConfig, num_gpus: int) -> Iterator[ParallelConfig]:
         num_gpus: Ranks, one a GPU.
     """
     for num_vision in range(int(num_gpus * _MOST_VISION_SHARE) + 1):
-        placement = "dedicated" if num_vision else "colocated"
+        placement: Placement = "dedicated" if num_vision else "colocated"
         vision = replace(run.parallel.vision, placement=placement, num_ranks=num_vision)
         for decoder in _decoder_grids(run, num_gpus - num_vision):
             yield ParallelConfig(decoder=decoder, vision=vision)

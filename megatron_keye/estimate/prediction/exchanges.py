@@ -68,12 +68,10 @@ def message_seconds(sent_bytes: float, group: Group, machine: Machine) -> float:
     """Return the time of a message from a rank to the next one of its group."""
     if group.size == 1:
         return 0.0
-    is_inside = group.num_local(machine.gpus_per_node) == group.size
-    inside, outside = (
-        machine.all_to_all_gigabytes_per_second,
-        machine.between_nodes_gigabytes_per_second,
-    )
-    return _LATENCY_SECONDS + sent_bytes / ((inside if is_inside else outside) * 1e9)
+    rate = machine.between_nodes_gigabytes_per_second
+    if group.num_local(machine.gpus_per_node) == group.size:
+        rate = machine.all_to_all_gigabytes_per_second
+    return _LATENCY_SECONDS + sent_bytes / (rate * 1e9)
 
 
 def gradient_seconds(run: RunConfig, held: list[Parameters], machine: Machine) -> float:

@@ -49,9 +49,9 @@ def layer_seconds(run: RunConfig, mix: RowMix, machine: Machine) -> dict[str, Se
         machine: The GPU.
 
     Returns:
-        Seconds of "attention", "indexer", "experts", "linears", "elementwise" (norms, permutation of
-        rows, SwiGLU, and all else that is no product), "all-to-all", "tensor" and "context" (exchanges that nothing hides),
-        and "launches": what the host needs beyond all of these.
+        Seconds of "attention", "indexer", "experts", "linears", "elementwise" (norms, permutation
+        of rows, SwiGLU, and all else that is no product), "all-to-all", "tensor" and "context"
+        (exchanges that nothing hides), and "launches": what the host needs beyond all of these.
     """
     counts = mix.counts(run.parallel.decoder.context)
     parts: dict[str, Seconds] = {}
@@ -72,17 +72,7 @@ def _work_seconds(
     flops, moved = work.executed_flops, work.moved_bytes
     compute = machine.matmul_tflops / H100.matmul_tflops
     if work.module in ("decoder.attention.selected", "decoder.attention.dense"):
-        gather, reduce = compute, compute
-        if work.module == "decoder.attention.selected":
-            gather = machine.gather_gigabytes_per_second / H100.gather_gigabytes_per_second
-            reduce = machine.reduce_gigabytes_per_second / H100.reduce_gigabytes_per_second
-        # Of what is computed again, the product of queries and keys is a part of the backward.
-        again = 0.25 * flops.backward
-        forward_rate = rates.attention_forward * gather * _TERA
-        backward = (flops.backward + again) / (rates.attention_backward * reduce * _TERA)
-        return "attention", Seconds(
-            flops.forward / forward_rate, backward + (flops.recomputed - again) / forward_rate
-        )
+        return "attention", _attention_seconds(work, machine, rates)
     if work.module == "decoder.indexer.loss":
         loss = rates.loss * compute * _TERA
         return "indexer", Seconds(flops.forward / loss, (flops.backward + flops.recomputed) / loss)
@@ -111,6 +101,21 @@ def _work_seconds(
     )
 
 
+def _attention_seconds(work: Work, machine: Machine, rates: Rates) -> Seconds:
+    flops = work.executed_flops
+    gather = reduce = machine.matmul_tflops / H100.matmul_tflops
+    if work.module == "decoder.attention.selected":
+        gather = machine.gather_gigabytes_per_second / H100.gather_gigabytes_per_second
+        reduce = machine.reduce_gigabytes_per_second / H100.reduce_gigabytes_per_second
+    # Of what is computed again, the product of queries and keys is a part of the backward pass.
+    again = 0.25 * flops.backward
+    forward_rate = rates.attention_forward * gather * _TERA
+    backward = (flops.backward + again) / (rates.attention_backward * reduce * _TERA)
+    return Seconds(
+        flops.forward / forward_rate, backward + (flops.recomputed - again) / forward_rate
+    )
+
+
 def is_fused(run: RunConfig) -> bool:
     """Return whether layers run with fused kernels; "auto" counts as yes."""
     return run.training.fusions.swiglu != "off" and run.training.precision != "fp64"
@@ -119,7 +124,7 @@ def is_fused(run: RunConfig) -> bool:
 def _row_seconds(run: RunConfig, counts: Iterable[RowCounts], machine: Machine) -> Seconds:
     decoder, training = run.model.decoder, run.training
     tokens = sum(each.laid.num_tokens for each in counts) / run.parallel.decoder.tensor
-    of_pass = BYTES[training.precision] * decoder.experts.num_experts_per_token
+    of_pass: float = BYTES[training.precision] * decoder.experts.num_experts_per_token
     of_pass *= decoder.hidden_size * tokens * (1 if is_fused(run) else operators.UNFUSED)
     copy = machine.copy_gigabytes_per_second * 1e9
     forward = operators.ROUTED_FORWARD * of_pass / copy

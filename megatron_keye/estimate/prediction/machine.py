@@ -76,8 +76,8 @@ def read_machine(file: Path, machine: Machine) -> Machine:
         "name": str(found.get("device", file.stem)),
     }
     values["sources"] = {
-        **{name: f"measured: {file.name}" for name in rates},
-        **{name: f"not measured: that of {machine.name}" for name in missing},
+        **dict.fromkeys(rates, f"measured: {file.name}"),
+        **dict.fromkeys(missing, f"not measured: that of {machine.name}"),
     }
     return Machine(**values)
 

@@ -25,7 +25,8 @@ class Curve:
         """Return the values at these sizes, of which 0 counts as 1."""
         known, values = zip(*self.points, strict=True)
         logarithms = np.log(np.maximum(np.asarray(sizes, dtype=np.float64), 1))
-        return np.interp(logarithms, np.log(known), values)
+        values_there: NDArray[np.float64] = np.interp(logarithms, np.log(known), values)
+        return values_there
 
 
 UNION_KEYS = Curve(
@@ -87,8 +88,8 @@ UPDATE_SHARE = 0.70
 
 ROUTED_FORWARD, ROUTED_BACKWARD = 34.0, 40.0
 """Reads or writes of a routed row of hidden size to which all else of a layer amounts: its
-permutation and way back, SwiGLU, rotary positions, copies, gaps between kernels. Fitted to one run:
-two layers at 128K tokens, selective, 333 and 768 ms (S)."""
+permutation and way back, SwiGLU, rotary positions, copies, gaps between kernels. Fitted to one
+run: two layers at 128K tokens, selective, 333 and 768 ms (S)."""
 UNFUSED = 1.5
 """Factor of these without fused kernels; fitted to the same run without them (S)."""
 LAUNCH_SECONDS = 30e-6
