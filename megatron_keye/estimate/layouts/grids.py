@@ -34,10 +34,9 @@ def has_grid(run: RunConfig, num_gpus: int) -> bool:
 def nearest(run: RunConfig, num_gpus: int) -> list[int]:
     """Return the next lower and the next higher number of GPUs over which it can be divided."""
     sizes = _decoder_sizes(run)
-    with_vision = [number for size in sizes for number in range(size, 2 * size + 1)]
-    valid = {number for number in with_vision if has_grid(run, number)}
-    lower = max((number for number in valid if number < num_gpus), default=None)
-    higher = min((number for number in valid if number > num_gpus), default=None)
+    # A decoder of so many ranks may have up to as many vision ranks beside it.
+    lower = max((min(2 * size, num_gpus - 1) for size in sizes if size < num_gpus), default=None)
+    higher = min((max(size, num_gpus + 1) for size in sizes if 2 * size > num_gpus), default=None)
     return [number for number in (lower, higher) if number is not None]
 
 

@@ -19,8 +19,10 @@ from megatron_keye.estimate.prediction.machine import Machine
 from megatron_keye.estimate.prediction.mix import RowMix
 from megatron_keye.estimate.prediction.step import Predictor
 
-_MOST_SIMULATED_ROWS = 32
+_MOST_ROWS = 32
 """Rows of a simulated step: with more, a part of the replicas stands for all."""
+_ROWS_TOGETHER = 64
+"""Rows of all simulated steps, after which no other is simulated: some seconds."""
 _TRIED_FACTORS = (2, 4, 8, 16)
 """Of GPUs, where so many do not hold the run."""
 
@@ -58,7 +60,7 @@ def suggest_layouts(
         num_gpus: GPUs, all of which are used.
         machine: What they are.
         most: Layouts to return.
-        num_simulated: How many of the fastest are simulated.
+        num_simulated: How many of the fastest are simulated at most; fewer if steps are long.
 
     Raises:
         UserError: Where the run has no layout of so many ranks, or none that fits.
@@ -75,14 +77,17 @@ def suggest_layouts(
     layouts = find_layouts(run, num_gpus, predictor, most)
     if not layouts:
         raise UserError(_too_large(run, num_gpus, machine))
-    simulated = sorted(
-        (_simulate(layout, rows, predictor) for layout in layouts[:num_simulated]),
-        key=lambda suggestion: suggestion.seconds,
-    )
+    simulated, num_rows = list[Suggestion](), 0
+    while len(simulated) < min(num_simulated, len(layouts)) and num_rows < _ROWS_TOGETHER:
+        layout = layouts[len(simulated)]
+        few, some = _fewer_replicas(layout.run, rows)
+        simulated.append(_simulate(layout, few, some, predictor))
+        num_rows += len(some)
     rest = [
         Suggestion(each, each.time.seconds, each.time.idle_share, is_simulated=False)
-        for each in layouts[num_simulated:]
+        for each in layouts[len(simulated) :]
     ]
+    simulated.sort(key=lambda suggestion: suggestion.seconds)
     return simulated + rest
 
 
@@ -92,9 +97,17 @@ def settings_of(run: RunConfig, recipe: RunConfig) -> list[str]:
     return [as_override(name, value) for name, (value, _) in differing.items()]
 
 
-def _simulate(layout: Layout, rows: Sequence[RowShape], predictor: Predictor) -> Suggestion:
-    """Play the order of a step's events, at the speeds that the closed form gives."""
-    run, rows = _fewer_replicas(layout.run, rows)
+def _simulate(
+    layout: Layout, run: RunConfig, rows: Sequence[RowShape], predictor: Predictor
+) -> Suggestion:
+    """Play the order of a step's events, at the speeds that the closed form gives.
+
+    Args:
+        layout: The layout.
+        run: That of the layout, or with fewer replicas.
+        rows: Its rows.
+        predictor: Of the layout's time.
+    """
     time, degrees = layout.time, layout.run.parallel.decoder
     # Work at a speed of 1 TFLOP/s, over the time of all ranks that do it.
     unit = Forecast(rows, run, Speeds(vision_tflops=1.0, decoder_tflops=1.0))
@@ -119,7 +132,7 @@ def _fewer_replicas(run: RunConfig, rows: Sequence[RowShape]) -> tuple[RunConfig
     """Return a run with a part of the replicas, and their rows, where there are many."""
     degrees, vision = run.parallel.decoder, run.parallel.vision
     data = degrees.data
-    while data % 2 == 0 and len(rows) * data // degrees.data > _MOST_SIMULATED_ROWS:
+    while data % 2 == 0 and len(rows) * data // degrees.data > _MOST_ROWS:
         if vision.num_ranks * data // degrees.data % 2:
             break
         data //= 2

@@ -5,9 +5,8 @@
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_keye.config.check import suggest
 from megatron_keye.errors import UserError
@@ -70,16 +69,10 @@ def read_machine(file: Path, machine: Machine) -> Machine:
         if not _is_rate(rate):
             raise UserError(f"--rates: {file} has {name} = {rate!r}, expected a number above 0")
     missing = sorted(known - {*rates})
-    values: dict[str, Any] = {
-        **vars(machine),
-        **rates,
-        "name": str(found.get("device", file.stem)),
-    }
-    values["sources"] = {
-        **dict.fromkeys(rates, f"measured: {file.name}"),
-        **dict.fromkeys(missing, f"not measured: that of {machine.name}"),
-    }
-    return Machine(**values)
+    sources = dict.fromkeys(rates, f"measured: {file.name}")
+    sources |= dict.fromkeys(missing, f"not measured: that of {machine.name}")
+    name = str(found.get("device", file.stem))
+    return replace(machine, name=name, sources=sources, **rates)
 
 
 def _is_rate(value: object) -> bool:
