@@ -21,7 +21,7 @@ from megatron_keye.estimate.prediction.step import Predictor
 
 _MOST_ROWS = 32
 """Rows of a simulated step: with more, a part of the replicas stands for all."""
-_ROWS_TOGETHER = 64
+_ROWS_TOGETHER = 128
 """Rows of all simulated steps, after which no other is simulated: some seconds."""
 _TRIED_FACTORS = (2, 4, 8, 16)
 """Of GPUs, where so many do not hold the run."""

@@ -51,7 +51,7 @@ class RowMix:
     frames_per_picture: float = 12.0
     """Frames of a video that are decoded for each that is encoded: two of 24 a second."""
     _counts: dict[int, list[RowCounts]] = field(default_factory=dict)
-    _imbalance: dict[int, float] = field(default_factory=dict)
+    _imbalance: dict[tuple[int, int], float] = field(default_factory=dict)
     _rates: dict[Phase, Rates] = field(default_factory=dict)
 
     def counts(self, context: int) -> list[RowCounts]:
@@ -63,15 +63,28 @@ class RowMix:
             self._counts[context] = count_rows(self.rows, split, context=0)
         return self._counts[context]
 
-    def imbalance(self, data: int) -> float:
-        """Return how much longer replicas take that wait for each other in every micro-batch."""
-        if data not in self._imbalance:
+    def imbalance(self, data: int, num_stages: int) -> float:
+        """Return how much longer a step takes because its rows are unlike.
+
+        Replicas wait for each other in every micro-batch, and stages for the longest of those that
+        are on their way.
+
+        Args:
+            data: Replicas.
+            num_stages: Stages of a pipeline that is not interleaved, else 1: an interleaved one has
+                other passes to run meanwhile.
+        """
+        key = data, num_stages
+        if key not in self._imbalance:
             degrees = replace(self.run.parallel.decoder, data=data)
             run = replace(self.run, parallel=replace(self.run.parallel, decoder=degrees))
             order = balanced_order(self.rows, run)
             costs = np.array([self._cost(self.rows[place]) for place in order]).reshape(-1, data)
-            self._imbalance[data] = float(costs.max(axis=1).sum() / costs.mean(axis=1).sum())
-        return self._imbalance[data]
+            longest = costs.max(axis=1)
+            width = min(num_stages, len(longest))
+            on_their_way = np.lib.stride_tricks.sliding_window_view(longest, width).max(axis=1)
+            self._imbalance[key] = float(on_their_way.mean() / costs.mean())
+        return self._imbalance[key]
 
     @property
     def num_pictures(self) -> int:

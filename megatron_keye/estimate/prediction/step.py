@@ -68,7 +68,9 @@ class Predictor:
         parts["logits"] = logits * num_rows
         parts["stage messages"] = self._message_seconds(run) * num_rows
         passes = sum(parts.values())
-        parts["unlike rows"] = passes * (self.mix.imbalance(degrees.data) - 1)
+        num_stages = degrees.pipeline if degrees.virtual_stages == 1 else 1
+        unlike = self.mix.imbalance(degrees.data, num_stages)
+        parts["unlike rows"] = passes * (unlike - 1)
         bubble = (degrees.pipeline - 1) / degrees.virtual_stages / num_rows
         parts["pipeline idle"] = bubble * passes
         vision = self.vision_seconds(run)
