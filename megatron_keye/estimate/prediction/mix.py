@@ -51,6 +51,7 @@ class RowMix:
     frames_per_picture: float = 12.0
     """Frames of a video that are decoded for each that is encoded: two of 24 a second."""
     _counts: dict[int, list[RowCounts]] = field(default_factory=dict)
+    _costs: dict[int, NDArray[np.float64]] = field(default_factory=dict)
     _imbalance: dict[tuple[int, int], float] = field(default_factory=dict)
     _rates: dict[Phase, Rates] = field(default_factory=dict)
 
@@ -76,15 +77,22 @@ class RowMix:
         """
         key = data, num_stages
         if key not in self._imbalance:
-            degrees = replace(self.run.parallel.decoder, data=data)
-            run = replace(self.run, parallel=replace(self.run.parallel, decoder=degrees))
-            order = balanced_order(self.rows, run)
-            costs = np.array([self._cost(self.rows[place]) for place in order]).reshape(-1, data)
+            costs = self._micro_batches(data)
             longest = costs.max(axis=1)
             width = min(num_stages, len(longest))
             on_their_way = np.lib.stride_tricks.sliding_window_view(longest, width).max(axis=1)
             self._imbalance[key] = float(on_their_way.mean() / costs.mean())
         return self._imbalance[key]
+
+    def _micro_batches(self, data: int) -> NDArray[np.float64]:
+        """Return the costs of rows in training's order, by micro-batch and replica."""
+        if data not in self._costs:
+            degrees = replace(self.run.parallel.decoder, data=data)
+            run = replace(self.run, parallel=replace(self.run.parallel, decoder=degrees))
+            order = balanced_order(self.rows, run)
+            costs = np.array([self._cost(self.rows[place]) for place in order])
+            self._costs[data] = costs.reshape(-1, data)
+        return self._costs[data]
 
     @property
     def num_pictures(self) -> int:

@@ -116,8 +116,8 @@ def test_layouts_are_found_in_seconds_and_shown_in_80_columns(
 ) -> None:
     began = time.process_time()
     assert plan.main(["keye_30b_a3b", "--gpus", str(num_gpus), "--suggest"]) == 0
-    # 3 or 4 s on a core that nobody shares.
-    assert time.process_time() - began < 10
+    # 3 and 5 s on a core that nobody shares, and up to three times as much on one that others do.
+    assert time.process_time() - began < 18
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     assert f"keye_30b_a3b on {num_gpus} h100: steps of " in text
