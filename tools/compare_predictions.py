@@ -1,12 +1,13 @@
 """Compares predicted times and memory with measured runs, as the tables of docs/plan.md.
 
-    python -m tools.compare_predictions
+    python -m tools.compare_predictions [--write]
 
 The runs stand in docs/benchmarks/steps_measured.jsonl: medians of two full-width layers, forward
 and backward, as tools/benchmark_step.py times them, and whole steps of keye_two_gpus.
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,9 @@ from megatron_keye.estimate.prediction.step import Predictor
 from megatron_keye.plan.slots import RowSizes
 from megatron_keye.recipes import load_recipe
 
-MEASURED = Path(__file__).parents[1] / "docs/benchmarks/steps_measured.jsonl"
+_DOCS = Path(__file__).parents[1] / "docs"
+MEASURED = _DOCS / "benchmarks/steps_measured.jsonl"
+PAGE = _DOCS / "plan.md"
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,24 @@ class Comparison:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print both tables."""
-    make_parser("python -m tools.compare_predictions", __doc__).parse_args(arguments)
-    sys.stdout.write(tables())
+    """Print both tables, or put them into the page."""
+    parser = make_parser("python -m tools.compare_predictions", __doc__)
+    parser.add_argument("--write", action="store_true", help="renew them in docs/plan.md")
+    if parser.parse_args(arguments).write:
+        PAGE.write_text(renewed(PAGE.read_text()))
+    else:
+        sys.stdout.write(tables())
     return 0
+
+
+def renewed(page: str) -> str:
+    """Return the page with today's tables in the places of those that it has."""
+    for table in tables().strip().split("\n\n"):
+        head = table.partition("\n")[0]
+        former = re.search(re.escape(head) + r"\n(\|.*(\n|$))+", page)
+        assert former is not None, f"{PAGE} has no table with the head {head!r}"
+        page = page.replace(former[0], f"{table.strip()}\n")
+    return page
 
 
 def tables() -> str:

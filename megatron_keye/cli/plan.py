@@ -42,6 +42,8 @@ from megatron_keye.estimate.ranks import plan_ranks
 if TYPE_CHECKING:
     from megatron_keye.estimate.forecast import RowShape
 
+_NEAR_RANKS = 128
+"""How far from --ranks numbers are tried that would do."""
 _NUM_SIMULATED = 3
 """Layouts that --suggest simulates."""
 
@@ -94,10 +96,12 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("--rates: got no --gpus, expected --gpus N with it")
     run = chosen_run(options, num_ranks=options.ranks or 1, has_gpu=True)
     if options.ranks not in (None, run.parallel.num_ranks):
+        nearest = " or ".join(map(str, nearest_ranks(options)))
         raise UserError(
-            f"--ranks: got {options.ranks}, expected {run.parallel.num_ranks}, since the degrees "
-            f"of {options.recipe} for {options.ranks} ranks are {run.parallel.describe()}; "
-            "training would not start; change --ranks, or a degree with --set"
+            f"--ranks: got {options.ranks}, expected {nearest or run.parallel.num_ranks}, since "
+            f"the degrees of {options.recipe} for {options.ranks} ranks are "
+            f"{run.parallel.describe()}; training would not start; change --ranks, or a degree "
+            "with --set"
         )
     plan = make_plan(run, options.labels)
     if options.suggest and options.batch is None:
@@ -109,6 +113,22 @@ def main(arguments: Sequence[str]) -> int:
         plan["step"] = plan_step(run, options.batch, suggests=options.suggest)
     sys.stdout.write(json.dumps(plan, indent=2) + "\n" if options.json else describe(plan))
     return 0
+
+
+def nearest_ranks(options: argparse.Namespace) -> list[int]:
+    """Return the next lower and higher number of ranks that the recipe has degrees of."""
+
+    def suits(num_ranks: int) -> bool:
+        try:
+            run = chosen_run(options, num_ranks=num_ranks, has_gpu=True)
+        except UserError:
+            return False
+        return run.parallel.num_ranks == num_ranks
+
+    below = range(options.ranks - 1, max(0, options.ranks - _NEAR_RANKS), -1)
+    above = range(options.ranks + 1, options.ranks + _NEAR_RANKS)
+    found = (next(filter(suits, numbers), None) for numbers in (below, above))
+    return sorted(number for number in found if number is not None)
 
 
 def suggest(options: argparse.Namespace) -> str:

@@ -72,8 +72,8 @@ class RowMix:
 
         Args:
             data: Replicas.
-            num_stages: Stages of a pipeline that is not interleaved, else 1: an interleaved one has
-                other passes to run meanwhile.
+            num_stages: Stages of a pipeline that is not interleaved, else 1: an interleaved one
+                has other passes to run meanwhile.
         """
         key = data, num_stages
         if key not in self._imbalance:

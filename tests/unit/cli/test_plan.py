@@ -66,14 +66,16 @@ def test_a_line_stands_for_all_ranks_that_are_alike(capsys: pytest.CaptureFixtur
     assert starts[-5:] == ["0-15", "16-31", "32-47", "48-63", "64-69"]
 
 
-@pytest.mark.parametrize(("ranks", "planned"), [(65, 64), (63, 64), (100, 64)])
-def test_ranks_that_would_not_all_work_are_refused(
-    ranks: int, planned: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("ranks", "nearest"), [(65, "64 or 128"), (63, "64"), (100, "64 or 128"), (200, "192 or 256")]
+)
+def test_ranks_that_would_not_all_work_are_refused_with_the_nearest(
+    ranks: int, nearest: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plan.main(["keye_30b_a3b", "--ranks", str(ranks)]) == 2
     message = capsys.readouterr().err
-    assert f"--ranks: got {ranks}, expected {planned}, since the degrees" in message
-    assert f"= {planned} ranks; training would not start" in message
+    assert f"--ranks: got {ranks}, expected {nearest}, since the degrees" in message
+    assert "ranks; training would not start" in message
 
 
 def test_a_wrong_setting_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
