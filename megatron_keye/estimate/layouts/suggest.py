@@ -72,7 +72,7 @@ def suggest_layouts(
             f"divided; the nearest are {numbers}"
         )
     labels = run.data.row_tokens // 64
-    sizes = [row.sizes._replace(num_labels=labels) for row in rows]
+    sizes = [row.sizes._replace(num_labels=row.num_labels or labels) for row in rows]
     predictor = Predictor(RowMix(sizes, run), machine)
     layouts = find_layouts(run, num_gpus, predictor, most)
     if not layouts:
@@ -116,8 +116,8 @@ def _simulate(
     encoders = layout.run.parallel.vision.num_ranks or degrees.num_ranks
     of_vision = time.vision_seconds * encoders * share
     speeds = Speeds(
-        decoder_tflops=unit.decoder_seconds() * unit.decoder_passes / of_decoder,
-        vision_tflops=unit.vision_seconds() * unit.vision_passes / of_vision if of_vision else 1.0,
+        decoder_tflops=unit.decoder_seconds() / of_decoder,
+        vision_tflops=unit.vision_seconds() / of_vision if of_vision else 1.0,
         link_gigabytes_per_second=predictor.machine.between_nodes_gigabytes_per_second,
     )
     balanced = balance_shapes(rows, run)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.config.training import Phase
+from megatron_keye.estimate.account import row_works
 from megatron_keye.estimate.account.counts import RowCounts, count_rows
 from megatron_keye.estimate.prediction.operators import (
     DENSE_BACKWARD,
@@ -19,7 +20,6 @@ from megatron_keye.estimate.prediction.operators import (
     UNION_KEYS,
     effective,
 )
-from megatron_keye.plan.cost import attention_flops, token_flops
 from megatron_keye.plan.slots import RowSizes, balanced_order
 
 _RELEASED_TOP_K = 2048
@@ -123,7 +123,5 @@ class RowMix:
         return Rates(*(effective(curve, unions, pairs) for curve in curves))
 
     def _cost(self, row: RowSizes) -> float:
-        decoder = self.run.model.decoder
-        phase = self.run.training.row_phase(row.longest_path)
-        flops = attention_flops(row.lengths, decoder, phase, row.num_earlier)
-        return flops + token_flops(decoder) * float(np.sum(row.lengths))
+        layer, _ = row_works(self.run, row)
+        return sum(work.executed_flops.forward for work in layer)
