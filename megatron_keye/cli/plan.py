@@ -42,6 +42,7 @@ from megatron_keye.estimate.ranks import plan_ranks
 if TYPE_CHECKING:
     from megatron_keye.estimate.forecast import RowShape
 
+_GPU = "h100"
 _NEAR_RANKS = 128
 """How far from --ranks numbers are tried that would do."""
 _NUM_SIMULATED = 3
@@ -71,9 +72,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="simulate the best layouts of --gpus, or numbers of vision ranks for --batch",
     )
     add_count(parser, "--gpus", "list the layouts of so many GPUs that fit, the fastest first")
-    parser.add_argument(
-        "--gpu", choices=MACHINES, default="h100", help="what they are; default: h100"
-    )
+    parser.add_argument("--gpu", choices=MACHINES, help=f"what they are; default: {_GPU}")
     parser.add_argument(
         "--rates",
         type=Path,
@@ -92,8 +91,9 @@ def main(arguments: Sequence[str]) -> int:
     if options.gpus is not None:
         sys.stdout.write(suggest(options))
         return 0
-    if options.rates is not None:
-        raise UserError("--rates: got no --gpus, expected --gpus N with it")
+    for name, value in (("--rates", options.rates), ("--gpu", options.gpu)):
+        if value is not None:
+            raise UserError(f"{name}: got no --gpus, expected --gpus N with it")
     run = chosen_run(options, num_ranks=options.ranks or 1, has_gpu=True)
     if options.ranks not in (None, run.parallel.num_ranks):
         nearest = " or ".join(map(str, nearest_ranks(options)))
@@ -137,12 +137,13 @@ def suggest(options: argparse.Namespace) -> str:
     Raises:
         UserError: For options that do not fit together, and where no layout does.
     """
-    if options.ranks is not None:
-        raise UserError(
-            f"--ranks: got {options.ranks} beside --gpus {options.gpus}, expected one of them"
-        )
+    for name, value in (("--ranks", options.ranks), ("--labels", options.labels)):
+        if value is not None:
+            raise UserError(
+                f"{name}: got {value} beside --gpus {options.gpus}, expected one of them"
+            )
     run = chosen_run(options, num_ranks=options.gpus, has_gpu=True)
-    machine = MACHINES[options.gpu]
+    machine = MACHINES[options.gpu or _GPU]
     if options.rates is not None:
         machine = read_machine(options.rates, machine)
     # Late, since only this part of the command needs numpy.

@@ -1,5 +1,6 @@
 """Suggests layouts of a run on some GPUs: searched in closed form, the best few simulated."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,8 +26,8 @@ _ROWS_TOGETHER = 128
 """Rows of all simulated steps, after which no other is simulated: some seconds."""
 _TRIED_FACTORS = (2, 4, 8, 16)
 """Of GPUs, where so many do not hold the run."""
-
 _ADAPTER_RANK = 16
+"""Of low-rank adapters, tried in place of weights that learn."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ def _fewer_replicas(run: RunConfig, rows: Sequence[RowShape]) -> tuple[RunConfig
     part = degrees.data // data
     num_rows = len(rows) // part
     stage_ranks = degrees.tensor * degrees.context * data
-    expert = next(e for e in range(min(degrees.expert, stage_ranks), 0, -1) if not stage_ranks % e)
+    # Of two divisors the greatest that they share divides the experts too.
+    expert = math.gcd(degrees.expert, stage_ranks)
     parallel = replace(
         run.parallel,
         decoder=replace(degrees, data=data, expert=expert),

@@ -116,7 +116,7 @@ def _attention_seconds(work: Work, machine: Machine, rates: Rates) -> Seconds:
     )
 
 
-def is_fused(run: RunConfig) -> bool:
+def _is_fused(run: RunConfig) -> bool:
     """Return whether layers run with fused kernels; "auto" counts as yes."""
     return run.training.fusions.swiglu != "off" and run.training.precision != "fp64"
 
@@ -125,16 +125,16 @@ def _row_seconds(run: RunConfig, counts: Iterable[RowCounts], machine: Machine) 
     decoder, training = run.model.decoder, run.training
     tokens = sum(each.laid.num_tokens for each in counts) / run.parallel.decoder.tensor
     of_pass: float = BYTES[training.precision] * decoder.experts.num_experts_per_token
-    of_pass *= decoder.hidden_size * tokens * (1 if is_fused(run) else operators.UNFUSED)
+    of_pass *= decoder.hidden_size * tokens * (1 if _is_fused(run) else operators.UNFUSED)
     copy = machine.copy_gigabytes_per_second * 1e9
     forward = operators.ROUTED_FORWARD * of_pass / copy
     backward = operators.ROUTED_BACKWARD * of_pass / copy
     if training.only_indexers_learn:
         return Seconds(forward, 0.0)
-    return Seconds(forward, backward + num_repeats(run) * forward)
+    return Seconds(forward, backward + _num_repeats(run) * forward)
 
 
-def num_repeats(run: RunConfig) -> float:
+def _num_repeats(run: RunConfig) -> float:
     """Return how much of a layer's forward pass, attention aside, the backward pass repeats."""
     return {"none": 0.0, "experts": 0.75, "selective": 1.0, "full": 1.0}[run.training.recompute]
 
@@ -178,6 +178,6 @@ def _with_launches(parts: dict[str, Seconds], run: RunConfig) -> dict[str, Secon
     host = launches * operators.LAUNCH_SECONDS
     has_backward = not run.training.only_indexers_learn
     known = sum(parts.values(), Seconds())
-    repeats = 2 * has_backward + (num_repeats(run) if has_backward else 0)
+    repeats = 2 * has_backward + (_num_repeats(run) if has_backward else 0)
     waits = Seconds(max(0.0, host - known.forward), max(0.0, host * repeats - known.backward))
     return parts | {"launches": waits}

@@ -145,7 +145,9 @@ def test_layouts_of_a_batch_are_planned_for_its_rows(capsys: pytest.CaptureFixtu
     ("words", "message"),
     [
         (["--gpus", "4", "--ranks", "4"], "--ranks: got 4 beside --gpus 4"),
+        (["--gpus", "4", "--labels", "4"], "--labels: got 4 beside --gpus 4"),
         (["--rates", "file.json"], "--rates: got no --gpus"),
+        (["--gpu", "h200"], "--gpu: got no --gpus"),
         (["--gpus", "4", "--rates", "/no/file.json"], "cannot be read"),
         (["--gpus", "4", "--batch", "nostep"], "--batch: got 'nostep'"),
     ],
