@@ -143,6 +143,11 @@ def suggest(options: argparse.Namespace) -> str:
                 f"{name}: got {value} beside --gpus {options.gpus}, expected one of them"
             )
     run = chosen_run(options, num_ranks=options.gpus, has_gpu=True)
+    if run.post_training.is_on:
+        raise UserError(
+            f"--gpus: got a run with post_training.kind={run.post_training.kind}, whose steps "
+            "generate answers first, which is not predicted; expected a run on samples"
+        )
     machine = MACHINES[options.gpu or _GPU]
     if options.rates is not None:
         machine = read_machine(options.rates, machine)

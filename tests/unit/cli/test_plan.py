@@ -141,6 +141,11 @@ def test_layouts_of_a_batch_are_planned_for_its_rows(capsys: pytest.CaptureFixtu
     assert sum(first["parts"].values()) == pytest.approx(first["seconds"])
 
 
+def test_a_run_that_generates_is_not_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["keye_tiny_rl", "--gpus", "2"]) == 2
+    assert "generate answers first, which is not predicted" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
