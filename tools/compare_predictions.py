@@ -43,8 +43,10 @@ class Comparison:
     """Milliseconds, or MiB."""
     predicted: float
     """The same."""
-    calibrates: bool
+    calibrates: bool = False
     """Whether a constant was fitted to this run."""
+    shaped: bool = False
+    """Whether a formula was changed after this run had been compared with it."""
 
     @property
     def error(self) -> float:
@@ -82,7 +84,11 @@ def tables() -> str:
 def compare_times() -> list[Comparison]:
     """Return the times of all runs that have one."""
     return [
-        _comparison(line, line["measured_ms"], 1e3 * predicted_seconds(line), line["calibrates"])
+        replace(
+            _comparison(line, line["measured_ms"], 1e3 * predicted_seconds(line)),
+            calibrates=line["calibrates"],
+            shaped=line.get("shaped", False),
+        )
         for line in _lines()
         if "measured_ms" in line
     ]
@@ -91,7 +97,7 @@ def compare_times() -> list[Comparison]:
 def compare_memory() -> list[Comparison]:
     """Return the memory of all runs that have it; no constant is fitted to any."""
     return [
-        _comparison(line, line["measured_mib"], predicted_bytes(line) / 2**20, False)
+        _comparison(line, line["measured_mib"], predicted_bytes(line) / 2**20)
         for line in _lines()
         if "measured_mib" in line
     ]
@@ -165,20 +171,18 @@ def _lines() -> Iterator[dict[str, Any]]:
         yield json.loads(text)
 
 
-def _comparison(
-    line: dict[str, Any], measured: float, predicted: float, calibrates: bool
-) -> Comparison:
+def _comparison(line: dict[str, Any], measured: float, predicted: float) -> Comparison:
     what = line["what"]
     if "layers" in line:
         what += f", {line['tokens'] // 1024}K, recompute {line['recompute']}"
     where = f"{line['gpus']} {line['gpu'].upper()}"
-    return Comparison(f"{where}: {what}", line["commit"], measured, predicted, calibrates)
+    return Comparison(f"{where}: {what}", line["commit"], measured, predicted)
 
 
 def _table(head: str, comparisons: list[Comparison]) -> str:
     lines = [f"| run | commit | {head} | predicted | error |", "| --- | --- | --- | --- | --- |"]
     for each in comparisons:
-        error = "calibrates" if each.calibrates else f"{each.error:+.1%}"
+        error = "calibrates" if each.calibrates else f"{each.error:+.1%}" + "*" * each.shaped
         lines.append(
             f"| {each.run} | {each.commit} | {each.measured:,.0f} | {each.predicted:,.0f} "
             f"| {error} |"
