@@ -1,9 +1,14 @@
 """Reports what the training stack finds on this machine, what is missing, and the consequences.
 
     megatron-keye doctor [--json]
+    megatron-keye doctor --rates rates.json [--ranks N]
 
 GPU packages that do not fit together often fail far from the cause, as in an import of
 Megatron-Core. Exit status 0 when training works here, 1 when something is broken.
+
+--rates measures, in less than a minute, how fast this machine multiplies, copies, gathers,
+reduces and decodes, and with several ranks how fast they exchange, for megatron-keye plan --rates.
+torchrun may start its ranks, on several nodes too.
 """
 
 import json
@@ -13,9 +18,10 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
-from megatron_keye.cli.arguments import add_json, make_parser
+from megatron_keye.cli.arguments import add_count, add_json, make_parser
+from megatron_keye.cli.doctor_rates import write_rates
 from megatron_keye.cli.machine import OPTIONAL, REQUIRED, Facts, gather_facts
-from megatron_keye.cli.status import FAILED
+from megatron_keye.cli.status import FAILED, reports_user_errors
 from megatron_keye.config import TrainingConfig, backends
 from megatron_keye.config.fused_kernels import choose_fusions
 from megatron_keye.config.fusions import Fusion, FusionsConfig
@@ -228,11 +234,18 @@ def show(rows: list[Row], problems: list[Problem]) -> None:
         print("training works here")
 
 
+@reports_user_errors
 def main(arguments: Sequence[str]) -> int:
     """Examine the machine, print the findings and return the exit status."""
     parser = make_parser("megatron-keye doctor", __doc__)
     add_json(parser)
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="measure rates, as JSON")
+    add_count(parser, "--ranks", "processes of --rates; default: the number of GPUs, else 1")
     options = parser.parse_args(arguments)
+    if options.rates is not None:
+        return write_rates(options.rates, options.ranks)
+    if options.ranks is not None:
+        parser.error("--ranks needs --rates")
     facts = gather_facts()
     problems: list[Problem] = []
     transformer_engine = version_or_problem(backends.transformer_engine_version, problems)

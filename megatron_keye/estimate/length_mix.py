@@ -37,7 +37,10 @@ _MIX = (
 
 
 def draw_rows(generator: np.random.Generator, count: int, row_tokens: int) -> list[RowShape]:
-    """Draw samples of the mix and pack them, in order, into `count` rows of `row_tokens`."""
+    """Draw samples of the mix and pack them, in order, into `count` rows of `row_tokens`.
+
+    Samples that are longer than a row are left out.
+    """
     rows: list[RowShape] = []
     lengths: list[int] = []
     pictures: list[PictureSlot] = []
@@ -45,6 +48,8 @@ def draw_rows(generator: np.random.Generator, count: int, row_tokens: int) -> li
         text, sizes = _draw_sample(generator)
         # Each picture is enclosed by a start and an end token.
         length = text + sum(size + 2 for size in sizes)
+        if length > row_tokens:
+            continue  # Training refuses such a sample.
         filled = sum(lengths)
         if filled + length > row_tokens:
             rows.append(_row(lengths, pictures, row_tokens))

@@ -18,10 +18,7 @@ def summarize_step(run: RunConfig, number: int, *, suggests: bool) -> dict[str, 
     Raises:
         UserError: For samples that cannot be read.
     """
-    loader = RowLoader(run.data, run.model, run.training.seed)
-    for _ in range(number + 1):
-        read = loader.next_rows(run.training.rows_per_step)
-    rows = forecast.balance_shapes([forecast.shape_of(row, run) for row in read], run)
+    rows = forecast.balance_shapes(read_rows(run, number), run)
     plan, speeds = forecast.plan_balanced(rows, run), forecast.Speeds()
     simulated = forecast.Forecast(rows, run, speeds).play(plan)
     suggestions = forecast.try_vision_ranks(rows, run, speeds) if suggests else []
@@ -47,3 +44,19 @@ def summarize_step(run: RunConfig, number: int, *, suggests: bool) -> dict[str, 
             for num_ranks, suggested in suggestions
         ],
     }
+
+
+def read_rows(run: RunConfig, number: int) -> list[forecast.RowShape]:
+    """Return the sizes of the rows of a step of the run's samples.
+
+    Args:
+        run: The run; its samples are read.
+        number: 0-based number of the step.
+
+    Raises:
+        UserError: For samples that cannot be read.
+    """
+    loader = RowLoader(run.data, run.model, run.training.seed)
+    for _ in range(number + 1):
+        read = loader.next_rows(run.training.rows_per_step)
+    return [forecast.shape_of(row, run) for row in read]
