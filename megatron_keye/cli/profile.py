@@ -23,6 +23,7 @@ parallel.vision.attention_break_even_patches for this device.
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -83,6 +84,9 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     has_gpu = torch.cuda.is_available()
+    if not has_gpu:
+        # torch's profiler would print an error for the GPU that it misses.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")
     if options.fit_vision:
         from megatron_keye.cli.vision_fit import fit_vision
 
@@ -151,7 +155,8 @@ def _few_layers(options: argparse.Namespace, whole: RunConfig) -> list[str]:
     if not options.layers:
         return []
     most = whole.model.decoder.num_layers
-    check(options.layers <= most, "--layers", options.layers, f"at most {most}, those of the model")
+    expected = f"at most {most}, those of the model"
+    check(options.layers <= most, "--layers", options.layers, expected)
     return [
         f"model.decoder.num_layers={options.layers}",
         *(f"parallel.decoder.{axis}=1" for axis in ("tensor", "pipeline", "data")),

@@ -29,8 +29,7 @@ def describe_profile(profile: Profile) -> str:
         lines += [f"rank {first.rank}, by module:", *_modules(first.modules)]
         lines.append("longest kernels:" if profile.device != "CPU" else "longest operators:")
         lines += [
-            f"  {duration(each.seconds):>9} {each.count:>6}x  "
-            f"{each.module:<29} {each.name[:29]}"
+            f"  {duration(each.seconds):>9} {each.count:>6}x  {each.module:<29} {each.name[:29]}"
             for each in first.kernels[:_TOP_KERNELS]
         ]
         if first.exchanges:

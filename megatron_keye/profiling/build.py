@@ -11,7 +11,7 @@ from megatron_keye.config.run import RunConfig
 from megatron_keye.estimate.parameters import decoder_parameters, vision_parameters
 from megatron_keye.observe.timeline import Timeline, covered, read_steps
 from megatron_keye.plan.places import role_of
-from megatron_keye.profiling.places import PLACES
+from megatron_keye.profiling.places import PASSES, PLACES
 from megatron_keye.profiling.profile import (
     FORMAT,
     Extrapolation,
@@ -80,9 +80,7 @@ def build_profile(
     )
 
 
-def _read_traces(
-    folder: Path, steps: Sequence[int], step_range: str
-) -> dict[int, list[RankStep]]:
+def _read_traces(folder: Path, steps: Sequence[int], step_range: str) -> dict[int, list[RankStep]]:
     """Return the traced steps of each rank that traced any."""
     found: dict[int, list[RankStep]] = {}
     for step in steps:
@@ -102,7 +100,7 @@ def _rank(
     run: RunConfig, rank: int, timed: Sequence[Timeline], traced: Sequence[RankStep]
 ) -> RankProfile:
     names = sorted({span.name for step in timed for span in step.spans[rank]})
-    phases = {
+    phases: dict[str, Spread] = {
         name: Spread.of([covered(s for s in step.spans[rank] if s.name == name) for step in timed])
         for name in names
     }
@@ -129,12 +127,10 @@ def _modules(traced: Sequence[RankStep]) -> list[ModuleTime]:
 
 
 def _module(name: str, traced: Sequence[RankStep]) -> ModuleTime:
-    of_passes: dict[str, list[float]] = {"forward": [], "backward": [], "recomputed": []}
-    for step in traced:
-        for in_pass, seconds in of_passes.items():
-            seconds.append(step.modules.get((name, in_pass), 0.0))  # type: ignore[call-overload]
+    of_passes = {
+        in_pass: [step.modules.get((name, in_pass), 0.0) for step in traced] for in_pass in PASSES
+    }
     totals = [sum(each) for each in zip(*of_passes.values(), strict=True)]
-    seconds = Spread.of(totals)
     last = traced[-1]
     works = [work for work in last.facts["works"] if work["module"] == name]
     peak = last.facts["peak_tflops"]
@@ -145,7 +141,7 @@ def _module(name: str, traced: Sequence[RankStep]) -> ModuleTime:
     moved = sum(sum(work["moved_bytes"].values()) for work in works)
     return ModuleTime(
         module=name,
-        seconds=seconds,
+        seconds=Spread.of(totals),
         passes={in_pass: median(each) for in_pass, each in of_passes.items() if any(each)},
         share=median(total / step.seconds for total, step in zip(totals, traced, strict=True)),
         flops=flops,
@@ -156,9 +152,7 @@ def _module(name: str, traced: Sequence[RankStep]) -> ModuleTime:
     )
 
 
-def _extrapolate(
-    run: RunConfig, whole: RunConfig, modules: Sequence[ModuleTime]
-) -> Extrapolation:
+def _extrapolate(run: RunConfig, whole: RunConfig, modules: Sequence[ModuleTime]) -> Extrapolation:
     """Return what the whole model would take, by the first rank's modules."""
     seconds = {module.module: module.seconds.median for module in modules}
     in_layers = [name for name in seconds if name.startswith("decoder.")]

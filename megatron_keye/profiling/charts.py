@@ -35,7 +35,9 @@ def bar(parts: Sequence[tuple[str, float, str]], *, width: int, whole: float) ->
     return f'<svg width="{width}" height="12">{"".join(drawn)}</svg>'
 
 
-def stacked_bars(rows: Mapping[str, Sequence[tuple[str, float]]], colours: Mapping[str, str]) -> str:
+def stacked_bars(
+    rows: Mapping[str, Sequence[tuple[str, float]]], colours: Mapping[str, str]
+) -> str:
     """Return a bar for each row, from 0 to 100 % of a step.
 
     Args:

@@ -9,8 +9,8 @@ from megatron_keye.profiling.charts import legend, stacked_areas, stacked_bars
 from megatron_keye.profiling.page_style import STYLE
 from megatron_keye.profiling.page_tables import (
     exchange_table,
-    kernel_table,
     kept_table,
+    kernel_table,
     module_table,
     phase_table,
 )
@@ -69,12 +69,10 @@ def _head(profile: Profile) -> str:
     tiles = [
         (duration(step.median), f"a step; {duration(step.low)} to {duration(step.high)}"),
         (f"{profile.tokens_per_second.median:,.0f}", "tokens a second"),
-        (
-            percent(profile.mfu.median) if profile.mfu else "none",
-            "MFU" if profile.mfu else "MFU: no known peak",
-        ),
         (percent(max(rank.idle.median for rank in profile.ranks)), "idle, on the idlest rank"),
     ]
+    if profile.mfu:
+        tiles.insert(2, (percent(profile.mfu.median), "MFU"))
     traced = [rank for rank in profile.ranks if rank.memory is not None]
     if traced:
         worst = max(rank.exposed_share for rank in traced)
@@ -115,16 +113,13 @@ def _timeline(spans: dict[int, list[Span]]) -> str:
 
 
 def _phases(profile: Profile) -> str:
-    waits = ""
-    if profile.data_wait_seconds.median or profile.save_seconds.median:
-        waits = (
-            f" Between steps, a rank waits {duration(profile.data_wait_seconds.median)} for rows "
-            f"and {duration(profile.save_seconds.median)} for checkpoints."
-        )
+    waits = f" Between steps, a rank waits {duration(profile.data_wait_seconds.median)} for rows"
+    if profile.save_seconds.high:
+        waits += f", and up to {duration(profile.save_seconds.high)} for checkpoints"
     return (
         "<h2>Phases, ranks side by side</h2><p>Seconds of each kind of span, medians over "
         f"{profile.step_seconds.count} timed steps; spans of one rank may lie inside each "
-        f"other.{waits}</p>{phase_table(profile)}"
+        f"other.{waits}.</p>{phase_table(profile)}"
     )
 
 
@@ -132,7 +127,7 @@ def _groups(profile: Profile, traced: Sequence[RankProfile]) -> str:
     rows = {f"rank {rank.rank}": _shares(rank) for rank in traced}
     return (
         "<h2>What the ranks do in a step</h2><p>Shares of a traced step. Exposed exchanges: "
-        "messages during which a rank computes nothing. Idle: neither.</p>"
+        "messages, with the wait for other ranks, while a rank computes nothing. Idle: neither.</p>"
         f"{legend(_COLOURS)}{stacked_bars(rows, _COLOURS)}"
     )
 

@@ -40,6 +40,7 @@ details { margin: 8px 0; } summary { cursor: pointer; color: var(--quiet); }
 .timeline rect[stroke="white"] { stroke: var(--paper); }
 .timeline rect[fill="#f4f4f4"] { fill: var(--faint); }
 @media (prefers-color-scheme: dark) { .timeline rect[fill="#1d3f66"] { fill: #2f6fb0; }
-  .timeline rect[fill="#4f7cac"] { fill: #7fb0e0; } .timeline rect[fill="#14665c"] { fill: #1e8a7c; }
+  .timeline rect[fill="#4f7cac"] { fill: #7fb0e0; }
+  .timeline rect[fill="#14665c"] { fill: #1e8a7c; }
   .timeline rect[fill="#8d5a97"] { fill: #b07fbb; } }
 """

@@ -13,6 +13,8 @@ _PASSES = {
     "backward": "var(--backward)",
     "recomputed": "var(--recomputed)",
 }
+_WITH_PASSES = ("vision", "projector", "embedding", "decoder", "vocabulary")
+"""How the names of modules begin that have a forward and a backward pass."""
 _TOP_KERNELS = 15
 _BAR_WIDTH = 180
 
@@ -79,7 +81,7 @@ def kernel_table(rank: RankProfile) -> str:
         [
             escape(kernel.name[:120]),
             escape(kernel.module),
-            kernel.in_pass,
+            kernel.in_pass if kernel.module.startswith(_WITH_PASSES) else "",
             f"{kernel.count:,}",
             duration(kernel.seconds),
         ]

@@ -13,6 +13,8 @@ from megatron_keye.profiling.trace import Node, Trace
 
 PYTHON = "python"
 """Name of pieces of ranges: time between operators."""
+OPERATORS_OF_TORCH = "aten::"
+"""How the names of operators begin that compute; others are functions in Python."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,13 @@ Modules are therefore timed by kernels, whichever stream they run in.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_keye.estimate.account import MODULES
 from megatron_keye.profiling.trace import Node, Trace, is_engine
 
 Pass = Literal["forward", "backward", "recomputed"]
+PASSES: tuple[Pass, ...] = get_args(Pass)
 
 OUTSIDE = {
     "vision.other": "the ViT's rotary tables, and what else chunks need",

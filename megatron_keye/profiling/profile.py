@@ -154,8 +154,8 @@ def _build(kind: Any, value: Any) -> Any:
     """Return JSON data as a value of a type of this file."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        known = {field.name: _build(hints[field.name], value[field.name]) for field in fields(kind)}
+        hints, names = typing.get_type_hints(kind), [field.name for field in fields(kind)]
+        known = {name: _build(hints[name], value[name]) for name in names}
         return typing.cast(type, kind)(**known)
     if origin is list:
         return [_build(arguments[0], each) for each in value]

@@ -11,7 +11,12 @@ from typing import Any
 from megatron_keye.profiling.communication import ExchangeSum, find_exchanges, sum_exchanges
 from megatron_keye.profiling.intervals import Interval, covered, exposed, union
 from megatron_keye.profiling.memory import StepMemory, measure_memory
-from megatron_keye.profiling.pieces import PYTHON, Piece, find_pieces, place_at
+from megatron_keye.profiling.pieces import (
+    OPERATORS_OF_TORCH,
+    Piece,
+    find_pieces,
+    place_at,
+)
 from megatron_keye.profiling.places import Pass, find_places
 from megatron_keye.profiling.trace import Trace, read_trace
 
@@ -94,9 +99,9 @@ def summarize(trace: Trace, facts: dict[str, Any]) -> RankStep:
 
 
 def without_waits(pieces: Iterable[Piece], waits: Sequence[Interval]) -> Iterable[Piece]:
-    """Yield pieces; of those between operators only the parts in which no exchange runs.
+    """Yield pieces; of those outside torch's operators only the parts in which no exchange runs.
 
-    A rank waits for an exchange outside of operators, and that is no work of the module around it.
+    A rank waits for an exchange in Python, and that is no work of the module around it.
 
     Args:
         pieces: Of a CPU's thread, ascending.
@@ -106,7 +111,7 @@ def without_waits(pieces: Iterable[Piece], waits: Sequence[Interval]) -> Iterabl
     for piece in pieces:
         while place < len(waits) and waits[place][1] <= piece.start:
             place += 1
-        if piece.name != PYTHON:
+        if piece.name.startswith(OPERATORS_OF_TORCH):
             yield piece
             continue
         start, index = piece.start, place

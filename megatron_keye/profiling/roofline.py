@@ -57,11 +57,9 @@ def roofline_seconds(
     """
     bandwidth = by_device(MEMORY_TERABYTES, device_name)
     peaks = {"fp32": by_device(FLOAT32_TFLOPS, device_name)}
-    return sum(
-        max(
-            sum(work["executed_flops"].values()) / peaks.get(work["precision"], peak_tflops),
-            sum(work["moved_bytes"].values()) / bandwidth,
-        )
-        / 1e12
-        for work in works
-    )
+    seconds = 0.0
+    for work in works:
+        flops, moved = (float(sum(work[of].values())) for of in ("executed_flops", "moved_bytes"))
+        peak = peaks.get(work["precision"], peak_tflops)
+        seconds += max(flops / peak, moved / bandwidth) / 1e12
+    return seconds

@@ -1,7 +1,7 @@
 """A trace of torch's profiler, as its file has it (chrome's format), for one rank and step.
 
-Operators and ranges of a thread nest, and make a tree. A backward operator is linked to the forward
-operator that made its node of autograd ("fwdbwd" in the file), a kernel to its launch.
+Operators and ranges of a thread nest, and make a tree. A backward operator is linked to the
+forward operator that made its node of autograd ("fwdbwd" in the file), a kernel to its launch.
 """
 
 import gzip

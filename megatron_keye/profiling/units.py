@@ -27,7 +27,7 @@ def percent(share: float) -> str:
 
 def _scaled(value: float, scales: tuple[tuple[float, str], ...], unit: str = "") -> str:
     if value == 0:
-        return f"0 {scales[-1][1] if not unit else unit}"
+        return f"0 {unit or scales[-1][1]}"
     factor, prefix = next((each for each in scales if abs(value) >= each[0]), scales[-1])
     scaled = value / factor
     digits = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_keye.checkpoint.random_state import random_state, restore_random
 from megatron_keye.config.run import RunConfig
@@ -35,7 +36,7 @@ from megatron_keye.training.metrics import (
 from megatron_keye.training.router_load import RouterLoad
 from megatron_keye.training.saving import Saving
 from megatron_keye.training.step_clock import StepClock
-from megatron_keye.training.step_profiler import StepProfiler
+from megatron_keye.training.step_profiler import STEP_RANGE, StepProfiler
 from megatron_keye.training.stop import StopRequest
 
 
@@ -109,10 +110,14 @@ class TrainingStep:
         """
         planned = self._batch_pass.take(rows)
         with self._profiler.step(step, planned.rows, planned.plan):
-            return self._run_step(planned, step, num_steps)
+            recorder = self._start_recorder(step)
+            with record_function(STEP_RANGE):
+                return self._run_step(planned, step, num_steps, recorder)
 
-    def _run_step(self, planned: PlannedBatch, step: int, num_steps: int | None) -> StepMetrics:
-        recorder, states = self._start_recorder(step), random_state()
+    def _run_step(
+        self, planned: PlannedBatch, step: int, num_steps: int | None, recorder: Recorder
+    ) -> StepMetrics:
+        states = random_state()
         meter, counts = RowMeter(), count_batch(planned.rows, self._run)
         measured = self._compute(self._batch_pass, planned, meter, counts, recorder)
         self.log_probs = meter.log_probs

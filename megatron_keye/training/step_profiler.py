@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from megatron_keye.config.check import check
 from megatron_keye.config.run import RunConfig
@@ -22,7 +22,7 @@ from megatron_keye.training.module_ranges import module_ranges
 from megatron_keye.training.throughput import device_name, peak_tflops
 
 STEP_RANGE = "step"
-"""Name of the range that holds a traced step."""
+"""Name of the range that holds a step in its trace."""
 
 
 class StepProfiler:
@@ -75,7 +75,6 @@ class StepProfiler:
                 stem.with_suffix(".json").write_text(facts)
                 profilers.enter_context(self._trace(stem.with_suffix(".trace.json.gz")))
                 profilers.enter_context(module_ranges(self._model))
-                profilers.enter_context(record_function(STEP_RANGE))
             yield
 
     @contextmanager
