@@ -127,7 +127,7 @@ def _groups(profile: Profile, traced: Sequence[RankProfile]) -> str:
     rows = {f"rank {rank.rank}": _shares(rank) for rank in traced}
     return (
         "<h2>What the ranks do in a step</h2><p>Shares of a traced step. Exposed exchanges: "
-        "messages, with the wait for other ranks, while a rank computes nothing. Idle: neither.</p>"
+        "messages, with the wait for others, while a rank computes nothing. Idle: neither.</p>"
         f"{legend(_COLOURS)}{stacked_bars(rows, _COLOURS)}"
     )
 

@@ -92,7 +92,7 @@ def _is_recomputed(node: Node) -> bool:
     """Return whether a range runs in the backward pass of a checkpoint (recomputation)."""
     above = node.parent
     while above is not None:
-        if not above.is_range and above.name.startswith("CheckpointFunction"):
+        if not above.is_range and above.name.startswith("CheckpointFunctionBackward"):
             return True
         above = above.parent
     return False
