@@ -99,8 +99,15 @@ def main(arguments: Sequence[str]) -> int:
 def profile(options: argparse.Namespace, *, has_gpu: bool) -> int:
     """Train the steps, write what is found in them, and return the exit status."""
     whole = chosen_run(options, num_ranks=options.ranks, has_gpu=has_gpu)
-    settings = [*_few_layers(options, whole), *options.set]
-    every = [*settings, *_steps(options)]
+    check(
+        not whole.post_training.is_on,
+        "post_training.kind",
+        whole.post_training.kind,
+        "none, since a step that answers first is not profiled yet; add --set "
+        "post_training.kind=none for the steps that learn from samples",
+    )
+    settings = [*few_layers(options.layers, options.ranks, whole), *options.set]
+    every = [*settings, *step_settings(options)]
     options.set = every
     run = chosen_run(options, num_ranks=options.ranks, has_gpu=has_gpu)
     run.check_num_ranks(options.ranks)
@@ -150,17 +157,25 @@ def report(
     sys.stdout.write(f"page: {out / 'profile.html'}\n")
 
 
-def _few_layers(options: argparse.Namespace, whole: RunConfig) -> list[str]:
-    """Return the settings with which --layers runs."""
-    if not options.layers:
+def few_layers(layers: int | None, num_ranks: int, whole: RunConfig) -> list[str]:
+    """Return the settings that run a few decoder layers of a recipe.
+
+    Args:
+        layers: How many; None for all, which changes nothing.
+        num_ranks: Ranks, all along the context axis.
+        whole: The recipe's run.
+
+    Raises:
+        UserError: When the model has fewer.
+    """
+    if layers is None:
         return []
     most = whole.model.decoder.num_layers
-    expected = f"at most {most}, those of the model"
-    check(options.layers <= most, "--layers", options.layers, expected)
+    check(layers <= most, "--layers", layers, f"at most {most}, those of the model")
     return [
-        f"model.decoder.num_layers={options.layers}",
+        f"model.decoder.num_layers={layers}",
         *(f"parallel.decoder.{axis}=1" for axis in ("tensor", "pipeline", "data")),
-        *(f"parallel.decoder.{axis}={options.ranks}" for axis in ("context", "expert")),
+        *(f"parallel.decoder.{axis}={num_ranks}" for axis in ("context", "expert")),
         "parallel.decoder.virtual_stages=1",
         "parallel.vision.placement=colocated",
         "parallel.vision.num_ranks=0",
@@ -168,7 +183,7 @@ def _few_layers(options: argparse.Namespace, whole: RunConfig) -> list[str]:
     ]
 
 
-def _steps(options: argparse.Namespace) -> list[str]:
+def step_settings(options: argparse.Namespace) -> list[str]:
     """Return the settings of the steps."""
     timed = options.warm_up + options.steps
     traced = [str(timed + number) for number in range(1, options.traced + 1)]
@@ -183,4 +198,9 @@ def _steps(options: argparse.Namespace) -> list[str]:
         "training.profiler.ranks=[]",
         "training.checkpoint.resume=none",
         "training.checkpoint.saves_last=false",
+        # Neither belongs to a step.
+        "training.evaluation.samples=",
+        "training.evaluation.interval_steps=0",
+        "training.validation.patience=0",
+        "data.validation=",
     ]
