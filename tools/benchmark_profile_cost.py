@@ -6,7 +6,8 @@
 
 One rank trains the same rows again and again, in turn with a timeline and without, so that
 whatever else the machine does meets both: --rounds pairs of steps after three pairs that warm up,
-about a minute on a GPU. The line has the medians of both, and of their ratios within a pair.
+about a minute on a GPU. The line has the medians of both, and of their ratios within a pair;
+the processor's time too, which other programs on the machine disturb less.
 """
 
 import os
@@ -47,16 +48,14 @@ def main(arguments: Sequence[str]) -> int:
     whole = chosen_run(options, num_ranks=1, has_gpu=has_gpu)
     options.set = [*few_layers(options.layers, 1, whole), *options.set]
     run = chosen_run(options, num_ranks=1, has_gpu=has_gpu)
-    plain, recorded = measure(run, options.rounds)
-    ratios = [mine / other for mine, other in zip(recorded, plain, strict=True)]
+    wall, processor = measure(run, options.rounds)
     line = {
         "op": "timeline_cost",
         "recipe": options.recipe,
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "rounds": options.rounds,
-        "plain_ms": round(statistics.median(plain) * 1e3, 3),
-        "recorded_ms": round(statistics.median(recorded) * 1e3, 3),
-        "ratio": round(statistics.median(ratios), 4),
+        **medians("", wall),
+        **medians("processor_", processor),
         "torch": torch.__version__,
         **shared_fields("tools.benchmark_profile_cost"),
     }
@@ -64,8 +63,20 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def measure(run: RunConfig, rounds: int) -> tuple[list[float], list[float]]:
-    """Return the seconds of steps without and with a timeline, in pairs."""
+def medians(prefix: str, pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Return the fields of seconds without and with a timeline."""
+    plain, recorded = zip(*pairs, strict=True)
+    return {
+        f"{prefix}plain_ms": round(statistics.median(plain) * 1e3, 3),
+        f"{prefix}recorded_ms": round(statistics.median(recorded) * 1e3, 3),
+        f"{prefix}ratio": round(statistics.median(b / a for a, b in pairs), 4),
+    }
+
+
+def measure(
+    run: RunConfig, rounds: int
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Return the seconds of pairs of steps, without and with a timeline, and the processor's."""
     from megatron_keye.cli.rank import operators
     from megatron_keye.parallel.process import join, resolve_device
     from megatron_keye.training.parts import build_parts
@@ -91,18 +102,22 @@ def measure(run: RunConfig, rounds: int) -> tuple[list[float], list[float]]:
         device=device,
     )
     rows = parts.loader.next_rows(run.training.rows_per_step)
-    times: dict[bool, list[float]] = {False: [], True: []}
+    wall, processor = [], []
     for number in range(WARM_UPS + rounds):
+        seconds = {}
         for records in (False, True) if number % 2 else (True, False):
             step = recording if records else parts.step
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             step(rows, 0)
             if step.recorder is not None:
                 step.recorder.spans()
-            if number >= WARM_UPS:
-                times[records].append(time.perf_counter() - started)
+            ended = time.perf_counter(), time.process_time()
+            seconds[records] = [end - start for start, end in zip(started, ended, strict=True)]
+        if number >= WARM_UPS:
+            wall.append((seconds[False][0], seconds[True][0]))
+            processor.append((seconds[False][1], seconds[True][1]))
     parts.close()
-    return times[False], times[True]
+    return wall, processor
 
 
 if __name__ == "__main__":

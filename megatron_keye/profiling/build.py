@@ -143,7 +143,7 @@ def _module(name: str, traced: Sequence[RankStep]) -> ModuleTime:
         module=name,
         seconds=Spread.of(totals),
         passes={in_pass: median(each) for in_pass, each in of_passes.items() if any(each)},
-        share=median(total / step.seconds for total, step in zip(totals, traced, strict=True)),
+        share=totals[-1] / last.seconds,
         flops=flops,
         flops_per_second=flops / totals[-1] if totals[-1] else 0.0,
         moved_bytes=moved,

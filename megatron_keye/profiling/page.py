@@ -126,8 +126,9 @@ def _phases(profile: Profile) -> str:
 def _groups(profile: Profile, traced: Sequence[RankProfile]) -> str:
     rows = {f"rank {rank.rank}": _shares(rank) for rank in traced}
     return (
-        "<h2>What the ranks do in a step</h2><p>Shares of a traced step. Exposed exchanges: "
-        "messages, with the wait for others, while a rank computes nothing. Idle: neither.</p>"
+        "<h2>What the ranks do in a step</h2><p>Shares of the last traced step. Exposed "
+        "exchanges: messages, with the wait for others, while a rank computes nothing. Idle: "
+        "neither.</p>"
         f"{legend(_COLOURS)}{stacked_bars(rows, _COLOURS)}"
     )
 
@@ -162,7 +163,8 @@ def _of_rank(profile: Profile, rank: RankProfile) -> str:
     what = "kernels" if profile.device != "CPU" else "operators"
     parts = [
         f"<h2>Modules of {where}</h2>",
-        "<p>Rates by the account: executed FLOPs and the least bytes over the measured time."
+        "<p>Times are medians of the traced steps, shares and rates of the last one. Rates are "
+        "the account's executed FLOPs and least bytes over the measured time."
         + (" A CPU has no roofline here." if profile.device == "CPU" else "")
         + "</p>",
         module_table(rank),
@@ -206,7 +208,7 @@ def _method(profile: Profile) -> str:
     return (
         f"<h2>How this was measured</h2><p>{profile.num_warm_up} steps to warm up, "
         f"{profile.step_seconds.count} timed, {profile.num_traced} traced by torch's profiler, "
-        f"which took {profile.traced_ratio:.2f} times as long. Shares and rates are of traced "
-        f"steps. Rows of the last one: {rows or 'none'}. {escape(versions)}.</p>"
+        f"which took {profile.traced_ratio:.2f} times as long. Rows of the last one: "
+        f"{rows or 'none'}. {escape(versions)}.</p>"
         f"<p>Beside the account's modules: {outside}.</p>"
     )

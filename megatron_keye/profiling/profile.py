@@ -27,7 +27,7 @@ class ModuleTime:
     passes: dict[str, float]
     """Median seconds of each pass, "forward", "backward" and "recomputed"."""
     share: float
-    """Of the traced step."""
+    """Of the last traced step, like the rates, so that shares add up."""
     flops: float
     """Executed FLOPs of the last traced step, by the account; 0 where it has none."""
     flops_per_second: float
