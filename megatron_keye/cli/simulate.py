@@ -22,13 +22,13 @@ import numpy as np
 from megatron_keye.cli.arguments import add_count, add_json, add_recipe, chosen_run, make_parser
 from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.config import DecoderParallel, ParallelConfig, RunConfig
+from megatron_keye.estimate.dealt_plan import plan_dealt
 from megatron_keye.estimate.forecast import (
     Forecast,
     RowShape,
     Speeds,
     balance_shapes,
     plan_balanced,
-    plan_dealt,
     try_vision_ranks,
 )
 from megatron_keye.estimate.length_mix import draw_rows

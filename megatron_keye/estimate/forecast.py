@@ -1,31 +1,24 @@
 """Estimates a step's time and the idle time of ranks, from a run and the sizes of its rows.
 
-Times are FLOPs over an assumed speed, which is the weak point; the order of events is exact, since
-it comes from the plan.
+Times are executed FLOPs over an assumed speed, which is the weak point; the order of events is
+exact, since it comes from the plan.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.placeholders import picture_slots
 from megatron_keye.data.row import PackedRow
+from megatron_keye.estimate.account import Passes, Work, picture_works, row_works
 from megatron_keye.estimate.simulate import Simulated, StepCosts, simulate
-from megatron_keye.plan.cost import (
-    VisionCost,
-    attention_flops,
-    token_flops,
-    vision_cost,
-    vision_flops,
-)
+from megatron_keye.plan.cost import derived_break_even, vision_cost
 from megatron_keye.plan.order import Exchange, Pass
-from megatron_keye.plan.places import DecoderPlace, vision_ranks
-from megatron_keye.plan.slots import RowSizes, balanced_order, plan_slots, vision_learns
-from megatron_keye.plan.step import Chunk, PictureSlot, StepPlan, plan_messages
+from megatron_keye.plan.places import DecoderPlace
+from megatron_keye.plan.slots import RowSizes, balanced_order, plan_slots
+from megatron_keye.plan.step import PictureSlot, StepPlan
 
 _TRIED_FACTORS = (0.8, 1.0, 1.25, 1.6)
 """Numbers of vision ranks to simulate, relative to the one that makes the work per rank equal."""
@@ -53,12 +46,21 @@ class RowShape:
     """Its pictures; their row and index are ignored."""
     num_earlier: tuple[int, ...] = (0,)
     """Tokens before each branch on its path; 0 for all by default."""
+    num_padding: int = 0
+    """Tokens of the row that are padding, at its end and in its last document."""
+    num_labels: int = 0
+    """Tokens that have a label."""
 
     @property
     def sizes(self) -> RowSizes:
         """What its cost follows from."""
-        patches = [picture.num_patches for picture in self.pictures]
-        return RowSizes(self.document_lengths, patches, self.num_earlier)
+        return RowSizes(
+            self.document_lengths,
+            [picture.num_patches for picture in self.pictures],
+            self.num_earlier,
+            self.num_padding,
+            self.num_labels,
+        )
 
 
 def shape_of(row: PackedRow, run: RunConfig) -> RowShape:
@@ -67,10 +69,14 @@ def shape_of(row: PackedRow, run: RunConfig) -> RowShape:
     Raises:
         UserError: If its placeholders are not where its pictures go.
     """
-    branches = row.branches
-    lengths, earlier = (tuple(each.tolist()) for each in (branches.lengths, branches.num_earlier))
-    pictures = tuple(picture_slots([row], run))
-    return RowShape(document_lengths=lengths, pictures=pictures, num_earlier=earlier)
+    sizes = row.sizes
+    return RowShape(
+        document_lengths=tuple(np.asarray(sizes.lengths).tolist()),
+        pictures=tuple(picture_slots([row], run)),
+        num_earlier=tuple(np.asarray(sizes.num_earlier).tolist()),
+        num_padding=sizes.num_padding,
+        num_labels=sizes.num_labels,
+    )
 
 
 def balance_shapes(rows: Sequence[RowShape], run: RunConfig) -> list[RowShape]:
@@ -80,45 +86,7 @@ def balance_shapes(rows: Sequence[RowShape], run: RunConfig) -> list[RowShape]:
 
 def plan_balanced(rows: Sequence[RowShape], run: RunConfig) -> StepPlan:
     """Return the plan that training makes for rows in this order."""
-    return plan_slots(_slots(rows), len(rows), run)
-
-
-def plan_dealt(
-    rows: Sequence[RowShape], run: RunConfig, *, deal: Literal["documents", "counts"]
-) -> StepPlan:
-    """Return a plan that ignores costs, as a baseline.
-
-    Args:
-        rows: In the order in which the decoder runs them.
-        run: Sizes and degrees.
-        deal: "documents": whole documents round-robin, as data parallelism over samples does.
-            "counts": the same number of consecutive pictures for each rank.
-    """
-    ranks = vision_ranks(run.parallel)
-    if deal == "documents":
-        shares = _pictures_by_document(rows)
-    else:
-        slots = _slots(rows)
-        bounds = np.linspace(0, len(slots), len(ranks) + 1).astype(int).tolist()
-        shares = [slots[start:end] for start, end in pairwise(bounds) if start < end]
-    chunks: list[Chunk] = []
-    for number, share in enumerate(shares):
-        pictures: list[PictureSlot] = []
-        rank = ranks[number % len(ranks)]
-        for slot in share:
-            patches = sum(picture.num_patches for picture in pictures) + slot.num_patches
-            if pictures and patches > run.parallel.vision.chunk_patches:
-                chunks.append(Chunk(vision_rank=rank, pictures=tuple(pictures)))
-                pictures = []
-            pictures.append(slot)
-        chunks.append(Chunk(vision_rank=rank, pictures=tuple(pictures)))
-    return plan_messages(
-        chunks,
-        num_rows=len(rows),
-        row_tokens=run.data.row_tokens,
-        parallel=run.parallel,
-        returns_gradients=vision_learns(run),
-    )
+    return plan_slots(picture_slots_of(rows), len(rows), run)
 
 
 def try_vision_ranks(
@@ -136,10 +104,9 @@ def try_vision_ranks(
         work, fewest rank-seconds first. Empty for a batch without pictures.
     """
     forecast = Forecast(rows, run, speeds)
-    vision_work = forecast.vision_seconds() * forecast.vision_passes
+    vision_work, decoder_work = forecast.vision_seconds(), forecast.decoder_seconds()
     if vision_work == 0:
         return []
-    decoder_work = forecast.decoder_seconds() * forecast.decoder_passes
     even = run.parallel.decoder.num_ranks * vision_work / decoder_work
     results = []
     for number in sorted({max(1, round(even * factor)) for factor in _TRIED_FACTORS}):
@@ -162,45 +129,31 @@ class Forecast:
             speeds: Speeds of a device.
         """
         self._rows, self._run, self._speeds = rows, run, speeds
-        self._cost: VisionCost = vision_cost(run.model.vision, run.parallel.vision)
-        width = run.model.decoder.hidden_size
-        flops = vision_flops(run.model.vision, width)
-        self._patch_seconds = flops / (speeds.vision_tflops * 1e12)
-        self._decoder_seconds = [self._row_seconds(row) for row in rows]
+        self._break_even = vision_cost(run.model.vision, run.parallel.vision).break_even_patches
+        works = [row_works(run, row.sizes) for row in rows]
+        self._layer_seconds = [self._decoder_passes(layer) for layer, _ in works]
+        self._output_seconds = [self._decoder_passes(output) for _, output in works]
 
     def vision_seconds(self) -> float:
-        """Return the time of one forward pass of vision over all pictures, on one device."""
-        return sum(self._encode_seconds(picture) for row in self._rows for picture in row.pictures)
+        """Return the time of vision's passes over all pictures, on one device."""
+        pictures = [picture for row in self._rows for picture in row.pictures]
+        return self._chunk_seconds(pictures).total
 
     def decoder_seconds(self) -> float:
-        """Return the time of one forward pass of the decoder over all rows, on one device."""
-        return sum(self._decoder_seconds) * self._run.model.decoder.num_layers
-
-    @property
-    def vision_passes(self) -> int:
-        """Vision's work in forward passes: the first one, and those of the backward pass."""
-        return 1 + self._vision_backward_passes if vision_learns(self._run) else 1
-
-    @property
-    def _vision_backward_passes(self) -> int:
-        """Two, and one that encodes the chunk again, as is assumed with "auto"."""
-        return 2 if self._run.parallel.vision.recompute == "off" else 3
-
-    @property
-    def decoder_passes(self) -> int:
-        """The decoder's work in forward passes: backward is two, and recomputing layers one.
-
-        Recomputing only a part of a layer counts as the whole, as an upper bound.
-        """
-        return 3 if self._run.training.recompute == "none" else 4
+        """Return the time of the decoder's passes over all rows, on one device."""
+        num_layers = self._run.model.decoder.num_layers
+        degrees = self._run.parallel.decoder
+        rows = zip(self._layer_seconds, self._output_seconds, strict=True)
+        of_ranks = sum(layer.total * num_layers + output.total for layer, output in rows)
+        return of_ranks * degrees.tensor * degrees.context
 
     def play(self, plan: StepPlan) -> Simulated:
         """Simulate a plan of these rows."""
-        seconds = [sum(map(self._encode_seconds, chunk.pictures)) for chunk in plan.chunks]
+        seconds = [self._chunk_seconds(chunk.pictures) for chunk in plan.chunks]
         largest = self._largest_shares(plan)
         costs = StepCosts(
-            encode=lambda chunk: seconds[chunk],
-            vision_backward=lambda chunk: self._vision_backward_passes * seconds[chunk],
+            encode=lambda chunk: seconds[chunk].forward,
+            vision_backward=lambda chunk: _backward(seconds[chunk]),
             decoder=self._pass_seconds,
             exchange=lambda exchange: largest[exchange],
         )
@@ -209,23 +162,21 @@ class Forecast:
     def play_on_first_stage(self) -> Simulated:
         """Simulate the step with the ViT as a part of the first pipeline stage, as a baseline.
 
-        The ranks of that stage share their replica's pictures evenly, and recompute them for the
-        backward pass, since the activations of a long video would not fit.
+        The ranks of that stage share their replica's pictures evenly.
         """
         parallel = replace(
             self._run.parallel, vision=replace(self._run.parallel.vision, placement="colocated")
         )
         degrees = parallel.decoder
-        passes = 3 if vision_learns(self._run) else 0
+        vision = [self._chunk_seconds(row.pictures) for row in self._rows]
 
         def seconds(place: DecoderPlace, step: Pass) -> float:
             decoder = self._pass_seconds(place, step)
             if place.pipeline > 0 or step.virtual_stage > 0:
                 return decoder
-            row = self._rows[step.micro_batch * degrees.data + place.data]
-            vision = sum(map(self._encode_seconds, row.pictures))
-            share = vision / (degrees.tensor * degrees.context)
-            return decoder + share * (1 if step.is_forward else passes)
+            of_row = vision[step.micro_batch * degrees.data + place.data]
+            share = of_row.forward if step.is_forward else _backward(of_row)
+            return decoder + share / (degrees.tensor * degrees.context)
 
         plan = StepPlan(chunks=(), transfers=(), exchanges=())
         costs = StepCosts(
@@ -240,23 +191,33 @@ class Forecast:
     def _num_micro_batches(self) -> int:
         return len(self._rows) // self._run.parallel.decoder.data
 
-    def _encode_seconds(self, picture: PictureSlot) -> float:
-        return self._cost.of_frame(picture.num_patches) * self._patch_seconds
+    def _chunk_seconds(self, pictures: Sequence[PictureSlot]) -> Passes:
+        """Return the time of vision's passes over some pictures, on one device.
 
-    def _row_seconds(self, row: RowShape) -> float:
-        """Return the time of one layer's forward pass over a row, on one device."""
-        decoder = self._run.model.decoder
-        flops = self._run.data.row_tokens * token_flops(decoder)
-        phase = self._run.training.row_phase(row.sizes.longest_path)
-        flops += attention_flops(row.document_lengths, decoder, phase, row.num_earlier)
-        return flops / (self._speeds.decoder_tflops * 1e12)
+        Attention is as much slower or faster than linears as its measured break-even size says.
+        """
+        derived = derived_break_even(self._run.model.vision)
+        works = picture_works(self._run, [picture.num_patches for picture in pictures])
+        passes = Passes()
+        for work in works:
+            factor = derived / self._break_even if work.module == "vision.attention" else 1.0
+            passes += work.executed_flops * factor
+        return passes * (1 / (self._speeds.vision_tflops * 1e12))
+
+    def _decoder_passes(self, works: Sequence[Work]) -> Passes:
+        """Return the time of a rank's works, the mean over context ranks."""
+        flops = sum((work.executed_flops for work in works), Passes())
+        speed = self._speeds.decoder_tflops * 1e12 * self._run.parallel.decoder.context
+        return flops * (1 / speed)
 
     def _pass_seconds(self, place: DecoderPlace, step: Pass) -> float:
         degrees, num_layers = self._run.parallel.decoder, self._run.model.decoder.num_layers
-        layers = len(degrees.virtual_stage_layers(num_layers, place.pipeline, step.virtual_stage))
-        layer = self._decoder_seconds[step.micro_batch * degrees.data + place.data]
-        forward = layer * layers / (degrees.tensor * degrees.context)
-        return forward if step.is_forward else forward * (self.decoder_passes - 1)
+        row = step.micro_batch * degrees.data + place.data
+        layers = degrees.virtual_stage_layers(num_layers, place.pipeline, step.virtual_stage)
+        passes = self._layer_seconds[row] * len(layers)
+        if layers.stop == num_layers:
+            passes += self._output_seconds[row]
+        return passes.forward if step.is_forward else _backward(passes)
 
     def _largest_shares(self, plan: StepPlan) -> dict[Exchange, float]:
         """Return the time of each exchange: that of the rank that sends or receives most."""
@@ -273,7 +234,13 @@ class Forecast:
         return {e: most[e.micro_batch] * row_bytes / speed for e in plan.exchanges}
 
 
-def _slots(rows: Sequence[RowShape]) -> list[PictureSlot]:
+def _backward(passes: Passes) -> float:
+    """Return the time of a backward pass, with what it recomputes."""
+    return passes.backward + passes.recomputed
+
+
+def picture_slots_of(rows: Sequence[RowShape]) -> list[PictureSlot]:
+    """Return all pictures of rows in this order, numbered."""
     return [
         PictureSlot(
             row=number,
@@ -285,21 +252,3 @@ def _slots(rows: Sequence[RowShape]) -> list[PictureSlot]:
         for number, row in enumerate(rows)
         for index, slot in enumerate(row.pictures)
     ]
-
-
-def _pictures_by_document(rows: Sequence[RowShape]) -> list[list[PictureSlot]]:
-    """Return the pictures of each document that has any, in row order."""
-    documents: list[list[PictureSlot]] = []
-    slots = iter(_slots(rows))
-    for row in rows:
-        ends, end = [], 0
-        for length in row.document_lengths:
-            end += length
-            ends.append(end)
-        by_document: dict[int, list[PictureSlot]] = {}
-        for _ in row.pictures:
-            slot = next(slots)
-            document = sum(e <= slot.start for e in ends)
-            by_document.setdefault(document, []).append(slot)
-        documents += by_document.values()
-    return documents

@@ -77,4 +77,4 @@ def _draw_sample(generator: np.random.Generator) -> tuple[int, list[int]]:
 def _row(lengths: list[int], pictures: list[PictureSlot], row_tokens: int) -> RowShape:
     padding = row_tokens - sum(lengths)
     documents = (*lengths, padding) if padding else tuple(lengths)
-    return RowShape(document_lengths=documents, pictures=tuple(pictures))
+    return RowShape(document_lengths=documents, pictures=tuple(pictures), num_padding=padding)

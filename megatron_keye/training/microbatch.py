@@ -4,8 +4,6 @@ It combines documents and pictures from the data, position ids from the decoder,
 that a rank holds from its grid.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,22 +15,8 @@ from megatron_keye.decoder.batch import AnswerBatch, Batch
 from megatron_keye.decoder.positions import position_ids
 from megatron_keye.parallel.context import gathered_order
 from megatron_keye.plan.places import DecoderPlace, owned_positions
-from megatron_keye.plan.slots import RowSizes, balanced_order, plan_slots
+from megatron_keye.plan.slots import balanced_order, plan_slots
 from megatron_keye.plan.step import StepPlan
-
-
-def row_sizes(rows: Sequence[PackedRow]) -> list[RowSizes]:
-    """Return what the cost of rows follows from."""
-    return [
-        RowSizes(
-            row.branches.lengths,
-            [picture.num_patches for picture in row.pictures],
-            row.branches.num_earlier,
-            num_padding=len(row.token_ids) - row.num_real_tokens,
-            num_labels=row.num_loss_tokens,
-        )
-        for row in rows
-    ]
 
 
 def balance_rows(rows: list[PackedRow], run: RunConfig) -> list[PackedRow]:
@@ -40,7 +24,7 @@ def balance_rows(rows: list[PackedRow], run: RunConfig) -> list[PackedRow]:
 
     The loss is a sum over the global batch, so their order changes only rounding.
     """
-    return [rows[place] for place in balanced_order(row_sizes(rows), run)]
+    return [rows[place] for place in balanced_order([row.sizes for row in rows], run)]
 
 
 def plan_rows(

@@ -17,7 +17,6 @@ from megatron_keye.data.row import PackedRow
 from megatron_keye.estimate.account import rank_works
 from megatron_keye.model import KeyeModel
 from megatron_keye.plan.step import StepPlan
-from megatron_keye.training.microbatch import row_sizes
 from megatron_keye.training.module_ranges import module_ranges
 from megatron_keye.training.throughput import device_name, peak_tflops
 
@@ -93,7 +92,7 @@ class StepProfiler:
         chunks = plan.chunks_of(self._rank)
         slots = [slot for chunk in chunks for slot in plan.chunks[chunk].pictures]
         patches = [rows[slot.row].pictures[slot.index].num_patches for slot in slots]
-        works = rank_works(self._run, row_sizes(rows), self._rank, patches)
+        works = rank_works(self._run, [row.sizes for row in rows], self._rank, patches)
         return {
             "rank": self._rank,
             "device": name,

@@ -9,6 +9,7 @@ from megatron_keye.estimate.account.step import (
     pass_works,
     picture_works,
     rank_works,
+    row_works,
 )
 from megatron_keye.estimate.account.work import (
     MODULES,
@@ -33,6 +34,7 @@ __all__ = [
     "pass_works",
     "picture_works",
     "rank_works",
+    "row_works",
     "total_executed_flops",
     "total_model_flops",
 ]

@@ -80,6 +80,20 @@ def pass_works(
     return add_works(works + _ends(run, counts, place, virtual_stage, virtual_stage))
 
 
+def row_works(run: RunConfig, row: RowSizes) -> tuple[list[Work], list[Work]]:
+    """Return the works of a row on one tensor rank, summed over context ranks.
+
+    Args:
+        run: As `job_works` takes it.
+        row: The row.
+
+    Returns:
+        Of one layer, and of what follows the last one.
+    """
+    counts = count_rows([row], run)
+    return layer_works(run, counts), output_works(run, counts)
+
+
 def picture_works(run: RunConfig, patches: Sequence[int]) -> list[Work]:
     """Return the works of encoding one chunk, and of its backward pass.
 

@@ -3,13 +3,13 @@
 import numpy as np
 
 from megatron_keye.cli.simulate import with_grid
+from megatron_keye.estimate.dealt_plan import plan_dealt
 from megatron_keye.estimate.forecast import (
     Forecast,
     RowShape,
     Speeds,
     balance_shapes,
     plan_balanced,
-    plan_dealt,
 )
 from megatron_keye.estimate.length_mix import draw_rows
 from megatron_keye.recipes import load_recipe
