@@ -36,7 +36,7 @@ def train_two_steps(run_json: str) -> list[dict[str, float]]:
 
 def trace_of(run: RunConfig) -> tuple[RankStep, list[dict[str, float]]]:
     """Train two steps and return the trace of the second, and what both computed."""
-    (figures,) = run_on_ranks(1, train_two_steps, run.to_json())
+    (figures,) = run_on_ranks(1, train_two_steps, run.to_json(), device=run.device)
     folder = run.folder / "profiler"
     assert [each.name for each in folder.iterdir()] == ["step-2"]
     return read_rank_step(folder / "step-2" / "rank-00000.trace.json.gz", STEP_RANGE), figures
@@ -90,6 +90,20 @@ def test_the_warm_up_has_its_places_too(tmp_path: Path) -> None:
     step, _ = trace_of(traced_run(tmp_path, phase="indexer_warmup"))
     in_account = {work["module"] for work in step.facts["works"]}
     assert {module for module, _ in step.modules} - set(OUTSIDE) == in_account
+
+
+@pytest.mark.gpu
+def test_kernels_of_a_gpu_belong_to_modules(tmp_path: Path) -> None:
+    step, _ = trace_of(replace(traced_run(tmp_path, recompute="full"), device="cuda"))
+    in_account = {work["module"] for work in step.facts["works"]}
+    measured = {module for module, _ in step.modules}
+    # Hopper's indexer selects while it scores.
+    assert in_account - measured <= {"decoder.indexer.top_k"}
+    assert measured - set(OUTSIDE) <= in_account
+    assert ("decoder.experts", "recomputed") in step.modules
+    assert step.modules["other", "forward"] < 0.2 * sum(step.modules.values())
+    assert "optimizer state and rest" in step.memory.held
+    assert max(step.memory.kinds["activations"]) > 0
 
 
 def test_memory_is_kept_by_the_modules_that_have_a_backward_pass(
