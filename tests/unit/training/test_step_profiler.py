@@ -93,6 +93,7 @@ def test_the_warm_up_has_its_places_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_kernels_of_a_gpu_belong_to_modules(tmp_path: Path) -> None:
     step, _ = trace_of(replace(traced_run(tmp_path, recompute="full"), device="cuda"))
     in_account = {work["module"] for work in step.facts["works"]}
