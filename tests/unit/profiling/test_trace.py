@@ -185,7 +185,7 @@ def test_a_cpu_works_in_its_main_thread_and_waits_in_python() -> None:
     recording.range("decoder.router", 10, 60)
     recording.operator("aten::mm", 20, 30)
     recording.range("gloo:all_reduce", 32, 52, thread=3)
-    facts = {"state_bytes": {}}
+    facts: dict[str, Any] = {"state_bytes": {}}
     step = summarize(recording.trace(), facts)
     assert step.modules["decoder.router", "forward"] == pytest.approx(30e-6)
     assert step.modules["other", "forward"] == pytest.approx(50e-6)
