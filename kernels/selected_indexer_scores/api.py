@@ -8,6 +8,7 @@ Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selecte
 from importlib import import_module
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_keye.kernels.arguments import (
     FLOAT_DTYPES,
@@ -24,6 +25,7 @@ IMPLEMENTATIONS = ("eager", "triton")
 """What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
 
 
+@record_function("selected_indexer_scores")
 def selected_indexer_scores(
     q_TIJ: Tensor,
     k_SJ: Tensor,

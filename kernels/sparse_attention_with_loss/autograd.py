@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.launch import check_triton
@@ -114,6 +115,7 @@ class _AttentionWithLoss(torch.autograd.Function):
         return (*dheads, dscores_TK, *[None] * 7)
 
 
+@record_function("sparse_indexer_loss")
 def _teach(
     q_THC: Tensor,
     k_SGC: Tensor,

@@ -74,6 +74,7 @@ _CHANGES = {
     "training.optimizer.overlap": Change.FREE,
     "training.recompute": Change.FREE,
     "training.keeps_in_host_memory": Change.FREE,
+    "training.profiler": Change.FREE,
     "training.records_timeline": Change.FREE,
     "training.stop_after_step": Change.FREE,
     "device": Change.FREE,

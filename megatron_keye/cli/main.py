@@ -25,7 +25,7 @@ COMMANDS = {
     "convert": "convert checkpoints from and to the released (Hugging Face) form",
     "verify": "compare a checkpoint with another form or implementation of the model",
     "simulate": "simulate the schedule on a mix of sample lengths",
-    "profile": "record the timeline of a run, or time the ViT by frame size",
+    "profile": "show where the time and memory of a run's steps go",
     "doctor": "report what is installed on this machine and what is missing",
     "settings": "list the settings of a run with types, defaults and meaning",
 }

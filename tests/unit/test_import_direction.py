@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "config", "data", "decoder", "errors", "estimate", "model", "observe"),
         *("optim", "parallel", "plan"),
     },
+    "profiling": {"config", "errors", "estimate", "observe", "plan"},
     "rollout": {
         *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "parallel"),
         "training",

@@ -9,20 +9,8 @@ from pathlib import Path
 import pytest
 
 from tools.benchmark_step_cases import FUSIONS, Case, one_gpu_table, two_gpu_table
-from tools.benchmark_step_profile import covered, exposed
 
 ROOT = Path(__file__).parents[3]
-
-
-def test_the_busy_time_counts_overlapping_kernels_once() -> None:
-    assert covered([]) == 0
-    assert covered([(5, 9), (0, 4), (1, 2), (3, 6), (20, 21)]) == 10
-
-
-def test_communication_is_exposed_where_nothing_else_runs() -> None:
-    assert exposed([(0, 10), (8, 12)], []) == 12
-    assert exposed([(0, 10), (8, 12)], [(2, 5), (4, 9), (30, 40)]) == 12 - 7
-    assert exposed([], [(0, 10)]) == 0
 
 
 def test_two_gpus_split_rows_and_experts_on_both_sides() -> None:
