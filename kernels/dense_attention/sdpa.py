@@ -75,8 +75,9 @@ class _DenseAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        known = ctx.trapezoids, ctx.blocks
-        sums = _attend_backward(dout_THC, *ctx.saved_tensors, *known, scale=ctx.scale)
+        q_THC, k_SGC, v_SGC, out_THC, lse_TH = ctx.saved_tensors
+        saved = q_THC, k_SGC, v_SGC, out_THC, lse_TH
+        sums = _attend_backward(dout_THC, *saved, ctx.trapezoids, ctx.blocks, scale=ctx.scale)
         return *sums, None, None, None
 
 

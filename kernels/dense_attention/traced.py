@@ -56,7 +56,10 @@ class _DenseAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _attend_backward(dout_THC, *ctx.saved_tensors, ctx.scale)
+        q_THC, k_SGC, v_SGC, *ranges = ctx.saved_tensors
+        key_start_T, key_end_T, key_reach_S = ranges
+        inputs = q_THC, k_SGC, v_SGC, key_start_T, key_end_T, key_reach_S
+        gradients = _attend_backward(dout_THC, *inputs, ctx.scale)
         return *gradients, None, None, None, None
 
 

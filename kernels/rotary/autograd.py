@@ -36,4 +36,5 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_THC: Tensor) -> tuple[Tensor, None, None]:
-        return _rotate(gradient_THC, *ctx.saved_tensors, True), None, None
+        cos_TC, sin_TC = ctx.saved_tensors
+        return _rotate(gradient_THC, cos_TC, sin_TC, True), None, None

@@ -153,8 +153,8 @@ class _SparseAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists = ctx.saved_tensors
-        heads = q_THC, k_SGC, v_SGC, out_THC, lse_TH
+        q_THC, k_SGC, v_SGC, out_THC, lse_TH, keys_BU, masks_BU, counts_B = ctx.saved_tensors
+        heads, lists = (q_THC, k_SGC, v_SGC, out_THC, lse_TH), (keys_BU, masks_BU, counts_B)
         gradients = _attend_backward(
             dout_THC.contiguous(), *heads, *lists, ctx.scale, ctx.is_deterministic
         )
