@@ -52,9 +52,10 @@ gpu: $(INSTALLED)
 clean:
 	@rm -rf $(VENV) build dist *.egg-info megatron_keye/_C*.so .pytest_cache .mypy_cache .ruff_cache
 
-# constraints.txt is complete, so nothing is resolved; `pip check` proves that it still fits
-# pyproject.toml. torch comes before the package, whose setup.py looks at it. The import compiles
-# to bytecode only what a run needs, once, instead of all that was installed.
+# constraints.txt is complete, so nothing is resolved; `pip check` proves that its packages fit
+# each other, tests/unit/test_packaging.py that they fit pyproject.toml. torch comes before the
+# package, whose setup.py looks at it. The import compiles to bytecode only what a run needs, once,
+# instead of all that was installed.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@for candidate in python3 python3.12; do
 	  if $$candidate -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then

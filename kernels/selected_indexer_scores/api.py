@@ -16,9 +16,9 @@ from megatron_keye.kernels.arguments import (
     check_dtypes,
     check_same_dtype,
     check_shapes,
-    choose_impl,
-    default_impl,
 )
+from megatron_keye.kernels.implementations import choose_impl, suits_triton
+from megatron_keye.kernels.registration import composite
 from megatron_keye.kernels.selected_indexer_scores import reference
 
 IMPLEMENTATIONS = ("eager", "triton")
@@ -26,6 +26,7 @@ IMPLEMENTATIONS = ("eager", "triton")
 
 
 @record_function("selected_indexer_scores")
+@composite("selected_indexer_scores")
 def selected_indexer_scores(
     q_TIJ: Tensor,
     k_SJ: Tensor,
@@ -56,8 +57,8 @@ def selected_indexer_scores(
 
     Source: arXiv 2606.10651, lightning indexer.
     """
-    default = default_impl(q_TIJ, k_SJ, gate_TI)
-    chosen = choose_impl("selected_indexer_scores", impl, IMPLEMENTATIONS, default)
+    takes_triton = suits_triton(q_TIJ, k_SJ, gate_TI)
+    chosen = choose_impl("selected_indexer_scores", impl, IMPLEMENTATIONS, triton=takes_triton)
     check_shapes(q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI, indices_TK=indices_TK)
     check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)

@@ -27,7 +27,7 @@ def sparse_attention_with_loss(
     *,
     scale: float,
     deterministic: bool,
-    kept: KeptOutputs,
+    kept: KeptOutputs | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Return out_THC and loss, both operators in `impl`; see api.sparse_attention_with_loss."""

@@ -59,8 +59,10 @@ def _dependencies() -> list[str]:
     """Return the requirements of the package's repository or, outside one, of its installation."""
     project = Path(__file__).parents[2] / "pyproject.toml"
     if not project.is_file():
-        return metadata.requires("megatron-keye") or []
-    dependencies: list[str] = tomllib.loads(project.read_text())["project"]["dependencies"]
+        lines = metadata.requires("megatron-keye") or []
+        return [line.partition(";")[0].strip() for line in lines]
+    declared = tomllib.loads(project.read_text())["project"]
+    dependencies: list[str] = declared["dependencies"] + declared["optional-dependencies"]["train"]
     return dependencies
 
 
@@ -77,7 +79,9 @@ def version_or_problem(version: Callable[[], str | None], problems: list[Problem
 def find_problems(facts: Facts) -> list[Problem]:
     """Return what fails to import, is missing or conflicts; optional backends may be absent."""
     problems = [
-        Problem(what=f"{name} is not installed", fix="pip install -c constraints.txt -e .")
+        Problem(
+            what=f"{name} is not installed", fix="pip install -c constraints.txt -e '.[train]'"
+        )
         for name in REQUIRED
         if facts.versions[name] is None
     ]
@@ -202,7 +206,7 @@ def make_rows(facts: Facts, transformer_engine: str, apex: str, fused: str) -> l
         "megatron_keye._C": (
             "built" if facts.has_extension else "",
             "CUDA C++ kernels",
-            "kernels in Triton or PyTorch instead",
+            f"kernels in Triton or PyTorch instead; {build_report()}",
         ),
         "GPUs": ("\n".join(facts.gpus), "training at full speed", "tiny recipes only, with gloo"),
     }
@@ -210,6 +214,12 @@ def make_rows(facts: Facts, transformer_engine: str, apex: str, fused: str) -> l
         Row(name=name, version=version, provides=provides, if_absent=if_absent)
         for name, (version, provides, if_absent) in optional.items()
     ]
+
+
+def build_report() -> str:
+    """Return what the installation said of the extension."""
+    report = Path(__file__).parents[1] / "extension_build.txt"
+    return report.read_text().strip() if report.is_file() else "the package was not installed"
 
 
 def show(rows: list[Row], problems: list[Problem]) -> None:
