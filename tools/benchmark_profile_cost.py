@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from megatron_keye.cli.arguments import add_count, add_recipe_option, chosen_run, make_parser
@@ -78,35 +77,35 @@ def measure(
 ) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
     """Return the seconds of pairs of steps, without and with a timeline, and the processor's."""
     from megatron_keye.cli.rank import operators
+    from megatron_keye.data.loader import RowLoader
     from megatron_keye.parallel.process import join, resolve_device
-    from megatron_keye.training.parts import build_parts
-    from megatron_keye.training.patch_source import open_patch_source
     from megatron_keye.training.step import TrainingStep
+    from megatron_keye.training.trained_model import build_trained_model
 
     device = resolve_device(run.device, 0)
     process = join(device, rank=0, num_ranks=1, init_method="tcp://127.0.0.1:0")
-    parts = build_parts(run, process, **operators(run, process))
+    loader = RowLoader(run.data, run.model, run.training.seed)
+    trained = build_trained_model(run, process, loader.probe_video, **operators(run, process))
     timed_run = replace(run, training=replace(run.training, records_timeline=True))
-    source = partial(open_patch_source, run, parts.model, device, parts.loader.probe_video)
     recording = TrainingStep(
         timed_run,
-        parts.grid,
-        parts.model,
-        parts.optimizer,
-        source=source(),
-        open_source=source,
-        judge=parts.health.judge,
-        stop=parts.stop,
-        saving=parts.saving,
-        clock=parts.clock,
+        trained.grid,
+        trained.model,
+        trained.optimizer,
+        source=trained.open_patches(),
+        open_source=trained.open_patches,
+        judge=trained.health.judge,
+        stop=trained.stop,
+        saving=trained.saving,
+        clock=trained.clock,
         device=device,
     )
-    rows = parts.loader.next_rows(run.training.rows_per_step)
+    rows = loader.next_rows(run.training.rows_per_step)
     wall, processor = [], []
     for number in range(WARM_UPS + rounds):
         seconds = {}
         for records in (False, True) if number % 2 else (True, False):
-            step = recording if records else parts.step
+            step = recording if records else trained.step
             started = time.perf_counter(), time.process_time()
             step(rows, 0)
             if step.recorder is not None:
@@ -116,7 +115,7 @@ def measure(
         if number >= WARM_UPS:
             wall.append((seconds[False][0], seconds[True][0]))
             processor.append((seconds[False][1], seconds[True][1]))
-    parts.close()
+    trained.close()
     return wall, processor
 
 

@@ -25,7 +25,6 @@ IMPLEMENTATIONS = ("eager", "triton")
 """What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
 
 
-@record_function("selected_indexer_scores")
 @composite("selected_indexer_scores")
 def selected_indexer_scores(
     q_TIJ: Tensor,
@@ -63,9 +62,10 @@ def selected_indexer_scores(
     check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
     check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
-    if chosen == "triton":
+    with record_function("selected_indexer_scores"):
+        if chosen == "eager":
+            return reference.selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK)
         # Loaded on demand: everything else must import where Triton cannot compile.
         autograd = import_module("megatron_keye.kernels.selected_indexer_scores.autograd")
         scores_TK: Tensor = autograd.selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK)
         return scores_TK
-    return reference.selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK)
