@@ -1,9 +1,11 @@
 """What a run that learns from its answers is made of on one rank."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from megatron_keye.config.fused_kernels import Fusions
+from megatron_keye.config.post_training import PostTrainingConfig
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.tokens import END_OF_TEXT, load_tokenizer
 from megatron_keye.data.video.probe_cache import node_cache
@@ -12,6 +14,7 @@ from megatron_keye.optim.optimizer import JointOptimizer
 from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import Process
 from megatron_keye.parallel.random import seed_rank
+from megatron_keye.post_training.judge import check_judge
 from megatron_keye.post_training.learning import Learning
 from megatron_keye.post_training.prompts import Prompts
 from megatron_keye.post_training.reward_pool import RewardPool
@@ -70,7 +73,7 @@ class Parts:
         to_generate = open_patch_source(generating, model, device, probe_video)
         open_patches = partial(open_patch_source, run, model, device, probe_video)
         to_train = open_patches()
-        pool = RewardPool(run.post_training) if process.rank == 0 else None
+        pool = RewardPool(_scoring(run)) if process.rank == 0 else None
         self._closed = [part for part in (to_generate, to_train, pool) if part is not None]
         self.health = RunHealth(run, *self.trained)
         """Judges updates."""
@@ -134,3 +137,11 @@ class Parts:
         self.saving.close()
         for part in self._closed:
             part.close()
+
+
+def _scoring(run: RunConfig) -> PostTrainingConfig:
+    """Return the settings of rewards, with a folder for judgements."""
+    settings = run.post_training
+    check_judge(settings.judge)
+    folder = settings.judge.cache_folder or str(run.folder / "judgements")
+    return replace(settings, judge=replace(settings.judge, cache_folder=folder))
