@@ -81,8 +81,8 @@ def keye_tiny_grounding(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             optimizer=OptimizerConfig(
                 learning_rate=4e-3,
                 warmup_steps=50,
-                # The tower's weights begin a third as large as the decoder's, and its features tell
-                # colours apart from the start.
+                # The tower's weights begin a third as large as the decoder's, and its features
+                # tell colours apart from the start.
                 vision_rate_multiplier=0.3,
                 projector_rate_multiplier=0.3,
             ),
