@@ -47,6 +47,9 @@ _CHANGES = {
     "rollout.max_new_tokens": Change.SAID,
     "post_training.kind": Change.REFUSED,
     "post_training.reward_processes": Change.FREE,
+    # Who judges what decides what a run learns from.
+    "post_training.judge.timeout_seconds": Change.FREE,
+    "post_training.judge.cache_folder": Change.FREE,
     "training.phase": Change.REFUSED,
     "training.frozen": Change.REFUSED,
     "training.lora": Change.REFUSED,

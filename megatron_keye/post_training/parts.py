@@ -1,10 +1,14 @@
 """What a run that learns from its answers is made of on one rank."""
 
+from dataclasses import replace
+
 from megatron_keye.config.fused_kernels import Fusions
+from megatron_keye.config.post_training import PostTrainingConfig
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.tokens import END_OF_TEXT, load_tokenizer
 from megatron_keye.data.video.probe_cache import node_cache
 from megatron_keye.parallel.process import Process
+from megatron_keye.post_training.judge import check_judge
 from megatron_keye.post_training.learning import Learning
 from megatron_keye.post_training.prompts import Prompts
 from megatron_keye.post_training.reward_pool import RewardPool
@@ -66,7 +70,7 @@ class Parts:
             heartbeat=process.heartbeat,
         )
         """Answers."""
-        pool = RewardPool(run.post_training) if process.rank == 0 else None
+        pool = RewardPool(_scoring(run)) if process.rank == 0 else None
         self.rollouts = Rollouts(
             run,
             self.engine,
@@ -84,3 +88,11 @@ class Parts:
         self.trained.close()
         for part in self._closed:
             part.close()
+
+
+def _scoring(run: RunConfig) -> PostTrainingConfig:
+    """Return the settings of rewards, with a folder for judgements."""
+    settings = run.post_training
+    check_judge(settings.judge)
+    folder = settings.judge.cache_folder or str(run.folder / "judgements")
+    return replace(settings, judge=replace(settings.judge, cache_folder=folder))

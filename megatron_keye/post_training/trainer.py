@@ -137,6 +137,7 @@ class PolicyTrainer:
         """Run the remaining steps and return the last checkpoint's folder, None without one."""
         folder = None
         self._clock.end_step()  # Building the run is no part of its first step.
+        self._evaluate(report)  # One that a signal left no time for.
         while self._progress.step < self._last_step and not self.was_stopped:
             self._clock.heartbeat.begin_step(self._progress.step + 1)
             try:
@@ -149,8 +150,8 @@ class PolicyTrainer:
                 self.was_stopped = True
             else:
                 self._learn(rollout, report, log)
-                step = self._progress.step
-                self._evaluation.look(step, report, is_last=step >= self._last_step)
+            if not self.was_stopped:
+                self._evaluate(report)
             self._progress.data = self._position.state_dict(self._parts.prompts)
             step = self._progress.step
             ends = {"is_last": step >= self._last_step, "was_stopped": self.was_stopped}
@@ -158,6 +159,11 @@ class PolicyTrainer:
                 folder = self._checkpoints.save(self._progress, report, **ends)
         self._saving.wait(report)
         return folder
+
+    def _evaluate(self, report: Report | None) -> None:
+        """Ask the questions of training.evaluation if that is due."""
+        is_last = self._progress.step >= self._run.training.steps
+        self._evaluation.look(self._progress, report, is_last=is_last)
 
     def _learn(self, rollout: Rollout, report: Report | None, log: RolloutLog | None) -> None:
         """Learn from the answers of a step, and note it."""

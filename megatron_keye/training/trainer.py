@@ -163,8 +163,9 @@ class Trainer:
         folder = None
         self._clock.end_step()  # Building the run is no part of its first step.
         self._ahead.start()
-        # One that a signal left no time for, after the step that was saved.
+        # Those that a signal left no time for, after the step that was saved.
         self._validate(report)
+        self._evaluation.look(self._progress, report, is_last=not self._has_rows)
         while not self._is_over():
             batch = self._take_rows()
             metrics = self._train_one(batch)
@@ -182,7 +183,7 @@ class Trainer:
             self.was_stopped = metrics.asks_to_stop and not self._is_over()
             is_best = not self.was_stopped and self._validate(report)
             if not self.was_stopped:
-                self._evaluation.look(self._progress.step, report, is_last=not self._has_rows)
+                self._evaluation.look(self._progress, report, is_last=not self._has_rows)
             ends = {"is_last": self._is_over(), "was_stopped": self.was_stopped}
             if is_save_due(self._run, self._progress.step, is_best=is_best, **ends):
                 folder = self._checkpoints.save(self._progress, report, **ends)

@@ -14,12 +14,14 @@ import torch
 from megatron_keye.checkpoint.folders import checkpoint_folder
 from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config import DataConfig, RunConfig
+from megatron_keye.config.evaluation import EvaluationConfig
 from megatron_keye.config.training import ValidationConfig
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.data.row import PackedRow
 from megatron_keye.errors import UserError
 from megatron_keye.training.health.run_health import RunHealth
 from megatron_keye.training.metrics import MeanLosses
+from megatron_keye.training.periodic_evaluation import PeriodicEvaluation
 from megatron_keye.training.read_ahead import ReadAhead
 from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.step_sums import StepSums
@@ -242,6 +244,22 @@ def test_a_validation_that_a_stop_left_out_comes_first_after_it(tmp_path: Path) 
     trainer._ahead = ReadAhead(run, Loader(num_steps=40), 2, trainer._step.announce)
     trainer._run_steps(None)
     assert trainer._progress.best_step == 2 and trainer._progress.step == 6
+
+
+def test_questions_that_a_stop_left_out_are_asked_first_after_it() -> None:
+    run = run_of(3, evaluation=EvaluationConfig(samples="q", interval_steps=2))
+    trainer = trainer_without_model(run, Loader(num_steps=1))
+    trainer._progress.step = 2
+    trainer._ahead = ReadAhead(run, Loader(num_steps=1), 2, trainer._step.announce)
+    asked: list[int] = []
+
+    def evaluate(step: int) -> dict[str, dict[str, float]]:
+        asked.append(step)
+        return {}
+
+    trainer._evaluation = PeriodicEvaluation(run, trainer._clock, evaluate)
+    trainer._run_steps(None)
+    assert asked == [2, 3] and trainer._progress.evaluated_step == 3
 
 
 def test_a_save_counts_in_the_step_that_it_holds_up_and_is_whole_in_one() -> None:
