@@ -48,9 +48,8 @@ def trainer_without_model(run: RunConfig, stops_in: tuple[str, int], asked: list
         "progress": Progress(step=0, updates=0, data={}),
         "position": Position(),
         "seconds": {},
-        "parts": SimpleNamespace(
-            rollouts=generate, prompts=SimpleNamespace(digest=""), saving=NOTHING
-        ),
+        "saving": NOTHING,
+        "parts": SimpleNamespace(rollouts=generate, prompts=SimpleNamespace(digest="")),
         "evaluation": PeriodicEvaluation(run, clock, evaluate),
         "learn": learn,
         "checkpoints": SimpleNamespace(save=lambda *_, **__: None),
