@@ -74,7 +74,7 @@ PROOFS = (
     Proof("tests/unit/data", 420),
     Proof("tests/kernels --ignore=tests/kernels/test_sparse_attention_cuda.py", 300),
     Proof("tests/kernels/test_sparse_attention_cuda.py", 180),
-    Proof("tests/unit/optim tests/unit/decoder tests/multirank/test_recomputation.py", 180),
+    Proof("tests/unit tests/multirank/test_recomputation.py --ignore=tests/unit/data", 240),
     Proof("tests/multirank/test_gpu.py -k four_gpus", 420, num_gpus=4),
     Proof("tests/multirank/test_gpu.py -k not(four_gpus)", 480, num_gpus=2),
     Proof("tests/multirank/test_faults_gpu.py", 300, num_gpus=2),
@@ -89,6 +89,7 @@ PROOFS = (
     Proof("benchmark_step --all --set training.expert_layers=torch", 400, is_benchmark=True),
     Proof("benchmark_step --all --ranks 2", 240, num_gpus=2, is_benchmark=True),
     Proof("benchmark_optimizer", 120, is_benchmark=True),
+    Proof("benchmark_profile_cost", 120, is_benchmark=True),
     Proof("benchmark_generate", 240, is_benchmark=True),
     Proof("benchmark_decode", 300, is_benchmark=True),
 )

@@ -1,7 +1,7 @@
 """Makes Markdown tables of the JSON lines that benchmarks wrote.
 
-    python tools/report_benchmarks.py docs/benchmarks/kernels_h100.jsonl
-    python tools/report_benchmarks.py --pages docs/benchmarks
+    python -m tools.report_benchmarks docs/benchmarks/kernels_h100.jsonl
+    python -m tools.report_benchmarks --pages docs/benchmarks
 
 Prints one table for each run: one machine, set of versions, commit and command. What is the same
 in all lines of a run stands above its table. With --pages it writes a page for each device of the
@@ -27,7 +27,7 @@ _DEVICES = ("gpu", "device")
 """Fields that name a device; without one it was the processor."""
 _CPU = "CPU"
 _ABOUT = """Every line of the files beside this page, which
-`python tools/report_benchmarks.py --pages docs/benchmarks` makes. Operators and layers have the
+`python -m tools.report_benchmarks --pages docs/benchmarks` makes. Operators and layers have the
 sizes of `keye_30b_a3b` where a table does not say otherwise. What it means: [Measured](README.md).
 """
 _TOLD_ELSEWHERE = ("faults.jsonl", "steps_measured.jsonl")

@@ -1,8 +1,8 @@
 """Makes docs/verification.md: what was checked against what, where and when, and what never ran.
 
-    python tools/report_verification.py
+    python -m tools.report_verification
     python -m pytest -m gpu --junitxml results.xml
-    python tools/report_verification.py --record results.xml --machine "4 x NVIDIA H100" \\
+    python -m tools.report_verification --record results.xml --machine "4 x NVIDIA H100" \\
         --command "python -m pytest -m gpu" --note "NCCL, Transformer Engine 2.20.2"
 
 Reads docs/verification/checks.toml, which is written by hand, docs/verification/runs.jsonl, one
@@ -124,7 +124,7 @@ def page(root: Path) -> str:
         [
             "# What is proved",
             "",
-            "Made by `python tools/report_verification.py` from `docs/verification/` and the",
+            "Made by `python -m tools.report_verification` from `docs/verification/` and the",
             "JSON lines of `docs/benchmarks/`. All tests but those marked `gpu` run on CPUs with",
             "gloo, in CI at every commit; on GPUs ran what stands under",
             "[Runs on GPUs](#runs-on-gpus).",

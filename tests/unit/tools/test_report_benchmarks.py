@@ -86,4 +86,4 @@ def test_the_pages_are_current() -> None:
     folder = ROOT / "docs" / "benchmarks"
     expected = report_benchmarks.pages(folder)
     got = {path.name: path.read_text() for path in folder.glob("*.md") if path.name != "README.md"}
-    assert got == expected, "run: python tools/report_benchmarks.py --pages docs/benchmarks"
+    assert got == expected, "run: python -m tools.report_benchmarks --pages docs/benchmarks"

@@ -43,7 +43,7 @@ def write_tree(root: Path, runs: str = "", checks: str = CHECKS) -> Path:
 
 def test_the_page_is_current() -> None:
     got = (ROOT / report_verification.PAGE).read_text()
-    assert got == report_verification.page(ROOT), "run: python tools/report_verification.py"
+    assert got == report_verification.page(ROOT), "run: python -m tools.report_verification"
 
 
 def test_what_ran_is_told_from_what_was_skipped(tmp_path: Path) -> None:
