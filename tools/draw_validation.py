@@ -1,9 +1,9 @@
 """Draws the held-out losses of several runs over their steps, one line a run, one panel a source.
 
-    python tools/draw_validation.py --out needles.svg \\
+    python -m tools.draw_validation --out needles.svg \\
         "with warm-up=runs/needle_sparse" "without=runs/needle_sparse_cold"
 
---lines FILE appends a JSON line for each run: its losses, commit, versions and command.
+--lines FILE appends a JSON line for each validation: its losses, commit, versions and command.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from megatron_keye.config.data import ALL_SOURCES
 from megatron_keye.errors import UserError
 from megatron_keye.files.disk import writing
 from megatron_keye.observe.svg import WIDTH, page
+from tools.benchmark_lines import fields_of_run, write_line
 
 Points = Sequence[tuple[int, float]]
 """Steps done, and the loss then in nats a token."""
@@ -44,7 +45,7 @@ class NamedRun:
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = make_parser("tools/draw_validation.py", __doc__)
+    parser = make_parser("python -m tools.draw_validation", __doc__)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="a name and a run's folder")
     parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="SVG to write")
     parser.add_argument("--lines", type=Path, metavar="FILE", help="file to append JSON lines to")
@@ -61,12 +62,13 @@ def main(arguments: Sequence[str]) -> int:
             f"NAME=RUN: got {len(options.runs)}, expected at most {len(_COLOURS)} runs"
         )
     runs = [read_run(words) for words in options.runs]
-    lines = "".join(json.dumps(described(run)) + "\n" for run in runs if options.lines)
+    lines = [line for run in runs for line in described(run)] if options.lines else []
     with writing(options.out, "the picture"):
         options.out.write_text(draw(runs, options.title))
     if options.lines:
-        with writing(options.lines, "JSON lines"), options.lines.open("a") as file:
-            file.write(lines)
+        with writing(options.lines, "JSON lines"):
+            for line in lines:
+                write_line(line, options.lines)
     return 0
 
 
@@ -99,18 +101,25 @@ def read_losses(lines: str) -> dict[str, list[tuple[int, float]]]:
     return {source: sorted(losses.items()) for source, losses in by_source.items()}
 
 
-def described(run: NamedRun) -> dict[str, Any]:
-    """Return the losses of a run, and what its last start recorded of machine and program.
+def described(run: NamedRun) -> list[dict[str, Any]]:
+    """Return a line for each validation of a run, with what its last start recorded.
 
     Raises:
         UserError: When the run has no such record.
     """
-    file = run.folder / "environment.json"
-    if not file.is_file():
-        raise UserError(f"--lines: {run.folder} has no environment.json, which a run writes")
-    start = json.loads(file.read_text())[-1]
-    recorded = {name: start[name] for name in ("device", "commit", "versions", "command")}
-    return {"op": "validation", "run": run.name, "losses": run.losses, **recorded}
+    recorded = fields_of_run(run.folder)
+    steps = sorted({step for points in run.losses.values() for step, _ in points})
+    by_source = {source: dict(points) for source, points in run.losses.items()}
+    return [
+        {
+            "op": "validation",
+            "run": run.name,
+            "step": step,
+            **{name: round(at[step], 4) for name, at in by_source.items() if step in at},
+            **recorded,
+        }
+        for step in steps
+    ]
 
 
 def draw(runs: Sequence[NamedRun], title: str) -> str:

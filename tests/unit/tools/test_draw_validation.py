@@ -16,7 +16,12 @@ def _write_run(folder: Path, losses: dict[int, float | None]) -> None:
         figures = {"text": {"loss": loss}, "all": {"loss": 9.0}}
         lines.append({"step": step, "validation": figures})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    start = {"device": "CPU", "commit": "abc", "versions": {"torch": "2"}, "command": "train"}
+    start = {
+        "device": "CPU",
+        "commit": "abc12345",
+        "versions": {"torch": "2", "python": "3", "av": "1"},
+        "command": "/a/machine's/python -m megatron_keye train",
+    }
     (folder / "environment.json").write_text(json.dumps([{}, start]))
 
 
@@ -31,9 +36,10 @@ def test_each_run_has_a_line_in_the_scale_of_all(tmp_path: Path) -> None:
     assert 'points="530.0,60.0"' in picture.read_text()
     assert "warm &amp; ready" in picture.read_text() and "20 steps" in picture.read_text()
     written = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [line["run"] for line in written] == ["warm & ready", "cold"]
-    assert written[0]["losses"] == {"text": [[10, 2.0], [20, 1.0]]}
-    assert {line["commit"] for line in written} == {"abc"}
+    found = [(line["run"], line["step"], line["text"]) for line in written]
+    assert found == [("warm & ready", 10, 2.0), ("warm & ready", 20, 1.0), ("cold", 10, 4.0)]
+    assert {line["commit"] for line in written} == {"abc1234"}
+    assert {line["command"] for line in written} == {"python -m megatron_keye train"}
 
 
 def test_a_step_that_a_resumed_run_repeats_has_its_last_loss() -> None:
