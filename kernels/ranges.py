@@ -2,10 +2,10 @@
 
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
+from torch._C._autograd import _profiler_enabled
 from torch.profiler import record_function
 
 
 def named(name: str) -> AbstractContextManager[object]:
     """Name what runs inside in a profiler's trace; nothing, also to a compiler, without one."""
-    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
+    return record_function(name) if _profiler_enabled() else nullcontext()
