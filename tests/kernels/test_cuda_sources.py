@@ -16,6 +16,7 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc").glob("*/*.cu"))
+HOST_PROGRAMS = sorted(Path(__file__).parent.glob("*.cu"))
 SPILL_LIMIT_BYTES = 64
 """Of a thread; the indexer's scores spill 60, once in a tile of 128 keys."""
 REGISTERS_OF_MULTIPROCESSOR = 65536
@@ -98,3 +99,16 @@ def test_it_compiles_cleanly_within_its_registers(source: Path, tmp_path: Path) 
     for name, kernel in kernels.items():
         assert kernel.spilled_bytes <= SPILL_LIMIT_BYTES, f"{name}: {kernel}"
         assert kernel.registers_of_blocks <= REGISTERS_OF_MULTIPROCESSOR, f"{name}: {kernel}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", HOST_PROGRAMS, ids=lambda path: path.stem)
+def test_a_host_program_finds_nothing_wrong(program: Path, tmp_path: Path) -> None:
+    if NVCC is None:
+        pytest.skip("no nvcc")
+    command = [NVCC, "-gencode=arch=compute_90a,code=sm_90a", "-std=c++20"]
+    command += ["-Werror=all-warnings", f"-I{ROOT / 'csrc'}", "-o", "program", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert built.returncode == 0, built.stdout + built.stderr
+    done = subprocess.run(tmp_path / "program", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
