@@ -32,7 +32,8 @@ class Gradients {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Row<Cut> row = own_row(i);
-      mean_[i] = mean_of(params, row);
+      const float mean = mean_of(params, row);  // by all threads of the warp
+      mean_[i] = row.is_real ? mean : 0.0f;
       lse_[i] = row.is_real ? params.lse[row.index(params.problem)] : INFINITY;
     }
   }
