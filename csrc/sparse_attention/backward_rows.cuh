@@ -67,8 +67,9 @@ __device__ __forceinline__ float mean_of(const BackwardParams& params, const Row
   const auto* const out = reinterpret_cast<const __nv_bfloat162*>(params.out + offset);
   const auto* const dout = reinterpret_cast<const __nv_bfloat162*>(params.dout + offset);
   float sum = 0.0f;
-#pragma unroll 8
-  for (int i = lane_of_warp() % 4; i < Cut::kChannels / 2; i += 4) {
+#pragma unroll
+  for (int j = 0; j < Cut::kChannels / 8; ++j) {
+    const int i = 4 * j + lane_of_warp() % 4;
     const float2 left = __bfloat1622float2(out[i]);
     const float2 right = __bfloat1622float2(dout[i]);
     sum = fmaf(left.x, right.x, fmaf(left.y, right.y, sum));
