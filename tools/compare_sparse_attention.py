@@ -114,8 +114,8 @@ def compare(drawn: Drawn) -> bool:
 
 def compare_gradients(drawn: Drawn, form: str) -> bool:
     """Return whether the gradients of a case agree, and print each of their comparisons."""
-    exact = tuple(tensor.float().requires_grad_() for tensor in drawn.heads)
-    wanted_THC, _ = define(*exact, drawn.selected_TS)
+    q_THC, k_SGC, v_SGC = exact = [tensor.float().requires_grad_() for tensor in drawn.heads]
+    wanted_THC, _ = define(q_THC, k_SGC, v_SGC, drawn.selected_TS)
     dout_THC = torch.randn_like(wanted_THC).bfloat16()
     wanted = torch.autograd.grad(wanted_THC, exact, dout_THC.float())
     out_THC, lse_TH = cuda.attend(*drawn.heads, drawn.lists, scale=SCALE)

@@ -95,7 +95,7 @@ class _AttentionWithLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, dloss: Tensor) -> tuple[Tensor | None, ...]:
         q_THC, k_SGC, v_SGC, out_THC, lse_TH, *others = ctx.saved_tensors
-        indices_TK, scores_TK, weight_T, *lists = others
+        indices_TK, scores_TK, weight_T, keys_BU, masks_BU, counts_B = others
         dheads = attend_backward(
             dout_THC.contiguous(),
             q_THC,
@@ -103,7 +103,9 @@ class _AttentionWithLoss(torch.autograd.Function):
             v_SGC,
             out_THC,
             lse_TH,
-            *lists,
+            keys_BU,
+            masks_BU,
+            counts_B,
             ctx.scale,
             ctx.is_deterministic,
             ctx.impl,
