@@ -17,12 +17,17 @@ TORCH_LIBRARY(megatron_keye, m) {
   m.def(
       "sparse_attention_forward(Tensor q_THC, Tensor k_SGC, Tensor v_SGC, Tensor keys_BU, "
       "Tensor masks_BU, Tensor counts_B, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "sparse_attention_backward(Tensor dout_THC, Tensor q_THC, Tensor k_SGC, Tensor v_SGC, "
+      "Tensor out_THC, Tensor lse_TH, Tensor keys_BU, Tensor masks_BU, Tensor counts_B, "
+      "float scale, bool in_bulk) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(megatron_keye, CUDA, m) {
 #ifdef MEGATRON_KEYE_SM90A
   m.impl("lightning_indexer", &megatron_keye::lightning_indexer);
   m.impl("sparse_attention_forward", &megatron_keye::sparse_attention_forward);
+  m.impl("sparse_attention_backward", &megatron_keye::sparse_attention_backward);
 #endif
   m.impl("select_top_k", &megatron_keye::select_top_k);
   m.impl("select_top_k_split_rows", &megatron_keye::select_top_k_split_rows);

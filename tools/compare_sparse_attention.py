@@ -1,11 +1,14 @@
 """Compares the CUDA sparse attention with its definition, piece by piece, on a Hopper GPU.
 
-    python -m tools.compare_sparse_attention [--all]
+    python -m tools.compare_sparse_attention [--all] [--backward {bulk,pairs}]
 
 Cases grow from one tile of keys and one group to many of both; each is announced before it runs,
 so that one that hangs is known. Three comparisons tell where an error comes from: the log-sum-exp
 depends on queries, keys and masks alone; with queries of 0 the output is the mean of the selected
-values, whatever the keys; last comes the whole. It ends at the first difference, with status 1.
+values, whatever the keys; last comes the whole. --backward compares the gradients instead, which
+depend on each other as little: those of values on weights alone, those of queries on gradients of
+logits, those of keys on how these lie in shared memory, too. It ends at the first difference, with
+status 1.
 """
 
 import sys
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from megatron_keye.cli.arguments import make_parser
 from megatron_keye.kernels.sparse_attention import cuda
-from megatron_keye.kernels.union_lists import union_lists
+from megatron_keye.kernels.union_lists import UnionLists, union_lists
 
 SCALE = 0.1
 
@@ -53,18 +56,31 @@ def main() -> int:
     """Run the cases; return 1 when one differs."""
     parser = make_parser("python -m tools.compare_sparse_attention", __doc__)
     parser.add_argument("--all", action="store_true", help="go on after a difference")
-    goes_on = parser.parse_args().all
+    parser.add_argument(
+        "--backward", choices=["bulk", "pairs"], help="compare gradients, whose sums leave so"
+    )
+    options = parser.parse_args()
     status = 0
     for case in CASES:
         print(f"{case}", flush=True)
-        status |= not compare(case)
-        if status and not goes_on:
+        drawn = draw(case)
+        agrees = compare_gradients(drawn, options.backward) if options.backward else compare(drawn)
+        status |= not agrees
+        if status and not options.all:
             break
     return status
 
 
-def compare(case: Case) -> bool:
-    """Return whether a case agrees, and print each of its comparisons."""
+class Drawn(NamedTuple):
+    """Tensors of a case."""
+
+    heads: tuple[Tensor, Tensor, Tensor]
+    selected_TS: Tensor
+    lists: UnionLists
+
+
+def draw(case: Case) -> Drawn:
+    """Return random tensors of a case on the GPU."""
     generator = torch.Generator("cuda").manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
@@ -75,7 +91,12 @@ def compare(case: Case) -> bool:
     order_TS = torch.rand((case.queries, case.keys), generator=generator, device="cuda").argsort(1)
     indices_TK = order_TS[:, : case.selected].sort(1).values.int()
     is_selected_TS = torch.zeros_like(order_TS, dtype=torch.bool).scatter_(1, indices_TK.long(), 1)
-    lists = union_lists(indices_TK, case.keys)
+    return Drawn((q_THC, k_SGC, v_SGC), is_selected_TS, union_lists(indices_TK, case.keys))
+
+
+def compare(drawn: Drawn) -> bool:
+    """Return whether the forward pass of a case agrees, and print each of its comparisons."""
+    (q_THC, k_SGC, v_SGC), is_selected_TS, lists = drawn
 
     def run(q: Tensor) -> tuple[Tensor, Tensor]:
         out_THC, lse_TH = cuda.attend(q, k_SGC, v_SGC, lists, scale=SCALE)
@@ -89,6 +110,22 @@ def compare(case: Case) -> bool:
     agree = report("log-sum-exp", lse_TH[..., None], wanted_TH[..., None], 1e-3)
     agree &= report("mean of values", run(zero_THC)[0], mean_THC, 2e-2)
     return report("output", out_THC, wanted_THC, 2e-2) and agree
+
+
+def compare_gradients(drawn: Drawn, form: str) -> bool:
+    """Return whether the gradients of a case agree, and print each of their comparisons."""
+    q_THC, k_SGC, v_SGC = exact = [tensor.float().requires_grad_() for tensor in drawn.heads]
+    wanted_THC, _ = define(q_THC, k_SGC, v_SGC, drawn.selected_TS)
+    dout_THC = torch.randn_like(wanted_THC).bfloat16()
+    wanted = torch.autograd.grad(wanted_THC, exact, dout_THC.float())
+    out_THC, lse_TH = cuda.attend(*drawn.heads, drawn.lists, scale=SCALE)
+    saved = *drawn.heads, out_THC, lse_TH, drawn.lists
+    got = cuda.attend_backward(dout_THC, *saved, scale=SCALE, in_bulk=form == "bulk")
+    torch.cuda.synchronize()
+    agree = True
+    for place, name in ((2, "values"), (0, "queries"), (1, "keys")):
+        agree &= report(f"gradient of {name}", got[place], wanted[place], 3e-2)
+    return agree
 
 
 def define(q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor, selected_TS: Tensor) -> tuple[Tensor, ...]:

@@ -72,8 +72,15 @@ class Proof:
 PROOFS = (
     # The longest begin first.
     Proof("tests/unit/data", 420),
-    Proof("tests/kernels --ignore=tests/kernels/test_sparse_attention_cuda.py", 300),
+    Proof(
+        "tests/kernels --ignore=tests/kernels/test_sparse_attention_cuda.py "
+        "--ignore=tests/kernels/test_sparse_attention_backward_cuda.py",
+        300,
+    ),
     Proof("tests/kernels/test_sparse_attention_cuda.py", 180),
+    # Apart, so that one that breaks the GPU's context leaves the other alone.
+    Proof("tests/kernels/test_sparse_attention_backward_cuda.py -k bulk", 120),
+    Proof("tests/kernels/test_sparse_attention_backward_cuda.py -k pairs", 120),
     Proof("tests/unit tests/multirank/test_recomputation.py --ignore=tests/unit/data", 240),
     Proof("tests/multirank/test_gpu.py -k four_gpus", 420, num_gpus=4),
     Proof("tests/multirank/test_gpu.py -k not(four_gpus)", 480, num_gpus=2),

@@ -14,6 +14,7 @@
 #include "lightning_indexer/rows.cuh"
 #include "support/hopper_sm90a.cuh"
 #include "support/launch.h"
+#include "support/shared_products_sm90a.cuh"
 
 namespace megatron_keye::indexer {
 
@@ -153,7 +154,7 @@ __device__ __forceinline__ void start_head(float (&dots)[kSums], uint32_t querie
   begin_products();
 #pragma unroll
   for (int step = 0; step < kChannels / 16; ++step) {
-    multiply_64x128x16(dots, a + 2 * step, b + 2 * step, step > 0);
+    multiply_shared<Major::kTerms, Major::kTerms>(dots, a + 2 * step, b + 2 * step, step > 0);
   }
   commit_products();
 }

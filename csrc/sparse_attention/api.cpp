@@ -1,4 +1,4 @@
-// Host side of the sparse attention's forward pass: checks the tensors and launches.
+// Host side of the sparse attention's two passes: checks the tensors and launches.
 // No check here reads device memory.
 
 #include <c10/cuda/CUDAGuard.h>
@@ -28,16 +28,25 @@ void check_heads(const at::Tensor& heads, const char* name, const at::Tensor& q_
                     ", expected adjacent channels");
 }
 
+void check_vectors(const at::Tensor& heads, const char* name) {
+  const bool is_aligned = reinterpret_cast<uintptr_t>(heads.const_data_ptr()) % 16 == 0 &&
+                          heads.stride(0) % kVectorChannels == 0 &&
+                          heads.stride(1) % kVectorChannels == 0;
+  TORCH_CHECK_VALUE(is_aligned, name, ": expected rows that begin at multiples of 16 bytes");
+}
+
+void check_contiguous(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(),
+                    ", expected a contiguous tensor");
+}
+
 // Keys and values are gathered in vectors, which are counted in 32 bits.
 void check_gathered(const at::Tensor& heads, const char* name, const at::Tensor& k_SGC) {
   check_size(heads, name, 0, k_SGC.size(0));
   check_size(heads, name, 1, k_SGC.size(1));
   TORCH_CHECK_VALUE(heads.strides() == k_SGC.strides(), name, ": got strides ", heads.strides(),
                     ", expected ", k_SGC.strides(), " as k_SGC");
-  const bool is_aligned = reinterpret_cast<uintptr_t>(heads.const_data_ptr()) % 16 == 0 &&
-                          heads.stride(0) % kVectorChannels == 0 &&
-                          heads.stride(1) % kVectorChannels == 0;
-  TORCH_CHECK_VALUE(is_aligned, name, ": expected rows that begin at multiples of 16 bytes");
+  check_vectors(heads, name);
   TORCH_CHECK_VALUE(heads.size(0) * (heads.stride(0) / kVectorChannels) <=
                         std::numeric_limits<int>::max(),
                     name, ": got ", heads.size(0), " rows, which are too far apart");
@@ -60,8 +69,7 @@ void check_unions(const at::Tensor& keys_BU, const at::Tensor& masks_BU,
        {std::pair{keys_BU, "keys_BU"}, std::pair{masks_BU, "masks_BU"},
         std::pair{counts_B, "counts_B"}}) {
     check_same_device(tensor, name, q_THC, "q_THC");
-    TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(),
-                      ", expected a contiguous tensor");
+    check_contiguous(tensor, name);
   }
 }
 
@@ -78,12 +86,10 @@ void check_sizes(const at::Tensor& q_THC, const at::Tensor& k_SGC, double scale)
   TORCH_CHECK_VALUE(scale > 0, "scale: got ", scale, ", expected more than 0");
 }
 
-}  // namespace
-
-std::tuple<at::Tensor, at::Tensor> sparse_attention_forward(
-    const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::Tensor& v_SGC,
-    const at::Tensor& keys_BU, const at::Tensor& masks_BU, const at::Tensor& counts_B,
-    double scale) {
+// Checks what both passes read.
+Problem problem_of(const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::Tensor& v_SGC,
+                   const at::Tensor& keys_BU, const at::Tensor& masks_BU,
+                   const at::Tensor& counts_B, double scale) {
   check_cuda(q_THC, "q_THC");
   check_heads(q_THC, "q_THC", q_THC);
   check_heads(k_SGC, "k_SGC", q_THC);
@@ -92,36 +98,89 @@ std::tuple<at::Tensor, at::Tensor> sparse_attention_forward(
   check_gathered(k_SGC, "k_SGC", k_SGC);
   check_gathered(v_SGC, "v_SGC", k_SGC);
   check_unions(keys_BU, masks_BU, counts_B, q_THC);
-  TORCH_CHECK_VALUE(q_THC.stride(0) % 2 == 0 && q_THC.stride(1) % 2 == 0 &&
-                        reinterpret_cast<uintptr_t>(q_THC.const_data_ptr()) % 4 == 0,
-                    "q_THC: expected rows that begin at multiples of 4 bytes");
+  check_vectors(q_THC, "q_THC");
+  return {
+      .q = reinterpret_cast<const __nv_bfloat16*>(q_THC.const_data_ptr()),
+      .k = reinterpret_cast<const __nv_bfloat16*>(k_SGC.const_data_ptr()),
+      .v = reinterpret_cast<const __nv_bfloat16*>(v_SGC.const_data_ptr()),
+      .keys = keys_BU.const_data_ptr<int>(),
+      .masks = reinterpret_cast<const uint16_t*>(masks_BU.const_data_ptr<int16_t>()),
+      .counts = counts_B.const_data_ptr<int>(),
+      .scale_log2 = static_cast<float>(scale * kLog2E),
+      .num_queries = static_cast<int>(q_THC.size(0)),
+      .num_groups = static_cast<int>(k_SGC.size(1)),
+      .heads = static_cast<int>(q_THC.size(1) / k_SGC.size(1)),
+      .channels = static_cast<int>(q_THC.size(2)),
+      .capacity = keys_BU.size(1),
+      .q_stride_t = q_THC.stride(0),
+      .q_stride_h = q_THC.stride(1),
+      .k_stride_s = k_SGC.stride(0),
+      .k_stride_g = k_SGC.stride(1),
+  };
+}
+
+// A tensor of the queries' sizes, contiguous.
+void check_like_queries(const at::Tensor& heads, const char* name, const at::Tensor& q_THC) {
+  check_heads(heads, name, q_THC);
+  check_size(heads, name, 0, q_THC.size(0));
+  check_size(heads, name, 1, q_THC.size(1));
+  check_contiguous(heads, name);
+  check_vectors(heads, name);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> sparse_attention_forward(
+    const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::Tensor& v_SGC,
+    const at::Tensor& keys_BU, const at::Tensor& masks_BU, const at::Tensor& counts_B,
+    double scale) {
+  const Problem problem = problem_of(q_THC, k_SGC, v_SGC, keys_BU, masks_BU, counts_B, scale);
   const c10::cuda::CUDAGuard guard(q_THC.device());
   at::Tensor out_THC = at::empty(q_THC.sizes(), q_THC.options());
   at::Tensor lse_TH =
       at::empty({q_THC.size(0), q_THC.size(1)}, q_THC.options().dtype(at::kFloat));
   if (q_THC.size(0) > 0) {
     launch_forward({
-        .q = reinterpret_cast<const __nv_bfloat16*>(q_THC.const_data_ptr()),
-        .k = reinterpret_cast<const __nv_bfloat16*>(k_SGC.const_data_ptr()),
-        .v = reinterpret_cast<const __nv_bfloat16*>(v_SGC.const_data_ptr()),
-        .keys = keys_BU.const_data_ptr<int>(),
-        .masks = reinterpret_cast<const uint16_t*>(masks_BU.const_data_ptr<int16_t>()),
-        .counts = counts_B.const_data_ptr<int>(),
+        .problem = problem,
         .out = reinterpret_cast<__nv_bfloat16*>(out_THC.mutable_data_ptr()),
         .lse = lse_TH.mutable_data_ptr<float>(),
-        .scale_log2 = static_cast<float>(scale * kLog2E),
-        .num_queries = static_cast<int>(q_THC.size(0)),
-        .num_groups = static_cast<int>(k_SGC.size(1)),
-        .heads = static_cast<int>(q_THC.size(1) / k_SGC.size(1)),
-        .channels = static_cast<int>(q_THC.size(2)),
-        .capacity = keys_BU.size(1),
-        .q_stride_t = q_THC.stride(0),
-        .q_stride_h = q_THC.stride(1),
-        .k_stride_s = k_SGC.stride(0),
-        .k_stride_g = k_SGC.stride(1),
     });
   }
   return {out_THC, lse_TH};
+}
+
+std::tuple<at::Tensor, at::Tensor> sparse_attention_backward(
+    const at::Tensor& dout_THC, const at::Tensor& q_THC, const at::Tensor& k_SGC,
+    const at::Tensor& v_SGC, const at::Tensor& out_THC, const at::Tensor& lse_TH,
+    const at::Tensor& keys_BU, const at::Tensor& masks_BU, const at::Tensor& counts_B,
+    double scale, bool in_bulk) {
+  const Problem problem = problem_of(q_THC, k_SGC, v_SGC, keys_BU, masks_BU, counts_B, scale);
+  check_like_queries(dout_THC, "dout_THC", q_THC);
+  check_like_queries(out_THC, "out_THC", q_THC);
+  check_num_dims(lse_TH, "lse_TH", 2);
+  check_dtype(lse_TH, "lse_TH", at::kFloat);
+  check_size(lse_TH, "lse_TH", 0, q_THC.size(0));
+  check_size(lse_TH, "lse_TH", 1, q_THC.size(1));
+  check_same_device(lse_TH, "lse_TH", q_THC, "q_THC");
+  check_contiguous(lse_TH, "lse_TH");
+  const c10::cuda::CUDAGuard guard(q_THC.device());
+  at::Tensor dq_THC = at::empty(q_THC.sizes(), q_THC.options());
+  at::Tensor sums_GS2C = at::zeros({k_SGC.size(1), k_SGC.size(0), 2, k_SGC.size(2)},
+                                   k_SGC.options().dtype(at::kFloat));
+  if (q_THC.size(0) > 0) {
+    launch_backward({
+        .problem = problem,
+        .out = reinterpret_cast<const __nv_bfloat16*>(out_THC.const_data_ptr()),
+        .dout = reinterpret_cast<const __nv_bfloat16*>(dout_THC.const_data_ptr()),
+        .lse = lse_TH.const_data_ptr<float>(),
+        .dq = reinterpret_cast<__nv_bfloat16*>(dq_THC.mutable_data_ptr()),
+        .sums = sums_GS2C.mutable_data_ptr<float>(),
+        .scale = static_cast<float>(scale),
+        .num_keys = k_SGC.size(0),
+        .is_in_bulk = in_bulk,
+    });
+  }
+  return {dq_THC, sums_GS2C};
 }
 
 }  // namespace megatron_keye

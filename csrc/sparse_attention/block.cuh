@@ -19,6 +19,11 @@ constexpr int kHalfBytes = kTileKeys * kSwizzleBytes;
 
 __device__ __forceinline__ int lane_of_warp() { return static_cast<int>(threadIdx.x) % 32; }
 
+__device__ __forceinline__ uint32_t packed(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
 // Shared by host and device: everything that is known when the kernel is compiled.
 template <int kChannelsOf, int kHeadsOf>
 struct Block {
@@ -51,20 +56,19 @@ struct Queues {
   uint16_t masks[kKinds][kPlaces];
 };
 
-// A stage holds the keys of a tile and behind them the values: for each 64 channels a half-tile
-// [64 keys][64 channels] in the order of `swizzled`.
+// The ring of stages between the warpgroup that gathers and those that multiply. A stage holds the
+// keys of a tile and behind them the values: for each 64 channels a half-tile [64 keys]
+// [64 channels] in the order of `swizzled`.
 template <typename Cut>
-struct Shared {
+struct Stages {
   using Ring = RingPlace<Cut::kStages>;
   static constexpr int kWarps = kWarpgroup / 32;
 
   unsigned char stages[Cut::kStages][2][Cut::kTileBytes];
   uint64_t is_full[Cut::kStages];   // a phase ends when all of a stage is there
   uint64_t is_empty[Cut::kStages];  // a phase ends when no warp needs it any more
-  // Beside the keys: two mask words to one of these, and whose they are.
+  // Beside the keys: two mask words to one of these.
   uint32_t masks[Cut::kStages][kTileKeys / 2];
-  TileKind kind[Cut::kStages];
-  Queues queues[kWarps];
 
   __device__ __forceinline__ uint32_t keys(const Ring& ring) const {
     return shared_address(stages[ring.stage]);
@@ -83,7 +87,7 @@ struct Shared {
     __syncthreads();
   }
 
-  // Producers wait until they may fill a stage, and announce their copies, masks and kind.
+  // Producers wait until they may fill a stage, and announce their copies and what is beside them.
   __device__ __forceinline__ void await_room(const Ring& ring) {
     wait_for_phase(shared_address(&is_empty[ring.stage]), ring.parity ^ 1);
   }
@@ -95,12 +99,31 @@ struct Shared {
     }
   }
 
+  // Consumers wait for a stage, and release it after their last product with it.
+  __device__ __forceinline__ void await_tile(const Ring& ring) {
+    wait_for_phase(shared_address(&is_full[ring.stage]), ring.parity);
+  }
+  __device__ __forceinline__ void release(const Ring& ring) {
+    if (lane_of_warp() == 0) {
+      arrive(shared_address(&is_empty[ring.stage]));
+    }
+  }
+};
+
+// Of the forward pass.
+template <typename Cut>
+struct Shared : Stages<Cut> {
+  using Ring = RingPlace<Cut::kStages>;
+
+  TileKind kind[Cut::kStages];
+  Queues queues[Stages<Cut>::kWarps];
+
   // Consumers wait for the next tile with keys of theirs and pass over others; false at the end.
   __device__ __forceinline__ bool find_tile(int own, Ring& unread, Ring& found) {
     while (true) {
       found = unread;
       unread.advance();
-      wait_for_phase(shared_address(&is_full[found.stage]), found.parity);
+      this->await_tile(found);
       // By a reduction, whose result the compiler knows to be the same in the whole warp.
       const int is = __reduce_max_sync(kWholeWarp, static_cast<int>(kind[found.stage]));
       if (is == kOfBoth || is == own) {
@@ -110,12 +133,7 @@ struct Shared {
       if (is == kEnd) {
         return false;
       }
-      release(found);
-    }
-  }
-  __device__ __forceinline__ void release(const Ring& ring) {
-    if (lane_of_warp() == 0) {
-      arrive(shared_address(&is_empty[ring.stage]));
+      this->release(found);
     }
   }
 };
@@ -129,10 +147,10 @@ struct Place {
   int first_query;
   int group;
 
-  __device__ __forceinline__ explicit Place(const ForwardParams& params) {
+  __device__ __forceinline__ explicit Place(const Problem& problem) {
     const int tile = static_cast<int>(blockIdx.x) / Cut::kParts;
-    first_union = tile * params.capacity;
-    num_keys = params.counts[tile];
+    first_union = tile * problem.capacity;
+    num_keys = problem.counts[tile];
     first_local = static_cast<int>(blockIdx.x) % Cut::kParts * Cut::kQueries;
     first_query = tile * kTileQueries + first_local;
     group = static_cast<int>(blockIdx.y);

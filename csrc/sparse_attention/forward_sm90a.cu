@@ -8,22 +8,15 @@
 // of all groups do not.
 
 #include "sparse_attention/block.cuh"
-#include "sparse_attention/gather.cuh"
 #include "sparse_attention/params.h"
 #include "sparse_attention/softmax.cuh"
+#include "sparse_attention/sort.cuh"
 #include "support/launch.h"
 #include "support/register_products_sm90a.cuh"
 
 namespace megatron_keye::sparse_attention {
 
 namespace {
-
-constexpr int kTerms = 16;  // that one matrix instruction sums over
-
-__device__ __forceinline__ uint32_t packed(float low, float high) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
 
 // What a consumer warpgroup keeps in registers.
 template <typename Cut>
@@ -49,10 +42,8 @@ class Attention {
     const uint64_t keys = tile_descriptor(tile);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int half = step / (kHalfChannels / kTerms);
-      const int part = step % (kHalfChannels / kTerms);
-      multiply_registers<Major::kTerms>(logits_, q_[step],
-                                        keys + half * (kHalfBytes >> 4) + 2 * part, step > 0);
+      multiply_registers<Major::kTerms>(logits_, q_[step], keys + terms_step(step, kHalfBytes),
+                                        step > 0);
     }
     commit_products();
   }
@@ -62,7 +53,8 @@ class Attention {
     const uint64_t values = columns_descriptor(tile, kHalfBytes);
 #pragma unroll
     for (int step = 0; step < kTileKeys / kTerms; ++step) {
-      multiply_registers<Major::kColumns>(acc_, weights_[step], values + 128 * step, true);
+      multiply_registers<Major::kColumns>(acc_, weights_[step], values + kColumnsStep * step,
+                                          true);
     }
     commit_products();
   }
@@ -77,7 +69,7 @@ class Attention {
   // Turns logits into weights, which stay in place; while values may still be added.
   __device__ __forceinline__ void weigh(const uint32_t (&bits)[2]) {
     mask(logits_, bits);
-    has_to_scale_ = softmax_.take(logits_, params_.scale_log2);
+    has_to_scale_ = softmax_.take(logits_, params_.problem.scale_log2);
   }
 
   // Makes the weights the next left factor; no product is under way.
@@ -95,11 +87,11 @@ class Attention {
   }
 
   __device__ __forceinline__ void store() const {
-    const int num_heads = params_.num_groups * Cut::kHeads;
+    const int num_heads = params_.problem.num_groups * Cut::kHeads;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float sum = softmax_.whole_sum(i);  // by all threads of the warp
-      if (query_[i] >= params_.num_queries) {
+      if (query_[i] >= params_.problem.num_queries) {
         continue;
       }
       const int64_t row = int64_t{query_[i]} * num_heads + head_[i];
@@ -120,10 +112,10 @@ class Attention {
   __device__ __forceinline__ void load_queries() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const bool is_real = query_[i] < params_.num_queries;
+      const bool is_real = query_[i] < params_.problem.num_queries;
       const auto* const row = reinterpret_cast<const uint32_t*>(
-          params_.q + (is_real ? query_[i] : 0) * params_.q_stride_t +
-          head_[i] * params_.q_stride_h);
+          params_.problem.q + (is_real ? query_[i] : 0) * params_.problem.q_stride_t +
+          head_[i] * params_.problem.q_stride_h);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const int word = step * (kTerms / 2) + lane_of_warp() % 4;
@@ -195,10 +187,10 @@ __global__ void __launch_bounds__(Cut::kThreads, Cut::kResident)
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<Cut>*>(shared_bytes);
   shared.make_barriers();
-  const Place<Cut> place(params);
+  const Place<Cut> place(params.problem);
   if (threadIdx.x < kWarpgroup) {
     give_registers_down_to<Cut::kProducerRegisters>();
-    gather(params, place, shared);
+    gather(params.problem, place, shared);
   } else {
     take_registers_up_to<Cut::kConsumerRegisters>();
     attend(params, place, shared);
@@ -209,14 +201,14 @@ __global__ void __launch_bounds__(Cut::kThreads, Cut::kResident)
 template <int kChannels, int kHeads>
 void launch_block(const ForwardParams& params) {
   using Cut = Block<kChannels, kHeads>;
-  const int tiles = (params.num_queries + kTileQueries - 1) / kTileQueries;
-  launch(forward_kernel<Cut>, dim3(tiles * Cut::kParts, params.num_groups), dim3(Cut::kThreads),
-         static_cast<int>(sizeof(Shared<Cut>)), params);
+  const int tiles = (params.problem.num_queries + kTileQueries - 1) / kTileQueries;
+  launch(forward_kernel<Cut>, dim3(tiles * Cut::kParts, params.problem.num_groups),
+         dim3(Cut::kThreads), static_cast<int>(sizeof(Shared<Cut>)), params);
 }
 
 template <int kChannels>
 void launch_channels(const ForwardParams& params) {
-  switch (params.heads) {
+  switch (params.problem.heads) {
     case 4:
       return launch_block<kChannels, 4>(params);
     case 8:
@@ -229,7 +221,7 @@ void launch_channels(const ForwardParams& params) {
 }  // namespace
 
 void launch_forward(const ForwardParams& params) {
-  switch (params.channels) {
+  switch (params.problem.channels) {
     case 64:
       return launch_channels<64>(params);
     case 128:

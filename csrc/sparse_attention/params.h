@@ -10,15 +10,14 @@ namespace megatron_keye::sparse_attention {
 constexpr int kTileQueries = 16;  // queries that share a union: one bit each of a mask word
 constexpr int kTileKeys = 64;     // keys of a union that are attended to at once
 
-struct ForwardParams {
+// What both passes read.
+struct Problem {
   const __nv_bfloat16* q;  // [T, H, C], channels adjacent
   const __nv_bfloat16* k;  // [S, G, C], likewise; rows begin at multiples of 16 bytes
   const __nv_bfloat16* v;  // likewise, strides of k
   const int* keys;         // [B, U], unions of the selections
   const uint16_t* masks;   // [B, U], which queries of a tile selected a key
   const int* counts;       // [B], keys of each union
-  __nv_bfloat16* out;      // [T, H, C], contiguous
-  float* lse;              // [T, H], log2 of each row's sum of exponentials; +inf without any key
   float scale_log2;        // factor of the logits, times log2(e); above 0
   int num_queries;         // T
   int num_groups;          // G
@@ -31,7 +30,27 @@ struct ForwardParams {
   int64_t k_stride_g;
 };
 
-// Launches on the current stream of the current device, for at least one query.
+struct ForwardParams {
+  Problem problem;
+  __nv_bfloat16* out;  // [T, H, C], contiguous
+  float* lse;          // [T, H], log2 of each row's sum of exponentials; +inf without any key
+};
+
+// Rows of q, out and dout begin at multiples of 16 bytes.
+struct BackwardParams {
+  Problem problem;
+  const __nv_bfloat16* out;   // [T, H, C], contiguous
+  const __nv_bfloat16* dout;  // likewise
+  const float* lse;           // [T, H]
+  __nv_bfloat16* dq;          // [T, H, C], contiguous
+  float* sums;                // [G, S, 2, C], contiguous: of dk and dv, which are added to it
+  float scale;                // factor of the logits
+  int64_t num_keys;           // S
+  bool is_in_bulk;            // whether rows of sums leave from shared memory, else from registers
+};
+
+// Launch on the current stream of the current device, for at least one query.
 void launch_forward(const ForwardParams& params);
+void launch_backward(const BackwardParams& params);
 
 }  // namespace megatron_keye::sparse_attention

@@ -11,18 +11,18 @@ namespace megatron_keye::hopper {
 enum class Major : int { kTerms = 0, kColumns = 1 };
 
 // Describes a right factor whose rows of 128 bytes hold 64 of its columns for one term, in the
-// order of `swizzled`; the next 64 columns lie `columns_bytes` further on. Adding 128 moves on by
-// 16 terms.
-__device__ __forceinline__ uint64_t columns_descriptor(uint32_t address, uint32_t columns_bytes) {
+// order of `swizzled`; the next 64 columns lie `columns_bytes` further on. Adding `kColumnsStep`
+// moves on by 16 terms.
+__host__ __device__ constexpr uint64_t columns_descriptor(uint32_t address,
+                                                          uint32_t columns_bytes) {
   constexpr uint64_t kLeadingField = uint64_t{0x3FFF} << 16;
   return (tile_descriptor(address) & ~kLeadingField) | uint64_t{columns_bytes >> 4} << 16;
 }
+constexpr uint64_t kColumnsStep = kTerms * kSwizzleBytes >> 4;
 
 // out[64, N] (+)= a[64, 16] b[N, 16]^T, bf16 in and float32 out, for the whole warpgroup; N is
-// twice the size of `out`. A thread holds of rows 16 * warp + lane / 4 (out[4j], out[4j + 1]) and
-// 8 further down (out[4j + 2], out[4j + 3]) the columns 8 * j + 2 * (lane % 4) and the next;
-// likewise of a, two to a word: a[0] of the upper row, a[1] of the lower one, a[2] and a[3] 8
-// terms further on.
+// twice the size of `out`, which lies as `product_row` and `product_column` say; likewise a, two
+// to a word: a[0] of the upper row, a[1] of the lower one, a[2] and a[3] 8 terms further on.
 template <Major kMajor>
 __device__ __forceinline__ void multiply_registers(float (&out)[32], const uint32_t (&a)[4],
                                                    uint64_t b, bool is_added) {

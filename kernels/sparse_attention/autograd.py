@@ -1,4 +1,4 @@
-"""Ties the sparse attention's kernels into autograd; the backward pass is always Triton's.
+"""Ties the sparse attention's kernels into autograd.
 
 Between forward and backward it keeps the inputs, the output, one number per row and the union
 lists, never a matrix of queries by keys.
@@ -16,9 +16,8 @@ from torch.autograd.function import once_differentiable
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.launch import check_triton
 from megatron_keye.kernels.registration import fake_gradients, opaque
-from megatron_keye.kernels.sparse_attention import cuda, triton
+from megatron_keye.kernels.sparse_attention import cuda, triton, triton_backward
 from megatron_keye.kernels.sparse_attention.triton import lay_out_heads
-from megatron_keye.kernels.sparse_attention.triton_backward import attend_backward
 from megatron_keye.kernels.sparse_attention.triton_target import recover_target
 from megatron_keye.kernels.union_lists import UnionLists, union_lists
 
@@ -81,7 +80,7 @@ def _recover_target(
 
 
 @opaque("attend_to_unions_backward", fake_gradients)
-def _attend_backward(
+def attend_backward(
     dout_THC: Tensor,
     q_THC: Tensor,
     k_SGC: Tensor,
@@ -93,9 +92,16 @@ def _attend_backward(
     counts_B: Tensor,
     scale: float,
     is_deterministic: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq_THC, dk_SGC and dv_SGC of an implementation; see triton_backward."""
     heads, lists = (q_THC, k_SGC, v_SGC, out_THC, lse_TH), UnionLists(keys_BU, masks_BU, counts_B)
-    return attend_backward(dout_THC, *heads, lists, scale=scale, is_deterministic=is_deterministic)
+    if impl == "cuda" and cuda.BACKWARD != "triton" and not is_deterministic:
+        in_bulk = cuda.BACKWARD == "bulk"
+        return cuda.attend_backward(dout_THC, *heads, lists, scale=scale, in_bulk=in_bulk)
+    return triton_backward.attend_backward(
+        dout_THC, *heads, lists, scale=scale, is_deterministic=is_deterministic
+    )
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -120,7 +126,7 @@ class _SparseAttention(torch.autograd.Function):
         wanted_TK = indices_TK if with_target else indices_TK[:, :0]
         target_TGK = _recover_target(q_THC, k_SGC, lse_TH, wanted_TK, scale)
         ctx.save_for_backward(q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists)
-        ctx.scale, ctx.is_deterministic = scale, deterministic
+        ctx.scale, ctx.is_deterministic, ctx.impl = scale, deterministic, impl
         ctx.mark_non_differentiable(target_TGK)
         return out_THC, target_TGK
 
@@ -129,7 +135,7 @@ class _SparseAttention(torch.autograd.Function):
     def backward(ctx: Any, dout_THC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q_THC, k_SGC, v_SGC, out_THC, lse_TH, keys_BU, masks_BU, counts_B = ctx.saved_tensors
         heads, lists = (q_THC, k_SGC, v_SGC, out_THC, lse_TH), (keys_BU, masks_BU, counts_B)
-        gradients = _attend_backward(
-            dout_THC.contiguous(), *heads, *lists, ctx.scale, ctx.is_deterministic
+        gradients = attend_backward(
+            dout_THC.contiguous(), *heads, *lists, ctx.scale, ctx.is_deterministic, ctx.impl
         )
         return (*gradients, None, None, None, None, None, None)

@@ -1,13 +1,16 @@
-"""Binding of the CUDA sparse attention: the forward pass on Hopper's own instructions.
+"""Binding of the CUDA sparse attention: both passes on Hopper's own instructions.
 
 The contract stands in api.py, the device code in csrc/sparse_attention/. It walks over the same
 unions as the Triton form, with the same results but for rounding. What keeps the tensor cores busy
-is that one warpgroup gathers keys while the others multiply, each beside its own softmax and only
-with keys that its own queries need.
+is that one warpgroup gathers keys while the others multiply: in the forward pass each beside its
+own softmax and only with keys that its own queries need, in the backward pass while the sums of
+the tile before are on their way to memory.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head, B tiles
 of queries, U places of a union.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +23,12 @@ HEADS = (4, 8, 16)
 CHANNELS = (64, 128)
 _MAX_VECTORS = 2**31
 """Places of 16 bytes among keys or values, counted in 32 bits."""
+BACKWARD: Literal["triton", "bulk", "pairs"] = "triton"
+"""Backward pass of impl "cuda": Triton's, or that of the extension, whose sums leave in bulk or in
+pairs. Only tests and benchmarks set it, until the extension's is measured; where gradients must be
+deterministic it is Triton's anyway."""
 _NAME = "sparse_attention_forward"
+_BACKWARD_NAME = "sparse_attention_backward"
 
 
 def _fake_sparse_attention_forward(
@@ -37,7 +45,17 @@ def _fake_sparse_attention_forward(
     return out_THC, q_THC.new_empty(q_THC.shape[:2], dtype=torch.float32)
 
 
+def _fake_sparse_attention_backward(
+    dout_THC: Tensor, q_THC: Tensor, k_SGC: Tensor, *_: object
+) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of the results, for tracing."""
+    num_keys, num_groups, channels = k_SGC.shape
+    sums_GS2C = k_SGC.new_empty((num_groups, num_keys, 2, channels), dtype=torch.float32)
+    return q_THC.new_empty(q_THC.shape), sums_GS2C
+
+
 register(_NAME, _fake_sparse_attention_forward)
+register(_BACKWARD_NAME, _fake_sparse_attention_backward)
 
 
 def unsupported_reason(q_THC: Tensor, k_SGC: Tensor, scale: float) -> str | None:
@@ -106,6 +124,49 @@ def attend(
         q_THC, k_SGC, v_SGC, *lists, scale
     )
     return out_THC, lse_TH
+
+
+def attend_backward(
+    dout_THC: Tensor,
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    out_THC: Tensor,
+    lse_TH: Tensor,
+    lists: UnionLists,
+    *,
+    scale: float,
+    in_bulk: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq_THC, dk_SGC and dv_SGC in the types of `q_THC` and `k_SGC`.
+
+    Args:
+        dout_THC: Gradient of the output, contiguous.
+        q_THC: Queries; channels adjacent.
+        k_SGC: Keys; channels adjacent.
+        v_SGC: Values; strides of `k_SGC`.
+        out_THC: From `attend`.
+        lse_TH: From `attend`.
+        lists: Unions of the selections.
+        scale: Factor of the logits.
+        in_bulk: Whether sums of keys leave a multiprocessor as rows from shared memory, else as
+            pairs from registers. Either way the order of additions varies from call to call.
+    """
+    check_built(_BACKWARD_NAME)
+    if not _begins_at_vectors(k_SGC) or not _begins_at_vectors(v_SGC):
+        k_SGC, v_SGC = (_copied(tensor) for tensor in (k_SGC, v_SGC))
+    dout_THC, q_THC, out_THC = (
+        tensor if _begins_at_vectors(tensor) else _copied(tensor)
+        for tensor in (dout_THC, q_THC, out_THC)
+    )
+    dq_THC, sums_GS2C = torch.ops.megatron_keye.sparse_attention_backward(
+        dout_THC, q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists, scale, in_bulk
+    )
+    dk_SGC, dv_SGC = (
+        sums_GSC.transpose(0, 1).to(k_SGC.dtype).contiguous()
+        for sums_GSC in sums_GS2C.unbind(dim=2)
+    )
+    return dq_THC, dk_SGC, dv_SGC
 
 
 def _begins_at_vectors(tensor: Tensor) -> bool:

@@ -19,12 +19,11 @@ from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.launch import check_triton
 from megatron_keye.kernels.row_chunks import rows_of_chunk
 from megatron_keye.kernels.sparse_attention import cuda
-from megatron_keye.kernels.sparse_attention.autograd import attend
+from megatron_keye.kernels.sparse_attention.autograd import attend, attend_backward
 from megatron_keye.kernels.sparse_attention.triton import lay_out_heads
-from megatron_keye.kernels.sparse_attention.triton_backward import attend_backward
 from megatron_keye.kernels.sparse_attention.triton_target import recover_target
 from megatron_keye.kernels.sparse_indexer_loss.triton import fill_divergence_and_gradient
-from megatron_keye.kernels.union_lists import UnionLists, union_lists
+from megatron_keye.kernels.union_lists import union_lists
 
 
 def sparse_attention_with_loss(
@@ -43,7 +42,7 @@ def sparse_attention_with_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return out_THC and loss; see api.sparse_attention_with_loss.
 
-    With `impl` "cuda" the forward pass is that of the extension.
+    With `impl` "cuda" the attention's passes are those that `sparse_attention` takes then.
     """
     if impl == "cuda":
         cuda.check_call(q_THC, k_SGC, scale)
@@ -89,13 +88,14 @@ class _AttentionWithLoss(torch.autograd.Function):
         selected = indices_TK, scores_TK.contiguous(), weight_T
         ctx.save_for_backward(*heads, out_THC, lse_TH, *selected, *lists)
         ctx.report, ctx.scale, ctx.is_deterministic = report, scale, deterministic
+        ctx.impl = impl
         return out_THC, lse_TH.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, dloss: Tensor) -> tuple[Tensor | None, ...]:
         q_THC, k_SGC, v_SGC, out_THC, lse_TH, *others = ctx.saved_tensors
-        indices_TK, scores_TK, weight_T, *lists = others
+        indices_TK, scores_TK, weight_T, keys_BU, masks_BU, counts_B = others
         dheads = attend_backward(
             dout_THC.contiguous(),
             q_THC,
@@ -103,9 +103,12 @@ class _AttentionWithLoss(torch.autograd.Function):
             v_SGC,
             out_THC,
             lse_TH,
-            UnionLists(*lists),
-            scale=ctx.scale,
-            is_deterministic=ctx.is_deterministic,
+            keys_BU,
+            masks_BU,
+            counts_B,
+            ctx.scale,
+            ctx.is_deterministic,
+            ctx.impl,
         )
         dkl_T = dloss * weight_T
         kl_TG, dscores_TK = _teach(

@@ -227,11 +227,21 @@ def test_sparse_attention_forward(
         )
 
 
-def test_sparse_attention_backward(row: Row, recorder: Recorder) -> None:
-    backward = gradients_of(lambda: attend(row, with_target=False)[0], row.heads)
+@pytest.mark.parametrize("form", ["bulk", "pairs", "triton"])
+def test_sparse_attention_backward(
+    row: Row, recorder: Recorder, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impl = "triton" if form == "triton" else "cuda"
+    if impl == "cuda" and (
+        missing_reason("sparse_attention_backward")
+        or sparse_cuda.unsupported_reason(*row.heads[:2], SCALE)
+    ):
+        pytest.skip("the extension is not built, or not for this GPU")
+    monkeypatch.setattr(sparse_cuda, "BACKWARD", form)
+    backward = gradients_of(lambda: attend(row, with_target=False, impl=impl)[0], row.heads)
     flop = 10 * HEADS * CHANNELS * row.num_selected
-    op = "sparse_attention_backward"
-    time_beside_dense(recorder, row, op, backward, flop=flop, passes=("backward",))
+    op, name = "sparse_attention_backward", "triton" if impl == "triton" else f"cuda, {form}"
+    time_beside_dense(recorder, row, op, backward, flop=flop, passes=("backward",), impl=name)
 
 
 def test_sparse_indexer_loss(row: Row, recorder: Recorder) -> None:

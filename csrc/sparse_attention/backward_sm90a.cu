@@ -1,0 +1,152 @@
+// Sparse attention backward on the tensor cores of Hopper.
+// Thread blocks are cut like those of the forward pass and walk over the same unions, one tile of
+// 64 keys after the other. A warpgroup recomputes the weights of its 64 rows from their
+// log-sum-exp and adds to its rows' dq, in registers. Weights and gradients of logits also go to
+// shared memory, in whose other direction they are the left factors of a tile's dv and dk: sums
+// over all rows of the block, of which each warpgroup multiplies one. Those are added to float32
+// values in global memory while the next tile is computed.
+
+#include "sparse_attention/backward_block.cuh"
+#include "sparse_attention/backward_gradients.cuh"
+#include "sparse_attention/backward_rows.cuh"
+#include "sparse_attention/gather.cuh"
+#include "sparse_attention/params.h"
+#include "sparse_attention/softmax.cuh"
+#include "support/launch.h"
+
+namespace megatron_keye::sparse_attention {
+
+namespace {
+
+constexpr int kConsumersBarrier = 1;
+
+// What the first warpgroup does: brings the union tile by tile, its keys read a turn ahead.
+template <typename Cut>
+__device__ __forceinline__ void gather_tiles(const Problem& problem, const Place<Cut>& place,
+                                             BackwardShared<Cut>& shared) {
+  const Gatherer<Cut> gatherer(problem, place);
+  const int row = gatherer.first_row() + lane_of_warp() % kWarpRows;
+  int key;
+  uint16_t word;
+  const auto read = [&](int at) {
+    key = at < place.num_keys ? problem.keys[place.first_union + at] : -1;
+    word = at < place.num_keys ? problem.masks[place.first_union + at] : 0;
+  };
+  RingPlace<Cut::kStages> ring;
+  read(row);
+#pragma unroll 1
+  for (int first = 0; first < place.num_keys; first += kTileKeys) {
+    shared.await_room(ring);
+    gatherer.copy(key, shared.keys(ring), shared.values(ring));
+    if (lane_of_warp() < kWarpRows) {
+      shared.key[ring.stage][row] = key;
+      reinterpret_cast<uint16_t*>(shared.masks[ring.stage])[row] = word;
+    }
+    shared.announce(ring);
+    ring.advance();
+    read(first + kTileKeys + row);
+  }
+  wait_for_all_copies();
+}
+
+// What the other warpgroups do.
+template <typename Cut>
+__device__ __forceinline__ void differentiate(const BackwardParams& params,
+                                              const Place<Cut>& place,
+                                              BackwardShared<Cut>& shared) {
+  constexpr int kConsumerThreads = Cut::kConsumers * kWarpgroup;
+  const SumKind own = consumer_thread() < kWarpgroup ? kOfValues : kOfKeys;
+  load_rows(params, place, shared);
+  Gradients<Cut> gradients(params, place, shared);
+  warpgroup_barrier<kConsumerThreads>(kConsumersBarrier);
+  RingPlace<Cut::kStages> ring;
+#pragma unroll 1
+  for (int first = 0; first < place.num_keys; first += kTileKeys) {
+    uint32_t bits[2];
+    shared.await_tile(ring);
+    publish_to_tensor_cores();
+    begin_products();
+    gradients.start_logits(shared.keys(ring));
+    gradients.start_dweights(shared.values(ring));
+    find_bits(place, shared.masks[ring.stage], bits);
+    gradients.wait_for_logits();
+    gradients.weigh(bits);
+    // No warpgroup's products read what was stored for the tile before any more.
+    warpgroup_barrier<kConsumerThreads>(kConsumersBarrier);
+    gradients.store_weights();
+    gradients.wait_for_dweights();
+    gradients.store_dlogits();
+    publish_to_tensor_cores();
+    warpgroup_barrier<kConsumerThreads>(kConsumersBarrier);
+    begin_products();
+    gradients.start_sums(own);
+    gradients.start_dq(shared.keys(ring));
+    gradients.template wait_for_sums<1>();
+    gradients.send_sums(own, shared.key[ring.stage]);
+    if constexpr (Cut::kConsumers == 1) {
+      begin_products();
+      gradients.start_sums(kOfKeys);
+      gradients.template wait_for_sums<0>();
+      gradients.send_sums(kOfKeys, shared.key[ring.stage]);
+    }
+    gradients.wait_for_dq();
+    __syncwarp();  // all lanes have read their keys
+    shared.release(ring);
+    ring.advance();
+  }
+  gradients.store_dq();
+  wait_for_additions();
+}
+
+template <typename Cut>
+__global__ void __launch_bounds__(Cut::kThreads, Cut::kResident)
+    backward_kernel(const __grid_constant__ BackwardParams params) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // built for others too, but never launched there
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<BackwardShared<Cut>*>(shared_bytes);
+  shared.make_barriers();
+  const Place<Cut> place(params.problem);
+  if (threadIdx.x < kWarpgroup) {
+    give_registers_down_to<Cut::kProducerRegisters>();
+    gather_tiles(params.problem, place, shared);
+  } else {
+    take_registers_up_to<Cut::kConsumerRegisters>();
+    differentiate(params, place, shared);
+  }
+#endif
+}
+
+template <int kChannels, int kHeads>
+void launch_block(const BackwardParams& params) {
+  using Cut = BackwardBlock<kChannels, kHeads>;
+  using Memory = BackwardShared<Cut>;
+  static_assert(sizeof(Memory) <= Memory::kLimitBytes);
+  const int tiles = (params.problem.num_queries + kTileQueries - 1) / kTileQueries;
+  launch(backward_kernel<Cut>, dim3(tiles * Cut::kParts, params.problem.num_groups),
+         dim3(Cut::kThreads), static_cast<int>(sizeof(Memory)), params);
+}
+
+template <int kChannels>
+void launch_channels(const BackwardParams& params) {
+  switch (params.problem.heads) {
+    case 4:
+      return launch_block<kChannels, 4>(params);
+    case 8:
+      return launch_block<kChannels, 8>(params);
+    case 16:
+      return launch_block<kChannels, 16>(params);
+  }
+}
+
+}  // namespace
+
+void launch_backward(const BackwardParams& params) {
+  switch (params.problem.channels) {
+    case 64:
+      return launch_channels<64>(params);
+    case 128:
+      return launch_channels<128>(params);
+  }
+}
+
+}  // namespace megatron_keye::sparse_attention
