@@ -242,7 +242,7 @@ class _Step:
             self.clock.trigger((step.is_forward, virtual, step.micro_batch, peers))
             gradients = Exchange("gradients", step.micro_batch)
             is_returned = not step.is_forward and virtual == 0 and gradients in self.order
-            if is_returned and self.is_dedicated and self.plan.receives(rank, step.micro_batch):
+            if is_returned and self.is_dedicated:
                 self._start_through(rank, gradients)
 
     def _features(self, rank: int, micro_batch: int) -> _Rank:

@@ -129,17 +129,21 @@ class FeatureTransport:
         """Send the gradients of a micro-batch's features back, without waiting.
 
         Args:
-            micro_batch: Index of the micro-batch; a rank returns its micro-batches in order.
+            micro_batch: Index of the micro-batch; a rank returns its micro-batches in order, also
+                those without pictures.
             gradients_MD: [M, D] in the order of `take_features`.
         """
+        exchange = Exchange("gradients", micro_batch)
+        if exchange not in self._states:
+            return
         with self._recorder.span("return", f"micro-batch {micro_batch}"):
             receives = self._plan.receives(self._grid.rank, micro_batch)
-            order = self._row_order(receives)
-            received = torch.empty_like(gradients_MD).index_copy(0, order, gradients_MD)
-            parts = received.to(self._empty.dtype).split([len(t.positions) for t in receives])
-            exchange = Exchange("gradients", micro_batch)
-            for transfer, part in zip(receives, parts, strict=True):
-                self._states[exchange].outgoing[transfer.tag] = part
+            if receives:
+                order = self._row_order(receives)
+                received = torch.empty_like(gradients_MD).index_copy(0, order, gradients_MD)
+                parts = received.to(self._empty.dtype).split([len(t.positions) for t in receives])
+                for transfer, part in zip(receives, parts, strict=True):
+                    self._states[exchange].outgoing[transfer.tag] = part
             if self._grid.parallel.vision.placement == "dedicated":
                 self._allow_through(exchange)
 

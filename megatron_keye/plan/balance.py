@@ -20,17 +20,21 @@ class RowCost:
     """Cost of its pictures, in any unit."""
 
 
-def order_rows(costs: Sequence[RowCost], num_replicas: int) -> list[int]:
+def order_rows(
+    costs: Sequence[RowCost], num_replicas: int, *, few_pictures_at_ends: bool
+) -> list[int]:
     """Assign rows to micro-batches and replicas.
 
-    Replicas wait for each other in every micro-batch (they exchange features together), so each
-    micro-batch holds rows of similar attention cost; within it, the least loaded replica gets the
-    most expensive row. Micro-batches with few pictures come first and last: the decoder starts
-    early, and little vision work is left when it has finished.
+    Each micro-batch holds rows of similar attention cost, since replicas that exchange features
+    wait for each other in it; within it, the least loaded replica gets the most expensive row.
+    Micro-batches of similar cost follow each other, since stages of a pipeline wait for those of
+    their neighbours that run at the same time.
 
     Args:
         costs: Cost of each row of the global batch.
         num_replicas: Data-parallel replicas; divides the number of rows.
+        few_pictures_at_ends: Whether micro-batches with few pictures come first and last instead:
+            the decoder starts early, and little vision work is left when it has finished.
 
     Returns:
         The rows in their new order: index i is micro-batch i // num_replicas of replica
@@ -49,6 +53,8 @@ def order_rows(costs: Sequence[RowCost], num_replicas: int) -> list[int]:
             rows[replica] = row
             load[replica] += costs[row].attention
         micro_batches.append(rows)
+    if not few_pictures_at_ends:
+        return [row for rows in micro_batches for row in rows]
     # The sort is stable: ties keep their order by attention cost.
     micro_batches.sort(key=lambda rows: sum(costs[row].vision for row in rows))
     most_pictures_in_the_middle = micro_batches[::2] + micro_batches[1::2][::-1]

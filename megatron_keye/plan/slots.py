@@ -50,7 +50,12 @@ def balanced_order(sizes: Sequence[RowSizes], run: RunConfig) -> list[int]:
         )
         for row in sizes
     ]
-    return order_rows(costs, run.parallel.decoder.data)
+    return order_rows(
+        costs,
+        run.parallel.decoder.data,
+        # Colocated, all pictures are encoded before the decoder starts.
+        few_pictures_at_ends=run.parallel.vision.placement == "dedicated",
+    )
 
 
 def plan_slots(

@@ -1,5 +1,7 @@
 """A simulated step never deadlocks, loses no work, and is no faster than its busiest rank."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -114,6 +116,17 @@ def test_the_decoder_waits_for_its_first_features_only() -> None:
     starts = [span.start for span in step.spans[0]]
     assert starts == [1 + 3 * number for number in range(10)]
     assert step.seconds == 1 + 30 + 1
+
+
+def test_a_replica_of_text_alone_holds_nothing_back() -> None:
+    vision = VisionParallel(placement="dedicated", num_ranks=1)
+    seconds = []
+    for data in (1, 2):
+        decoder = DecoderParallel(pipeline=2, virtual_stages=2, data=data)
+        parallel = ParallelConfig(decoder=decoder, vision=vision)
+        pictures = [replace(slot, row=slot.row * data) for slot in one_video(12)]
+        seconds.append(simulated(parallel, pictures, 12 * data)[1].seconds)
+    assert seconds[0] == pytest.approx(seconds[1])
 
 
 def test_the_pipeline_bubble_is_that_of_1f1b() -> None:
