@@ -227,7 +227,7 @@ class Forecast:
             share = vision / (degrees.tensor * degrees.context)
             return decoder + share * (1 if step.is_forward else passes)
 
-        plan = StepPlan(chunks=(), transfers=(), exchanges=())
+        plan = StepPlan(chunks=(), transfers=(), exchanges=(), num_micro_batches=self._num_micro_batches)
         costs = StepCosts(
             encode=lambda _: 0.0,
             vision_backward=lambda _: 0.0,

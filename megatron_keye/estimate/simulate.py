@@ -164,7 +164,10 @@ class _Step:
         self.transport_ranks = transport_ranks(parallel)
         self.is_dedicated = parallel.vision.placement == "dedicated"
         self.cursors = {
-            rank: ExchangeCursor(plan.exchanges, parallel, rank) for rank in self.transport_ranks
+            rank: ExchangeCursor(
+                plan.exchanges, parallel, rank, num_micro_batches=num_micro_batches
+            )
+            for rank in self.transport_ranks
         }
         self.chunks: dict[int, list[int]] = {rank: [] for rank in range(parallel.num_ranks)}
         for index, chunk in enumerate(plan.chunks):

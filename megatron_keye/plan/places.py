@@ -130,6 +130,19 @@ def encoding_ranks(parallel: ParallelConfig, micro_batch: int, num_micro_batches
     return range(num_decoder, parallel.num_ranks)
 
 
+def exchange_ranks(parallel: ParallelConfig, *, encoded_by_decoder: bool) -> list[int]:
+    """Return the ranks of an exchange, ascending: those that encode, and the first stage.
+
+    Args:
+        parallel: Degrees and placement.
+        encoded_by_decoder: Whether the decoder's ranks encode the micro-batch.
+    """
+    num_decoder = parallel.decoder.num_ranks
+    if encoded_by_decoder:
+        return list(range(num_decoder))
+    return [*first_stage_ranks(parallel.decoder), *range(num_decoder, parallel.num_ranks)]
+
+
 def transport_ranks(parallel: ParallelConfig) -> list[int]:
     """Return the ranks that exchange features: vision ranks and the first stage, ascending."""
     return sorted({*vision_ranks(parallel), *first_stage_ranks(parallel.decoder)})

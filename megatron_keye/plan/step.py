@@ -91,7 +91,9 @@ class StepPlan:
     transfers: tuple[Transfer, ...]
     """By chunk, row and destination; a transfer's tag is its index."""
     exchanges: tuple[Exchange, ...]
-    """All-to-alls that carry them, in the order in which every transport rank starts them."""
+    """All-to-alls that carry them, in the order in which every rank starts those it is part of."""
+    num_micro_batches: int
+    """Micro-batches of a replica."""
 
     def chunks_of(self, vision_rank: int) -> list[int]:
         """Return the indices of the chunks that a vision rank encodes."""
@@ -176,13 +178,19 @@ def plan_messages(
     transfers: list[Transfer] = []
     for number, chunk in enumerate(chunks):
         transfers += _transfers_of_chunk(number, chunk, owners, parallel, first_tag=len(transfers))
+    num_micro_batches = num_rows // parallel.decoder.data
     exchanges = transport_order(
         parallel,
-        num_rows // parallel.decoder.data,
+        num_micro_batches,
         {transfer.micro_batch for transfer in transfers},
         returns_gradients=returns_gradients,
     )
-    return StepPlan(chunks=tuple(chunks), transfers=tuple(transfers), exchanges=tuple(exchanges))
+    return StepPlan(
+        chunks=tuple(chunks),
+        transfers=tuple(transfers),
+        exchanges=tuple(exchanges),
+        num_micro_batches=num_micro_batches,
+    )
 
 
 def balanced_cuts(
