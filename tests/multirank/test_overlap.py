@@ -8,6 +8,7 @@ import pytest
 from megatron_keye.config import RunConfig
 from megatron_keye.data.row import PackedRow
 from megatron_keye.estimate.simulate import Simulated, StepCosts, simulate
+from megatron_keye.estimate.workload import work_of
 from megatron_keye.observe.span import Span, SpanName
 from megatron_keye.plan.order import Pass
 from megatron_keye.plan.places import DecoderPlace, decoder_place
@@ -89,7 +90,7 @@ def replay(plan: StepPlan, run: RunConfig, spans: Spans) -> Simulated:
         decoder=decoder,
         exchange=lambda _: 0.0,
     )
-    return simulate(plan, run.parallel, ROWS // run.parallel.decoder.data, costs)
+    return simulate(work_of(plan, run.parallel.decoder.data), run.parallel, costs)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,15 @@
 import numpy as np
 
 from megatron_keye.cli.simulate import with_grid
-from megatron_keye.estimate.forecast import (
-    Forecast,
+from megatron_keye.estimate.forecast import Forecast, Speeds
+from megatron_keye.estimate.length_mix import draw_rows
+from megatron_keye.estimate.workload import (
+    NO_PICTURES,
     RowShape,
-    Speeds,
     balance_shapes,
     plan_balanced,
     plan_dealt,
 )
-from megatron_keye.estimate.length_mix import draw_rows
 from megatron_keye.recipes import load_recipe
 from tests.support.tiny import tiny_run
 
@@ -32,14 +32,13 @@ def test_rows_are_full_and_pictures_lie_inside_documents() -> None:
     rows = draw_rows(np.random.default_rng(0), 4, 262_144)
     for row in rows:
         assert sum(row.document_lengths) == 262_144
-        ends = [picture.start + picture.num_tokens for picture in row.pictures]
-        starts = [picture.start for picture in row.pictures]
-        assert all(end < start for end, start in zip(ends, starts[1:], strict=False))
+        starts, _, tokens = row.pictures
+        assert (starts[:-1] + tokens[:-1] < starts[1:]).all()
 
 
 def test_a_stage_of_more_layers_works_longer() -> None:
     run = tiny_run(pipeline=2, first_stage_layers=1)
-    rows = [RowShape(document_lengths=(run.data.row_tokens,), pictures=())] * 4
+    rows = [RowShape(document_lengths=(run.data.row_tokens,), pictures=NO_PICTURES)] * 4
     played = Forecast(rows, run, Speeds()).play(plan_balanced(rows, run))
-    first, last = (sum(span.end - span.start for span in played.spans[rank]) for rank in range(2))
+    first, last = played.busy_seconds
     assert np.isclose(last, 3 * first)
