@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
+from megatron_keye.config.parallel import DecoderParallel
 from megatron_keye.config.run import RunConfig
 from megatron_keye.estimate.simulate import Simulated, StepCosts, simulate
 from megatron_keye.estimate.traffic import Links, exchange_seconds, hop_seconds
@@ -89,6 +90,30 @@ def play_dedicated(
     dedicated = replace(run, parallel=replace(run.parallel, vision=vision))
     balanced = balance_shapes(rows, dedicated)
     return Forecast(balanced, dedicated, speeds).play(plan_balanced(balanced, dedicated))
+
+
+def play_best_dedicated(
+    rows: Sequence[RowShape], run: RunConfig, speeds: Speeds, *, shared_micro_batches: int = 0
+) -> Simulated:
+    """Simulate a batch with the number of vision ranks that takes fewest rank-seconds.
+
+    With more replicas than eight the number is found with the rows of some of them. Arguments are
+    those of `try_vision_ranks`; without pictures one vision rank is idle.
+    """
+    degrees = run.parallel.decoder
+    # Experts may span replicas; a part of these must still hold them all.
+    data = next(n for n in range(min(8, degrees.data), degrees.data + 1) if _fits(degrees, n))
+    part = replace(run, parallel=replace(run.parallel, decoder=replace(degrees, data=data)))
+    of_part = rows[: len(rows) * data // degrees.data]
+    tried = try_vision_ranks(of_part, part, speeds, shared_micro_batches=shared_micro_batches)
+    if tried and data == degrees.data:
+        return tried[0][1]
+    number = max(1, round(tried[0][0] * degrees.data / data)) if tried else 1
+    return play_dedicated(rows, run, speeds, number, shared_micro_batches)
+
+
+def _fits(degrees: DecoderParallel, data: int) -> bool:
+    return degrees.tensor * degrees.context * data % degrees.expert == 0
 
 
 class Forecast:
