@@ -146,7 +146,8 @@ class VisionParallel:
             self,
             "parallel.vision",
             above_zero="chunk_patches",
-            zero_or_more="num_ranks shared_micro_batches attention_break_even_patches max_ahead_mebibytes",
+            zero_or_more="num_ranks shared_micro_batches attention_break_even_patches "
+            "max_ahead_mebibytes",
         )
         check(
             self.placement in ("dedicated", "colocated"),

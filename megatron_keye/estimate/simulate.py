@@ -1,7 +1,7 @@
 """Discrete-event simulation of a step from its plan: when each rank works, and when it waits.
 
-Ranks follow the same plan, the same orders and the same choice of next work as training. Tensor and
-context ranks of a stage run the decoder in lockstep and are one process there.
+Ranks follow the same plan, the same orders and the same choice of next work as training. Tensor
+and context ranks of a stage run the decoder in lockstep and are one process there.
 """
 
 from collections import defaultdict, deque

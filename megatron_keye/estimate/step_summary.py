@@ -34,9 +34,7 @@ def summarize_step(run: RunConfig, number: int, *, suggests: bool) -> dict[str, 
     simulated = Forecast(rows, run, speeds).play(work)
     suggestions = try_vision_ranks(rows, run, speeds) if suggests else []
     pictures, num_ranks = BatchPictures.of_rows(rows), run.parallel.num_ranks
-    patches = np.bincount(
-        work.ranks[work.chunk_of_picture], pictures.patches, minlength=num_ranks
-    )
+    patches = np.bincount(work.ranks[work.chunk_of_picture], pictures.patches, minlength=num_ranks)
     chunks = np.bincount(work.ranks, minlength=num_ranks)
     return {
         "step": number,

@@ -70,7 +70,9 @@ def exchange_seconds(
                 minlength=work.num_micro_batches * num_ranks,
             )
             largest = sums.reshape(-1, num_ranks).max(axis=1) * token_bytes
-            slowest = np.maximum(slowest, links.seconds(1.0, between_nodes=between_nodes) * largest)
+            slowest = np.maximum(
+                slowest, links.seconds(1.0, between_nodes=between_nodes) * largest
+            )
     return slowest.tolist()
 
 

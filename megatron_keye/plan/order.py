@@ -106,9 +106,7 @@ def transport_order(
         order = [exchange for exchange in order if exchange.kind == "features"]
     around, beside = [], []
     for exchange in order:
-        is_shared = is_encoded_by_decoder(
-            parallel.vision, exchange.micro_batch, num_micro_batches
-        )
+        is_shared = is_encoded_by_decoder(parallel.vision, exchange.micro_batch, num_micro_batches)
         (around if is_shared else beside).append(exchange)
     before, after = (
         [exchange for exchange in around if exchange.kind == kind]

@@ -32,7 +32,9 @@ def _timeouts_on_rank(run_json: str) -> Any:
     return timeouts, group_timeout()
 
 
-@pytest.mark.parametrize("degrees", [{"vision_ranks": 1, "shared_micro_batches": 1}, {"tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "degrees", [{"vision_ranks": 1, "shared_micro_batches": 1}, {"tensor": 2}], ids=str
+)
 def test_every_group_waits_as_long_as_that_of_all_ranks(degrees: dict[str, int]) -> None:
     run = tiny_run(**degrees)
     for timeouts, of_all in run_on_ranks(2, _timeouts_on_rank, run.to_json()):

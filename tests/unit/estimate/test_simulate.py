@@ -71,7 +71,9 @@ def simulated(
 
 
 @pytest.mark.parametrize("returns", [True, False], ids=["trained", "frozen"])
-@pytest.mark.parametrize("vision", VISIONS, ids=lambda v: f"{v.placement} {v.num_ranks} {v.shared_micro_batches}")
+@pytest.mark.parametrize(
+    "vision", VISIONS, ids=lambda v: f"{v.placement} {v.num_ranks} {v.shared_micro_batches}"
+)
 @pytest.mark.parametrize("decoder", DECODERS, ids=lambda d: f"{d.num_ranks} decoder ranks")
 def test_no_mix_of_rows_deadlocks_and_every_chunk_runs_once(
     decoder: DecoderParallel, vision: VisionParallel, returns: bool

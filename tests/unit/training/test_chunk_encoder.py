@@ -32,7 +32,9 @@ def step(seed: int) -> tuple[StepPlan, list[PackedRow]]:
             zip(row.pictures, row.picture_starts, strict=True)
         )
     ]
-    chunks = tuple(Chunk(vision_rank=RANK + int(slot.index == 1), pictures=(slot,)) for slot in slots)
+    chunks = tuple(
+        Chunk(vision_rank=RANK + int(slot.index == 1), pictures=(slot,)) for slot in slots
+    )
     return StepPlan(chunks=chunks, transfers=(), exchanges=(), num_micro_batches=1), [row]
 
 
@@ -41,7 +43,9 @@ def make_encoder(run: RunConfig = RUN, kept_patches: int = 0) -> ChunkEncoder:
     tower.reset_parameters(1)
     learns = vision_learns(run)
     source = SyntheticPatches()
-    return ChunkEncoder(run, tower, source, CPU, rank=RANK, learns=learns, kept_patches=kept_patches)
+    return ChunkEncoder(
+        run, tower, source, CPU, rank=RANK, learns=learns, kept_patches=kept_patches
+    )
 
 
 def trained(kept_patches: int) -> tuple[list[Tensor], list[Tensor], int]:
