@@ -3,6 +3,7 @@
 #   make train [ARGS="--resume auto"]   train the tiny recipe on this machine
 #   make test [ARGS="-k packing"]       the CPU test suite; SLOW=1 adds its slow cases
 #   make lint                           ruff and mypy
+#   make docs                           the site of the documentation, into build/site
 #   make doctor                         what is installed, and what is missing
 #   make gpu                            add Transformer Engine and DALI (needs a GPU and nvcc)
 #   make clean                          remove .venv and what was built; runs/ stays
@@ -11,7 +12,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help train test lint doctor gpu clean
+.PHONY: help train test lint docs doctor gpu clean
 
 VENV := .venv
 # What every run imports; compiled to bytecode once, at installation.
@@ -38,6 +39,10 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The notice is about a later major version, which pyproject.toml excludes.
+docs: $(INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 exec $(VENV)/bin/mkdocs build --quiet
+
 doctor: $(INSTALLED)
 	@exec $(VENV)/bin/megatron-keye doctor $(ARGS)
 
@@ -47,9 +52,10 @@ gpu: $(INSTALLED)
 clean:
 	@rm -rf $(VENV) build dist *.egg-info megatron_keye/_C*.so .pytest_cache .mypy_cache .ruff_cache
 
-# constraints.txt is complete, so nothing is resolved; `pip check` proves that it still fits
-# pyproject.toml. torch comes before the package, whose setup.py looks at it. The import compiles
-# to bytecode only what a run needs, once, instead of all that was installed.
+# constraints.txt is complete, so nothing is resolved; `pip check` proves that its packages fit
+# each other, tests/unit/test_packaging.py that they fit pyproject.toml. torch comes before the
+# package, whose setup.py looks at it. The import compiles to bytecode only what a run needs, once,
+# instead of all that was installed.
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@for candidate in python3 python3.12; do
 	  if $$candidate -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then

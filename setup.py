@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 # Hopper with its own instructions (wgmma); TORCH_CUDA_ARCH_LIST overrides it.
@@ -110,9 +111,32 @@ def cuda_extension() -> dict[str, Any]:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
 
+class BuildWithReport(build_py):
+    """Puts into the package what was said of the extension, since pip hides what a build prints.
+
+    `megatron-keye doctor` and the error of a missing operator repeat it. A wheel's name says it
+    too: one without the extension ends in py3-none-any.
+    """
+
+    def run(self) -> None:
+        """Copy the package, then write the report beside it."""
+        super().run()
+        root = ROOT if self.editable_mode else Path(self.build_lib)
+        (root / "megatron_keye" / "extension_build.txt").write_text(REPORT + "\n")
+
+
 CHOICE = os.environ.get("MEGATRON_KEYE_BUILD_CUDA", "")
 REASON = reason_against_building(CHOICE)
 if REASON and CHOICE == "1":
     sys.exit(f"MEGATRON_KEYE_BUILD_CUDA=1, but megatron_keye._C cannot be built: {REASON}")
-print(f"megatron_keye._C: {'not built: ' + REASON if REASON else 'to be built'}", file=sys.stderr)
-setup(**({} if REASON else cuda_extension()))
+arguments: dict[str, Any] = {"cmdclass": {}} if REASON else cuda_extension()
+REPORT = f"megatron_keye._C was not built: {REASON}"
+if not REASON:
+    nvcc = find_nvcc()
+    release = nvcc_release(nvcc) if nvcc else ""
+    REPORT = (
+        f"megatron_keye._C was built by CUDA {release} for {os.environ['TORCH_CUDA_ARCH_LIST']}"
+    )
+print(REPORT, file=sys.stderr)
+arguments["cmdclass"]["build_py"] = BuildWithReport
+setup(**arguments)

@@ -1,11 +1,8 @@
-"""Checks of the operators' arguments, and the choice of implementation.
+"""Checks of the operators' arguments.
 
 A tensor that is merely shifted or transposed would give wrong numbers without any complaint, so
 every public operator states its contract through these few functions.
 """
-
-import functools
-import logging
 
 import torch
 from torch import Tensor
@@ -14,55 +11,6 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Floating-point types that every eager operator takes."""
 INDEX_DTYPES = (torch.int32, torch.int64)
 """Types of lists of selected keys."""
-
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Floating-point types that the Triton implementations take; they accumulate in float32."""
-
-_logger = logging.getLogger(__name__)
-
-
-def choose_impl(
-    operator: str,
-    impl: str | None,
-    implementations: tuple[str, ...],
-    default: str | None = None,
-) -> str:
-    """Return the implementation to run: the one asked for, or the default when `impl` is None.
-
-    Args:
-        operator: Name of the operator, for messages.
-        impl: Name of an implementation, or None for the default, which is logged once.
-        implementations: What exists.
-        default: What None stands for; the first of `implementations` when left out.
-
-    Raises:
-        ValueError: When there is no implementation of that name.
-    """
-    if impl is None:
-        chosen = default or implementations[0]
-        _log_default(operator, chosen)
-        return chosen
-    if impl not in implementations:
-        raise ValueError(
-            f"{operator}: got impl = {impl!r}, expected one of {', '.join(implementations)}; "
-            "leave impl out for the default"
-        )
-    return impl
-
-
-def default_impl(*tensors: Tensor) -> str:
-    """Return "triton" for tensors on a GPU in a type that it takes, otherwise "eager".
-
-    The operators that have both choose by this one rule, so that a layer runs in one of them.
-    """
-    suits_triton = all(t.is_cuda and t.dtype in TRITON_DTYPES for t in tensors)
-    return "triton" if suits_triton else "eager"
-
-
-@functools.cache
-def _log_default(operator: str, chosen: str) -> None:
-    """Name the default once per process, not once per layer and step."""
-    _logger.info("%s runs as %s", operator, chosen)
 
 
 def check_shapes(**tensors: Tensor) -> dict[str, int]:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_keye.kernels.registration import opaque
+
 _DRAWN_AT_ONCE = 1 << 20
 """Numbers drawn at once, in float64: few kernels on a GPU, and little memory."""
 
@@ -28,6 +30,18 @@ _STRIDE = _signed(0x9E3779B97F4A7C15)
 _FACTORS = (_signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB))
 
 
+def _fake_fill_normal(
+    part: Tensor,
+    name: str,
+    *,
+    std: float,
+    whole_shape: Sequence[int] | None = None,
+    offset: Sequence[int] | None = None,
+) -> None:
+    """Nothing is returned."""
+
+
+@opaque("fill_normal", _fake_fill_normal, changes=("part",))
 @torch.no_grad()
 def fill_normal(
     part: Tensor,

@@ -6,6 +6,7 @@ Imported only by the CUDA bindings, so that everything else works without a comp
 import functools
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -72,5 +73,7 @@ def _load() -> str | None:
     try:
         importlib.import_module("megatron_keye._C")
     except ImportError as error:
-        return str(error)
+        report = Path(__file__).parents[1] / "extension_build.txt"
+        said = f"; {report.read_text().strip()}" if report.is_file() else ""
+        return f"{error}{said}"
     return None

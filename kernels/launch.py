@@ -8,7 +8,8 @@ from typing import NamedTuple
 import triton
 from torch import Tensor
 
-from megatron_keye.kernels.arguments import TRITON_DTYPES, check_dtypes
+from megatron_keye.kernels.arguments import check_dtypes
+from megatron_keye.kernels.implementations import TRITON_DTYPES
 
 SMALLEST_DOT = 16
 """Fewest rows, columns and terms of a tl.dot."""

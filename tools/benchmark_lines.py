@@ -2,10 +2,13 @@
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from megatron_keye.errors import UserError
 
 
 def shared_fields(module: str) -> dict[str, str]:
@@ -21,6 +24,26 @@ def shared_fields(module: str) -> dict[str, str]:
         "python": platform.python_version(),
         "commit": commit,
         "command": f"python -m {module} {' '.join(sys.argv[1:])}".strip(),
+    }
+
+
+def fields_of_run(folder: Path) -> dict[str, Any]:
+    """Return what the last start of a run recorded of machine, program and command.
+
+    Raises:
+        UserError: When the folder has no such record.
+    """
+    file = folder / "environment.json"
+    if not file.is_file():
+        raise UserError(f"--lines: {folder} has no environment.json, which a run writes")
+    start = json.loads(file.read_text())[-1]
+    versions = {name: start["versions"][name] for name in ("torch", "python")}
+    _, _, arguments = start["command"].partition(" ")
+    return {
+        "device": start["device"],
+        **versions,
+        "commit": re.sub(r"^(.{7})[0-9a-f]*", r"\1", start["commit"]),
+        "command": f"python {arguments}",
     }
 
 

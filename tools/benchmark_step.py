@@ -8,12 +8,13 @@ A step is forward, backward and optimizer of --layers layers at full width, each
 Megatron-Core's own layers with Transformer Engine: dense attention, the same experts, widths,
 fused kernels and optimizer, and its usual recomputation ("moe,layernorm" beside selective and
 full).
-`times_faster` compares forward and backward. --without turns fused kernels off, one at a time or
-"all". --layouts answers is a prompt with eight answers behind it, each of 1/40 of the row; it has
-no peer, and is to be compared with eight rows of "one" that have 33/40 of its tokens. --profiles
-writes the kernels of one more step by name; the share of the step in which the GPU works stands in
-every line. Every case prints a JSON line; one that fails or runs out of memory says so, and the
-next one runs. --all takes about five minutes on an H100.
+`times_faster` compares forward and backward; `model_tflop_per_s` are the model's FLOPs in both.
+--without turns fused kernels off, one at a time or "all". --layouts answers is a prompt with eight
+answers behind it, each of 1/40 of the row; it has no peer, and is to be compared with eight rows
+of "one" that have 33/40 of its tokens. --profiles writes the kernels of one more step by name; the
+share of the step in which the GPU works stands in every line. Every case prints a JSON line; one
+that fails or runs out of memory says so, and the next one runs. --all takes about five minutes on
+an H100.
 
 --ranks splits rows by context and the experts over so many GPUs, on both sides; lines have rank
 0's figures, and the share of its step in which nothing but communication ran

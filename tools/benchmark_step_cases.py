@@ -3,14 +3,16 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from megatron_keye.config import DecoderParallel, FusionsConfig, ParallelConfig, RunConfig
 from megatron_keye.config.run import as_override
 from megatron_keye.config.training import Phase, Recompute
+from megatron_keye.estimate.account import row_works, total_model_flops
 from megatron_keye.plan.prefix_trees import PrefixTrees
+from megatron_keye.plan.slots import RowSizes
 from megatron_keye.recipes import load_recipe
 
 Layout = Literal["one", "packed", "answers"]
@@ -66,6 +68,16 @@ class Case:
         bounds = np.cumsum([0, prompt, *[answer] * ANSWERS])
         return PrefixTrees(bounds=bounds, parents=np.array([-1] + [0] * ANSWERS))
 
+    def layer_flops(self, run: RunConfig) -> float:
+        """Return the model FLOPs of all layers, forward and backward, over all ranks.
+
+        Args:
+            run: From `run`.
+        """
+        trees = self.branches()
+        layer, _ = row_works(run, RowSizes(trees.lengths, [], trees.num_earlier))
+        return total_model_flops(layer) * run.model.decoder.num_layers
+
     def peer(self) -> "Case":
         """Return the case whose peer is also this one's: it does not see the rest."""
         return Case(
@@ -100,6 +112,18 @@ class Case:
                 *settings,
             ]
         )
+
+
+def compared(line: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    """Return the ratios of a case to its peer; without the time of either one none."""
+    if "error" in line or "error" in peer:
+        return {}
+    own, other = (each["forward_ms"] + each["backward_ms"] for each in (line, peer))
+    return {
+        "times_faster": round(other / own, 3),
+        "step_times_faster": round(peer["step_ms"] / line["step_ms"], 3),
+        "peak_to_peer": round(line["peak_mib"] / max(1, peer["peak_mib"]), 3),
+    }
 
 
 def one_gpu_table() -> Iterator[Case]:

@@ -34,7 +34,7 @@ from megatron_keye.parallel.grid import build_grid
 from megatron_keye.parallel.process import resolve_device
 from megatron_keye.parallel.random import seed_rank
 from tools.benchmark_lines import shared_fields, write_line
-from tools.benchmark_step_cases import PEER_RECOMPUTES, Case
+from tools.benchmark_step_cases import PEER_RECOMPUTES, Case, compared
 from tools.benchmark_step_layers import (
     Stack,
     UnionMeter,
@@ -104,18 +104,6 @@ def machine_fields(device: torch.device) -> dict[str, Any]:
         "megatron_core": version("megatron-core"),
         "transformer_engine": transformer_engine_version(),
         **shared_fields("tools.benchmark_step"),
-    }
-
-
-def compared(line: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
-    """Return the ratios of a case to its peer; without the time of either one none."""
-    if "error" in line or "error" in peer:
-        return {}
-    own, other = (each["forward_ms"] + each["backward_ms"] for each in (line, peer))
-    return {
-        "times_faster": round(other / own, 3),
-        "step_times_faster": round(peer["step_ms"] / line["step_ms"], 3),
-        "peak_to_peer": round(line["peak_mib"] / max(1, peer["peak_mib"]), 3),
     }
 
 
@@ -204,14 +192,15 @@ class Bench:
                 stack.module.train()
                 found["union_keys"] = round(meter.union_keys)
         try:
-            return found | self._timed(case, stack, hidden_SBD, is_plain=is_plain)
+            flops = case.layer_flops(run) / self._groups.cp.size()
+            return found | self._timed(case, stack, hidden_SBD, is_plain=is_plain, flops=flops)
         finally:
             stack.let_go()
 
     def _timed(
-        self, case: Case, stack: Stack, hidden_SBD: Tensor, *, is_plain: bool
+        self, case: Case, stack: Stack, hidden_SBD: Tensor, *, is_plain: bool, flops: float
     ) -> dict[str, Any]:
-        """Time steps, and profile one more on a GPU."""
+        """Time steps of so many model FLOPs a rank, and profile one more on a GPU."""
         on_gpu = self._device.type == "cuda"
         doutput_SBD = torch.randn_like(hidden_SBD) / case.tokens
 
@@ -226,7 +215,9 @@ class Bench:
         medians = dict(zip(PARTS, map(statistics.median, zip(*times, strict=True)), strict=True))
         step_ms = statistics.median(map(sum, times))
         found: dict[str, Any] = {f"{name}_ms": round(medians[name], 2) for name in PARTS}
+        passes_ms = medians["forward"] + medians["backward"]
         found |= {
+            "model_tflop_per_s": round(flops / passes_ms / 1e9, 1),
             "step_ms": round(step_ms, 2),
             "tokens_per_s": round(case.tokens * 1e3 / step_ms),
             "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else 0,

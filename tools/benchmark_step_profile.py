@@ -4,11 +4,14 @@ Communication is told apart, since only what nothing else hides costs time.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from megatron_keye.profiling.communication import is_exchange_kernel
+from megatron_keye.profiling.intervals import covered, exposed
 
 TOP_KERNELS = 25
 
@@ -54,7 +57,7 @@ def profile_step(step: Callable[[], object]) -> StepProfile:
             continue
         start, end = event.time_range.start, event.time_range.end
         spans.append((start, end))
-        (communicating if event.name.startswith("nccl") else computing).append((start, end))
+        (communicating if is_exchange_kernel(event.name) else computing).append((start, end))
         launches[event.name] += 1
         milliseconds[event.name] += (end - start) / 1e3
     longest = sorted(milliseconds, key=lambda name: milliseconds[name], reverse=True)
@@ -68,19 +71,3 @@ def profile_step(step: Callable[[], object]) -> StepProfile:
         exposed_milliseconds=exposed(communicating, computing) / 1e3,
         milliseconds=(max(end for _, end in spans) - min(start for start, _ in spans)) / 1e3,
     )
-
-
-def exposed(
-    communicating: Sequence[tuple[float, float]], computing: Sequence[tuple[float, float]]
-) -> float:
-    """Return for how long there was communication and no computation beside it."""
-    return covered([*communicating, *computing]) - covered(computing)
-
-
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Return the length of the union of spans, each a start and an end."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total

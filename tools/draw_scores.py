@@ -1,8 +1,9 @@
 """Draws how a run's scores rose while it trained, from its metrics.jsonl.
 
-    python tools/draw_scores.py runs/keye_tiny_grounding --out scores.svg
+    python -m tools.draw_scores runs/keye_tiny_grounding --out scores.svg
 
-One panel for the loss of training, one for each metric of training.evaluation.
+One panel for the loss of training, one for each metric of training.evaluation. --lines FILE
+appends a JSON line for each evaluation: its scores, commit, versions and command.
 """
 
 import argparse
@@ -16,15 +17,17 @@ from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.errors import UserError
 from megatron_keye.files.disk import writing
 from megatron_keye.observe.curves import StageCurves, draw
+from tools.benchmark_lines import fields_of_run, write_line
 
 Points = dict[str, list[tuple[int, float]]]
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = make_parser("tools/draw_scores.py", __doc__)
+    parser = make_parser("python -m tools.draw_scores", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="SVG to write")
+    parser.add_argument("--lines", type=Path, metavar="FILE", help="file to append JSON lines to")
     return parser.parse_args(arguments)
 
 
@@ -44,6 +47,12 @@ def main(arguments: Sequence[str]) -> int:
     picture = draw([stage], ["loss", *scores], f"{options.run.name}: answers while it trains")
     with writing(options.out, "the picture"):
         options.out.write_text(picture)
+    if options.lines:
+        recorded = fields_of_run(options.run)
+        with writing(options.lines, "JSON lines"):
+            for step, _ in curves[scores[0]]:
+                values = {name: dict(curves[name])[step] for name in scores}
+                write_line({"op": "evaluation", "step": step, **values, **recorded}, options.lines)
     return 0
 
 

@@ -10,10 +10,11 @@ hundred, and a model whose indexer selects few keys answers only if the indexer 
 key and value as two words, a model has to learn to join neighbours first, which takes thousands of
 steps and says nothing about an indexer.)
 
-Writes {text,frames}.{train,held_out}.jsonl, videos/ and tokenizer/, whose vocabulary of whole
-words keeps the model small. The functions below are recipes, each to be run from the checkpoint of
-the one before: dense attention, the indexers' warm-up, and sparse attention to 8 keys. The last
-one from dense weights (training.checks_hand_over=false) shows what the warm-up is worth.
+Writes {text,frames}.{train,held_out}.jsonl, {text,frames}.questions.jsonl, videos/ and tokenizer/,
+whose vocabulary of whole words keeps the model small. The functions below are recipes, each to be
+run from the checkpoint of the one before: dense attention, the indexers' warm-up, and sparse
+attention to 8 keys. The last one from dense weights (training.checks_hand_over=false) shows what
+the warm-up is worth. A GPU gets rows of many samples, a CPU eight short ones a step.
 """
 
 import argparse
@@ -86,11 +87,22 @@ def main(arguments: Sequence[str]) -> int:
         per_video = TEXTS_PER_VIDEO if kind == "text" else 1
         for part, count in (("train", per_video * options.samples), ("held_out", 64)):
             generator = np.random.default_rng((options.seed, number, part == "train"))
-            lines = [json.dumps(make(generator, f"{part}-{line}")) for line in range(count)]
-            file = options.out / f"{kind}.{part}.jsonl"
-            file.write_text("\n".join(lines) + "\n")
-            sys.stdout.write(f"{file}: {count} samples\n")
+            samples = [make(generator, f"{part}-{line}") for line in range(count)]
+            _write_lines(options.out / f"{kind}.{part}.jsonl", samples)
+            if part == "held_out":
+                questions = [_with_truth(sample) for sample in samples]
+                _write_lines(options.out / f"{kind}.questions.jsonl", questions)
     return 0
+
+
+def _write_lines(file: Path, samples: Sequence[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    sys.stdout.write(f"{file}: {len(samples)} samples\n")
+
+
+def _with_truth(sample: dict[str, Any]) -> dict[str, Any]:
+    """Return the sample as a question of `megatron-keye evaluate`: right if all its words are."""
+    return sample | {"task": "text", "truth": {"text": sample["messages"][-1]["content"]}}
 
 
 def text_sample(generator: np.random.Generator) -> dict[str, Any]:
@@ -148,7 +160,8 @@ def dense(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         model=replace(base.model, decoder=decoder),
         data=DataConfig(
             samples=f"{FOLDER}/text.train.jsonl=2,{FOLDER}/frames.train.jsonl=1",
-            row_tokens=8192,
+            # A sample has 30 to 125 tokens; a CPU's attention takes the square of a row's length.
+            row_tokens=8192 if has_gpu else 128,
             tokenizer=f"{FOLDER}/tokenizer",
             validation=f"text={FOLDER}/text.held_out.jsonl,frames={FOLDER}/frames.held_out.jsonl",
             frames=replace(base.data.frames, min_tokens_per_frame=1, max_tokens_per_frame=1),
@@ -156,7 +169,7 @@ def dense(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         training=replace(
             base.training,
             steps=1200,
-            rows_per_step=1,
+            rows_per_step=1 if has_gpu else 8,
             optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
             checkpoint=CheckpointConfig(interval_steps=600),
             validation=ValidationConfig(interval_steps=50),

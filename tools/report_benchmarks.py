@@ -1,36 +1,57 @@
-"""Makes Markdown tables of the results that `pytest tests/kernels --benchmark` wrote.
+"""Makes Markdown tables of the JSON lines that benchmarks wrote.
 
-    python tools/report_benchmarks.py docs/benchmarks/kernels_h100.jsonl
+    python -m tools.report_benchmarks docs/benchmarks/kernels_h100.jsonl
+    python -m tools.report_benchmarks --pages docs/benchmarks
 
-Prints one table per GPU, commit and command, with a line per measured case.
+Prints one table for each run: one machine, set of versions, commit and command. What is the same
+in all lines of a run stands above its table. With --pages it writes a page for each device of the
+files of that folder into the folder instead.
 """
 
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_keye.cli.arguments import make_parser
 from megatron_keye.cli.status import report_error, reports_user_errors
 from megatron_keye.errors import UserError
+from tools.benchmark_tables import run_table
 
-_KIBI = 1024
-_MACHINE = ("gpu", "torch", "triton", "commit", "command")
-_NEEDED = (*_MACHINE, "op", "impl", "median_us", "p10_us", "p90_us", "tflop_per_s", "shape")
+_RUN = ("torch", "triton", "commit", "command")
+"""What a run has one of, where its lines say it."""
+_NEEDED = "commit"
+_DEVICES = ("gpu", "device")
+"""Fields that name a device; without one it was the processor."""
+_CPU = "CPU"
+_ABOUT = """Every line of the files beside this page, which
+`python -m tools.report_benchmarks --pages docs/benchmarks` makes. Operators and layers have the
+sizes of `keye_30b_a3b` where a table does not say otherwise. What it means: [Measured](README.md).
+"""
+_TOLD_ELSEWHERE = ("faults.jsonl", "steps_measured.jsonl")
+"""Files whose lines are in docs/faults.md and docs/plan.md."""
 
 
 @reports_user_errors
 def main(arguments: Sequence[str]) -> int:
-    """Print the tables and return the exit status."""
+    """Print the tables, or write the pages, and return the exit status."""
     parser = make_parser("tools/report_benchmarks.py", __doc__)
-    parser.add_argument("files", type=Path, nargs="+", help="files with JSON lines")
+    parser.add_argument("files", type=Path, nargs="*", help="files with JSON lines")
+    parser.add_argument("--pages", type=Path, metavar="DIR", help="write the pages of this folder")
     options = parser.parse_args(arguments)
+    if bool(options.files) == (options.pages is not None):
+        parser.error("expected files, or --pages with a folder")
     try:
-        lines = [line for path in options.files for line in read_lines(path)]
+        if options.pages is None:
+            lines = [line for path in options.files for line in read_lines(path)]
+            sys.stdout.write(tables(lines))
+            return 0
+        for name, text in pages(options.pages).items():
+            (options.pages / name).write_text(text)
     except OSError as error:
         return report_error(error)
-    sys.stdout.write(tables(lines))
     return 0
 
 
@@ -44,56 +65,54 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(path.read_text().splitlines(), start=1):
         try:
             line = json.loads(text)
-            missing = [name for name in _NEEDED if name not in line]
+            is_known = _NEEDED in line
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}, line {number}: is not a JSON object ({error})") from error
-        if missing:
+        if not is_known:
             raise UserError(
-                f"{path}, line {number}: lacks {', '.join(missing)}, expected what "
-                "`pytest tests/kernels --benchmark` writes"
+                f"{path}, line {number}: lacks {_NEEDED}, expected what a benchmark of "
+                "tests/kernels or of tools/ writes"
             )
         lines.append(line)
     return lines
 
 
-def tables(lines: list[dict[str, Any]]) -> str:
-    """Return Markdown: a table per run, below its GPU, versions and command."""
-    runs: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+def tables(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return Markdown: a table per run, below its device, versions and command."""
+    runs: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for line in lines:
-        runs.setdefault(tuple(line[name] for name in _MACHINE), []).append(line)
-    return "\n".join(
-        f"{gpu}, torch {torch}, Triton {triton}, commit {commit}; `{command}`\n\n{_table(of_run)}"
-        for (gpu, torch, triton, commit, command), of_run in runs.items()
-    )
+        key = (device_of(line), *(str(line.get(name, "")).strip() for name in _RUN))
+        runs.setdefault(key, []).append(line)
+    return "\n".join(run_table(of_run, device_of(of_run[0])) for of_run in runs.values())
 
 
-def _table(lines: list[dict[str, Any]]) -> str:
-    rows = [
-        "| tokens | selection | operator | median (p10 to p90) | TFLOP/s | speed-up |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for line in lines:
-        median, low, high = (_time(line[f"{name}_us"]) for name in ("median", "p10", "p90"))
-        compared = f"{line['times_faster']:.2f}x {line['peer']}" if "peer" in line else ""
-        speed = f"{line['tflop_per_s']:.0f}" if line["tflop_per_s"] else ""
-        rows.append(
-            f"| {_tokens(line['shape'])} | {line.get('selection', '')} | {line['op']}, "
-            f"{line['impl']} | {median} ({low} to {high}) | {speed} | {compared} |"
-        )
-    return "\n".join(rows) + "\n"
+def pages(folder: Path) -> dict[str, str]:
+    """Return the text of the page of each device that the files of a folder tell of, by name."""
+    by_device: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        if path.name in _TOLD_ELSEWHERE:
+            continue
+        lines = read_lines(path)
+        for device in dict.fromkeys(map(device_of, lines)):
+            text = tables([line for line in lines if device_of(line) == device])
+            by_device.setdefault(device, []).append(f"\n## {path.name}\n\n{text}")
+    return {
+        f"{_slug(device)}.md": f"# Measured on {_shown(device)}\n\n{_ABOUT}{''.join(sections)}"
+        for device, sections in by_device.items()
+    }
 
 
-def _tokens(shape: dict[str, int]) -> str:
-    """Format the number of keys, after the batch size if there is one."""
-    keys = shape["S"]
-    text = f"{keys // _KIBI}K" if keys % _KIBI == 0 else str(keys)
-    return f"{shape['B']} x {text}" if "B" in shape else text
+def device_of(line: Mapping[str, Any]) -> str:
+    """Return the device on which a line was measured."""
+    return next((str(line[name]) for name in _DEVICES if name in line), _CPU)
 
 
-def _time(microseconds: float) -> str:
-    if microseconds < 1e3:
-        return f"{microseconds:.0f} us"
-    return f"{microseconds / 1e3:.2f} ms" if microseconds < 1e5 else f"{microseconds / 1e3:.0f} ms"
+def _shown(device: str) -> str:
+    return "a CPU" if device == _CPU else device
+
+
+def _slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
 
 
 if __name__ == "__main__":

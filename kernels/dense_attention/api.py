@@ -6,6 +6,7 @@ both must mean exactly what the sparse attention means when it selects everythin
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head.
 """
 
+import torch
 from torch import Tensor
 
 from megatron_keye.kernels.arguments import (
@@ -14,10 +15,11 @@ from megatron_keye.kernels.arguments import (
     check_key_reach,
     check_same_dtype,
     check_shapes,
-    choose_impl,
 )
-from megatron_keye.kernels.dense_attention import reference, sdpa
+from megatron_keye.kernels.dense_attention import reference, sdpa, traced
+from megatron_keye.kernels.implementations import choose_impl
 from megatron_keye.kernels.kept_outputs import KeptOutputs
+from megatron_keye.kernels.registration import composite
 from megatron_keye.kernels.trapezoids import find_trapezoids
 
 IMPLEMENTATIONS = ("eager", "sdpa")
@@ -68,7 +70,8 @@ def dense_attention_with_lse(
         key_reach_S: int64, for documents that branch: a query sees a key of its range only where
             `key_end_T` is at most this. None: it sees all of them.
         kept: Keeps what the backward pass needs for a second call with the same tensors, which
-            then takes it from there; "eager" computes it again. None: nothing is kept.
+            then takes it from there; "eager" computes it again. None: nothing is kept, and
+            torch.compile takes the operator as one.
         impl: One of IMPLEMENTATIONS, or None for the default. "sdpa" is torch's own attention,
             cuDNN's or FlashAttention, two calls for each trapezoid of the mask and one more for
             each gap in it; on a GPU it takes 16 bits and heads of a multiple of 8 channels, and
@@ -85,23 +88,58 @@ def dense_attention_with_lse(
         ValueError: On shapes, types or devices that do not fit, inputs that "sdpa" does not
             take, or an unknown `impl`.
     """
+    operands = q_THC, k_SGC, v_SGC, key_start_T, key_end_T, key_reach_S, scale, impl
+    if kept is None and torch.compiler.is_dynamo_compiling():
+        return _attend_at_once(*operands)
+    ranges = key_start_T, key_end_T, key_reach_S
+    if _choose(*operands) == "eager":
+        return reference.dense_attention(q_THC, k_SGC, v_SGC, *ranges, scale=scale)
+    trapezoids = find_trapezoids(*ranges)
+    return sdpa.dense_attention(q_THC, k_SGC, v_SGC, trapezoids, scale=scale, kept=kept)
+
+
+@composite("dense_attention")
+def _attend_at_once(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    key_reach_S: Tensor | None,
+    scale: float,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Return out_THC and lse_TH without knowing the ranges, as a trace does."""
+    ranges = key_start_T, key_end_T, key_reach_S
+    if _choose(q_THC, k_SGC, v_SGC, *ranges, scale, impl) == "eager":
+        return reference.dense_attention(q_THC, k_SGC, v_SGC, *ranges, scale=scale)
+    return traced.dense_attention(q_THC, k_SGC, v_SGC, *ranges, scale=scale)
+
+
+def _choose(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    key_reach_S: Tensor | None,
+    scale: float,
+    impl: str | None,
+) -> str:
+    """Return the implementation, after checking that it takes the tensors."""
     sizes = check_shapes(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
     check_groups(sizes["H"], sizes["G"])
     check_same_dtype(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
     check_key_ranges(q_THC, key_start_T, key_end_T)
     check_key_reach(k_SGC, key_reach_S)
-    suits_sdpa = sdpa.takes(q_THC, k_SGC, v_SGC)
-    # On a GPU no operator takes 32 bits, which only tests train in.
-    is_eager = not q_THC.is_cuda or (not suits_sdpa and q_THC.element_size() > 2)
-    default = "eager" if is_eager else "sdpa"
-    chosen = choose_impl("dense_attention", impl, IMPLEMENTATIONS, default)
-    if chosen == "eager":
-        ranges = key_start_T, key_end_T, key_reach_S
-        return reference.dense_attention(q_THC, k_SGC, v_SGC, *ranges, scale=scale)
-    if not suits_sdpa:
+    takes_sdpa = sdpa.takes(q_THC, k_SGC, v_SGC)
+    # On a GPU no operator takes 32 bits, which only tests train in; 16 bits are refused below
+    # rather than attended to slowly.
+    suits_sdpa = q_THC.is_cuda and (takes_sdpa or q_THC.element_size() <= 2)
+    chosen = choose_impl("dense_attention", impl, IMPLEMENTATIONS, sdpa=suits_sdpa)
+    if chosen == "sdpa" and not takes_sdpa:
         raise ValueError(
             f"q_THC: got {q_THC.dtype} with C = {q_THC.shape[2]}, which neither cuDNN nor "
             "FlashAttention takes here; take impl='eager'"
         )
-    trapezoids = find_trapezoids(key_start_T, key_end_T, key_reach_S)
-    return sdpa.dense_attention(q_THC, k_SGC, v_SGC, trapezoids, scale=scale, kept=kept)
+    return chosen

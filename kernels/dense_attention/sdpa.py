@@ -63,9 +63,7 @@ class _DenseAttention(torch.autograd.Function):
         kept: KeptOutputs | None,
     ) -> tuple[Tensor, Tensor]:
         def attend() -> tuple[Any, ...]:
-            done = [_attend(q_THC[each.queries], k_SGC, v_SGC, each, scale) for each in trapezoids]
-            outs_THC, lses_TH, blocks = zip(*done, strict=True)
-            return _joined(outs_THC), _joined(lses_TH), *blocks
+            return _attend_to_all(q_THC, k_SGC, v_SGC, trapezoids, scale)
 
         done = attend() if kept is None else kept.outputs_of("dense_attention", attend)
         out_THC, lse_TH, *ctx.blocks = done
@@ -78,32 +76,73 @@ class _DenseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q_THC, k_SGC, v_SGC, out_THC, lse_TH = ctx.saved_tensors
-        sums = tuple(map(torch.zeros_like, (q_THC, k_SGC, v_SGC)))
-        for trapezoid, blocks in zip(ctx.trapezoids, ctx.blocks, strict=True):
-            rows = trapezoid.queries
-            dout_BHTC, q_BHTC, out_BHTC = (
-                _heads_first(each[rows]) for each in (dout_THC, q_THC, out_THC)
-            )
-            lse_BHT = lse_TH[rows].T[None].contiguous()
-            for block in blocks:
-                k_BGSC, v_BGSC = (_heads_first(each[block.keys]) for each in (k_SGC, v_SGC))
-                of_block = operators.attend_backward(
-                    block.operator,
-                    dout_BHTC,
-                    q_BHTC,
-                    k_BGSC,
-                    v_BGSC,
-                    out_BHTC,
-                    lse_BHT,
-                    block.state,
-                    is_causal=block.is_causal,
-                    scale=ctx.scale,
-                )
-                for whole, place, part in zip(
-                    sums, (rows, block.keys, block.keys), of_block, strict=True
-                ):
-                    whole[place] += part[0].transpose(0, 1)
+        saved = q_THC, k_SGC, v_SGC, out_THC, lse_TH
+        sums = _attend_backward(dout_THC, *saved, ctx.trapezoids, ctx.blocks, scale=ctx.scale)
         return *sums, None, None, None
+
+
+def differentiate(
+    dout_THC: Tensor,
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    trapezoids: list[Trapezoid],
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of queries, keys and values from these alone: it attends once more."""
+    heads = q_THC, k_SGC, v_SGC
+    out_THC, lse_TH, *blocks = _attend_to_all(*heads, trapezoids, scale)
+    return _attend_backward(dout_THC, *heads, out_THC, lse_TH, trapezoids, blocks, scale=scale)
+
+
+def _attend_to_all(
+    q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor, trapezoids: list[Trapezoid], scale: float
+) -> tuple[Any, ...]:
+    """Return out_THC, lse_TH and each trapezoid's blocks."""
+    done = [_attend(q_THC[each.queries], k_SGC, v_SGC, each, scale) for each in trapezoids]
+    outs_THC, lses_TH, blocks = zip(*done, strict=True)
+    return _joined(outs_THC), _joined(lses_TH), *blocks
+
+
+def _attend_backward(
+    dout_THC: Tensor,
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    out_THC: Tensor,
+    lse_TH: Tensor,
+    trapezoids: list[Trapezoid],
+    blocks_of_all: "list[list[_Block]]",
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of queries, keys and values."""
+    dq_THC, dk_SGC, dv_SGC = map(torch.zeros_like, (q_THC, k_SGC, v_SGC))
+    for trapezoid, blocks in zip(trapezoids, blocks_of_all, strict=True):
+        rows = trapezoid.queries
+        dout_BHTC, q_BHTC, out_BHTC = (
+            _heads_first(each[rows]) for each in (dout_THC, q_THC, out_THC)
+        )
+        lse_BHT = lse_TH[rows].T[None].contiguous()
+        for block in blocks:
+            k_BGSC, v_BGSC = (_heads_first(each[block.keys]) for each in (k_SGC, v_SGC))
+            of_block = operators.attend_backward(
+                block.operator,
+                dout_BHTC,
+                q_BHTC,
+                k_BGSC,
+                v_BGSC,
+                out_BHTC,
+                lse_BHT,
+                block.state,
+                is_causal=block.is_causal,
+                scale=scale,
+            )
+            wholes = (dq_THC, rows), (dk_SGC, block.keys), (dv_SGC, block.keys)
+            for (whole, place), part in zip(wholes, of_block, strict=True):
+                whole[place] += part[0].transpose(0, 1)
+    return dq_THC, dk_SGC, dv_SGC
 
 
 class _Block(NamedTuple):

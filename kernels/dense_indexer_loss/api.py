@@ -18,15 +18,16 @@ from megatron_keye.kernels.arguments import (
     check_key_reach,
     check_same_dtype,
     check_shapes,
-    choose_impl,
-    default_impl,
 )
 from megatron_keye.kernels.dense_indexer_loss import reference
+from megatron_keye.kernels.implementations import choose_impl, suits_triton
+from megatron_keye.kernels.registration import composite
 
 IMPLEMENTATIONS = ("eager", "triton")
 """What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
 
 
+@composite("dense_indexer_loss")
 def dense_indexer_loss(
     q_TIJ: Tensor,
     k_SJ: Tensor,
@@ -79,8 +80,8 @@ def dense_indexer_loss(
 
     Source: arXiv 2606.10651, dense warm-up of the indexer.
     """
-    default = default_impl(q_TIJ, k_SJ, gate_TI, query_THC, key_SGC)
-    chosen = choose_impl("dense_indexer_loss", impl, IMPLEMENTATIONS, default)
+    takes_triton = suits_triton(q_TIJ, k_SJ, gate_TI, query_THC, key_SGC)
+    chosen = choose_impl("dense_indexer_loss", impl, IMPLEMENTATIONS, triton=takes_triton)
     sizes = check_shapes(
         q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI, query_THC=query_THC, key_SGC=key_SGC
     )

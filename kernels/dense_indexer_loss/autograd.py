@@ -18,6 +18,7 @@ from megatron_keye.kernels.dense_indexer_loss.triton.attention_lse import attent
 from megatron_keye.kernels.dense_indexer_loss.triton.loss import dense_divergence
 from megatron_keye.kernels.dense_indexer_loss.triton.ranges import span_tiles
 from megatron_keye.kernels.dense_indexer_loss.triton.tiles import DenseInputs
+from megatron_keye.kernels.registration import opaque
 
 
 def dense_indexer_loss(
@@ -40,7 +41,7 @@ class _DenseLoss(torch.autograd.Function):
         *tensors, weight_T, known_TH, scale, needs_gradients = arguments
         inputs = DenseInputs(*tensors)
         weight_T = weight_T.detach().float().contiguous()
-        kl_TG, gradients = _loss(inputs, weight_T, known_TH, scale, needs_gradients)
+        kl_TG, *gradients = _loss(*inputs, weight_T, known_TH, scale, needs_gradients)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [tensor.dtype for tensor in inputs[:3]]
         ctx.mark_non_differentiable(kl_TG)
@@ -54,18 +55,47 @@ class _DenseLoss(torch.autograd.Function):
         return (*scaled, *(None,) * 9)
 
 
-def _loss(
-    inputs: DenseInputs,
+def _fake_loss(
+    q_TIJ: Tensor,
+    k_SJ: Tensor,
+    gate_TI: Tensor,
+    query_THC: Tensor,
+    key_SGC: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    key_reach_S: Tensor | None,
     weight_T: Tensor,
     known_TH: Tensor | None,
     scale: float,
     needs_gradients: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return kl_TG and the gradients of its weighted sum, none where none are needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kl_TG = weight_T.new_empty((q_TIJ.shape[0], key_SGC.shape[1]))
+    return kl_TG, *_empty_gradients(q_TIJ, k_SJ, gate_TI, needs_gradients)
+
+
+@opaque("dense_divergence", _fake_loss)
+def _loss(
+    q_TIJ: Tensor,
+    k_SJ: Tensor,
+    gate_TI: Tensor,
+    query_THC: Tensor,
+    key_SGC: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    key_reach_S: Tensor | None,
+    weight_T: Tensor,
+    known_TH: Tensor | None,
+    scale: float,
+    needs_gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return kl_TG and the gradients of its weighted sum, without entries where not needed."""
+    ranges = key_start_T, key_end_T, key_reach_S
+    inputs = DenseInputs(q_TIJ, k_SJ, gate_TI, query_THC, key_SGC, *ranges)
     num_queries, num_keys = inputs.sizes()
     if num_queries == 0 or num_keys == 0:
         kl_TG = weight_T.new_zeros((num_queries, inputs.key_SGC.shape[1]))
-        return kl_TG, tuple(torch.zeros_like(tensor) for tensor in inputs[:3])
+        dq_TIJ, dk_SJ, dgate_TI = _empty_gradients(q_TIJ, k_SJ, gate_TI, needs_gradients)
+        return kl_TG, dq_TIJ.zero_(), dk_SJ.zero_(), dgate_TI.zero_()
     spans_B4 = span_tiles(*inputs.range_arguments(), num_keys)
     if known_TH is None:
         lse_TH = attention_lse(inputs, spans_B4, scale=scale)
@@ -75,5 +105,13 @@ def _loss(
         inputs, weight_T, spans_B4, lse_TH, scale=scale, with_gradients=needs_gradients
     )
     if gradients is None:
-        return kl_TG, ()
-    return kl_TG, (gradients.dq_TIJ, gradients.dk_SJ, gradients.dgate_TI)
+        return kl_TG, *_empty_gradients(q_TIJ, k_SJ, gate_TI, needs_gradients)
+    return kl_TG, gradients.dq_TIJ, gradients.dk_SJ, gradients.dgate_TI
+
+
+def _empty_gradients(
+    q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, are_needed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, gate = (each.shape if are_needed else (0,) for each in (q_TIJ, k_SJ, gate_TI))
+    dk_SJ = k_SJ.new_empty(k, dtype=torch.float32)
+    return q_TIJ.new_empty(q), dk_SJ, gate_TI.new_empty(gate)

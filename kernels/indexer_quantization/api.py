@@ -11,8 +11,10 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from megatron_keye.kernels.arguments import check_dtypes, choose_impl, default_impl
+from megatron_keye.kernels.arguments import check_dtypes
+from megatron_keye.kernels.implementations import choose_impl, suits_triton
 from megatron_keye.kernels.indexer_quantization import reference
+from megatron_keye.kernels.registration import composite, opaque
 
 IMPLEMENTATIONS = ("eager", "triton")
 """What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere.
@@ -21,6 +23,7 @@ VECTOR_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 """Types that hold every quantised number exactly; float16 has too few exponents."""
 
 
+@composite("quantize")
 def quantize(vectors: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
     """Rotate vectors by the Hadamard matrix, then round each to e4m3 with a scale of its own.
 
@@ -42,14 +45,26 @@ def quantize(vectors: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tenso
     Source: the released Keye-VL-2.0 serving code: x H / sqrt(J) rounded to the type of x, then
     e4m3 with one ue8m0 scale per vector.
     """
-    if _choose("quantize", vectors, impl) == "triton":
+    return _quantize(vectors.detach(), _choose("quantize", vectors, impl))
+
+
+def _fake_quantize(vectors: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    values = vectors.new_empty(vectors.shape, dtype=torch.float8_e4m3fn)
+    return values, vectors.new_empty(vectors.shape[:-1], dtype=torch.float32)
+
+
+@opaque("quantize_as", _fake_quantize)
+def _quantize(vectors: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    """Return values and scales of an implementation."""
+    if impl == "triton":
         # Loaded on demand: everything else must import where Triton cannot compile.
         triton = import_module("megatron_keye.kernels.indexer_quantization.triton")
-        result: tuple[Tensor, Tensor] = triton.quantize(vectors.detach())
+        result: tuple[Tensor, Tensor] = triton.quantize(vectors)
         return result
-    return reference.quantize(vectors.detach())
+    return reference.quantize(vectors)
 
 
+@composite("dequantize")
 def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return values * scales, exactly: no type of VECTOR_DTYPES rounds it.
 
@@ -73,6 +88,7 @@ def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return reference.dequantize(values, scales, dtype)
 
 
+@composite("round_to_fp8")
 def round_to_fp8(vectors: Tensor, *, impl: str | None = None) -> Tensor:
     """Return `dequantize(*quantize(vectors))` in the type of `vectors`, differentiable.
 
@@ -93,7 +109,7 @@ def round_to_fp8(vectors: Tensor, *, impl: str | None = None) -> Tensor:
 
 def _choose(operator: str, vectors: Tensor, impl: str | None) -> str:
     """Return the implementation, after checking that the vectors can be quantised."""
-    chosen = choose_impl(operator, impl, IMPLEMENTATIONS, default_impl(vectors))
+    chosen = choose_impl(operator, impl, IMPLEMENTATIONS, triton=suits_triton(vectors))
     check_dtypes(VECTOR_DTYPES, vectors=vectors)
     num_channels = vectors.shape[-1] if vectors.ndim > 0 else 0
     if num_channels < 2 or num_channels & (num_channels - 1) != 0:

@@ -10,36 +10,37 @@ import torch
 from torch import Tensor
 
 from megatron_keye.kernels.indexer_quantization import reference
+from megatron_keye.kernels.registration import opaque
 
 
-# Not traced: the compiler of torch 2.11 gives gradients of 0 where a conversion to the type that
-# a tensor has already is the last step of a function's forward.
-@torch.compiler.disable
 def round_to_fp8(vectors: Tensor, impl: str) -> Tensor:
     """Return the rounded vectors; see api.round_to_fp8."""
-    rounded: Tensor = (_RoundOnGpu if impl == "triton" else _RoundEagerly).apply(vectors)
+    rounded: Tensor = _Round.apply(vectors, impl)
     return rounded
 
 
-class _RoundEagerly(torch.autograd.Function):
+class _Round(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor) -> Tensor:
-        return reference.dequantize(*reference.quantize(vectors), vectors.dtype)
+    def forward(ctx: Any, vectors: Tensor, impl: str) -> Tensor:
+        ctx.impl = impl
+        return _rotate(vectors, impl, True)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return reference.rotate(gradient)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _rotate(gradient, ctx.impl, False), None
 
 
-class _RoundOnGpu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, vectors: Tensor) -> Tensor:
+def _fake_rotate(vectors: Tensor, impl: str, is_rounded: bool) -> Tensor:
+    return vectors.new_empty(vectors.shape)
+
+
+@opaque("rotate_channels", _fake_rotate)
+def _rotate(vectors: Tensor, impl: str, is_rounded: bool) -> Tensor:
+    """Return the rotated vectors, rounded to what `quantize` keeps or not."""
+    if impl == "triton":
         triton = import_module("megatron_keye.kernels.indexer_quantization.triton")
-        rounded: Tensor = triton.rotate(vectors, is_rounded=True)
-        return rounded
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        triton = import_module("megatron_keye.kernels.indexer_quantization.triton")
-        rotated: Tensor = triton.rotate(gradient, is_rounded=False)
+        rotated: Tensor = triton.rotate(vectors, is_rounded=is_rounded)
         return rotated
+    if is_rounded:
+        return reference.dequantize(*reference.quantize(vectors), vectors.dtype)
+    return reference.rotate(vectors)

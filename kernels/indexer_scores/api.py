@@ -16,15 +16,16 @@ from megatron_keye.kernels.arguments import (
     check_key_ranges,
     check_same_dtype,
     check_shapes,
-    choose_impl,
-    default_impl,
 )
+from megatron_keye.kernels.implementations import choose_impl, suits_triton
 from megatron_keye.kernels.indexer_scores import reference
+from megatron_keye.kernels.registration import composite, opaque
 
 IMPLEMENTATIONS = ("eager", "triton")
 """What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
 
 
+@composite("indexer_scores")
 def indexer_scores(
     q_TIJ: Tensor,
     k_SJ: Tensor,
@@ -60,8 +61,8 @@ def indexer_scores(
     needs_gradient = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (q_TIJ, k_SJ, gate_TI)
     )
-    default = "eager" if needs_gradient else default_impl(q_TIJ, k_SJ, gate_TI)
-    chosen = choose_impl("indexer_scores", impl, IMPLEMENTATIONS, default)
+    takes_triton = not needs_gradient and suits_triton(q_TIJ, k_SJ, gate_TI)
+    chosen = choose_impl("indexer_scores", impl, IMPLEMENTATIONS, triton=takes_triton)
     check_shapes(q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI)
     check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
@@ -72,8 +73,21 @@ def indexer_scores(
                 "indexer_scores: impl 'triton' got inputs that require gradients, expected "
                 "none; take impl='eager', or selected_indexer_scores"
             )
-        # Loaded on demand: everything else must import where Triton cannot compile.
-        triton = import_module("megatron_keye.kernels.indexer_scores.triton")
-        scores_TS: Tensor = triton.indexer_scores(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T)
-        return scores_TS
+        return _score_in_triton(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T)
     return reference.indexer_scores(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T)
+
+
+def _fake_score(
+    q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, key_start_T: Tensor, key_end_T: Tensor
+) -> Tensor:
+    return q_TIJ.new_empty((q_TIJ.shape[0], k_SJ.shape[0]), dtype=torch.float32)
+
+
+@opaque("indexer_scores_in_triton", _fake_score)
+def _score_in_triton(
+    q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, key_start_T: Tensor, key_end_T: Tensor
+) -> Tensor:
+    # Loaded on demand: everything else must import where Triton cannot compile.
+    triton = import_module("megatron_keye.kernels.indexer_scores.triton")
+    scores_TS: Tensor = triton.indexer_scores(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T)
+    return scores_TS

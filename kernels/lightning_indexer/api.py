@@ -8,6 +8,7 @@ Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selecte
 
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
 from megatron_keye.kernels.arguments import (
@@ -17,16 +18,17 @@ from megatron_keye.kernels.arguments import (
     check_key_reach,
     check_same_dtype,
     check_shapes,
-    choose_impl,
-    default_impl,
 )
+from megatron_keye.kernels.implementations import choose_impl, suits_triton
 from megatron_keye.kernels.lightning_indexer import cuda, paths, reference
+from megatron_keye.kernels.registration import composite, opaque
 
 IMPLEMENTATIONS = ("eager", "triton", "cuda")
 """What exists. The default is "cuda" for long rows where it is built and takes the call, else
 "triton" on a GPU in the types that it takes, else "eager"."""
 
 
+@composite("lightning_indexer")
 def lightning_indexer(
     q_TIJ: Tensor,
     k_SJ: Tensor,
@@ -78,13 +80,47 @@ def lightning_indexer(
     check_key_reach(k_SJ, key_reach_S)
     if k < 1:
         raise ValueError(f"k: got {k}, expected 1 or more; set model.decoder.indexer.top_k")
-    default = "cuda" if cuda.suits(q_TIJ, k_SJ, k) else default_impl(q_TIJ, k_SJ, gate_TI)
-    chosen = choose_impl("lightning_indexer", impl, IMPLEMENTATIONS, default)
+    chosen = choose_impl(
+        "lightning_indexer",
+        impl,
+        IMPLEMENTATIONS,
+        triton=suits_triton(q_TIJ, k_SJ, gate_TI),
+        cuda=cuda.suits(q_TIJ, k_SJ, k),
+    )
+    heads = q_TIJ.detach(), k_SJ.detach(), gate_TI.detach()
+    return _select(*heads, key_start_T, key_end_T, key_reach_S, k, chosen)
+
+
+def _fake_select(
+    q_TIJ: Tensor,
+    k_SJ: Tensor,
+    gate_TI: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    key_reach_S: Tensor | None,
+    k: int,
+    impl: str,
+) -> Tensor:
+    return q_TIJ.new_empty((q_TIJ.shape[0], k), dtype=torch.int32)
+
+
+@opaque("lightning_indexer_as", _fake_select)
+def _select(
+    q_TIJ: Tensor,
+    k_SJ: Tensor,
+    gate_TI: Tensor,
+    key_start_T: Tensor,
+    key_end_T: Tensor,
+    key_reach_S: Tensor | None,
+    k: int,
+    impl: str,
+) -> Tensor:
+    """Return indices_TK of an implementation."""
     inputs = q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T, k
-    if chosen == "eager":
+    if impl == "eager":
         return reference.lightning_indexer(*inputs, key_reach_S)
     # Loaded on demand: everything else must import where Triton cannot compile.
-    implementation = import_module(f"megatron_keye.kernels.lightning_indexer.{chosen}")
+    implementation = import_module(f"megatron_keye.kernels.lightning_indexer.{impl}")
     if key_reach_S is not None:
         return paths.select_along_paths(implementation.lightning_indexer, *inputs, key_reach_S)
     indices_TK: Tensor = implementation.lightning_indexer(*inputs)

@@ -9,6 +9,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_keye.kernels.indexer_scores.reference import score_range
 from megatron_keye.kernels.precision import accumulation_dtype
@@ -52,4 +53,5 @@ def _select_rows(
     """Return indices_TK of one chunk of rows."""
     (scores_TS,) = score_range(q_TIJ, gate_TI, key_start_T, key_end_T, k_SJ)
     is_candidate_TS = find_visible(key_start_T, key_end_T, len(k_SJ), key_reach_S)
-    return (select_candidates(scores_TS, is_candidate_TS, k),)
+    with record_function("select_top_k"):
+        return (select_candidates(scores_TS, is_candidate_TS, k),)

@@ -11,6 +11,7 @@ from importlib import import_module
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_keye.kernels.indexer_scores.triton import indexer_scores
 from megatron_keye.kernels.select_top_k import fastest_impl
@@ -44,7 +45,8 @@ def lightning_indexer(
         indexer_scores(
             q_TIJ[rows], k_SJ, gate_TI[rows], *ranges, out_TS=chunk_TS, fill_outside=False
         )
-        indices_TK[rows] = select(chunk_TS, *ranges, k)
+        with record_function("select_top_k"):
+            indices_TK[rows] = select(chunk_TS, *ranges, k)
     return indices_TK
 
 

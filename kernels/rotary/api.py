@@ -12,9 +12,9 @@ from megatron_keye.kernels.arguments import (
     FLOAT_DTYPES,
     check_dtypes,
     check_shapes,
-    choose_impl,
-    default_impl,
 )
+from megatron_keye.kernels.implementations import choose_impl, suits_triton
+from megatron_keye.kernels.registration import composite
 from megatron_keye.kernels.rotary import reference
 
 IMPLEMENTATIONS = ("eager", "triton")
@@ -23,6 +23,7 @@ TABLE_DTYPES = (torch.float32, torch.float64)
 """Types of cosines and sines; less would blur the angles of far positions."""
 
 
+@composite("rotate")
 def rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, impl: str | None = None) -> Tensor:
     """Rotate the plane of channels c and c + C / 2 by its angle, for every c below C / 2.
 
@@ -42,8 +43,8 @@ def rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, *, impl: str | None = 
 
     Source: arXiv 2104.09864 (RoFormer), in the rotate-half order of channels.
     """
-    default = default_impl(x_THC, cos_TC, sin_TC)
-    chosen = choose_impl("rotary", impl, IMPLEMENTATIONS, default)
+    takes_triton = suits_triton(x_THC, cos_TC, sin_TC)
+    chosen = choose_impl("rotary", impl, IMPLEMENTATIONS, triton=takes_triton)
     sizes = check_shapes(x_THC=x_THC, cos_TC=cos_TC, sin_TC=sin_TC)
     check_dtypes(FLOAT_DTYPES, x_THC=x_THC)
     check_dtypes(TABLE_DTYPES, cos_TC=cos_TC, sin_TC=sin_TC)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.launch import check_triton
+from megatron_keye.kernels.registration import opaque
 from megatron_keye.kernels.rotary.triton import rotate_heads
 
 
@@ -17,13 +18,23 @@ def rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     return rotated_THC
 
 
+def _fake_rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, is_backward: bool) -> Tensor:
+    return x_THC.new_empty(x_THC.shape)
+
+
+@opaque("rotate_heads", _fake_rotate)
+def _rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, is_backward: bool) -> Tensor:
+    return rotate_heads(x_THC, cos_TC, sin_TC, is_backward=is_backward)
+
+
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
         ctx.save_for_backward(cos_TC, sin_TC)
-        return rotate_heads(x_THC, cos_TC, sin_TC, is_backward=False)
+        return _rotate(x_THC, cos_TC, sin_TC, False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_THC: Tensor) -> tuple[Tensor, None, None]:
-        return rotate_heads(gradient_THC, *ctx.saved_tensors, is_backward=True), None, None
+        cos_TC, sin_TC = ctx.saved_tensors
+        return _rotate(gradient_THC, cos_TC, sin_TC, True), None, None

@@ -8,6 +8,7 @@ Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selecte
 from importlib import import_module
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_keye.kernels.arguments import (
     FLOAT_DTYPES,
@@ -15,15 +16,16 @@ from megatron_keye.kernels.arguments import (
     check_dtypes,
     check_same_dtype,
     check_shapes,
-    choose_impl,
-    default_impl,
 )
+from megatron_keye.kernels.implementations import choose_impl, suits_triton
+from megatron_keye.kernels.registration import composite
 from megatron_keye.kernels.selected_indexer_scores import reference
 
 IMPLEMENTATIONS = ("eager", "triton")
 """What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
 
 
+@composite("selected_indexer_scores")
 def selected_indexer_scores(
     q_TIJ: Tensor,
     k_SJ: Tensor,
@@ -54,15 +56,16 @@ def selected_indexer_scores(
 
     Source: arXiv 2606.10651, lightning indexer.
     """
-    default = default_impl(q_TIJ, k_SJ, gate_TI)
-    chosen = choose_impl("selected_indexer_scores", impl, IMPLEMENTATIONS, default)
+    takes_triton = suits_triton(q_TIJ, k_SJ, gate_TI)
+    chosen = choose_impl("selected_indexer_scores", impl, IMPLEMENTATIONS, triton=takes_triton)
     check_shapes(q_TIJ=q_TIJ, k_SJ=k_SJ, gate_TI=gate_TI, indices_TK=indices_TK)
     check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
     check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
-    if chosen == "triton":
+    with record_function("selected_indexer_scores"):
+        if chosen == "eager":
+            return reference.selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK)
         # Loaded on demand: everything else must import where Triton cannot compile.
         autograd = import_module("megatron_keye.kernels.selected_indexer_scores.autograd")
         scores_TK: Tensor = autograd.selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK)
         return scores_TK
-    return reference.selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_keye.kernels.registration import opaque
 from megatron_keye.kernels.selected_indexer_scores.triton import (
     score_selected,
     score_selected_backward,
 )
-from megatron_keye.kernels.union_lists import union_lists
+from megatron_keye.kernels.union_lists import UnionLists, union_lists
 
 
 def selected_indexer_scores(
@@ -24,18 +25,54 @@ def selected_indexer_scores(
     return scores_TK
 
 
+def _fake_score(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, indices_TK: Tensor) -> Tensor:
+    return q_TIJ.new_empty(indices_TK.shape, dtype=torch.float32)
+
+
+@opaque("score_selected", _fake_score)
+def _score(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, indices_TK: Tensor) -> Tensor:
+    return score_selected(q_TIJ, k_SJ, gate_TI, indices_TK)
+
+
+def _fake_score_backward(
+    dscores_TK: Tensor,
+    q_TIJ: Tensor,
+    k_SJ: Tensor,
+    gate_TI: Tensor,
+    keys_BU: Tensor,
+    masks_BU: Tensor,
+    counts_B: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, gate = (each.new_empty(each.shape) for each in (q_TIJ, k_SJ, gate_TI))
+    return q, k, gate
+
+
+@opaque("score_selected_backward", _fake_score_backward)
+def _score_backward(
+    dscores_TK: Tensor,
+    q_TIJ: Tensor,
+    k_SJ: Tensor,
+    gate_TI: Tensor,
+    keys_BU: Tensor,
+    masks_BU: Tensor,
+    counts_B: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lists = UnionLists(keys_BU, masks_BU, counts_B)
+    return score_selected_backward(dscores_TK, q_TIJ, k_SJ, gate_TI, lists)
+
+
 class _SelectedScores(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, indices_TK: Tensor
     ) -> Tensor:
         ctx.save_for_backward(q_TIJ, k_SJ, gate_TI, indices_TK)
-        return score_selected(q_TIJ, k_SJ, gate_TI, indices_TK)
+        return _score(q_TIJ, k_SJ, gate_TI, indices_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dscores_TK: Tensor) -> tuple[Tensor | None, ...]:
         q_TIJ, k_SJ, gate_TI, indices_TK = ctx.saved_tensors
         lists = union_lists(indices_TK, k_SJ.shape[0], impl="triton")
-        gradients = score_selected_backward(dscores_TK.contiguous(), q_TIJ, k_SJ, gate_TI, lists)
+        gradients = _score_backward(dscores_TK.contiguous(), q_TIJ, k_SJ, gate_TI, *lists)
         return (*gradients, None)

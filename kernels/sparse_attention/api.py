@@ -20,10 +20,10 @@ from megatron_keye.kernels.arguments import (
     check_groups,
     check_same_dtype,
     check_shapes,
-    choose_impl,
-    default_impl,
 )
+from megatron_keye.kernels.implementations import choose_impl, suits_triton
 from megatron_keye.kernels.kept_outputs import KeptOutputs
+from megatron_keye.kernels.registration import composite
 from megatron_keye.kernels.sparse_attention import reference
 
 IMPLEMENTATIONS = ("eager", "triton", "cuda")
@@ -63,7 +63,8 @@ def sparse_attention(
             "eager" is deterministic on a CPU anyway and refuses on a GPU.
         with_target: Whether the target is computed; without it K is 0 in its shape.
         kept: Keeps what the backward pass needs for a second call with the same tensors, which
-            then takes it from there; "eager" computes it again. None: nothing is kept.
+            then takes it from there; "eager" computes it again. None: nothing is kept, and
+            torch.compile takes the operator as one.
         impl: One of IMPLEMENTATIONS, or None for the default. "triton" takes float32, bfloat16
             and float16, groups of up to 128 heads and heads of up to 256 channels. "cuda" takes
             bfloat16, groups of 4, 8 or 16 heads, heads of 64 or 128 channels and a scale above 0,
@@ -82,8 +83,41 @@ def sparse_attention(
 
     Source: arXiv 2606.10651, sparse attention and the indexer's target on the selected set.
     """
-    default = default_impl(q_THC, k_SGC, v_SGC)
-    chosen = choose_impl("sparse_attention", impl, IMPLEMENTATIONS, default)
+    operands, options = (q_THC, k_SGC, v_SGC, indices_TK), (scale, deterministic, with_target)
+    if kept is None:
+        return _attend_once(*operands, *options, impl)
+    return _attend(*operands, *options, impl, kept)
+
+
+@composite("sparse_attention")
+def _attend_once(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    indices_TK: Tensor,
+    scale: float,
+    deterministic: bool,
+    with_target: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Return what sparse_attention returns where nothing is kept."""
+    operands, options = (q_THC, k_SGC, v_SGC, indices_TK), (scale, deterministic, with_target)
+    return _attend(*operands, *options, impl, KeptOutputs())
+
+
+def _attend(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    indices_TK: Tensor,
+    scale: float,
+    deterministic: bool,
+    with_target: bool,
+    impl: str | None,
+    kept: KeptOutputs,
+) -> tuple[Tensor, Tensor]:
+    takes_triton = suits_triton(q_THC, k_SGC, v_SGC)
+    chosen = choose_impl("sparse_attention", impl, IMPLEMENTATIONS, triton=takes_triton)
     sizes = check_shapes(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC, indices_TK=indices_TK)
     check_groups(sizes["H"], sizes["G"])
     check_same_dtype(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
@@ -99,7 +133,7 @@ def sparse_attention(
             scale=scale,
             deterministic=deterministic,
             with_target=with_target,
-            kept=KeptOutputs() if kept is None else kept,
+            kept=kept,
             impl=chosen,
         )
         return result

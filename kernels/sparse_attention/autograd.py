@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.launch import check_triton
+from megatron_keye.kernels.registration import opaque
 from megatron_keye.kernels.sparse_attention import cuda, triton
 from megatron_keye.kernels.sparse_attention.triton import lay_out_heads
 from megatron_keye.kernels.sparse_attention.triton_backward import attend_backward
@@ -44,6 +45,85 @@ def sparse_attention(
     return out_THC, target_TGK
 
 
+def _fake_attend(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    keys_BU: Tensor,
+    masks_BU: Tensor,
+    counts_B: Tensor,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return q_THC.new_empty(q_THC.shape), q_THC.new_empty(q_THC.shape[:2], dtype=torch.float32)
+
+
+@opaque("attend_to_unions", _fake_attend)
+def attend(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    keys_BU: Tensor,
+    masks_BU: Tensor,
+    counts_B: Tensor,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Return out_THC and lse_TH of an implementation; see triton.attend."""
+    lists = UnionLists(keys_BU, masks_BU, counts_B)
+    implementation = cuda.attend if impl == "cuda" else triton.attend
+    return implementation(q_THC, k_SGC, v_SGC, lists, scale=scale)
+
+
+def _fake_recover_target(
+    q_THC: Tensor, k_SGC: Tensor, lse_TH: Tensor, indices_TK: Tensor, scale: float
+) -> Tensor:
+    num_queries, num_selected = indices_TK.shape
+    return lse_TH.new_empty((num_queries, k_SGC.shape[1], num_selected))
+
+
+@opaque("recover_target", _fake_recover_target)
+def _recover_target(
+    q_THC: Tensor, k_SGC: Tensor, lse_TH: Tensor, indices_TK: Tensor, scale: float
+) -> Tensor:
+    return recover_target(q_THC, k_SGC, lse_TH, indices_TK, scale=scale)
+
+
+def _fake_attend_backward(
+    dout_THC: Tensor,
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    out_THC: Tensor,
+    lse_TH: Tensor,
+    keys_BU: Tensor,
+    masks_BU: Tensor,
+    counts_B: Tensor,
+    scale: float,
+    is_deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq_THC, dk_SGC, dv_SGC = (each.new_empty(each.shape) for each in (q_THC, k_SGC, v_SGC))
+    return dq_THC, dk_SGC, dv_SGC
+
+
+@opaque("attend_to_unions_backward", _fake_attend_backward)
+def _attend_backward(
+    dout_THC: Tensor,
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    out_THC: Tensor,
+    lse_TH: Tensor,
+    keys_BU: Tensor,
+    masks_BU: Tensor,
+    counts_B: Tensor,
+    scale: float,
+    is_deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, lists = (q_THC, k_SGC, v_SGC, out_THC, lse_TH), UnionLists(keys_BU, masks_BU, counts_B)
+    return attend_backward(dout_THC, *heads, lists, scale=scale, is_deterministic=is_deterministic)
+
+
 class _SparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -60,12 +140,11 @@ class _SparseAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         q_THC, k_SGC, v_SGC = lay_out_heads(q_THC, k_SGC, v_SGC)
         lists = union_lists(indices_TK, k_SGC.shape[0], impl="triton")
-        attend = cuda.attend if impl == "cuda" else triton.attend
         out_THC, lse_TH = kept.outputs_of(
-            "sparse_attention", lambda: attend(q_THC, k_SGC, v_SGC, lists, scale=scale)
+            "sparse_attention", lambda: attend(q_THC, k_SGC, v_SGC, *lists, scale, impl)
         )
         wanted_TK = indices_TK if with_target else indices_TK[:, :0]
-        target_TGK = recover_target(q_THC, k_SGC, lse_TH, wanted_TK, scale=scale)
+        target_TGK = _recover_target(q_THC, k_SGC, lse_TH, wanted_TK, scale)
         ctx.save_for_backward(q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists)
         ctx.scale, ctx.is_deterministic = scale, deterministic
         ctx.mark_non_differentiable(target_TGK)
@@ -74,16 +153,9 @@ class _SparseAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_THC: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists = ctx.saved_tensors
-        gradients = attend_backward(
-            dout_THC.contiguous(),
-            q_THC,
-            k_SGC,
-            v_SGC,
-            out_THC,
-            lse_TH,
-            UnionLists(*lists),
-            scale=ctx.scale,
-            is_deterministic=ctx.is_deterministic,
+        q_THC, k_SGC, v_SGC, out_THC, lse_TH, keys_BU, masks_BU, counts_B = ctx.saved_tensors
+        heads, lists = (q_THC, k_SGC, v_SGC, out_THC, lse_TH), (keys_BU, masks_BU, counts_B)
+        gradients = _attend_backward(
+            dout_THC.contiguous(), *heads, *lists, ctx.scale, ctx.is_deterministic
         )
         return (*gradients, None, None, None, None, None, None)

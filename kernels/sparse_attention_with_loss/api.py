@@ -23,10 +23,10 @@ from megatron_keye.kernels.arguments import (
     check_groups,
     check_same_dtype,
     check_shapes,
-    choose_impl,
-    default_impl,
 )
+from megatron_keye.kernels.implementations import choose_impl, suits_triton
 from megatron_keye.kernels.kept_outputs import KeptOutputs
+from megatron_keye.kernels.registration import composite
 from megatron_keye.kernels.sparse_attention_with_loss import reference
 
 IMPLEMENTATIONS = ("eager", "triton", "cuda")
@@ -60,7 +60,7 @@ def sparse_attention_with_loss(
         weight_T: Any float type, by which each query's KL enters the loss.
         report: Called once with kl_TG, detached, float32 (float64 for float64 inputs), in nats.
             "eager" calls it in this call, the others in the backward pass where the attention has
-            one.
+            one. Under torch.compile it is called in this call, and the target exists whole.
         scale: Factor of the logits, usually C^-0.5.
         deterministic: See `sparse_attention`.
         kept: See `sparse_attention`.
@@ -77,24 +77,16 @@ def sparse_attention_with_loss(
 
     Source: arXiv 2606.10651, sparse attention and the indexer's loss on the selected set.
     """
-    default = default_impl(q_THC, k_SGC, v_SGC, scores_TK)
-    chosen = choose_impl("sparse_attention_with_loss", impl, IMPLEMENTATIONS, default)
-    sizes = check_shapes(
-        q_THC=q_THC,
-        k_SGC=k_SGC,
-        v_SGC=v_SGC,
-        indices_TK=indices_TK,
-        scores_TK=scores_TK,
-        weight_T=weight_T,
-    )
-    check_groups(sizes["H"], sizes["G"])
-    check_same_dtype(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
-    check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
-    check_dtypes(FLOAT_DTYPES, scores_TK=scores_TK, weight_T=weight_T)
-    operands = q_THC, k_SGC, v_SGC, indices_TK, scores_TK, weight_T.detach(), report
+    tensors = q_THC, k_SGC, v_SGC, indices_TK, scores_TK, weight_T
+    if kept is None and torch.compiler.is_dynamo_compiling():
+        out_THC, loss, kl_TG = _attend_plainly(*tensors, scale, deterministic, impl)
+        report(kl_TG)
+        return out_THC, loss
+    chosen = _choose(*tensors, impl)
+    operands = *tensors[:5], weight_T.detach(), report
     options: dict[str, Any] = {"scale": scale, "deterministic": deterministic}
     options["kept"] = KeptOutputs() if kept is None else kept
-    has_backward = torch.is_grad_enabled() and any(each.requires_grad for each in operands[:3])
+    has_backward = torch.is_grad_enabled() and any(each.requires_grad for each in tensors[:3])
     if chosen != "eager" and has_backward:
         # Loaded on demand: everything else must import where Triton cannot compile.
         autograd = import_module("megatron_keye.kernels.sparse_attention_with_loss.autograd")
@@ -103,3 +95,55 @@ def sparse_attention_with_loss(
         )
         return result
     return reference.sparse_attention_with_loss(*operands, **options, impl=chosen)
+
+
+@composite("sparse_attention_with_loss")
+def _attend_plainly(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    indices_TK: Tensor,
+    scores_TK: Tensor,
+    weight_T: Tensor,
+    scale: float,
+    deterministic: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out_THC, loss and kl_TG, one operator after the other.
+
+    A compiled backward pass cannot call Python, so the target is made in the forward pass.
+    """
+    tensors = q_THC, k_SGC, v_SGC, indices_TK, scores_TK
+    divergences = list[Tensor]()
+    out_THC, loss = reference.sparse_attention_with_loss(
+        *tensors,
+        weight_T.detach(),
+        divergences.append,
+        scale=scale,
+        deterministic=deterministic,
+        kept=None,
+        impl=_choose(*tensors, weight_T, impl),
+    )
+    return out_THC, loss, divergences[0]
+
+
+def _choose(
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    indices_TK: Tensor,
+    scores_TK: Tensor,
+    weight_T: Tensor,
+    impl: str | None,
+) -> str:
+    """Return the implementation, after checking that the tensors fit."""
+    takes_triton = suits_triton(q_THC, k_SGC, v_SGC, scores_TK)
+    operator = "sparse_attention_with_loss"
+    chosen = choose_impl(operator, impl, IMPLEMENTATIONS, triton=takes_triton)
+    selected = {"indices_TK": indices_TK, "scores_TK": scores_TK, "weight_T": weight_T}
+    sizes = check_shapes(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC, **selected)
+    check_groups(sizes["H"], sizes["G"])
+    check_same_dtype(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
+    check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
+    check_dtypes(FLOAT_DTYPES, scores_TK=scores_TK, weight_T=weight_T)
+    return chosen

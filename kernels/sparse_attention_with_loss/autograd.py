@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.launch import check_triton
 from megatron_keye.kernels.row_chunks import rows_of_chunk
-from megatron_keye.kernels.sparse_attention import cuda, triton
+from megatron_keye.kernels.sparse_attention import cuda
+from megatron_keye.kernels.sparse_attention.autograd import attend
 from megatron_keye.kernels.sparse_attention.triton import lay_out_heads
 from megatron_keye.kernels.sparse_attention.triton_backward import attend_backward
 from megatron_keye.kernels.sparse_attention.triton_target import recover_target
@@ -81,9 +83,8 @@ class _AttentionWithLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         heads = lay_out_heads(q_THC, k_SGC, v_SGC)
         lists = union_lists(indices_TK, k_SGC.shape[0], impl="triton")
-        attend = cuda.attend if impl == "cuda" else triton.attend
         out_THC, lse_TH = kept.outputs_of(
-            "sparse_attention", lambda: attend(*heads, lists, scale=scale)
+            "sparse_attention", lambda: attend(*heads, *lists, scale, impl)
         )
         selected = indices_TK, scores_TK.contiguous(), weight_T
         ctx.save_for_backward(*heads, out_THC, lse_TH, *selected, *lists)
@@ -114,6 +115,7 @@ class _AttentionWithLoss(torch.autograd.Function):
         return (*dheads, dscores_TK, *[None] * 7)
 
 
+@record_function("sparse_indexer_loss")
 def _teach(
     q_THC: Tensor,
     k_SGC: Tensor,

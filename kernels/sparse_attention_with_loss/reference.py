@@ -9,6 +9,7 @@ K selected keys.
 from collections.abc import Callable
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.sparse_attention import sparse_attention
@@ -26,7 +27,7 @@ def sparse_attention_with_loss(
     *,
     scale: float,
     deterministic: bool,
-    kept: KeptOutputs,
+    kept: KeptOutputs | None,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Return out_THC and loss, both operators in `impl`; see api.sparse_attention_with_loss."""
@@ -41,7 +42,8 @@ def sparse_attention_with_loss(
         impl=impl,
     )
     loss_impl = "eager" if impl == "eager" else "triton"
-    kl_TG = sparse_indexer_loss(scores_TK, target_TGK, impl=loss_impl)
-    report(kl_TG.detach())
-    loss = (kl_TG * weight_T[:, None].to(kl_TG.dtype)).sum()
-    return out_THC, loss - loss.detach()
+    with record_function("sparse_indexer_loss"):
+        kl_TG = sparse_indexer_loss(scores_TK, target_TGK, impl=loss_impl)
+        report(kl_TG.detach())
+        loss = (kl_TG * weight_T[:, None].to(kl_TG.dtype)).sum()
+        return out_THC, loss - loss.detach()

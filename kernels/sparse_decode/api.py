@@ -19,10 +19,10 @@ from megatron_keye.kernels.arguments import (
     check_groups,
     check_same_dtype,
     check_shapes,
-    choose_impl,
-    default_impl,
 )
+from megatron_keye.kernels.implementations import choose_impl, suits_triton
 from megatron_keye.kernels.indexer_quantization.api import VECTOR_DTYPES
+from megatron_keye.kernels.registration import composite, opaque
 from megatron_keye.kernels.sparse_decode import reference
 from megatron_keye.kernels.sparse_decode.reference import PagedCache
 
@@ -73,12 +73,76 @@ def sparse_decode(
 
     Source: arXiv 2606.10651, lightning indexer and sparse attention.
     """
-    default = default_impl(q_BTIJ, gate_BTI, query_BTHC, *cache[:2])
-    chosen = choose_impl("sparse_decode", impl, IMPLEMENTATIONS, default)
+    return _decode(q_BTIJ, gate_BTI, query_BTHC, *cache, k, scale, impl)
+
+
+@composite("sparse_decode")
+def _decode(
+    q_BTIJ: Tensor,
+    gate_BTI: Tensor,
+    query_BTHC: Tensor,
+    keys_PLGC: Tensor,
+    values_PLGC: Tensor,
+    index_keys_PLJ: Tensor,
+    pages_BN: Tensor,
+    lengths_B: Tensor,
+    index_scales_PL: Tensor | None,
+    k: int,
+    scale: float,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Return what sparse_decode returns."""
+    cache = PagedCache(
+        keys_PLGC, values_PLGC, index_keys_PLJ, pages_BN, lengths_B, index_scales_PL
+    )
+    takes_triton = suits_triton(q_BTIJ, gate_BTI, query_BTHC, *cache[:2])
+    chosen = choose_impl("sparse_decode", impl, IMPLEMENTATIONS, triton=takes_triton)
     _check(q_BTIJ, gate_BTI, query_BTHC, cache)
     if k < 1:
         raise ValueError(f"k: got {k}, expected 1 or more; set model.decoder.indexer.top_k")
-    if chosen == "triton":
+    heads = q_BTIJ.detach(), gate_BTI.detach(), query_BTHC.detach()
+    cached = keys_PLGC.detach(), values_PLGC.detach(), index_keys_PLJ.detach()
+    return _decode_as(*heads, *cached, pages_BN, lengths_B, index_scales_PL, k, scale, chosen)
+
+
+def _fake_decode(
+    q_BTIJ: Tensor,
+    gate_BTI: Tensor,
+    query_BTHC: Tensor,
+    keys_PLGC: Tensor,
+    values_PLGC: Tensor,
+    index_keys_PLJ: Tensor,
+    pages_BN: Tensor,
+    lengths_B: Tensor,
+    index_scales_PL: Tensor | None,
+    k: int,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    indices_BTK = pages_BN.new_empty((*q_BTIJ.shape[:2], k), dtype=torch.int32)
+    return query_BTHC.new_empty(query_BTHC.shape), indices_BTK
+
+
+@opaque("sparse_decode_as", _fake_decode)
+def _decode_as(
+    q_BTIJ: Tensor,
+    gate_BTI: Tensor,
+    query_BTHC: Tensor,
+    keys_PLGC: Tensor,
+    values_PLGC: Tensor,
+    index_keys_PLJ: Tensor,
+    pages_BN: Tensor,
+    lengths_B: Tensor,
+    index_scales_PL: Tensor | None,
+    k: int,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Return out_BTHC and indices_BTK of an implementation."""
+    cache = PagedCache(
+        keys_PLGC, values_PLGC, index_keys_PLJ, pages_BN, lengths_B, index_scales_PL
+    )
+    if impl == "triton":
         # Loaded on demand: everything else must import where Triton cannot compile.
         triton = import_module("megatron_keye.kernels.sparse_decode.triton")
         result: tuple[Tensor, Tensor] = triton.sparse_decode(

@@ -11,15 +11,16 @@ from megatron_keye.kernels.arguments import (
     FLOAT_DTYPES,
     check_dtypes,
     check_shapes,
-    choose_impl,
-    default_impl,
 )
+from megatron_keye.kernels.implementations import choose_impl, suits_triton
+from megatron_keye.kernels.registration import composite
 from megatron_keye.kernels.sparse_indexer_loss import reference
 
 IMPLEMENTATIONS = ("eager", "triton")
 """What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
 
 
+@composite("sparse_indexer_loss")
 def sparse_indexer_loss(
     scores_TK: Tensor, target_TGK: Tensor, *, impl: str | None = None
 ) -> Tensor:
@@ -41,8 +42,8 @@ def sparse_indexer_loss(
 
     Source: arXiv 2606.10651, indexer loss of the sparse phase: target normalised on the set.
     """
-    default = default_impl(scores_TK, target_TGK)
-    chosen = choose_impl("sparse_indexer_loss", impl, IMPLEMENTATIONS, default)
+    takes_triton = suits_triton(scores_TK, target_TGK)
+    chosen = choose_impl("sparse_indexer_loss", impl, IMPLEMENTATIONS, triton=takes_triton)
     check_shapes(scores_TK=scores_TK, target_TGK=target_TGK)
     check_dtypes(FLOAT_DTYPES, scores_TK=scores_TK, target_TGK=target_TGK)
     if chosen == "triton":

@@ -15,8 +15,9 @@ from megatron_keye.kernels.arguments import (
     INDEX_DTYPES,
     check_dtypes,
     check_shapes,
-    choose_impl,
 )
+from megatron_keye.kernels.implementations import choose_impl
+from megatron_keye.kernels.registration import composite, opaque
 from megatron_keye.kernels.union_lists import reference
 from megatron_keye.kernels.union_lists.reference import UnionLists
 
@@ -44,15 +45,27 @@ def union_lists(indices_TK: Tensor, num_keys: int, *, impl: str | None = None) -
         RuntimeError: A row is not ascending or holds a key twice; on a GPU this is a device-side
             assertion, since nothing is read back to the host.
     """
-    chosen = choose_impl(
-        "union_lists", impl, IMPLEMENTATIONS, "triton" if indices_TK.is_cuda else "eager"
-    )
+    return UnionLists(*_union_lists(indices_TK, num_keys, impl))
+
+
+@composite("union_lists")
+def _union_lists(
+    indices_TK: Tensor, num_keys: int, impl: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what union_lists returns."""
+    chosen = choose_impl("union_lists", impl, IMPLEMENTATIONS, triton=indices_TK.is_cuda)
     check_shapes(indices_TK=indices_TK)
     check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
     if not 0 <= num_keys < 2**31:
         raise ValueError(f"num_keys: got {num_keys}, expected 0 to 2^31 - 1, as keys are int32")
     if chosen == "triton":
         implementation = import_module("megatron_keye.kernels.union_lists.triton")
-        lists: UnionLists = implementation.union_lists(indices_TK, num_keys)
+        lists: tuple[Tensor, Tensor, Tensor] = implementation.union_lists(indices_TK, num_keys)
         return lists
+    return _merge(indices_TK, num_keys)
+
+
+@opaque("merge_unions", reference.fake_union_lists)
+def _merge(indices_TK: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the unions of the eager form."""
     return reference.union_lists(indices_TK, num_keys)

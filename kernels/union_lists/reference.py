@@ -40,6 +40,15 @@ def check_canonical(is_canonical: Tensor) -> None:
     )
 
 
+def fake_union_lists(indices_TK: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `union_lists` does, empty, for tracing."""
+    num_tiles = -(-indices_TK.shape[0] // TILE_QUERIES)
+    capacity = union_capacity(indices_TK.shape[1], num_keys)
+    keys_BU = indices_TK.new_empty((num_tiles, capacity), dtype=torch.int32)
+    masks_BU = keys_BU.new_empty(keys_BU.shape, dtype=torch.int16)
+    return keys_BU, masks_BU, keys_BU.new_empty(num_tiles)
+
+
 def union_lists(indices_TK: Tensor, num_keys: int) -> UnionLists:
     """Return the union of each tile; see api.union_lists."""
     is_real_TK = (indices_TK >= 0) & (indices_TK < num_keys)

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_keye.kernels.launch import check_triton
+from megatron_keye.kernels.registration import is_traced, opaque
 from megatron_keye.kernels.union_lists.reference import (
     TILE_QUERIES,
     UnionLists,
     check_canonical,
+    fake_union_lists,
     union_capacity,
 )
 
@@ -37,15 +39,18 @@ The attention and the indexer's loss of a layer read the same unions, forward an
 
 def union_lists(indices_TK: Tensor, num_keys: int) -> UnionLists:
     """Return the union of each tile; see api.union_lists. A selection is merged once."""
+    if is_traced(indices_TK):
+        return UnionLists(*_merge(indices_TK, num_keys))
     known = _remembered.get(indices_TK)
     if known is not None and known[:2] == (indices_TK._version, num_keys):
         return known[2]
-    lists = _merge(indices_TK, num_keys)
+    lists = UnionLists(*_merge(indices_TK, num_keys))
     _remembered[indices_TK] = indices_TK._version, num_keys, lists
     return lists
 
 
-def _merge(indices_TK: Tensor, num_keys: int) -> UnionLists:
+@opaque("merge_unions_in_triton", fake_union_lists)
+def _merge(indices_TK: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernel."""
     check_triton("union_lists", indices_TK)
     num_queries, num_selected = indices_TK.shape
@@ -55,7 +60,7 @@ def _merge(indices_TK: Tensor, num_keys: int) -> UnionLists:
     masks_BU = keys_BU.new_empty(keys_BU.shape, dtype=torch.int16)
     counts_B = keys_BU.new_empty(num_tiles)
     if num_tiles == 0 or num_selected == 0 or num_keys == 0:
-        return UnionLists(keys_BU, masks_BU, counts_B.zero_())
+        return keys_BU, masks_BU, counts_B.zero_()
     num_programs = min(num_tiles, _PROGRAMS, max(1, _TABLE_BYTES // (4 * num_keys)))
     table = keys_BU.new_zeros((num_programs, num_keys))
     is_canonical = keys_BU.new_ones(1)
@@ -78,7 +83,7 @@ def _merge(indices_TK: Tensor, num_keys: int) -> UnionLists:
         num_warps=8,
     )
     check_canonical(is_canonical)
-    return UnionLists(keys_BU, masks_BU, counts_B)
+    return keys_BU, masks_BU, counts_B
 
 
 @triton.jit

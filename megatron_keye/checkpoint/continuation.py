@@ -47,6 +47,9 @@ _CHANGES = {
     "rollout.max_new_tokens": Change.SAID,
     "post_training.kind": Change.REFUSED,
     "post_training.reward_processes": Change.FREE,
+    # Who judges what decides what a run learns from.
+    "post_training.judge.timeout_seconds": Change.FREE,
+    "post_training.judge.cache_folder": Change.FREE,
     "training.phase": Change.REFUSED,
     "training.frozen": Change.REFUSED,
     "training.lora": Change.REFUSED,
@@ -74,6 +77,7 @@ _CHANGES = {
     "training.optimizer.overlap": Change.FREE,
     "training.recompute": Change.FREE,
     "training.keeps_in_host_memory": Change.FREE,
+    "training.profiler": Change.FREE,
     "training.records_timeline": Change.FREE,
     "training.stop_after_step": Change.FREE,
     "device": Change.FREE,

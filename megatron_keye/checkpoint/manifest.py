@@ -130,6 +130,9 @@ def _kind(folder: Path) -> tuple[str, str]:
     """Return what lies where a checkpoint with a manifest was expected, and what to do."""
     if any(folder.glob("*.safetensors")):
         return "a Hugging Face folder", "make one of it with megatron-keye convert hf-to-native"
+    of_run = sorted(folder.glob("checkpoints/step-????????"))
+    if of_run:
+        return "the folder of a run", f"take one of its checkpoints, such as {of_run[-1]}"
     if folder.is_dir():
         return f"no {MANIFEST}", _REMEDY
     return "a file" if folder.exists() else "no such folder", "check the path"

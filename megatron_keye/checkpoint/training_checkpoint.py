@@ -61,6 +61,8 @@ class Progress:
     """Runs that trained the weights which this one started from."""
     validated_step: int = 0
     """Steps that were done at the last validation."""
+    evaluated_step: int = 0
+    """Steps that were done when questions were asked last."""
     best_step: int = 0
     """Steps that were done at the best validation."""
     best_loss: float = math.inf

@@ -25,9 +25,10 @@ def make_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
+def add_recipe(parser: argparse.ArgumentParser, *, is_optional: bool = False) -> None:
     """Add RECIPE, the first argument, and --set."""
-    parser.add_argument("recipe", metavar="RECIPE", help=_RECIPE_HELP)
+    nargs = "?" if is_optional else None
+    parser.add_argument("recipe", metavar="RECIPE", nargs=nargs, help=_RECIPE_HELP)
     add_settings(parser)
 
 

@@ -1,9 +1,14 @@
 """Reports what the training stack finds on this machine, what is missing, and the consequences.
 
     megatron-keye doctor [--json]
+    megatron-keye doctor --rates rates.json [--ranks N]
 
 GPU packages that do not fit together often fail far from the cause, as in an import of
 Megatron-Core. Exit status 0 when training works here, 1 when something is broken.
+
+--rates measures, in less than a minute, how fast this machine multiplies, copies, gathers,
+reduces and decodes, and with several ranks how fast they exchange, for megatron-keye plan --rates.
+torchrun may start its ranks, on several nodes too.
 """
 
 import json
@@ -13,9 +18,10 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
-from megatron_keye.cli.arguments import add_json, make_parser
+from megatron_keye.cli.arguments import add_count, add_json, make_parser
+from megatron_keye.cli.doctor_rates import write_rates
 from megatron_keye.cli.machine import OPTIONAL, REQUIRED, Facts, gather_facts
-from megatron_keye.cli.status import FAILED
+from megatron_keye.cli.status import FAILED, reports_user_errors
 from megatron_keye.config import TrainingConfig, backends
 from megatron_keye.config.fused_kernels import choose_fusions
 from megatron_keye.config.fusions import Fusion, FusionsConfig
@@ -53,8 +59,10 @@ def _dependencies() -> list[str]:
     """Return the requirements of the package's repository or, outside one, of its installation."""
     project = Path(__file__).parents[2] / "pyproject.toml"
     if not project.is_file():
-        return metadata.requires("megatron-keye") or []
-    dependencies: list[str] = tomllib.loads(project.read_text())["project"]["dependencies"]
+        lines = metadata.requires("megatron-keye") or []
+        return [line.partition(";")[0].strip() for line in lines]
+    declared = tomllib.loads(project.read_text())["project"]
+    dependencies: list[str] = declared["dependencies"] + declared["optional-dependencies"]["train"]
     return dependencies
 
 
@@ -71,7 +79,9 @@ def version_or_problem(version: Callable[[], str | None], problems: list[Problem
 def find_problems(facts: Facts) -> list[Problem]:
     """Return what fails to import, is missing or conflicts; optional backends may be absent."""
     problems = [
-        Problem(what=f"{name} is not installed", fix="pip install -c constraints.txt -e .")
+        Problem(
+            what=f"{name} is not installed", fix="pip install -c constraints.txt -e '.[train]'"
+        )
         for name in REQUIRED
         if facts.versions[name] is None
     ]
@@ -196,7 +206,7 @@ def make_rows(facts: Facts, transformer_engine: str, apex: str, fused: str) -> l
         "megatron_keye._C": (
             "built" if facts.has_extension else "",
             "CUDA C++ kernels",
-            "kernels in Triton or PyTorch instead",
+            f"kernels in Triton or PyTorch instead; {build_report()}",
         ),
         "GPUs": ("\n".join(facts.gpus), "training at full speed", "tiny recipes only, with gloo"),
     }
@@ -204,6 +214,12 @@ def make_rows(facts: Facts, transformer_engine: str, apex: str, fused: str) -> l
         Row(name=name, version=version, provides=provides, if_absent=if_absent)
         for name, (version, provides, if_absent) in optional.items()
     ]
+
+
+def build_report() -> str:
+    """Return what the installation said of the extension."""
+    report = Path(__file__).parents[1] / "extension_build.txt"
+    return report.read_text().strip() if report.is_file() else "the package was not installed"
 
 
 def show(rows: list[Row], problems: list[Problem]) -> None:
@@ -228,11 +244,18 @@ def show(rows: list[Row], problems: list[Problem]) -> None:
         print("training works here")
 
 
+@reports_user_errors
 def main(arguments: Sequence[str]) -> int:
     """Examine the machine, print the findings and return the exit status."""
     parser = make_parser("megatron-keye doctor", __doc__)
     add_json(parser)
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="measure rates, as JSON")
+    add_count(parser, "--ranks", "processes of --rates; default: the number of GPUs, else 1")
     options = parser.parse_args(arguments)
+    if options.rates is not None:
+        return write_rates(options.rates, options.ranks)
+    if options.ranks is not None:
+        parser.error("--ranks needs --rates")
     facts = gather_facts()
     problems: list[Problem] = []
     transformer_engine = version_or_problem(backends.transformer_engine_version, problems)

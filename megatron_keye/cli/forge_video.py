@@ -27,6 +27,7 @@ from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.production.forged.forge import forge
 from megatron_keye.production.forged.options import MOST_SECONDS, ForgeOptions
 from megatron_keye.production.forged.questions import KINDS
+from megatron_keye.production.forged.scene import BLINK_SHARE
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -68,6 +69,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     for name, share, meaning in (
         ("--words", 0.5, "share of clips that show a word"),
+        ("--blinking", BLINK_SHARE, "share of shapes that vanish and come back"),
         ("--variable", 0.25, "share of clips with uneven times between frames"),
     ):
         parser.add_argument(
@@ -100,6 +102,7 @@ def main(arguments: Sequence[str]) -> int:
         most_shapes=options.shapes,
         longest_stay=options.stay,
         word_share=options.words,
+        blink_share=options.blinking,
         questions_per_clip=options.per_clip,
         variable_share=options.variable,
         has_distractors=not options.plain,

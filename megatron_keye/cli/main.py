@@ -25,11 +25,13 @@ COMMANDS = {
     "convert": "convert checkpoints from and to the released (Hugging Face) form",
     "verify": "compare a checkpoint with another form or implementation of the model",
     "simulate": "simulate the schedule on a mix of sample lengths",
-    "profile": "record the timeline of a run, or time the ViT by frame size",
+    "profile": "show where the time and memory of a run's steps go",
     "doctor": "report what is installed on this machine and what is missing",
     "settings": "list the settings of a run with types, defaults and meaning",
 }
 """Each command's line in --help; its module has its name and a function `main`."""
+TRAIN_MODULES = ("absl", "av", "megatron", "numpy", "PIL", "psutil", "rich", "tiktoken", "zarr")
+"""What the extra `train` brings and an installation for the kernels alone lacks."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,8 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR
     if options.command not in COMMANDS:
         parser.error(f"got command {options.command!r}; {suggest(options.command, COMMANDS)}")
-    command = importlib.import_module(f"megatron_keye.cli.{options.command}")
-    status: int = command.main(words[1:])
+    try:
+        command = importlib.import_module(f"megatron_keye.cli.{options.command}")
+        status: int = command.main(words[1:])
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in TRAIN_MODULES:
+            raise
+        print(
+            f"megatron-keye {options.command}: needs {error.name}; "
+            "pip install 'megatron-keye[train]' brings what training needs",
+            file=sys.stderr,
+        )
+        return USER_ERROR
     return status
 
 

@@ -245,3 +245,5 @@ def quieten(rank: int) -> None:
     # Warnings about files and their decoding come from the rank that reads them.
     logging.getLogger("megatron_keye.data").setLevel(logging.WARNING)
     logging.getLogger("megatron_keye.training").setLevel(logging.INFO)
+    if rank == 0:  # which implementation each operator takes, once
+        logging.getLogger("megatron_keye.kernels").setLevel(logging.INFO)

@@ -6,8 +6,8 @@
         --set parallel.decoder.context=8
 
 No GPU is needed: the plan is the one that training makes; times are counted operations divided by
-assumed speeds (--vision-tflops, --decoder-tflops), and bytes by those of links. Balanced schedules,
-with vision colocated or on dedicated ranks, are compared with the ViT on the first pipeline stage,
+assumed speeds (--vision-tflops, --decoder-tflops), and bytes by those of links. Balanced
+schedules, with vision colocated or on dedicated ranks, are compared with the ViT on the first pipeline stage,
 and with images and frames assigned by document, as under data parallelism, or by count, with rows
 in their original order. "ends shared": the decoder's ranks encode the first and last micro-batches
 (parallel.vision.shared_micro_batches). Dedicated vision ranks are additional, so rank-seconds,
@@ -135,8 +135,9 @@ def with_grid(
     of_replica = degrees.num_ranks // degrees.data
     if num_ranks % of_replica:
         raise UserError(
-            f"--ranks: got {num_ranks}, expected a multiple of {of_replica}, the ranks of a replica "
-            f"(tensor {degrees.tensor} x pipeline {degrees.pipeline} x context {degrees.context}); "
+            f"--ranks: got {num_ranks}, expected a multiple of {of_replica}, the ranks of a "
+            f"replica (tensor {degrees.tensor} x pipeline {degrees.pipeline} x context "
+            f"{degrees.context}); "
             "change it, or the degrees with --set parallel.decoder.tensor, pipeline and context"
         )
     data = num_ranks // of_replica

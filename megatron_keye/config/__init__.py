@@ -4,6 +4,7 @@ from megatron_keye.config.data import DataConfig, DecodeConfig, FrameConfig, Rem
 from megatron_keye.config.evaluation import EvaluationConfig
 from megatron_keye.config.fusions import FusionsConfig
 from megatron_keye.config.health import HealthConfig
+from megatron_keye.config.judge import JudgeConfig
 from megatron_keye.config.lora import LoraConfig
 from megatron_keye.config.model import (
     DecoderConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "FusionsConfig",
     "HealthConfig",
     "IndexerConfig",
+    "JudgeConfig",
     "LoggingConfig",
     "LoraConfig",
     "ModelConfig",

@@ -6,7 +6,7 @@ from megatron_keye.config.check import check, check_numbers
 
 TASKS = (
     *("grounding", "choice", "count", "caption"),
-    *("scenes", "timestamp", "order", "boxes", "number", "text"),
+    *("scenes", "timestamp", "order", "boxes", "number", "expression", "text"),
 )
 """Kinds of questions, as scoring knows them."""
 

@@ -118,8 +118,8 @@ class VisionParallel:
     num_ranks: int = 0
     """Dedicated vision ranks, any number; 0 if colocated."""
     shared_micro_batches: int = 0
-    """With dedicated vision ranks: so many micro-batches at the start of a step, and as many at its
-    end, are encoded by the decoder's ranks before they run the decoder, and go backward there
+    """With dedicated vision ranks: so many micro-batches at the start of a step, and as many at
+    its end, are encoded by the decoder's ranks before they run the decoder, and go backward there
     after it. They would wait meanwhile: at the start for the first features, at the end while
     vision ranks go backward for what the decoder ran last. A pipeline takes the features of
     pipeline micro-batches at once, which is the number to set. 0: the decoder's ranks hold no

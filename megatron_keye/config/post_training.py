@@ -1,9 +1,10 @@
 """Settings of training on a model's own answers: groups of answers, the objective, the loop."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_keye.config.check import check, check_numbers
+from megatron_keye.config.judge import JudgeConfig
 
 Kind = Literal["none", "gspo", "grpo"]
 """What a run learns from: samples, or scored answers of its own."""
@@ -63,6 +64,8 @@ class PostTrainingConfig:
     """Seconds after which an answer counts as not scored, which leaves it out."""
     max_failed_rewards: float = 0.05
     """Share of a step's answers that were not scored above which the run ends."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """A language model in place of the rules for free text."""
 
     def __post_init__(self) -> None:
         check_numbers(
@@ -94,6 +97,12 @@ class PostTrainingConfig:
             ("clip_low", self.clip_low, self.clip_low < 1, "less than 1"),
             ("gate_low", self.gate_low, self.gate_low < 1, "less than 1"),
             ("gate_high", self.gate_high, self.gate_high > 1, "more than 1"),
+            (
+                "reward_seconds",
+                self.reward_seconds,
+                not self.judge.url or self.reward_seconds > self.judge.timeout_seconds,
+                f"more than post_training.judge.timeout_seconds = {self.judge.timeout_seconds:g}",
+            ),
         ):
             check(holds, f"post_training.{name}", value, expected)
 

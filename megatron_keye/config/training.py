@@ -10,6 +10,7 @@ from megatron_keye.config.health import HealthConfig
 from megatron_keye.config.lora import TARGETS, LoraConfig
 from megatron_keye.config.optimizer import OptimizerConfig
 from megatron_keye.config.parts import PARTS, Part
+from megatron_keye.config.profiler import ProfilerConfig
 
 Phase = Literal["dense", "indexer_warmup", "sparse"]
 LinearLayers = Literal["auto", "megatron", "transformer_engine"]
@@ -218,6 +219,8 @@ class TrainingConfig:
     """Fused kernels of the decoder."""
     health: HealthConfig = field(default_factory=HealthConfig)
     """Numbers that are not finite, and spikes."""
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
+    """Traces of given steps."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters that learn instead of the weights."""
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_keye.data.media import Medium
 from megatron_keye.plan.prefix_trees import PrefixTrees
+from megatron_keye.plan.slots import RowSizes
 
 IGNORED_LABEL = -100
 """Label of a position whose token is not predicted."""
@@ -128,6 +129,17 @@ class PackedRow:
     def branches(self) -> PrefixTrees:
         """The branches of all documents, each document being one where none branches."""
         return self.prefix_trees or PrefixTrees.of_documents(self.document_bounds)
+
+    @property
+    def sizes(self) -> RowSizes:
+        """What its cost follows from."""
+        return RowSizes(
+            self.branches.lengths,
+            [picture.num_patches for picture in self.pictures],
+            self.branches.num_earlier,
+            num_padding=len(self.token_ids) - self.num_real_tokens,
+            num_labels=self.num_loss_tokens,
+        )
 
     @property
     def num_indexer_queries(self) -> int:

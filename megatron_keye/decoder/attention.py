@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_keye.config.model import DecoderConfig
 from megatron_keye.config.training import Recompute
@@ -77,11 +78,10 @@ class SparseSelfAttention(MegatronModule):
             unused: Arguments of other kinds of attention.
         """
         super().__init__(config=config)
-        self.layer_number = layer_number
+        self.layer_number, self.top_k = layer_number, decoder.indexer.top_k
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.head_dim = decoder.head_dim
         self.heads_per_group = decoder.num_heads // decoder.num_kv_heads
-        self.top_k = decoder.indexer.top_k
         self.is_recomputed = recompute in ("selective", "full")
         self.keeps_outputs = recompute == "selective"
         self.in_host_memory = keeps_in_host_memory
@@ -196,6 +196,7 @@ class SparseSelfAttention(MegatronModule):
     def _gather(self, row: DecoderRow, *local: Tensor) -> RowGather:
         return RowGather(*local, order_S=row.gathered_order_S, group=self.cp_group)
 
+    @record_function("decoder.attention.dense")
     def _attend_densely(
         self, heads: RowHeads, row: DecoderRow, kept: KeptAttention
     ) -> tuple[Tensor, Tensor]:
@@ -212,6 +213,7 @@ class SparseSelfAttention(MegatronModule):
             kept=kept.outputs,
         )
 
+    @record_function("decoder.indexer.scores")
     def _select(self, indexer: RowIndexerHeads, row: DecoderRow, kept: KeptAttention) -> Tensor:
         """Return indices_TK, in the second pass of a recomputed layer those of the first one."""
         if kept.selection is not None:
@@ -232,6 +234,7 @@ class SparseSelfAttention(MegatronModule):
             )
         return indices_TK
 
+    @record_function("decoder.attention.selected")
     def _attend_sparsely(
         self, heads: RowHeads, indexer: RowIndexerHeads, row: DecoderRow, kept: KeptAttention
     ) -> tuple[Tensor, Tensor | None]:
@@ -273,6 +276,7 @@ class SparseSelfAttention(MegatronModule):
         row.meter.record("topk_indices", self.layer_number, indices_TK)
         return out_THC
 
+    @record_function("decoder.indexer.loss")
     def _warm_up_indexer(
         self, heads: RowHeads, indexer: RowIndexerHeads, row: DecoderRow, kept: KeptAttention
     ) -> tuple[Tensor, Tensor]:

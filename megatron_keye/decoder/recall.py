@@ -5,6 +5,7 @@ It is measured on a few queries per row, since dense attention is what sparse at
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_keye.decoder.row import DecoderRow
 from megatron_keye.kernels.visible_keys import find_visible
@@ -13,6 +14,7 @@ _SAMPLED_QUERIES = 16
 """Queries per row and layer; at 256K tokens their dense scores take 2 GFLOP per head."""
 
 
+@record_function("decoder.indexer.recall")
 @torch.no_grad()
 def measure_recall(q_THC: Tensor, k_SGC: Tensor, indices_TK: Tensor, row: DecoderRow) -> None:
     """Add the selected keys' share of the dense attention weights to the row's meter.

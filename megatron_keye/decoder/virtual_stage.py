@@ -18,6 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.megatron import output_layer_config
@@ -178,6 +179,7 @@ class VirtualStage(MegatronModule):
         hidden: Tensor = self.block(hidden_SBD, attention_mask=None, packed_seq_params=row)
         return hidden
 
+    @record_function("embedding")
     def _embed(self, batch: Batch, features_MD: Tensor, where: str) -> Tensor:
         embeddings = self.embedding(batch.token_ids_BS)
         if not self.config.sequence_parallel:
@@ -207,6 +209,7 @@ class VirtualStage(MegatronModule):
             meter=meter,
         )
 
+    @record_function("vocabulary")
     def _loss(self, hidden_SBD: Tensor, batch: Batch, meter: RowMeter) -> Tensor:
         """Sum the loss of labelled tokens, each times its weight.
 

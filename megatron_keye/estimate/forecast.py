@@ -1,17 +1,18 @@
 """Estimates a step's time and the idle time of ranks, from a run and the sizes of its rows.
 
-Times are FLOPs over an assumed speed, which is the weak point; the order of events is exact, since
-it comes from the plan.
+Times are executed FLOPs over an assumed speed, which is the weak point; the order of events is
+exact, since it comes from the plan.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_keye.config.parallel import DecoderParallel
 from megatron_keye.config.run import RunConfig
+from megatron_keye.estimate.account import Passes, Work, picture_works, row_works
 from megatron_keye.estimate.simulate import Simulated, StepCosts, simulate
 from megatron_keye.estimate.traffic import Links, exchange_seconds, hop_seconds
 from megatron_keye.estimate.workload import (
@@ -22,10 +23,9 @@ from megatron_keye.estimate.workload import (
     balance_shapes,
     plan_balanced,
 )
-from megatron_keye.plan.cost import attention_flops, token_flops, vision_cost, vision_flops
+from megatron_keye.plan.cost import derived_break_even, vision_cost
 from megatron_keye.plan.order import Pass
 from megatron_keye.plan.places import DecoderPlace
-from megatron_keye.plan.slots import vision_learns
 
 _TRIED_FACTORS = (0.8, 1.0, 1.25, 1.6)
 """Numbers of vision ranks to simulate, relative to the one that makes the work per rank equal."""
@@ -59,12 +59,11 @@ def try_vision_ranks(
         work, fewest rank-seconds first. Empty for a batch without pictures.
     """
     forecast = Forecast(rows, run, speeds)
-    vision_work = forecast.vision_seconds() * forecast.vision_passes
+    vision_work, decoder_work = forecast.vision_seconds(), forecast.decoder_seconds()
     if vision_work == 0:
         return []
     num_micro_batches = len(rows) // run.parallel.decoder.data
     vision_work *= max(0, 1 - 2 * shared_micro_batches / num_micro_batches)
-    decoder_work = forecast.decoder_seconds() * forecast.decoder_passes
     even = run.parallel.decoder.num_ranks * vision_work / decoder_work
     results = [
         (number, play_dedicated(rows, run, speeds, number, shared_micro_batches))
@@ -129,49 +128,34 @@ class Forecast:
         """
         self._rows, self._run, self._speeds = rows, run, speeds
         self._pictures = BatchPictures.of_rows(rows)
-        flops = vision_flops(run.model.vision, run.model.decoder.hidden_size)
-        self._encode_seconds = (
-            vision_cost(run.model.vision, run.parallel.vision).of_frames(self._pictures.patches)
-            * flops
-            / (speeds.vision_tflops * 1e12)
-        )
-        self._decoder_seconds = [self._row_seconds(row) for row in rows]
+        self._encode_seconds, self._vision_backward_seconds = self._vision_passes()
+        works = [row_works(run, row.sizes) for row in rows]
+        self._layer_seconds = [self._decoder_passes(layer) for layer, _ in works]
+        self._output_seconds = [self._decoder_passes(output) for _, output in works]
 
     def vision_seconds(self) -> float:
-        """Return the time of one forward pass of vision over all pictures, on one device."""
-        return float(self._encode_seconds.sum())
+        """Return the time of vision's passes over all pictures, on one device."""
+        return float(self._encode_seconds.sum() + self._vision_backward_seconds.sum())
 
     def decoder_seconds(self) -> float:
-        """Return the time of one forward pass of the decoder over all rows, on one device."""
-        return sum(self._decoder_seconds) * self._run.model.decoder.num_layers
-
-    @property
-    def vision_passes(self) -> int:
-        """Vision's work in forward passes: the first one, and those of the backward pass."""
-        return 1 + self._vision_backward_passes if vision_learns(self._run) else 1
-
-    @property
-    def _vision_backward_passes(self) -> int:
-        """Two, and one that encodes the chunk again, as is assumed with "auto"."""
-        return 2 if self._run.parallel.vision.recompute == "off" else 3
-
-    @property
-    def decoder_passes(self) -> int:
-        """The decoder's work in forward passes: backward is two, and recomputing layers one.
-
-        Recomputing only a part of a layer counts as the whole, as an upper bound.
-        """
-        return 3 if self._run.training.recompute == "none" else 4
+        """Return the time of the decoder's passes over all rows, on one device."""
+        num_layers = self._run.model.decoder.num_layers
+        degrees = self._run.parallel.decoder
+        rows = zip(self._layer_seconds, self._output_seconds, strict=True)
+        of_ranks = sum(layer.total * num_layers + output.total for layer, output in rows)
+        return of_ranks * degrees.tensor * degrees.context
 
     def play(self, work: StepWork) -> Simulated:
         """Simulate a plan of these rows."""
-        chunks = work.chunk_of_picture
-        seconds = np.bincount(chunks, self._encode_seconds, minlength=len(work.ranks)).tolist()
-        links, passes = self._speeds.links, self._vision_backward_passes
+        forward, backward = (
+            np.bincount(work.chunk_of_picture, seconds, minlength=len(work.ranks)).tolist()
+            for seconds in (self._encode_seconds, self._vision_backward_seconds)
+        )
+        links = self._speeds.links
         exchanges = exchange_seconds(self._pictures, work, self._run, links)
         costs = StepCosts(
-            encode=lambda chunk: seconds[chunk],
-            vision_backward=lambda chunk: passes * seconds[chunk],
+            encode=lambda chunk: forward[chunk],
+            vision_backward=lambda chunk: backward[chunk],
             decoder=self._pass_seconds,
             exchange=lambda exchange: exchanges[exchange.micro_batch],
             hop=hop_seconds(self._run, links),
@@ -181,24 +165,26 @@ class Forecast:
     def play_on_first_stage(self) -> Simulated:
         """Simulate the step with the ViT as a part of the first pipeline stage, as a baseline.
 
-        The ranks of that stage share their replica's pictures evenly, and recompute them for the
-        backward pass, since the activations of a long video would not fit.
+        The ranks of that stage share their replica's pictures evenly.
         """
         colocated = replace(
             self._run.parallel.vision, placement="colocated", num_ranks=0, shared_micro_batches=0
         )
         run = replace(self._run, parallel=replace(self._run.parallel, vision=colocated))
         degrees = run.parallel.decoder
-        passes = 3 if vision_learns(run) else 0
-        of_rows = np.bincount(self._pictures.rows, self._encode_seconds, minlength=len(self._rows))
-        shares = (of_rows / (degrees.tensor * degrees.context)).tolist()
+        num_ranks = degrees.tensor * degrees.context
+        rows, num_rows = self._pictures.rows, len(self._rows)
+        forward, backward = (
+            (np.bincount(rows, each, minlength=num_rows) / num_ranks).tolist()
+            for each in (self._encode_seconds, self._vision_backward_seconds)
+        )
 
         def seconds(place: DecoderPlace, step: Pass) -> float:
             decoder = self._pass_seconds(place, step)
             if place.pipeline > 0 or step.virtual_stage > 0:
                 return decoder
-            share = shares[step.micro_batch * degrees.data + place.data]
-            return decoder + share * (1 if step.is_forward else passes)
+            row = step.micro_batch * degrees.data + place.data
+            return decoder + (forward if step.is_forward else backward)[row]
 
         costs = StepCosts(
             encode=lambda _: 0.0,
@@ -210,29 +196,41 @@ class Forecast:
         nothing = [replace(row, pictures=NO_PICTURES) for row in self._rows]
         return simulate(plan_balanced(nothing, run), run.parallel, costs, records_spans=False)
 
-    def _row_seconds(self, row: RowShape) -> float:
-        """Return the time of one layer's forward pass over a row, on one device."""
-        decoder = self._run.model.decoder
-        flops = self._run.data.row_tokens * token_flops(decoder)
-        phase = self._run.training.row_phase(row.sizes.longest_path)
-        flops += attention_flops(row.document_lengths, decoder, phase, row.num_earlier)
-        return flops / (self._speeds.decoder_tflops * 1e12)
+    def _vision_passes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the time of each picture's forward and backward passes, on one device.
+
+        Attention is as much slower or faster than linears as its measured break-even size says.
+        """
+        vision = self._run.model.vision
+        cost = vision_cost(vision, self._run.parallel.vision)
+        factor = derived_break_even(vision) / cost.break_even_patches
+        sizes, places = np.unique(self._pictures.patches, return_inverse=True)
+        of_sizes = []
+        for size in sizes.tolist():
+            flops = Passes()
+            for work in picture_works(self._run, [size]):
+                is_attention = work.module == "vision.attention"
+                flops += work.executed_flops * (factor if is_attention else 1.0)
+            of_sizes.append((flops.forward, _backward(flops)))
+        seconds = np.array(of_sizes).reshape(-1, 2) / (self._speeds.vision_tflops * 1e12)
+        return seconds[places, 0], seconds[places, 1]
+
+    def _decoder_passes(self, works: Sequence[Work]) -> Passes:
+        """Return the time of a rank's works, the mean over context ranks."""
+        flops = sum((work.executed_flops for work in works), Passes())
+        speed = self._speeds.decoder_tflops * 1e12 * self._run.parallel.decoder.context
+        return flops * (1 / speed)
 
     def _pass_seconds(self, place: DecoderPlace, step: Pass) -> float:
-        degrees = self._run.parallel.decoder
-        layers = self._layers[place.pipeline][step.virtual_stage]
-        layer = self._decoder_seconds[step.micro_batch * degrees.data + place.data]
-        forward = layer * layers / (degrees.tensor * degrees.context)
-        return forward if step.is_forward else forward * (self.decoder_passes - 1)
-
-    @cached_property
-    def _layers(self) -> list[list[int]]:
-        """Layers of each virtual stage, by pipeline stage."""
         degrees, num_layers = self._run.parallel.decoder, self._run.model.decoder.num_layers
-        return [
-            [
-                len(degrees.virtual_stage_layers(num_layers, stage, virtual))
-                for virtual in range(degrees.virtual_stages)
-            ]
-            for stage in range(degrees.pipeline)
-        ]
+        row = step.micro_batch * degrees.data + place.data
+        layers = degrees.virtual_stage_layers(num_layers, place.pipeline, step.virtual_stage)
+        passes = self._layer_seconds[row] * len(layers)
+        if layers.stop == num_layers:
+            passes += self._output_seconds[row]
+        return passes.forward if step.is_forward else _backward(passes)
+
+
+def _backward(passes: Passes) -> float:
+    """Return the time of a backward pass, with what it recomputes."""
+    return passes.backward + passes.recomputed

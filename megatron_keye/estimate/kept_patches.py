@@ -3,13 +3,8 @@
 from dataclasses import replace
 
 from megatron_keye.config.run import RunConfig
-from megatron_keye.estimate.memory import patch_bytes
+from megatron_keye.estimate.memory import INACCURACY, RESERVED_BYTES, patch_bytes
 from megatron_keye.estimate.ranks import plan_ranks
-
-_RESERVED_BYTES = 8 * 2**30
-"""For the contexts of CUDA and NCCL, the allocator's fragmentation, and rows with more labels."""
-_INACCURACY = 1.05
-"""The account agrees with measurements within 5 %."""
 
 
 def affordable_patches(run: RunConfig, rank: int, device_bytes: int) -> int:
@@ -23,5 +18,5 @@ def affordable_patches(run: RunConfig, rank: int, device_bytes: int) -> int:
     vision = replace(run.parallel.vision, recompute="on")
     needing = replace(run, parallel=replace(run.parallel, vision=vision))
     needed = sum(plan_ranks(needing, None)[rank].memory.values()) * 2**30
-    free = device_bytes - _RESERVED_BYTES - _INACCURACY * needed
+    free = device_bytes - RESERVED_BYTES - INACCURACY * needed
     return max(0, int(free / patch_bytes(run)))

@@ -41,12 +41,17 @@ _MIX = (
 
 
 def draw_rows(generator: np.random.Generator, count: int, row_tokens: int) -> list[RowShape]:
-    """Draw samples of the mix and pack them, in order, into `count` rows of `row_tokens`."""
+    """Draw samples of the mix and pack them, in order, into `count` rows of `row_tokens`.
+
+    Samples that are longer than a row are left out.
+    """
     rows: list[RowShape] = []
     samples: list[_Sample] = []
     filled = 0
     while True:
         for sample in _draw_samples(generator):
+            if sample.length > row_tokens:
+                continue  # Training refuses such a sample.
             if filled + sample.length > row_tokens:
                 rows.append(_row(samples, row_tokens))
                 samples, filled = [], 0
@@ -83,8 +88,9 @@ def _row(samples: list[_Sample], row_tokens: int) -> RowShape:
         starts.append(filled + 1 + step * np.arange(sample.num_pictures))
         tokens.append(np.full(sample.num_pictures, sample.picture_tokens))
         filled += sample.length
-    padding = (row_tokens - filled,) if filled < row_tokens else ()
+    padding = row_tokens - filled
     of_pictures = np.concatenate(tokens)
     pictures = PictureSizes(np.concatenate(starts), _PATCHES_PER_TOKEN * of_pictures, of_pictures)
     lengths = tuple(sample.length for sample in samples)
-    return RowShape(document_lengths=lengths + padding, pictures=pictures)
+    documents = (*lengths, padding) if padding else lengths
+    return RowShape(document_lengths=documents, pictures=pictures, num_padding=padding)

@@ -4,6 +4,8 @@ Counted from the released checkpoint's names and shapes, adapters from the sizes
 Needs no torch.
 """
 
+import functools
+from collections import Counter
 from math import prod
 
 from megatron_keye.checkpoint.hf.parameter_shapes import (
@@ -12,6 +14,7 @@ from megatron_keye.checkpoint.hf.parameter_shapes import (
     part_of,
 )
 from megatron_keye.config.lora import TARGETS, Target
+from megatron_keye.config.model import ModelConfig
 from megatron_keye.config.parts import Part
 from megatron_keye.config.run import RunConfig
 from megatron_keye.estimate.state import Parameters
@@ -33,40 +36,57 @@ def stage_layers(run: RunConfig, stage: int) -> list[int]:
 
 def vision_parameters(run: RunConfig) -> list[Parameters]:
     """Return the parameters of ViT and projector, which every vision rank holds whole."""
-    counts = count_parameters(parameter_shapes(run.model))
+    counts = _part_counts(run.model)
     parts: tuple[Part, ...] = ("vision", "projector")
     held = [Parameters(part=part, is_expert=False, count=counts[part]) for part in parts]
     return held + _vision_adapters(run)
 
 
+@functools.lru_cache(maxsize=8)
+def _part_counts(model: ModelConfig) -> dict[Part, int]:
+    return count_parameters(parameter_shapes(model))
+
+
 def decoder_parameters(run: RunConfig, stage: int) -> list[Parameters]:
     """Return the decoder's and the indexers' parameters on one rank of a pipeline stage."""
     degrees = run.parallel.decoder
-    layers = set(stage_layers(run, stage))
+    layers = stage_layers(run, stage)
+    sharers = {"nobody": 1, "tensor": degrees.tensor, "expert": degrees.expert}
+    outside = {"embed_tokens": stage == 0, "norm": stage == degrees.pipeline - 1}
+    outside["lm_head"] = outside["norm"]
     held: list[Parameters] = []
-    for name, shape in parameter_shapes(run.model).items():
-        part = part_of(name)
-        if part in ("vision", "projector"):
-            continue
-        if not name.startswith("model.layers."):
-            is_first, is_last = stage == 0, stage == degrees.pipeline - 1
-            is_local = is_first if name.startswith("model.embed_tokens.") else is_last
-            split = 1 if name.startswith("model.norm.") else degrees.tensor
-        else:
-            is_local = int(name.split(".")[2]) in layers
-            split = _num_sharers(name, degrees.tensor, degrees.expert)
-        if is_local:
-            count, is_expert = prod(shape) // split, _EXPERTS in name
-            held.append(Parameters(part=part, is_expert=is_expert, count=count))
+    for where, part, axis, size in _decoder_tensors(run.model):
+        num_held = len(layers) if where == "layer" else int(outside[where])
+        if num_held:
+            count = num_held * (size // sharers[axis])
+            held.append(Parameters(part=part, is_expert=axis == "expert", count=count))
     return held + _decoder_adapters(run, len(layers))
 
 
-def _num_sharers(name: str, tensor: int, expert: int) -> int:
-    """Return the number of ranks over which a layer's weight is split."""
+@functools.lru_cache(maxsize=8)
+def _decoder_tensors(model: ModelConfig) -> tuple[tuple[str, Part, str, int], ...]:
+    """Return the elements of tensors that stand in one place ("layer" for those of each layer),
+    are of one part, and are shared along one axis.
+    """
+    found: Counter[tuple[str, Part, str]] = Counter()
+    for name, shape in parameter_shapes(model).items():
+        part, words = part_of(name), name.split(".")
+        if part in ("vision", "projector"):
+            continue
+        if not name.startswith("model.layers."):
+            where = words[0] if words[0] == "lm_head" else words[1]
+            found[where, part, "nobody" if where == "norm" else "tensor"] += prod(shape)
+        elif words[2] == "0":
+            found["layer", part, _axis(name)] += prod(shape)
+    return tuple((*key, count) for key, count in found.items())
+
+
+def _axis(name: str) -> str:
+    """Return the axis over whose ranks a layer's weight is split."""
     if _EXPERTS in name:
-        return expert
+        return "expert"
     is_projection = name.split(".")[-2] in _SPLIT_BY_TENSOR and ".sa_indexer." not in name
-    return tensor if is_projection else 1
+    return "tensor" if is_projection else "nobody"
 
 
 def _vision_adapters(run: RunConfig) -> list[Parameters]:

@@ -12,8 +12,10 @@ from megatron_keye.plan.places import vision_ranks
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of a number, by precision."""
-_MASTER, _SUM = 4, 4
-"""Bytes per parameter in bf16: master weight, summed gradient."""
+_MASTER = 4
+"""Bytes per parameter of the master weight in bf16."""
+SUM_BYTES = {"bf16": 4, "fp32": 4, "fp64": 8}
+"""Bytes per parameter of the gradients that micro-batches add up, by precision."""
 _ROOMS, _ROOM_PARAMETERS = 3, 2**24
 """Rooms of the update through which an optimizer's state passes (optim/staged_adamw.py)."""
 
@@ -39,11 +41,10 @@ def state_bytes(run: RunConfig, held: Sequence[Parameters]) -> dict[str, float]:
         run: Precision, degrees and what learns.
         held: Parameters on the rank.
     """
-    size, is_bf16 = BYTES[run.training.precision], run.training.precision == "bf16"
-    num_trained = sum(each.count for each in _trained(run, held))
+    size = BYTES[run.training.precision]
     return {
         "weights": size * sum(each.count for each in held),
-        "gradients": (_SUM if is_bf16 else size) * num_trained,
+        "gradients": SUM_BYTES[run.training.precision] * num_trained(run, held),
         "optimizer": (1 - run.training.optimizer.offload) * optimizer_bytes(run, held),
     }
 
@@ -55,8 +56,17 @@ def optimizer_bytes(run: RunConfig, held: Sequence[Parameters]) -> float:
         run: Precision, degrees and what learns.
         held: Parameters on the rank.
     """
-    sizes = _state_sizes(run)
-    return sum(sizes) * sum(each.count / _sharers(run, each) for each in _trained(run, held))
+    return sum(_state_sizes(run)) * num_owned(run, held)
+
+
+def num_trained(run: RunConfig, held: Sequence[Parameters]) -> int:
+    """Return how many of a rank's parameters learn."""
+    return sum(each.count for each in _trained(run, held))
+
+
+def num_owned(run: RunConfig, held: Sequence[Parameters]) -> float:
+    """Return how many of them a rank updates, of which it has the optimizer's state."""
+    return sum(each.count / _sharers(run, each) for each in _trained(run, held))
 
 
 def host_bytes(run: RunConfig, held: Sequence[Parameters]) -> float:
@@ -122,5 +132,4 @@ def _room_bytes(run: RunConfig, held: Sequence[Parameters]) -> float:
         return 0.0
     copied = sum(_state_sizes(run)) if optimizer.offload else 0
     cast = 8 if optimizer.moments == "bf16" else 0
-    num_parameters = sum(each.count / _sharers(run, each) for each in _trained(run, held))
-    return _ROOMS * (copied + cast) * min(_ROOM_PARAMETERS, num_parameters)
+    return _ROOMS * (copied + cast) * min(_ROOM_PARAMETERS, num_owned(run, held))

@@ -9,6 +9,7 @@ from megatron_keye.data.loader import RowLoader
 from megatron_keye.estimate.forecast import Forecast, Speeds, try_vision_ranks
 from megatron_keye.estimate.workload import (
     BatchPictures,
+    RowShape,
     balance_shapes,
     plan_balanced,
     shape_of,
@@ -26,10 +27,7 @@ def summarize_step(run: RunConfig, number: int, *, suggests: bool) -> dict[str, 
     Raises:
         UserError: For samples that cannot be read.
     """
-    loader = RowLoader(run.data, run.model, run.training.seed)
-    for _ in range(number + 1):
-        read = loader.next_rows(run.training.rows_per_step)
-    rows = balance_shapes([shape_of(row, run) for row in read], run)
+    rows = balance_shapes(read_rows(run, number), run)
     work, speeds = plan_balanced(rows, run), Speeds()
     simulated = Forecast(rows, run, speeds).play(work)
     suggestions = try_vision_ranks(rows, run, speeds) if suggests else []
@@ -58,3 +56,19 @@ def summarize_step(run: RunConfig, number: int, *, suggests: bool) -> dict[str, 
             for number_tried, suggested in suggestions
         ],
     }
+
+
+def read_rows(run: RunConfig, number: int) -> list[RowShape]:
+    """Return the sizes of the rows of a step of the run's samples.
+
+    Args:
+        run: The run; its samples are read.
+        number: 0-based number of the step.
+
+    Raises:
+        UserError: For samples that cannot be read.
+    """
+    loader = RowLoader(run.data, run.model, run.training.seed)
+    for _ in range(number + 1):
+        read = loader.next_rows(run.training.rows_per_step)
+    return [shape_of(row, run) for row in read]

@@ -48,11 +48,21 @@ class RowShape:
     """Its pictures."""
     num_earlier: tuple[int, ...] = (0,)
     """Tokens before each branch on its path; 0 for all by default."""
+    num_padding: int = 0
+    """Tokens of the row that are padding, at its end and in its last document."""
+    num_labels: int = 0
+    """Tokens that have a label."""
 
     @property
     def sizes(self) -> RowSizes:
         """What its cost follows from."""
-        return RowSizes(self.document_lengths, self.pictures.patches, self.num_earlier)
+        return RowSizes(
+            self.document_lengths,
+            self.pictures.patches,
+            self.num_earlier,
+            self.num_padding,
+            self.num_labels,
+        )
 
 
 def shape_of(row: PackedRow, run: RunConfig) -> RowShape:
@@ -61,12 +71,15 @@ def shape_of(row: PackedRow, run: RunConfig) -> RowShape:
     Raises:
         UserError: If its placeholders are not where its pictures go.
     """
-    branches = row.branches
-    lengths, earlier = (tuple(each.tolist()) for each in (branches.lengths, branches.num_earlier))
-    slots = picture_slots([row], run)
-    sizes = np.array([(s.start, s.num_patches, s.num_tokens) for s in slots], dtype=np.int64)
-    pictures = PictureSizes(*sizes.reshape(-1, 3).T)
-    return RowShape(document_lengths=lengths, pictures=pictures, num_earlier=earlier)
+    sizes, slots = row.sizes, picture_slots([row], run)
+    columns = np.array([(s.start, s.num_patches, s.num_tokens) for s in slots], dtype=np.int64)
+    return RowShape(
+        document_lengths=tuple(np.asarray(sizes.lengths).tolist()),
+        pictures=PictureSizes(*columns.reshape(-1, 3).T),
+        num_earlier=tuple(np.asarray(sizes.num_earlier).tolist()),
+        num_padding=sizes.num_padding,
+        num_labels=sizes.num_labels,
+    )
 
 
 def balance_shapes(rows: Sequence[RowShape], run: RunConfig) -> list[RowShape]:

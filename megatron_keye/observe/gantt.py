@@ -55,9 +55,9 @@ def _bar(span: Span, y: int, scale: float) -> str:
 def _axis(y: int, end: float, scale: float) -> list[str]:
     """Return the time axis and the legend, below the bars."""
     lines = [
-        f'<text x="{_LEFT + end * share * scale:.0f}" y="{y + 12}" text-anchor="middle">'
+        f'<text x="{_LEFT + end * share * scale:.0f}" y="{y + 12}" text-anchor="{anchor}">'
         f"{end * share:.3g} s</text>"
-        for share in (0, 0.25, 0.5, 0.75, 1)
+        for share, anchor in zip((0, 0.25, 0.5, 0.75, 1), [*["middle"] * 4, "end"], strict=True)
     ]
     for index, (name, colour) in enumerate(_COLOURS.items()):
         x = _LEFT + index * 95

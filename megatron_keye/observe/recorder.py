@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_keye.observe.heartbeat import Heartbeat
 from megatron_keye.observe.span import Span, SpanName
@@ -38,7 +39,8 @@ class Recorder:
             label: The chunk or micro-batch that it is on; of a wait, what is waited for.
         """
         start = self.begin()
-        with self._heartbeat.doing(name, label, exchange=label if name == "wait" else ""):
+        waits_for = label if name == "wait" else ""
+        with self._heartbeat.doing(name, label, exchange=waits_for), record_function(name):
             yield
         self.end(name, label, start)
 

@@ -1,7 +1,6 @@
-"""FLOPs of pictures and rows, for load balancing, the simulator and the MFU.
+"""Costs of pictures and rows, by which work is balanced: FLOPs, of which only ratios matter.
 
-A product of [m, k] and [k, n] counts 2 m k n FLOPs (Narayanan et al., arXiv:2104.04473,
-appendix); balancing uses only ratios.
+The FLOPs of a pair stand here alone; `estimate/account/` counts all that a step does with them.
 """
 
 from collections.abc import Sequence
@@ -37,34 +36,20 @@ class VisionCost:
 def vision_cost(vision: VisionConfig, parallel: VisionParallel) -> VisionCost:
     """Return the cost with the configured break-even size, or with that of the model's sizes.
 
+    Args:
+        vision: Sizes.
+        parallel: Its attention_break_even_patches; 0 for the derived size.
+    """
+    return VisionCost(parallel.attention_break_even_patches or derived_break_even(vision))
+
+
+def derived_break_even(vision: VisionConfig) -> int:
+    """Return the patches of a frame whose attention has as many FLOPs as a layer's linears.
+
     A layer does 4 W^2 + 2 W F multiplications per patch in its linear layers and 2 W per pair of
     patches in attention (W hidden_size, F intermediate_size): as many at 2 W + F patches.
     """
-    derived = 2 * vision.hidden_size + vision.intermediate_size
-    return VisionCost(parallel.attention_break_even_patches or derived)
-
-
-def vision_flops(vision: VisionConfig, decoder_width: int) -> float:
-    """Return the forward FLOPs of ViT and projector per patch, without those per pair."""
-    return patch_flops(vision) + projector_flops(vision, decoder_width)
-
-
-def patch_flops(vision: VisionConfig) -> float:
-    """Return the ViT's forward FLOPs per patch, without those per pair of patches."""
-    width, mlp_width = vision.hidden_size, vision.intermediate_size
-    layers = vision.num_layers * (4 * width**2 + 2 * width * mlp_width)
-    return 2.0 * (layers + 3 * vision.patch_size**2 * width)
-
-
-def projector_flops(vision: VisionConfig, decoder_width: int) -> float:
-    """Return the projector's forward FLOPs per patch, its share of those of a merged token."""
-    merged = vision.hidden_size * vision.merge_size**2
-    return 2.0 * merged * (merged + decoder_width) / vision.merge_size**2
-
-
-def frame_attention_flops(vision: VisionConfig, num_patches: int) -> float:
-    """Return the forward FLOPs of the ViT's attention in one frame, over all pairs of patches."""
-    return 4.0 * vision.num_layers * vision.hidden_size * num_patches**2
+    return 2 * vision.hidden_size + vision.intermediate_size
 
 
 def attention_flops(
@@ -119,23 +104,3 @@ def pair_flops(decoder: DecoderConfig) -> float:
 def score_flops(decoder: DecoderConfig) -> float:
     """Return one layer's forward FLOPs of the indexer's score per (query, key) pair."""
     return 2.0 * decoder.indexer.num_heads * decoder.indexer.head_dim
-
-
-def token_flops(decoder: DecoderConfig) -> float:
-    """Return one layer's forward FLOPs per token, without those per pair."""
-    return block_flops(decoder) + indexing_flops(decoder)
-
-
-def block_flops(decoder: DecoderConfig) -> float:
-    """Return the part of `token_flops` outside the indexer: projections, router, experts."""
-    heads = (2 * decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim
-    experts = decoder.experts
-    routed = 3 * experts.num_experts_per_token * experts.intermediate_size + experts.num_experts
-    return 2.0 * decoder.hidden_size * (heads + routed)
-
-
-def indexing_flops(decoder: DecoderConfig) -> float:
-    """Return the part of `token_flops` that projects the indexer's queries, key and weights."""
-    indexer = decoder.indexer
-    width = (indexer.num_heads + 1) * indexer.head_dim + indexer.num_heads
-    return 2.0 * decoder.hidden_size * width

@@ -104,7 +104,7 @@ def transport_order(
     ]
     if not returns_gradients:
         order = [exchange for exchange in order if exchange.kind == "features"]
-    around, beside = [], []
+    around, beside = list[Exchange](), list[Exchange]()
     for exchange in order:
         is_shared = is_encoded_by_decoder(parallel.vision, exchange.micro_batch, num_micro_batches)
         (around if is_shared else beside).append(exchange)

@@ -18,11 +18,15 @@ class RowSizes(NamedTuple):
     """What the cost of a row follows from."""
 
     lengths: Lengths
-    """Tokens of each document, or of each branch where documents branch."""
+    """Tokens of each document, padding included, or of each branch where documents branch."""
     patches: Lengths
     """Patches of each picture."""
     num_earlier: Lengths = (0,)
     """Tokens before each branch on its path; 0 for all by default."""
+    num_padding: int = 0
+    """Tokens of the row that are padding, at its end and in its last document."""
+    num_labels: int = 0
+    """Tokens that have a label."""
 
     @property
     def longest_path(self) -> int:

@@ -232,8 +232,9 @@ def balanced_cuts(
             cost=cost,
         )
         own_load = {rank: load[rank] for rank in sharing}
-        sums = np.add.reduceat(costs[first:last], [cut.start for cut in part]) if part else []
-        ranks += lpt_assign([float(each) for each in sums], own_load)
+        starts = [cut.start for cut in part]
+        sums = np.add.reduceat(costs[first:last], starts).tolist() if part else list[float]()
+        ranks += lpt_assign(sums, own_load)
         load |= own_load
         cuts += [range(first + cut.start, first + cut.stop) for cut in part]
     return cuts, ranks

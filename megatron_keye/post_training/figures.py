@@ -58,6 +58,8 @@ def policy_figures(
         **{f"reward_task_{task}": _mean(values) for task, values in sorted(by_task.items())},
         "share_understood": _mean([each.is_understood for each in scored]),
         "share_not_scored": 1 - len(scored) / max(1, len(rewards)),
+        "num_judged": float(sum(each.judge == "asked" for each in scored)),
+        "num_judged_before": float(sum(each.judge == "kept" for each in scored)),
         "share_truncated": _mean([finish == "length" for finish in finishes]),
         "share_aborted": _mean([finish == "aborted" for finish in finishes]),
         "share_gated": learned.num_gated / max(1, learned.num_gated + len(ratios)),

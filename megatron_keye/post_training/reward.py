@@ -4,14 +4,18 @@
 
 where g is 0 for an answer that could not be understood, and else 1. The task's part is the score
 of `scoring`, by which `megatron-keye evaluate` measures too, so that a model is trained on what is
-measured; grounding pays for stretches beyond those that could be meant.
+measured; grounding pays for stretches beyond those that could be meant. A judge, where there is
+one, takes the rule's place for tasks of free text.
 """
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_keye.config.post_training import PostTrainingConfig
+from megatron_keye.post_training.judge import judge
 from megatron_keye.rollout.request import Finish
+from megatron_keye.scoring.final_answer import final_answer
 from megatron_keye.scoring.question import Question
 from megatron_keye.scoring.truth import GroundingTruth
 
@@ -32,6 +36,8 @@ class Reward:
     """0 or 1: whether its form is right."""
     is_understood: bool
     """Whether it could be read; without, all is 0."""
+    judge: Literal["none", "asked", "kept"] = "none"
+    """Whether a judge gave the task's part, now or earlier."""
 
 
 def reward(question: Question, text: str, finish: Finish, settings: PostTrainingConfig) -> Reward:
@@ -41,13 +47,20 @@ def reward(question: Question, text: str, finish: Finish, settings: PostTraining
         question: What was asked, and what is right.
         text: The answer, with its thinking.
         finish: How it ended.
-        settings: Weights of the parts, and whether there must be thinking.
+        settings: Weights of the parts, whether there must be thinking, and who judges.
+
+    Raises:
+        UserError: When the judge fails, so that the answer is not scored.
     """
     score = question.truth.score(text, question.seconds)
     task = score.value
     if isinstance(question.truth, GroundingTruth) and score.understood is not None:
         num_allowed = 2 * len(question.truth.intervals) + 2
         task = max(0.0, task - _SPAM_COST * max(0, len(score.understood) - num_allowed))
+    judged: Literal["none", "asked", "kept"] = "none"
+    if settings.judge.judges(question.task) and score.understood is not None:
+        judgement = judge(question, final_answer(text) or "", settings.judge)
+        task, judged = judgement.value, "kept" if judgement.was_kept else "asked"
     form = has_form(text, finish, requires_thinking=settings.requires_thinking)
     is_understood = score.understood is not None
     total = settings.task_weight * task + settings.format_weight * form
@@ -56,6 +69,7 @@ def reward(question: Question, text: str, finish: Finish, settings: PostTraining
         task=task if is_understood else 0.0,
         format=float(form and is_understood),
         is_understood=is_understood,
+        judge=judged,
     )
 
 

@@ -32,9 +32,7 @@ from megatron_keye.training.periodic_evaluation import (
 from megatron_keye.training.provenance import host_names, record_start
 from megatron_keye.training.report import Report
 from megatron_keye.training.run_checkpoints import RunCheckpoints, is_save_due, open_run
-from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.step_sums import StepSums
-from megatron_keye.training.stop import StopRequest
 from megatron_keye.training.summary import (
     read_summary,
     show_summary,
@@ -74,31 +72,19 @@ class PolicyTrainer:
         opened = open_run(run, process)
         self._lock = opened.lock
         self._run, self._process, self._fusions = run, process, fusions
-        self._stop, self._clock = StopRequest(), StepClock(process.heartbeat)
         process.heartbeat.note("build")
         self.was_stopped = False
         """Whether a signal ended the run before its last step."""
         self._parts = Parts(
-            run,
-            process,
-            self._stop,
-            self._clock,
-            uses_transformer_engine=uses_transformer_engine,
-            fusions=fusions,
+            run, process, uses_transformer_engine=uses_transformer_engine, fusions=fusions
         )
-        model, _, grid = self._parts.trained
+        trained = self._parts.trained
+        self._stop, self._clock = trained.stop, trained.clock
+        self._saving, self._health = trained.saving, trained.health
         self._evaluation = open_periodic_evaluation(
-            run, grid, model, process, self._clock, open_evaluation
+            run, trained.grid, trained.model, process, self._clock, open_evaluation
         )
-        self._checkpoints = RunCheckpoints(
-            run,
-            process,
-            opened,
-            self._parts.trained,
-            health=self._parts.health,
-            saving=self._parts.saving,
-            clock=self._clock,
-        )
+        self._checkpoints = RunCheckpoints(run, process, opened, trained)
         self._position = Position()
         self._sums = StepSums()
         self._seconds: dict[str, float] = {}
@@ -151,6 +137,7 @@ class PolicyTrainer:
         """Run the remaining steps and return the last checkpoint's folder, None without one."""
         folder = None
         self._clock.end_step()  # Building the run is no part of its first step.
+        self._evaluate(report)  # One that a signal left no time for.
         while self._progress.step < self._last_step and not self.was_stopped:
             self._clock.heartbeat.begin_step(self._progress.step + 1)
             try:
@@ -163,15 +150,20 @@ class PolicyTrainer:
                 self.was_stopped = True
             else:
                 self._learn(rollout, report, log)
-                step = self._progress.step
-                self._evaluation.look(step, report, is_last=step >= self._last_step)
+            if not self.was_stopped:
+                self._evaluate(report)
             self._progress.data = self._position.state_dict(self._parts.prompts)
             step = self._progress.step
             ends = {"is_last": step >= self._last_step, "was_stopped": self.was_stopped}
             if is_save_due(self._run, step, **ends):
                 folder = self._checkpoints.save(self._progress, report, **ends)
-        self._parts.saving.wait(report)
+        self._saving.wait(report)
         return folder
+
+    def _evaluate(self, report: Report | None) -> None:
+        """Ask the questions of training.evaluation if that is due."""
+        is_last = self._progress.step >= self._run.training.steps
+        self._evaluation.look(self._progress, report, is_last=is_last)
 
     def _learn(self, rollout: Rollout, report: Report | None, log: RolloutLog | None) -> None:
         """Learn from the answers of a step, and note it."""
@@ -205,7 +197,7 @@ class PolicyTrainer:
             )
         for metrics, rows in zip(learned.metrics, learned.rows, strict=True):
             progress.updates += metrics.was_applied
-            self._parts.health.note(progress, metrics, rows, is_last=False)
+            self._health.note(progress, metrics, rows, is_last=False)
         if not learned.metrics:
             return
         metrics = as_one_step(learned.metrics)
@@ -214,7 +206,7 @@ class PolicyTrainer:
         progress.tokens += metrics.tokens
         progress.seconds += metrics.step_seconds
         self._sums.add(metrics)
-        self._parts.saving.look(report, has_failed=metrics.has_failed_save)
+        self._saving.look(report, has_failed=metrics.has_failed_save)
         self.was_stopped = metrics.asks_to_stop and progress.step < self._last_step
         if report is not None:
             report.show(progress.step, metrics)

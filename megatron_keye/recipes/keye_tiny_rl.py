@@ -1,7 +1,8 @@
 """A tiny Keye-VL that learns from rewards when something is on the screen, on a CPU.
 
-    megatron-keye forge_video runs/rl --samples 600 --seconds 20 24 --rate 1 --plain \\
-        --variable 0 --words 0 --size 56 56 --shapes 4 --stay 3 --questions when --tokenizer
+    megatron-keye forge_video runs/rl --samples 2000 --held-out 128 --seconds 7 9 --rate 1 \\
+        --plain --variable 0 --words 0 --blinking 0 --size 28 28 --shapes 4 --stay 1 \\
+        --questions when --tokenizer
     megatron-keye train keye_tiny_rl_start --ranks 1
     megatron-keye train keye_tiny_rl --ranks 1
     megatron-keye evaluate keye_tiny_rl --task grounding --out runs/rl_scores \\

@@ -1,6 +1,7 @@
 """The kinds of questions, by the name that a record has under "task"."""
 
 from megatron_keye.scoring.boxes import BoxTruth
+from megatron_keye.scoring.expression import ExpressionTruth
 from megatron_keye.scoring.frames import OrderTruth, TimestampTruth
 from megatron_keye.scoring.scenes import SceneTruth
 from megatron_keye.scoring.truth import (
@@ -23,6 +24,7 @@ TRUTHS: dict[Task, type[Truth]] = {
     "order": OrderTruth,
     "boxes": BoxTruth,
     "number": NumberTruth,
+    "expression": ExpressionTruth,
     "text": TextTruth,
 }
 """The kinds of questions, by their task."""

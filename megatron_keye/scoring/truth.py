@@ -24,6 +24,7 @@ Task = Literal[
     "order",
     "boxes",
     "number",
+    "expression",
     "text",
 ]
 

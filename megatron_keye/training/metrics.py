@@ -17,9 +17,10 @@ from megatron_keye.config.run import RunConfig
 from megatron_keye.data.row import PackedRow
 from megatron_keye.data.video.decode_service import DecodeStatistics
 from megatron_keye.decoder.row import METER_NAMES, MeterName, RowMeter
+from megatron_keye.estimate.account import model_flops
 from megatron_keye.optim.optimizer import StepOutcome
 from megatron_keye.training.router_load import RouterLoad
-from megatron_keye.training.throughput import device_name, peak_tflops, step_flops
+from megatron_keye.training.throughput import device_name, peak_tflops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class BatchCounts:
     tokens: int
     """All tokens, padding included."""
     flops: float
-    """Model FLOPs of the training step (`throughput.step_flops`)."""
+    """Model FLOPs of the training step (`estimate.account.model_flops`)."""
 
     def __add__(self, other: Self) -> Self:
         """Return the counts of two batches together."""
@@ -60,7 +61,7 @@ def count_batch(rows: Sequence[PackedRow], run: RunConfig) -> BatchCounts:
             if run.training.row_phase(row.longest_document) != "dense"
         ),
         tokens=sum(len(row.token_ids) for row in rows),
-        flops=step_flops(rows, run),
+        flops=model_flops(run, [row.sizes for row in rows]),
     )
 
 
@@ -116,7 +117,7 @@ class StepMetrics(MeanLosses):
     tokens_per_second: float
     """Real tokens of the global batch per second of `step_seconds`."""
     tflops_per_device: float
-    """Model FLOPs (`throughput.step_flops`) per second and rank, in 1e12."""
+    """Model FLOPs (`estimate.account.model_flops`) per second and rank, in 1e12."""
     mfu: float
     """Model FLOPs utilization: the same over the device's peak; NaN where that is unknown."""
     step_seconds: float

@@ -15,7 +15,7 @@ from megatron_keye.decoder.batch import AnswerBatch, Batch
 from megatron_keye.decoder.positions import position_ids
 from megatron_keye.parallel.context import gathered_order
 from megatron_keye.plan.places import DecoderPlace, owned_positions
-from megatron_keye.plan.slots import RowSizes, balanced_order, plan_slots
+from megatron_keye.plan.slots import balanced_order, plan_slots
 from megatron_keye.plan.step import StepPlan
 
 
@@ -24,15 +24,7 @@ def balance_rows(rows: list[PackedRow], run: RunConfig) -> list[PackedRow]:
 
     The loss is a sum over the global batch, so their order changes only rounding.
     """
-    sizes = [
-        RowSizes(
-            row.branches.lengths,
-            [picture.num_patches for picture in row.pictures],
-            row.branches.num_earlier,
-        )
-        for row in rows
-    ]
-    return [rows[place] for place in balanced_order(sizes, run)]
+    return [rows[place] for place in balanced_order([row.sizes for row in rows], run)]
 
 
 def plan_rows(

@@ -5,6 +5,7 @@ So training knows nothing of generation, which is built on it.
 
 from collections.abc import Callable
 
+from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config.run import RunConfig
 from megatron_keye.model import KeyeModel
 from megatron_keye.parallel.grid import Grid
@@ -32,18 +33,25 @@ class PeriodicEvaluation:
         """
         self._settings, self._clock, self._evaluate = run.training.evaluation, clock, evaluate
 
-    def look(self, step: int, report: Report | None, *, is_last: bool) -> None:
+    def look(self, progress: Progress, report: Report | None, *, is_last: bool) -> None:
         """Evaluate if that is due. Collective: all ranks must call it after each step.
 
+        It is also called before the first step of a process, for scores that a signal left no
+        time for.
+
         Args:
-            step: Steps done.
+            progress: Steps done, and those that were done at the last evaluation.
             report: Where scores are shown; None on ranks that report nothing.
-            is_last: Whether no step follows.
+            is_last: Whether the run has no more steps.
         """
-        if self._evaluate is None or not self._settings.is_due(step, is_last=is_last):
+        step = progress.step
+        if self._evaluate is None or step == progress.evaluated_step:
+            return
+        if not self._settings.is_due(step, is_last=is_last):
             return
         with self._clock.part("validation"):
             scores = self._evaluate(step)
+        progress.evaluated_step = step
         if report is not None:
             report.show_evaluation(step, scores)
 

@@ -13,18 +13,10 @@ from megatron_keye.checkpoint.selection import choose_checkpoint
 from megatron_keye.checkpoint.set_aside import set_aside
 from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config.run import RunConfig
-from megatron_keye.model import KeyeModel
-from megatron_keye.optim.optimizer import JointOptimizer
-from megatron_keye.parallel.grid import Grid
 from megatron_keye.parallel.process import Process
 from megatron_keye.training import hand_over
-from megatron_keye.training.health.run_health import RunHealth
 from megatron_keye.training.report import Report
-from megatron_keye.training.saving import Saving
-from megatron_keye.training.step_clock import StepClock
-
-Trained = tuple[KeyeModel, JointOptimizer, Grid]
-"""What a checkpoint holds, and the groups of this rank."""
+from megatron_keye.training.trained_model import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -78,11 +70,7 @@ class RunCheckpoints:
         run: RunConfig,
         process: Process,
         opened: OpenedRun,
-        trained: Trained,
-        *,
-        health: RunHealth,
-        saving: Saving,
-        clock: StepClock,
+        trained: TrainedModel,
     ) -> None:
         """Prepare for all checkpoints.
 
@@ -90,13 +78,11 @@ class RunCheckpoints:
             run: How to save, and where.
             process: This rank.
             opened: From `open_run`.
-            trained: What checkpoints hold.
-            health: Refuses to save what is sick.
-            saving: Saves beside training.
-            clock: Gets the times of saves.
+            trained: What checkpoints hold, and what judges and saves it.
         """
-        self._run, self._process, self._opened, self._trained = run, process, opened, trained
-        self._health, self._saving, self._clock = health, saving, clock
+        self._run, self._process, self._opened = run, process, opened
+        self._state = (trained.model, trained.optimizer, trained.grid)
+        self._health, self._saving, self._clock = trained.health, trained.saving, trained.clock
 
     def load(self, new: Progress, restore: Callable[[Progress], None]) -> Progress:
         """Load what the run continues, or the weights that it starts from; return its progress.
@@ -110,11 +96,11 @@ class RunCheckpoints:
         """
         run, checkpoint, progress = self._run, self._opened.checkpoint, new
         if checkpoint is not None:
-            progress = training_checkpoint.load(checkpoint, run, *self._trained)
+            progress = training_checkpoint.load(checkpoint, run, *self._state)
             restore(progress)
         elif run.training.checkpoint.weights:
             weights = Path(run.training.checkpoint.weights)
-            training_checkpoint.load_weights(weights, run, *self._trained)
+            training_checkpoint.load_weights(weights, run, *self._state)
         self._health.resume(progress, checkpoint)
         # What fails above leaves an earlier run where it is.
         if self._process.rank == 0:
@@ -137,7 +123,7 @@ class RunCheckpoints:
         self._saving.wait(report)  # The one before, which then is the newest.
         with self._clock.part("save"):
             self._health.check_before_save(progress)
-        self._saving.begin(*self._trained, progress)
+        self._saving.begin(*self._state, progress)
         folder = checkpoint_folder(self._run, progress.step)
         if not was_stopped and self._run.training.checkpoint.exports(
             progress.step, is_last=is_last

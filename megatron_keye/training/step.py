@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_keye.checkpoint.random_state import random_state, restore_random
 from megatron_keye.config.run import RunConfig
@@ -35,6 +36,7 @@ from megatron_keye.training.metrics import (
 from megatron_keye.training.router_load import RouterLoad
 from megatron_keye.training.saving import Saving
 from megatron_keye.training.step_clock import StepClock
+from megatron_keye.training.step_profiler import STEP_RANGE, StepProfiler
 from megatron_keye.training.stop import StopRequest
 
 
@@ -76,6 +78,7 @@ class TrainingStep:
         self._model, self._optimizer = model, optimizer
         self._open_source, self._judge = open_source, judge
         self._stop, self._saving, self._clock = stop, saving, clock
+        self._profiler = StepProfiler(run, model, grid.rank, device)
         self._kept_patches = kept_patches(run, grid, device)
         self._batch_pass = self._open_batch_pass(source)
         self.recorder: StepRecorder | None = None
@@ -105,8 +108,16 @@ class TrainingStep:
         Returns:
             The step's metrics, the same on every rank.
         """
-        recorder, states = self._start_recorder(step), random_state()
         planned = self._batch_pass.take(rows)
+        with self._profiler.step(step, planned.rows, planned.plan):
+            recorder = self._start_recorder(step)
+            with record_function(STEP_RANGE):
+                return self._run_step(planned, step, num_steps, recorder)
+
+    def _run_step(
+        self, planned: PlannedBatch, step: int, num_steps: int | None, recorder: Recorder
+    ) -> StepMetrics:
+        states = random_state()
         meter, counts = RowMeter(), count_batch(planned.rows, self._run)
         measured = self._compute(self._batch_pass, planned, meter, counts, recorder)
         self.log_probs = meter.log_probs

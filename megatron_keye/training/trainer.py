@@ -7,6 +7,7 @@ from typing import Any
 from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
+from megatron_keye.data.loader import RowLoader
 from megatron_keye.errors import UserError
 from megatron_keye.observe.timeline import write_step
 from megatron_keye.parallel.process import Process
@@ -18,7 +19,6 @@ from megatron_keye.training.early_end import (
     summarize_validation,
 )
 from megatron_keye.training.metrics import StepMetrics
-from megatron_keye.training.parts import build_parts
 from megatron_keye.training.patch_source import video_decoder
 from megatron_keye.training.periodic_evaluation import (
     OpenEvaluation,
@@ -36,7 +36,8 @@ from megatron_keye.training.summary import (
     write_summary,
 )
 from megatron_keye.training.throughput import device_name
-from megatron_keye.training.validation import ValidationResult
+from megatron_keye.training.trained_model import build_trained_model
+from megatron_keye.training.validation import ValidationResult, open_validation
 
 _logger = logging.getLogger(__name__)
 
@@ -71,25 +72,30 @@ class Trainer:
         self.was_stopped = False
         """Whether a signal ended the run before its last step."""
         process.heartbeat.note("build")
-        self._parts = build_parts(
-            run, process, uses_transformer_engine=uses_transformer_engine, fusions=fusions
-        )
-        self._clock, self._step = self._parts.clock, self._parts.step
-        self._saving, self._health = self._parts.saving, self._parts.health
-        self._evaluation = open_periodic_evaluation(
-            run, self._parts.grid, self._parts.model, process, self._clock, open_evaluation
-        )
-        self._last_validation: ValidationResult | None = None
-        self._checkpoints = RunCheckpoints(
+        loader = RowLoader(run.data, run.model, run.training.seed, epochs=run.training.epochs)
+        self._trained = build_trained_model(
             run,
             process,
-            opened,
-            (self._parts.model, self._parts.optimizer, self._parts.grid),
-            health=self._health,
-            saving=self._saving,
-            clock=self._clock,
+            loader.probe_video,
+            uses_transformer_engine=uses_transformer_engine,
+            fusions=fusions,
         )
-        loader = self._parts.loader
+        self._clock, self._step = self._trained.clock, self._trained.step
+        self._saving, self._health = self._trained.saving, self._trained.health
+        grid, model = self._trained.grid, self._trained.model
+        self._validation = open_validation(
+            run,
+            grid,
+            model,
+            padding_row=loader.padding_row(),
+            device=process.device,
+            heartbeat=process.heartbeat,
+        )
+        self._evaluation = open_periodic_evaluation(
+            run, grid, model, process, self._clock, open_evaluation
+        )
+        self._last_validation: ValidationResult | None = None
+        self._checkpoints = RunCheckpoints(run, process, opened, self._trained)
         self._sums, self._num_damaged = StepSums(), 0
         process.heartbeat.note("load")
         self._progress = self._checkpoints.load(
@@ -113,14 +119,14 @@ class Trainer:
             return self._train()
         finally:
             self._ahead.close()
-            self._parts.close()
+            self._trained.close()
             self._lock.release()
 
     def _train(self) -> dict[str, Any]:
         if self._is_over():
             return self._already_ended()
         hosts, first_step = host_names(), self._progress.step
-        self._parts.stop.listen()
+        self._trained.stop.listen()
         if self._process.rank != 0:
             return self._summary(self._run_steps(None))
         device = device_name(self._process.device)
@@ -157,8 +163,9 @@ class Trainer:
         folder = None
         self._clock.end_step()  # Building the run is no part of its first step.
         self._ahead.start()
-        # One that a signal left no time for, after the step that was saved.
+        # Those that a signal left no time for, after the step that was saved.
         self._validate(report)
+        self._evaluation.look(self._progress, report, is_last=not self._has_rows)
         while not self._is_over():
             batch = self._take_rows()
             metrics = self._train_one(batch)
@@ -176,7 +183,7 @@ class Trainer:
             self.was_stopped = metrics.asks_to_stop and not self._is_over()
             is_best = not self.was_stopped and self._validate(report)
             if not self.was_stopped:
-                self._evaluation.look(self._progress.step, report, is_last=not self._has_rows)
+                self._evaluation.look(self._progress, report, is_last=not self._has_rows)
             ends = {"is_last": self._is_over(), "was_stopped": self.was_stopped}
             if is_save_due(self._run, self._progress.step, is_best=is_best, **ends):
                 folder = self._checkpoints.save(self._progress, report, **ends)
@@ -189,7 +196,7 @@ class Trainer:
         """Return why the run ended before its last step, "" if it did not."""
         if not self.was_stopped:
             return early_end(self._run, self._progress)
-        signal_name = self._parts.stop.name or "a signal to another rank"
+        signal_name = self._trained.stop.name or "a signal to another rank"
         last = self._last_step(0)  # 0 where epochs say when the run ends
         after = f"{self._progress.step} of {last}" if last else str(self._progress.step)
         return f"stopped after step {after} by {signal_name}; --resume auto continues it"
@@ -248,11 +255,10 @@ class Trainer:
         """Validate if that is due, and return whether it was the best so far."""
         is_last = not self._has_rows
         is_due = is_validation_due(self._run, self._progress, is_last=is_last)
-        validation = self._parts.validation
-        if validation is None or not is_due:
+        if self._validation is None or not is_due:
             return False
         with self._clock.part("validation"):
-            self._last_validation = validation()
+            self._last_validation = self._validation()
         if report is not None:
             report.show_validation(self._progress.step, self._last_validation.figures())
         return note_validation(self._run, self._progress, self._last_validation)

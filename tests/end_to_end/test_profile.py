@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_keye.cli import profile
+from megatron_keye.profiling.profile import read_profile
 
 
 @pytest.mark.slow
@@ -13,7 +14,8 @@ def test_a_run_leaves_its_timeline_and_no_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ["--set", "device=cpu", "--set", "training.rows_per_step=1"]
-    command = ["keye_tiny", "--ranks", "2", "--steps", "2", "--timeline", str(tmp_path), *settings]
+    counts = ["--ranks", "2", "--warm-up", "1", "--steps", "1", "--traced", "1"]
+    command = ["keye_tiny", *counts, "--out", str(tmp_path), *settings]
     assert profile.main(command) == 0
     text = capsys.readouterr().out
     assert "rank    0  decoder" in text and "rank    1  vision" in text
@@ -25,3 +27,7 @@ def test_a_run_leaves_its_timeline_and_no_checkpoint(
     }
     assert (tmp_path / "timeline.svg").read_text().startswith("<svg")
     assert not (tmp_path / "keye_tiny" / "checkpoints").exists()
+    decoder, vision = read_profile(tmp_path / "profile.json").ranks
+    assert "vision.linear" in {module.module for module in vision.modules}
+    assert {module.module for module in decoder.modules} >= {"decoder.experts", "transport"}
+    assert "vision.linear" not in {module.module for module in decoder.modules}

@@ -148,14 +148,13 @@ def differing_at_start(text: str, expected: Path) -> list[str]:
     process = Process(rank=0, num_ranks=1, device=torch.device("cpu"), store=store)
     trainer = Trainer(run, process, uses_transformer_engine=False)
     native, differing = NativeFolder(expected), []
-    parts = trainer._parts
-    for key, _, offset, shard in owned_weights(weight_state(parts.model, parts.grid)):
+    trained = trainer._trained
+    for key, _, offset, shard in owned_weights(weight_state(trained.model, trained.grid)):
         ranges = zip(offset, shard.shape, strict=True)
         region = tuple(slice(start, start + size) for start, size in ranges)
         if not torch.equal(native.read(key, ())[region], shard):
             differing.append(key)
     trainer._ahead.close()
-    assert parts.patches is not None
-    parts.close()
-    let_go(parts.model)
+    trained.close()
+    let_go(trained.model)
     return differing

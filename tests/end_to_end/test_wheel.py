@@ -75,11 +75,14 @@ def run(
 def test_the_wheel_holds_code_data_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
+        report = archive.read("megatron_keye/extension_build.txt").decode().strip()
     package = {path.relative_to(ROOT) for path in (ROOT / "megatron_keye").rglob("*.py")}
     kernels = {path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
     expected = {path.as_posix() for path in package | {"megatron_keye" / path for path in kernels}}
     assert expected <= names, expected - names
     assert {"megatron_keye/py.typed", "megatron_keye/recipes/keye_tiny.jsonl"} <= names
+    assert report == "megatron_keye._C was not built: MEGATRON_KEYE_BUILD_CUDA=0"
+    assert wheel.name.endswith("-py3-none-any.whl"), "as a wheel without the extension"
     folders = {name.split("/")[0] for name in names}
     assert {folder.split("-")[0] for folder in folders} == {"megatron_keye"}
 

@@ -1,7 +1,7 @@
 """The operators under torch.compile and under activation recomputation.
 
-torch.compile breaks its graph at an operator's checks (the log of the default, ranges read back)
-and runs the operator itself as it is, so results are the same bits.
+An operator is one node of the graph, which has no break, and runs as it is, so results are the
+same bits. tests/kernels/test_opcheck.py looks at each operator alone.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,7 @@ def test_compiled_layers_give_the_same_bits() -> None:
     inputs = make_inputs("eager")
     torch.compiler.reset()
     compiled: Callable[[Inputs, str], tuple[Tensor, Tensor]] = torch.compile(
-        run_layer, backend="eager"
+        run_layer, backend="aot_eager", fullgraph=True
     )
     plain, indices_TK = run_layer(inputs, "eager")
     total, compiled_TK = compiled(inputs, "eager")
@@ -85,7 +85,7 @@ def test_compiled_layers_run_the_triton_kernels() -> None:
     inputs = make_inputs("triton")
     torch.compiler.reset()
     plain, indices_TK = run_layer(inputs, "triton")
-    total, compiled_TK = torch.compile(run_layer)(inputs, "triton")
+    total, compiled_TK = torch.compile(run_layer, fullgraph=True)(inputs, "triton")
     assert torch.equal(compiled_TK, indices_TK), "selection"
     torch.testing.assert_close(total, plain)
     wanted = torch.autograd.grad(plain, inputs)

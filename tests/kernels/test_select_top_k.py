@@ -133,7 +133,7 @@ def test_a_misfit_is_named() -> None:
     zero_T = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match="k: got 0, expected 1 or more"):
         select_top_k(scores_TS, zero_T, zero_T, 0)
-    with pytest.raises(ValueError, match="impl = 'fast', expected one of eager, cuda, triton"):
+    with pytest.raises(ValueError, match="impl = 'fast', expected one of eager, triton, cuda"):
         select_top_k(scores_TS, zero_T, zero_T, 1, impl="fast")
     with pytest.raises(ValueError, match="scores_TS: got torch.int64"):
         select_top_k(scores_TS.long(), zero_T, zero_T, 1)

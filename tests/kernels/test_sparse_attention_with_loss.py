@@ -179,7 +179,7 @@ def test_the_target_never_exists_whole_and_unions_are_merged_once_a_pass(
 
         monkeypatch.setattr(module, name, wrapped)
 
-    counted(one_pass.triton, "attend")
+    counted(one_pass, "attend")
     counted(one_pass, "attend_backward")
     counted(one_pass, "recover_target")
     counted(union_lists, "_merge")

@@ -110,7 +110,7 @@ def _train(run_json: str, stops_in_step: int) -> tuple[int, bool]:
         trainer.train()
     finally:
         rollouts._TOKENS_BETWEEN_LOOKS = 256
-        let_go(trainer._parts.trained[0])
+        let_go(trainer._parts.trained.model)
     return trainer._progress.step, trainer.was_stopped
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import multiprocessing
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ def _save_and_train_on(folder: str) -> None:
     step(mixed_rows(0), 0)
     progress = Progress(step=1, updates=1, data={})
     save(replace(run, output_dir=f"{folder}/plain"), model, optimizer, grid, progress)
-    before = set(Path("/tmp").glob("pymp-*"))
+    before = _processes_and_folders()
     saver, checkpoints = Saver(run), run.folder / "checkpoints"
     with held_back() as go_on:
         begin_save(saver, run, model, optimizer, grid, progress)
@@ -72,8 +73,14 @@ def _save_and_train_on(folder: str) -> None:
     assert [each.folder.name for each in saved] == ["step-00000001", "step-00000002"]
     assert all(0 < each.pause_seconds < each.seconds for each in saved)
     saver.close()
-    assert not psutil.Process().children() and set(Path("/tmp").glob("pymp-*")) <= before
+    assert _processes_and_folders() <= before
     let_go(model)
+
+
+def _processes_and_folders() -> set[object]:
+    """What this process has started, and made for what it starts."""
+    children = {child.pid for child in psutil.Process().children()}
+    return children | {multiprocessing.current_process()._config.get("tempdir")}
 
 
 def test_all_ranks_refuse_a_save_that_one_could_not_write(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config.evaluation import TASKS
 from megatron_keye.data.tokens import load_tokenizer
 from megatron_keye.errors import UserError
@@ -111,10 +112,15 @@ def test_scores_are_shown_and_written_when_they_are_due(
 
     clock = StepClock()
     periodic = PeriodicEvaluation(run, clock, evaluate)
+    progress = Progress(step=0, updates=0, data={})
     with Report(run, 0, 8) as report:
         for step in range(1, 9):
-            periodic.look(step, report, is_last=step == 8)
-    assert asked == [3, 6, 8]
+            # Also before the first step of a process that goes on: what is known is not asked.
+            for _ in range(2):
+                periodic.look(progress, report, is_last=False)
+            progress.step = step
+            periodic.look(progress, report, is_last=step == 8)
+    assert asked == [3, 6, 8] and progress.evaluated_step == 8
     assert "evaluation after step 6: count accuracy 0.600" in capsys.readouterr().out
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1]) == {"step": 8, "evaluation": {"count": {"accuracy": 0.8}}}

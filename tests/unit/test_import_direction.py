@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         *("checkpoint", "config", "data", "decoder", "errors", "estimate", "model", "observe"),
         *("optim", "parallel", "plan"),
     },
+    "profiling": {"config", "errors", "estimate", "observe", "plan"},
     "rollout": {
         *("checkpoint", "config", "data", "decoder", "errors", "model", "observe", "parallel"),
         "training",
@@ -48,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "post_training": {
         *("checkpoint", "config", "data", "decoder", "errors", "files", "model", "observe"),
-        *("optim", "parallel", "rollout", "scoring", "training"),
+        *("parallel", "rollout", "scoring", "training"),
     },
 }
 # Entry points may import every part: the command line, and the package's own public names.

@@ -139,6 +139,7 @@ def _draw_clip(seed: tuple[int, ...], options: ForgeOptions) -> _Clip:
         frames_per_second=options.frames_per_second,
         longest_stay=options.longest_stay,
         word_share=options.word_share,
+        blink_share=options.blink_share,
     )
     places = np.arange(num_frames, dtype=np.float64)
     if generator.random() < options.variable_share:

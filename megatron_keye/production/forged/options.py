@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_keye.errors import UserError
 from megatron_keye.production.forged.draw import LEGIBLE_RADIUS, shape_radius
-from megatron_keye.production.forged.scene import MOST_SHAPES
+from megatron_keye.production.forged.scene import BLINK_SHARE, MOST_SHAPES
 
 MOST_SECONDS = 3600.0
 _FEWEST_FRAMES = 6
@@ -39,6 +39,8 @@ class ForgeOptions:
     """Most seconds for which a shape or a word stays at once, 1 or more."""
     word_share: float = 0.5
     """Share of clips that show a word."""
+    blink_share: float = BLINK_SHARE
+    """Share of shapes that vanish and come back, where the clip is long enough."""
     questions_per_clip: int = 4
     """Most questions about a clip."""
     variable_share: float = 0.25
@@ -84,7 +86,11 @@ class ForgeOptions:
             self.longest_stay >= 1,
             f"--stay: got {self.longest_stay:g}, expected 1 second or more",
         )
-        for name, share in (("variable", self.variable_share), ("words", self.word_share)):
+        for name, share in (
+            ("variable", self.variable_share),
+            ("words", self.word_share),
+            ("blinking", self.blink_share),
+        ):
             _check(0 <= share <= 1, f"--{name}: got {share:g}, expected a share from 0 to 1")
 
     @property

@@ -24,6 +24,8 @@ COLOURS = {
 WORDS = ("NORTH", "SOUTH", "LEMON", "RIVER", "CLOUD", "STONE")
 LETTERS = "ABCDEFGH"
 MOST_SHAPES = 5
+BLINK_SHARE = 0.35
+"""How likely a shape blinks, unless a caller says otherwise."""
 SHAPE_NAMES = tuple(f"{colour} {form}" for colour, form in itertools.product(COLOURS, FORMS))
 """Every shape there is, by colour and form."""
 _MOST_BLINKS = 4
@@ -85,6 +87,7 @@ def draw_scene(
     frames_per_second: float,
     longest_stay: float = math.inf,
     word_share: float = 0.5,
+    blink_share: float = BLINK_SHARE,
 ) -> Scene:
     """Draw a scene.
 
@@ -95,6 +98,7 @@ def draw_scene(
         frames_per_second: Whatever comes or goes stays so for about a second or longer.
         longest_stay: Most seconds for which a shape or a word stays at once.
         word_share: How likely a word is shown.
+        blink_share: How likely a shape vanishes and comes back, where the clip is long enough.
     """
     shortest = max(1, min(round(frames_per_second), num_frames // 6))
     longest = int(max(shortest, min(num_frames, longest_stay * frames_per_second)))
@@ -106,7 +110,7 @@ def draw_scene(
     for number in range(num_shapes):
         colour, form = names.pop(0).split()
         other = next((name for name in names if name.endswith(form)), None)
-        life = _draw_life(generator, num_frames, shortest, longest)
+        life = _draw_life(generator, num_frames, shortest, longest, blink_share)
         turns = None
         if other is not None and len(life) == 1 and generator.random() < 0.3:
             names.remove(other)
@@ -132,12 +136,16 @@ def draw_scene(
 
 
 def _draw_life(
-    generator: np.random.Generator, num_frames: int, shortest: int, longest: int
+    generator: np.random.Generator,
+    num_frames: int,
+    shortest: int,
+    longest: int,
+    blink_share: float,
 ) -> tuple[Frames, ...]:
     """Return the stretches in which a shape is shown: one, or one more than its blinks."""
     most = min(_MOST_BLINKS, (num_frames // shortest - 1) // 2 - 1)
     num_blinks = int(generator.integers(1, most + 1)) if most > 0 else 0
-    num_stretches = 1 + num_blinks * (generator.random() < 0.35)
+    num_stretches = 1 + num_blinks * (generator.random() < blink_share)
     return _cut(generator, num_frames, num_stretches, shortest, longest)
 
 

@@ -53,6 +53,13 @@ def test_a_name_alone_is_no_checkpoint(is_file: bool, tmp_path: Path) -> None:
     assert problem_of(tmp_path / "none").startswith(f"{tmp_path / 'none'}: got no such folder")
 
 
+def test_the_folder_of_a_run_is_refused_with_its_newest_checkpoint(tmp_path: Path) -> None:
+    newest = [make_whole(tmp_path / "checkpoints" / f"step-0000000{n}") for n in (1, 2)][-1]
+    (tmp_path / "checkpoints" / "step-00000003.partial").mkdir()
+    problem = problem_of(tmp_path)
+    assert "got the folder of a run, expected" in problem and problem.endswith(f"as {newest}")
+
+
 def test_a_sum_made_in_writing_is_that_of_the_file(tmp_path: Path) -> None:
     written = write_file(tmp_path / "a", lambda out: [out.write(b"ab" * n) for n in (1, 0, 99)])
     assert written[0] == [2, 0, 198]

@@ -1,10 +1,12 @@
 """The plan agrees with the grid that training builds."""
 
 import json
+import time
 
 import pytest
 
-from megatron_keye.cli import plan
+from megatron_keye.cli import plan, train
+from megatron_keye.cli.arguments import chosen_run
 from megatron_keye.cli.plan_table import describe
 from megatron_keye.config import RunConfig
 from megatron_keye.estimate.parameters import stage_layers
@@ -64,14 +66,16 @@ def test_a_line_stands_for_all_ranks_that_are_alike(capsys: pytest.CaptureFixtur
     assert starts[-5:] == ["0-15", "16-31", "32-47", "48-63", "64-69"]
 
 
-@pytest.mark.parametrize(("ranks", "planned"), [(65, 64), (63, 64), (100, 64)])
-def test_ranks_that_would_not_all_work_are_refused(
-    ranks: int, planned: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("ranks", "nearest"), [(65, "64 or 128"), (63, "64"), (100, "64 or 128"), (200, "192 or 256")]
+)
+def test_ranks_that_would_not_all_work_are_refused_with_the_nearest(
+    ranks: int, nearest: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plan.main(["keye_30b_a3b", "--ranks", str(ranks)]) == 2
     message = capsys.readouterr().err
-    assert f"--ranks: got {ranks}, expected {planned}, since the degrees" in message
-    assert f"= {planned} ranks; training would not start" in message
+    assert f"--ranks: got {ranks}, expected {nearest}, since the degrees" in message
+    assert "ranks; training would not start" in message
 
 
 def test_a_wrong_setting_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,3 +110,56 @@ def test_a_wrong_batch_is_one_sentence(
 ) -> None:
     assert plan.main(["keye_tiny", "--ranks", "4", *wrong]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("num_gpus", [64, pytest.param(512, marks=pytest.mark.slow)])
+def test_layouts_are_found_in_seconds_and_shown_in_80_columns(
+    num_gpus: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = time.process_time()
+    assert plan.main(["keye_30b_a3b", "--gpus", str(num_gpus), "--suggest"]) == 0
+    # 3 and 5 s on a core that nobody shares, and up to three times as much on one that others do.
+    assert time.process_time() - began < 18
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert f"keye_30b_a3b on {num_gpus} h100: steps of " in text
+    table = [line for line in text.splitlines() if line.endswith("%")]
+    assert len(table) == 12 and 1 <= sum("*" in line for line in table) <= 3
+    command = text[text.index("megatron-keye train") :].replace("\\\n", " ").split()
+    assert command[2:5] == ["keye_30b_a3b", "--ranks", str(num_gpus)]
+    options = train.parse_arguments(command[2:])
+    chosen = chosen_run(options, num_ranks=num_gpus, has_gpu=True)
+    chosen.check_num_ranks(num_gpus)
+
+
+def test_layouts_of_a_batch_are_planned_for_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["keye_tiny", "--gpus", "4", "--batch", ":0", "--json"]
+    assert plan.main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gpus"] == 4 and found["rates"]["matmul_tflops"]["source"].startswith("measured")
+    first = found["layouts"][0]
+    assert sum(first["parts"].values()) == pytest.approx(first["seconds"])
+
+
+def test_a_run_that_generates_is_not_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["keye_tiny_rl", "--gpus", "2"]) == 2
+    assert "generate answers first, which is not predicted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "4", "--ranks", "4"], "--ranks: got 4 beside --gpus 4"),
+        (["--gpus", "4", "--labels", "4"], "--labels: got 4 beside --gpus 4"),
+        (["--rates", "file.json"], "--rates: got no --gpus"),
+        (["--gpu", "h200"], "--gpu: got no --gpus"),
+        (["--gpus", "4", "--rates", "/no/file.json"], "cannot be read"),
+        (["--gpus", "4", "--batch", "nostep"], "--batch: got 'nostep'"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_one_sentence(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main(["keye_tiny", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -7,10 +7,10 @@ import pytest
 
 from megatron_keye.data.branches import Branch, BranchedSample, pack_branches
 from megatron_keye.data.row import IGNORED_LABEL
+from megatron_keye.estimate.account import model_flops
 from megatron_keye.plan.places import DecoderPlace
 from megatron_keye.training.metrics import count_batch
 from megatron_keye.training.microbatch import cut_row
-from megatron_keye.training.throughput import step_flops
 from tests.support.tiny import ROW_TOKENS, tiny_run
 
 
@@ -66,7 +66,8 @@ def test_counts_are_those_of_rows_of_one_path_each() -> None:
     assert row.longest_document == ROW_TOKENS - 13, "padding"
     run = tiny_run()
     assert count_batch([row], run).indexer_queries == sum(map(len, paths))
-    assert 0 < step_flops([row], run) < step_flops([replace(row, prefix_trees=None)], run)
+    one_path = replace(row, prefix_trees=None)
+    assert 0 < model_flops(run, [row.sizes]) < model_flops(run, [one_path.sizes])
 
 
 @pytest.mark.parametrize("middle", [branch(4, parent=0), branch(parent=0)])

@@ -82,6 +82,14 @@ def test_nothing_stays_longer_than_asked(
         assert 0 < stop - start <= max(1, round(rate), longest * rate)
 
 
+def test_as_many_shapes_blink_as_asked() -> None:
+    for share in (0.0, 1.0):
+        scene = draw_scene(
+            np.random.default_rng(0), 40, most_shapes=5, frames_per_second=4, blink_share=share
+        )
+        assert {len(shape.shown) > 1 for shape in scene.shapes} == {bool(share)}
+
+
 def test_what_is_at_a_time_is_what_its_frame_shows() -> None:
     generator = np.random.default_rng(0)
     scene = draw_scene(generator, 40, most_shapes=2, frames_per_second=20, word_share=1.0)
@@ -210,6 +218,7 @@ def test_clips_without_a_question_are_counted(
         (("--shapes", "9"), "--shapes: got 9, expected 1 to 5"),
         (("--variable", "2"), "--variable: got 2, expected a share"),
         (("--words", "-1"), "--words: got -1, expected a share"),
+        (("--blinking", "1.1"), "--blinking: got 1.1, expected a share"),
         (("--stay", "0.5"), "--stay: got 0.5, expected 1 second or more"),
         (("--workers", "0"), "--workers: got 0"),
     ],

@@ -37,6 +37,7 @@ def test_the_recipe_reads_what_its_command_forges(tmp_path: Path) -> None:
     for sample in source.load(range(source.num_samples)):
         assert tokenizer.control_id(END_OF_TEXT) not in sample.token_ids, "no word is unknown"
         assert len(sample.token_ids) < run.model.decoder.indexer.top_k
+        assert len(sample.token_ids) <= run.data.row_tokens
         frames = [f"<{picture.seconds:.1f} seconds>" for picture in sample.pictures]
         text = tokenizer.decode(sample.token_ids.tolist())
         assert all(frame in text for frame in frames)

@@ -1,5 +1,6 @@
 """Each kind of question: what earns 0, what earns 1, and what lies between."""
 
+import sys
 from itertools import combinations, permutations
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_keye.errors import UserError
 from megatron_keye.scoring.boxes import BoxTruth, parse_boxes
+from megatron_keye.scoring.expression import ExpressionTruth
 from megatron_keye.scoring.frames import OrderTruth, TimestampTruth
 from megatron_keye.scoring.intervals import temporal_iou
 from megatron_keye.scoring.scenes import Scene, SceneTruth, parse_scenes
@@ -27,6 +29,7 @@ RAW = {
     "order": {"items": ["red ball", "blue cube"]},
     "boxes": {"boxes": [[0.0, 0.0, 4.0, 4.0]]},
     "number": {"number": -2.5, "tolerance": 0.0},
+    "expression": {"expression": "\\frac{1}{2}"},
     "text": {"text": "STOP 7"},
 }
 RIGHT = {
@@ -39,6 +42,7 @@ RIGHT = {
     "order": "First the red ball, then the blue cube.",
     "boxes": '[{"bbox_2d": [0, 0, 4, 4]}]',
     "number": "The answer is -2.5.",
+    "expression": "So it is $\\frac{2}{4}$.",
     "text": "<answer>stop-7</answer>",
 }
 
@@ -175,3 +179,32 @@ def test_the_page_of_rewards_names_every_task_and_its_truth() -> None:
     for task in TRUTHS:
         (line,) = [line for line in page.splitlines() if line.startswith(f"| `{task}` |")]
         assert all(f'"{key}"' in line for key in RAW[task]), line
+
+
+@pytest.mark.parametrize(
+    ("right", "answer", "value"),
+    [
+        ("\\frac{1}{2}", "The answer is 0.5", 1),
+        ("2\\sqrt{3}", "$\\sqrt{12}$", 1),
+        ("x^2+1", "$1 + x^2$", 1),
+        ("x^2+1", "$x^2$", 0),
+        ("3", "First 3, then \\boxed{4}.", 0),
+        ("3", "$9^{9^{9^{9}}}$", 0),  # Nothing that ends.
+    ],
+)
+def test_an_expression_is_right_in_any_spelling(right: str, answer: str, value: float) -> None:
+    score = ExpressionTruth.read({"expression": right}).score(answer, None)
+    assert score.value == value and score.understood is not None
+
+
+def test_an_expression_that_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match=r"'expression': got '=', expected a number"):
+        ExpressionTruth.read({"expression": "="})
+
+
+def test_expressions_are_refused_by_name_without_their_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(UserError, match=r"task 'expression': needs math-verify; pip install"):
+        ExpressionTruth.read({"expression": "1"})

@@ -9,20 +9,8 @@ from pathlib import Path
 import pytest
 
 from tools.benchmark_step_cases import FUSIONS, Case, one_gpu_table, two_gpu_table
-from tools.benchmark_step_profile import covered, exposed
 
 ROOT = Path(__file__).parents[3]
-
-
-def test_the_busy_time_counts_overlapping_kernels_once() -> None:
-    assert covered([]) == 0
-    assert covered([(5, 9), (0, 4), (1, 2), (3, 6), (20, 21)]) == 10
-
-
-def test_communication_is_exposed_where_nothing_else_runs() -> None:
-    assert exposed([(0, 10), (8, 12)], []) == 12
-    assert exposed([(0, 10), (8, 12)], [(2, 5), (4, 9), (30, 40)]) == 12 - 7
-    assert exposed([], [(0, 10)]) == 0
 
 
 def test_two_gpus_split_rows_and_experts_on_both_sides() -> None:
@@ -46,6 +34,15 @@ def test_a_case_runs_a_few_layers_of_the_recipe_on_one_rank() -> None:
     answers = Case(tokens=40_960, layout="answers").branches()
     assert answers.lengths.tolist() == [32_768, *[1024] * 8]
     assert answers.longest_path == 40_960 * 33 // 40, "as long as a row to compare with"
+
+
+def test_answers_share_the_pairs_of_their_prompt() -> None:
+    cases = [Case(tokens=4096, phase="dense", layout=layout) for layout in ("one", "answers")]
+    one, answers = (
+        case.layer_flops(case.run("keye_30b_a3b", [], layers=2, has_gpu=True)) for case in cases
+    )
+    # 8 answers of 102 tokens do not see each other: 28 pairs of them; 2 + 4 products, 2 layers.
+    assert one - answers == 2 * 12 * 32 * 128 * 28 * 102**2
 
 
 def test_the_table_has_each_fusion_off_by_itself_and_few_peers() -> None:

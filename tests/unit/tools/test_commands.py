@@ -26,12 +26,14 @@ TOOLS = {
 PARTS_OF_TOOLS = {
     "benchmark_clips",
     "benchmark_lines",
+    "benchmark_tables",
+    "site_pages",
     *(f"benchmark_step_{part}" for part in ("cases", "layers", "measure", "profile", "ranks")),
     *(f"benchmark_generate_{part}" for part in ("answers", "decode", "measure", "prefill")),
     "benchmark_generate_setup",
     "benchmark_optimizer_cases",
 }
-"""Files that another one imports, without a command line."""
+"""Files that another one, or mkdocs, imports, without a command line."""
 
 
 @pytest.mark.parametrize(("tool", "command"), TOOLS.items())

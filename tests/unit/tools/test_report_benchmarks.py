@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.doc_pages import ROOT
 from tools import report_benchmarks
 
 LINE = {
@@ -37,7 +38,7 @@ def test_a_line_becomes_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path = written(tmp_path / "lines.jsonl", LINE, decode)
     assert report_benchmarks.main([path]) == 0
     shown = capsys.readouterr().out
-    assert "H100, torch 2.11, Triton 3.6, commit abc; `python -m pytest tests/kernels" in shown
+    assert "H100, torch 2.11, triton 3.6, commit abc; `python -m pytest tests/kernels" in shown
     assert (
         "| 128K | local | sparse_attention_forward, triton | 40.89 ms (40.50 ms to 141 ms) "
         "| 103 | 6.11x cudnn dense forward |" in shown
@@ -56,7 +57,33 @@ def test_a_line_of_other_form_is_refused(
 ) -> None:
     path = written(tmp_path / "lines.jsonl", LINE, {"op": "x"})
     assert report_benchmarks.main([path]) == 2
-    assert "lines.jsonl, line 2: lacks gpu, torch" in capsys.readouterr().err
+    assert "lines.jsonl, line 2: lacks commit, expected" in capsys.readouterr().err
     (tmp_path / "broken.jsonl").write_text("{")
     assert report_benchmarks.main([str(tmp_path / "broken.jsonl")]) == 2
     assert "broken.jsonl, line 1: is not a JSON object" in capsys.readouterr().err
+
+
+def test_lines_of_any_form_are_shown_whole(tmp_path: Path) -> None:
+    first = {"op": "read", "ranks": 1, "seconds": 16.94, "is_known": True, "notes": ["a", "b|c"]}
+    second = first | {"ranks": 4096, "seconds": 20_000.4, "shape": {"S": 7}}
+    run = {"commit": "abc", "command": "python x "}
+    shown = report_benchmarks.tables([first | run, second | run])
+    assert shown.startswith("CPU, commit abc; `python x`\n")
+    assert "All lines: op read, is known yes, notes a, b\\|c." in shown
+    assert "| ranks | seconds | S |\n" in shown
+    assert "| 1 | 16.94 |  |\n| 4,096 | 20,000 | 7 |\n" in shown
+
+
+def test_each_device_has_a_page(tmp_path: Path) -> None:
+    written(tmp_path / "a.jsonl", LINE, LINE | {"gpu": "H200 141GB"})
+    written(tmp_path / "b.jsonl", {"op": "x", "commit": "c", "command": "y"}, LINE)
+    assert report_benchmarks.main(["--pages", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.glob("*.md")} == {"h100.md", "h200_141gb.md", "cpu.md"}
+    assert (tmp_path / "h100.md").read_text().count("\n## ") == 2
+
+
+def test_the_pages_are_current() -> None:
+    folder = ROOT / "docs" / "benchmarks"
+    expected = report_benchmarks.pages(folder)
+    got = {path.name: path.read_text() for path in folder.glob("*.md") if path.name != "README.md"}
+    assert got == expected, "run: python -m tools.report_benchmarks --pages docs/benchmarks"

@@ -14,12 +14,14 @@ import torch
 from megatron_keye.checkpoint.folders import checkpoint_folder
 from megatron_keye.checkpoint.training_checkpoint import Progress
 from megatron_keye.config import DataConfig, RunConfig
+from megatron_keye.config.evaluation import EvaluationConfig
 from megatron_keye.config.training import ValidationConfig
 from megatron_keye.data.loader import RowLoader
 from megatron_keye.data.row import PackedRow
 from megatron_keye.errors import UserError
 from megatron_keye.training.health.run_health import RunHealth
 from megatron_keye.training.metrics import MeanLosses
+from megatron_keye.training.periodic_evaluation import PeriodicEvaluation
 from megatron_keye.training.read_ahead import ReadAhead
 from megatron_keye.training.step_clock import StepClock
 from megatron_keye.training.step_sums import StepSums
@@ -88,7 +90,7 @@ def trainer_without_model(
         "clock": clock,
         "step": step,
         "ahead": ReadAhead(run, loader, 0, step.announce),
-        "parts": SimpleNamespace(validation=_validation(losses) if losses else None),
+        "validation": _validation(losses) if losses else None,
         "last_validation": None,
         "progress": Progress(step=0, updates=0, data={}),
         "sums": StepSums(),
@@ -152,13 +154,13 @@ def test_a_validation_is_a_part_of_the_next_step() -> None:
     run = run_of(2, validation=ValidationConfig(interval_steps=1))
     run = replace(run, data=replace(run.data, validation="v.jsonl"))
     trainer = trainer_without_model(run, Loader(num_steps=2), losses=iter([2.0, 1.0]))
-    validate = trainer._parts.validation
+    validate = trainer._validation
 
     def slowly() -> ValidationResult:
         time.sleep(0.1)
         return validate()
 
-    trainer._parts.validation = slowly
+    trainer._validation = slowly
     trainer._run_steps(None)
     first, second = trainer._step.times
     assert first["validation"] == 0.0
@@ -242,6 +244,22 @@ def test_a_validation_that_a_stop_left_out_comes_first_after_it(tmp_path: Path) 
     trainer._ahead = ReadAhead(run, Loader(num_steps=40), 2, trainer._step.announce)
     trainer._run_steps(None)
     assert trainer._progress.best_step == 2 and trainer._progress.step == 6
+
+
+def test_questions_that_a_stop_left_out_are_asked_first_after_it() -> None:
+    run = run_of(3, evaluation=EvaluationConfig(samples="q", interval_steps=2))
+    trainer = trainer_without_model(run, Loader(num_steps=1))
+    trainer._progress.step = 2
+    trainer._ahead = ReadAhead(run, Loader(num_steps=1), 2, trainer._step.announce)
+    asked: list[int] = []
+
+    def evaluate(step: int) -> dict[str, dict[str, float]]:
+        asked.append(step)
+        return {}
+
+    trainer._evaluation = PeriodicEvaluation(run, trainer._clock, evaluate)
+    trainer._run_steps(None)
+    assert asked == [2, 3] and trainer._progress.evaluated_step == 3
 
 
 def test_a_save_counts_in_the_step_that_it_holds_up_and_is_whole_in_one() -> None:

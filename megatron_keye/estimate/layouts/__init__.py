@@ -1,0 +1,1 @@
+"""The layouts of a run on some GPUs: which there are, which fit, which takes the least time."""

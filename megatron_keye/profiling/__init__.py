@@ -1,0 +1,1 @@
+"""What a profiled run shows: where its time and its memory go. Reads files, runs nothing."""
