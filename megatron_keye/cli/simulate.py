@@ -7,10 +7,10 @@
 
 No GPU is needed: the plan is the one that training makes; times are counted operations divided by
 assumed speeds (--vision-tflops, --decoder-tflops), and bytes by those of links. Balanced
-schedules, with vision colocated or on dedicated ranks, are compared with the ViT on the first pipeline stage,
-and with images and frames assigned by document, as under data parallelism, or by count, with rows
-in their original order. "ends shared": the decoder's ranks encode the first and last micro-batches
-(parallel.vision.shared_micro_batches). Dedicated vision ranks are additional, so rank-seconds,
+schedules, with vision colocated or on dedicated ranks, are compared with the ViT on the first
+pipeline stage, and with images and frames assigned by document, as under data parallelism, or by
+count, with rows in their original order. "ends shared": the decoder's ranks encode the first and last
+micro-batches (parallel.vision.shared_micro_batches). Dedicated vision ranks are additional, so rank-seconds,
 relative to the first line, compare best. Every replica has rows of its own.
 
 Degrees are those of --set parallel.decoder.*, with as many replicas as make up the ranks; without
@@ -187,7 +187,8 @@ def simulate_balanced(
 ) -> dict[str, Simulated]:
     """Simulate one batch under the schedules of training."""
     balanced = balance_shapes(rows, run)
-    ends = run.parallel.decoder.pipeline
+    num_micro_batches = len(rows) // run.parallel.decoder.data
+    ends = min(run.parallel.decoder.pipeline, num_micro_batches // 2)
     return {
         "colocated, balanced": Forecast(balanced, run, speeds).play(plan_balanced(balanced, run)),
         "dedicated, balanced": play_best_dedicated(rows, run, speeds),

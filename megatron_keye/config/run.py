@@ -94,6 +94,14 @@ class RunConfig:
             f"a multiple of data x pipeline = {degrees.data * degrees.pipeline}, since the "
             "pipeline is interleaved",
         )
+        shared = self.parallel.vision.shared_micro_batches
+        check(
+            2 * shared <= self.rows_per_replica,
+            "parallel.vision.shared_micro_batches",
+            shared,
+            f"at most half of the {self.rows_per_replica} micro-batches of a step "
+            "(training.rows_per_step / parallel.decoder.data)",
+        )
         divisor = degrees.tensor * degrees.context * (2 if degrees.context > 1 else 1)
         check(
             self.data.row_tokens % divisor == 0,

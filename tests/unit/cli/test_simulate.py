@@ -38,9 +38,9 @@ def test_ranks_idle_at_most_5_percent_colocated_and_12_with_shared_ends_at_512()
     assert Forecast(balanced, run, Speeds()).play(
         plan_balanced(balanced, run)
     ).mean_idle_share <= (0.05)
-    shared = play_dedicated(rows, run, Speeds(), num_vision_ranks=52, shared_micro_batches=4)
+    shared = play_dedicated(rows, run, Speeds(), num_vision_ranks=61, shared_micro_batches=4)
     assert shared.mean_idle_share <= 0.12
-    alone = play_dedicated(rows, run, Speeds(), num_vision_ranks=81, shared_micro_batches=0)
+    alone = play_dedicated(rows, run, Speeds(), num_vision_ranks=95, shared_micro_batches=0)
     assert shared.seconds * shared.num_ranks < 0.95 * alone.seconds * alone.num_ranks
 
 
