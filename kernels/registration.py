@@ -46,13 +46,14 @@ def composite[**P, R](name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def opaque[**P, R](
-    name: str, fake: Callable[P, R], *, changes: tuple[str, ...] = ()
+    name: str, fake: Callable[..., object], *, changes: tuple[str, ...] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register a function as a leaf without gradients: those belong to whatever calls it.
 
     Args:
         name: Of the operator.
-        fake: Returns empty tensors of the result's shapes, types and strides.
+        fake: Returns empty tensors of the result's shapes, types and strides; gets the same
+            arguments, and names those that it reads.
         changes: Arguments that it writes to.
 
     Returns:
@@ -75,6 +76,17 @@ def opaque[**P, R](
         return call
 
     return register
+
+
+def fake_gradients(
+    gradient: Tensor, first: Tensor, second: Tensor, third: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a backward pass over three tensors does, empty: a fake form for `opaque`."""
+    return (
+        first.new_empty(first.shape),
+        second.new_empty(second.shape),
+        third.new_empty(third.shape),
+    )
 
 
 def _keep(name: str) -> torch._ops.OpOverload:

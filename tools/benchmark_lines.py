@@ -27,6 +27,18 @@ def shared_fields(module: str) -> dict[str, str]:
     }
 
 
+def metrics_of_run(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl.
+
+    Raises:
+        UserError: When the folder has none.
+    """
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"{folder}: has no metrics.jsonl, expected the folder of a run")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def fields_of_run(folder: Path) -> dict[str, Any]:
     """Return what the last start of a run recorded of machine, program and command.
 

@@ -7,17 +7,17 @@ appends a JSON line for each evaluation: its scores, commit, versions and comman
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_keye.cli.arguments import make_parser
 from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.errors import UserError
 from megatron_keye.files.disk import writing
 from megatron_keye.observe.curves import StageCurves, draw
-from tools.benchmark_lines import fields_of_run, write_line
+from tools.benchmark_lines import fields_of_run, metrics_of_run, write_line
 
 Points = dict[str, list[tuple[int, float]]]
 
@@ -35,13 +35,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Draw the picture and return the exit status."""
     options = parse_arguments(arguments)
-    file = options.run / "metrics.jsonl"
-    if not file.is_file():
-        raise UserError(f"{options.run}: has no metrics.jsonl, expected the folder of a run")
-    curves = read_curves(file.read_text())
+    curves = read_curves(metrics_of_run(options.run))
     scores = [name for name in curves if name != "loss"]
     if not scores:
-        raise UserError(f"{file}: has no scores, expected those of training.evaluation.samples")
+        raise UserError(
+            f"{options.run}/metrics.jsonl: has no scores, expected those of "
+            "training.evaluation.samples"
+        )
     steps = max(step for points in curves.values() for step, _ in points)
     stage = StageCurves(name=scores[0].partition(" ")[0], num_steps=steps, curves=curves)
     picture = draw([stage], ["loss", *scores], f"{options.run.name}: answers while it trains")
@@ -49,17 +49,18 @@ def main(arguments: Sequence[str]) -> int:
         options.out.write_text(picture)
     if options.lines:
         recorded = fields_of_run(options.run)
+        by_name = {name: dict(curves[name]) for name in scores}
         with writing(options.lines, "JSON lines"):
-            for step, _ in curves[scores[0]]:
-                values = {name: dict(curves[name])[step] for name in scores}
+            for step in sorted({step for points in by_name.values() for step in points}):
+                values = {name: at[step] for name, at in by_name.items() if step in at}
                 write_line({"op": "evaluation", "step": step, **values, **recorded}, options.lines)
     return 0
 
 
-def read_curves(lines: str) -> Points:
+def read_curves(lines: Iterable[Mapping[str, Any]]) -> Points:
     """Return the points of the loss, and of each task's metrics, by name."""
     curves: Points = {}
-    for line in map(json.loads, lines.splitlines()):
+    for line in lines:
         found = {"loss": line["loss"]} if "loss" in line else {}
         for task, scores in line.get("evaluation", {}).items():
             found |= {f"{task} {name}": value for name, value in scores.items()}

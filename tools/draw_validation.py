@@ -7,9 +7,8 @@
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from megatron_keye.config.data import ALL_SOURCES
 from megatron_keye.errors import UserError
 from megatron_keye.files.disk import writing
 from megatron_keye.observe.svg import WIDTH, page
-from tools.benchmark_lines import fields_of_run, write_line
+from tools.benchmark_lines import fields_of_run, metrics_of_run, write_line
 
 Points = Sequence[tuple[int, float]]
 """Steps done, and the loss then in nats a token."""
@@ -81,19 +80,18 @@ def read_run(words: str) -> NamedRun:
     name, _, folder = words.partition("=")
     if not (name and folder):
         raise UserError(f"NAME=RUN: got {words!r}, expected a name, =, and the folder of a run")
-    file = Path(folder) / "metrics.jsonl"
-    if not file.is_file():
-        raise UserError(f"{folder}: has no metrics.jsonl, expected the folder of a run")
-    losses = read_losses(file.read_text())
+    losses = read_losses(metrics_of_run(Path(folder)))
     if not losses:
-        raise UserError(f"{file}: has no held-out losses, expected those of data.validation")
+        raise UserError(
+            f"{folder}/metrics.jsonl: has no held-out losses, expected those of data.validation"
+        )
     return NamedRun(name=name, folder=Path(folder), losses=losses)
 
 
-def read_losses(lines: str) -> dict[str, list[tuple[int, float]]]:
-    """Return the held-out losses in the text of a metrics.jsonl by source, without their mean."""
+def read_losses(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return the held-out losses in the lines of a metrics.jsonl by source, without their mean."""
     by_source: dict[str, dict[int, float]] = {}
-    for line in map(json.loads, lines.splitlines()):
+    for line in lines:
         for source, figures in line.get("validation", {}).items():
             # A loss that is not finite is null; a resumed run computes some again.
             if source != ALL_SOURCES and figures["loss"] is not None:

@@ -115,20 +115,20 @@ class _Machine:
     num_failed: int = 0
 
     def run(self, waiting: list[Proof]) -> None:
-        """Run all proofs that there is time for."""
+        """Run all proofs that there are GPUs and time for."""
+        num_gpus = len(self.free)
         while waiting or self.running:
             for proof in list(waiting):
-                if self._has_no_time(proof) or self._begins(proof):
-                    waiting.remove(proof)
+                if proof.num_gpus > num_gpus:
+                    self._note(proof, f"not begun: needs {proof.num_gpus} GPUs", 0.0)
+                elif time.monotonic() + proof.limit_seconds > self.ends_at:
+                    self._note(proof, "not begun: no time", 0.0)
+                elif not self._begins(proof):
+                    continue
+                waiting.remove(proof)
             for one in list(self.running):
                 self._look(one)
             time.sleep(_POLL_SECONDS)
-
-    def _has_no_time(self, proof: Proof) -> bool:
-        if time.monotonic() + proof.limit_seconds <= self.ends_at:
-            return False
-        self._note(proof, "not begun: no time", 0.0)
-        return True
 
     def _begins(self, proof: Proof) -> bool:
         """Begin a proof if its GPUs are free, and nothing runs beside a benchmark."""
@@ -207,10 +207,7 @@ def main(arguments: Sequence[str]) -> int:
         torch.cuda.get_device_name(),
         list(range(num_gpus)),
     )
-    machine.run([proof for proof in proofs if proof.num_gpus <= num_gpus])
-    for proof in proofs:
-        if proof.num_gpus > num_gpus:
-            machine._note(proof, f"not begun: needs {proof.num_gpus} GPUs", 0.0)
+    machine.run(proofs)
     return int(machine.num_failed > 0)
 
 

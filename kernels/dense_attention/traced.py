@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.dense_attention import sdpa
-from megatron_keye.kernels.registration import opaque
+from megatron_keye.kernels.registration import fake_gradients, opaque
 from megatron_keye.kernels.trapezoids import find_trapezoids
 
 
@@ -63,15 +63,7 @@ class _DenseAttention(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def _fake_attend(
-    q_THC: Tensor,
-    k_SGC: Tensor,
-    v_SGC: Tensor,
-    key_start_T: Tensor,
-    key_end_T: Tensor,
-    key_reach_S: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _fake_attend(q_THC: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     lse_type = torch.promote_types(q_THC.dtype, torch.float32)
     return q_THC.new_empty(q_THC.shape), q_THC.new_empty(q_THC.shape[:2], dtype=lse_type)
 
@@ -91,21 +83,7 @@ def _attend(
     return out_THC.contiguous(), lse_TH.contiguous()
 
 
-def _fake_attend_backward(
-    dout_THC: Tensor,
-    q_THC: Tensor,
-    k_SGC: Tensor,
-    v_SGC: Tensor,
-    key_start_T: Tensor,
-    key_end_T: Tensor,
-    key_reach_S: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq_THC, dk_SGC, dv_SGC = (each.new_empty(each.shape) for each in (q_THC, k_SGC, v_SGC))
-    return dq_THC, dk_SGC, dv_SGC
-
-
-@opaque("attend_to_trapezoids_backward", _fake_attend_backward)
+@opaque("attend_to_trapezoids_backward", fake_gradients)
 def _attend_backward(
     dout_THC: Tensor,
     q_THC: Tensor,

@@ -48,7 +48,7 @@ def quantize(vectors: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tenso
     return _quantize(vectors.detach(), _choose("quantize", vectors, impl))
 
 
-def _fake_quantize(vectors: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+def _fake_quantize(vectors: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     values = vectors.new_empty(vectors.shape, dtype=torch.float8_e4m3fn)
     return values, vectors.new_empty(vectors.shape[:-1], dtype=torch.float32)
 

@@ -9,10 +9,10 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from megatron_keye.kernels.indexer_scores.reference import score_range
 from megatron_keye.kernels.precision import accumulation_dtype
+from megatron_keye.kernels.ranges import named
 from megatron_keye.kernels.row_chunks import map_row_chunks
 from megatron_keye.kernels.select_top_k.reference import select_candidates
 from megatron_keye.kernels.visible_keys import find_visible
@@ -53,5 +53,5 @@ def _select_rows(
     """Return indices_TK of one chunk of rows."""
     (scores_TS,) = score_range(q_TIJ, gate_TI, key_start_T, key_end_T, k_SJ)
     is_candidate_TS = find_visible(key_start_T, key_end_T, len(k_SJ), key_reach_S)
-    with record_function("select_top_k"):
+    with named("select_top_k"):
         return (select_candidates(scores_TS, is_candidate_TS, k),)

@@ -11,9 +11,9 @@ from importlib import import_module
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from megatron_keye.kernels.indexer_scores.triton import indexer_scores
+from megatron_keye.kernels.ranges import named
 from megatron_keye.kernels.select_top_k import fastest_impl
 
 CHUNK_BYTES = 2**30
@@ -45,7 +45,7 @@ def lightning_indexer(
         indexer_scores(
             q_TIJ[rows], k_SJ, gate_TI[rows], *ranges, out_TS=chunk_TS, fill_outside=False
         )
-        with record_function("select_top_k"):
+        with named("select_top_k"):
             indices_TK[rows] = select(chunk_TS, *ranges, k)
     return indices_TK
 

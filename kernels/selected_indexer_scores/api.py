@@ -8,7 +8,6 @@ Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selecte
 from importlib import import_module
 
 from torch import Tensor
-from torch.profiler import record_function
 
 from megatron_keye.kernels.arguments import (
     FLOAT_DTYPES,
@@ -18,6 +17,7 @@ from megatron_keye.kernels.arguments import (
     check_shapes,
 )
 from megatron_keye.kernels.implementations import choose_impl, suits_triton
+from megatron_keye.kernels.ranges import named
 from megatron_keye.kernels.registration import composite
 from megatron_keye.kernels.selected_indexer_scores import reference
 
@@ -62,7 +62,7 @@ def selected_indexer_scores(
     check_same_dtype(q_TIJ=q_TIJ, k_SJ=k_SJ)
     check_dtypes(FLOAT_DTYPES, gate_TI=gate_TI)
     check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
-    with record_function("selected_indexer_scores"):
+    with named("selected_indexer_scores"):
         if chosen == "eager":
             return reference.selected_indexer_scores(q_TIJ, k_SJ, gate_TI, indices_TK)
         # Loaded on demand: everything else must import where Triton cannot compile.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_keye.kernels.registration import opaque
+from megatron_keye.kernels.registration import fake_gradients, opaque
 from megatron_keye.kernels.selected_indexer_scores.triton import (
     score_selected,
     score_selected_backward,
@@ -34,20 +34,7 @@ def _score(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, indices_TK: Tensor) -> 
     return score_selected(q_TIJ, k_SJ, gate_TI, indices_TK)
 
 
-def _fake_score_backward(
-    dscores_TK: Tensor,
-    q_TIJ: Tensor,
-    k_SJ: Tensor,
-    gate_TI: Tensor,
-    keys_BU: Tensor,
-    masks_BU: Tensor,
-    counts_B: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, gate = (each.new_empty(each.shape) for each in (q_TIJ, k_SJ, gate_TI))
-    return q, k, gate
-
-
-@opaque("score_selected_backward", _fake_score_backward)
+@opaque("score_selected_backward", fake_gradients)
 def _score_backward(
     dscores_TK: Tensor,
     q_TIJ: Tensor,

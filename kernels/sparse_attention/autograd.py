@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.launch import check_triton
-from megatron_keye.kernels.registration import opaque
+from megatron_keye.kernels.registration import fake_gradients, opaque
 from megatron_keye.kernels.sparse_attention import cuda, triton
 from megatron_keye.kernels.sparse_attention.triton import lay_out_heads
 from megatron_keye.kernels.sparse_attention.triton_backward import attend_backward
@@ -45,16 +45,7 @@ def sparse_attention(
     return out_THC, target_TGK
 
 
-def _fake_attend(
-    q_THC: Tensor,
-    k_SGC: Tensor,
-    v_SGC: Tensor,
-    keys_BU: Tensor,
-    masks_BU: Tensor,
-    counts_B: Tensor,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+def _fake_attend(q_THC: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q_THC.new_empty(q_THC.shape), q_THC.new_empty(q_THC.shape[:2], dtype=torch.float32)
 
 
@@ -76,7 +67,7 @@ def attend(
 
 
 def _fake_recover_target(
-    q_THC: Tensor, k_SGC: Tensor, lse_TH: Tensor, indices_TK: Tensor, scale: float
+    q_THC: Tensor, k_SGC: Tensor, lse_TH: Tensor, indices_TK: Tensor, *_: object
 ) -> Tensor:
     num_queries, num_selected = indices_TK.shape
     return lse_TH.new_empty((num_queries, k_SGC.shape[1], num_selected))
@@ -89,24 +80,7 @@ def _recover_target(
     return recover_target(q_THC, k_SGC, lse_TH, indices_TK, scale=scale)
 
 
-def _fake_attend_backward(
-    dout_THC: Tensor,
-    q_THC: Tensor,
-    k_SGC: Tensor,
-    v_SGC: Tensor,
-    out_THC: Tensor,
-    lse_TH: Tensor,
-    keys_BU: Tensor,
-    masks_BU: Tensor,
-    counts_B: Tensor,
-    scale: float,
-    is_deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq_THC, dk_SGC, dv_SGC = (each.new_empty(each.shape) for each in (q_THC, k_SGC, v_SGC))
-    return dq_THC, dk_SGC, dv_SGC
-
-
-@opaque("attend_to_unions_backward", _fake_attend_backward)
+@opaque("attend_to_unions_backward", fake_gradients)
 def _attend_backward(
     dout_THC: Tensor,
     q_THC: Tensor,

@@ -9,9 +9,9 @@ K selected keys.
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.profiler import record_function
 
 from megatron_keye.kernels.kept_outputs import KeptOutputs
+from megatron_keye.kernels.ranges import named
 from megatron_keye.kernels.sparse_attention import sparse_attention
 from megatron_keye.kernels.sparse_indexer_loss import sparse_indexer_loss
 
@@ -42,7 +42,7 @@ def sparse_attention_with_loss(
         impl=impl,
     )
     loss_impl = "eager" if impl == "eager" else "triton"
-    with record_function("sparse_indexer_loss"):
+    with named("sparse_indexer_loss"):
         kl_TG = sparse_indexer_loss(scores_TK, target_TGK, impl=loss_impl)
         report(kl_TG.detach())
         loss = (kl_TG * weight_T[:, None].to(kl_TG.dtype)).sum()

@@ -54,7 +54,7 @@ def _measure(rank: int, num_ranks: int, local_ranks: int) -> tuple[str, dict[str
 
     device = resolve_device("auto", int(os.environ.get("LOCAL_RANK", "0")))
     if num_ranks > 1:
-        listen_fd = int(os.environ[local.LISTEN_FD]) if local.LISTEN_FD in os.environ else None
+        listen_fd = local.meeting_socket()
         join(device, rank=rank, num_ranks=num_ranks, init_method="env://", listen_fd=listen_fd)
     rates = measure_rates(device, num_ranks, local_ranks)
     if num_ranks > 1:

@@ -52,6 +52,11 @@ _UNASKED_SIGNALS = (
 ranks ignore them."""
 
 
+def meeting_socket() -> int | None:
+    """Return the descriptor that the launcher handed to this rank, if it did."""
+    return int(os.environ[LISTEN_FD]) if LISTEN_FD in os.environ else None
+
+
 def launch(
     command: Sequence[str],
     num_ranks: int,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_keye.cli.arguments import chosen_run
 from megatron_keye.cli.environment import complete_environment
-from megatron_keye.cli.local import LISTEN_FD
+from megatron_keye.cli.local import meeting_socket
 from megatron_keye.cli.noise import quieten_libraries
 from megatron_keye.cli.shared_heartbeats import open_slot
 from megatron_keye.cli.status import FAILED, LOST_PEERS, STOPPED, USER_ERROR, report_error
@@ -142,7 +142,7 @@ def join_and_work(run: RunConfig, heartbeat: Heartbeat, num_ranks: int, work: Wo
             rank=heartbeat.rank,
             num_ranks=num_ranks,
             init_method=init_method(num_ranks),
-            listen_fd=int(os.environ[LISTEN_FD]) if LISTEN_FD in os.environ else None,
+            listen_fd=meeting_socket(),
             timeout=exchange_timeout(run.training.hang_minutes),
             heartbeat=heartbeat,
         )

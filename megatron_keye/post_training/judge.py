@@ -8,13 +8,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from megatron_keye.config.judge import JudgeConfig
 from megatron_keye.errors import UserError
 from megatron_keye.files.disk import writing
+from megatron_keye.rollout.served import import_http_client
 from megatron_keye.scoring.question import Question
 from megatron_keye.scoring.words import parse_number
 
@@ -116,10 +116,4 @@ def _keep(path: Path, judgement: Mapping[str, Any]) -> None:
 
 
 def _http() -> Any:
-    try:
-        return import_module("httpx2")
-    except ImportError as error:
-        raise UserError(
-            "post_training.judge.url: got no installed httpx2, which asks a server; install it "
-            'with pip install "megatron-keye[served]"'
-        ) from error
+    return import_http_client("post_training.judge.url")

@@ -18,6 +18,24 @@ _FINISHES: dict[str, Finish] = {"stop": "stop", "length": "length", "abort": "ab
 """By the server's word."""
 
 
+def import_http_client(setting: str) -> Any:
+    """Return the module that asks servers, of the extra `served`.
+
+    Args:
+        setting: What asks for it.
+
+    Raises:
+        UserError: When it is not installed.
+    """
+    try:
+        return import_module("httpx2")
+    except ImportError as error:
+        raise UserError(
+            f"{setting}: got no installed httpx2, which asks a server; install it with "
+            'pip install "megatron-keye[served]"'
+        ) from error
+
+
 class ServedEngine:
     """Answers requests through a server; needs the extra `served`."""
 
@@ -30,13 +48,7 @@ class ServedEngine:
         Raises:
             UserError: When httpx2 is not installed.
         """
-        try:
-            self._http: Any = import_module("httpx2")
-        except ImportError as error:
-            raise UserError(
-                "rollout.server: got no installed httpx2, which asks a server; install it with "
-                'pip install "megatron-keye[served]"'
-            ) from error
+        self._http = import_http_client("rollout.server")
         self.version = 0
         """Of the weights that answer."""
         self._rollout = run.rollout

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_keye.data.conversation.values import number, shown
 from megatron_keye.errors import UserError
+from megatron_keye.scoring.extras import import_for_task
 from megatron_keye.scoring.final_answer import final_answer, split_json
 from megatron_keye.scoring.truth import Score, Truth, check_keys
 
@@ -89,13 +90,8 @@ def parse_boxes(answer: str) -> list[Box] | None:
 
 def _matched(ious: NDArray[np.float64]) -> float:
     """Return the largest sum of a one-to-one matching."""
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise UserError(
-            "task 'boxes': needs scipy; pip install 'megatron-keye[rewards]'"
-        ) from error
-    rows, columns = linear_sum_assignment(ious, maximize=True)
+    optimize = import_for_task("boxes", "scipy.optimize", "scipy")
+    rows, columns = optimize.linear_sum_assignment(ious, maximize=True)
     return float(ious[rows, columns].sum())
 
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from megatron_keye.data.conversation.values import text
 from megatron_keye.errors import UserError
+from megatron_keye.scoring.extras import import_for_task
 from megatron_keye.scoring.final_answer import final_answer
 from megatron_keye.scoring.truth import Score, Truth, check_keys
 
@@ -59,9 +59,4 @@ def _read(written: str) -> list[Any]:
 
 
 def _math_verify() -> Any:
-    try:
-        return import_module("math_verify")
-    except ImportError as error:
-        raise UserError(
-            "task 'expression': needs math-verify; pip install 'megatron-keye[rewards]'"
-        ) from error
+    return import_for_task("expression", "math_verify", "math-verify")

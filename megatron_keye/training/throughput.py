@@ -8,21 +8,7 @@ import math
 import torch
 
 from megatron_keye.config.run import RunConfig
-
-PEAK_TFLOPS = {
-    "NVIDIA A100": 312.0,
-    "NVIDIA A800": 312.0,
-    "NVIDIA H20": 148.0,
-    "NVIDIA H100": 989.4,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA H100 NVL": 835.0,
-    "NVIDIA H200": 989.4,
-    "NVIDIA H200 NVL": 835.0,
-    "NVIDIA H800": 989.4,
-    "NVIDIA B200": 2250.0,
-    "NVIDIA GB200": 2500.0,
-}
-"""Dense bf16 peaks of NVIDIA's data sheets in TFLOP/s, by prefix of CUDA's device name."""
+from megatron_keye.estimate.device_peaks import BFLOAT16_TFLOPS, by_device
 
 
 def peak_tflops(run: RunConfig, device_name: str) -> float:
@@ -34,12 +20,9 @@ def peak_tflops(run: RunConfig, device_name: str) -> float:
     """
     if run.training.device_peak_tflops:
         return run.training.device_peak_tflops
-    known = [
-        name for name in PEAK_TFLOPS if f"{device_name} ".startswith((f"{name} ", f"{name}-"))
-    ]
-    if run.training.precision != "bf16" or not known:
+    if run.training.precision != "bf16":
         return math.nan
-    return PEAK_TFLOPS[max(known, key=len)]
+    return by_device(BFLOAT16_TFLOPS, device_name)
 
 
 def device_name(device: torch.device) -> str:

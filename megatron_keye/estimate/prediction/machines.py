@@ -6,9 +6,15 @@
 
 from dataclasses import replace
 
+from megatron_keye.estimate.device_peaks import (
+    BFLOAT16_TFLOPS,
+    MEMORY_TERABYTES,
+    by_device,
+)
 from megatron_keye.estimate.prediction.machine import Machine
 
 _ASSUMED = "assumed"
+_H100 = "NVIDIA H100"
 
 H100 = Machine(
     name="h100",
@@ -40,9 +46,8 @@ H100 = Machine(
 def _scaled(
     name: str,
     *,
+    device: str,
     memory_gibibytes: float,
-    peak_tflops: float,
-    memory_bandwidth: float,
     nvlink: float,
     network: float = 400.0,
     pcie: float = 64.0,
@@ -52,15 +57,17 @@ def _scaled(
 
     Args:
         name: What it is called.
+        device: Its name in the tables of peaks.
         memory_gibibytes: Memory.
-        peak_tflops: Dense bf16.
-        memory_bandwidth: GB/s.
         nvlink: GB/s one way.
         network: Gbit/s a GPU.
         pcie: GB/s one way.
         decoders: Engines for video.
     """
-    compute, memory, links = peak_tflops / 989.4, memory_bandwidth / 3350.0, nvlink / 450.0
+    peak_tflops = by_device(BFLOAT16_TFLOPS, device)
+    memory_bandwidth = by_device(MEMORY_TERABYTES, device) * 1000
+    compute, links = peak_tflops / BFLOAT16_TFLOPS[_H100], nvlink / 450.0
+    memory = memory_bandwidth / 1000 / MEMORY_TERABYTES[_H100]
     ratios = {
         "matmul_tflops": (compute, f"{peak_tflops:g} TFLOP/s"),
         "copy_gigabytes_per_second": (memory, f"{memory_bandwidth:g} GB/s"),
@@ -87,26 +94,19 @@ MACHINES = {
     machine.name: machine
     for machine in (
         H100,
-        _scaled(
-            "h200", memory_gibibytes=139.8, peak_tflops=989.4, memory_bandwidth=4800, nvlink=450
-        ),
-        _scaled(
-            "h800", memory_gibibytes=79.1, peak_tflops=989.4, memory_bandwidth=3350, nvlink=200
-        ),
-        _scaled("h20", memory_gibibytes=95.0, peak_tflops=148, memory_bandwidth=4000, nvlink=450),
+        _scaled("h200", device="NVIDIA H200", memory_gibibytes=139.8, nvlink=450),
+        _scaled("h800", device="NVIDIA H800", memory_gibibytes=79.1, nvlink=200),
+        _scaled("h20", device="NVIDIA H20", memory_gibibytes=95.0, nvlink=450),
         _scaled(
             "a100",
+            device="NVIDIA A100-SXM4-80GB",
             memory_gibibytes=79.1,
-            peak_tflops=312,
-            memory_bandwidth=2039,
             nvlink=300,
             network=200,
             pcie=32,
             decoders=5,
         ),
-        _scaled(
-            "b200", memory_gibibytes=178.0, peak_tflops=2250, memory_bandwidth=8000, nvlink=900
-        ),
+        _scaled("b200", device="NVIDIA B200", memory_gibibytes=178.0, nvlink=900),
     )
 }
 """By name. The kernels for Hopper's own instructions run on none but h100, h200, h800 and h20:

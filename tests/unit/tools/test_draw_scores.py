@@ -16,7 +16,7 @@ def test_the_picture_has_the_loss_and_each_score(tmp_path: Path) -> None:
         {"step": 4, "evaluation": {"grounding": {"mIoU": 0.75}}},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    curves = draw_scores.read_curves(text)
+    curves = draw_scores.read_curves(map(json.loads, text.splitlines()))
     assert curves == {"loss": [(1, 2.0)], "grounding mIoU": [(2, 0.25), (4, 0.75)]}
     (tmp_path / "metrics.jsonl").write_text(text)
     out = tmp_path / "scores.svg"

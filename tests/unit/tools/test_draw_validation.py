@@ -44,8 +44,7 @@ def test_each_run_has_a_line_in_the_scale_of_all(tmp_path: Path) -> None:
 
 def test_a_step_that_a_resumed_run_repeats_has_its_last_loss() -> None:
     lines = [{"step": 5, "validation": {"text": {"loss": loss}}} for loss in (3.0, 2.0)]
-    text = "\n".join(map(json.dumps, lines))
-    assert draw_validation.read_losses(text) == {"text": [(5, 2.0)]}
+    assert draw_validation.read_losses(lines) == {"text": [(5, 2.0)]}
 
 
 @pytest.mark.parametrize("run", ["", "name", "name=missing", "name=empty"])
