@@ -9,9 +9,9 @@ No GPU is needed: the plan is the one that training makes; times are counted ope
 assumed speeds (--vision-tflops, --decoder-tflops), and bytes by those of links. Balanced
 schedules, with vision colocated or on dedicated ranks, are compared with the ViT on the first
 pipeline stage, and with images and frames assigned by document, as under data parallelism, or by
-count, with rows in their original order. "ends shared": the decoder's ranks encode the first and last
-micro-batches (parallel.vision.shared_micro_batches). Dedicated vision ranks are additional, so rank-seconds,
-relative to the first line, compare best. Every replica has rows of its own.
+count, with rows in their original order. "ends shared": the decoder's ranks encode the first and
+last micro-batches (parallel.vision.shared_micro_batches). Dedicated vision ranks are additional,
+so rank-seconds, relative to the first line, compare best. Every replica has rows of its own.
 
 Degrees are those of --set parallel.decoder.*, with as many replicas as make up the ranks; without
 any, a layout of keye_30b_a3b: context 8 below 64 ranks, tensor 2, context 8 and 4 stages of 6

@@ -184,7 +184,7 @@ class Forecast:
             if place.pipeline > 0 or step.virtual_stage > 0:
                 return decoder
             row = step.micro_batch * degrees.data + place.data
-            return decoder + (forward if step.is_forward else backward)[row]
+            return decoder + float((forward if step.is_forward else backward)[row])
 
         costs = StepCosts(
             encode=lambda _: 0.0,

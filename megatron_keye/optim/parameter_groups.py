@@ -63,9 +63,9 @@ def of_this_rank_alone() -> Iterator[None]:
     with vision alone answers once.
     """
 
-    def gather_own(gathered: list[Any], own: Any, group: Any = None) -> None:
+    def gather_own(object_list: list[Any], obj: Any, group: Any = None) -> None:
         assert group is None, "Megatron asks all ranks"
-        gathered[:] = [own] * len(gathered)
+        object_list[:] = [obj] * len(object_list)
 
     gather_from_all = dist.all_gather_object
     dist.all_gather_object = gather_own

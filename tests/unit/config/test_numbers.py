@@ -19,7 +19,7 @@ ZERO_MEANS_SOMETHING = {
     *("data.frames.max_seconds", "data.decode.num_threads", "data.remote.num_retries"),
     *(f"parallel.decoder.{place}_stage_layers" for place in ("first", "last")),
     *(f"rollout.{name}" for name in ("tensor", "expert", "cache_tokens", "temperature", "top_k")),
-    "parallel.vision.num_ranks",
+    *("parallel.vision.num_ranks", "parallel.vision.shared_micro_batches"),
     "parallel.vision.attention_break_even_patches",
     "parallel.vision.max_ahead_mebibytes",
     *("training.stop_after_step", "training.dense_up_to", "training.indexer_loss_weight"),
