@@ -127,6 +127,24 @@ def _order(spans: list[Span], names: tuple[str, ...]) -> list[tuple[str, str]]:
     return [(span.name, span.label) for span in sorted(chosen, key=lambda span: span.start)]
 
 
+def test_a_rank_without_pictures_takes_part_in_returning_gradients_when_they_are_due() -> None:
+    """Else vision waits, for all replicas, until that rank's next forward pass or its end."""
+    run = recording_run(data=2, vision_ranks=1)
+    rows = [packed_row(seed, (36, ())) if seed % 2 else video_rows()[seed] for seed in range(ROWS)]
+    plan = plan_rows(balance_rows(rows, run), run)
+    own = {rank: [plan.receives(rank, number) for number in range(ROWS // 2)] for rank in range(2)}
+    assert any(not each for rank in own for each in own[rank]), "a rank without pictures"
+    real = record(run, rows)
+    for rank in own:
+        passes = _order(real[rank], ("forward", "backward", "return"))
+        due = [
+            [label.partition(",")[0] for _, label in passes[place : place + 2]]
+            for place, (name, _) in enumerate(passes)
+            if name == "backward"
+        ]
+        assert due == [[f"micro-batch {number}"] * 2 for number in range(ROWS // 2)], passes
+
+
 def _assert_overlap(real: Spans, num_decoder: int) -> None:
     """Backward passes of vision begin before the decoder's last forward pass."""
     decoder = [span for rank in range(num_decoder) for span in real[rank]]
