@@ -4,6 +4,7 @@ The first rank that fails tells of itself. One that fails since it lost another 
 launcher tells of the lost one, or, under Slurm and torchrun, the first rank that noticed.
 """
 
+import atexit
 import os
 import sys
 import time
@@ -68,6 +69,21 @@ def end_failed(error: Exception, process: Process, watchdog: Watchdog) -> int:
     if process.rank == 0 and process.num_ranks > 1 and not has_launcher():
         time.sleep(_SECONDS_TO_BE_HEARD)
     return status
+
+
+def exit_failed(status: int) -> NoReturn:
+    """End this process, whose error was told, without taking its process groups apart.
+
+    Their threads may meet the same failure in the midst of it, and C++ would then abort: the
+    status would be another. Python's exit functions run, since they give the run's lock back.
+
+    Args:
+        status: The exit status.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def end_hung() -> NoReturn:

@@ -127,7 +127,7 @@ def join_and_work(run: RunConfig, heartbeat: Heartbeat, num_ranks: int, work: Wo
     """Train, or what else the ranks do together, and return the exit status."""
     import torch
 
-    from megatron_keye.cli.failure import end_failed
+    from megatron_keye.cli.failure import end_failed, exit_failed
     from megatron_keye.parallel.process import exchange_timeout, join, resolve_device
 
     try:
@@ -156,7 +156,7 @@ def join_and_work(run: RunConfig, heartbeat: Heartbeat, num_ranks: int, work: Wo
     except Exception as error:
         # Whoever sends it ends all ranks, for a reason that was told.
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(LOST_PEERS))
-        return end_failed(error, process, watchdog)
+        exit_failed(end_failed(error, process, watchdog))
     watchdog.close()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # one that comes late
     if not is_finished:
