@@ -206,6 +206,8 @@ class ParallelConfig:
         """Return the degrees and the number of ranks, for error messages and logs."""
         d, v = self.decoder, self.vision
         encoders = f"{v.num_ranks} vision ranks" if v.num_ranks else "vision colocated"
+        if v.shared_micro_batches:
+            encoders += f" (without {v.shared_micro_batches} micro-batches at each end)"
         return (
             f"tensor {d.tensor} x pipeline {d.pipeline} x context {d.context} x data {d.data} "
             f"(expert {d.expert}) + {encoders} = {self.num_ranks} ranks"

@@ -52,7 +52,7 @@ class Memory:
 def decoder_memory(
     run: RunConfig, stage: int, held: Sequence[Parameters], *, num_labels: int, num_patches: int
 ) -> Memory:
-    """Return the memory of a decoder rank, with vision's where that is colocated.
+    """Return the memory of a decoder rank, with vision's where it encodes too.
 
     Args:
         run: Sizes and degrees.

@@ -30,7 +30,10 @@ def summarize_step(run: RunConfig, number: int, *, suggests: bool) -> dict[str, 
     rows = balance_shapes(read_rows(run, number), run)
     work, speeds = plan_balanced(rows, run), Speeds()
     simulated = Forecast(rows, run, speeds).play(work)
-    suggestions = try_vision_ranks(rows, run, speeds) if suggests else []
+    shared = run.parallel.vision.shared_micro_batches
+    suggestions = (
+        try_vision_ranks(rows, run, speeds, shared_micro_batches=shared) if suggests else []
+    )
     pictures, num_ranks = BatchPictures.of_rows(rows), run.parallel.num_ranks
     patches = np.bincount(work.ranks[work.chunk_of_picture], pictures.patches, minlength=num_ranks)
     chunks = np.bincount(work.ranks, minlength=num_ranks)

@@ -74,7 +74,7 @@ class FeatureTransport:
 
         Args:
             plan: The step's plan.
-            grid: This rank and the transport group.
+            grid: This rank and the groups of its exchanges.
             recorder: Records when this rank sends and waits.
             width: Width D of a feature.
             dtype: Type in which features and gradients are sent.

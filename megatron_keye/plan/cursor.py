@@ -31,7 +31,7 @@ class ExchangeCursor:
         Args:
             order: All exchanges of the step.
             parallel: Degrees and placement.
-            rank: This rank; one outside the transport group has no exchanges.
+            rank: This rank; one that neither encodes nor embeds has no exchanges.
             num_micro_batches: Micro-batches of a replica.
         """
 
