@@ -40,7 +40,7 @@ from megatron_keye.estimate.prediction.machines import MACHINES
 from megatron_keye.estimate.ranks import plan_ranks
 
 if TYPE_CHECKING:
-    from megatron_keye.estimate.forecast import RowShape
+    from megatron_keye.estimate.workload import RowShape
 
 _GPU = "h100"
 _NEAR_RANKS = 128

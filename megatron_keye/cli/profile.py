@@ -179,6 +179,7 @@ def few_layers(layers: int | None, num_ranks: int, whole: RunConfig) -> list[str
         "parallel.decoder.virtual_stages=1",
         "parallel.vision.placement=colocated",
         "parallel.vision.num_ranks=0",
+        "parallel.vision.shared_micro_batches=0",
         "training.rows_per_step=1",
     ]
 

@@ -117,6 +117,13 @@ class VisionParallel:
     runs on all ranks of the decoder."""
     num_ranks: int = 0
     """Dedicated vision ranks, any number; 0 if colocated."""
+    shared_micro_batches: int = 0
+    """With dedicated vision ranks: so many micro-batches at the start of a step, and as many at
+    its end, are encoded by the decoder's ranks before they run the decoder, and go backward there
+    after it. They would wait meanwhile: at the start for the first features, at the end while
+    vision ranks go backward for what the decoder ran last. A pipeline takes the features of
+    pipeline micro-batches at once, which is the number to set. 0: the decoder's ranks hold no
+    vision."""
     chunk_patches: int = 8_192
     """Most patches that a rank encodes at once, as one chunk of images and frames; bounds memory
     for videos of any length. A single image or frame with more patches is a chunk by itself."""
@@ -139,7 +146,8 @@ class VisionParallel:
             self,
             "parallel.vision",
             above_zero="chunk_patches",
-            zero_or_more="num_ranks attention_break_even_patches max_ahead_mebibytes",
+            zero_or_more="num_ranks shared_micro_batches attention_break_even_patches "
+            "max_ahead_mebibytes",
         )
         check(
             self.placement in ("dedicated", "colocated"),
@@ -167,6 +175,17 @@ class VisionParallel:
                 self.num_ranks,
                 "0, since parallel.vision.placement is 'colocated' (the decoder's ranks encode)",
             )
+            check(
+                self.shared_micro_batches == 0,
+                "parallel.vision.shared_micro_batches",
+                self.shared_micro_batches,
+                "0, since parallel.vision.placement is 'colocated' (all are encoded there)",
+            )
+
+    @property
+    def decoder_encodes(self) -> bool:
+        """Whether the decoder's ranks hold vision and encode, all or a part."""
+        return self.placement == "colocated" or self.shared_micro_batches > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +206,8 @@ class ParallelConfig:
         """Return the degrees and the number of ranks, for error messages and logs."""
         d, v = self.decoder, self.vision
         encoders = f"{v.num_ranks} vision ranks" if v.num_ranks else "vision colocated"
+        if v.shared_micro_batches:
+            encoders += f" (without {v.shared_micro_batches} micro-batches at each end)"
         return (
             f"tensor {d.tensor} x pipeline {d.pipeline} x context {d.context} x data {d.data} "
             f"(expert {d.expert}) + {encoders} = {self.num_ranks} ranks"

@@ -18,7 +18,8 @@ def scatter_features(
         where: Rank and samples, for the error message.
 
     Returns:
-        [S/CP/TP, 1, D]. The embeddings' gradient is zero at placeholders.
+        [S/CP/TP, 1, D]. The embeddings' gradient is zero at placeholders. Without placeholders
+        the features have a gradient too, of no rows, whose hooks tell when it is due.
 
     Raises:
         ValueError: When the numbers of features and placeholders differ.
@@ -28,7 +29,5 @@ def scatter_features(
             f"{where}: got {len(features_MD)} vision features for {len(positions_M)} "
             "placeholders, expected as many; the plan of vision ranks does not match this row"
         )
-    if len(positions_M) == 0:
-        return embeddings_SBD
     features_MBD = features_MD[:, None].to(embeddings_SBD.dtype)
     return embeddings_SBD.index_copy(0, positions_M, features_MBD)

@@ -1,13 +1,17 @@
 """Synthetic rows with a realistic mix of sample lengths, from short texts to two-hour videos."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megatron_keye.estimate.forecast import RowShape
-from megatron_keye.plan.step import PictureSlot
+from megatron_keye.estimate.workload import PictureSizes, RowShape
 
 _PATCHES_PER_TOKEN = 4
+_DRAWN_AT_ONCE = 1024
+"""Samples."""
 
 
 @dataclass(frozen=True)
@@ -42,44 +46,51 @@ def draw_rows(generator: np.random.Generator, count: int, row_tokens: int) -> li
     Samples that are longer than a row are left out.
     """
     rows: list[RowShape] = []
-    lengths: list[int] = []
-    pictures: list[PictureSlot] = []
-    while len(rows) < count:
-        text, sizes = _draw_sample(generator)
-        # Each picture is enclosed by a start and an end token.
-        length = text + sum(size + 2 for size in sizes)
-        if length > row_tokens:
-            continue  # Training refuses such a sample.
-        filled = sum(lengths)
-        if filled + length > row_tokens:
-            rows.append(_row(lengths, pictures, row_tokens))
-            lengths, pictures, filled = [], [], 0
-        start = filled + 1
-        for size in sizes:
-            pictures.append(
-                PictureSlot(
-                    row=0,
-                    index=0,
-                    start=start,
-                    num_patches=_PATCHES_PER_TOKEN * size,
-                    num_tokens=size,
-                )
-            )
-            start += size + 2
-        lengths.append(length)
-    return rows
+    samples: list[_Sample] = []
+    filled = 0
+    while True:
+        for sample in _draw_samples(generator):
+            if sample.length > row_tokens:
+                continue  # Training refuses such a sample.
+            if filled + sample.length > row_tokens:
+                rows.append(_row(samples, row_tokens))
+                samples, filled = [], 0
+                if len(rows) == count:
+                    return rows
+            samples.append(sample)
+            filled += sample.length
 
 
-def _draw_sample(generator: np.random.Generator) -> tuple[int, list[int]]:
-    kind = _MIX[int(generator.choice(len(_MIX), p=[kind.share for kind in _MIX]))]
-
-    def draw(low: int, high: int) -> int:
-        return round(np.exp(generator.uniform(np.log(low), np.log(high)))) if high else 0
-
-    return draw(*kind.text), [draw(*kind.tokens)] * draw(*kind.pictures)
+class _Sample(NamedTuple):
+    num_pictures: int
+    picture_tokens: int
+    length: int
 
 
-def _row(lengths: list[int], pictures: list[PictureSlot], row_tokens: int) -> RowShape:
-    padding = row_tokens - sum(lengths)
-    documents = (*lengths, padding) if padding else tuple(lengths)
-    return RowShape(document_lengths=documents, pictures=tuple(pictures), num_padding=padding)
+def _draw_samples(generator: np.random.Generator) -> Iterator[_Sample]:
+    kinds = generator.choice(len(_MIX), _DRAWN_AT_ONCE, p=[kind.share for kind in _MIX])
+
+    def draw(name: Literal["text", "pictures", "tokens"]) -> NDArray[np.int64]:
+        low, high = np.array([getattr(kind, name) for kind in _MIX])[kinds].T
+        exponents = generator.uniform(np.log(np.maximum(low, 1)), np.log(np.maximum(high, 1)))
+        return np.where(high > 0, np.exp(exponents).round(), 0).astype(np.int64)
+
+    text, tokens, pictures = draw("text"), draw("tokens"), draw("pictures")
+    # Each picture is enclosed by a start and an end token.
+    lengths = text + pictures * (tokens + 2)
+    return map(_Sample, pictures.tolist(), tokens.tolist(), lengths.tolist())
+
+
+def _row(samples: list[_Sample], row_tokens: int) -> RowShape:
+    starts, tokens, filled = [], [], 0
+    for sample in samples:
+        step = sample.picture_tokens + 2
+        starts.append(filled + 1 + step * np.arange(sample.num_pictures))
+        tokens.append(np.full(sample.num_pictures, sample.picture_tokens))
+        filled += sample.length
+    padding = row_tokens - filled
+    of_pictures = np.concatenate(tokens)
+    pictures = PictureSizes(np.concatenate(starts), _PATCHES_PER_TOKEN * of_pictures, of_pictures)
+    lengths = tuple(sample.length for sample in samples)
+    documents = (*lengths, padding) if padding else lengths
+    return RowShape(document_lengths=documents, pictures=pictures, num_padding=padding)

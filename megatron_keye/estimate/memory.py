@@ -3,7 +3,7 @@
 Activations are what autograd saves in this code, tensor by tensor; test_memory.py compares them
 with measurements on GPUs. A fused kernel that is "auto" counts as one that runs: without
 Transformer Engine norms keep 6 % more of a layer. Not counted are the contexts of CUDA and NCCL
-and the allocator's fragmentation, together a few GiB. Standard library only.
+and the allocator's fragmentation, together a few GiB. Standard library and numpy only.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from megatron_keye.estimate.state import (
     brief_bytes,
     state_bytes,
 )
+from megatron_keye.plan.places import is_encoded_by_decoder
 
 RESERVED_BYTES = 8 * 2**30
 """For the contexts of CUDA and NCCL, the allocator's fragmentation, and rows with more labels."""
@@ -51,7 +52,7 @@ class Memory:
 def decoder_memory(
     run: RunConfig, stage: int, held: Sequence[Parameters], *, num_labels: int, num_patches: int
 ) -> Memory:
-    """Return the memory of a decoder rank, with vision's where that is colocated.
+    """Return the memory of a decoder rank, with vision's where it encodes too.
 
     Args:
         run: Sizes and degrees.
@@ -76,10 +77,11 @@ def decoder_memory(
     if stage == 0:
         features = _feature_bytes(run, num_patches / degrees.context / degrees.tensor)
         features *= training.rows_per_step / degrees.data
-    if run.parallel.vision.placement == "colocated":
+    if run.parallel.vision.decoder_encodes:
         # Vision's passes come before and after the decoder's, so the larger of the two counts;
         # what waits from one to the other counts beside it.
-        activations = max(activations, _chunk_bytes(run)) + _kept_chunk_bytes(run, num_patches)
+        kept_chunks = _kept_chunk_bytes(run, num_patches, is_decoder=True)
+        activations = max(activations, _chunk_bytes(run)) + kept_chunks
     workspace = max(workspace, brief_bytes(run, held) - activations)
     return Memory(**states, activations=activations, features=features, workspace=workspace)
 
@@ -97,7 +99,7 @@ def vision_memory(run: RunConfig, held: Sequence[Parameters], *, num_patches: in
     chunk = _chunk_bytes(run)
     return Memory(
         **state_bytes(run, held),
-        activations=chunk + _kept_chunk_bytes(run, num_patches),
+        activations=chunk + _kept_chunk_bytes(run, num_patches, is_decoder=False),
         features=features,
         workspace=max(width * run.parallel.vision.chunk_patches, brief_bytes(run, held) - chunk),
     )
@@ -238,15 +240,18 @@ def _chunk_bytes(run: RunConfig) -> float:
     return num_patches * BYTES[run.training.precision] * 4 * run.model.vision.intermediate_size
 
 
-def _kept_chunk_bytes(run: RunConfig, num_patches: int) -> float:
+def _kept_chunk_bytes(run: RunConfig, num_patches: int, *, is_decoder: bool) -> float:
     """Return the bytes of activations that wait for a step's backward passes of vision.
 
     None with "auto", which takes only what all else leaves free.
     """
-    vision, num_decoder = run.parallel.vision, run.parallel.decoder.num_ranks
+    vision, degrees = run.parallel.vision, run.parallel.decoder
     if vision.recompute != "off" or not _vision_learns(run):
         return 0.0
-    of_step = num_patches * run.training.rows_per_step / (vision.num_ranks or num_decoder)
+    micro_batches = run.training.rows_per_step // degrees.data
+    of_decoder = sum(is_encoded_by_decoder(vision, m, micro_batches) for m in range(micro_batches))
+    num_rows = degrees.data * (of_decoder if is_decoder else micro_batches - of_decoder)
+    of_step = num_patches * num_rows / (degrees.num_ranks if is_decoder else vision.num_ranks)
     return max(0.0, of_step * patch_bytes(run) - _chunk_bytes(run))
 
 

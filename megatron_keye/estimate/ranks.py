@@ -37,13 +37,14 @@ def plan_ranks(run: RunConfig, num_labels: int | None) -> list[Rank]:
         num_labels: Labelled tokens of a row; None for a 64th of its tokens.
     """
     degrees, num_dedicated = run.parallel.decoder, run.parallel.vision.num_ranks
-    role = "decoder" if num_dedicated else "decoder and vision"
+    encodes = run.parallel.vision.decoder_encodes
+    role = "decoder and vision" if encodes else "decoder"
     of_vision = vision_parameters(run)
     patches = run.data.row_tokens * run.model.vision.merge_size**2
     labels = run.data.row_tokens // 64 if num_labels is None else num_labels
     stages: list[tuple[list[Parameters], Memory]] = []
     for stage in range(degrees.pipeline):
-        held = decoder_parameters(run, stage) + ([] if num_dedicated else of_vision)
+        held = decoder_parameters(run, stage) + (of_vision if encodes else [])
         memory = decoder_memory(run, stage, held, num_labels=labels, num_patches=patches)
         stages.append((held, memory))
     ranks = []

@@ -1,6 +1,6 @@
 """Estimates the memory of what a run keeps: weights, gradients and the optimizer's state.
 
-On the device and in main memory. Standard library only.
+On the device and in main memory. Standard library and numpy only.
 """
 
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_keye.config.parts import Part
 from megatron_keye.config.run import RunConfig
+from megatron_keye.plan.places import vision_ranks
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 """Bytes of a number, by precision."""
@@ -119,7 +120,7 @@ def _sharers(run: RunConfig, held: Parameters) -> int:
     if not run.training.distributes_optimizer:
         return 1
     if held.part in ("vision", "projector"):
-        return run.parallel.vision.num_ranks or degrees.num_ranks
+        return len(vision_ranks(run.parallel))
     replicas = degrees.context * degrees.data
     return replicas * degrees.tensor // degrees.expert if held.is_expert else replicas
 

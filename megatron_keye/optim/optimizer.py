@@ -24,6 +24,7 @@ from megatron_keye.optim.overlapped_sum import OverlappedSum
 from megatron_keye.optim.parameter_groups import (
     drop_empty_groups,
     group_overrides,
+    of_this_rank_alone,
     set_learning_rate,
     set_weight_decay,
 )
@@ -177,13 +178,14 @@ class JointOptimizer:
     def _build(
         self, modules: list[torch.nn.Module], groups: ProcessGroupCollection
     ) -> MegatronOptimizer:
-        optimizer = get_megatron_optimizer(
-            optimizer_config(self._run),
-            modules,
-            config_overrides=group_overrides(self._run),
-            use_gloo_process_groups=False,
-            pg_collection=groups,
-        )
+        with of_this_rank_alone():
+            optimizer = get_megatron_optimizer(
+                optimizer_config(self._run),
+                modules,
+                config_overrides=group_overrides(self._run),
+                use_gloo_process_groups=False,
+                pg_collection=groups,
+            )
         assert isinstance(optimizer, ChainedOptimizer), "one for dense weights, one for experts"
         for inner in optimizer.chained_optimizers:
             # Each would otherwise gather all weights, those of the others too.

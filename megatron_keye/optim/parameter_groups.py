@@ -4,8 +4,11 @@ Megatron marks groups with factors that its own scheduler multiplies in; the rat
 here instead.
 """
 
-from typing import cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
@@ -49,6 +52,27 @@ def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
     """Set each group's learning rate to `rate` times its factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group[RATE]
+
+
+@contextmanager
+def of_this_rank_alone() -> Iterator[None]:
+    """Let Megatron group the weights of this rank alone while it builds an optimizer.
+
+    For checkpoints of its own form, which are not used here, it asks all ranks of the job for
+    their groups, once for each optimizer: a rank with decoder and vision would ask twice while one
+    with vision alone answers once.
+    """
+
+    def gather_own(object_list: list[Any], obj: Any, group: Any = None) -> None:
+        assert group is None, "Megatron asks all ranks"
+        object_list[:] = [obj] * len(object_list)
+
+    gather_from_all = dist.all_gather_object
+    dist.all_gather_object = gather_own
+    try:
+        yield
+    finally:
+        dist.all_gather_object = gather_from_all
 
 
 def drop_empty_groups(optimizer: MegatronOptimizer) -> None:

@@ -18,9 +18,23 @@ from megatron_keye.parallel.process import group_timeout
 from megatron_keye.plan.places import (
     DecoderPlace,
     decoder_place,
+    exchange_ranks,
     transport_ranks,
     vision_ranks,
 )
+
+
+@dataclass(frozen=True)
+class ExchangeGroup:
+    """Ranks that exchange the features of a micro-batch.
+
+    One for both directions; all exchanges of a step have one order (`plan/order.py`).
+    """
+
+    ranks: tuple[int, ...]
+    """Global ranks, ascending."""
+    group: dist.ProcessGroup
+    """Their process group."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +51,10 @@ class Grid:
     """This rank's groups in the vision grid; None on a rank that does not encode."""
     transport_ranks: tuple[int, ...]
     """Ranks that exchange features, ascending: those that encode or hold embeddings."""
-    transport: dist.ProcessGroup
-    """Group of the transport ranks, one for both directions: all exchanges of a step have one
-    order (`plan/order.py`), which a second group could break."""
+    around: ExchangeGroup | None
+    """Exchanges what the decoder's ranks encode around the decoder; None where they do not."""
+    beside: ExchangeGroup | None
+    """Exchanges what vision ranks encode beside the decoder; None without such ranks."""
 
     @property
     def vision_ranks(self) -> range:
@@ -69,18 +84,26 @@ def build_grid(parallel: ParallelConfig) -> Grid:
     rank, encoding = dist.get_rank(), vision_ranks(parallel)
     decoder = _decoder_groups(parallel.decoder)
     vision = _vision_groups(len(encoding), encoding.start)
-    exchanging = transport_ranks(parallel)
     return Grid(
         parallel=parallel,
         rank=rank,
         decoder=decoder if rank < parallel.decoder.num_ranks else None,
         vision=vision if rank in encoding else None,
-        transport_ranks=tuple(exchanging),
-        transport=_connected_group(exchanging),
+        transport_ranks=tuple(transport_ranks(parallel)),
+        around=(
+            _exchange_group(exchange_ranks(parallel, encoded_by_decoder=True))
+            if parallel.vision.decoder_encodes
+            else None
+        ),
+        beside=(
+            _exchange_group(exchange_ranks(parallel, encoded_by_decoder=False))
+            if parallel.vision.num_ranks
+            else None
+        ),
     )
 
 
-def _connected_group(ranks: list[int]) -> dist.ProcessGroup:
+def _exchange_group(ranks: list[int]) -> ExchangeGroup:
     """Make a group and connect all its ranks by a first all-to-all.
 
     NCCL connects two ranks at their first message and blocks both until then; within a step one of
@@ -92,7 +115,7 @@ def _connected_group(ranks: list[int]) -> dist.ProcessGroup:
     if dist.get_rank() in ranks:
         message = torch.zeros(len(ranks), device=torch.cuda.current_device())
         dist.all_to_all_single(torch.empty_like(message), message, group=group)
-    return group
+    return ExchangeGroup(ranks=tuple(ranks), group=group)
 
 
 def _transport_options() -> Any:

@@ -40,8 +40,8 @@ def run_step(
     """Run this rank's share of a step.
 
     Dedicated vision ranks encode ahead of the decoder, into the next step where ViT and projector
-    are frozen, and run backward passes while the decoder runs; colocated, all chunks are encoded
-    before the decoder runs, and all their backward passes follow it.
+    are frozen, and run backward passes while the decoder runs; the decoder's ranks encode what is
+    theirs, all or the ends of a step, before they run it, and the backward passes follow it.
 
     Args:
         plan: The step's plan.

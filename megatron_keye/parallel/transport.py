@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_keye.observe.recorder import Recorder
-from megatron_keye.parallel.grid import Grid
+from megatron_keye.parallel.grid import ExchangeGroup, Grid
 from megatron_keye.plan.cursor import ExchangeCursor
 from megatron_keye.plan.order import Exchange
+from megatron_keye.plan.places import is_encoded_by_decoder
 from megatron_keye.plan.step import StepPlan, Transfer
 
 
@@ -73,7 +74,7 @@ class FeatureTransport:
 
         Args:
             plan: The step's plan.
-            grid: This rank and the transport group.
+            grid: This rank and the groups of its exchanges.
             recorder: Records when this rank sends and waits.
             width: Width D of a feature.
             dtype: Type in which features and gradients are sent.
@@ -82,7 +83,12 @@ class FeatureTransport:
         self._plan, self._grid, self._recorder, self._device = plan, grid, recorder, device
         self._empty = torch.empty(0, width, dtype=dtype, device=device)
         self._states = {exchange: self._state(exchange) for exchange in plan.exchanges}
-        self._cursor = ExchangeCursor(plan.exchanges, grid.parallel, grid.rank)
+        self._cursor = ExchangeCursor(
+            plan.exchanges,
+            grid.parallel,
+            grid.rank,
+            num_micro_batches=plan.num_micro_batches,
+        )
 
     def start(self) -> None:
         """Start the exchanges that are allowed and to which this rank sends nothing."""
@@ -129,18 +135,22 @@ class FeatureTransport:
         """Send the gradients of a micro-batch's features back, without waiting.
 
         Args:
-            micro_batch: Index of the micro-batch; a rank returns its micro-batches in order.
+            micro_batch: Index of the micro-batch; a rank returns its micro-batches in order, also
+                those without pictures.
             gradients_MD: [M, D] in the order of `take_features`.
         """
+        exchange = Exchange("gradients", micro_batch)
+        if exchange not in self._states:
+            return
         with self._recorder.span("return", f"micro-batch {micro_batch}"):
             receives = self._plan.receives(self._grid.rank, micro_batch)
-            order = self._row_order(receives)
-            received = torch.empty_like(gradients_MD).index_copy(0, order, gradients_MD)
-            parts = received.to(self._empty.dtype).split([len(t.positions) for t in receives])
-            exchange = Exchange("gradients", micro_batch)
-            for transfer, part in zip(receives, parts, strict=True):
-                self._states[exchange].outgoing[transfer.tag] = part
-            if self._grid.parallel.vision.placement == "dedicated":
+            if receives:
+                order = self._row_order(receives)
+                received = torch.empty_like(gradients_MD).index_copy(0, order, gradients_MD)
+                parts = received.to(self._empty.dtype).split([len(t.positions) for t in receives])
+                for transfer, part in zip(receives, parts, strict=True):
+                    self._states[exchange].outgoing[transfer.tag] = part
+            if not self._is_around(micro_batch):
                 self._allow_through(exchange)
 
     def finish_decoder(self) -> None:
@@ -189,13 +199,25 @@ class FeatureTransport:
         incoming = _by_rank(receives, [t.source for t in receives])
         if exchange.kind == "gradients":
             outgoing, incoming = incoming, outgoing
-        ranks = self._grid.transport_ranks
+        ranks = self._group_of(exchange).ranks
         return _State(
             sends=[t for transfers in outgoing.values() for t in transfers],
             receives=[t for transfers in incoming.values() for t in transfers],
             num_sent=[_num_rows(outgoing.get(rank, [])) for rank in ranks],
             num_received=[_num_rows(incoming.get(rank, [])) for rank in ranks],
         )
+
+    def _is_around(self, micro_batch: int) -> bool:
+        """Return whether the decoder's ranks encode a micro-batch, around the decoder."""
+        return is_encoded_by_decoder(
+            self._grid.parallel.vision, micro_batch, self._plan.num_micro_batches
+        )
+
+    def _group_of(self, exchange: Exchange) -> ExchangeGroup:
+        is_around = self._is_around(exchange.micro_batch)
+        group = self._grid.around if is_around else self._grid.beside
+        assert group is not None, f"no rank encodes for {exchange}"
+        return group
 
     def _allow_through(self, exchange: Exchange) -> None:
         """Start all exchanges up to and with this one, which the schedule has reached."""
@@ -209,14 +231,14 @@ class FeatureTransport:
     def _start_ready(self) -> None:
         for exchange in self._cursor.take_ready(self._is_ready):
             self._free_sent()
-            self._start(self._states[exchange])
+            self._start(self._states[exchange], self._group_of(exchange).group)
 
     def _is_ready(self, exchange: Exchange) -> bool:
         """Return whether this rank has all rows that it sends in an exchange."""
         state = self._states[exchange]
         return len(state.outgoing) == len(state.sends)
 
-    def _start(self, state: _State) -> None:
+    def _start(self, state: _State, group: dist.ProcessGroup) -> None:
         outgoing = torch.cat([self._empty, *(state.outgoing.pop(t.tag) for t in state.sends)])
         incoming = self._empty.new_empty(sum(state.num_received), self._empty.shape[1])
         state.buffers, state.has_started = (outgoing, incoming), True
@@ -225,7 +247,7 @@ class FeatureTransport:
             outgoing,
             state.num_received,
             state.num_sent,
-            group=self._grid.transport,
+            group=group,
             async_op=True,
         )
 

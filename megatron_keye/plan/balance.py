@@ -4,8 +4,12 @@ Pure functions of sizes, so that every rank gets the same result without communi
 """
 
 import heapq
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_keye.plan.cost import VisionCost
 
@@ -20,17 +24,21 @@ class RowCost:
     """Cost of its pictures, in any unit."""
 
 
-def order_rows(costs: Sequence[RowCost], num_replicas: int) -> list[int]:
+def order_rows(
+    costs: Sequence[RowCost], num_replicas: int, *, few_pictures_at_ends: bool
+) -> list[int]:
     """Assign rows to micro-batches and replicas.
 
-    Replicas wait for each other in every micro-batch (they exchange features together), so each
-    micro-batch holds rows of similar attention cost; within it, the least loaded replica gets the
-    most expensive row. Micro-batches with few pictures come first and last: the decoder starts
-    early, and little vision work is left when it has finished.
+    Each micro-batch holds rows of similar attention cost, since replicas that exchange features
+    wait for each other in it; within it, the least loaded replica gets the most expensive row.
+    Micro-batches of similar cost follow each other, since stages of a pipeline wait for those of
+    their neighbours that run at the same time.
 
     Args:
         costs: Cost of each row of the global batch.
         num_replicas: Data-parallel replicas; divides the number of rows.
+        few_pictures_at_ends: Whether micro-batches with few pictures come first and last instead:
+            the decoder starts early, and little vision work is left when it has finished.
 
     Returns:
         The rows in their new order: index i is micro-batch i // num_replicas of replica
@@ -49,6 +57,8 @@ def order_rows(costs: Sequence[RowCost], num_replicas: int) -> list[int]:
             rows[replica] = row
             load[replica] += costs[row].attention
         micro_batches.append(rows)
+    if not few_pictures_at_ends:
+        return [row for rows in micro_batches for row in rows]
     # The sort is stable: ties keep their order by attention cost.
     micro_batches.sort(key=lambda rows: sum(costs[row].vision for row in rows))
     most_pictures_in_the_middle = micro_batches[::2] + micro_batches[1::2][::-1]
@@ -56,7 +66,11 @@ def order_rows(costs: Sequence[RowCost], num_replicas: int) -> list[int]:
 
 
 def cut_frames(
-    frames: Sequence[int], *, chunk_patches: int, num_ranks: int, cost: VisionCost
+    frames: Sequence[int] | NDArray[np.int64],
+    *,
+    chunk_patches: int,
+    num_ranks: int,
+    cost: VisionCost,
 ) -> list[range]:
     """Cut frames into chunks of about equal cost, a multiple of num_ranks where sizes allow.
 
@@ -69,21 +83,42 @@ def cut_frames(
     Returns:
         Index ranges that cover all frames in order, one for each chunk.
     """
-    if not frames:
+    patches = np.asarray(frames, dtype=np.int64)
+    if not len(patches):
         return []
-    rounds = -(-sum(frames) // (chunk_patches * num_ranks))
-    target = sum(map(cost.of_frame, frames)) / (rounds * num_ranks)
-    starts, size, share, cost_before = [0], 0, 0, 0.0
-    for index, num_patches in enumerate(frames):
-        # Of the equal shares of cost, a frame belongs to the one that holds its midpoint.
-        own_share = int((cost_before + cost.of_frame(num_patches) / 2) / target)
-        if index > 0 and (own_share > share or size + num_patches > chunk_patches):
-            starts.append(index)
-            size = 0
-        share = own_share
-        size += num_patches
-        cost_before += cost.of_frame(num_patches)
-    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(frames)], strict=True)]
+    rounds = -(-int(patches.sum()) // (chunk_patches * num_ranks))
+    costs = cost.of_frames(patches)
+    cost_after = np.cumsum(costs)
+    target = cost_after[-1] / (rounds * num_ranks)
+    # Of the equal shares of cost, a frame belongs to the one that holds its midpoint.
+    shares = ((cost_after - costs / 2) / target).astype(np.int64)
+    return cut_at(shares, patches, chunk_patches)
+
+
+def cut_at(
+    shares: NDArray[np.int64], patches: NDArray[np.int64], chunk_patches: int
+) -> list[range]:
+    """Cut frames where their share changes, and where a chunk would become too large.
+
+    Args:
+        shares: Number of each frame's share, ascending.
+        patches: Patches of each frame.
+        chunk_patches: Most patches of a chunk of more than one frame.
+
+    Returns:
+        Index ranges that cover all frames in order, one for each chunk.
+    """
+    ends = [*(np.flatnonzero(np.diff(shares)) + 1).tolist(), len(patches)]
+    size_after = np.cumsum(patches).tolist()
+    cuts: list[range] = []
+    start = 0
+    for end in ends:
+        while start < end:
+            before = size_after[start] - int(patches[start])
+            fitting = bisect_right(size_after, before + chunk_patches, lo=start, hi=end)
+            cuts.append(range(start, max(start + 1, fitting)))
+            start = cuts[-1].stop
+    return cuts
 
 
 def lpt_assign(costs: Sequence[float], load: dict[int, float]) -> list[int]:

@@ -28,6 +28,10 @@ class VisionCost:
         """Return the cost of a frame, in units of a patch's cost without attention."""
         return num_patches * (1 + num_patches / self.break_even_patches)
 
+    def of_frames(self, num_patches: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the cost of each frame, as `of_frame` does."""
+        return num_patches * (1 + num_patches / self.break_even_patches)
+
 
 def vision_cost(vision: VisionConfig, parallel: VisionParallel) -> VisionCost:
     """Return the cost with the configured break-even size, or with that of the model's sizes.

@@ -8,34 +8,47 @@ from collections.abc import Callable, Iterator, Sequence
 
 from megatron_keye.config.parallel import ParallelConfig
 from megatron_keye.plan.order import Exchange
-from megatron_keye.plan.places import first_stage_ranks, vision_ranks
+from megatron_keye.plan.places import first_stage_ranks, is_encoded_by_decoder
 
 
 class ExchangeCursor:
     """The exchanges of one step on one rank, which starts them in order, each once it is ready."""
 
-    def __init__(self, order: Sequence[Exchange], parallel: ParallelConfig, rank: int) -> None:
+    def __init__(
+        self,
+        order: Sequence[Exchange],
+        parallel: ParallelConfig,
+        rank: int,
+        *,
+        num_micro_batches: int,
+    ) -> None:
         """Begin before the first exchange.
 
-        A dedicated vision rank may start each exchange as soon as it is ready; colocated ranks
-        may start those of features so. First-stage ranks start others where their schedule
+        A rank of vision alone may start each exchange as soon as it is ready; the decoder's ranks
+        may start features that they encode so. First-stage ranks start others where their schedule
         reaches them, so that none waits for other ranks on the device.
 
         Args:
             order: All exchanges of the step.
             parallel: Degrees and placement.
-            rank: This rank; one outside the transport group has no exchanges.
+            rank: This rank; one that neither encodes nor embeds has no exchanges.
+            num_micro_batches: Micro-batches of a replica.
         """
-        # Two ranges: `transport_ranks` sorts all of them, and every step makes a cursor.
-        transports = rank in vision_ranks(parallel) or rank in first_stage_ranks(parallel.decoder)
-        self.order = list(order) if transports else []
+
+        def is_around(exchange: Exchange) -> bool:
+            return is_encoded_by_decoder(parallel.vision, exchange.micro_batch, num_micro_batches)
+
+        runs_decoder = rank < parallel.decoder.num_ranks
+        embeds = rank in first_stage_ranks(parallel.decoder)
+        self.order = [
+            exchange
+            for exchange in order
+            if (runs_decoder if is_around(exchange) else embeds or not runs_decoder)
+        ]
         self._num_started = 0
-        if rank >= parallel.decoder.num_ranks:
-            self._num_allowed = len(self.order)
-        elif parallel.vision.placement == "dedicated":
-            self._num_allowed = 0
-        else:
-            self._num_allowed = sum(exchange.kind == "features" for exchange in self.order)
+        self._num_allowed = len(self.order)
+        if runs_decoder:
+            self._num_allowed = sum(e.kind == "features" and is_around(e) for e in self.order)
 
     @property
     def started(self) -> list[Exchange]:

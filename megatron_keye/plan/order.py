@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_keye.config.parallel import DecoderParallel, ParallelConfig
+from megatron_keye.plan.places import is_encoded_by_decoder
 
 _ENOUGH_AHEAD = 2
 """Micro-batches of features to have ready for the decoder before a vision rank runs a backward
@@ -28,7 +29,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One all-to-all between all transport ranks."""
+    """One all-to-all between the ranks that encode a micro-batch and those that embed it."""
 
     kind: Literal["features", "gradients"]
     """Features go to the decoder, their gradients back."""
@@ -77,16 +78,18 @@ def transport_order(
     *,
     returns_gradients: bool,
 ) -> list[Exchange]:
-    """Return all exchanges of a step in the order in which every transport rank starts them.
+    """Return all exchanges of a step in the order in which every rank starts those it is part of.
 
     It cannot deadlock: a rank starts exchanges in this order, and never waits for one that comes
     after another which it has still to start.
 
-    - dedicated: the order is that of the first stage's passes. A vision rank starts an exchange
-      of features once it has encoded its share, which needs no message, and one of gradients at
-      once. A first-stage rank starts each where its schedule reaches it, and until then waits for
-      earlier ones only. By induction every exchange is started by all ranks and completes.
-    - colocated: all features before any rank runs the decoder, all gradients after.
+    - What the decoder's ranks encode, all of it or the ends of a step: all features before any
+      rank runs the decoder, all gradients after.
+    - What ranks of their own encode, between these: the order is that of the first stage's passes.
+      A vision rank starts an exchange of features once it has encoded its share, which needs no
+      message, and one of gradients at once. A first-stage rank starts each where its schedule
+      reaches it, and until then waits for earlier ones only. By induction every exchange is
+      started by all its ranks and completes.
 
     Args:
         parallel: Degrees and placement.
@@ -101,9 +104,15 @@ def transport_order(
     ]
     if not returns_gradients:
         order = [exchange for exchange in order if exchange.kind == "features"]
-    if parallel.vision.placement == "colocated":
-        order.sort(key=lambda exchange: exchange.kind == "gradients")
-    return order
+    around, beside = list[Exchange](), list[Exchange]()
+    for exchange in order:
+        is_shared = is_encoded_by_decoder(parallel.vision, exchange.micro_batch, num_micro_batches)
+        (around if is_shared else beside).append(exchange)
+    before, after = (
+        [exchange for exchange in around if exchange.kind == kind]
+        for kind in ("features", "gradients")
+    )
+    return before + beside + after
 
 
 def next_work(

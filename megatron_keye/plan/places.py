@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_keye.config.parallel import DecoderParallel, ParallelConfig
+from megatron_keye.config.parallel import DecoderParallel, ParallelConfig, VisionParallel
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,62 @@ def first_stage_rank(degrees: DecoderParallel, *, data: int, context: int, tenso
 
 def vision_ranks(parallel: ParallelConfig) -> range:
     """Return the ranks that encode."""
+    if parallel.vision.decoder_encodes:
+        return range(parallel.num_ranks)
+    return range(parallel.decoder.num_ranks, parallel.num_ranks)
+
+
+def encoded_together(vision: VisionParallel, num_micro_batches: int) -> list[range]:
+    """Return the micro-batches whose pictures are cut and encoded together, as ranges in order.
+
+    Args:
+        vision: The placement.
+        num_micro_batches: Micro-batches of a replica.
+    """
+    if vision.placement == "colocated":
+        return [range(num_micro_batches)]
+    shared = min(vision.shared_micro_batches, num_micro_batches // 2)
+    middle = [range(m, m + 1) for m in range(shared, num_micro_batches - shared)]
+    if shared == 0:
+        return middle
+    return [range(shared), *middle, range(num_micro_batches - shared, num_micro_batches)]
+
+
+def is_encoded_by_decoder(
+    vision: VisionParallel, micro_batch: int, num_micro_batches: int
+) -> bool:
+    """Return whether the decoder's ranks encode a micro-batch, around their own work.
+
+    Args:
+        vision: The placement.
+        micro_batch: Its index within a replica.
+        num_micro_batches: Micro-batches of a replica.
+    """
+    from_an_end = min(micro_batch, num_micro_batches - 1 - micro_batch)
+    return vision.placement == "colocated" or (
+        from_an_end < min(vision.shared_micro_batches, num_micro_batches // 2)
+    )
+
+
+def encoding_ranks(parallel: ParallelConfig, micro_batch: int, num_micro_batches: int) -> range:
+    """Return the ranks that share the pictures of a micro-batch."""
     num_decoder = parallel.decoder.num_ranks
-    if parallel.vision.placement == "dedicated":
-        return range(num_decoder, num_decoder + parallel.vision.num_ranks)
-    return range(num_decoder)
+    if is_encoded_by_decoder(parallel.vision, micro_batch, num_micro_batches):
+        return range(num_decoder)
+    return range(num_decoder, parallel.num_ranks)
+
+
+def exchange_ranks(parallel: ParallelConfig, *, encoded_by_decoder: bool) -> list[int]:
+    """Return the ranks of an exchange, ascending: those that encode, and the first stage.
+
+    Args:
+        parallel: Degrees and placement.
+        encoded_by_decoder: Whether the decoder's ranks encode the micro-batch.
+    """
+    num_decoder = parallel.decoder.num_ranks
+    if encoded_by_decoder:
+        return list(range(num_decoder))
+    return [*first_stage_ranks(parallel.decoder), *range(num_decoder, parallel.num_ranks)]
 
 
 def transport_ranks(parallel: ParallelConfig) -> list[int]:

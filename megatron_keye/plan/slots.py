@@ -19,7 +19,7 @@ class RowSizes(NamedTuple):
 
     lengths: Lengths
     """Tokens of each document, padding included, or of each branch where documents branch."""
-    patches: Sequence[int]
+    patches: Lengths
     """Patches of each picture."""
     num_earlier: Lengths = (0,)
     """Tokens before each branch on its path; 0 for all by default."""
@@ -50,11 +50,16 @@ def balanced_order(sizes: Sequence[RowSizes], run: RunConfig) -> list[int]:
                 run.training.row_phase(row.longest_path),
                 row.num_earlier,
             ),
-            vision=sum(map(cost.of_frame, row.patches)),
+            vision=float(cost.of_frames(np.asarray(row.patches, dtype=np.int64)).sum()),
         )
         for row in sizes
     ]
-    return order_rows(costs, run.parallel.decoder.data)
+    return order_rows(
+        costs,
+        run.parallel.decoder.data,
+        # Where the decoder's ranks encode, they neither start nor end with waiting for vision.
+        few_pictures_at_ends=not run.parallel.vision.decoder_encodes,
+    )
 
 
 def plan_slots(

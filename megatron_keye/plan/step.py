@@ -17,7 +17,13 @@ from megatron_keye.config.parallel import ParallelConfig
 from megatron_keye.plan.balance import cut_frames, lpt_assign
 from megatron_keye.plan.cost import VisionCost
 from megatron_keye.plan.order import Exchange, transport_order
-from megatron_keye.plan.places import first_stage_rank, owned_positions, vision_ranks
+from megatron_keye.plan.places import (
+    encoded_together,
+    encoding_ranks,
+    first_stage_rank,
+    owned_positions,
+    vision_ranks,
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,9 @@ class StepPlan:
     transfers: tuple[Transfer, ...]
     """By chunk, row and destination; a transfer's tag is its index."""
     exchanges: tuple[Exchange, ...]
-    """All-to-alls that carry them, in the order in which every transport rank starts them."""
+    """All-to-alls that carry them, in the order in which every rank starts those it is part of."""
+    num_micro_batches: int
+    """Micro-batches of a replica."""
 
     def chunks_of(self, vision_rank: int) -> list[int]:
         """Return the indices of the chunks that a vision rank encodes."""
@@ -138,8 +146,18 @@ def plan_step(
     Returns:
         The same plan on every rank.
     """
+    cuts, ranks = balanced_cuts(
+        np.array([picture.row for picture in pictures], dtype=np.int64),
+        np.array([picture.num_patches for picture in pictures], dtype=np.int64),
+        num_rows=num_rows,
+        parallel=parallel,
+        cost=cost,
+    )
     return plan_messages(
-        list(_balanced_chunks(pictures, parallel, cost)),
+        [
+            Chunk(vision_rank=rank, pictures=tuple(pictures[cut.start : cut.stop]))
+            for cut, rank in zip(cuts, ranks, strict=True)
+        ],
         num_rows=num_rows,
         row_tokens=row_tokens,
         parallel=parallel,
@@ -160,34 +178,66 @@ def plan_messages(
     transfers: list[Transfer] = []
     for number, chunk in enumerate(chunks):
         transfers += _transfers_of_chunk(number, chunk, owners, parallel, first_tag=len(transfers))
+    num_micro_batches = num_rows // parallel.decoder.data
     exchanges = transport_order(
         parallel,
-        num_rows // parallel.decoder.data,
+        num_micro_batches,
         {transfer.micro_batch for transfer in transfers},
         returns_gradients=returns_gradients,
     )
-    return StepPlan(chunks=tuple(chunks), transfers=tuple(transfers), exchanges=tuple(exchanges))
+    return StepPlan(
+        chunks=tuple(chunks),
+        transfers=tuple(transfers),
+        exchanges=tuple(exchanges),
+        num_micro_batches=num_micro_batches,
+    )
 
 
-def _balanced_chunks(
-    pictures: Sequence[PictureSlot], parallel: ParallelConfig, cost: VisionCost
-) -> Iterator[Chunk]:
+def balanced_cuts(
+    rows: NDArray[np.int64],
+    patches: NDArray[np.int64],
+    *,
+    num_rows: int,
+    parallel: ParallelConfig,
+    cost: VisionCost,
+) -> tuple[list[range], list[int]]:
     """Cut pictures that are needed at the same time into chunks, and assign these to ranks.
 
-    Dedicated vision ranks work ahead of the decoder by micro-batches, so each micro-batch is
-    spread over all of them. Colocated, the decoder starts when all pictures are encoded.
+    Vision ranks of their own work ahead of the decoder by micro-batches, so each micro-batch is
+    spread over all of them. Where the decoder's ranks encode, they do so before they run it, and
+    each part of the batch that is theirs is cut as a whole.
+
+    Args:
+        rows: Index of each picture's row in the global batch, ascending.
+        patches: Patches of each picture.
+        num_rows: Rows of the global batch.
+        parallel: Degrees, placement and the chunk limit.
+        cost: Cost model of a frame.
+
+    Returns:
+        Index ranges of the chunks' pictures, and the rank of each chunk.
     """
-    data, is_dedicated = parallel.decoder.data, parallel.vision.placement == "dedicated"
+    data = parallel.decoder.data
     load = dict.fromkeys(vision_ranks(parallel), 0.0)
-    for _, group in groupby(pictures, key=lambda p: p.row // data if is_dedicated else 0):
-        needed = list(group)
-        frames = [picture.num_patches for picture in needed]
-        cuts = cut_frames(
-            frames, chunk_patches=parallel.vision.chunk_patches, num_ranks=len(load), cost=cost
+    costs = cost.of_frames(patches)
+    cuts: list[range] = []
+    ranks: list[int] = []
+    for needed in encoded_together(parallel.vision, num_rows // data):
+        first, last = np.searchsorted(rows, (needed.start * data, needed.stop * data)).tolist()
+        sharing = encoding_ranks(parallel, needed.start, num_rows // data)
+        part = cut_frames(
+            patches[first:last],
+            chunk_patches=parallel.vision.chunk_patches,
+            num_ranks=len(sharing),
+            cost=cost,
         )
-        costs = [sum(cost.of_frame(frames[frame]) for frame in cut) for cut in cuts]
-        for rank, cut in zip(lpt_assign(costs, load), cuts, strict=True):
-            yield Chunk(vision_rank=rank, pictures=tuple(needed[cut.start : cut.stop]))
+        own_load = {rank: load[rank] for rank in sharing}
+        starts = [cut.start for cut in part]
+        sums = np.add.reduceat(costs[first:last], starts).tolist() if part else list[float]()
+        ranks += lpt_assign(sums, own_load)
+        load |= own_load
+        cuts += [range(first + cut.start, first + cut.stop) for cut in part]
+    return cuts, ranks
 
 
 def _grouped[K](transfers: Iterable[tuple[K, Transfer]]) -> dict[K, list[Transfer]]:

@@ -28,7 +28,10 @@ def generating_run(run: RunConfig, num_ranks: int) -> RunConfig:
         run,
         # Features of a cache belong to other weights; damage has to be reported, not counted.
         data=replace(run.data, feature_cache="", on_bad_sample="refuse", validation=""),
-        parallel=replace(run.parallel, decoder=decoder),
+        # One micro-batch has no ends to share.
+        parallel=replace(
+            run.parallel, decoder=decoder, vision=replace(vision, shared_micro_batches=0)
+        ),
         training=replace(
             run.training,
             rows_per_step=data,

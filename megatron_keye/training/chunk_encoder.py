@@ -88,7 +88,7 @@ class ChunkEncoder:
         self._announced: deque[list[_PictureChunk]] = deque()
         self._ahead: deque[Tensor] = deque()
         vision_parallel = run.parallel.vision
-        works_ahead = vision_parallel.placement == "dedicated" and not self._learns
+        works_ahead = rank >= run.parallel.decoder.num_ranks and not self._learns
         self._ahead_bytes = vision_parallel.max_ahead_mebibytes * 2**20 if works_ahead else 0
         self.num_pictures = 0
         """Pictures of this step that are encoded so far."""

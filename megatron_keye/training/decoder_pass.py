@@ -143,7 +143,8 @@ class DecoderPass:
 
     def _features(self, transport: FeatureTransport, micro_batch: int) -> Tensor:
         features_MD = transport.take_features(micro_batch)
-        if self._returns_gradients and len(features_MD) > 0:
+        if self._returns_gradients:
+            # Without rows too: the exchange of gradients needs this rank, and others wait for it.
             features_MD.requires_grad_()
 
             def send(leaf: Tensor) -> None:

@@ -21,6 +21,7 @@ GRIDS = {
     "interleaved pipeline": {"pipeline": 2, "virtual_stages": 2},
     "context, dedicated vision": {"context": 2, "vision_ranks": 1},
     "data": {"data": 2},
+    "shared ends": {"pipeline": 2, "vision_ranks": 1, "shared_micro_batches": 1},
 }
 SAVED_ON = {"tensor": 2, "expert": 2}
 
@@ -43,6 +44,16 @@ def test_training_continues_on_another_grid(
 ) -> None:
     rest = [mixed_rows(2), mixed_rows(3)]
     continued = train(tiny_run(**degrees), rest, load_from=checkpoint)
+    assert_same_metrics(continued.metrics, reference.metrics[2:])
+
+
+def test_ranks_that_shared_the_ends_leave_a_checkpoint_for_any_grid(
+    tmp_path: Path, reference: Trained
+) -> None:
+    saved_on = tiny_run(vision_ranks=1, shared_micro_batches=1)
+    train(saved_on, [mixed_rows(0), mixed_rows(1)], save_to=tmp_path)
+    folder = tmp_path / "tiny" / "checkpoints" / "step-00000002"
+    continued = train(tiny_run(tensor=2), [mixed_rows(2), mixed_rows(3)], load_from=folder)
     assert_same_metrics(continued.metrics, reference.metrics[2:])
 
 

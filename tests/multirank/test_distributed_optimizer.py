@@ -26,6 +26,7 @@ SHARING = {
     "data, expert": {"data": 2, "expert": 2},
     "context": {"context": 2},
     "dedicated vision": {"vision_ranks": 2},
+    "shared ends": {"vision_ranks": 1, "shared_micro_batches": 1},
     "tensor, data": {"tensor": 2, "data": 2},
     "pipeline, data, expert": {"pipeline": 2, "data": 2, "expert": 2},
 }

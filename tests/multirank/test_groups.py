@@ -18,7 +18,8 @@ from tests.support.train import build_step, let_go
 def _timeouts_on_rank(run_json: str) -> Any:
     grid, model, _, _ = build_step(RunConfig.from_json(run_json))
     groups = set(distributed_c10d._world.pg_map)
-    held = {grid.transport, *vars(grid.decoder or grid.vision).values()} - {None}
+    exchanging = {each.group for each in (grid.around, grid.beside) if each is not None}
+    held = {*exchanging, *vars(grid.decoder or grid.vision).values()} - {None}
     assert held <= groups | {dist.GroupMember.NON_GROUP_MEMBER}, "torch lists every group"
     cpu = torch.device("cpu")
     timeouts = {
@@ -31,7 +32,9 @@ def _timeouts_on_rank(run_json: str) -> Any:
     return timeouts, group_timeout()
 
 
-@pytest.mark.parametrize("degrees", [{"vision_ranks": 1}, {"tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "degrees", [{"vision_ranks": 1, "shared_micro_batches": 1}, {"tensor": 2}], ids=str
+)
 def test_every_group_waits_as_long_as_that_of_all_ranks(degrees: dict[str, int]) -> None:
     run = tiny_run(**degrees)
     for timeouts, of_all in run_on_ranks(2, _timeouts_on_rank, run.to_json()):

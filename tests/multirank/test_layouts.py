@@ -25,6 +25,13 @@ DEDICATED = {
     "two tensor, two vision": {"tensor": 2, "vision_ranks": 2},
     "two context, one vision": {"context": 2, "vision_ranks": 1},
     "two pipeline, two vision": {"pipeline": 2, "vision_ranks": 2},
+    "one decoder, two vision, shared ends": {"vision_ranks": 2, "shared_micro_batches": 1},
+    "interleaved pipeline, one vision, shared ends": {
+        "pipeline": 2,
+        "virtual_stages": 2,
+        "vision_ranks": 1,
+        "shared_micro_batches": 1,
+    },
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 from megatron_keye.config import RunConfig
 from megatron_keye.data.row import PackedRow
 from megatron_keye.estimate.simulate import Simulated, StepCosts, simulate
+from megatron_keye.estimate.workload import work_of
 from megatron_keye.observe.span import Span, SpanName
 from megatron_keye.plan.order import Pass
 from megatron_keye.plan.places import DecoderPlace, decoder_place
@@ -89,7 +90,7 @@ def replay(plan: StepPlan, run: RunConfig, spans: Spans) -> Simulated:
         decoder=decoder,
         exchange=lambda _: 0.0,
     )
-    return simulate(plan, run.parallel, ROWS // run.parallel.decoder.data, costs)
+    return simulate(work_of(plan, run.parallel.decoder.data), run.parallel, costs)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,24 @@ def _takes_as_long(simulated: Simulated, real: Spans) -> bool:
 def _order(spans: list[Span], names: tuple[str, ...]) -> list[tuple[str, str]]:
     chosen = [span for span in spans if span.name in names]
     return [(span.name, span.label) for span in sorted(chosen, key=lambda span: span.start)]
+
+
+def test_a_rank_without_pictures_takes_part_in_returning_gradients_when_they_are_due() -> None:
+    """Else vision waits, for all replicas, until that rank's next forward pass or its end."""
+    run = recording_run(data=2, vision_ranks=1)
+    rows = [packed_row(seed, (36, ())) if seed % 2 else video_rows()[seed] for seed in range(ROWS)]
+    plan = plan_rows(balance_rows(rows, run), run)
+    own = {rank: [plan.receives(rank, number) for number in range(ROWS // 2)] for rank in range(2)}
+    assert any(not each for rank in own for each in own[rank]), "a rank without pictures"
+    real = record(run, rows)
+    for rank in own:
+        passes = _order(real[rank], ("forward", "backward", "return"))
+        due = [
+            [label.partition(",")[0] for _, label in passes[place : place + 2]]
+            for place, (name, _) in enumerate(passes)
+            if name == "backward"
+        ]
+        assert due == [[f"micro-batch {number}"] * 2 for number in range(ROWS // 2)], passes
 
 
 def _assert_overlap(real: Spans, num_decoder: int) -> None:

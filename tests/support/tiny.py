@@ -67,6 +67,7 @@ def tiny_model(**decoder: object) -> ModelConfig:
 def tiny_run(
     *,
     vision_ranks: int = 0,
+    shared_micro_batches: int = 0,
     chunk_patches: int = 40,
     model: ModelConfig | None = None,
     training: dict[str, object] | None = None,
@@ -90,6 +91,7 @@ def tiny_run(
             vision=VisionParallel(
                 placement="dedicated" if vision_ranks else "colocated",
                 num_ranks=vision_ranks,
+                shared_micro_batches=shared_micro_batches,
                 chunk_patches=chunk_patches,
             ),
         ),

@@ -13,7 +13,7 @@ from megatron_keye.estimate.account.optimizer import optimizer_work
 from megatron_keye.estimate.account.vision import PatchCounts, count_patches, vision_works
 from megatron_keye.estimate.account.work import Work, add_works, total_model_flops
 from megatron_keye.estimate.parameters import decoder_parameters, stage_layers, vision_parameters
-from megatron_keye.plan.places import DecoderPlace, decoder_place, vision_ranks
+from megatron_keye.plan.places import DecoderPlace, decoder_place, encoding_ranks, vision_ranks
 from megatron_keye.plan.slots import RowSizes
 
 
@@ -46,11 +46,12 @@ def rank_works(
         run: As `job_works` takes it.
         rows: Of the global batch, in the order in which replicas take turns.
         rank: Global rank.
-        patches: Patches of each picture that it encodes; None for an equal share of all.
+        patches: Patches of each picture that it encodes; None for an equal share of those
+            that it encodes with others.
     """
     degrees, works = run.parallel.decoder, [_optimizer(run, rank)]
     if rank in vision_ranks(run.parallel):
-        works += vision_works(run, _pictures_of_rank(run, rows, patches))
+        works += vision_works(run, _pictures_of_rank(run, rows, rank, patches))
     if rank < degrees.num_ranks:
         place = decoder_place(degrees, rank)
         counts = count_rows(rows[place.data :: degrees.data], run, context=place.context)
@@ -133,12 +134,18 @@ def _ends(
 
 
 def _pictures_of_rank(
-    run: RunConfig, rows: Sequence[RowSizes], patches: Sequence[int] | None
+    run: RunConfig, rows: Sequence[RowSizes], rank: int, patches: Sequence[int] | None
 ) -> PatchCounts:
     if patches is not None:
         return count_patches(patches, run)
-    every = [count for row in rows for count in row.patches]
-    return count_patches(every, run) * (1 / len(vision_ranks(run.parallel)))
+    parallel, data = run.parallel, run.parallel.decoder.data
+    shared, num_sharing = list[int](), 1
+    for number, row in enumerate(rows):
+        sharing = encoding_ranks(parallel, number // data, len(rows) // data)
+        if rank in sharing:
+            shared += row.patches
+            num_sharing = len(sharing)
+    return count_patches(shared, run) * (1 / num_sharing)
 
 
 def _optimizer(run: RunConfig, rank: int) -> Work:

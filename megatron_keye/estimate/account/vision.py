@@ -1,8 +1,9 @@
 """Work of the ViT and the projector over pictures, on one vision rank or on all together."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.estimate.account.linears import (
@@ -14,6 +15,7 @@ from megatron_keye.estimate.account.linears import (
 )
 from megatron_keye.estimate.account.work import Passes, Work
 from megatron_keye.estimate.state import BYTES
+from megatron_keye.plan.cost import Lengths
 from megatron_keye.plan.slots import vision_learns
 
 
@@ -37,7 +39,7 @@ class PatchCounts:
         )
 
 
-def count_patches(patches: Sequence[int], run: RunConfig, num_chunks: int = 0) -> PatchCounts:
+def count_patches(patches: Lengths, run: RunConfig, num_chunks: int = 0) -> PatchCounts:
     """Return the counts of pictures.
 
     Args:
@@ -45,10 +47,11 @@ def count_patches(patches: Sequence[int], run: RunConfig, num_chunks: int = 0) -
         run: Most patches of a chunk.
         num_chunks: Chunks that they are encoded in; 0 for as few as there may be.
     """
-    total = sum(patches)
+    sizes = np.asarray(patches, dtype=np.int64)
+    total = int(sizes.sum())
     return PatchCounts(
         num_patches=total,
-        pairs=float(sum(count**2 for count in patches)),
+        pairs=float(sizes @ sizes),
         num_chunks=num_chunks or -(-total // run.parallel.vision.chunk_patches),
     )
 

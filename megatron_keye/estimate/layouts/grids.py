@@ -19,9 +19,11 @@ def grids(run: RunConfig, num_gpus: int) -> Iterator[ParallelConfig]:
         run: Sizes and rows; its degrees do not count.
         num_gpus: Ranks, one a GPU.
     """
+    # Layouts are compared as dedicated or colocated; ends that are shared are a choice after it.
+    unshared = replace(run.parallel.vision, shared_micro_batches=0)
     for num_vision in range(int(num_gpus * _MOST_VISION_SHARE) + 1):
         placement: Placement = "dedicated" if num_vision else "colocated"
-        vision = replace(run.parallel.vision, placement=placement, num_ranks=num_vision)
+        vision = replace(unshared, placement=placement, num_ranks=num_vision)
         for decoder in _decoder_grids(run, num_gpus - num_vision):
             yield ParallelConfig(decoder=decoder, vision=vision)
 

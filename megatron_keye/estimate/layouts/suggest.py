@@ -6,19 +6,15 @@ from dataclasses import dataclass, replace
 
 from megatron_keye.config.run import RunConfig, as_override
 from megatron_keye.errors import UserError
-from megatron_keye.estimate.forecast import (
-    Forecast,
-    RowShape,
-    Speeds,
-    balance_shapes,
-    plan_balanced,
-)
+from megatron_keye.estimate.forecast import Forecast, Speeds
 from megatron_keye.estimate.layouts.choices import usable_bytes
 from megatron_keye.estimate.layouts.grids import grids, has_grid, nearest
 from megatron_keye.estimate.layouts.search import Layout, find_layouts, smallest_need
 from megatron_keye.estimate.prediction.machine import Machine
 from megatron_keye.estimate.prediction.mix import RowMix
 from megatron_keye.estimate.prediction.step import Predictor
+from megatron_keye.estimate.traffic import Links
+from megatron_keye.estimate.workload import RowShape, balance_shapes, plan_balanced
 
 _MOST_ROWS = 32
 """Rows of a simulated step: with more, a part of the replicas stands for all."""
@@ -119,7 +115,9 @@ def _simulate(
     speeds = Speeds(
         decoder_tflops=unit.decoder_seconds() / of_decoder,
         vision_tflops=unit.vision_seconds() / of_vision if of_vision else 1.0,
-        link_gigabytes_per_second=predictor.machine.between_nodes_gigabytes_per_second,
+        links=Links(
+            link_gigabytes_per_second=predictor.machine.between_nodes_gigabytes_per_second
+        ),
     )
     balanced = balance_shapes(rows, run)
     step = Forecast(balanced, run, speeds).play(plan_balanced(balanced, run))

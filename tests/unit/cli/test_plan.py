@@ -43,6 +43,19 @@ def test_parameters_of_all_ranks_add_up_when_nothing_is_repeated() -> None:
     assert sum(rank["parameters"] for rank in made["ranks"]) == made["parameters_total"]
 
 
+def test_ranks_that_share_the_ends_hold_vision_and_their_part_of_its_state() -> None:
+    shared = plan.plan_ranks(tiny_run(vision_ranks=2, shared_micro_batches=1), None)
+    apart = plan.plan_ranks(tiny_run(vision_ranks=2), None)
+    vision = apart[-1]
+    assert shared[0].role == "decoder and vision"
+    assert shared[0].parameters == apart[0].parameters + vision.parameters
+    # Moments are divided by all that hold vision: three ranks, not two.
+    assert shared[1].memory["optimizer"] * 3 == pytest.approx(vision.memory["optimizer"] * 2)
+    assert shared[0].memory["optimizer"] == pytest.approx(
+        apart[0].memory["optimizer"] + shared[1].memory["optimizer"]
+    )
+
+
 def test_text_names_ranks_and_layers() -> None:
     text = describe(plan.make_plan(GRIDS[3]))
     lines = [line.split() for line in text.splitlines() if "decoder and vision" in line]

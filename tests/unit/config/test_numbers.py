@@ -19,7 +19,7 @@ ZERO_MEANS_SOMETHING = {
     *("data.frames.max_seconds", "data.decode.num_threads", "data.remote.num_retries"),
     *(f"parallel.decoder.{place}_stage_layers" for place in ("first", "last")),
     *(f"rollout.{name}" for name in ("tensor", "expert", "cache_tokens", "temperature", "top_k")),
-    "parallel.vision.num_ranks",
+    *("parallel.vision.num_ranks", "parallel.vision.shared_micro_batches"),
     "parallel.vision.attention_break_even_patches",
     "parallel.vision.max_ahead_mebibytes",
     *("training.stop_after_step", "training.dense_up_to", "training.indexer_loss_weight"),
@@ -75,6 +75,11 @@ def test_zero_is_accepted_where_it_means_something(name: str) -> None:
         ("model.decoder.rope_sections=[-2,2,8]", "three numbers of 0 or more whose sum"),
         ("training.seed=4294967296", "training.seed: got 4294967296, expected at most 4294967295"),
         ("data.frames.frames_per_second=" + "9" * 400, "9, expected a number below 1e308"),
+        (
+            "parallel.vision.shared_micro_batches=1",
+            "parallel.vision.shared_micro_batches: got 1, expected 0, since "
+            "parallel.vision.placement is 'colocated'",
+        ),
         ("name=", "name: got '', expected the name of a folder"),
         ("name=..", "name: got '..'"),
         ("name=a/b", "name: got 'a/b'"),
@@ -86,6 +91,12 @@ def test_other_values_that_cannot_be_meant_are_refused(override: str, message: s
     with pytest.raises(UserError) as error:
         tiny_run().with_overrides([override])
     assert message in str(error.value)
+
+
+def test_at_most_half_of_the_micro_batches_are_shared() -> None:
+    assert tiny_run(vision_ranks=1, shared_micro_batches=2).rows_per_replica == 4
+    with pytest.raises(UserError, match="shared_micro_batches: got 3, expected at most half of"):
+        tiny_run(vision_ranks=1, shared_micro_batches=3)
 
 
 @dataclass(frozen=True)

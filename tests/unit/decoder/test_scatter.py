@@ -31,6 +31,16 @@ def test_a_mismatch_names_rank_and_sample(num_features: int) -> None:
         )
 
 
+def test_a_rank_without_features_still_hears_when_their_gradient_is_due() -> None:
+    embeddings = torch.ones(3, 1, 2, requires_grad=True)
+    features = torch.empty(0, 2, requires_grad=True)
+    due = []
+    features.register_post_accumulate_grad_hook(lambda leaf: due.append(leaf.grad))
+    positions = torch.empty(0, dtype=torch.int64)
+    scatter_features(embeddings, features, positions, where="rank 0").sum().backward()
+    assert [tuple(gradient.shape) for gradient in due] == [(0, 2)]
+
+
 def test_an_attached_loss_adds_its_gradient_and_changes_no_value() -> None:
     x = torch.randn(4, requires_grad=True)
     w = torch.randn(4, requires_grad=True)

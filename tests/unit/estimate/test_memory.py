@@ -36,7 +36,7 @@ def full_size(*settings: str) -> RunConfig:
 
 def of_decoder(run: RunConfig, stage: int = 0, num_labels: int = 0) -> Memory:
     held = decoder_parameters(run, stage)
-    if not run.parallel.vision.num_ranks:
+    if run.parallel.vision.decoder_encodes:
         held += vision_parameters(run)
     patches = run.data.row_tokens * run.model.vision.merge_size**2
     return decoder_memory(run, stage, held, num_labels=num_labels, num_patches=patches)
@@ -184,6 +184,15 @@ def test_kept_activations_of_vision_count_beside_the_decoders() -> None:
     chunk = run.parallel.vision.chunk_patches
     expected = (131_072 * 6 // 2 - chunk) * of_patch
     assert kept.activations - again.activations == pytest.approx(expected)
+    again, kept = (
+        two_gpus("parallel.vision.shared_micro_batches=1", f"parallel.vision.recompute={choice}")
+        for choice in ("on", "off")
+    )
+    chunks = of_decoder(kept).activations - of_decoder(again).activations
+    assert chunks == pytest.approx((131_072 * 2 - kept.parallel.vision.chunk_patches) * of_patch)
+    held = vision_parameters(kept)
+    chunks = vision_memory(kept, held, num_patches=131_072).activations
+    assert chunks == pytest.approx(131_072 * 4 * of_patch)
     frozen = two_gpus("parallel.vision.recompute=off", "training.frozen=vision,projector")
     patches, held = 131_072, vision_parameters(frozen)
     memory = vision_memory(frozen, held, num_patches=patches)

@@ -1,10 +1,13 @@
 """A simulated step never deadlocks, loses no work, and is no faster than its busiest rank."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from megatron_keye.config import DecoderParallel, ParallelConfig, VisionParallel
 from megatron_keye.estimate.simulate import Simulated, StepCosts, simulate
+from megatron_keye.estimate.workload import work_of
 from megatron_keye.plan.cost import VisionCost
 from megatron_keye.plan.step import PictureSlot, StepPlan, plan_step
 
@@ -20,6 +23,12 @@ VISIONS = [
     *(
         VisionParallel(placement="dedicated", num_ranks=count, chunk_patches=40)
         for count in (1, 2, 5)
+    ),
+    *(
+        VisionParallel(
+            placement="dedicated", num_ranks=2, shared_micro_batches=count, chunk_patches=40
+        )
+        for count in (1, 2)
     ),
 ]
 COSTS = StepCosts(
@@ -58,11 +67,13 @@ def simulated(
         cost=VisionCost(100),
         returns_gradients=returns,
     )
-    return plan, simulate(plan, parallel, num_rows // parallel.decoder.data, COSTS)
+    return plan, simulate(work_of(plan, parallel.decoder.data), parallel, COSTS)
 
 
 @pytest.mark.parametrize("returns", [True, False], ids=["trained", "frozen"])
-@pytest.mark.parametrize("vision", VISIONS, ids=lambda v: f"{v.placement} {v.num_ranks}")
+@pytest.mark.parametrize(
+    "vision", VISIONS, ids=lambda v: f"{v.placement} {v.num_ranks} {v.shared_micro_batches}"
+)
 @pytest.mark.parametrize("decoder", DECODERS, ids=lambda d: f"{d.num_ranks} decoder ranks")
 def test_no_mix_of_rows_deadlocks_and_every_chunk_runs_once(
     decoder: DecoderParallel, vision: VisionParallel, returns: bool
@@ -110,10 +121,21 @@ def test_the_decoder_waits_for_its_first_features_only() -> None:
     )
     parallel = ParallelConfig(vision=VisionParallel(placement="dedicated", num_ranks=1))
     plan, _ = simulated(parallel, one_video(5), 5)
-    step = simulate(plan, parallel, 5, costs)
+    step = simulate(work_of(plan, 1), parallel, costs)
     starts = [span.start for span in step.spans[0]]
     assert starts == [1 + 3 * number for number in range(10)]
     assert step.seconds == 1 + 30 + 1
+
+
+def test_a_replica_of_text_alone_holds_nothing_back() -> None:
+    vision = VisionParallel(placement="dedicated", num_ranks=1)
+    seconds = []
+    for data in (1, 2):
+        decoder = DecoderParallel(pipeline=2, virtual_stages=2, data=data)
+        parallel = ParallelConfig(decoder=decoder, vision=vision)
+        pictures = [replace(slot, row=slot.row * data) for slot in one_video(12)]
+        seconds.append(simulated(parallel, pictures, 12 * data)[1].seconds)
+    assert seconds[0] == pytest.approx(seconds[1])
 
 
 def test_the_pipeline_bubble_is_that_of_1f1b() -> None:

@@ -23,7 +23,9 @@ def random_costs(count: int, seed: int = 0) -> list[RowCost]:
 @pytest.mark.parametrize("replicas", [1, 2, 3, 8])
 def test_every_row_is_assigned_once(replicas: int) -> None:
     costs = random_costs(24)
-    assert sorted(order_rows(costs, replicas)) == list(range(24))
+    for ends in (True, False):
+        order = order_rows(costs, replicas, few_pictures_at_ends=ends)
+        assert sorted(order) == list(range(24))
 
 
 def test_replicas_wait_less_for_each_other_than_in_loading_order() -> None:
@@ -34,7 +36,7 @@ def test_replicas_wait_less_for_each_other_than_in_loading_order() -> None:
         groups = np.array([costs[row].attention for row in order]).reshape(-1, 8)
         return float(groups.max(axis=1).sum())
 
-    order = order_rows(costs, 8)
+    order = order_rows(costs, 8, few_pictures_at_ends=True)
     assert slowest(order) < 0.75 * slowest(list(range(64)))
     totals = np.array([costs[row].attention for row in order]).reshape(-1, 8).sum(axis=0)
     assert totals.max() - totals.min() <= max(cost.attention for cost in costs)
@@ -42,7 +44,14 @@ def test_replicas_wait_less_for_each_other_than_in_loading_order() -> None:
 
 def test_micro_batches_with_few_pictures_come_first_and_last() -> None:
     costs = [RowCost(attention=1, vision=vision) for vision in (5, 1, 3, 2, 4)]
-    assert [costs[row].vision for row in order_rows(costs, 1)] == [1, 3, 5, 4, 2]
+    order = order_rows(costs, 1, few_pictures_at_ends=True)
+    assert [costs[row].vision for row in order] == [1, 3, 5, 4, 2]
+
+
+def test_rows_of_like_cost_follow_each_other_where_all_is_encoded_first() -> None:
+    costs = [RowCost(attention=cost, vision=6 - cost) for cost in (5, 1, 3, 2, 4)]
+    order = order_rows(costs, 1, few_pictures_at_ends=False)
+    assert [costs[row].attention for row in order] == [5, 4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("chunk_patches", [1, 50, 400, 100_000])

@@ -4,6 +4,7 @@ import pytest
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
 from megatron_keye.config import DecoderParallel, ParallelConfig, VisionParallel
+from megatron_keye.plan.cursor import ExchangeCursor
 from megatron_keye.plan.order import pipeline_order, transport_order
 
 GRIDS = [(1, 1, 3), (2, 1, 1), (4, 1, 6), (4, 1, 2), (2, 2, 4), (4, 3, 8), (2, 4, 2)]
@@ -38,10 +39,14 @@ def test_one_forward_one_backward_after_the_warm_up() -> None:
     ]
 
 
+def layout(placement: str, shared: int = 0) -> ParallelConfig:
+    num_ranks = int(placement == "dedicated")
+    vision = VisionParallel(placement=placement, num_ranks=num_ranks, shared_micro_batches=shared)
+    return ParallelConfig(decoder=DecoderParallel(pipeline=2), vision=vision)
+
+
 def exchanges(placement: str, *, returns: bool = True) -> list[str]:
-    vision = VisionParallel(placement=placement, num_ranks=int(placement == "dedicated"))
-    parallel = ParallelConfig(decoder=DecoderParallel(pipeline=2), vision=vision)
-    order = transport_order(parallel, 3, {0, 2}, returns_gradients=returns)
+    order = transport_order(layout(placement), 3, {0, 2}, returns_gradients=returns)
     return [f"{exchange.kind[0]}{exchange.micro_batch}" for exchange in order]
 
 
@@ -49,3 +54,15 @@ def test_exchanges_follow_the_first_stage_and_skip_micro_batches_without_picture
     assert exchanges("dedicated") == ["f0", "g0", "f2", "g2"]
     assert exchanges("colocated") == ["f0", "f2", "g0", "g2"]
     assert exchanges("dedicated", returns=False) == ["f0", "f2"]
+
+
+def test_exchanges_of_shared_ends_stand_around_the_others_and_each_rank_has_its_own() -> None:
+    parallel = layout("dedicated", shared=1)
+    order = transport_order(parallel, 4, range(4), returns_gradients=True)
+    around, beside = ["f0", "f3"], ["f1", "f2", "g1", "g2"]
+    expected = {0: [*around, *beside, "g0", "g3"], 1: [*around, "g0", "g3"], 2: beside}
+    for rank, names in expected.items():
+        cursor = ExchangeCursor(order, parallel, rank, num_micro_batches=4)
+        assert [f"{e.kind[0]}{e.micro_batch}" for e in cursor.order] == names
+        started = [f"{e.kind[0]}{e.micro_batch}" for e in cursor.take_ready(lambda _: True)]
+        assert started == (beside if rank == 2 else around), "the rest when the schedule is there"

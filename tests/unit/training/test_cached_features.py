@@ -175,7 +175,7 @@ def plan_of(chunks: list[list[Picture]]) -> StepPlan:
             for index, picture in enumerate(chunk)
         ]
         planned.append(Chunk(vision_rank=0, pictures=tuple(slots)))
-    return StepPlan(chunks=tuple(planned), transfers=(), exchanges=())
+    return StepPlan(chunks=tuple(planned), transfers=(), exchanges=(), num_micro_batches=1)
 
 
 def test_writers_at_once_leave_whole_features(tmp_path: Path, chunks: list[list[Picture]]) -> None:

@@ -19,6 +19,8 @@ from tests.support.tiny import SyntheticPatches, packed_row, tiny_run
 
 RUN = tiny_run()
 CPU = torch.device("cpu")
+RANK = 1
+"""Of vision alone, where the decoder has one rank."""
 
 
 def step(seed: int) -> tuple[StepPlan, list[PackedRow]]:
@@ -30,8 +32,10 @@ def step(seed: int) -> tuple[StepPlan, list[PackedRow]]:
             zip(row.pictures, row.picture_starts, strict=True)
         )
     ]
-    chunks = tuple(Chunk(vision_rank=int(slot.index == 1), pictures=(slot,)) for slot in slots)
-    return StepPlan(chunks=chunks, transfers=(), exchanges=()), [row]
+    chunks = tuple(
+        Chunk(vision_rank=RANK + int(slot.index == 1), pictures=(slot,)) for slot in slots
+    )
+    return StepPlan(chunks=chunks, transfers=(), exchanges=(), num_micro_batches=1), [row]
 
 
 def make_encoder(run: RunConfig = RUN, kept_patches: int = 0) -> ChunkEncoder:
@@ -39,7 +43,9 @@ def make_encoder(run: RunConfig = RUN, kept_patches: int = 0) -> ChunkEncoder:
     tower.reset_parameters(1)
     learns = vision_learns(run)
     source = SyntheticPatches()
-    return ChunkEncoder(run, tower, source, CPU, rank=0, learns=learns, kept_patches=kept_patches)
+    return ChunkEncoder(
+        run, tower, source, CPU, rank=RANK, learns=learns, kept_patches=kept_patches
+    )
 
 
 def trained(kept_patches: int) -> tuple[list[Tensor], list[Tensor], int]:
@@ -51,7 +57,7 @@ def trained(kept_patches: int) -> tuple[list[Tensor], list[Tensor], int]:
         plan, rows = step(seed)
         encoder.announce(plan, rows)
         encoder.start_step(plan, rows, Recorder())
-        chunks = plan.chunks_of(0)
+        chunks = plan.chunks_of(RANK)
         made = [encoder.encode(chunk) for chunk in chunks]
         assert not any(each.requires_grad for each in made)
         for chunk, each in zip(chunks, made, strict=True):
@@ -79,7 +85,7 @@ def test_a_step_that_ended_early_leaves_its_room_to_the_next_one() -> None:
         plan, rows = step(seed)
         encoder.announce(plan, rows)
         encoder.start_step(plan, rows, Recorder())
-        first, second = plan.chunks_of(0)
+        first, second = plan.chunks_of(RANK)
         for chunk in (first, second):
             encoder.encode(chunk)
         assert list(encoder._outputs) == [first] and list(encoder._inputs) == [second]
@@ -94,7 +100,7 @@ def test_announcing_ahead_changes_no_feature() -> None:
         plain.announce(plan, rows)
         for encoder in (plain, ahead):
             encoder.start_step(plan, rows, Recorder())
-        for chunk in plan.chunks_of(0):
+        for chunk in plan.chunks_of(RANK):
             assert torch.equal(plain.encode(chunk), ahead.encode(chunk))
         assert plain.num_pictures == ahead.num_pictures == 2, f"step {number}"
 
@@ -122,7 +128,7 @@ def test_a_frozen_encoder_works_one_step_ahead_with_equal_features() -> None:
             ahead.announce(*later)
         for encoder in (plain, ahead):
             encoder.start_step(plan, rows, Recorder())
-        for chunk in plan.chunks_of(0):
+        for chunk in plan.chunks_of(RANK):
             assert torch.equal(plain.encode(chunk), ahead.encode(chunk))
         # Two chunks of this rank in the next step, none after the last step.
         assert [ahead.encode_ahead() for _ in range(3)] == [number < 2, number < 2, False]
@@ -134,8 +140,8 @@ def test_working_ahead_keeps_its_limit(mebibytes: int, num_ahead: int) -> None:
     # A float32 feature of width 32 is 128 bytes: 4000 of them are half a mebibyte and less.
     picture = Picture(medium=Medium("a", "video"), frame=0, patch_grid=(4, 4000))
     slots = [PictureSlot(0, index, 0, 16_000, 4000) for index in range(3)]
-    chunks = tuple(Chunk(vision_rank=0, pictures=(slot,)) for slot in slots)
-    plan = StepPlan(chunks=chunks, transfers=(), exchanges=())
+    chunks = tuple(Chunk(vision_rank=RANK, pictures=(slot,)) for slot in slots)
+    plan = StepPlan(chunks=chunks, transfers=(), exchanges=(), num_micro_batches=1)
     rows = [replace(packed_row(1, (5, ())), pictures=(picture,) * 3)]
     encoder = frozen_encoder(mebibytes)
     encoder.announce(plan, rows)

@@ -41,12 +41,17 @@ def full_size(**training: object) -> RunConfig:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("vision_ranks", [0, 3])
-def test_ranks_work_together_as_much_as_the_job(phase: str, vision_ranks: int) -> None:
-    run = tiny_run(training={"phase": phase}, vision_ranks=vision_ranks, **GRID)
-    job = by_module(job_works(run, ROWS))
+@pytest.mark.parametrize(("vision_ranks", "shared"), [(0, 0), (3, 0), (3, 1)])
+def test_ranks_work_together_as_much_as_the_job(
+    phase: str, vision_ranks: int, shared: int
+) -> None:
+    run = tiny_run(
+        training={"phase": phase}, vision_ranks=vision_ranks, shared_micro_batches=shared, **GRID
+    )
+    rows = [*ROWS, *ROWS]
+    job = by_module(job_works(run, rows))
     ranks = [
-        work for rank in range(run.parallel.num_ranks) for work in rank_works(run, ROWS, rank)
+        work for rank in range(run.parallel.num_ranks) for work in rank_works(run, rows, rank)
     ]
     for module, work in job.items():
         parts = [each for each in ranks if each.module == module]
@@ -56,7 +61,7 @@ def test_ranks_work_together_as_much_as_the_job(phase: str, vision_ranks: int) -
                 shares = sum(getattr(getattr(each, kind), name) for each in parts)
                 assert shares == pytest.approx(getattr(whole, name)), (module, kind, name)
     alone = tiny_run(training={"phase": phase})
-    assert model_flops(run, ROWS) == model_flops(alone, ROWS) == total_model_flops(job.values())
+    assert model_flops(run, rows) == model_flops(alone, rows) == total_model_flops(job.values())
 
 
 def test_passes_of_a_rank_are_its_step() -> None:

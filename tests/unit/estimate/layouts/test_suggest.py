@@ -7,7 +7,6 @@ import pytest
 
 from megatron_keye.config import RunConfig
 from megatron_keye.errors import UserError
-from megatron_keye.estimate.forecast import RowShape
 from megatron_keye.estimate.layouts import search
 from megatron_keye.estimate.layouts.choices import choices, needed_bytes, usable_bytes
 from megatron_keye.estimate.layouts.grids import grids, has_grid, nearest
@@ -18,6 +17,7 @@ from megatron_keye.estimate.memory import RESERVED_BYTES
 from megatron_keye.estimate.prediction.machines import H100
 from megatron_keye.estimate.prediction.mix import RowMix
 from megatron_keye.estimate.prediction.step import Predictor
+from megatron_keye.estimate.workload import RowShape
 from megatron_keye.recipes import load_recipe
 from tests.support.tiny import tiny_run
 
