@@ -5,8 +5,8 @@
     megatron-keye generate RECIPE --weights DIR --samples Q.jsonl --out A.jsonl
     megatron-keye evaluate RECIPE --task choice --samples Q.jsonl --answers A.jsonl --out SCORES
 
-Questions are those of the task in a local file, JSON lines, a JSON list or parquet (needs the extra
-parquet): of this project (a conversation with "task" and "truth", as megatron-keye
+Questions are those of the task in a local file, JSON lines, a JSON list or parquet (needs the
+extra parquet): of this project (a conversation with "task" and "truth", as megatron-keye
 forge_video writes), Video-MME, LongVideoBench, MLVU, MVBench, TempCompass (multiple choice),
 NExT-QA, NExT-GQA (also .csv), QVHighlights, Charades-STA (also .txt) or ActivityNet Captions.
 

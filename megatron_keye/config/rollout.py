@@ -20,8 +20,8 @@ class RolloutConfig:
     """Tokens whose keys and values a replica's cache holds; 0: what fits into cache_share of a
     GPU's free memory, on a CPU 65,536."""
     cache_share: float = 0.8
-    """Share of the memory that is free once the weights are loaded, which the cache takes on a
-    GPU."""
+    """Share of the memory that is free when answers are wanted, which the cache takes on a GPU; a
+    run that learns from its answers has it back while it learns."""
     prefill_tokens: int = 16_384
     """Most tokens of prompts that a replica runs between two tokens of the answers; a longer
     prompt goes in parts, and no image or frame is cut."""

@@ -3,18 +3,23 @@
 In float64 the operators are the reference ones, so that what is left is the engine itself.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_keye.config import RunConfig
+from megatron_keye.rollout.cache import bytes_per_token
 from megatron_keye.rollout.grid import generating_run
+from megatron_keye.rollout.request import Request
 from tests.support.ranks import run_on_ranks
-from tests.support.rollout import generated, prompt, request
+from tests.support.rollout import build_engine, generated, prompt, request
 from tests.support.rollout_cases import (
     ARRANGEMENTS,
     REQUESTS,
+    SMALL,
     assert_same_answers,
     compare_with_training,
     generate_from,
@@ -22,7 +27,7 @@ from tests.support.rollout_cases import (
     selections,
     tiny,
 )
-from tests.support.train import train
+from tests.support.train import let_go, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,3 +115,26 @@ def test_no_key_of_earlier_weights_is_read_after_new_ones_are_taken() -> None:
     assert versions == ((0, 4), (1, 4))
     assert min(errors[:4]) > 1e-6, "other weights give other scores"
     assert max(errors[4:]) < 1e-12
+
+
+def _memory_around_a_sleep(run_json: str, requests: list[Request]) -> list[int]:
+    """Return the bytes that torch has of a GPU before answers, with the cache, and asleep."""
+    engine, _, model = build_engine(RunConfig.from_json(run_json))
+    num_bytes = []
+    for act in (engine.sleep, lambda: list(engine.generate(requests)), engine.sleep):
+        act()
+        torch.cuda.synchronize()
+        num_bytes.append(torch.cuda.memory_allocated())
+    let_go(model)
+    return num_bytes
+
+
+def test_a_sleeping_engine_has_no_cache_on_the_gpu() -> None:
+    rollout = replace(SMALL, cache_tokens=400_000)
+    run = tiny("fp32", device="cuda", rollout=rollout)
+    (before, awake, asleep) = run_on_ranks(
+        1, _memory_around_a_sleep, run.to_json(), REQUESTS[:1], device="cuda"
+    )[0]
+    of_cache = rollout.cache_tokens * bytes_per_token(run)
+    assert awake - before > of_cache > 2**26
+    assert asleep - before < of_cache / 100, "kernels' scratch memory may stay"

@@ -1,5 +1,6 @@
 """Generates with the tiny model on the ranks of a test, and trains on what came, to compare."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from megatron_keye.config import RunConfig
 from megatron_keye.data.packing import pack
 from megatron_keye.data.row import IGNORED_LABEL, Sample, labels_of
+from megatron_keye.decoder.key_cache import LayerCache
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.decoder.virtual_stage import VirtualStage
 from megatron_keye.model import KeyeModel, build_model
@@ -93,6 +95,11 @@ def build_engine(
         grid,
         model,
     )
+
+
+def caches() -> list[LayerCache]:
+    """Return all layers' caches of this process that hold memory."""
+    return [each for each in gc.get_objects() if isinstance(each, LayerCache)]
 
 
 def _generate(run_json: str, requests: Sequence[Request]) -> list[Completion]:
