@@ -27,6 +27,12 @@ class RolloutConfig:
     prompt goes in parts, and no image or frame is cut."""
     max_sequences: int = 64
     """Answers that a replica generates at once; more wait."""
+    uses_cuda_graphs: bool = False
+    """Whether a GPU launches a token of all answers as one CUDA graph for each number of answers
+    and of pages, rounded up to powers of two, captured anew for new weights. Needs sparse
+    attention, one tensor and one expert rank, training.precision=bf16,
+    training.expert_layers=torch and training.fusions.permutation. A CPU fills the same tensors and
+    has no graph."""
     max_new_tokens: int = 1_024
     """Tokens after which an answer ends."""
     server: str = ""

@@ -16,9 +16,10 @@ from megatron_keye.decoder.row import RowMeter
 from megatron_keye.model import KeyeModel
 from megatron_keye.observe.heartbeat import Heartbeat
 from megatron_keye.parallel.grid import Grid
-from megatron_keye.rollout.cache import allocate, count_pages, forget
+from megatron_keye.rollout.cache import allocate, count_pages
 from megatron_keye.rollout.new_tokens import RankCache, packed_pieces
 from megatron_keye.rollout.prefill import Prefill
+from megatron_keye.rollout.replayed import check_graphs
 from megatron_keye.rollout.replica import Replica
 from megatron_keye.rollout.request import Completion, NewToken, Request
 from megatron_keye.rollout.scheduler import ReplicaScheduler, ReplicaTick
@@ -52,9 +53,14 @@ class EmbeddedEngine:
             device: Where this rank computes.
             meter: Receives the layers' measurements.
             heartbeat: Told of each tick; by default one that nobody reads.
+
+        Raises:
+            UserError: For CUDA graphs of layers that they cannot hold.
         """
         degrees = run.parallel.decoder
         assert degrees.pipeline == degrees.context == 1, "a generating grid has neither axis"
+        if grid.decoder is not None:
+            check_graphs(run, model.stages[0].module, device)
         self.version = 0
         """Of the weights that answer."""
         self._run, self._grid, self._model, self._device = run, grid, model, device
@@ -95,6 +101,8 @@ class EmbeddedEngine:
         No answer may be under way.
         """
         assert not self._is_answering, "whoever takes answers takes all of them before the sleep"
+        if self._replica is not None:
+            self._replica.release()
         self._schedulers, self._replica, self._num_pages = [], None, 0
         _return_unused_memory(self._device)
 
@@ -111,7 +119,7 @@ class EmbeddedEngine:
         for scheduler in self._schedulers:
             scheduler.drop_caches()
         if self._replica is not None:
-            forget(list(self._replica.cache.layers))
+            self._replica.forget()
 
     def generate(
         self, requests: Iterable[Request], on_token: Callable[[NewToken], None] | None = None
