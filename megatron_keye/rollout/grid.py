@@ -54,4 +54,5 @@ def _check_graphs(generating: RunConfig) -> None:
     ]
     for name, value, expected in known:
         is_possible = value == expected or not generating.rollout.uses_cuda_graphs
-        check(is_possible, name, value, f"{expected!r} with rollout.uses_cuda_graphs=true")
+        wanted = f"{expected!r} with rollout.uses_cuda_graphs=true; set it, or that to false"
+        check(is_possible, name, value, wanted)

@@ -8,6 +8,7 @@ filled and the tick runs again.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from megatron_keye.rollout.new_tokens import NewTokens
 
 RunTick = Callable[[NewTokens], Tensor]
 """Runs one token of each answer and returns the logits [B, V]."""
+Pool = Any
+"""Memory of graphs as torch names it; None for that of a graph alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class ReplayedTicks:
         self._device = device
         self._captured: dict[tuple[torch.Size, ...], _Captured] = {}
         # Ticks run one after the other, so they share the memory between their kernels.
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool: Pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     @property
     def num_captured(self) -> int:
@@ -80,17 +83,13 @@ class ReplayedTicks:
         self._captured.clear()
 
 
-def run_again(
-    tick: Callable[[], Tensor], pool: tuple[int, int] | None
-) -> tuple[Callable[[], object], Tensor]:
+def run_again(tick: Callable[[], Tensor], pool: Pool) -> tuple[Callable[[], object], Tensor]:
     """Return what runs a tick again, without a graph, and where its logits come."""
     logits_BV = tick()
     return lambda: logits_BV.copy_(tick()), logits_BV
 
 
-def _capture_graph(
-    tick: Callable[[], Tensor], pool: tuple[int, int] | None
-) -> tuple[Callable[[], object], Tensor]:
+def _capture_graph(tick: Callable[[], Tensor], pool: Pool) -> tuple[Callable[[], object], Tensor]:
     """Return what replays a tick's graph, and where its logits come."""
     current, other = torch.cuda.current_stream(), torch.cuda.Stream()
     # Kernels are compiled and libraries make their workspaces. The keys that it writes are those
