@@ -2,6 +2,7 @@
 
     python -m tools.benchmark_generate --out generate.jsonl
     python -m tools.benchmark_generate --tokens 32768 --layers 2
+    python -m tools.benchmark_generate --cases graphs --set training.expert_layers=torch
 
 Weights and prompts are random. A JSON line each for
 
@@ -10,7 +11,8 @@ a share of its time in training's forward of the same row, without the indexer's
 decode: a layer with one new token of each answer, as a share of the operator's own time plus that
 of a layer whose operator does nothing;
 shared_prompt: pages of many answers to one prompt, as a share of those of one answer;
-log_probs: how far the log-probabilities of those answers are from training's.
+log_probs: how far the log-probabilities of those answers are from training's;
+graphs, if named: a token of each answer as a CUDA graph, and launched kernel by kernel.
 
 One that fails or runs out of memory says so, and the next one runs. All take about two minutes on
 an H100 with 131,072 tokens. Without a GPU a tiny recipe runs, which shows that the cases work and
@@ -29,6 +31,8 @@ from megatron_keye.cli.noise import quieten_libraries
 from megatron_keye.cli.status import reports_user_errors
 
 CASES = ("prefill", "decode", "answers")
+"""Those that run unless others are named."""
+_ALL_CASES = (*CASES, "graphs")
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -36,7 +40,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("python -m tools.benchmark_generate", __doc__)
     add_recipe_option(parser, default="")
     add_count(parser, "--layers", "decoder layers", default=4)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=_ALL_CASES, default=list(CASES))
     parser.add_argument(
         "--tokens", type=positive_integer, metavar="N", help="tokens of a prompt; default: 131072"
     )

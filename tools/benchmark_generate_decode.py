@@ -1,4 +1,4 @@
-"""A layer with one new token of each of several long sequences, beside its parts."""
+"""One new token of each of several long sequences: a layer and its parts, a tick as a graph."""
 
 import statistics
 import time
@@ -18,6 +18,7 @@ from megatron_keye.kernels.sparse_decode import sparse_decode
 from megatron_keye.rollout.cache import allocate
 from megatron_keye.rollout.new_tokens import RankCache
 from megatron_keye.rollout.pages import PagePool, PageTable
+from megatron_keye.rollout.replayed import check_graphs
 from megatron_keye.rollout.replica import Replica
 from megatron_keye.rollout.sequence import Answer, Group
 from tools.benchmark_generate_setup import Bench, Clock, repeated
@@ -38,6 +39,32 @@ def time_decode(bench: Bench) -> Iterator[dict[str, Any]]:
                 **_timed(bench, partial(replica.run_answers, answers)),
             }
         del answers, replica
+
+
+def compare_graphs(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Yield a line for each batch: a tick as one CUDA graph, and launched kernel by kernel."""
+    run = replace(bench.run, rollout=replace(bench.run.rollout, uses_cuda_graphs=True))
+    check_graphs(run, bench.stage, bench.device)
+    groups = bench.grid.decoder
+    assert groups is not None, "the only rank has the decoder"
+    for batch in bench.options.batches:
+        answers, replica = _prepared(bench, batch)
+        with bench.model.evaluation(), torch.no_grad():
+            replays = Replica(run, bench.stage, replica.cache, groups.tp, RowMeter())
+            eager, graph = (
+                _per_call(bench, partial(each.run_answers, answers), bench.options.repeats)
+                for each in (replica, replays)
+            )
+        yield {
+            "op": "graphs",
+            "batch": batch,
+            "tokens": bench.options.tokens,
+            "eager_tick_us": round(eager, 1),
+            "graph_tick_us": round(graph, 1),
+            "eager_to_graph": round(eager / graph, 3),
+        }
+        replays.release()
+        del answers, replica, replays
 
 
 def _timed(bench: Bench, tick: Callable[[], object]) -> dict[str, Any]:

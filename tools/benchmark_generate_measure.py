@@ -22,7 +22,7 @@ from megatron_keye.recipes import load_recipe
 from megatron_keye.rollout.grid import generating_run
 from megatron_keye.verify.one_process import alone
 from tools.benchmark_generate_answers import compare_answers
-from tools.benchmark_generate_decode import time_decode
+from tools.benchmark_generate_decode import compare_graphs, time_decode
 from tools.benchmark_generate_prefill import time_prefill
 from tools.benchmark_generate_setup import Bench
 from tools.benchmark_lines import shared_fields, write_line
@@ -43,6 +43,7 @@ def measure_all(options: argparse.Namespace) -> int:
     cases: dict[str, Measure] = {
         "prefill": time_prefill,
         "decode": time_decode,
+        "graphs": compare_graphs,
         "answers": compare_answers,
     }
     has_failed = False

@@ -98,6 +98,11 @@ PROOFS = (
     Proof("benchmark_optimizer", 120, is_benchmark=True),
     Proof("benchmark_profile_cost", 120, is_benchmark=True),
     Proof("benchmark_generate", 240, is_benchmark=True),
+    Proof(
+        "benchmark_generate --cases graphs --set training.expert_layers=torch",
+        180,
+        is_benchmark=True,
+    ),
     Proof("benchmark_decode", 300, is_benchmark=True),
 )
 

@@ -5,9 +5,10 @@
     megatron-keye generate RECIPE --weights DIR --samples Q.jsonl --out A.jsonl
     megatron-keye evaluate RECIPE --task choice --samples Q.jsonl --answers A.jsonl --out SCORES
 
-Questions are those of the task in a local file: of this project (a conversation with "task" and
-"truth", as megatron-keye forge_video writes), Video-MME, LongVideoBench or QVHighlights (JSON
-lines, a JSON list or parquet), ActivityNet Captions (.json) or Charades-STA (.txt).
+Questions are those of the task in a local file, JSON lines, a JSON list or parquet (needs the
+extra parquet): of this project (a conversation with "task" and "truth", as megatron-keye
+forge_video writes), Video-MME, LongVideoBench, MLVU, MVBench, TempCompass (multiple choice),
+NExT-QA, NExT-GQA (also .csv), QVHighlights, Charades-STA (also .txt) or ActivityNet Captions.
 
 grounding: mIoU and the share of answers that overlap by 0.3, 0.5 and 0.7. choice and count:
 accuracy. caption: token F1, which counts common words and sees neither order nor meaning. Answers

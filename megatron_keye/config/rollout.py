@@ -20,13 +20,19 @@ class RolloutConfig:
     """Tokens whose keys and values a replica's cache holds; 0: what fits into cache_share of a
     GPU's free memory, on a CPU 65,536."""
     cache_share: float = 0.8
-    """Share of the memory that is free once the weights are loaded, which the cache takes on a
-    GPU."""
+    """Share of the memory that is free when answers are wanted, which the cache takes on a GPU; a
+    run that learns from its answers has it back while it learns."""
     prefill_tokens: int = 16_384
     """Most tokens of prompts that a replica runs between two tokens of the answers; a longer
     prompt goes in parts, and no image or frame is cut."""
     max_sequences: int = 64
     """Answers that a replica generates at once; more wait."""
+    uses_cuda_graphs: bool = False
+    """Whether a GPU launches a token of all answers as one CUDA graph for each number of answers
+    and of pages, rounded up to powers of two, captured anew for new weights. Needs sparse
+    attention, one tensor and one expert rank, training.precision=bf16,
+    training.expert_layers=torch and training.fusions.permutation. A CPU fills the same tensors and
+    has no graph."""
     max_new_tokens: int = 1_024
     """Tokens after which an answer ends."""
     server: str = ""

@@ -146,5 +146,8 @@ class _Dispatcher(MoEAlltoAllTokenDispatcher):
     def _maybe_dtoh_and_synchronize(
         self, point: str, tokens_per_expert: Tensor | None = None
     ) -> Tensor | None:
-        super()._maybe_dtoh_and_synchronize(point)
+        exchanges = self.ep_size > 1 or self.tp_size > 1
+        if exchanges or not self.config.moe_permute_fusion:
+            super()._maybe_dtoh_and_synchronize(point)
+        # Else the host learns nothing, and the stream of its copies would leave a CUDA graph open.
         return tokens_per_expert

@@ -5,6 +5,7 @@ scaled by seconds); contiguous sections as in Qwen2-VL (arXiv 2409.12191).
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -88,8 +89,7 @@ def rotary_table(
     exponents = torch.arange(0, head_dim, 2, device=position_ids_3T.device, dtype=dtype)
     frequencies = theta ** (-exponents / head_dim)
     angles = position_ids_3T[..., None].to(dtype) * frequencies
-    axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
-    chosen = torch.tensor(axes, device=angles.device)
-    picked = angles.gather(0, chosen.expand(1, *angles.shape[1:])).squeeze(0)
-    both = torch.cat([picked, picked], dim=-1)
+    bounds = pairwise([0, *accumulate(sections)])
+    picked = [angles[axis, :, start:end] for axis, (start, end) in enumerate(bounds)]
+    both = torch.cat([*picked, *picked], dim=-1)
     return both.cos(), both.sin()

@@ -169,6 +169,8 @@ class PolicyTrainer:
         """Learn from the answers of a step, and note it."""
         drops_equal = self._run.post_training.drops_equal_groups
         kept = rollout.kept(drops_equal=drops_equal)
+        # Activations and optimizer need the memory in which the answers' keys were.
+        self._parts.engine.sleep()
         with self._part("learn"):
             learned = self._parts.learning(kept, self._progress.step)
         self._progress.step += 1

@@ -16,9 +16,10 @@ from megatron_keye.decoder.row import RowMeter
 from megatron_keye.model import KeyeModel
 from megatron_keye.observe.heartbeat import Heartbeat
 from megatron_keye.parallel.grid import Grid
-from megatron_keye.rollout.cache import allocate, count_pages, forget
+from megatron_keye.rollout.cache import allocate, count_pages
 from megatron_keye.rollout.new_tokens import RankCache, packed_pieces
 from megatron_keye.rollout.prefill import Prefill
+from megatron_keye.rollout.replayed import check_graphs
 from megatron_keye.rollout.replica import Replica
 from megatron_keye.rollout.request import Completion, NewToken, Request
 from megatron_keye.rollout.scheduler import ReplicaScheduler, ReplicaTick
@@ -42,7 +43,7 @@ class EmbeddedEngine:
         meter: RowMeter | None = None,
         heartbeat: Heartbeat | None = None,
     ) -> None:
-        """Allocate the cache. Collective: all ranks must call it.
+        """Prepare; the cache takes its memory when answers are wanted.
 
         Args:
             run: A run whose grid generates (`generating_run`).
@@ -52,32 +53,58 @@ class EmbeddedEngine:
             device: Where this rank computes.
             meter: Receives the layers' measurements.
             heartbeat: Told of each tick; by default one that nobody reads.
+
+        Raises:
+            UserError: For CUDA graphs of layers that they cannot hold.
         """
         degrees = run.parallel.decoder
         assert degrees.pipeline == degrees.context == 1, "a generating grid has neither axis"
+        if grid.decoder is not None:
+            check_graphs(run, model.stages[0].module, device)
         self.version = 0
         """Of the weights that answer."""
         self._run, self._grid, self._model, self._device = run, grid, model, device
-        self._num_pages = count_pages(run, device)
+        self._meter = meter or RowMeter()
         self._heartbeat = heartbeat or Heartbeat()
         self._prefill = Prefill(run, grid, model, source, device, self._heartbeat)
         self._schedulers: list[ReplicaScheduler] = []
+        self._is_answering = False
+        self._num_pages = 0
         self._replica: Replica | None = None
-        if grid.decoder is not None:
-            cache = RankCache(
-                layers=allocate(run, self._num_pages, device),
-                page_tokens=run.rollout.page_tokens,
-                tensor_rank=grid.decoder.tp.rank(),
-                num_tensor_ranks=degrees.tensor,
-                device=device,
-            )
-            stage = model.stages[0].module
-            self._replica = Replica(run, stage, cache, grid.decoder.tp, meter or RowMeter())
 
     @property
     def num_used_pages(self) -> int:
         """Pages that sequences hold, over all replicas."""
         return sum(scheduler.num_used_pages for scheduler in self._schedulers)
+
+    def wake(self) -> None:
+        """Take memory for the cache, as much as there is now, if it has none. Collective."""
+        if self._num_pages:
+            return
+        run, device, decoder = self._run, self._device, self._grid.decoder
+        _return_unused_memory(device)
+        self._num_pages = count_pages(run, device)
+        if decoder is not None:
+            cache = RankCache(
+                layers=allocate(run, self._num_pages, device),
+                page_tokens=run.rollout.page_tokens,
+                tensor_rank=decoder.tp.rank(),
+                num_tensor_ranks=run.parallel.decoder.tensor,
+                device=device,
+            )
+            stage = self._model.stages[0].module
+            self._replica = Replica(run, stage, cache, decoder.tp, self._meter)
+
+    def sleep(self) -> None:
+        """Give the cache's memory to whoever needs it until answers are wanted again.
+
+        No answer may be under way.
+        """
+        assert not self._is_answering, "whoever takes answers takes all of them before the sleep"
+        if self._replica is not None:
+            self._replica.release()
+        self._schedulers, self._replica, self._num_pages = [], None, 0
+        _return_unused_memory(self._device)
 
     def take_weights(self, version: int) -> None:
         """Answer with the weights as they are now; no key of earlier ones is read again.
@@ -92,14 +119,14 @@ class EmbeddedEngine:
         for scheduler in self._schedulers:
             scheduler.drop_caches()
         if self._replica is not None:
-            forget(list(self._replica.cache.layers))
+            self._replica.forget()
 
     def generate(
         self, requests: Iterable[Request], on_token: Callable[[NewToken], None] | None = None
     ) -> Iterator[Completion]:
         """Yield answers in the order in which they end. Collective: all ranks, to the last answer.
 
-        Until then the model is in evaluation mode.
+        Until then the model is in evaluation mode. An engine that sleeps wakes up.
 
         Args:
             requests: The same on every rank, with keys of their own; taken as there is room.
@@ -108,6 +135,7 @@ class EmbeddedEngine:
         Raises:
             UserError: For a prompt that the cache cannot hold, or media that cannot be read.
         """
+        self.wake()
         model, rollout = self._run.model, self._run.rollout
         self._schedulers = [
             ReplicaScheduler(
@@ -116,9 +144,13 @@ class EmbeddedEngine:
             for _ in range(self._run.parallel.decoder.data)
         ]
         waiting = iter(requests)
-        with self._model.evaluation():
-            while self._take_requests(waiting):
-                yield from self._tick(on_token)
+        self._is_answering = True
+        try:
+            with self._model.evaluation():
+                while self._take_requests(waiting):
+                    yield from self._tick(on_token)
+        finally:
+            self._is_answering = False
 
     def _tick(self, on_token: Callable[[NewToken], None] | None) -> list[Completion]:
         """Run what every replica has planned, and return the answers that end with it."""
@@ -189,6 +221,12 @@ class EmbeddedEngine:
             [(int(token), log_prob) for token, log_prob in rows[:count]]
             for rows, count in zip(firsts, counts, strict=True)
         ]
+
+
+def _return_unused_memory(device: torch.device) -> None:
+    """Return what torch keeps of freed memory, so that it counts as free and may be cut anew."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _announce(tick: ReplicaTick, tokens: Drawn, on_token: Callable[[NewToken], None]) -> None:

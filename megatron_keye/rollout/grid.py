@@ -6,6 +6,7 @@ split over context ranks. Such ranks become replicas, with the experts spread ov
 
 from dataclasses import replace
 
+from megatron_keye.config.check import check
 from megatron_keye.config.parallel import DecoderParallel
 from megatron_keye.config.run import RunConfig
 
@@ -18,7 +19,7 @@ def generating_run(run: RunConfig, num_ranks: int) -> RunConfig:
         num_ranks: Ranks that generate.
 
     Raises:
-        UserError: When the degrees do not fit the number of ranks.
+        UserError: When the degrees do not fit the number of ranks, or CUDA graphs.
     """
     trained, rollout, vision = run.parallel.decoder, run.rollout, run.parallel.vision
     tensor = rollout.tensor or trained.tensor
@@ -42,4 +43,19 @@ def generating_run(run: RunConfig, num_ranks: int) -> RunConfig:
         ),
     )
     generating.check_num_ranks(num_ranks)
+    _check_graphs(generating)
     return generating
+
+
+def _check_graphs(generating: RunConfig) -> None:
+    """Refuse CUDA graphs of layers whose ranks tell each other on the host how much they send."""
+    degrees, phase = generating.parallel.decoder, generating.training.phase
+    known: list[tuple[str, object, object]] = [
+        ("rollout.tensor", degrees.tensor, 1),
+        ("rollout.expert", degrees.expert, 1),
+        ("training.phase", phase, "sparse"),
+    ]
+    for name, value, expected in known:
+        is_possible = value == expected or not generating.rollout.uses_cuda_graphs
+        wanted = f"{expected!r} with rollout.uses_cuda_graphs=true; set it, or that to false"
+        check(is_possible, name, value, wanted)

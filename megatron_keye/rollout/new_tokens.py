@@ -115,7 +115,7 @@ def tokens_of_pieces(
 
 
 def tokens_of_answers(
-    answers: Sequence[Answer], rank: RankCache, *, gathers_keys: bool
+    answers: Sequence[Answer], rank: RankCache, *, gathers_keys: bool, rounds_up: bool = False
 ) -> NewTokens:
     """Return the tensors of a row with the newest token of each answer.
 
@@ -127,9 +127,11 @@ def tokens_of_answers(
         rank: This rank's cache.
         gathers_keys: Whether keys are gathered, as dense attention needs; else they are found by
             their pages.
+        rounds_up: Whether rows and pages are filled up to powers of two, so that few shapes come.
     """
+    rounded = _power_of_two if rounds_up else int
     multiple = rank.num_tensor_ranks
-    size = max(1, -(-len(answers) // multiple)) * multiple
+    size = rounded(max(1, -(-len(answers) // multiple))) * multiple
     padding = size - len(answers)
     none = np.zeros(padding, dtype=np.int64)
     tables = [answer.table for answer in answers if answer.table is not None]
@@ -143,7 +145,7 @@ def tokens_of_answers(
     batch = _batch(
         rank,
         token_ids=np.array([*(a.token_ids[-1] for a in answers), *none], dtype=np.int64),
-        labelled=np.arange(len(answers)),
+        labelled=np.arange(size),
         positions=np.concatenate([*positions, np.zeros((3, padding), dtype=np.int64)], axis=1),
         ranges=(starts, starts + lengths),
         features=np.zeros(0, dtype=np.int64),
@@ -153,7 +155,8 @@ def tokens_of_answers(
     if gathers_keys:
         seen = [t.slots(0, a.num_cached + 1) for t, a in zip(tables, answers, strict=True)]
         keys = np.concatenate(seen or [rank.scratch_slots])
-    pages = np.full((size, max([1, *(len(table.pages) for table in tables)])), -1)
+    num_pages = rounded(max([1, *(len(table.pages) for table in tables)]))
+    pages = np.full((size, num_pages), -1)
     for number, table in enumerate(tables):
         pages[number, : len(table.pages)] = table.pages
     cache = RowCache(
@@ -188,6 +191,11 @@ def _batch(
         gathered_order_S=torch.arange(size, device=rank.device),
         feature_positions_M=_on(rank, features),
     )
+
+
+def _power_of_two(count: int) -> int:
+    """Return the smallest power of two that is not below a count of 1 or more."""
+    return 1 << (count - 1).bit_length()
 
 
 def _on(rank: RankCache, array: NDArray[np.generic] | list[int]) -> torch.Tensor:

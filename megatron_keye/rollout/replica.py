@@ -11,7 +11,7 @@ from megatron_keye.config.run import RunConfig
 from megatron_keye.data.row import PackedRow
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.decoder.virtual_stage import VirtualStage
-from megatron_keye.rollout.cache import copy_pages
+from megatron_keye.rollout.cache import copy_pages, forget
 from megatron_keye.rollout.new_tokens import (
     NewTokens,
     RankCache,
@@ -19,6 +19,7 @@ from megatron_keye.rollout.new_tokens import (
     tokens_of_pieces,
 )
 from megatron_keye.rollout.pieces import Piece
+from megatron_keye.rollout.replayed import ReplayedTicks
 from megatron_keye.rollout.sampling import draw_tokens, uniform
 from megatron_keye.rollout.scheduler import ReplicaTick
 from megatron_keye.rollout.sequence import Answer
@@ -48,10 +49,23 @@ class Replica:
         self.cache = cache
         """This rank's pages."""
         self._is_sparse = run.training.phase == "sparse"
+        self._replayed: ReplayedTicks | None = None
+        if run.rollout.uses_cuda_graphs:
+            self._replayed = ReplayedTicks(cache.device)
 
     def copy_pages(self, tick: ReplicaTick) -> None:
         """Copy the pages of which two sequences go on differently."""
         copy_pages(list(self.cache.layers), tick.copies)
+
+    def forget(self) -> None:
+        """Forget the keys of other weights."""
+        forget(list(self.cache.layers))
+        self.release()
+
+    def release(self) -> None:
+        """Let go of what was captured, which holds weights and cache."""
+        if self._replayed is not None:
+            self._replayed.forget()
 
     def run_pieces(self, pieces: Sequence[Piece], row: PackedRow, features_MD: Tensor) -> Tensor:
         """Run pieces of prompts and answers.
@@ -65,30 +79,46 @@ class Replica:
             float64 [A, 2]: token and log-probability of each answer that the pieces draw.
         """
         tokens = tokens_of_pieces(pieces, row, self.cache, self._run.model.vision_token_ids)
+        where = ", ".join(row.sample_names) or "padding"
+        hidden_LBD = self._final_states(tokens, features_MD, where)
         drawn = [answer for piece in pieces for answer in piece.drawn]
-        return self._run_tokens(tokens, features_MD, drawn, ", ".join(row.sample_names))
+        logits_LV = self._stage.logits(hidden_LBD).squeeze(1) if drawn else hidden_LBD
+        return self._draw(logits_LV, drawn)
 
     def run_answers(self, answers: Sequence[Answer]) -> Tensor:
         """Run the newest token of each answer, of which there may be none; as `run_pieces`."""
-        tokens = tokens_of_answers(answers, self.cache, gathers_keys=not self._is_sparse)
+        tokens = tokens_of_answers(
+            answers,
+            self.cache,
+            gathers_keys=not self._is_sparse,
+            rounds_up=self._replayed is not None,
+        )
+        if self._replayed is not None:
+            logits_LV = self._replayed(self._decode, tokens)
+        else:
+            logits_LV = self._decode(tokens)
+        return self._draw(logits_LV[: len(answers)], answers)
+
+    def _decode(self, tokens: NewTokens) -> Tensor:
+        """Return the logits [L, V/TP] behind the newest tokens of answers."""
         width, device = self._run.model.decoder.hidden_size, self.cache.device
         nothing_MD = torch.empty(0, width, dtype=weight_dtype(self._run), device=device)
-        return self._run_tokens(tokens, nothing_MD, answers, "answers")
+        return self._stage.logits(self._final_states(tokens, nothing_MD, "answers")).squeeze(1)
 
-    def _run_tokens(
-        self, tokens: NewTokens, features_MD: Tensor, answers: Sequence[Answer], where: str
-    ) -> Tensor:
-        hidden_LBD = self._stage.final_states(
+    def _final_states(self, tokens: NewTokens, features_MD: Tensor, where: str) -> Tensor:
+        return self._stage.final_states(
             tokens.batch,
             features_MD,
             tokens.cache,
             meter=self._meter,
-            where=f"generation, {where or 'padding'}",
+            where=f"generation, {where}",
             phase="sparse" if self._is_sparse else "dense",
         )
+
+    def _draw(self, logits_LV: Tensor, answers: Sequence[Answer]) -> Tensor:
+        """Return token and log-probability of each answer, float64 [A, 2]."""
         if not answers:
             return torch.zeros(0, 2, dtype=torch.float64, device=self.cache.device)
-        logits_LV = self._stage.logits(hidden_LBD).squeeze(1)
         requests = [answer.group.request for answer in answers]
         uniforms = [
             uniform(request.seed, request.key, answer.number, len(answer.token_ids))

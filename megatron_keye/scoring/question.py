@@ -109,9 +109,15 @@ def read_seconds(value: Any, name: str) -> float:
     return number(value, name, "seconds above 0", least=1e-9)
 
 
-def user_turn(video: str, question: str) -> tuple[dict[str, Any], ...]:
-    """Return the turns of one question about one video."""
-    content = [{"type": "video", "video": video}, {"type": "text", "text": question}]
+def user_turn(video: str, question: str, **window: Any) -> tuple[dict[str, Any], ...]:
+    """Return the turns of one question about one video.
+
+    Args:
+        video: Name of the video.
+        question: The text.
+        window: "start" and "end", in seconds, of the part that is shown; without both, all of it.
+    """
+    content = [{"type": "video", "video": video, **window}, {"type": "text", "text": question}]
     return ({"role": "user", "content": content},)
 
 

@@ -3,6 +3,7 @@
 The form is known by the keys of each record; what has the keys of none is refused.
 """
 
+import csv
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,14 @@ from typing import Any
 from megatron_keye.data.conversation.media import LIST_KEYS
 from megatron_keye.data.conversation.values import shown
 from megatron_keye.errors import UserError
-from megatron_keye.scoring.benchmarks import long_video_bench, moments, video_mme
+from megatron_keye.scoring.benchmarks import (
+    candidates,
+    long_video_bench,
+    moments,
+    next_qa,
+    temp_compass,
+    video_mme,
+)
 from megatron_keye.scoring.question import KEYS, Question, read_question
 from megatron_keye.scoring.record_file import Record, read_records
 
@@ -23,9 +31,15 @@ _FORMS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], Iterator[Questio
     "Video-MME": (video_mme.KEYS, video_mme.read),
     "Video-MME's sheet of answers": (video_mme.SHEET_KEYS, video_mme.read),
     "LongVideoBench": (long_video_bench.KEYS, long_video_bench.read),
+    "LongVideoBench's table": (long_video_bench.TABLE_KEYS, long_video_bench.read),
+    "MLVU and MVBench": (candidates.KEYS, candidates.read),
+    "TempCompass": (temp_compass.KEYS, temp_compass.read),
+    "NExT-QA": (next_qa.KEYS, next_qa.read),
+    "NExT-GQA": (next_qa.GROUNDED_KEYS, next_qa.read),
     "QVHighlights": (moments.HIGHLIGHT_KEYS, moments.read_highlights),
+    "Charades-STA's table": (moments.ROW_KEYS, moments.read_row),
 }
-"""Keys and reader of each public form of one object a line or list."""
+"""Keys and reader of each public form of one object a line, list or row."""
 
 
 def read_questions(path: Path, videos: Path | None = None) -> list[Question]:
@@ -33,8 +47,9 @@ def read_questions(path: Path, videos: Path | None = None) -> list[Question]:
 
     Args:
         path: JSON lines, a JSON list or parquet of this project's form, Video-MME's,
-            LongVideoBench's or QVHighlights'; a JSON object of ActivityNet Captions; or lines of
-            Charades-STA (.txt).
+            LongVideoBench's, MLVU's, MVBench's, TempCompass', NExT-QA's, NExT-GQA's, QVHighlights'
+            or Charades-STA's; CSV (.csv) of NExT-QA or NExT-GQA; a JSON object of ActivityNet
+            Captions or TempCompass; or lines of Charades-STA (.txt).
         videos: Folder in which the videos of a public benchmark are; None for that of the file.
 
     Raises:
@@ -97,7 +112,7 @@ def _read(path: Path, videos: Path) -> Iterator[Question]:
     elif path.suffix == ".json" and (by_video := _object(path)) is not None:
         yield from _from(videos, path, _read_videos(path, by_video))
     else:
-        for record in read_records(path):
+        for record in _read_table(path) if path.suffix == ".csv" else read_records(path):
             if record.value.keys() >= KEYS:
                 yield read_question(record.value, record.name, record.line)
             else:
@@ -118,7 +133,24 @@ def _read_public(record: Record) -> Iterator[Question]:
             f"{sorted(KEYS)}, or the keys of {', '.join(_FORMS)}"
         )
     with _naming(record.name):
-        yield from readers[0](record.value)
+        for question in readers[0](record.value):
+            yield replace(question, id=question.id or str(record.line))
+
+
+def _read_table(path: Path) -> Iterator[Record]:
+    """Yield the rows of a CSV file, whose values are text."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            for number, row in enumerate(csv.DictReader(stream, strict=True), start=1):
+                # Values without a column, and columns without a value.
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{path}:{number}: got {shown(list(row.values()))}, expected a value for "
+                        "each column"
+                    )
+                yield Record(name=f"{path}:{number}", line=number, value=dict(row))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as CSV ({error}); correct it") from error
 
 
 def _read_charades(path: Path) -> Iterator[Question]:
@@ -134,10 +166,15 @@ def _read_charades(path: Path) -> Iterator[Question]:
 
 def _read_videos(path: Path, by_video: Mapping[str, Any]) -> Iterator[Question]:
     for name, record in by_video.items():
+        if temp_compass.is_sheet(record):
+            with _naming(f"{path}: {name}"):
+                yield from temp_compass.read_video(name, record)
+            continue
         if not isinstance(record, dict) or not record.keys() >= moments.VIDEO_KEYS:
             raise UserError(
                 f"{path}: got {shown(record)} for {name!r}, expected an object with "
-                f"{sorted(moments.VIDEO_KEYS)}, as ActivityNet Captions has"
+                f"{sorted(moments.VIDEO_KEYS)}, as ActivityNet Captions has, or questions by "
+                "aspect, as TempCompass has"
             )
         with _naming(f"{path}: {name}"):
             yield from moments.read_video(name, record)

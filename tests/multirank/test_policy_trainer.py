@@ -24,6 +24,7 @@ from megatron_keye.post_training.check_run import check_run
 from megatron_keye.post_training.trainer import PolicyTrainer
 from megatron_keye.production.word_tokenizer import write_tokenizer
 from tests.support.ranks import run_on_ranks
+from tests.support.rollout import caches
 from tests.support.tiny import tiny_model, tiny_run
 from tests.support.train import let_go
 
@@ -102,6 +103,13 @@ def _train(run_json: str, stops_in_step: int) -> tuple[int, bool]:
         rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=device, store=store
     )
     trainer = PolicyTrainer(run, process, uses_transformer_engine=False)
+    learning = trainer._parts.learning
+
+    def learn(*arguments: Any) -> Any:
+        assert not caches(), "the cache's memory is free while a step learns"
+        return learning(*arguments)
+
+    trainer._parts.learning = learn
     if stops_in_step:
         rollouts._TOKENS_BETWEEN_LOOKS = 60
         asks = lambda: trainer._parts.engine.version == stops_in_step - 1  # noqa: E731

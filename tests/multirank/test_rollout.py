@@ -1,5 +1,6 @@
 """What the engine answers is what training scores, whatever the batch, the pages and the grid."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from megatron_keye.config import RunConfig
+from megatron_keye.rollout.cache import bytes_per_token
 from megatron_keye.rollout.grid import generating_run
 from megatron_keye.rollout.request import NewToken, Request
 from tests.support.ranks import run_on_ranks
@@ -14,8 +16,10 @@ from tests.support.rollout import build_engine, generated, prompt, request
 from tests.support.rollout_cases import (
     ARRANGEMENTS,
     REQUESTS,
+    SMALL,
     assert_same_answers,
     compare_with_training,
+    generate_around_a_sleep,
     generate_from,
     generate_with_new_weights,
     selections,
@@ -122,3 +126,16 @@ def test_no_key_of_earlier_weights_is_read_after_new_ones_are_taken() -> None:
     assert versions == ((0, 4), (1, 4))
     assert min(errors[:4]) > 1e-6, "other weights give other scores"
     assert max(errors[4:]) < 1e-12
+
+
+def test_a_cache_gives_its_memory_back_while_the_engine_sleeps(
+    alone: dict[tuple[int, int], Any],
+) -> None:
+    # What replays ticks holds the cache too.
+    run = tiny("fp64", rollout=replace(SMALL, uses_cuda_graphs=True))
+    ((num_bytes, answers),) = run_on_ranks(1, generate_around_a_sleep, run.to_json(), REQUESTS)
+    # One page more takes what padding writes.
+    full = (run.rollout.cache_tokens + run.rollout.page_tokens) * bytes_per_token(run)
+    assert num_bytes == [0, full, 0, full, 0]
+    for each in answers:
+        assert_same_answers(each, alone)

@@ -3,18 +3,28 @@
 In float64 the operators are the reference ones, so that what is left is the engine itself.
 """
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from megatron_keye.config import RunConfig
+from megatron_keye.config.backends import transformer_engine_version
+from megatron_keye.config.fused_kernels import Fusions
+from megatron_keye.rollout import replayed
+from megatron_keye.rollout.cache import bytes_per_token
 from megatron_keye.rollout.grid import generating_run
+from megatron_keye.rollout.request import Request
 from tests.support.ranks import run_on_ranks
-from tests.support.rollout import generated, prompt, request
+from tests.support.rollout import build_engine, generated, prompt, request
 from tests.support.rollout_cases import (
     ARRANGEMENTS,
     REQUESTS,
+    SMALL,
     assert_same_answers,
     compare_with_training,
     generate_from,
@@ -22,12 +32,15 @@ from tests.support.rollout_cases import (
     selections,
     tiny,
 )
-from tests.support.train import train
+from tests.support.train import let_go, train
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+needs_engine = pytest.mark.skipif(
+    transformer_engine_version() is None, reason="no Transformer Engine"
+)
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 
 TOLERANCES = {"fp32": 1e-4, "fp64": 1e-12}
@@ -110,3 +123,78 @@ def test_no_key_of_earlier_weights_is_read_after_new_ones_are_taken() -> None:
     assert versions == ((0, 4), (1, 4))
     assert min(errors[:4]) > 1e-6, "other weights give other scores"
     assert max(errors[4:]) < 1e-12
+
+
+def _memory_around_a_sleep(run_json: str, requests: list[Request]) -> list[int]:
+    """Return the bytes that torch has of a GPU before answers, with the cache, and asleep."""
+    engine, _, model = build_engine(RunConfig.from_json(run_json))
+    num_bytes = []
+    for act in (engine.sleep, lambda: list(engine.generate(requests)), engine.sleep):
+        act()
+        torch.cuda.synchronize()
+        num_bytes.append(torch.cuda.memory_allocated())
+    let_go(model)
+    return num_bytes
+
+
+def test_a_sleeping_engine_has_no_cache_on_the_gpu() -> None:
+    rollout = replace(SMALL, cache_tokens=400_000)
+    run = tiny("fp32", device="cuda", rollout=rollout)
+    (before, awake, asleep) = run_on_ranks(
+        1, _memory_around_a_sleep, run.to_json(), REQUESTS[:1], device="cuda"
+    )[0]
+    of_cache = rollout.cache_tokens * bytes_per_token(run)
+    assert awake - before > of_cache > 2**26
+    assert asleep - before < of_cache / 100, "kernels' scratch memory may stay"
+
+
+def _answers_of_ticks(
+    run_json: str, requests: list[Request], *, captures: bool
+) -> tuple[int, list[Answers]]:
+    """Answer with two weights, by graphs or by launches over the same tensors.
+
+    Also return the number of shapes.
+    """
+    run = RunConfig.from_json(run_json)
+    engine, _, model = build_engine(run, fusions=Fusions(permutation=True))
+    answers, num_captured = [], 0
+    capture = replayed._capture_graph if captures else replayed.run_again
+    with patch.object(replayed, "_capture_graph", capture):
+        for version in (1, 2):
+            answers.append({(a.key, a.answer): a for a in engine.generate(requests)})
+            assert engine._replica is not None and engine._replica._replayed is not None
+            num_captured = engine._replica._replayed.num_captured
+            with torch.no_grad():
+                for weight in model.stages[0].module.parameters():
+                    weight.mul_(1.1)
+            engine.take_weights(version)
+    let_go(model)
+    return num_captured, answers
+
+
+@needs_engine
+def test_a_graph_answers_as_the_same_kernels_launched_one_by_one() -> None:
+    training = {"linear_layers": "transformer_engine", "expert_layers": "torch"}
+    rollout = replace(SMALL, uses_cuda_graphs=True)
+    run = tiny("bf16", device="cuda", rollout=rollout, training=training)
+    (graphs, plain) = (
+        run_on_ranks(
+            1,
+            partial(_answers_of_ticks, captures=captures),
+            run.to_json(),
+            REQUESTS,
+            device="cuda",
+        )[0]
+        for captures in (True, False)
+    )
+    assert graphs[0] == plain[0] > 2, "several shapes"
+    for got, expected in zip(graphs[1], plain[1], strict=True):
+        assert_same_answers(got, expected, tolerance=1e-5)
+    first, second = ([a.log_probs for a in each.values()] for each in graphs[1])
+    assert first != second, "other weights give other scores"
+
+
+def test_graphs_of_layers_that_wait_for_the_host_are_refused() -> None:
+    run = tiny("fp32", device="cuda", rollout=replace(SMALL, uses_cuda_graphs=True))
+    with pytest.raises(AssertionError, match="expected training.precision=bf16 and training.fus"):
+        generated(run, REQUESTS[:1])

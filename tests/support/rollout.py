@@ -1,5 +1,6 @@
 """Generates with the tiny model on the ranks of a test, and trains on what came, to compare."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,8 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_keye.config import RunConfig
+from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.data.packing import pack
 from megatron_keye.data.row import IGNORED_LABEL, Sample, labels_of
+from megatron_keye.decoder.key_cache import LayerCache
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.decoder.virtual_stage import VirtualStage
 from megatron_keye.model import KeyeModel, build_model
@@ -78,7 +81,7 @@ def generated(run: RunConfig, requests: Sequence[Request]) -> dict[tuple[int, in
 
 
 def build_engine(
-    run: RunConfig, meter: RowMeter | None = None
+    run: RunConfig, meter: RowMeter | None = None, fusions: Fusions = PLAIN
 ) -> tuple[EmbeddedEngine, Grid, KeyeModel]:
     """Build an engine on this rank; call `let_go` on the model at the end."""
     run = generating_run(run, run.parallel.num_ranks)
@@ -86,13 +89,20 @@ def build_engine(
     grid = build_grid(run.parallel)
     seed_rank(run.training.seed, grid)
     engine = run.training.linear_layers == "transformer_engine"
-    model = build_model(run, grid, device, uses_transformer_engine=engine, learns=False)
+    model = build_model(
+        run, grid, device, uses_transformer_engine=engine, fusions=fusions, learns=False
+    )
     source = SyntheticPatches() if model.vision is not None else None
     return (
         EmbeddedEngine(run, grid, model, source=source, device=device, meter=meter),
         grid,
         model,
     )
+
+
+def caches() -> list[LayerCache]:
+    """Return all layers' caches of this process that hold memory."""
+    return [each for each in gc.get_objects() if isinstance(each, LayerCache)]
 
 
 def _generate(run_json: str, requests: Sequence[Request]) -> list[Completion]:

@@ -13,6 +13,7 @@ from megatron_keye.rollout.request import Completion, Request, SamplingLaw
 from tests.support.rollout import (
     SelectionMeter,
     build_engine,
+    caches,
     prompt,
     request,
     training_log_probs,
@@ -119,6 +120,29 @@ def generate_with_new_weights(run_json: str, asked: Request) -> tuple[Any, list[
     return answer.versions, (
         torch.tensor(answer.log_probs, dtype=torch.float64) - scored
     ).abs().tolist()
+
+
+def generate_around_a_sleep(run_json: str, requests: list[Request]) -> tuple[list[int], Any]:
+    """Answer twice with a sleep between; return the bytes of all caches before, while and after.
+
+    Also the answers of both times.
+    """
+    engine, _, model = build_engine(RunConfig.from_json(run_json))
+    num_bytes, answers = [], []
+    for _ in range(2):
+        num_bytes.append(_cache_bytes())
+        answers.append({(a.key, a.answer): a for a in engine.generate(requests)})
+        num_bytes.append(_cache_bytes())
+        engine.sleep()
+    num_bytes.append(_cache_bytes())
+    let_go(model)
+    return num_bytes, answers
+
+
+def _cache_bytes() -> int:
+    """Return the bytes of keys, values and indexer keys that this process holds."""
+    tensors = [t for cache in caches() for t in vars(cache).values() if t is not None]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def assert_same_answers(

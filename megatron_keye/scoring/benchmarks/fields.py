@@ -1,11 +1,12 @@
 """Values that the files of several benchmarks have."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_keye.data.conversation.values import shown, text
 from megatron_keye.errors import UserError
+from megatron_keye.scoring.parse_choice import LETTERS
 
 _LETTER = re.compile(r"\s*\(?([A-Z])[).:]\s+")
 
@@ -37,3 +38,14 @@ def options(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
     # An option may begin like one: "A. Lincoln" among others without letters.
     is_lettered = letters == [chr(ord("A") + place) for place in range(len(texts))]
     return tuple(_LETTER.sub("", option, count=1) if is_lettered else option for option in texts)
+
+
+def letter_of(answer: Any, texts: Sequence[str]) -> str:
+    """Return the letter of the option whose text is the answer, of equal ones the first.
+
+    Raises:
+        UserError: When it is none of them.
+    """
+    if answer not in texts:
+        raise UserError(f"'answer': got {shown(answer)}, expected one of {shown(list(texts))}")
+    return LETTERS[texts.index(answer)]

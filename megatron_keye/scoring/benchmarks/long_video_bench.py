@@ -1,5 +1,8 @@
 """Questions of LongVideoBench: multiple choice about videos of 8 seconds to an hour.
 
+Its JSON lists the candidates; its parquet has a column for each of five, "N/A" for those that a
+question has not.
+
 Source: Wu et al., arXiv 2407.15754; the data set longvideobench/LongVideoBench.
 """
 
@@ -19,8 +22,12 @@ from megatron_keye.scoring.question import (
 )
 from megatron_keye.scoring.truth import ChoiceTruth
 
-KEYS = {"id", "video_path", "question", "candidates", "correct_choice", "duration"}
-"""Keys of a question."""
+_KEYS = {"id", "video_path", "question", "correct_choice", "duration"}
+KEYS = {"candidates", *_KEYS}
+"""Keys of a question in JSON."""
+_COLUMNS = tuple(f"option{place}" for place in range(5))
+TABLE_KEYS = {*_COLUMNS, *_KEYS}
+"""Keys of a question in parquet."""
 
 
 def read(record: Mapping[str, Any]) -> Iterator[Question]:
@@ -30,7 +37,7 @@ def read(record: Mapping[str, Any]) -> Iterator[Question]:
         UserError: For values that are none of LongVideoBench's, and where the answer is withheld,
             as in its test part.
     """
-    texts = options(record, "candidates")
+    texts = options({"candidates": _candidates(record)}, "candidates")
     place = number(field(record, "correct_choice"), "'correct_choice'", "the index of an option")
     if place not in range(len(texts)):
         raise UserError(
@@ -47,3 +54,9 @@ def read(record: Mapping[str, Any]) -> Iterator[Question]:
         truth=ChoiceTruth.read({"letter": LETTERS[int(place)], "options": list(texts)}),
         seconds=read_seconds(field(record, "duration"), "'duration'"),
     )
+
+
+def _candidates(record: Mapping[str, Any]) -> Any:
+    if "candidates" in record:
+        return record["candidates"]
+    return [record[column] for column in _COLUMNS if record[column] not in ("N/A", None)]

@@ -17,6 +17,8 @@ from megatron_keye.scoring.truth import GroundingTruth, read_interval
 
 CHARADES_LINE = re.compile(r"(?P<video>\S+) (?P<start>[\d.]+) (?P<end>[\d.]+)\s*##(?P<query>.+)")
 """Line of Charades-STA: a video, start, end, and a sentence."""
+ROW_KEYS = {"video", "caption", "timestamp"}
+"""Keys of a row of Charades-STA in parquet, which has no id."""
 VIDEO_KEYS = {"duration", "timestamps", "sentences"}
 """Keys of a video in ActivityNet Captions."""
 HIGHLIGHT_KEYS = {"qid", "query", "vid", "duration", "relevant_windows"}
@@ -41,6 +43,16 @@ def read_charades(line: str, name: str) -> Question:
     except ValueError as error:
         raise UserError(f"got {shown(line.strip())}, expected seconds ({error})") from error
     return _question(name, match["video"], match["query"], [bounds], None)
+
+
+def read_row(record: Mapping[str, Any]) -> Iterator[Question]:
+    """Yield the question of a row of Charades-STA in parquet.
+
+    Raises:
+        UserError: For values that are none of its.
+    """
+    video = text(field(record, "video"), "'video'").removesuffix(".mp4")
+    yield _question("", video, field(record, "caption"), [field(record, "timestamp")], None)
 
 
 def read_video(name: str, record: Mapping[str, Any]) -> Iterator[Question]:

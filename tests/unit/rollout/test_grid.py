@@ -45,3 +45,22 @@ def test_ranks_that_do_not_fit_are_refused() -> None:
         generating_run(tiny_run(tensor=2), 3)
     with pytest.raises(UserError, match="parallel.decoder.expert: got 4"):
         generating_run(tiny_run(tensor=2, expert=2).with_overrides(["rollout.expert=4"]), 2)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "training", "message"),
+    [
+        ({"tensor": 2}, {}, "rollout.tensor: got 2, expected 1 with rollout.uses_cuda_graphs"),
+        ({"data": 2, "expert": 2}, {}, "rollout.expert: got 2, expected 1"),
+        ({}, {"phase": "dense"}, "training.phase: got 'dense', expected 'sparse'"),
+    ],
+)
+def test_graphs_that_no_gpu_could_capture_are_refused(
+    degrees: dict[str, int], training: dict[str, str], message: str
+) -> None:
+    run = tiny_run(training=training, **degrees)
+    graphs = ["rollout.uses_cuda_graphs=true"]
+    with pytest.raises(UserError, match=message):
+        generating_run(run.with_overrides(graphs), run.parallel.num_ranks)
+    generating_run(run, run.parallel.num_ranks)
+    generating_run(tiny_run(data=2).with_overrides(graphs), 2)

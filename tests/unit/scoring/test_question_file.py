@@ -47,6 +47,30 @@ HIGHLIGHT = {
 ACTIVITY = {
     "v_1": {"duration": 82.5, "timestamps": [[0.8, 20], [30, 90]], "sentences": ["X", "Y"]}
 }
+MLVU: dict[str, Any] = {
+    "video": "movie101_66.mp4",
+    "duration": 246,
+    "question": "What color is the man?",
+    "candidates": ["Yellow", "Red", "Green", "Blue"],
+    "answer": "Red",
+    "question_type": "plotQA",
+}
+TEMP: dict[str, Any] = {
+    "video_id": "1034419625",
+    "question": "What is the man doing?\nA. dunking\nB. dribbling\nC. passing",
+    "answer": "B. dribbling",
+    "dim": "action",
+}
+NEXT: dict[str, Any] = {
+    "video": "4010069381",
+    "frame_count": "369",
+    "question": "how do the men play",
+    "answer": "2",
+    "qid": "6",
+    "type": "CH",
+    **{f"a{place}": f"way {place}" for place in range(5)},
+}
+CHARADES = {"video": "3MSZA.mp4", "caption": "person turn a light on.", "timestamp": [24.3, 30.4]}
 
 
 def put(path: Path, *records: object) -> Path:
@@ -90,6 +114,61 @@ def test_moments_of_three_benchmarks(tmp_path: Path) -> None:
     [one, two] = read_questions(put(tmp_path / "activity.json", ACTIVITY))
     assert (one.id, two.id, two.seconds) == ("v_1-0", "v_1-1", 82.5)
     assert two.truth == GroundingTruth(intervals=((30.0, 82.5),))
+
+
+def write_rows(path: Path, *records: dict[str, Any]) -> Path:
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
+    write_table(Table.from_pylist(list(records)), path)
+    return path
+
+
+def test_tables_in_parquet_ask_what_the_same_records_in_json_ask(tmp_path: Path) -> None:
+    options = {f"option{place}": text for place, text in enumerate(LONG["candidates"])}
+    long_row = {key: value for key, value in LONG.items() if key != "candidates"} | options
+    long_row |= {"option3": "N/A", "option4": "N/A"}
+    for record, row in ((MME, MME), (LONG, long_row), (MLVU, MLVU), (TEMP, TEMP), (NEXT, NEXT)):
+        of_json = read_questions(put(tmp_path / "a.jsonl", record))
+        assert read_questions(write_rows(tmp_path / "a.parquet", row)) == of_json
+    text = tmp_path / "charades_sta_test.txt"
+    text.write_text("3MSZA 24.3 30.4##person turn a light on.\n")
+    assert read_questions(write_rows(tmp_path / "a.parquet", CHARADES)) == read_questions(text)
+
+
+def test_an_option_given_by_its_text_or_place(tmp_path: Path) -> None:
+    part = MLVU | {"start": 3.0, "end": 9.5, "duration": None}
+    mlvu, mv_bench = read_questions(put(tmp_path / "a.json", MLVU, part))
+    assert mlvu.truth == ChoiceTruth(letter="B", options=tuple(MLVU["candidates"]))
+    assert (mlvu.id, mlvu.seconds, mv_bench.id, mv_bench.seconds) == ("1", 246.0, "2", None)
+    video = {"type": "video", "video": "movie101_66.mp4", "start": 3.0, "end": 9.5}
+    assert mv_bench.messages[0]["content"][0] == video
+    names, values = ",".join(NEXT), ",".join(NEXT.values())
+    (tmp_path / "val.csv").write_text(f"{names}\n{values}\n")
+    [by_place] = read_questions(tmp_path / "val.csv")
+    assert (by_place.id, by_place.messages[0]["content"][0]["video"]) == (
+        "4010069381-6",
+        "4010069381.mp4",
+    )
+    grounded = values.replace(",2,", ",way 2,", 1)
+    (tmp_path / "val.csv").write_text(f"{names.replace('video', 'video_id')}\n{grounded}\n")
+    [by_text] = read_questions(tmp_path / "val.csv")
+    assert by_text == by_place
+    assert isinstance(by_text.truth, ChoiceTruth) and by_text.truth.letter == "C"
+
+
+def test_temp_compass_in_both_forms(tmp_path: Path) -> None:
+    asked = {key: TEMP[key] for key in ("question", "answer")}
+    (tmp_path / "multi-choice.json").write_text(json.dumps({"1034419625": {"action": [asked]}}))
+    [sheet] = read_questions(tmp_path / "multi-choice.json")
+    [row] = read_questions(put(tmp_path / "rows.jsonl", TEMP))
+    assert sheet.messages == row.messages
+    assert (
+        sheet.truth
+        == row.truth
+        == ChoiceTruth(letter="B", options=("dunking", "dribbling", "passing"))
+    )
+    assert (sheet.id, row.id) == ("1034419625-action-0", "1")
 
 
 def test_every_form_is_written_as_questions_of_this_project(tmp_path: Path) -> None:
@@ -141,6 +220,17 @@ def test_what_else_a_record_has_is_kept_or_refused(tmp_path: Path) -> None:
         ("a.jsonl", json.dumps(MME | {"answer": "E"}), "a.jsonl:1: 'letter': got 'E'"),
         ("a.jsonl", json.dumps(MME | {"options": "A"}), "'options': got 'A', expected a list"),
         ("a.jsonl", f"{json.dumps(MME)}\n{json.dumps(MME)}", "two questions of the id '001-1'"),
+        ("a.jsonl", json.dumps(MLVU | {"answer": "B"}), "'answer': got 'B', expected one of"),
+        ("a.jsonl", json.dumps(NEXT | {"answer": "5"}), "'answer': got '5', expected the place"),
+        (
+            "a.jsonl",
+            json.dumps(TEMP | {"question": "Is it red?", "answer": "yes"}),
+            "a.jsonl:1: got the question 'Is it red\\?' with the answer 'yes', expected options",
+        ),
+        ("a.json", '{"v": {"action": [{"question": "?"}]}}', "a.json: v: got keys"),
+        ("a.csv", "video,qid\n1,2,3\n", "a.csv:1: got .*expected a value for each column"),
+        ("a.csv", "video,qid\n1,2\n", "a.csv:1: got an object with"),
+        ("gone.csv", None, "gone.csv: cannot be read as CSV"),
         ("gone.txt", None, "gone.txt: cannot be read"),
         ("gone.json", None, "gone.json: cannot be read"),
     ],

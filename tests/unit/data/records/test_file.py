@@ -134,11 +134,12 @@ def test_parquet_without_pyarrow_is_refused_with_the_way_out(
 
 
 def test_rows_of_parquet_are_records(tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    pytest.importorskip("pyarrow.parquet")
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
     path = tmp_path / "s.parquet"
     rows = [{"messages": [{"role": "user", "content": str(n)}], "id": n} for n in range(10)]
-    arrow.parquet.write_table(arrow.Table.from_pylist(rows), path, row_group_size=4)
+    write_table(Table.from_pylist(rows), path, row_group_size=4)
     file = RecordFile(path)
     assert [file.read(index) for index in (9, 0, 4, 3)] == [rows[n] for n in (9, 0, 4, 3)]
     blocks = scan(path, 3)
