@@ -42,8 +42,9 @@ def test_the_recipe_reads_what_its_command_forges(tmp_path: Path) -> None:
         text = tokenizer.decode(sample.token_ids.tolist())
         assert all(frame in text for frame in frames)
         answers = tokenizer.decode([int(each) for each in sample.labels if each != IGNORED_LABEL])
-        last = answers.split("<|im_end|>")[-2]
-        assert parse_intervals(last), "and the answer is one that is scored"
+        first = answers.split("<|im_end|>")[0]
+        assert parse_intervals(first), "and the answer is one that is scored"
+        assert len(tokenizer.encode(first)) == 3, "two times of one token each, and 'to'"
     questions = read_questions(folder / "held_out.questions.jsonl")
     asked = [question for question in questions if question.task == run.training.evaluation.task]
     blind = summarize(score_questions(asked, {}))[0].blind
