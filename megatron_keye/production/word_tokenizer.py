@@ -25,8 +25,8 @@ def write_tokenizer(folder: Path, words: Iterable[str]) -> None:
 
     Args:
         folder: Made if it does not exist.
-        words: Other than CONTROLS and ROLES, in the order of their ids. One that has white space
-            in it is one token wherever it stands, so that a model need not learn to join its parts.
+        words: Other than CONTROLS and ROLES, in the order of their ids. One with white space
+            in it is one token wherever it stands, so that no model has to learn to join its parts.
 
     Raises:
         UserError: When transformers is not installed.
