@@ -1,7 +1,7 @@
 """A tiny Keye-VL that learns from rewards when something is on the screen, on a CPU.
 
     grep '"kind": "when"' runs/grounding/train.questions.jsonl > runs/grounding/when.jsonl
-    megatron-keye train keye_tiny_grounding --ranks 1 --set training.stop_after_step=100
+    megatron-keye train keye_tiny_grounding --ranks 1 --set training.stop_after_step=125
     megatron-keye train keye_tiny_rl --ranks 1
     megatron-keye evaluate keye_tiny_rl --task grounding --out runs/rl_scores \\
         --set rollout.temperature=0 \\
@@ -40,22 +40,22 @@ def keye_tiny_rl(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         data=replace(start.data, samples=f"{FOLDER}/when.jsonl", validation=""),
         training=replace(
             start.training,
-            steps=150,
+            steps=120,
             frozen=("vision", "projector"),  # The dense phase has no indexers.
-            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2, schedule="constant"),
+            optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=5, schedule="constant"),
             checkpoint=CheckpointConfig(
-                interval_steps=10,
-                weights="runs/keye_tiny_grounding/checkpoints/step-00000100",
+                interval_steps=20,
+                weights="runs/keye_tiny_grounding/checkpoints/step-00000125",
             ),
             validation=ValidationConfig(interval_steps=0),
-            evaluation=replace(start.training.evaluation, interval_steps=10),
+            evaluation=replace(start.training.evaluation, interval_steps=20),
             # The loss of weighted answers has another meaning in every step.
             health=HealthConfig(spike_score=0.0),
         ),
         rollout=RolloutConfig(max_new_tokens=16, cache_tokens=16_384),
         post_training=PostTrainingConfig(
             kind="gspo",
-            prompts_per_step=16,
+            prompts_per_step=32,
             answers_per_prompt=8,
             minibatches=2,
             clip_low=3e-2,
