@@ -4,8 +4,8 @@
 
 One panel for the loss of training, one for each metric of training.evaluation, and where a run
 learns from its own answers, one for their mean reward and one for the share of prompts whose
-answers differ in it, so that they teach. --lines FILE appends a JSON line for each evaluation: these
-values at its step, commit, versions and command.
+answers differ in it, so that they teach. --lines FILE appends a JSON line for each evaluation:
+these values at its step, commit, versions and command.
 """
 
 import argparse
