@@ -1,15 +1,17 @@
 """A tiny Keye-VL that learns from rewards when something is on the screen, on a CPU.
 
     grep '"kind": "when"' runs/grounding/train.questions.jsonl > runs/grounding/when.jsonl
-    megatron-keye train keye_tiny_grounding --ranks 1 --set training.stop_after_step=125
+    megatron-keye train keye_tiny_grounding --ranks 1 --set training.stop_after_step=200
     megatron-keye train keye_tiny_rl --ranks 1
     megatron-keye evaluate keye_tiny_rl --task grounding --out runs/rl_scores \\
         --set rollout.temperature=0 \\
         --samples runs/grounding/held_out.questions.jsonl --weights runs/keye_tiny_rl
 
 The clips are those of keye_tiny_grounding, whose file has the command that forges them. Its first
-steps teach the form of an answer and what a frame shows, but little of when; then rewards of its
-own answers take the model further. The ViT and the projector are frozen then.
+third teaches the form of an answer and a little of when: one drawn answer in six is right. Rewards
+of its own answers take the model further; the ViT and the projector are frozen then. From step 125,
+where an answer tells nothing of the clip yet, answers become one and the same before rewards find
+what to look at.
 """
 
 from dataclasses import replace
@@ -45,7 +47,7 @@ def keye_tiny_rl(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=5, schedule="constant"),
             checkpoint=CheckpointConfig(
                 interval_steps=20,
-                weights="runs/keye_tiny_grounding/checkpoints/step-00000125",
+                weights="runs/keye_tiny_grounding/checkpoints/step-00000200",
             ),
             validation=ValidationConfig(interval_steps=0),
             evaluation=replace(start.training.evaluation, interval_steps=20),
