@@ -9,9 +9,8 @@
 
 The clips are those of keye_tiny_grounding, whose file has the command that forges them. Its first
 third teaches the form of an answer and a little of when: one drawn answer in six is right. Rewards
-of its own answers take the model further; the ViT and the projector are frozen then. From step 125,
-where an answer tells nothing of the clip yet, answers become one and the same before rewards find
-what to look at.
+of its own answers take the model further; the ViT and the projector are frozen then. Much earlier
+steps are too early: answers become alike before their rewards tell what to look at.
 """
 
 from dataclasses import replace
