@@ -151,6 +151,7 @@ def dense(*, num_ranks: int, has_gpu: bool) -> RunConfig:
     base = keye_tiny_grounding(num_ranks=1, has_gpu=has_gpu)
     decoder = replace(
         base.model.decoder,
+        num_layers=4,
         vocab_size=len(vocabulary(words())),
         indexer=replace(base.model.decoder.indexer, top_k=8),
     )

@@ -25,7 +25,8 @@ def write_tokenizer(folder: Path, words: Iterable[str]) -> None:
 
     Args:
         folder: Made if it does not exist.
-        words: Other than CONTROLS and ROLES, in the order of their ids.
+        words: Other than CONTROLS and ROLES, in the order of their ids. One with white space
+            in it is one token wherever it stands, so that no model has to learn to join its parts.
 
     Raises:
         UserError: When transformers is not installed.
@@ -38,7 +39,9 @@ def write_tokenizer(folder: Path, words: Iterable[str]) -> None:
             f"{folder}: a tokenizer needs the package transformers, which is not installed; "
             "install megatron_keye with the extra 'hf'"
         ) from error
-    tokenizer = Tokenizer(models.WordLevel(vocabulary(words), unk_token=CONTROLS[0]))
+    ids = vocabulary(words)
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=CONTROLS[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(list(CONTROLS))
+    tokenizer.add_tokens([word for word in ids if len(word.split()) > 1])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

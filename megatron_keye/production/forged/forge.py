@@ -1,6 +1,7 @@
 """Forges clips with their questions into a folder: videos, and sample files about them."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from megatron_keye.production.forged.draw import draw_frames
 from megatron_keye.production.forged.forged_question import ForgedQuestion, Watched
 from megatron_keye.production.forged.options import ForgeOptions
 from megatron_keye.production.forged.questions import ask
-from megatron_keye.production.forged.scene import Scene, draw_scene
+from megatron_keye.production.forged.scene import SHAPE_NAMES, Scene, draw_scene
 from megatron_keye.production.word_tokenizer import write_tokenizer
 from megatron_keye.scoring.question import Question, user_turn
 
@@ -97,11 +98,11 @@ def forge(
         for part, lines in parts.items():
             _write_lines(folder.path, part, lines)
         if options.writes_tokenizer:
-            words = _words(line for lines in parts.values() for each in lines for line in each)
-            times = [
-                f"<{tenth / 10:.1f}" for tenth in range(int(10 * options.longest_seconds) + 2)
-            ]
-            write_tokenizer(folder.path / "tokenizer", sorted({*words, *times, "seconds>"}))
+            tenths = range(int(10 * options.longest_seconds) + 2)
+            phrases = [*(f"<{tenth / 10:.1f} seconds>" for tenth in tenths), *SHAPE_NAMES]
+            lines = [line for lines in parts.values() for each in lines for line in each]
+            words = sorted(set(_words(lines, phrases)))
+            write_tokenizer(folder.path / "tokenizer", [*phrases, *words])
         folder.finish()
     return counts
 
@@ -204,12 +205,13 @@ def _count(lines: Sequence[list[Line]]) -> PartCount:
     )
 
 
-def _words(lines: Iterable[Line]) -> Iterator[str]:
-    """Yield the words of questions and answers."""
+def _words(lines: Iterable[Line], phrases: Sequence[str]) -> Iterator[str]:
+    """Yield the words of questions and answers that stand outside the phrases."""
+    between = re.compile("|".join(map(re.escape, phrases)))
     for line in lines:
         user, assistant = line["messages"]
-        yield from user["content"][1]["text"].split()
-        yield from assistant["content"].split()
+        for text in (user["content"][1]["text"], assistant["content"]):
+            yield from between.sub(" ", text).split()
 
 
 def _write_lines(folder: Path, part: str, lines: Sequence[list[Line]]) -> None:

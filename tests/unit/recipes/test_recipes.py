@@ -64,7 +64,7 @@ def test_every_recipe_of_the_package_makes_a_run_of_its_name(name: str) -> None:
 def test_the_package_has_these_recipes() -> None:
     stages = [name for chain in CHAINS.values() for name in chain]
     others = ["keye_30b_a3b", "keye_tiny", "keye_tiny_grounding", "keye_two_gpus"]
-    rewarded = ["keye_tiny_rl", "keye_tiny_rl_start", "keye_video_rl"]
+    rewarded = ["keye_tiny_rl", "keye_video_rl"]
     assert recipe_names() == sorted([*others, *rewarded, *stages])
 
 

@@ -24,6 +24,12 @@ def test_the_picture_has_the_loss_and_each_score(tmp_path: Path) -> None:
     assert "grounding mIoU" in out.read_text() and "0.75" in out.read_text()
 
 
+def test_a_run_that_learns_from_answers_shows_which_prompts_teach() -> None:
+    policy = {"reward_task": 0.5, "num_groups_dropped": 3.0, "num_prompts": 12.0}
+    curves = draw_scores.read_curves([{"step": 1, "policy": policy}])
+    assert curves == {"reward": [(1, 0.5)], "share of prompts that teach": [(1, 0.75)]}
+
+
 def test_a_run_without_scores_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
