@@ -13,7 +13,7 @@ steps and says nothing about an indexer.)
 Writes {text,frames}.{train,held_out}.jsonl, {text,frames}.questions.jsonl, videos/ and tokenizer/,
 whose vocabulary of whole words keeps the model small. The functions below are recipes, each to be
 run from the checkpoint of the one before: dense attention, the indexers' warm-up, and sparse
-attention to 8 keys. The last one from dense weights (training.checks_hand_over=false) shows what
+attention to 16 keys. The last one from dense weights (training.checks_hand_over=false) shows what
 the warm-up is worth. A GPU gets rows of many samples, a CPU eight short ones a step.
 """
 
@@ -153,7 +153,11 @@ def dense(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         base.model.decoder,
         num_layers=4,
         vocab_size=len(vocabulary(words())),
-        indexer=replace(base.model.decoder.indexer, top_k=8),
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=32,
+        rope_sections=(4, 6, 6),
+        indexer=replace(base.model.decoder.indexer, top_k=16),
     )
     return replace(
         base,
@@ -182,21 +186,21 @@ def dense(*, num_ranks: int, has_gpu: bool) -> RunConfig:
 def warmup(*, num_ranks: int, has_gpu: bool) -> RunConfig:
     """Return the run in which the indexers learn what dense attention attends to."""
     run = dense(num_ranks=num_ranks, has_gpu=has_gpu)
-    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=20)
-    training = replace(run.training, steps=300, phase="indexer_warmup", optimizer=optimizer)
+    optimizer = OptimizerConfig(learning_rate=4e-3, warmup_steps=20)
+    training = replace(run.training, steps=250, phase="indexer_warmup", optimizer=optimizer)
     return replace(run, name="needle_warmup", training=training)
 
 
 def sparse(*, num_ranks: int, has_gpu: bool) -> RunConfig:
-    """Return the run in which everything learns and attends to 8 keys."""
+    """Return the run in which everything learns and attends to 16 keys."""
     run = dense(num_ranks=num_ranks, has_gpu=has_gpu)
-    optimizer = OptimizerConfig(learning_rate=3e-4, warmup_steps=20)
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=20)
     training = replace(
         run.training,
-        steps=300,
+        steps=800,
         phase="sparse",
         optimizer=optimizer,
-        validation=ValidationConfig(interval_steps=10),
+        validation=ValidationConfig(interval_steps=25),
     )
     return replace(run, name="needle_sparse", training=training)
 
