@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Everything that training on Hopper GPUs uses: the extension, Transformer Engine and DALI.
 #
 #   docker build -t megatron-keye .

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # The commands of a fresh clone. Each installs first, once, into .venv.
 #
 #   make train [ARGS="--resume auto"]   train the tiny recipe on this machine

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adds the CUDA extension `megatron_keye._C` to the package when this machine can build it.
 
 Apart from pyproject.toml because whether to compile is known only where the package is

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Every operator's schema and the implementation behind it, and nothing else.
 // One file, so that the boundary between Python and C++ can be read on one page.
 

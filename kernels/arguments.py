@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the operators' arguments.
 
 A tensor that is merely shifted or transposed would give wrong numbers without any complaint, so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Normal numbers that depend on a name and on their place in a tensor alone.
 
 Each number is computed from its place, so that any part of a tensor is drawn without the rest, on

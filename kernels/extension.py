@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled extension `megatron_keye._C`: loaded once, and why an operator of it is missing.
 
 Imported only by the CUDA bindings, so that everything else works without a compiler.

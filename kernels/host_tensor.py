@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tensor of a GPU that waits in host memory, copied beside the computation."""
 
 import functools

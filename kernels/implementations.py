@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation runs: one rule for all operators.
 
 Their implementations stand from the plainest to the fastest, and the default is the last one that

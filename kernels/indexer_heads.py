@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the indexer's heads make one score, the same for a whole range and for selected keys.
 
 Shape letters: T queries, S keys, I indexer heads.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The outputs of an attention's first call, kept for a second call with the same inputs.
 
 A recomputed layer calls its attention twice: without gradients, and again in the backward pass.

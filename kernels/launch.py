@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Triton implementations share on the host: where they can run, and block sizes.
 
 Imported only by them, so that everything else works where Triton cannot compile.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Softmax over the entries that a mask admits, with rows that admit none.
 
 torch's own softmax gives NaN, forward and backward, for a row that is masked throughout; such

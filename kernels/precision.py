@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The type in which eager operators accumulate.
 
 One rule for all of them, so that a float64 run is float64 throughout and bf16 never sums in bf16.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton functions that the kernels of several operators share.
 
 Only what is the same in each of them: tiles of rows, loads of a union, the indexer's scores, the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of parts of an operator in a profiler's trace."""
 
 from contextlib import AbstractContextManager, nullcontext

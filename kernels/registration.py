@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operators as torch.compile sees them: nodes of its graph, into whose Python it does not look.
 
 A composite operator is one node for the tracer, and what it is made of for autograd and for the

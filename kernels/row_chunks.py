@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs an operator over a few query rows at a time and joins the results.
 
 Eager operators make matrices of queries by keys; a row of 128K tokens would need tens of

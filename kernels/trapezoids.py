@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Neighbouring queries of one document, each of which sees one key more than the one before.
 
 Their part of the mask is a trapezoid: the keys that all of them see, and a triangle. A whole

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which keys a query sees: as a mask over a range, or as the rows of a selection.
 
 All eager operators share these two readings, so that an empty range or a padded entry means the

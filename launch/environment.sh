@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # shellcheck shell=bash
 # Chooses the Python interpreter for local.sh and slurm.sbatch, which source it: reads `root`, the
 # repository, and sets `python`. megatron_keye/cli/environment.py sets the variables of a rank.

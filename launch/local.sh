@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Trains a recipe on this machine: `megatron-keye train` with the repository's interpreter.
 #
 #   launch/local.sh RECIPE [--ranks N] [ARGUMENTS]      --help lists all

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a recipe: `megatron-keye train` as a file that torchrun and srun start once per rank.
 
 The command is in megatron_keye/cli/train.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training stack for Keye-VL-2.0: long video, sparse attention, 3D parallelism.
 
 Public names are imported on first use (PEP 562), since torch takes seconds to import, and

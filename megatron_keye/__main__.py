@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m megatron_keye` is the command `megatron-keye`."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The error that commands report in one sentence; all others keep their traceback."""
 
 

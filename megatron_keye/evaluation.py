@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores of a model's answers while it trains: with its own weights, on the ranks of training.
 
 Nothing is copied. The cache of keys and values lives for one evaluation, in memory that the step

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds one rank's part of the model: virtual stages of the decoder, and the vision tower."""
 
 from collections.abc import Iterator

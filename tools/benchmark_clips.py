@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encodes clips for the benchmark of decoding: an animated film, and moving texture."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times checkpoint conversion in both directions against a plain copy on the same disk.
 
     python tools/benchmark_conversion.py --gigabytes 8 [--folder DIR] [--workers N]

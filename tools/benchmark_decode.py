@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times video decoding on one GPU, with DALI and with PyAV on all cores, in the same process.
 
     python -m tools.benchmark_decode --out results.jsonl

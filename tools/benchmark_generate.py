@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times answers of a few full-width layers of a recipe on one GPU, beside training's own forward.
 
     python -m tools.benchmark_generate --out generate.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many answers to one long prompt: the pages that they take, and their log-probabilities."""
 
 import time

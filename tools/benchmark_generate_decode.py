@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One new token of each of several long sequences: a layer and its parts, a tick as a graph."""
 
 import statistics

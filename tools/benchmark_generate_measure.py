@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures what tools/benchmark_generate.py lists, and writes its lines."""
 
 import argparse

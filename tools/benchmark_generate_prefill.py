@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The attention of a prompt that is read into the cache, beside that of training's forward."""
 
 import statistics

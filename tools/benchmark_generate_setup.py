@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the cases of tools/benchmark_generate.py share: model, prompts, training's forward, clocks.
 
 Shape letters: L labels, B micro-batch, which is 1, V vocabulary.

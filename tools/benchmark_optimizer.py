@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times updates whose state lies on the device or in main memory, and the drawing of weights.
 
     python -m tools.benchmark_optimizer --parameters 2000000000 --out optimizer.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cases of tools/benchmark_optimizer.py: what each updates, and how they are timed."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures what timing a step costs: steps with a recorded timeline beside steps without.
 
     python -m tools.benchmark_profile_cost --out cost.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts the bytes that each encoding rank reads of a long video, beside those it must decode.
 
     python -m tools.benchmark_reads --out docs/benchmarks/reads.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times how long training stands still for a checkpoint, beside Megatron-Core's synchronous save.
 
     python -m tools.benchmark_save --out docs/benchmarks/save.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times whole decoder layers of a recipe beside plain Megatron-Core on the same GPUs.
 
     python -m tools.benchmark_step --all --out step.jsonl --profiles profiles

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The cases of tools/benchmark_step.py: what one of them is, and which make a table."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two stacks of layers that tools/benchmark_step.py times, ours and plain Megatron-Core's.
 
 Both have the same widths, experts, precision, gradient buffers and optimizer, and random weights

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times the cases of tools/benchmark_step.py, each beside its peer, and writes their lines."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a GPU did in a step of tools/benchmark_step.py: kernels by name, and how long it worked.
 
 Communication is told apart, since only what nothing else hides costs time.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts the ranks of tools/benchmark_step.py and makes them one job."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times how long a store of many samples takes to open, and how much memory it holds then.
 
     python -m tools.benchmark_store --out docs/benchmarks/store.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of one run of a benchmark: kernels as they are compared, all other lines whole."""
 
 from collections.abc import Mapping, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Breaks a run again and again, resumes it each time, and shows what was lost.
 
     python -m tools.break_run --faults 60

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares predicted times and memory with measured runs, as the tables of docs/plan.md.
 
     python -m tools.compare_predictions [--write]

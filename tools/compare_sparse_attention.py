@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares the CUDA sparse attention with its definition, piece by piece, on a Hopper GPU.
 
     python -m tools.compare_sparse_attention [--all] [--backward {bulk,pairs}]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Converts checkpoints from and to the released (Hugging Face) form: `megatron-keye convert`.
 
 The command is in megatron_keye/cli/convert.py.

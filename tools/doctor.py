@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports what is installed on this machine and what is missing: `megatron-keye doctor`.
 
 The command is in megatron_keye/cli/doctor.py.

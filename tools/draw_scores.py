@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws how a run's scores rose while it trained, from its metrics.jsonl.
 
     python -m tools.draw_scores runs/keye_tiny_grounding --out scores.svg

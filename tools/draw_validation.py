@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws the held-out losses of several runs over their steps, one line a run, one panel a source.
 
     python -m tools.draw_validation --out needles.svg \\

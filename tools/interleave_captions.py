@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cuts captioned videos into pieces with captions between: `megatron-keye interleave`.
 
 The command is in megatron_keye/cli/interleave.py.

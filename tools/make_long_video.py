@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes videos of given lengths from a short clip, each with a sample file that uses it.
 
     python tools/make_long_video.py OUT --seconds 60 [3600] [--clip FILE] [--rate 2]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A needle task: texts and videos in which one key of many decides each token of an answer.
 
     python tools/needle_task.py runs/needles

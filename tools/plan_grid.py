@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shows ranks, parameters and memory of a recipe, or the plan of one step: `megatron-keye plan`.
 
 The command is in megatron_keye/cli/plan.py.

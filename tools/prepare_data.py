@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prepares samples for training: `megatron-keye prepare`.
 
 The command is in megatron_keye/cli/prepare.py.

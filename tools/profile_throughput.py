@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures where a step's time goes: `megatron-keye profile`.
 
 The command is in megatron_keye/cli/profile.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs what only GPUs can prove: tests marked gpu side by side, then benchmarks alone.
 
     python -m tools.prove_on_gpu --out proofs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests a Slurm job on one machine: two simulated nodes, real daemons, the real batch file.
 
 Shows before a job waits in a queue whether recipe, ranks and stopping work. Needs root and Slurm

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes Markdown tables of the JSON lines that benchmarks wrote.
 
     python -m tools.report_benchmarks docs/benchmarks/kernels_h100.jsonl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes docs/verification.md: what was checked against what, where and when, and what never ran.
 
     python -m tools.report_verification

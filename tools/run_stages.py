@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains all stages of a model, each from the one before: `megatron-keye run_stages`.
 
 The command is in megatron_keye/cli/run_stages.py.

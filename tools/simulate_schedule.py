@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Simulates the schedule on a mix of sample lengths: `megatron-keye simulate`.
 
 The command is in megatron_keye/cli/simulate.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages of the site that stand outside docs/: a hook of mkdocs, named in mkdocs.yml.
 
 A page of the repository links to others as files, so that it reads well without the site; here

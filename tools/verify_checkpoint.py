@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares a checkpoint with another form of the model: `megatron-keye verify`.
 
 The command is in megatron_keye/cli/verify.py.

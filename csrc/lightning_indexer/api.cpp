@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Host side of the lightning indexer: checks the tensors, cuts the queries into chunks, launches.
 // No check here reads device memory.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The lightning indexer as an operator; its contract stands in kernels/lightning_indexer/api.py.
 #pragma once
 

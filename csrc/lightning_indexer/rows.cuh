@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which queries a launch works on, which keys they see, and which keys stand for the others.
 #pragma once
 

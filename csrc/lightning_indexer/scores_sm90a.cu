@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scores of the lightning indexer on the tensor cores of Hopper:
 //   score[t, s] = J^-0.5 * sum over i of gate[t, i] * relu(q[t, i] . k[s]).
 // A thread block keeps 64 queries of all heads in shared memory; its two warpgroups iterate over

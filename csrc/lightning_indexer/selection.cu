@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Selection by the lightning indexer: one thread block per row.
 // A sample of a row's scores gives a threshold that about k keys and a safe margin pass. Of those
 // that did, the exact k are found in shared memory. Rows of which too few or too many passed are

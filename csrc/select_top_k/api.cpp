@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Host side of the top-k selection: checks the tensors, allocates the result, launches.
 // The contract stands in kernels/select_top_k/api.py; no check here reads device memory.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The cut of a row: its k-th largest score, found digit by digit from the most significant bits.
 // A row is too long to sort (up to a million keys for 2,048 places), so keys are counted. Only
 // counts decide, so the order in which threads arrive cannot change the result.

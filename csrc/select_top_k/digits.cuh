@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How both selections find the k-th largest key: keys are counted by a digit, and the digit of the
 // wanted key is where the counts from the largest digit down reach it. Each selection keeps and
 // counts its keys in its own way.

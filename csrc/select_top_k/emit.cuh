@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Writes the keys that a cut takes, ascending, and of equal scores the lower keys.
 // One thread block works on one row; every function takes all of its threads.
 #pragma once

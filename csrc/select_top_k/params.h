@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Arguments of the top-k selection, shared by the host checks and the device code.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Selects from one row: exact and deterministic, by one thread block.
 // Long rows are read once. A sample of the row gives a threshold that about k and a safe margin
 // pass; one read moves what passes into shared memory, where the exact cut is found. When too few

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device side of the top-k selection: one thread block per row.
 
 #include <cuda_runtime.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Signatures of the operators, for bindings.cpp.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device side of the top-k selection of a few long rows: each is split over a cluster of thread
 // blocks. With one block per row, a single sequence would leave all but one multiprocessor idle.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Arguments of the top-k selection of split rows, shared by the host checks and the device code.
 // Every row begins at key 0, as in inference.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Host side of the top-k selection of split rows: checks the tensors, allocates, launches.
 // The contract stands in kernels/select_top_k/cuda.py; no check here reads device memory.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Host side of the sparse attention's two passes: checks the tensors and launches.
 // No check here reads device memory.
 

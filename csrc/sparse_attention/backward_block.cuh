@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a thread block of the backward pass is cut, and what lies in its shared memory.
 // Rows are those of the forward pass. Each consumer warpgroup owns 64 of them for logits and dq;
 // for the sums over all rows of the block it owns one of two products, dk or dv, of a tile's keys.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The backward pass of a consumer warpgroup: its products, and what lies between them.
 #pragma once
 

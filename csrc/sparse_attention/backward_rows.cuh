@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The rows of a thread block of the backward pass: brought to shared memory once, with what a
 // thread keeps of its own two.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sparse attention backward on the tensor cores of Hopper.
 // Thread blocks are cut like those of the forward pass and walk over the same unions, one tile of
 // 64 keys after the other. A warpgroup recomputes the weights of its 64 rows from their

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a thread block is cut: which rows it attends for, and where its tiles of keys lie.
 // A row is a query's head: query * heads + head. Each consumer warpgroup owns 64 rows; one more
 // warpgroup, the first, brings keys and values.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sparse attention forward on the tensor cores of Hopper.
 // A thread block attends for the queries of one tile and one group: it walks over the union of
 // their selections in tiles of 64 keys, each loaded once for all of them, and masks by bits what a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Brings keys of a union with their values to shared memory.
 // Rows lie anywhere in memory, which Hopper's bulk copies can't gather, so each thread copies 16
 // bytes at a time; a barrier hears from the copies themselves when a stage is full.

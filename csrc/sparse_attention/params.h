@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Arguments of the sparse attention, shared by the host and the device code.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Selections as bits, and the online softmax of a warpgroup's rows.
 // A thread holds of a tile's logits those of two rows, 8 apart, and of each row 16 keys:
 // logits[4j + 2i + odd] is row i with key 8j + 2 * (lane % 4) + odd.

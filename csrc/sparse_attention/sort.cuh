@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Sorts the keys of a union by who needs them, tile after tile, for the forward pass.
 // Where selections differ much, half of the queries need little more than half of the union, so
 // tiles are filled with keys that both warpgroups need, or only the one or the other.

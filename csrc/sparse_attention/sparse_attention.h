@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The sparse attention's two passes as operators; their contract stands in
 // kernels/sparse_attention/api.py, that of the unions in kernels/union_lists/api.py.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Argument checks that name the tensor, what was got and what was expected.
 // Shared by all operators, so that every refusal reads alike.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // PTX instructions for sm_90a without a C++ form: asynchronous copies and matrix products.
 // Source: PTX ISA 8.8, "Asynchronous Warpgroup Level Matrix Instructions" and "cp.async".
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What every kernel launch needs around it: the current stream and the check for launch errors.
 // Kept in one place, because an error left unread is reported by a later, unrelated call.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Barriers in shared memory between threads that copy and threads that compute, and how registers
 // pass from the former to the latter.
 // Source: PTX ISA 8.8, "mbarrier", "cp.async.mbarrier.arrive" and "setmaxnreg".

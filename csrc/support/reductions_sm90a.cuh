@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Additions to float32 values in global memory that nobody waits for.
 // Source: PTX ISA 8.8, "cp.reduce.async.bulk" and "red".
 #pragma once

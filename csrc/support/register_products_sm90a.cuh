@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Matrix products of sm_90a whose left factor lies in registers.
 // Source: PTX ISA 8.8, "Asynchronous Warpgroup Level Matrix Instructions".
 #pragma once

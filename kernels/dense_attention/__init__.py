@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Grouped-query attention over every key of each query's range.
 
 Re-exports the operator's public functions.

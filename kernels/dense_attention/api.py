@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public function of the dense attention: contract, checks and choice of implementation.
 
 The warm-up phase trains the indexer beside dense attention, and short rows need no selection;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operators behind torch's scaled_dot_product_attention, forward and backward.
 
 They are called by name because the public function gives no log-sum-exp, and chooses by an order

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense attention through the operators behind torch's scaled_dot_product_attention.
 
 Those know all keys or a causal triangle, not a range for each query. So queries are cut into

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense attention through torch's own operators where a graph is made and ranges are unknown.
 
 Forward and backward pass are a leaf each, which finds the trapezoids when it runs. What torch's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far the indexer's distribution over whole ranges is from the attention it will serve.
 
 Re-exports the operator's public function.

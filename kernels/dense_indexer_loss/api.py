@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public function of the warm-up's indexer loss: contract, checks and choice of implementation.
 
 Before the indexer selects anything, it learns from all keys of each query's range.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ties the Triton loss of the warm-up into autograd.
 
 The forward pass makes the gradients too: both need attention weights and indexer scores of every

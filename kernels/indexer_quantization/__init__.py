@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rounding of the indexer's queries and keys to 8 bits, the same in training and inference.
 
 Re-exports the operator's public names.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public functions of the indexer's 8-bit form: contract, checks and choice of implementation.
 
 Inference keeps what `quantize` returns, training computes with what `round_to_fp8` returns; both

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ties the 8-bit rounding of either implementation into autograd.
 
 The rounding counts as the identity, and the rotation is its own transpose.

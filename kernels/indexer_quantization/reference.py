@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eager form of the indexer's 8-bit rounding.
 
 It defines the operator: other implementations must return the same bits, for which the order of

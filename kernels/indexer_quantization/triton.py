@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The indexer's 8-bit rounding in Triton: a program rotates and rounds a block of vectors.
 
 One kernel for the values that inference keeps, the numbers that training computes with, and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores that the lightning indexer gives to every key of each query's range.
 
 Re-exports the operator's public function.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public function of the indexer's scores: contract, checks and choice of implementation.
 
 They feed the selection.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The indexer's scores of a range in Triton: a program scores a block of queries and keys.
 
 It keeps the keys and iterates over the heads, so that the sum over heads never leaves a thread. A

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From indexer queries and keys straight to the selected keys.
 
 Re-exports the operator's public function.

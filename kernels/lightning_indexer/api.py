@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public function of the lightning indexer: contract, checks and choice of implementation.
 
 Scoring and selecting are one operator here because the scores of a long row must never exist

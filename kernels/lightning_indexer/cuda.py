@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Binding of the CUDA lightning indexer: scores and selection in one, for Hopper.
 
 The contract stands in api.py, the device code in csrc/lightning_indexer/. A sample of each row's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Selection in documents that branch, with the kernels that know ranges alone.
 
 The keys on the path of a branch are laid side by side, as they are where the branch is alone in

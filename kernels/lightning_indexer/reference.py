@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eager form of the lightning indexer: scores, then top-k, a chunk of rows at a time.
 
 It is the composition of the two operators' own definitions and adds none.

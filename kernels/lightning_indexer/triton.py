@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lightning indexer on a GPU: scores of some rows in Triton, then their exact top-k.
 
 No more than a byte budget of the score matrix exists at any moment. A row's selection does not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotary positions: pairs of channels rotated by angles, for decoder, indexer and ViT.
 
 Re-exports the operator's public names.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public function of the rotary positions: contract, checks and choice of implementation.
 
 Shape letters: T tokens or patches, H heads, C channels of a head.

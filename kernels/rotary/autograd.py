@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ties the Triton rotation into autograd: gradients are rotated back, only the tables are kept."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rotary positions by their definition, in plain PyTorch."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rotary positions in Triton: a program rotates all heads of a few tokens.
 
 It holds the tokens' cosines and sines in registers, so that each is read once.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The k best keys of each query, exactly and in ascending order.
 
 Re-exports the operator's public functions.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public function of the exact top-k selection: contract, checks and choice of implementation.
 
 torch.topk is not enough: it promises no order among ties and knows no ranges, and training and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Binding of the CUDA top-k selection, the one file of the operator that needs the extension.
 
 Imported only when that implementation is asked for, so that everything else works without a

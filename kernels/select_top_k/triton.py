@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact top-k selection in Triton: a program finds its row's k-th score digit by digit.
 
 Scores become integers of the same order; counting them by their highest bits, then the next,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores that the lightning indexer gives to the selected keys of each query.
 
 Re-exports the operator's public function.

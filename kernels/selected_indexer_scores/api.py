@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public function of the scores of selected keys: contract, checks, choice of implementation.
 
 They give the indexer's loss its gradient without a score matrix of queries by keys.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ties the Triton scores of a selection into autograd.
 
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selected keys.

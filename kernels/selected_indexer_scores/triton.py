@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The indexer's scores of selected keys in Triton, forward and backward.
 
 The forward gathers the keys of one query at a time: a key has 128 bytes only. The backward

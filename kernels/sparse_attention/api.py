@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public function of the sparse attention: contract, checks and choice of implementation.
 
 Attention to 2,048 selected keys passes torch's dense attention between 8K and 32K tokens: on an

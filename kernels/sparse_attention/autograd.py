@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ties the sparse attention's kernels into autograd.
 
 Between forward and backward it keeps the inputs, the output, one number per row and the union

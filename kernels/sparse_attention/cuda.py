@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Binding of the CUDA sparse attention: both passes on Hopper's own instructions.
 
 The contract stands in api.py, the device code in csrc/sparse_attention/. It walks over the same

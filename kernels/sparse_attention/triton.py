@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse attention in Triton: a program attends for the queries of one tile and one group.
 
 Rows of a tile are query * heads + head. The program iterates over the union of its queries'

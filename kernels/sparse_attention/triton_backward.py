@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backward of the sparse attention in Triton, over the same tiles and unions as the forward.
 
 Each program recomputes its weights, keeps dQ, and adds dK and dV of every key that it visits to

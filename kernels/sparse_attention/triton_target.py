@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The indexer's target in Triton, gathered by a pass of its own.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over the selected keys together with the loss that teaches the indexer from it.
 
 Re-exports the operator's public function.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public function of the sparse attention with its indexer's loss: contract, checks and choice.
 
 The loss needs the attention's weights, of which a fast forward pass keeps none. So the target is

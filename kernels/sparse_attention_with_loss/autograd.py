@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention and loss as one node of autograd, whose backward pass in Triton makes the target.
 
 It is gathered for a part of the queries at a time, which learn from it at once, so that of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plain form of the attention with its indexer's loss: one operator after the other.
 
 It defines the operator: other implementations are held to it.

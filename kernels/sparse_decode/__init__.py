@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse attention of a few new tokens over a paged cache.
 
 Re-exports the operator's public names.

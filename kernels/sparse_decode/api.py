@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public function of the sparse decode: contract, checks and choice of implementation.
 
 Inference over a paged cache. One operator from indexer queries to the attention's output, since

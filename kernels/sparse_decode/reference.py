@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eager form of the sparse decode: gather a sequence's pages, then the operators of training.
 
 It is the composition of their definitions, one sequence at a time, and adds the pages alone.

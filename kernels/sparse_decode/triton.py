@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sparse decode in Triton: scores over the pages, exact top-k, attention in parts, their sum.
 
 A single query would leave most of a GPU idle, so its selected keys are split over several

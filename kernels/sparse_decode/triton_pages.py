@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the sparse decode's kernels share: a key's place in the cache, and overlapping launches."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The indexer's scores of the sparse decode in Triton, over the pages of the cache.
 
 A single query would leave most of a GPU idle, so its keys are scored by many programs. A score is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The exact top-k of a few long rows, where one program per row would leave most of a GPU idle.
 
 With the extension each row is split over a cluster of thread blocks. Elsewhere, and for more or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far the indexer's distribution over the selected keys is from the attention it serves.
 
 Re-exports the operator's public function.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public function of the sparse phase's indexer loss: contract, checks, choice of implementation.
 
 Shape letters: T queries, G key-value heads, K selected keys.

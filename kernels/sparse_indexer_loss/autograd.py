@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ties the Triton loss of the sparse phase into autograd.
 
 Shape letters: T queries, G key-value heads, K selected keys.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eager form of the sparse phase's indexer loss.
 
 It defines the operator: other implementations are held to it.

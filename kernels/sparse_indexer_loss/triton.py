@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The indexer's loss of the sparse phase in Triton: one program per query, value and gradient.
 
 Shape letters: T queries, G key-value heads, K selected keys.

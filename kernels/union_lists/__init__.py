@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which keys a tile of neighbouring queries needs, each key once.
 
 Re-exports the operator's public names.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public function of the union lists: contract, checks and choice of implementation.
 
 Neighbouring queries select mostly the same keys. Attention over their union under a mask loads

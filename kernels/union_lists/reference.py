@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eager form of the union lists.
 
 It defines the operator: other implementations must return the same integers.

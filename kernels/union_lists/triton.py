@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Union lists in Triton: each program marks its tile's keys in a table of S words, then reads it.
 
 The table lies in global memory (in practice in L2), since Triton cannot address shared memory.

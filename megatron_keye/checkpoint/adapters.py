@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters in native checkpoints: which ones a folder holds, and whether a run can take them."""
 
 from collections.abc import Iterable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a run may continue a checkpoint: what must be as it was, what may change and is said.
 
 State of another phase or precision does not fit, and an order of samples from another seed would

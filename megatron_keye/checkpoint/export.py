@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exports checkpoints to Hugging Face folders while a run goes on.
 
 A run takes the small files that came with its weights into its own folder, from which each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The folders of a run's checkpoints: named by step, and found. Without torch.
 
 A checkpoint that is still being written has another suffix. What has the name of one counts only

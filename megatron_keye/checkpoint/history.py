@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which runs trained the weights of a checkpoint, in order, and which parts learned in each.
 
 Every checkpoint carries the list as training_history.json, converted and exported ones too. A run

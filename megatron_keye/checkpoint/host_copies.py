@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies of a rank's tensors in main memory, from which a checkpoint is written.
 
 The memory is taken once and used again by every save: to get it fresh costs several times what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The manifest of a checkpoint: every file with its size and checksum.
 
 It is written last. A folder without it, or with a file that differs from it, is no whole

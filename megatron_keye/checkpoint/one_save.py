@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One save as the thread of a rank does it: its file, then on rank 0 what makes a checkpoint.
 
 The threads agree by messages, not collectives, so that a save becomes complete even while the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """This rank's shard of each weight's optimizer state: all of it, or the part that it updates.
 
 Megatron's distributed optimizer concatenates all gradients of a data-parallel group and gives each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizer state in checkpoints: whole tensors under the names of their weights.
 
 Any grid can load them, whether its replicas shard the optimizer or each keep all of it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The progress of a run in its checkpoint, as JSON. Without torch."""
 
 import json

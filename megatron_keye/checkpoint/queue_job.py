@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The queue's job that a run belongs to: what it has saved itself, and whether another one runs.
 
 A queue may start a job again at any time. What the folder holds by then may be an earlier run's.

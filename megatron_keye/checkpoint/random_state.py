@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The states of a rank's random generators, as numbers and tensors alone.
 
 Python's and NumPy's own forms are objects that only a pickle can hold, and a pickle can run code.

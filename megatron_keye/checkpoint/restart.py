@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job that its queue starts again with other ranks goes on with the same global batch."""
 
 from dataclasses import replace

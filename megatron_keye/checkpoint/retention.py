@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which checkpoints of a run stay on disk, and what a killed save leaves there. Without torch."""
 
 import shutil

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lock of a run's folder, so that two runs never read, rename and write there at once.
 
 run.lock names its holder; the time of its last change is the holder's last sign of life, since

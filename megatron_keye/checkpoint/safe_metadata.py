@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the list of a checkpoint's tensors, and its objects, without running code from either.
 
 torch.distributed.checkpoint writes the list, .metadata, as a pickle and reads it as one, and a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings of the run that saved a checkpoint: its run.json. Without torch."""
 
 from pathlib import Path

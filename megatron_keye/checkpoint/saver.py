@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Saves checkpoints beside the steps that follow: the run pauses for a copy in main memory.
 
 A thread of each rank writes the rank's file; that of rank 0 adds the rest when all are written,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which checkpoint a run continues from: asked once at a start, the same on all ranks."""
 
 import logging

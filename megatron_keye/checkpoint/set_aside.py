@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sets aside what another run left where this one will write, so that nothing is lost or mixed."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fills sharded tensors from a checkpoint that was saved on any grid.
 
 In place of Megatron-Core's `dist_checkpointing.load`, which unpickles .metadata, its own common

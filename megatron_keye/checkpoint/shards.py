@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of a checkpoint's state that this rank writes, and how.
 
 Megatron-Core says which rank has which part of a tensor. The rest of its `save` is left out: it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights as sharded tensors under their names in the whole model, for any grid."""
 
 from typing import Any

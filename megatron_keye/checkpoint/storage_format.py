@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The native format on disk: what training and conversions write alike.
 
 It is torch.distributed.checkpoint's: parts of tensors and objects one behind the other in *.distcp

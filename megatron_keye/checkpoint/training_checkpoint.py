@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training checkpoints on disk: what is in them, and how it is loaded on any grid.
 
 Format: Megatron-Core's torch_dist.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A chat on the terminal: typed lines are questions, answers come word by word.
 
 Rank 0 reads and writes; the others get each prompt from it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Converts checkpoints between the released (Hugging Face) form and the native one of training.
 
     megatron-keye convert hf-to-native --hf DIR --out DIR --recipe keye_30b_a3b

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports what the training stack finds on this machine, what is missing, and the consequences.
 
     megatron-keye doctor [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts and joins the ranks of megatron-keye doctor --rates, and writes what they measure."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The environment variables of a rank, in one place for every launcher."""
 
 import importlib.util

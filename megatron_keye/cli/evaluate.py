@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores a model's answers to questions about videos, in all and by the length of the video.
 
     megatron-keye evaluate keye_tiny_grounding --task grounding \\

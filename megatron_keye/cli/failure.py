@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a rank says when it ends before the run does, so that each failure is told once.
 
 The first rank that fails tells of itself. One that fails since it lost another says nothing: the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forges clips whose events are known, with questions and right answers: data without a download.
 
     megatron-keye forge_video runs/forged --samples 200 --seed 0

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers questions with a trained model: those of a file, or in a chat on the terminal.
 
     megatron-keye generate keye_tiny --weights runs/keye_tiny

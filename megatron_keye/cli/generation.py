@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `megatron-keye generate` does on one rank: opens the engine, answers a file or a chat."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cuts captioned videos into pieces with the captions between, as samples for training.
 
     megatron-keye interleave CAPTIONS.jsonl --out SAMPLES.jsonl

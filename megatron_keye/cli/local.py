@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts one process per rank on this machine and stops them together.
 
 Replaces torchrun, whose own traceback would hide a rank's one-line message about a wrong setting.

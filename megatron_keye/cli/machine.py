@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detects packages, compiler, driver and failing imports on this machine.
 
 Whatever might crash is imported in a separate process.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The program `megatron-keye`: imports the module of the given command and runs it.
 
 No other command is imported, so that planning and --help start without torch.

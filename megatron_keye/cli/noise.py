@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeps messages of libraries out of a command's output."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shows the ranks, stages, parameters and memory that a recipe needs; runs without a GPU.
 
     megatron-keye plan keye_30b_a3b --ranks 128

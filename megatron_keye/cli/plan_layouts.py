@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layouts that megatron-keye plan --gpus suggests, as text and for JSON."""
 
 import shlex

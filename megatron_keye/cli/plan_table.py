@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Formats the plan of a run as text, a line for ranks that are alike, and that of a step."""
 
 import textwrap

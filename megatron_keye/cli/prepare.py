@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prepares samples for training: tokenizes conversations into a zarr store.
 
     megatron-keye prepare INPUT --out STORE --workers 8 --preview 6

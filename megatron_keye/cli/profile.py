@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shows where the time and the memory of a run's steps go, by phase, by module and by rank.
 
     megatron-keye profile keye_tiny --out runs/profile --ranks 4

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures of a profile as text, in 80 columns."""
 
 from collections.abc import Mapping, Sequence

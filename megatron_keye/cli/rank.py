@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rank of a run: joins the others, trains, and is watched while it does.
 
 Every rank finds the same mistakes in recipe and settings, so only rank 0 reports them; of later

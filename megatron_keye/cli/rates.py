@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures what a machine reaches, for megatron-keye doctor --rates."""
 
 import dataclasses

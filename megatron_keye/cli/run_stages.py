@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains all stages of a model on this machine, each from the last checkpoint of the one before.
 
     megatron-keye run_stages keye_tiny --ranks 1

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists the settings of a run: name, type, default and meaning of each.
 
     megatron-keye settings

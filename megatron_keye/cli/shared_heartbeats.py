@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory in which a machine's ranks leave their heartbeats for the launcher that started them.
 
 A rank that a signal ended cannot say where it was, and the launcher knows its process only. The

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shows the best and the worst answers of a run that learns from its own, by kind of question.
 
     megatron-keye show_rollouts runs/keye_tiny_rl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Simulates the schedule on a mix of sample lengths: step and idle times, balanced or not.
 
     megatron-keye simulate keye_30b_a3b

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stages of a model as runs that follow each other: where each begins and how far it is."""
 
 import argparse

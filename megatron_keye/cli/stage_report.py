@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shows how far the stages of a model are: a table, and a picture of their curves."""
 
 import json

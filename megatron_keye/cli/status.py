@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exit statuses of all commands, and how a command reports errors that its user can fix."""
 
 import functools

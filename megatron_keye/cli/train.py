@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a recipe.
 
     megatron-keye train keye_tiny

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a checkpoint on one device and prints deviations from another form of the model."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a checkpoint and compares the results with another form or implementation of the model.
 
     megatron-keye verify --hf DIR --native DIR

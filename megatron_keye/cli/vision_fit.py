@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times the ViT on frames of several sizes, to fit the cost of its attention."""
 
 import time

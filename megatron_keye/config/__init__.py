@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configuration of a run: frozen dataclasses, validated when they are made."""
 
 from megatron_keye.config.data import DataConfig, DecodeConfig, FrameConfig, RemoteConfig

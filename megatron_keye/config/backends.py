@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detects which optional GPU packages are completely installed, without importing them.
 
 Importing does not show it: a partly installed Transformer Engine raises RuntimeError, for which

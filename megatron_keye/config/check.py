@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The error message of an invalid setting: what was got, what was expected.
 
 Here once, so that all sections of the configuration word it alike.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sources of samples, and the rate and resolution at which the model sees video and images."""
 
 import math

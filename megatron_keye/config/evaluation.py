@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of the questions that a run answers while it trains."""
 
 from dataclasses import dataclass

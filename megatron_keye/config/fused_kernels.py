@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decides which fused kernels of the decoder a run takes on a machine, and which plain forms.
 
 `config/megatron.py` tells Megatron-Core. Standard library only.

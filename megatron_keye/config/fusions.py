@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of the decoder's fused kernels; each has a plain form of the same result."""
 
 from dataclasses import dataclass, fields

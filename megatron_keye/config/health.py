@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of what a run does about numbers that are not finite, or far from those before."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of a language model that judges answers, asked by HTTP."""
 
 from dataclasses import dataclass

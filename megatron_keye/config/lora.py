@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of low-rank adapters (LoRA), and the names and sizes that follow from them."""
 
 import math

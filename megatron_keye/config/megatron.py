@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Translates a run into Megatron-Core's configuration objects.
 
 Megatron's field names appear in no other file of the configuration.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes of the model: vision encoder, projector, decoder, experts and indexer.
 
 Standard library only, so that planning needs no torch. Names follow the released checkpoint's

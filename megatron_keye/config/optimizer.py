@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of the optimizer: AdamW, its learning rate over the steps and by part of the model."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Degrees of parallelism of the decoder and of vision."""
 
 from dataclasses import dataclass, field

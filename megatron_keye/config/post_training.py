@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of training on a model's own answers: groups of answers, the objective, the loop."""
 
 from dataclasses import dataclass, field

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of the profilers that a run may start in given steps."""
 
 from dataclasses import dataclass

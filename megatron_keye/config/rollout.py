@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of generation: the grid, the cache of keys and values, and the law of tokens."""
 
 from dataclasses import dataclass

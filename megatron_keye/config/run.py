@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole configuration of a run: checks across sections, JSON, and --set overrides."""
 
 import json

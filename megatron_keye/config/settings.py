@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists all settings of a run: name, type, default and meaning.
 
 They are read from the dataclasses and the docstrings of their fields, so that help and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of training: phase, steps, optimizer, precision, checkpoints."""
 
 from dataclasses import dataclass, field

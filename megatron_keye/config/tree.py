@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings as nested JSON data: from dataclasses, back into them, and single ones changed."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order of samples: sources mixed by weight, each reshuffled every epoch.
 
 The next source follows from the number of samples drawn from each, so these counts are the whole

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lays samples that branch into a row: what is shared once, and behind it each way to go on.
 
 Each position predicts the next token of its path. Where several branches go on from one token it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a conversation as Qwen3's chat template does, and what each piece of it weighs.
 
 ChatML turns, tools in the system turn, calls and results between tags, thinking before the answer.

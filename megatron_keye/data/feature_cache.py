@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Caches features of a frozen vision encoder on disk: zarr arrays, one zarr chunk per picture.
 
 The name of an entry contains everything that decides the features: the content of the media file,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cuts captioned videos into short pieces with the captions between, as lines of a sample file.
 
 Training on clips (stage 1 of Keye-VL-2.0, arXiv 2606.10651) shows a video as pieces of at most

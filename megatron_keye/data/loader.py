@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packed rows from the samples of a run, in an order that depends on the seed alone.
 
 Every rank makes the same rows and takes its share, so the order is the same for any number of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Media files: their kind, where they are, and whether their content has changed.
 
 Sample files move between machines and installed packages contain clips, so names are resolved

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of one source from its first sample to its last, as often as they are asked for."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packs samples end to end into rows of fixed length, chosen from a window of waiting samples.
 
 A row starts with the sample that has waited longest, then takes the longest that still fits: best

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A shuffled order that is computed position by position, so that it takes no memory.
 
 A Feistel network over pairs (left, right) is a bijection for any mixing function; a result outside

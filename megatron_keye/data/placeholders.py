@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Positions of picture features in rows: slots for the step's plan, checked against the tokens.
 
 Every rank makes the slots of all rows, so a bad row stops all ranks before any communication.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts from a file of conversations: each up to the assistant's last turn, which is the model.
 
 Records are those of training, so that a model can be asked what it was taught.

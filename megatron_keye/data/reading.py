@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The border to libraries that read files of a user: what they raise becomes a UserError.
 
 Pillow, FFmpeg, zarr, json and the file system raise whatever their code runs into when a file is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A packed row before it reaches a device: tokens, weighted labels, documents, picture positions.
 
 Cheap to build and equal on every rank, so that each rank plans a whole step by itself; pixels are

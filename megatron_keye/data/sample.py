@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenizes a conversation: ChatML tokens, labels and placeholders for pictures.
 
 Reads the containers of media but no pixels, so every rank can afford it.

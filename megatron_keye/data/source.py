@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface of sample sources, and the source that tokenizes a file of conversations.
 
 The other source, a prepared store, is in store/reader.py; beyond `open_source` the interface alone

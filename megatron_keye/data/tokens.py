@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text to token ids and back, with the vocabulary of Qwen3.
 
 A run needs no Hugging Face hub: the vocabulary comes from an installed package, or a whole

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a label weighs in the loss: long answers count by their tokens, or less.
 
 Applied when samples are packed, so that a store serves any weighting.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters inside Megatron's linears: subclasses whose weights keep their names.
 
 Each adds scale * B (A x) to the output of its frozen linear, whether that is Megatron's own or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Self-attention of one decoder layer: grouped-query attention to the keys its indexer selects.
 
 It replaces the whole of Megatron's SelfAttention, since the indexer needs the layer's input, and

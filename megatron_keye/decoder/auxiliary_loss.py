@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attaches a loss to an activation, whose backward pass then includes that of the loss.
 
 So the loss of a layer in any pipeline stage need not be sent to the last stage.

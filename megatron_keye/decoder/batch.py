@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tensors of one packed row that are copied to the device of a decoder rank."""
 
 from dataclasses import dataclass, fields

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of new tokens to the keys in a cache of pages, which it writes first.
 
 The operators are those of training, on keys that are gathered from their pages, so that a prompt

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cross entropy of each label, from logits whose vocabulary is split over tensor ranks.
 
 Megatron's function rounds to float32, so float64 runs use the one below.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RMSNorm by Transformer Engine's kernels, whose backward pass reads its input once.
 
 Only the kernels: Transformer Engine's module would add keys to checkpoints.

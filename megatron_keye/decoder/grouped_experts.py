@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The experts of a rank as one module, and the layer that routes tokens to them.
 
 Megatron-Core's own, SequentialMLP and TEGroupedMLP, have a weight for each expert; checkpoints are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linears of all experts of a rank as one: stacked weights, multiplied by a grouped product.
 
 A loop over the experts would launch a kernel for each of them, 128 in the released model, and a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lightning indexer's projections: few narrow query heads, one shared key, a gate per head.
 
 Source: DeepSeek Sparse Attention (DeepSeek-V3.2 report), as in the released Keye-VL-2.0 serving

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Initial weights that depend only on a parameter's name and the seed.
 
 So a run starts from the same model on any number of ranks.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys and values of one layer in pages, and which of them a row writes and sees.
 
 Shape letters: P pages, L places of a page, G key-value heads, C channels of a head, J indexer

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-Core's specs of the decoder's layers.
 
 Linear layers are Transformer Engine's or Megatron's own, experts Transformer Engine's or this

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RMSNorm that supports sequence parallelism on CPU and GPU.
 
 Megatron-Core's torch norm rejects sequence parallelism and its others need a GPU library; with one

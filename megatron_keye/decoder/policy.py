@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights that turn the cross entropy of a model's own answers into a clipped policy gradient.
 
 The objective of an answer of n tokens with advantage A is min(s A, clip(s) A), averaged over

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """M-RoPE: three positions of every token, and their rotary tables.
 
 Source: positions of the released Keye-VL-2.0 serving code (each image or frame has one time, not

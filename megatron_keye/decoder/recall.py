@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recall of the indexer's selection: its share of the dense attention weights.
 
 It is measured on a few queries per row, since dense attention is what sparse attention avoids.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a recomputed layer's first pass hands to its second one, in the backward pass.
 
 The second pass never selects again: scoring all keys of a long row costs more than everything

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron's router, in the precision of the run, and for a rank without tokens.
 
 Megatron rounds probabilities to float32 whatever moe_router_dtype is, by far the largest error of

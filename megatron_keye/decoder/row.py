@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The properties of a row that its attention layers share.
 
 Computed once per row and passed through Megatron's block, so that there are no globals.

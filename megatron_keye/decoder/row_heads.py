@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one layer's projections make of a row, with keys and values on their way between ranks.
 
 Shape letters: S positions of the row, T = S/CP local queries, H query heads, G key-value heads,

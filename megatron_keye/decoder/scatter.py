@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replaces the embeddings of placeholder tokens by vision features.
 
 A wrong number of features raises, since a misplaced feature would corrupt training silently.

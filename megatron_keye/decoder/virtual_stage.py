@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The decoder's layers of one virtual pipeline stage.
 
 The first one also embeds tokens and scatters vision features; the last one computes the loss.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fits the size of a frame whose attention takes as long as the rest of the ViT, from timings."""
 
 from collections.abc import Sequence

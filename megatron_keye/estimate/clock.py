@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An event loop in simulated time: processes that work, or wait for events."""
 
 import heapq

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What GPUs can do at most, from NVIDIA's data sheets, by prefix of CUDA's device name."""
 
 import math

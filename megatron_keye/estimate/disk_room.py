@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a run's folder can be written and has room for what the run will save, before it begins.
 
 A disk that is full after hours loses the steps since the last checkpoint.

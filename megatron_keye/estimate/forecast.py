@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Estimates a step's time and the idle time of ranks, from a run and the sizes of its rows.
 
 Times are executed FLOPs over an assumed speed, which is the weak point; the order of events is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Says how many patches of a step may keep their ViT activations on a GPU, by `memory.py`."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Synthetic rows with a realistic mix of sample lengths, from short texts to two-hour videos."""
 
 from collections.abc import Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Estimates the memory that a run needs on each device, from sizes and degrees.
 
 Activations are what autograd saves in this code, tensor by tensor; test_memory.py compares them

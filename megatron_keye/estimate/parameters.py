@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts the parameters on each rank, by part of the model and by whether experts own them.
 
 Counted from the released checkpoint's names and shapes, adapters from the sizes of their linears.

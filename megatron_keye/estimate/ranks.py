@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists the ranks of a run: coordinates, layers, parameters and expected memory."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Discrete-event simulation of a step from its plan: when each rank works, and when it waits.
 
 Ranks follow the same plan, the same orders and the same choice of next work as training. Tensor

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Estimates the memory of what a run keeps: weights, gradients and the optimizer's state.
 
 On the device and in main memory. Standard library and numpy only.

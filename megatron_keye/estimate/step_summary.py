@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Summarises one estimated step of a run's own samples: chunks, idle shares, exchanges."""
 
 from typing import Any

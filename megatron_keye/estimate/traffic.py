@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long features and activations travel, from the places of ranks and the rates of links."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The work of a step as arrays: sizes of rows, and chunks with the ranks that encode them.
 
 Training plans every token that travels; a simulation of thousands of ranks needs only counts. Both

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes that end with the one that started them, however it dies, KILL included.
 
 Linux tells a process of its parent's death, but means the thread that forked it: a process that

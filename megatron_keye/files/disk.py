@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The border to the disk: what it refuses becomes one sentence, with the path and what to do.
 
 A disk that is full, read-only or gone is no programming error, and its user can mend it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Locks between the processes of a machine, which end with the process that holds them."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A folder under construction: DIR.partial, resumed after a kill, renamed when it is complete.
 
 Each finished file leaves a record, by which a resumed run skips it. A file gets its name only

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The progress of long work: the library reports it, the command line draws it."""
 
 from typing import Protocol

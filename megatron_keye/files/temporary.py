@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Temporary files of this machine: those that processes share, and those that go with a process.
 
 multiprocessing keeps its sockets in a folder that stays when the process is killed. A lock of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fork server, which worker processes are forked from: it imports once what all of them need.
 
 A module of its own, without heavy imports: a tool that starts the fork server first has torch

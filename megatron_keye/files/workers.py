@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fills the files of a folder with several processes, one file per process at a time."""
 
 import traceback

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes files that can be trusted: summed while they are written, synced before they count.
 
 The sum is zlib's CRC-32, which finds all damage within 32 bits in a row and misses other once in

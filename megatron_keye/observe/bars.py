@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws values from 0 to 1 of several groups as one SVG of bars."""
 
 from collections.abc import Mapping, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws metrics of several runs that follow each other as one SVG: a panel per metric."""
 
 from collections.abc import Mapping, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws a step as an SVG Gantt chart: one bar per rank, one colour per kind of span."""
 
 from xml.sax.saxutils import escape

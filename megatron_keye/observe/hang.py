@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Judges heartbeats: whether a run hangs, and which rank is the likely cause. Without torch."""
 
 from collections.abc import Sequence

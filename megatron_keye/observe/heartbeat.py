@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a rank does at this moment, for those who ask when it hangs or has ended. Without torch.
 
 Its main thread writes it at each change of work, which costs microseconds; the watchdog sends it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tells the heartbeat what a step does, and records its spans where that is asked for.
 
 On a GPU the times come from CUDA events in the stream, so that recording never synchronises within

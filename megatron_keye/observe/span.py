@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A span: what a rank did during one interval of a step.
 
 Separate from the recorder, so that drawings and the simulator need no torch.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the rank that is slower than its peers, from the spans of one step. Without torch.
 
 Ranks of one role (a pipeline stage, or vision) have equal work, as far as the plan can balance it.

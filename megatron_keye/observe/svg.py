@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The frame of a picture as SVG, which needs no library to write or to show."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes and reads the spans of all ranks, and derives times and a Chrome trace from them."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ends a run that hangs, after telling which rank holds it up and writing every rank's stack.
 
 Each rank has two threads. One sends its heartbeat to the job's store every few seconds and, when

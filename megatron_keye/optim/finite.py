@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds numbers that are not finite in what an optimizer updates, without a host synchronisation.
 
 Adam turns one NaN in a moment into one in its weight while loss and gradients still look healthy.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all ranks measured of a step before its update: one small table, the same on every rank.
 
 From it every rank draws the same conclusion: whether weights change, and which rank is to blame.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The optimizers of decoder and vision as one: one gradient norm, one clipping, both or neither.
 
 The two are on different grids, so each has its own Megatron optimizer; this combines their norms.

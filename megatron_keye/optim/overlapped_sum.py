@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums the decoder's gradients over replicas bucket by bucket, while its backward pass still runs.
 
 Megatron-Core starts a bucket's sum when each of its weights has reported as many gradients as in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Groups of weights that share a learning rate and a weight decay.
 
 Megatron marks groups with factors that its own scheduler multiplies in; the rates of a run are set

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Main memory that a GPU copies from and to at the full speed of its bus."""
 
 import mmap

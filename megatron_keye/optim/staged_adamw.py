@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AdamW whose state lies in main memory or in a lower precision than it computes in.
 
 The state passes through float32 rooms on the device, some weights at a time: copies in and out run

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rooms on the device through which an optimizer's state passes, in float32.
 
 While the update computes in one room, the next one fills and the one before empties.

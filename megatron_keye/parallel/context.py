@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gathers the tokens [S/CP] of context-parallel ranks into a row [S], in row order.
 
 Queries stay local; keys and values are gathered, so that each rank selects among all keys of its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lets Megatron-Core, which assumes a GPU, run in gloo processes without one.
 
 So every parallel layout can be tested on an ordinary machine. Each patch below covers one

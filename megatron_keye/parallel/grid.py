@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the process groups of the decoder grid and of the vision grid.
 
 No other file makes groups; functions get the groups that they use as arguments. `plan/places.py`

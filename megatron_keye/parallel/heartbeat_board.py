@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The heartbeats of all ranks in the job's key-value store."""
 
 from collections.abc import Sequence

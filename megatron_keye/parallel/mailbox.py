@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Messages between threads of ranks, beside the collectives of their main threads.
 
 They travel through the key-value store by which the ranks met. A thread that waits for a message

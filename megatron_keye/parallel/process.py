@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes this process a rank of the job: device, backend, and the group of all ranks."""
 
 import os

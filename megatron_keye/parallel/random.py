@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seeds a rank's random generators, Megatron's for parallel axes too."""
 
 import random

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The schedule of encoding, decoder and vision's backward in one step, on each kind of rank.
 
 Computation is passed in, so that the order can be read in one place.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sends features from vision ranks to the decoder ranks that own them, and gradients back.
 
 One uneven all-to-all per micro-batch and direction, with counts from the plan, so that only owned

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Balances a step's work: pictures over vision ranks, rows over replicas.
 
 Pure functions of sizes, so that every rank gets the same result without communication.

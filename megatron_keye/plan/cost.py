@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Costs of pictures and rows, by which work is balanced: FLOPs, of which only ratios matter.
 
 The FLOPs of a pair stand here alone; `estimate/account/` counts all that a step does with them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far one rank is in a step's order of exchanges, and which of them it may start next.
 
 Transport and the simulator share it, so that both keep the order for which `plan/order.py` shows

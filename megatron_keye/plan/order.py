@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order of a step's passes and exchanges, the same on every rank.
 
 Separate from the plan, since it needs only the degrees and the number of micro-batches.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Coordinates of the ranks in their grids, and the tokens of a row that each rank holds.
 
 Decoder ranks come first, numbered with tensor fastest, then context, data, pipeline; dedicated

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents whose tokens branch: one prompt with many answers behind it, each answer as if alone.
 
 A document is then a prefix tree. Its branches lie in the row parent before child, and all that

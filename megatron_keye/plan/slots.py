@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The order of a step's rows and the plan of a step, from the sizes of documents and pictures.
 
 Training and estimates call the same functions, so that they agree on the plan.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plan of one step: which vision rank encodes which pictures, and who gets which features.
 
 Every rank computes it from sizes that are known before any pixel is decoded, so that both ends of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lays answers behind their prompts as rows of training."""
 
 from collections.abc import Sequence

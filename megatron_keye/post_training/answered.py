@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A prompt with its answers and their rewards."""
 
 from dataclasses import dataclass, field

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which settings make no sense for a run that learns from its own answers.
 
 No part of `RunConfig.validate`, since the same run may generate by other settings, as when it is

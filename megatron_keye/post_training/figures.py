@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The figures of a step that learns from answers, and the updates of a step as one."""
 
 import math

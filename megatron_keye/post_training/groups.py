@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Groups of answers to one prompt: what each is worth beside the others, and which groups teach.
 
 Source: advantages as in arXiv 2507.18071, equation 6; leaving out groups of equal rewards as in

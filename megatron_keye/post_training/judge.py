@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A language model that judges answers, asked by HTTP; what it said is kept on disk.
 
 Interface: OpenAI's chat completions, which vLLM, SGLang and others serve.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a step does with scored answers: log-probabilities before, mini-batches, updates."""
 
 from collections.abc import Callable, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log-probabilities of the tokens of all answers of a step, from the ranks that ran them."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run that learns from its answers is made of on one rank."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a run that learns from its answers stands in its questions, in its checkpoints."""
 
 from dataclasses import dataclass, field

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The questions that a run asks itself, in an order that only the seed decides."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ratios of an answer's probabilities now and before, as figures for a run's user.
 
 The ratios that weigh the loss are those of `decoder/policy.py`; these are computed again from the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an answer is worth to training: by its task and by its form.
 
     total = g (task_weight x task + format_weight x format)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes that score answers beside generation, with a limit of time for each answer.
 
 An answer whose reward fails, or takes too long, is not scored, which is no score of 0: it would

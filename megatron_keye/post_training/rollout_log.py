@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every answer of a run with what it was worth: rollouts/step-N.jsonl in the run's folder.
 
 A line is an answer: "step", "question" (file and id), "key" (number of the prompt), "answer",

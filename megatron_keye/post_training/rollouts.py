@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The answers of a step: prompts are asked in rounds until enough groups of answers differ."""
 
 from collections.abc import Callable, Sequence

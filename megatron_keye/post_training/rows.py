@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of training that hold a prompt once, and behind it many answers to it.
 
 A video's prompt is a hundred times longer than an answer, and G rows of one answer each would

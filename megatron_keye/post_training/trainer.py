@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run that learns from its own answers: generate, score, learn, take the new weights, save."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a tokenizer of whole words, whose small vocabulary suits models that learn in minutes."""
 
 from collections.abc import Iterable

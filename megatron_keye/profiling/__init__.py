@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a profiled run shows: where its time and its memory go. Reads files, runs nothing."""

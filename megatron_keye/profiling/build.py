@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes the profile of a run from what its ranks wrote: timelines, metrics and traces."""
 
 import json

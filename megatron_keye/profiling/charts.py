@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of a profile as SVG elements, whose colours the page's style gives."""
 
 from collections.abc import Mapping, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exchanges between ranks in a traced step: their bytes, and how much of them nothing hides."""
 
 import math

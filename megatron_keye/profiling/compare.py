@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What differs between two profiles by more than their noise."""
 
 from collections.abc import Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arithmetic of intervals, each a start and an end."""
 
 from collections.abc import Iterable, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the memory that a traced step takes is for, over time.
 
 What was there before the step is known by its owners. What the step allocates is told by where it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of a profile: one HTML file with its pictures, style and numbers in it."""
 
 from collections.abc import Sequence

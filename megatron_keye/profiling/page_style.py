@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Colours and layout of the page, for light and dark screens.
 
 The colours of groups and passes are Okabe and Ito's, which colour-blind people tell apart too.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of a profile's page as HTML."""
 
 from collections.abc import Sequence

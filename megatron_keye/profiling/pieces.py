@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The work of a traced step, cut into pieces that each belong to one module and pass.
 
 On a GPU a piece is a kernel. On a CPU, where operators run when they are called, it is a stretch

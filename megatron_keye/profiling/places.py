@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which module and pass each operator and kernel of a trace belongs to.
 
 Events at the borders of modules would time only what their stream does between two borders: other

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The profile of a run: what a report shows, and profile.json holds."""
 
 import json

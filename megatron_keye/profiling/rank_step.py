@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One traced step of one rank: modules, kernels, exchanges and memory."""
 
 import json

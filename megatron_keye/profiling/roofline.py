@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a GPU can do at most: the roofline that a module's time is compared with.
 
 A module that executes so many FLOPs and moves at least so many bytes takes no less time than the

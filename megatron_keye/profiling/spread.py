@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A measured quantity with its spread over repetitions."""
 
 from collections.abc import Sequence

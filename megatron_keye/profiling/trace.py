@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trace of torch's profiler, as its file has it (chrome's format), for one rank and step.
 
 Operators and ranges of a thread nest, and make a tree. A backward operator is linked to the

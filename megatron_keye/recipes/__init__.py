@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes, and their look-up: by name in this package, in a user's file, or from an earlier run.
 
 A recipe is a function that returns a RunConfig for a given number of ranks. A file of this package

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keye-VL-2.0-30B-A3B at full size: 31,122,082,160 parameters, rows of 256K tokens.
 
 The sizes are the released checkpoint's; the degrees suit 64 GPUs of 80 GB in nodes of 8.

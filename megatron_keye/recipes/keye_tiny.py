@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny Keye-VL with every part of the released one, for a first run on any machine.
 
 With the real vocabulary and a real video, but small hidden sizes, it learns to answer questions

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny Keye-VL that learns on forged clips when something is on the screen, on a CPU.
 
     megatron-keye forge_video runs/grounding --samples 4000 --held-out 128 --seconds 7 9 \\

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny Keye-VL that learns from rewards when something is on the screen, on a CPU.
 
     grep '"kind": "when"' runs/grounding/train.questions.jsonl > runs/grounding/when.jsonl

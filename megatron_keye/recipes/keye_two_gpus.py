@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The full-size ViT and four full-size decoder layers on two large GPUs, for measurements.
 
 One vision rank and one decoder rank; a row of 32K tokens holds a minute of 720p video.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Video-RL of Keye-VL-2.0-30B-A3B: GSPO on rewards by rule, with the ViT and the projector frozen.
 
     megatron-keye train keye_video_rl --set data.samples=QUESTIONS.jsonl \\

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The stages of training, from the projector alone to instruction tuning, as recipes of one table.
 
 keye_stage0 to keye_sft are at full size, for 64 GPUs of 80 GB in nodes of 8; keye_tiny_stage0 to

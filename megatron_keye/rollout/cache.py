@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tensors of the cache on one rank, and how many pages of them fit."""
 
 import torch

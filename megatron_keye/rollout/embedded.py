@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine inside the training stack: its modules, its kernels, its grid; a cache beside them.
 
 All ranks take the same requests and know all drawn tokens, so each computes the same schedule for

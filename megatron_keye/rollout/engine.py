@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface of whatever answers requests, in these ranks or on a server."""
 
 from collections.abc import Callable, Iterable, Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The grid on which a run's model generates: without pipeline stages and context ranks.
 
 With few new tokens at once, pipeline stages would wait for each other, and one token cannot be

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns what a replica runs next into a rank's tensors: pieces of prompts, or one token an answer.
 
 A row of pieces is also a packed row of training, without labels, for the plan and its pictures.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds an engine on this rank from a checkpoint of any training grid."""
 
 from collections.abc import Iterator

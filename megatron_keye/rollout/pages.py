@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages of the cache: which are free, how many sequences hold one, who may write into it.
 
 Bookkeeping alone, without tensors; every rank does that of all replicas and comes to the same.

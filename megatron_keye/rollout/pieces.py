@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cuts prompts, and answers that run again, into pieces that run at once."""
 
 from collections.abc import Iterator, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encodes the pictures of prompts and runs the decoder on their rows, as a step of training does.
 
 Plan, chunks of the ViT and the transport of features are those of training; nothing goes back.

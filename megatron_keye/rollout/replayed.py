@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs ticks of answers over tensors that stay where they are, which a GPU replays as one graph.
 
 A tick launches some tens of kernels a layer, each shorter than its launch. A CUDA graph launches

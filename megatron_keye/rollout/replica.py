@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one replica's rank runs in a tick: new tokens through the decoder, then draws."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an engine is asked and what it answers: tokens in, tokens out; text never crosses."""
 
 from collections.abc import Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws tokens from logits whose vocabulary is split over tensor ranks, without gathering it.
 
 One uniform number decides a token, by the inverse of the cumulative distribution in the order of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decides which tokens run next on one replica: admission by pages, prefill in parts, preemption.
 
 It depends on requests and drawn tokens alone. Every rank runs it for all replicas and so knows,

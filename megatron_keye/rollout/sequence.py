@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A request that is being answered: its prompt, its answers, and what of them is in the cache."""
 
 from dataclasses import dataclass, field

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine that asks an SGLang server: token ids go out, token ids and log-probabilities come.
 
 The server batches what is asked at once, and shares what prompts have in common, by itself. Its

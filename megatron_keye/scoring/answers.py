@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers of a model, from the JSON lines that `megatron-keye generate` writes.
 
 A line has the "name" of its question, FILE:LINE, the number of the "answer" if there are several,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Boxes in a picture, matched with the right ones so that they agree best."""
 
 import math

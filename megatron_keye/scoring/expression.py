@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions whose answer is a mathematical expression, which has many right spellings."""
 
 from collections.abc import Mapping

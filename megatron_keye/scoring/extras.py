@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packages that single tasks need, of the extra `rewards`."""
 
 from importlib import import_module

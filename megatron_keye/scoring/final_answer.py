@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of a model's text is its answer, without its thinking and without tags."""
 
 import re

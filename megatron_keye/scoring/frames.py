@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions about single frames: when one is shown, and in which order things come."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stretches of time, and how far two sets of them agree: temporal intersection over union."""
 
 import math

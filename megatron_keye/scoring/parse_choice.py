@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the letter of an answer to a multiple-choice question, in all forms that models write."""
 
 import re

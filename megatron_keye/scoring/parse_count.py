@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the number in an answer to a question of how many, or how often."""
 
 import re

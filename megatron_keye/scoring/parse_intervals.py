@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the stretches of time in an answer, in the many forms in which models write them.
 
 JSON comes first, since its meaning is certain; then pairs of times with a word or a dash between.

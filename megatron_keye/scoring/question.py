@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A question about a video with its right answer, as a line of a sample file has it.
 
 The line is a conversation as training reads it, with the keys "task" and "truth" beside the turns.

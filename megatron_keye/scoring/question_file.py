@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the questions of a file: of this project's form, or of a public benchmark's.
 
 The form is known by the keys of each record; what has the keys of none is refused.

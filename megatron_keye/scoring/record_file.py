@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Objects of a file of questions or answers, in any form that sample files have."""
 
 import json

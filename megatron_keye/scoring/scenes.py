@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense captions: scenes with their times, each described, compared in order."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Means over many answers, and over those about videos of like length."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kinds of questions, by the name that a record has under "task"."""
 
 from megatron_keye.scoring.boxes import BoxTruth

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times in a text: clock times, numbers with units, plain numbers, the ends of the video."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token F1 of two texts: a measure of captions that needs no model.
 
 It counts words that both texts have. It does not see their order, synonyms or negation, so it

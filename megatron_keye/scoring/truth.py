@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is right, by kind of question, and how an answer is scored against it."""
 
 from abc import ABC, abstractmethod

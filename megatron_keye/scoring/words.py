@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions whose answer is a number of any kind, or a text to be read off the picture."""
 
 import math

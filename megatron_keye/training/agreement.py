@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks that all ranks train on the same rows and leave out the same samples.
 
 With data.on_bad_sample=skip, a file that only some machines can read would lead to different rows

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs one global batch through vision and decoder; the same code on every kind of rank.
 
 Training runs it forward and backward, validation forward only.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Caches a frozen ViT's features on disk, so that each picture is encoded once.
 
 Cached is the input of the projector, so that a projector that is trained gets the same input as

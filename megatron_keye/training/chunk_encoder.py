@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs vision chunk by chunk, forward and later backward.
 
 Activations wait for the backward pass as far as there is room; other chunks are encoded again, so

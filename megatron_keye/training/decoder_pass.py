@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the decoder's micro-batches through Megatron's pipeline schedule.
 
 The first stage waits for the features of each micro-batch when it starts it, and returns their

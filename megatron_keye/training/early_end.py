@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ends a run whose validations make no progress, and remembers the best of them."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a run may start from the weights it names, by the runs that trained them.
 
 An indexer learns from dense attention before attention follows it, and what changes the decoder

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decides on each rank that encodes how many patches of a step keep their activations."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The metrics of a step, reduced over all ranks.
 
 Every rank contributes its sums, zeros where it has none, and all get the result.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns the rows of a global batch into their order, the step's plan and each rank's tensors.
 
 It combines documents and pictures from the data, position ids from the decoder, and the tokens

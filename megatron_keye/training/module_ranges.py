@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names the modules of a step in traces, by the words of the account of FLOPs and bytes.
 
 Modules are torch's or Megatron's, so hooks around their forward passes name them, and only while

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opens what supplies the encoder's input on this rank: decoded pictures, or cached features."""
 
 import logging

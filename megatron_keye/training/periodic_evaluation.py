@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Asks a model questions while it trains; whoever starts the training brings what answers them.
 
 So training knows nothing of generation, which is built on it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the numbers of a run come from: environment.json in its folder, one record per start.
 
 A run may go over several starts, on other machines and with other versions; each keeps its record.

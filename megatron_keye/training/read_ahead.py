@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the rows of the next step in a thread, while the current step runs.
 
 Tokenizing, packing and planning release the interpreter for part of their time, and the step waits

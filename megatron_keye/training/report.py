@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports a run to its user: a line or a bar per step, files and curves, a closing table.
 
 Only rank 0 reports, since metrics are the same on all ranks.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts the tokens that each expert gets, by hooks on Megatron's routers."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkpoints of a run as its trainer sees them: chosen, loaded, due, saved, exported."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The saves of a run as its trainer sees them: begun, shown when complete, awaited at the end."""
 
 from collections.abc import Callable

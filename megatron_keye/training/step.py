@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One training step, from packed rows to updated weights."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a step's time goes, from the end of one step to the end of the next.
 
 Nothing lies between two steps, so that rates leave nothing out.

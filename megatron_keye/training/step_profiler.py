@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the profilers that a run asks for around the steps that it names."""
 
 import json

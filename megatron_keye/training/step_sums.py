@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums over the steps of a process, from which the summary of its run is made."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lets a signal end a run after the current step, with a checkpoint.
 
 Slurm warns with USR1 and ends with TERM, a user presses Ctrl-C; often several arrive, at some

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The summary of a run: summary.json in its folder, and the closing table."""
 
 import json

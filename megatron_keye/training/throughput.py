@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The peak of a device, to which the model FLOPs of a step are compared.
 
 Model FLOPs utilization as in PaLM (arXiv:2204.02311), appendix B.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model with all that trains it, on one rank."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run from start to end: resume, step, validate, save, summarise."""
 
 import logging

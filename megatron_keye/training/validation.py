@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loss of samples that are not trained on, on the grid of training and without a trace in it.
 
 Decoding, plan and passes are those of training, but forward only and with a decode service of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares two dumps: the largest deviation of each array or layer, and where it is."""
 
 from collections.abc import Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dumps what a model computes on one row, under names that other implementations can use.
 
 The language loss and both losses of the indexer come from separate passes, so that each

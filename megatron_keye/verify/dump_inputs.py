@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One row of inputs from an .npz file, as verify_checkpoint takes it.
 
 Checked in full before any model is built, so that each mistake gives a clear message.

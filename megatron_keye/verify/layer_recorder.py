@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records tensors of single layers, for comparing two models layer by layer."""
 
 from collections.abc import Callable, Iterator

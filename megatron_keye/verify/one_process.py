@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the whole model in one process, for comparing it with other implementations.
 
 It uses the training modules themselves, on a grid of one rank.

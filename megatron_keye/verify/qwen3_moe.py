@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a checkpoint's language model with transformers, as an independent reference.
 
 Where top-k covers all keys, sparse attention is dense, and the decoder is a Qwen3-MoE.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Default inputs for comparing two models."""
 
 from typing import Any

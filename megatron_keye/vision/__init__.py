@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patches to decoder embeddings: the native-resolution ViT and the projector.
 
 Plain torch modules without communication, so that any rank can run them on any chunk.

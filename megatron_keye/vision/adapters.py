@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters beside the linears of the ViT and of the projector.
 
 Shape letters: P patches or merged tokens.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vision transformer: patches of packed frames to one feature per patch.
 
 Frames (or images) of any size are concatenated without padding; attention is within each frame.

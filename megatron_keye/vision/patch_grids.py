@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patch grids of packed frames, and runs of consecutive frames of equal size.
 
 Frames of one video have one size; as a run they need one call instead of one per frame.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Learned absolute positions, interpolated from a square table to any patch grid.
 
 The table was learned at one image size; frames have their native resolution.

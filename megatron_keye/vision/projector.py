@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The projector: merges neighbouring patches into one token of the decoder's hidden size.
 
 Parameters are named as in the released checkpoint, below `mlp_AR`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """2-D rotary positions of patches: half of a head's channels rotate by row, half by column.
 
 Unlike the learned positions, which are interpolated, they encode exact offsets at any size.

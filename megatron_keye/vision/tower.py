@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The vision part of the model: encoder and projector as one module.
 
 Shape letters: P patches, M merged tokens, D decoder hidden size.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A few faults of `tools.break_run`; the whole campaign takes half an hour."""
 
 import subprocess

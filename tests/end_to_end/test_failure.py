@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank that dies or stands still ends the whole job, and is named; so does a wish to stop."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A disk that takes no checkpoint ends a run with one sentence, and keeps nothing half-written."""
 
 import os

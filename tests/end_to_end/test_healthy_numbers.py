@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run whose numbers go bad keeps its good checkpoints, says why, and can go back by itself."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tiny recipe as a user starts it: it learns, stops, resumes, and says what is wrong."""
 
 import json

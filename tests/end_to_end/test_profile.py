@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The profiler starts a run by itself and leaves a picture of it."""
 
 import json

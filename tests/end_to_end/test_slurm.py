@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """launch/slurm.sbatch on a real Slurm: it stops in time, goes on, fails and is cancelled well."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All seven tiny stages as a user walks them, stopped on the way: who learns, and from what."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tutorial, command by command as it is printed, in a fresh copy of the repository."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole way of a user: a released model, stages on own data, and a model that is served."""
 
 import json

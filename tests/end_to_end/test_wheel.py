@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The package as it is installed from a wheel: complete, and independent of the repository."""
 
 import os

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Host program: what the sparse attention's backward pass writes to shared memory, read back as
 // the tensor cores read it. It ends with status 1 and a line for each thing that differs.
 // Source: PTX ISA 8.8, "Shared Memory Matrix Layout" and "Matrix Descriptor" of wgmma.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the Triton kernels through their interpreter where there is no GPU."""
 
 import os

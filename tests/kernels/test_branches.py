@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where documents branch, each operator gives every query what it gives the path alone."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operators under torch.compile and under activation recomputation.
 
 An operator is one node of the graph, which has no break, and runs as it is, so results are the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA sources compile for Hopper without a warning, within their registers.
 
 Needs nvcc, and no GPU. What ptxas only notes is a defect here too: matrix products that it makes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the indexer's loss over whole ranges; Triton's form has its own file."""
 
 from collections.abc import Callable

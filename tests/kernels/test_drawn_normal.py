@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A part of a tensor is drawn as the whole is, and the numbers are normal."""
 
 import math

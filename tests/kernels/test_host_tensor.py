@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tensor comes back from host memory as it was, in value and strides."""
 
 import pytest

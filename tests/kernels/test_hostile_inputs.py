@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Named cases that broke other implementations of these operators, each through Triton.
 
 Cases that belong to one operator alone stand in its own test file.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One rule chooses the implementation of every operator."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the indexer's rounding to 8 bits."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the lightning indexer: scores and top-k in one."""
 
 import numpy as np

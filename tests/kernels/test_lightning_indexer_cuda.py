@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA lightning indexer selects exactly the keys that scoring and selecting apart would.
 
 Its shortcuts are what could go wrong: a sample that misjudges a row, too few or too many

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every public operator under torch.compile without a break, and torch's checks of its parts.
 
 Each case is compiled with a backend that notes which operators of the package the graphs hold,

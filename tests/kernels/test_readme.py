@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What kernels/README.md says: its example runs, and its table names every operator and figure."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the rotary positions: the definition, its gradient, and Triton against it."""
 
 import pytest

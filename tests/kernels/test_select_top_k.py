@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the exact top-k selection."""
 
 from collections.abc import Callable

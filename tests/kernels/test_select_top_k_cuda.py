@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA top-k selection keeps exactly the keys that a stable sort would keep.
 
 Data movement, so every comparison is bitwise. Hostile rows come first: the published kernels of

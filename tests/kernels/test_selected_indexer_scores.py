@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the indexer's scores of selected keys."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the attention over selected keys and of the target that it hands out."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA backward pass of the sparse attention gives float64's gradients, on its own shapes.
 
 What could go wrong is how weights turn from products into factors, sums over the rows of other

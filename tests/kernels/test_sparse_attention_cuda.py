@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA sparse attention gives what the Triton form and float64 give, on its own shapes.
 
 What could go wrong is how rows, keys and mask bits lie in registers and shared memory, stages that

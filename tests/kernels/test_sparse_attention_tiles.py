@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA backward pass of the sparse attention as plain mathematics, tile by tile.
 
 What it computes per thread block and tile of keys, in the same order and under the same bits, but

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the attention whose backward pass makes the indexer's target, in parts."""
 
 from typing import Any

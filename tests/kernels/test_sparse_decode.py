@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the sparse decode over a paged cache."""
 
 from collections.abc import Callable

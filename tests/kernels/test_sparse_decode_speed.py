@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmark cases of the sparse decode, beside torch's dense attention over the same keys.
 
     python -m pytest tests/kernels/test_sparse_decode_speed.py --benchmark

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sparse decode scores and selects as the training's kernels do, bit for bit."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmark cases of the operators, beside torch's dense attention in the same process.
 
     python -m pytest tests/kernels --benchmark [--benchmark-out FILE] [-k 131072]

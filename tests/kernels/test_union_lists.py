@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the union lists: data movement, so every comparison is bitwise."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The account's FLOPs are those of a real step, product by product, as torch counts them.
 
 A product is known by its three sizes: those of a weight and the rows that meet it, whichever of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every optimizer takes the steps of AdamW as it is written down, with the run's rates and decay.
 
 Each weight's update is computed again in float64 from the gradients that the optimizer saw.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A row whose documents branch trains as rows of one path each, in float64."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run that is saved on one grid and loaded on another continues as an unbroken one."""
 
 from pathlib import Path

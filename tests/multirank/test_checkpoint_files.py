@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of a checkpoint that would run code are refused by name, or are not read at all."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gathers of context-parallel ranks run under other work, and change no bit."""
 
 import hashlib

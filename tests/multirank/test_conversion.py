@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints of any grid export to the same tensors, and a converted one trains on any grid."""
 
 import re

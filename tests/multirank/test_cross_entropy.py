@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The language loss in float64, with the vocabulary on one rank and split over two."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sample whose file does not decode has no loss, and all ranks agree on that."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A distributed optimizer trains as a replicated one, and both share their checkpoints."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """While it trains, a model answers on n ranks as on one, and trains on as if it had not."""
 
 import json

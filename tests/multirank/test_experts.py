@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts on two ranks equal experts on one, however unevenly tokens come and are routed."""
 
 import re

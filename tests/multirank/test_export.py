@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What training made of a checkpoint is exported with all that came with it, during a run too."""
 
 import errno

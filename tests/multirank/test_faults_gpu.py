@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A killed, stopped or poisoned rank under NCCL ends the job in time and with the right words."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tests of layouts on real GPUs: NCCL instead of gloo, Transformer Engine where installed."""
 
 from dataclasses import fields, replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every process group waits as long for a rank as the group of all ranks, not as torch would."""
 
 from datetime import timedelta

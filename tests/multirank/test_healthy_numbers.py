@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A number that is not finite is found in its step, wherever it is, and changes nothing."""
 
 from collections.abc import Callable, Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """n ranks equal one rank: losses, gradient norms and every updated weight, for every axis."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model learns from rewards of its own answers, and its first mini-batch is its own law's."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters: what is frozen stays, every grid trains them alike, and checkpoints carry them."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which loss trains which weights: language loss and indexer loss never mix."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State in main memory trains as state on the device, bit for bit, and so do their checkpoints."""
 
 from dataclasses import replace

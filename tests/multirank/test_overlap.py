@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vision and decoder overlap, as the simulator predicts from the same plan."""
 
 from dataclasses import replace

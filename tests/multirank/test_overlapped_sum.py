@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients summed under the backward pass are those that are summed after it."""
 
 import hashlib

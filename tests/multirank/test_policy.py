@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weighted cross entropy has the gradient of the paper's objective, on every grid."""
 
 from dataclasses import replace

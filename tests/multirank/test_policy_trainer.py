@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run that learns from its answers goes on as if it had not been stopped, wherever it was."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is recomputed changes no bit of a step, and never selects again."""
 
 import hashlib

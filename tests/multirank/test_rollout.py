@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the engine answers is what training scores, whatever the batch, the pages and the grid."""
 
 from dataclasses import replace

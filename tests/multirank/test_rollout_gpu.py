@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine's tests on real GPUs: NCCL instead of gloo, Triton's kernels in float32.
 
 In float64 the operators are the reference ones, so that what is left is the engine itself.

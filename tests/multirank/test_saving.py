@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints are written beside training; whole ones are taken, and no others are there."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank that is made slow is named by the ranks' comparison, and only where it is due."""
 
 import time

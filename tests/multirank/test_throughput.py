@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MFU: the account's model FLOPs over a step's time and the peaks of devices."""
 
 import math

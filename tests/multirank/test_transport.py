@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vision ranks hold no more features and gradients than they still need."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Validation is the same on every grid, equals training's loss, and leaves no trace in it."""
 
 from dataclasses import replace

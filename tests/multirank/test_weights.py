@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run that begins from weights trains as one that drew them, bit for bit."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that leave a mark when what is in them is run, as a pickle is that is loaded."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times kernels on a GPU; writes a JSON line per case for `tools/report_benchmarks.py`.
 
 A case and its peer run in one process, with the same inputs on the same GPU.

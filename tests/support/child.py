@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a function in another process, case by case, so that a crash or hang is a result.
 
 The process is spawned, not forked, since the parent may have threads of FFmpeg or a GPU library.

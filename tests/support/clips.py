@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clips whose frames show their own number, so that tests can identify each decoded frame.
 
 Each frame shows its number as eight large bright or dark blocks, which survive lossy codecs, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every codec that FFmpeg in PyAV can write, for every container that takes it.
 
 Groups of pictures are short and long, open and closed, with and without frames that are stored

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damages files, and reads them in another process that measures its memory."""
 
 import time

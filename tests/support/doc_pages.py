@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages of the documentation: their links, headings, and blocks of commands with their marks.
 
 A block of commands has a mark in front, an HTML comment that says how it is known to work:

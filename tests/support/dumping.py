@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dumps of tiny checkpoints by the library and by transformers, and inputs of both."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs of two ranks in which one is killed, stopped or poisoned; the same with gloo and NCCL."""
 
 import contextlib

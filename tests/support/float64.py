@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares two global batches in float64: losses of each label, and every gradient."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Few forged clips, and a run of the small model that reads them."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stand-in for the fused Adams of Transformer Engine and apex, which need a GPU.
 
 It keeps its state as they do: moments per weight, the number of updates per group and only from

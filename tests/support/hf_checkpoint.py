@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random Keye-VL checkpoints of tiny size in the released format."""
 
 import json

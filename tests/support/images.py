@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Image files written by hand, in kinds that Pillow reads but does not write."""
 
 import struct

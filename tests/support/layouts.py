@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Degrees of layouts that are tried with gloo on CPUs and with NCCL on GPUs."""
 
 FOUR_RANKS = {

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics of a step that was not run."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Independent definitions of the operators, as plain loops in float64, and test inputs.
 
 The loops follow the formulas entry by entry and share no code with the library, so that its

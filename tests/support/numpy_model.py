@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An independent implementation of the whole model in float64 NumPy, for comparison.
 
 It shares no code with the library and reads only config.json and a released checkpoint's tensors.

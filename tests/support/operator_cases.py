@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One small call of every public operator, for what holds of all of them.
 
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query heads, G key-value

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a function on n processes with gloo or NCCL; they are reused, since imports take seconds.
 
 Each call makes and destroys the process group of all ranks, with a file instead of a port, so that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The released tensors of whole native weights, without the weight mapping of the package."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generates with the tiny model on the ranks of a test, and trains on what came, to compare."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The runs and requests of the engine's tests, and what ranks do in them, with gloo or NCCL."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders that are whole checkpoints by their manifest, without tensors."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A protocol of fsspec whose server is a folder: shelf:///PATH is the file PATH.
 
 It counts requests, also those of other processes, and can be slow, cut transfers and fail.

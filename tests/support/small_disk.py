@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A disk of a few MiB, where this machine lets a test mount one."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model and rows small enough to train in a test, with every part of the released one."""
 
 from collections import deque

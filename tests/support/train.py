@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains the tiny model for a few steps on the ranks of a test, and compares results."""
 
 from collections.abc import Iterator, Sequence

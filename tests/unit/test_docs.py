@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Links of the documentation lead somewhere, its first page stays one, and its site builds."""
 
 import os

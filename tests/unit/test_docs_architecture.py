@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of the architecture names files that are there, and every room of the package."""
 
 import re

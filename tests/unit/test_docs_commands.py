@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every command in the documentation is marked, and its own parser takes it; none is run here."""
 
 import argparse

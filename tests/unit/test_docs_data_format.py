@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of the data's form has a record that is read, and names every array of a store."""
 
 import re

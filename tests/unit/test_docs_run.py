@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Python on the pages runs as it stands, and so do commands that take a second."""
 
 import os

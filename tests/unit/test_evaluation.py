@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run asks questions when it is due, scores the answers, and tells of the scores."""
 
 import json

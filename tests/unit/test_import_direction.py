@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imports point one way, and the library keeps to the habits a reader relies on.
 
 The rules stand in CONTRIBUTING.md; they are read from the syntax tree, so nothing is imported.

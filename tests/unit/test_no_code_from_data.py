@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No file of the package loads what may run code; read from the syntax tree."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an installation brings, and files about the package that no other test reads."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job that is being broken: its ranks, what it prints, and what it leaves behind."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kinds of fault: how each one is brought about, and what a user may expect of it."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The run that faults are tried on: one decoder rank and one vision rank, steps in a second.
 
 MEGATRON_KEYE_FAULT names a fault that a rank brings about within itself, at a point that nobody

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One trial: break a job, look at what it left, go on, and compare with the unbroken run."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log-sum-exp of the attention's logits in Triton: attention without values.
 
 The mean over heads of their softmax needs every head's own sum of exponentials first.

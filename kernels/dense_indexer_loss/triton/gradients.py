@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the gradient of the indexer's scores gives its queries, gates and keys, in Triton.
 
 Two kernels share the work, a chunk of rows at a time: one adds the scores' gradient up over keys

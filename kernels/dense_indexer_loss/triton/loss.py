@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The warm-up's loss in Triton: the value and the gradient of the scores, tile by tile.
 
 A program takes one tile of queries and keys, adds up the heads' weights and the indexer's scores

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which keys the queries of a tile see: spans of whole tiles, and the mask of a block.
 
 Shape letters: T queries, S keys, B tiles of queries.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log-sum-exp of the indexer's scores over each query's range, a chunk at a time, in Triton.
 
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, B tiles of queries,

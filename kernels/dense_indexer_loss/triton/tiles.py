@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Triton kernels of the warm-up's loss share: inputs, tiles, their scores and targets.
 
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, H query heads,

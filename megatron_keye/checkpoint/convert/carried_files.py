@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The small files that travel with weights: tokenizer, template, processor, code, licence.
 
 They lie in a folder of each native checkpoint, so that a copy of one checkpoint can be served

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares the tensors that a checkpoint holds with those that the model needs.
 
 Every failure names the tensor, what was got and expected, and the flag that helps.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Converts released checkpoints to native ones and back, tensor by tensor.
 
 A process holds at most three times the largest tensor that is converted at once (the embedding;

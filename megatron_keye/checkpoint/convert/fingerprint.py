@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What decides the content of a converted folder, so that only the same conversion is resumed."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An export to the released form: what is checked before, and what completes it.
 
 The files of weights in between may be filled by any processes, in any order.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Native weights as they act: each one plus what its adapter adds."""
 
 from dataclasses import dataclass

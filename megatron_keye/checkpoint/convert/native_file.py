@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Completes checkpoints that were written file by file, without process groups."""
 
 from collections.abc import Iterable, Mapping

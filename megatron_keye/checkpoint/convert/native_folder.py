@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads tensors, or parts of them, from a checkpoint that training saved on any grid.
 
 The format is torch.distributed.checkpoint's: shards of tensors in *.distcp files, listed in

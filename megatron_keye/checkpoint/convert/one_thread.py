@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs torch on one thread, for conversions that already use all cores by processes."""
 
 from collections.abc import Iterator

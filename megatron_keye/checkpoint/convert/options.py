@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How checkpoints are converted, in every direction."""
 
 from dataclasses import dataclass, field

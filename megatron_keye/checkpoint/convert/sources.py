@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the tensors of a released checkpoint come from: files or random initialization."""
 
 import zlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes released checkpoints of random numbers, for tests and benchmarks of conversions."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fills the files of a released checkpoint from a native one."""
 
 from collections.abc import Iterator, Mapping

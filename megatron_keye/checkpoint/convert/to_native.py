@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fills the files of a native checkpoint from tensors of the released one."""
 
 from collections.abc import Iterator, Mapping

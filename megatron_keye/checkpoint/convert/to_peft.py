@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exports the adapters of a native checkpoint alone, in the format of Hugging Face's PEFT.
 
 adapter_config.json and adapter_model.safetensors, with the names of the released model's linears

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes a first Keye-VL checkpoint from a text model and, if given, a vision encoder.
 
 The decoder comes from Qwen3-30B-A3B, the ViT from a Keye-VL-1.5 or SigLIP folder. Projector and

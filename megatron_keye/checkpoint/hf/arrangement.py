@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How tensors of the released checkpoint are laid out in the native one, and back.
 
 `join` and `split` of a pair move numbers without changing any.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads config.json of a released checkpoint: the model's sizes, or whether it is the same model.
 
 Text fields are at the top level, or in text_config; `vision_config` and `sa_config` below. What

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fields of config.json that decide what the model computes, as one table.
 
 A field is a setting of ours, or a property that our model has in one form only. What a file leaves

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opens a Hugging Face checkpoint for running it: its sizes and the location of its tensors."""
 
 from dataclasses import dataclass

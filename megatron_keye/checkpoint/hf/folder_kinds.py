@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recognises folders and files that are no checkpoint in safetensors, and says what to do."""
 
 from collections.abc import Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recognises checkpoints of other models and forms, and says what each is and what to do.
 
 Standard library only.

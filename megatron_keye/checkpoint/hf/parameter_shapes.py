@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names and shapes of all tensors of the released checkpoint, computed from the sizes alone.
 
 Standard library only, so that a plan or a check of headers needs no torch.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes safetensors files tensor by tensor, with one block in memory at a time."""
 
 import json

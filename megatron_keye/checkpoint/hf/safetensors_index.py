@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads folders of safetensors files: headers checked together, tensors memory-mapped.
 
 Own code instead of the safetensors package, whose readers keep a whole file mapped: here a memory

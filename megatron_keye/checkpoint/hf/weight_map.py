@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mapping between tensors of the released checkpoint and native ones: one table, both ways.
 
 Native is what training saves: Megatron-Core's names, layers and experts stacked along leading

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Converts weights of modules in this process from and to the released checkpoint's tensors.
 
 Applies the converter's table to parameters instead of files, and to gradients too, so that they

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes config.json of a model, on the base of one that came with its weights.
 
 Standard library only.

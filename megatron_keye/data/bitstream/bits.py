@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the fields of video headers, which begin at any bit."""
 
 from megatron_keye.errors import UserError

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Takes the cropping out of H.264 and HEVC parameter sets, with FFmpeg's bitstream filters.
 
 Streams store whole blocks: 1080 rows are often 1088, of which the last eight are cropped. DALI

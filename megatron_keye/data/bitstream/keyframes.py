@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether decoding can begin at a packet that its container calls a keyframe, by its own bits.
 
 Containers flag what their muxer believed. A codec that is not listed here begins at its first

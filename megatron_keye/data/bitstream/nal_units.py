@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What H.264 and HEVC frames declare in the headers of their NAL units, read without decoding.
 
 Where decoding can start, and which frames no other needs, are facts that containers state wrongly

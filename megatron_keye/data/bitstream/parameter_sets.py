@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameter sets of H.264 and HEVC that come inside a stream, beside those in front of it."""
 
 from megatron_keye.data.bitstream.description import nal_units_in_front

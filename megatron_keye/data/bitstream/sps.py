@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes of H.264 and HEVC frames, stored and shown, read from sequence parameter sets (SPS).
 
 Source: ITU-T H.264, 7.3.2.1.1 and ITU-T H.265, 7.3.2.2.1, 7.3.3 (sequence parameter sets);

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What VP9 frames of profile 0 declare in their headers.
 
 Source: VP9 Bitstream & Decoding Process Specification, 7.2 (uncompressed header) and annex B

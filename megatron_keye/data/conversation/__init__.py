@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of sample files, in the form of any usual trainer, become conversations of one form.
 
 `parse.py` puts a record together: `forms.py` finds its turns, `turn.py` reads one, `content.py`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The content of a turn: text with markers for media, or a list of parts."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The turns of a record, whichever of the usual forms it has.
 
 Forms: "messages" (OpenAI, ms-swift, trl), "conversations" (ShareGPT, LLaVA, qwen-vl-finetune),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys of records and messages that are refused, since other trainers act on them, or counted.
 
 A key that is in no table is harmless as far as anyone knows (an id, a source). It changes nothing,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of media files in a record, and what it says about their rate and size."""
 
 from collections.abc import Mapping

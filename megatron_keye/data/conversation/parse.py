@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads one record of a sample file into a conversation."""
 
 import json

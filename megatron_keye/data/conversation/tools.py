@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tools that a conversation may call, and calls, in OpenAI's spelling and in ms-swift's.
 
 Both become the JSON text that Qwen3's template writes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One turn of a record becomes a message: who speaks, content, thinking, calls, weight."""
 
 from collections.abc import Mapping

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A conversation as everything downstream sees it, whatever form its record had."""
 
 from dataclasses import dataclass, field

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads single values of a record; every refusal says what was got and what was expected."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Neighbouring records of a sample file, as another process finds them again."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sample file in any form: records by number for training, blocks of them for preparation.
 
 It is indexed once, in one pass, and not held in memory; a record is read when it is asked for.

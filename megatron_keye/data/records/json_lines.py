@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sample file with one JSON object per line; empty lines are skipped."""
 
 import hashlib

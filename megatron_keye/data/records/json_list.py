@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sample file that is one JSON list. It is read whole once, to find where its items are."""
 
 import hashlib

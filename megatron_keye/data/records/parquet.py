@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sample file in parquet; needs pyarrow, the extra `parquet`."""
 
 import hashlib

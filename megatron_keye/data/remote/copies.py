@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies of remote media on this node: each is downloaded by one process and read by all.
 
 A copy is a folder with the file and what was known of it when it came. Whoever reads it holds a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeps all copies of a cache folder within a size, by removing those used least recently.
 
 What is used is the sum that a small file holds, so that making room costs one look at all copies

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What fsspec says and gives of a remote file, asked again when a request fails by chance."""
 
 import errno

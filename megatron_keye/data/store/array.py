@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An array of a store, read only as it was written: every file there, every number as it was.
 
 zarr takes a missing file for zeros, and reads numbers by whatever type the metadata state.

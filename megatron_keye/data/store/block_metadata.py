@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metadata of a block of tokenized samples: lines, lengths, pictures and media files.
 
 Written by the worker processes that tokenize, read by the process that merges blocks into a store.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes a store of prepared samples: all blocks, by several processes, joined when all are there.
 
 Killed half-way, the same call continues.

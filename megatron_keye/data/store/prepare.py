@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes blocks of a store: each holds the tokenized samples of neighbouring records.
 
 A block is a pure function of its records, the media they name and the settings, so that processes

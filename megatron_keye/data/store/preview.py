@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A contact sheet of prepared samples: frames as the model sees them, and the exact text.
 
 What is predicted is blue in the sheet and bracketed in the text, with its weight. For a person to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sample source that reads prepared tokens from a zarr store, without tokenizing or probing.
 
 Bounds and what identifies media files stay in memory, 32 bytes per sample, 4 per medium of a

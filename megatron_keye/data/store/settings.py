@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings that decide the tokens of a prepared sample.
 
 A store records them: under other settings its tokens would differ from those of a run that reads

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merges blocks into one zarr store: a few long arrays in large files.
 
 Arrays grow shard by shard, so that memory does not grow with the store, apart from the list of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Grey images of more than 8 bits become bytes: black is 0, white 255, in between linear.
 
 Pillow clips such numbers at 255 instead, which turns nearly all pixels white.

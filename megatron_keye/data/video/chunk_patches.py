@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of a list of chunks, decoded into patches chunk by chunk.
 
 A video's frames are spread over many chunks; its file stays open from one chunk to the next, so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Corrects colours of BT.709 video that was converted to RGB as BT.601.
 
 DALI converts all video as BT.601; most high-definition video is BT.709, and its greens and reds

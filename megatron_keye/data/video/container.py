@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opens a video file: which of its streams is the video, and which way up it is shown."""
 
 import struct

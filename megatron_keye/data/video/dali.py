@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decodes video on the GPU with DALI, segment by segment, several segments side by side.
 
 DALI is given segments and indices that were checked before: on its own it reads whole files,

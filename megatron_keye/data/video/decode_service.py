@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decodes ahead of the encoder, in a thread of its own, as far as its limits allow.
 
 Training takes chunks in the order that was announced and finds them ready, unless decoding is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface of decoders, which return a file's upright frames by index, and their choice.
 
 Decoders on the CPU and the GPU return the same frames, so their callers need not know which it is.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Videos that are kept as image files, one for each frame: a list of names, or a folder.
 
 Their frames are decoded as images are, and shown as those of a video.

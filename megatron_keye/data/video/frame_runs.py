@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which frames of a video are decoded together, each group by a decoder without any state.
 
 Starting a segment costs a decoder on the GPU 6 to 11 ms at 720p, as much as 7 frames of H.264, so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which frames of a video the model sees and at what size, decided without decoding.
 
 Everything downstream (token counts, chunks, who encodes what) is planned from this decision, so

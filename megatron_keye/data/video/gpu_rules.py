@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which videos a GPU decodes exactly; all others are decoded on the CPU, and the log says why.
 
 The decoder behind DALI returns wrong frames rather than an error in each case that is excluded

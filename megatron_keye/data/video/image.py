@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads still images: their size without decoding, and their upright pixels.
 
 Apart from video because images have no time, and orientation comes from EXIF.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a sample says about the frames and the size of its media, within the run's budgets."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the packets of a stream state, in stored order, and where decoding can begin."""
 
 import zlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The packets of a video by number, read from an entry point on.
 
 Where a seek lands is a promise of the container alone, and some land late. The packet that comes

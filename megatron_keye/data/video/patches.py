@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pixels as the vision encoder takes them: resized, normalised, cut into patches.
 
 Computed where the pixels are. Results of the CPU and of an H100 differ by 2 of 255 at most.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads a video's packets, once and without decoding, for its frames, times and entry points.
 
 Everything is planned and decoded from this. The container's average rate, which is wrong in real

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeps what `probe` found, in a folder that processes share, so that a video is read once.
 
 One process probes a file and the others wait for its answer: a lock that the kernel lets go of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact frames of a video by index, in presentation order, decoded on the CPU.
 
 `dali.py` decodes the same frames on the GPU.

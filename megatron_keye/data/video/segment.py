@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cuts what a few frames of a video need out of its file, into a small container of its own.
 
 A decoder on the GPU reads whole containers from memory. Given segments, it needs no memory for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Orders the frames of a stream by their times, and decides from which packet each is decoded.
 
 A frame by index is one frame, however it is reached, because of two rules: all packets in front

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is known of a video before decoding: its frames, their times, and where decoding begins.
 
 It is all that decoders need besides the packets themselves, so it is made once, by one process,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One account of a step's FLOPs and bytes, by module, for metrics, plans and profiles.
 
 Its interface is re-exported here.

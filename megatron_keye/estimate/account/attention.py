@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work over pairs of queries and keys: attention of the decoder, and its indexer.
 
 A tensor rank has a share of the heads of attention, but all heads of the indexer, which is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a layer's work is proportional to: tokens, pairs, keys and labels of rows.
 
 A context rank's part of a document is a branch of it: its tokens, with those before them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work of the decoder on one tensor rank: of a layer, and of what comes before and after all.
 
 Weights of attention and vocabulary are split over tensor ranks, which all see the tokens of their

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work of linear layers: of some that see the same rows, with their adapters.
 
 Forward multiplies rows by a weight. Backward multiplies the gradient of the results by the weight

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work of an AdamW update on one rank: it moves the state that it owns, and multiplies nothing."""
 
 from collections.abc import Sequence

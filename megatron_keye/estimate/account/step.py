@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The account of a step: what the whole job, one rank or one pass of a rank does.
 
 Rows are described by the true lengths of their documents. Experts count as evenly routed, and

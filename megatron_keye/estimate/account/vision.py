@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work of the ViT and the projector over pictures, on one vision rank or on all together."""
 
 from dataclasses import dataclass

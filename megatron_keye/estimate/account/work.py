@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The work of one module of the model in one step: FLOPs and bytes of each pass.
 
 A product of [m, k] and [k, n] counts 2 m k n FLOPs (Narayanan et al., arXiv:2104.04473,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings beside degrees that trade time for memory, and whether a run then fits a GPU."""
 
 from collections.abc import Iterator

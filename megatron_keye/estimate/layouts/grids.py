@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists the degrees of parallelism with which a run can use so many GPUs."""
 
 from collections.abc import Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Searches the layouts of a run on some GPUs, the fastest first, for those that fit."""
 
 import heapq

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Suggests layouts of a run on some GPUs: searched in closed form, the best few simulated."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The time of messages between ranks, from their bytes and the links that they take."""
 
 from dataclasses import dataclass

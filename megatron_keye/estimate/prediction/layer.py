@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The time of one decoder layer on one rank, part by part, from the account of its work."""
 
 from collections.abc import Iterable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a GPU reaches, in a few numbers, and how it sits among others.
 
 `machines.py` has those of known GPUs; `megatron-keye doctor --rates` measures those of a machine.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rates of known GPUs, with a source for each number.
 
 "Measured" is by this project. Others are a vendor's peak times what the H100 reaches of its own:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of a step as a prediction needs them: their counts, and rates for their lengths."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The time of a step, in closed form: decoder, pipeline, vision, exchanges and the update."""
 
 from dataclasses import dataclass, replace

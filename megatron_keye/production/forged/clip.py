@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes frames as a video file, each at a time of its own."""
 
 from collections.abc import Iterable, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forges clips with their questions into a folder: videos, and sample files about them."""
 
 import json

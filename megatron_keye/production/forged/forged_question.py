@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A question about a forged clip, and how it is made from what the clip shows."""
 
 from collections.abc import Sequence

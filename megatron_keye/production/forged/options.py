@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many clips to forge, and what they may show."""
 
 from dataclasses import dataclass

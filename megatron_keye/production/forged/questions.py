@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions about a forged clip, with answers and truth that follow from its scene by rule."""
 
 from collections.abc import Callable, Iterator, Sequence

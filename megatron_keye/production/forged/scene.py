@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a forged clip shows and when: shapes that come, go, blink, move and change colour.
 
 Times are numbers of frames, so that what is on the screen is known exactly whatever the rate; the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multiple choice whose right option is given by its text: MLVU and MVBench.
 
 Source: Zhou et al., arXiv 2406.04264 (the development part of MLVU); Li et al., arXiv 2311.17005

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions of LongVideoBench: multiple choice about videos of 8 seconds to an hour.
 
 Its JSON lists the candidates; its parquet has a column for each of five, "N/A" for those that a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sentences about moments of videos, which are to be found: Charades-STA and its like.
 
 Source: Gao et al., arXiv 1705.02101 (Charades-STA); Krishna et al., arXiv 1705.00754 (ActivityNet

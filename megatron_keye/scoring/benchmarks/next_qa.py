@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions of NExT-QA and NExT-GQA: multiple choice among five, about causes and order in time.
 
 Their tables are CSV or parquet. NExT-QA calls its videos "video" and gives the right option's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions of TempCompass: multiple choice about action, direction, speed, order and change.
 
 Its sheet has an object for each video, with lists of questions by aspect; its table has a row for

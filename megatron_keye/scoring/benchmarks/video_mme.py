@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Questions of Video-MME: multiple choice, by three classes of length.
 
 Its table has a row for each question; its sheet for answers has an object for each video with a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A bad step on disk: bad_steps/step-N.json in the run's folder, and what runs the step again."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tells bad steps and limits them: a file for each, and the end of the run or its way back."""
 
 import logging

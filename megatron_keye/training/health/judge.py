@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decides before each update whether the step may change weights, alike on all ranks."""
 
 import math

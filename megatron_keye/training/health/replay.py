@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Computes a bad step again from a checkpoint, and changes nothing, neither weights nor files."""
 
 from functools import partial

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares two computations of one step from the same weights, rows and random numbers.
 
 Equal results mean that data or state is the reason of what they show; unequal ones that a device

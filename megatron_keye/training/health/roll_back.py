@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Takes a run back to its newest checkpoint, past the rows that were read since.
 
 The run then equals one that never saw those rows: weights, moments, random states and the figures

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All that watches over the numbers of a run, as the trainer uses it."""
 
 from collections.abc import Sequence

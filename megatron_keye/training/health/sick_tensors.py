@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names the tensors of a run's state that hold numbers which no state may hold.
 
 A checkpoint of such a state would be pruned over good ones, so none is saved.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tells a spike of the loss or of the gradient norm from what the steps before lead to expect."""
 
 import math

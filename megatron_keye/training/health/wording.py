@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Words for what is wrong, with the first few of many names."""
 
 from collections.abc import Mapping, Sequence

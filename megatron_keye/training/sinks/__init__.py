@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the figures of a run go beside the console, one file per place.
 
 They belong to training, since they write its metrics; `observe` knows the parts of a step only.

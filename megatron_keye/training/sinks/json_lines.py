@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """metrics.jsonl in the run's folder: one JSON object a line, for pandas, jq and scripts.
 
 A step is {"step": 1, "loss": ..., ...} with every metric by name. A validation is {"step": 1,

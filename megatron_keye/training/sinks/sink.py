@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every place for a run's figures offers, and the names of scalars in those for curves.
 
 Curves stand under this project's names and under those of Megatron-LM, so that dashboards made for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TensorBoard's event files, in events/ of the run's folder."""
 
 import textwrap

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights & Biases: the curves of a run on its server, or in wandb/ of the run's folder."""
 
 import json

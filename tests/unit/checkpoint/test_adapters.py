@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run takes the adapters of a checkpoint only if they are its own."""
 
 from pathlib import Path

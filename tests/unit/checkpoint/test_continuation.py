@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run changes when it continues a checkpoint is refused by name, said, or no matter."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run takes the files of the checkpoint that it starts from, whichever that is."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint is whole by its manifest, and every damage of a file is found and named."""
 
 from collections.abc import Callable

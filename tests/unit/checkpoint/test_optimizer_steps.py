@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A loaded optimizer continues the step count of the saved one, torch's own and fused ones."""
 
 from types import SimpleNamespace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generators go on where they were saved, by numbers and tensors alone."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job that gets other ranks when it starts again keeps its global batch."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The newest whole checkpoints stay, and those kept for good; a killed save loses none."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One run is in a folder at a time; the lock of a lost one is free, that of a living one never."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What another run left is set aside under a number: a whole folder, or later steps."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command converts both ways and reports a wrong checkpoint in one sentence."""
 
 from pathlib import Path

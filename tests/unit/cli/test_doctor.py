@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The doctor names each broken combination and the command that fixes it.
 
 Packages are faked as folders of metadata, since the broken ones must not be installed anywhere.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """doctor --rates measures what plan --rates reads, on one rank and on several."""
 
 import json

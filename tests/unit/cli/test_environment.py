@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank's environment is completed, and what the user has set stays."""
 
 import importlib

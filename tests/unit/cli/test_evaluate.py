@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers from a file, or of a model that generates first, are scored, shown and written."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each failure is told once: by the rank that failed, or by the first that lost another."""
 
 import signal

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command answers a file line by line, and a chat as it is typed."""
 
 import io

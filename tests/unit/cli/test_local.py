@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The launcher starts ranks, passes signals on, and ends all of them together.
 
 Ranks are shell scripts, which start in milliseconds.

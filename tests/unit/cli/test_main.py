@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The program imports only what a command needs, and finds its commands and their help."""
 
 import importlib

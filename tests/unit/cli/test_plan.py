@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plan agrees with the grid that training builds."""
 
 import json

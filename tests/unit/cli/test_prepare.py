@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command makes a store, prints its totals, refuses bad samples, and continues if killed."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command's settings fit every recipe, and what it cannot do is refused in one sentence."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The package names what a user needs, and imports nothing heavy before that is used."""
 
 import subprocess

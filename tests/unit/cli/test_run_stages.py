@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The walk over stages: in order, from the last one's weights, and on from where it stopped."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The list of settings is complete in the terminal, and its page in docs/ is current."""
 
 from pathlib import Path

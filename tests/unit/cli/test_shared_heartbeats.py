@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The launcher knows where a rank was that a signal ended, whatever else the rank could not do."""
 
 import os

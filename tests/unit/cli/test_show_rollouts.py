@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The best and the worst answers are shown by kind of question."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The balanced schedule is faster than others on a realistic mix of lengths."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command `train` before it starts ranks, and the command line of a rank."""
 
 import json

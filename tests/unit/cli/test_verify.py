@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command verify, once as a process, else by its functions."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sources of validation are read with their names, and refused where these say nothing."""
 
 import pytest

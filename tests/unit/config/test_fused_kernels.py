@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run takes the fused kernels that can run, and refuses by name those that it asks for."""
 
 from dataclasses import fields

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of adapters: what they mean, and what is refused."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every number of a run refuses what cannot be meant, by its name."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The configuration refuses invalid settings and states what is expected."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The list of settings agrees with the dataclasses, and each has a docstring."""
 
 import json

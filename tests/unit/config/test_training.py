@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of training that can't be meant are refused by name when they are made."""
 
 import re

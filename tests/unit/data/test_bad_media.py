@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sample whose medium is no name, missing or damaged can be skipped, and is named."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sources keep their shares at every point, and each sample comes once per epoch."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Branched samples become rows in which every position has one label and every token its place."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conversations are written as Qwen3's template writes them, and exactly the answers weigh."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data whose files would run code when read is refused, or made anew, and nothing runs."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conversations become the exact text that the model sees, with labels on the right tokens."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lower bounds on the rates of preparing and loading, far below those of an idle core.
 
 A decoder takes at most 150,000 tokens/s; every rank makes the rows of all ranks, so loading has to

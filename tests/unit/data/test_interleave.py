@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Captioned videos become pieces with captions between, which training reads as samples."""
 
 import json

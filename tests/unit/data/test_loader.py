@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packing and loading: nothing is lost, labels stay in documents, every stop resumes exactly."""
 
 import dataclasses

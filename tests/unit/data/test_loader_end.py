@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When rows end: with the epochs, or where a source has no usable sample."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Media names become absolute paths, without running anybody's code."""
 
 import sys

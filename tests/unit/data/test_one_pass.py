@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pass has every sample once, in order, and is the same each time."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packing loses nothing, repeats nothing, never overfills a row, and a window reduces padding."""
 
 from itertools import count

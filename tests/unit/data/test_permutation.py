@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every number comes once, every order comes, and a large range takes no memory."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A prompt is a sample up to its last answer, token by token and picture by picture."""
 
 import json

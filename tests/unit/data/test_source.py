@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file of conversations is checked as a whole, and holds no conversation in memory."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The packaged vocabulary behaves as Qwen3's own tokenizer does."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loss weightings: what a sample adds to the loss, whatever its length."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The adapters of grouped experts act on their own expert's rows, also where it has none."""
 
 from types import SimpleNamespace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stacked experts are shards of their own in checkpoints, which are read into their memory."""
 
 from types import SimpleNamespace

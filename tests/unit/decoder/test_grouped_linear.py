@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One product for all experts equals one for each, in values and gradients."""
 
 from collections.abc import Callable

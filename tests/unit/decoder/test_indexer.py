@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The indexer's projections with and without rounding to 8 bits."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is written into pages is read back as it was, 8-bit indexer keys included."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fused RMSNorm hands its kernels what they take, and gives back the shape that it got."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The position rule and the rotary tables, against cases worked out by hand."""
 
 import numpy as np

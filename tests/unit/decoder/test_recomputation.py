@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A packed selection comes out as it went in."""
 
 import pytest

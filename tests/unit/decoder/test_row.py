@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A meter takes the sums that the metrics read, and no others."""
 
 import pytest

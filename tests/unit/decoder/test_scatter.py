@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Features replace their placeholders, and a mismatch is refused."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run whose checkpoints the disk would not take is refused before it begins, in numbers."""
 
 import shutil

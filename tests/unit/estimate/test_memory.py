@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Estimated memory agrees with measurements on GPUs, and follows sizes and degrees."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A simulated step never deadlocks, loses no work, and is no faster than its busiest rank."""
 
 from dataclasses import replace

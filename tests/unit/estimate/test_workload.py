@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The simulator's arrays say of a step what training's plan of it says, token by token."""
 
 from collections import Counter

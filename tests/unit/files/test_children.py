@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes end with those that started them, at any depth and from any thread; so do files."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a disk refuses is said in one sentence, and nothing half-written keeps it full."""
 
 import errno

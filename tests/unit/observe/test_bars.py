@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bars are as long as their values, and every group is named."""
 
 import re

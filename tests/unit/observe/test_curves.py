@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture of several runs: valid, inside its panels, each run as wide as the others."""
 
 import xml.etree.ElementTree as ElementTree

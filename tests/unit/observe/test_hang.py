@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run hangs when no rank progresses, and the rank that holds up all others is named."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A heartbeat says what its rank does, also while an error passes through."""
 
 from pathlib import Path

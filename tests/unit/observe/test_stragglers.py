@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank that works longer than its peers is named; waits and other roles do not count."""
 
 import pytest

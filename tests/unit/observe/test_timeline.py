@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Times, trace and drawing of a timeline follow from its spans alone."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The watchdog ends a run that hangs, once and with a reason, and no run that is only slow."""
 
 import re

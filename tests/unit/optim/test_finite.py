@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One bad number is found among many, wherever it is; good ones never raise a false alarm."""
 
 import math

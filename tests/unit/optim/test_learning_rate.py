@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The learning rate warms up linearly, then follows the schedule of the run."""
 
 import pytest

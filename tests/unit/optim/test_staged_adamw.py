@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State that passes through rooms of any size gives the steps of torch's AdamW, to the bit."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows and chunks are balanced, and none is lost or split."""
 
 import numpy as np

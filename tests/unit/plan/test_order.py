@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Passes are in Megatron's order, and exchanges in that of the first stage's passes."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Branches of documents: their order in a row, and what follows for each token."""
 
 import numpy as np

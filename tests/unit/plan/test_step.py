@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every feature goes to exactly the rank that owns its position, whatever the grid."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The updates of a step are told as one, and sick figures end a run in a sentence."""
 
 from dataclasses import replace

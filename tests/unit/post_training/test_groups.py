@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Advantages are relative to the group alone, and what was not scored is in no mean."""
 
 import numpy as np

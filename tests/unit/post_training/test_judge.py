@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A judge is asked once for each answer, and an answer that it fails on is not scored."""
 
 import json

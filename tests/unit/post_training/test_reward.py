@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What earns 0 and what earns 1, by task and form; what fails is not scored."""
 
 import os

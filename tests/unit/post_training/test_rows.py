@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Answers share a row with their prompt, and their tokens are its labels."""
 
 import numpy as np

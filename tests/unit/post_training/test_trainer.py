@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop of a run that learns from its answers, without a model: evaluations, stops."""
 
 from types import SimpleNamespace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forged clips show what their questions say, and one seed gives one set of files."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lengths of unions, and of what stands alone."""
 
 from megatron_keye.profiling.intervals import covered, exposed

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Profiles are written, read, compared and drawn."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A GPU's trace, written by hand in the profiler's format, goes to the modules it belongs to."""
 
 import gzip

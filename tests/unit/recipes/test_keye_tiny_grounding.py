@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the recipe's own command forges is what the recipe reads."""
 
 import re

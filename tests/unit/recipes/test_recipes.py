@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recipe is found by its name, in a user's own file, or as the run.json of an earlier run."""
 
 from pathlib import Path

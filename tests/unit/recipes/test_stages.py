@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recipes of the stages follow their table, at full size and tiny."""
 
 import pytest

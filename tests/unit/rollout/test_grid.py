@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run generates without pipeline stages and context ranks, on any number of ranks that fits."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages are neither lost nor given twice, and nobody writes into one that others read."""
 
 import numpy as np

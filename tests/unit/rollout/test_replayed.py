@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ticks over tensors that stay are those of new tensors, and few shapes are captured."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws follow their law, and the split of the vocabulary over ranks changes none."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every request is answered as if it were alone, whatever the limits, and no page is lost.
 
 The model is replaced by a rule that gives the next token from all tokens before it, and the cache

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The client asks a server as SGLang is asked, and says what is wrong with one that is not."""
 
 import json

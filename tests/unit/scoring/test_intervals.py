@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Temporal intersection over union is that of sets of instants."""
 
 import math

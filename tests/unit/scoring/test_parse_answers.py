@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Letters, counts and captions are read as models write them."""
 
 import pytest

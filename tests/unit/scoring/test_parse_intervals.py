@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stretches of time are read in all forms that models write, and nothing else is."""
 
 import math

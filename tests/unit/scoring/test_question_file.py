@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of public benchmarks become one form of question; anything else is refused."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Means count every question, answered and understood or not, and split by length."""
 
 import json

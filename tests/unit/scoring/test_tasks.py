@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each kind of question: what earns 0, what earns 1, and what lies between."""
 
 import sys

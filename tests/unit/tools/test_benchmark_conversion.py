@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark's checkpoint is as large as asked for, of whole full-size layers."""
 
 from math import prod

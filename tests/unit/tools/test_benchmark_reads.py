@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank reads of a long video the packets that it decodes, and little else."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each script that stands for a command runs it, and each tool's help is all that it prints."""
 
 import importlib

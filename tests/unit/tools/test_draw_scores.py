@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture of a run's scores shows what metrics.jsonl has."""
 
 import json

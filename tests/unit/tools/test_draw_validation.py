@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture of held-out losses has each run and source, and its JSON lines say what ran."""
 
 import json

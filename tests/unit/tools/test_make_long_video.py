@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Long videos are as long as asked for, with every picture at its time."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The needle task asks what its texts and videos hold, and its questions know what is right."""
 
 import json

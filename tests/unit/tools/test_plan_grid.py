@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tool is the command `plan`: quick, without torch, and from any folder."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proofs of GPUs run beside each other where they may, and none is left out or left behind."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rehearsal leaves the user's own runs alone."""
 
 from pathlib import Path

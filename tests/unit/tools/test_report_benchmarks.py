@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report shows every line of a file and refuses lines of other form."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of what is proved is current, and tells what ran from what did not."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks with different rows raise instead of waiting for each other."""
 
 import dataclasses

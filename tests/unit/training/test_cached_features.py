@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cached features equal the ViT's, and are used only while nothing they depend on changes."""
 
 import threading

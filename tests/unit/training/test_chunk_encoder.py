@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Announcing and encoding steps ahead changes no feature."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which phase may follow which weights, told by the history that checkpoints carry."""
 
 import logging

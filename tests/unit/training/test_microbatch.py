@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows become a plan: misplaced pictures are refused, and balancing only reorders rows."""
 
 from dataclasses import replace

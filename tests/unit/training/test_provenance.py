@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """environment.json says where each start of a run came from."""
 
 import dataclasses

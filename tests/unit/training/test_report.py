@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The step's line is short and tells what is out of the ordinary; every sink gets every step."""
 
 import dataclasses

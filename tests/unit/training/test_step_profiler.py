@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps that a run names are traced, and each module of the account has a measured place."""
 
 from dataclasses import asdict, replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run's figures come from sums over its steps."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signals are noted by the process that trains."""
 
 import signal

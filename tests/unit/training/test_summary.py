@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The closing table has units, and the checkpoint's path can be copied from any terminal."""
 
 import pytest

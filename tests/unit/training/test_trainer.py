@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trainer's loop without a model: bad samples, waits, epochs, validations, the end."""
 
 import json

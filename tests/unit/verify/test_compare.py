@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Deviations are found at their index, NaN included."""
 
 import numpy as np

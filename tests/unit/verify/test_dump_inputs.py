@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs of verify_checkpoint: positions computed by hand, and one sentence for each mistake."""
 
 from pathlib import Path

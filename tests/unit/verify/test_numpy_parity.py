@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The library equals the NumPy model of tests/support in every output and every gradient."""
 
 from collections.abc import Callable, Iterator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our decoder equals a random Qwen3MoeForCausalLM of transformers with the same weights."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters of ViT and projector leave the other parameters alone, and begin as 0."""
 
 import torch

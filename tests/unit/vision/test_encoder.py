@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the vision transformer, against transformers' SigLIP where the two coincide."""
 
 from collections.abc import Sequence

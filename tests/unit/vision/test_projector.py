@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the projector and its merge of neighbouring patches."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the patches' 2-D rotary positions."""
 
 import math

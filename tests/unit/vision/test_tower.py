@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tests of the whole vision side: sizes, initialisation, and frames through both halves."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files beside weights travel whole, can be replaced, and what a server misses is said."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Round trips are bit-exact, small in memory, complete or absent, and errors name their tensor."""
 
 import json

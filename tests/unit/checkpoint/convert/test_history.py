@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The history of weights goes through conversion, there and back."""
 
 import json

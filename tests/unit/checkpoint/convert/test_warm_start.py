@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A warm start takes each tensor from the folder that has it and initializes the rest."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """config.json converts both ways under the released names, and another model is refused."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a user may give instead of a checkpoint of ours is named, with what to do about it."""
 
 import json

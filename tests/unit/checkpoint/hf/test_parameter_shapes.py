@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The names and shapes computed from the sizes alone are the released checkpoint's."""
 
 from math import prod

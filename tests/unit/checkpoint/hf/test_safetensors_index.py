@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Headers are read as the safetensors package writes them, and errors name the damaged file."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table uses every element exactly once, on both sides, and moves it to the right place."""
 
 from math import prod

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What headers of NAL units declare; test_segment.py decodes what is left of whole clips."""
 
 from megatron_keye.data.bitstream.nal_units import unreferenced_frames

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes and cropping in parameter sets; test_segment.py decodes streams that were uncropped."""
 
 from pathlib import Path

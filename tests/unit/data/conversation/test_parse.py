@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records of every usual form mean one thing; what would be ignored is refused or counted."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sample files of all forms give the same records, by number and in blocks."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Remote media are downloaded once per node, kept within bounds, and never another file."""
 
 import errno

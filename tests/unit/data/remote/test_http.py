@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Copies over HTTP itself, from a server of the standard library, where aiohttp is installed."""
 
 import threading

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples that name media by URL are those that name the files themselves."""
 
 import json

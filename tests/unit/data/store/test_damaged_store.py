@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is missing or damaged in a store is named; zeros are never read in its place."""
 
 import json

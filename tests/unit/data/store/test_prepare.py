@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A store has the samples of its file, however often preparing was interrupted."""
 
 import dataclasses

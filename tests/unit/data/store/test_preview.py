@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contact sheet shows exactly the chosen frames, and the text with runs shortened."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many samples of a store are read at once: all, in order, and few rows between them."""
 
 import tracemalloc

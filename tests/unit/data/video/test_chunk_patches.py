@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chunks: pictures in their order, each file opened once for all chunks that follow each other."""
 
 from collections.abc import Iterator, Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What preparation accepts, training decodes: every container and codec, from any start.
 
 A frame by index is the frame that decoding the whole file plainly gives, bit for bit, whether one

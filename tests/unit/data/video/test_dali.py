@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoding on the GPU: the CPU's frames by the CPU's indices, or the CPU itself.
 
 Tolerance: the colours of the two differ by rounding and by how chroma is spread over pixels, mean

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged files, hundreds of them: a named error, or exactly what the file still holds.
 
 Codecs carry no checksums, so what is damaged inside a frame may look sound to any decoder. Exact

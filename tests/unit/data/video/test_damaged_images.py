@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Damaged images of every format and mode that Pillow writes: a named error, or what is left.
 
 Exact means that Pillow, asked plainly, gives the same pixels; a format without checksums may then

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The decode service: the same patches as without it, within its limits, and never a hang."""
 
 import threading

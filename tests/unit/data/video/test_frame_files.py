@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Videos of frame files: shown in order at their true times, decoded, stored and refused."""
 
 import json

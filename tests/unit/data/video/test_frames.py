@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sampling and sizes: what is on screen at each instant, within every budget."""
 
 import numpy as np

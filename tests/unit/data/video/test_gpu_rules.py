@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which files go to the GPU: each reason against it, with a file that has it."""
 
 from collections.abc import Sequence

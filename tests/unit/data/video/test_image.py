@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images are upright and of one size when probed and when decoded, or refused by name."""
 
 import zlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Images of every depth and colour model have the pixels that a hand computes."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a sample says about rate and size is obeyed within the run's budgets."""
 
 import numpy as np

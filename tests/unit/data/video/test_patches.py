@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patches: order, values and resizing, against the plainest ways to get them."""
 
 from pathlib import Path

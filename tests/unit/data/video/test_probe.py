@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a probe refuses, what it leaves out, and where it lets decoding begin."""
 
 from collections.abc import Callable, Sequence

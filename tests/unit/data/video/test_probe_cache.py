@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Probes are shared by the processes of a machine, once each, within a limit."""
 
 import multiprocessing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoding: frame numbers in the pixels prove that indices and times are exact."""
 
 from pathlib import Path

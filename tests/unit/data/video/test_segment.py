@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Segments of a file: each is decoded alone and holds its frames, whatever the codec's order."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The account: shares of ranks sum to the whole, and formulas are those of others and of hands."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Suggested layouts use all GPUs, fit, are the fastest that do, and train as they are printed."""
 
 from dataclasses import replace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Predicted times and memory agree with measured runs, and the page shows what they are today."""
 
 from tools.compare_predictions import PAGE, compare_memory, compare_times, renewed

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Predicted times follow work, degrees and rates as they must, whatever the numbers are."""
 
 import json

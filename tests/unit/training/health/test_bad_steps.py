@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bad steps are told with their samples, kept in a file, limited, and answered as configured."""
 
 import json

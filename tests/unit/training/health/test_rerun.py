@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two computations of a step are told apart, and the ranks that differ are named."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A spike is told by a robust score that can be computed by hand, and by a loss of guessing."""
 
 import math

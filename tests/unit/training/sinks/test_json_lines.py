@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """metrics.jsonl has each step once, is valid JSON, and survives a crash at any byte."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TensorBoard shows a run under both sets of names, and each step once."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """wandb gets every step once, in one run over all starts; with a stand-in for the package."""
 
 import dataclasses
