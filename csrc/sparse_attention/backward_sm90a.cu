@@ -12,6 +12,7 @@
 #include "sparse_attention/backward_rows.cuh"
 #include "sparse_attention/gather.cuh"
 #include "sparse_attention/params.h"
+#include "sparse_attention/sizes.cuh"
 #include "sparse_attention/softmax.cuh"
 #include "support/launch.h"
 
@@ -127,27 +128,12 @@ void launch_block(const BackwardParams& params) {
          dim3(Cut::kThreads), static_cast<int>(sizeof(Memory)), params);
 }
 
-template <int kChannels>
-void launch_channels(const BackwardParams& params) {
-  switch (params.problem.heads) {
-    case 4:
-      return launch_block<kChannels, 4>(params);
-    case 8:
-      return launch_block<kChannels, 8>(params);
-    case 16:
-      return launch_block<kChannels, 16>(params);
-  }
-}
-
 }  // namespace
 
 void launch_backward(const BackwardParams& params) {
-  switch (params.problem.channels) {
-    case 64:
-      return launch_channels<64>(params);
-    case 128:
-      return launch_channels<128>(params);
-  }
+  with_sizes(params.problem, [&]<int kChannels, int kHeads>() {
+    launch_block<kChannels, kHeads>(params);
+  });
 }
 
 }  // namespace megatron_keye::sparse_attention

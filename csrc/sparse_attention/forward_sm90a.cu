@@ -10,6 +10,7 @@
 
 #include "sparse_attention/block.cuh"
 #include "sparse_attention/params.h"
+#include "sparse_attention/sizes.cuh"
 #include "sparse_attention/softmax.cuh"
 #include "sparse_attention/sort.cuh"
 #include "support/launch.h"
@@ -207,27 +208,12 @@ void launch_block(const ForwardParams& params) {
          dim3(Cut::kThreads), static_cast<int>(sizeof(Shared<Cut>)), params);
 }
 
-template <int kChannels>
-void launch_channels(const ForwardParams& params) {
-  switch (params.problem.heads) {
-    case 4:
-      return launch_block<kChannels, 4>(params);
-    case 8:
-      return launch_block<kChannels, 8>(params);
-    case 16:
-      return launch_block<kChannels, 16>(params);
-  }
-}
-
 }  // namespace
 
 void launch_forward(const ForwardParams& params) {
-  switch (params.problem.channels) {
-    case 64:
-      return launch_channels<64>(params);
-    case 128:
-      return launch_channels<128>(params);
-  }
+  with_sizes(params.problem, [&]<int kChannels, int kHeads>() {
+    launch_block<kChannels, kHeads>(params);
+  });
 }
 
 }  // namespace megatron_keye::sparse_attention
