@@ -17,8 +17,8 @@ that are missing or cannot be understood score 0, and are counted. "blind" is th
 answers that look at nothing: the whole video, or a letter that is drawn.
 
 Prints a table. --out DIR gets scores.json, scores.svg and answers.scored.jsonl, each answer as it
-was understood; with --weights, which generates greedily first, also questions.jsonl and
-answers.jsonl.
+was understood; with --weights, which generates first (greedily, unless --set gives another
+rollout.temperature), also questions.jsonl and answers.jsonl.
 """
 
 import argparse
@@ -134,10 +134,11 @@ def _write_questions(file: Path, asked: Sequence[Question], base: Path) -> list[
 
 
 def _generate(options: argparse.Namespace, samples: Path, answers: Path) -> int:
-    """Let the model answer, and return the status."""
-    settings = [word for setting in options.set for word in ("--set", setting)]
+    """Let the model answer, greedily unless the settings say otherwise, and return the status."""
+    wanted = ["rollout.temperature=0", *options.set]
+    settings = [word for setting in wanted for word in ("--set", setting)]
     ranks = ["--ranks", str(options.ranks)] if options.ranks else []
-    words = ["generate", options.recipe, "--weights", str(options.weights), "--greedy"]
+    words = ["generate", options.recipe, "--weights", str(options.weights)]
     words += ["--samples", str(samples), "--out", str(answers), *ranks, *settings]
     return program.main(words)
 

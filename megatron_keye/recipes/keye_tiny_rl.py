@@ -5,7 +5,6 @@
     megatron-keye train keye_tiny_grounding --ranks 1 --set training.stop_after_step=200
     megatron-keye train keye_tiny_rl --ranks 1
     megatron-keye evaluate keye_tiny_rl --task grounding --out runs/rl_scores \\
-        --set rollout.temperature=0 \\
         --samples runs/grounding/held_out.questions.jsonl --weights runs/keye_tiny_rl
 
 The clips are those of keye_tiny_grounding, whose file has the command that forges them. Its first

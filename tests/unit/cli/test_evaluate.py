@@ -84,12 +84,14 @@ def test_a_model_answers_the_questions_of_the_task_alone(
 
     monkeypatch.setattr(main, "main", generate)
     out = tmp_path / "scores"
-    more = ("--weights", "W", "--out", str(out), "--set", "training.steps=9", "--ranks", "2")
+    more = ("--weights", "W", "--out", str(out), "--set", "rollout.temperature=1", "--ranks", "2")
     assert evaluate.main(words(samples, *more)) == 0
     assert json.loads((out / "scores.json").read_text())[0]["metrics"]["mIoU"] == 2.5 / 3
     [arguments] = called
-    assert arguments[:5] == ["generate", "keye_tiny", "--weights", "W", "--greedy"]
-    assert arguments[-4:] == ["--ranks", "2", "--set", "training.steps=9"]
+    assert arguments[:4] == ["generate", "keye_tiny", "--weights", "W"]
+    # Of two settings of a name the later one holds.
+    settings = ["--set", "rollout.temperature=0", "--set", "rollout.temperature=1"]
+    assert arguments[-6:] == ["--ranks", "2", *settings]
 
 
 def test_a_failed_generation_ends_with_its_status(
