@@ -9,8 +9,8 @@
 
 The clips are those of keye_tiny_grounding, whose file has the command that forges them. Its first
 third teaches the form of an answer and a little of when: one drawn answer in six is right. Rewards
-of its own answers take the model further; the ViT and the projector are frozen then. Much earlier
-steps are too early: answers become alike before their rewards tell what to look at.
+of its own answers take the model further; the ViT and the projector are frozen then. With a rate
+above twice this one, answers become alike before their rewards tell what to look at.
 """
 
 from dataclasses import replace
@@ -41,9 +41,9 @@ def keye_tiny_rl(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         data=replace(start.data, samples=f"{FOLDER}/when.jsonl", validation=""),
         training=replace(
             start.training,
-            steps=120,
+            steps=160,
             frozen=("vision", "projector"),  # The dense phase has no indexers.
-            optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=5, schedule="constant"),
+            optimizer=OptimizerConfig(learning_rate=1.5e-4, warmup_steps=5, schedule="constant"),
             checkpoint=CheckpointConfig(
                 interval_steps=20,
                 weights="runs/keye_tiny_grounding/checkpoints/step-00000200",
