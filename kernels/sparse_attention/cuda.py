@@ -117,10 +117,8 @@ def attend(
     Returns:
         The output, and float32 log2 of each row's sum of exponentials, +inf without any key.
     """
-    if not _begins_at_vectors(k_SGC) or not _begins_at_vectors(v_SGC):
-        k_SGC, v_SGC = (_copied(tensor) for tensor in (k_SGC, v_SGC))
-    if not _begins_at_vectors(q_THC):
-        q_THC = _copied(q_THC)
+    k_SGC, v_SGC = _at_vectors(k_SGC, v_SGC)
+    (q_THC,) = _at_vectors(q_THC)
     out_THC, lse_TH = torch.ops.megatron_keye.sparse_attention_forward(
         q_THC, k_SGC, v_SGC, *lists, scale
     )
@@ -154,12 +152,8 @@ def attend_backward(
             pairs from registers. Either way the order of additions varies from call to call.
     """
     check_built(_BACKWARD_NAME)
-    if not _begins_at_vectors(k_SGC) or not _begins_at_vectors(v_SGC):
-        k_SGC, v_SGC = (_copied(tensor) for tensor in (k_SGC, v_SGC))
-    dout_THC, q_THC, out_THC = (
-        tensor if _begins_at_vectors(tensor) else _copied(tensor)
-        for tensor in (dout_THC, q_THC, out_THC)
-    )
+    k_SGC, v_SGC = _at_vectors(k_SGC, v_SGC)
+    (dout_THC,), (q_THC,), (out_THC,) = map(_at_vectors, (dout_THC, q_THC, out_THC))
     dq_THC, sums_GS2C = torch.ops.megatron_keye.sparse_attention_backward(
         dout_THC, q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists, scale, in_bulk
     )
@@ -170,11 +164,14 @@ def attend_backward(
     return dq_THC, dk_SGC, dv_SGC
 
 
+def _at_vectors(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors of equal strides, copied if any row does not begin at 16 bytes."""
+    if all(map(_begins_at_vectors, tensors)):
+        return tensors
+    return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors)
+
+
 def _begins_at_vectors(tensor: Tensor) -> bool:
     """Return whether all rows of channels begin at multiples of 16 bytes."""
     is_stride_whole = all(stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:-1])
     return is_stride_whole and tensor.data_ptr() % 16 == 0
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)

@@ -138,8 +138,8 @@ def with_grid(
         raise UserError(
             f"--ranks: got {num_ranks}, expected a multiple of {of_replica}, the ranks of a "
             f"replica (tensor {degrees.tensor} x pipeline {degrees.pipeline} x context "
-            f"{degrees.context}); "
-            "change it, or the degrees with --set parallel.decoder.tensor, pipeline and context"
+            f"{degrees.context}); change it, or the degrees with --set parallel.decoder.tensor, "
+            "pipeline and context"
         )
     data = num_ranks // of_replica
     training = replace(run.training, rows_per_step=rows_per_replica * data)

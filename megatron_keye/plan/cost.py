@@ -25,12 +25,8 @@ class VisionCost:
     break_even_patches: float
     """Patches of a frame whose attention costs as much as everything else."""
 
-    def of_frame(self, num_patches: int) -> float:
-        """Return the cost of a frame, in units of a patch's cost without attention."""
-        return num_patches * (1 + num_patches / self.break_even_patches)
-
     def of_frames(self, num_patches: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the cost of each frame, as `of_frame` does."""
+        """Return the cost of each frame, in units of a patch's cost without attention."""
         return num_patches * (1 + num_patches / self.break_even_patches)
 
 
