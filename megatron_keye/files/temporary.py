@@ -42,8 +42,11 @@ def keep_sockets_removable() -> None:
     remove_leftovers()
     folder = Path(util.get_temp_dir())  # made once; a socket's path has 107 characters
     lock = shared_folder() / f"{folder.name}.lock"
+    # Under its name only once it is held: others take a free lock for that of a killed process.
+    unnamed = lock.with_suffix(".new")
     held = ExitStack()
-    held.enter_context(locked(lock, "exclusive"))
+    held.enter_context(locked(unnamed, "exclusive"))
+    unnamed.rename(lock)
     os.register_at_fork(after_in_child=held.close)  # or a child would hold it too
 
     def let_go() -> None:
