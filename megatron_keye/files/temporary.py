@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from functools import cache
-from multiprocessing import util
+from multiprocessing import process, util
 from pathlib import Path
 
 from megatron_keye.errors import UserError
@@ -38,8 +38,14 @@ def shared_folder() -> Path:
 
 @cache
 def keep_sockets_removable() -> None:
-    """Make `remove_leftovers` find the files of multiprocessing after this process was killed."""
+    """Make `remove_leftovers` find the files of multiprocessing after this process was killed.
+
+    A process that multiprocessing started after its parent had a folder uses the parent's, which
+    is the parent's to keep.
+    """
     remove_leftovers()
+    if "tempdir" in getattr(process.current_process(), "_config", {}):
+        return
     folder = Path(util.get_temp_dir())  # made once; a socket's path has 107 characters
     lock = shared_folder() / f"{folder.name}.lock"
     # Under its name only once it is held: others take a free lock for that of a killed process.
