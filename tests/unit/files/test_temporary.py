@@ -68,7 +68,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("its_parent_keeps_it", [False, True])
-def test_a_child_leaves_the_folder_of_its_parent(tmp_path: Path, its_parent_keeps_it: bool) -> None:
+def test_a_child_leaves_the_folder_of_its_parent(
+    tmp_path: Path, its_parent_keeps_it: bool
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         IN_A_CHILD_OF_A_PROCESS_WITH_A_FOLDER.replace(
