@@ -3,12 +3,13 @@
 
     python -m tools.prove_on_gpu --out proofs
     python -m tools.prove_on_gpu --out proofs --minutes 9 --only tests/kernels benchmark_step
+    python -m tools.prove_on_gpu --tests-per-gpu 4
     python -m tools.prove_on_gpu --list
 
-Tests share the machine, each on GPUs of its own; benchmarks begin when the tests have ended, one
-after the other, since a busy host spoils them. --minutes bounds the whole: what would not end in
-time is not begun, and says so. A proof that does not end within its limit is killed with all that
-it started.
+Tests share the machine, each on GPUs of its own unless --tests-per-gpu lets several share one;
+benchmarks begin when the tests have ended, one after the other, since a busy host spoils them.
+--minutes bounds the whole: what would not end in time is not begun, and says so. A proof that does
+not end within its limit is killed with all that it started.
 
 The folder gets NAME.log and NAME.xml (tests) or NAME.jsonl (benchmarks), and a line of
 summary.jsonl as soon as a proof ends: its command, status, seconds, commit and GPU.
@@ -21,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_keye.cli.arguments import make_parser
+from megatron_keye.cli.arguments import add_count, make_parser
 from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.errors import UserError
 from megatron_keye.files.disk import writing
@@ -123,7 +125,8 @@ class _Machine:
     out: Path
     ends_at: float
     gpu: str
-    free: list[int]
+    free: Counter[int]
+    """How many more tests each GPU takes."""
     running: list[_Running] = field(default_factory=list)
     num_failed: int = 0
 
@@ -145,9 +148,10 @@ class _Machine:
 
     def _begins(self, proof: Proof) -> bool:
         """Begin a proof if its GPUs are free, and nothing runs beside a benchmark."""
-        if len(self.free) < proof.num_gpus or (proof.is_benchmark and self.running):
+        if len(+self.free) < proof.num_gpus or (proof.is_benchmark and self.running):
             return False
-        gpus, self.free = self.free[: proof.num_gpus], self.free[proof.num_gpus :]
+        gpus = [gpu for gpu, _ in (+self.free).most_common(proof.num_gpus)]
+        self.free.subtract(gpus)
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
         with (self.out / f"{proof.name}.log").open("wb") as log:
             process = subprocess.Popen(
@@ -169,7 +173,7 @@ class _Machine:
             os.killpg(one.process.pid, signal.SIGKILL)
         one.process.wait()
         self.running.remove(one)
-        self.free = sorted(self.free + one.gpus)
+        self.free.update(one.gpus)
         ended = {None: "killed: over its limit", 0: "passed"}
         self._note(one.proof, ended.get(status, f"failed: status {status}"), seconds)
 
@@ -193,6 +197,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("proofs"), help="default: proofs")
     parser.add_argument("--minutes", type=float, default=60, help="for all of them; default: 60")
     parser.add_argument("--only", nargs="+", help="those whose command contains one of these")
+    add_count(parser, "--tests-per-gpu", "so many run side by side", default=1)
     parser.add_argument("--list", action="store_true", help="show the proofs and end")
     return parser.parse_args(arguments)
 
@@ -218,7 +223,7 @@ def main(arguments: Sequence[str]) -> int:
         options.out,
         time.monotonic() + 60 * options.minutes,
         torch.cuda.get_device_name(),
-        list(range(num_gpus)),
+        Counter(dict.fromkeys(range(num_gpus), options.tests_per_gpu)),
     )
     machine.run(proofs)
     return int(machine.num_failed > 0)

@@ -3,6 +3,7 @@
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -43,9 +44,17 @@ class Script(Proof):
         return ["sh", "-c", f"date +%s.%N >{out}/{self.name}.began; {self.what}"]
 
 
-def run(tmp_path: Path, proofs: list[Proof], *, num_gpus: int, seconds: float) -> dict[str, str]:
+def run(
+    tmp_path: Path,
+    proofs: list[Proof],
+    *,
+    num_gpus: int,
+    seconds: float,
+    tests_per_gpu: int = 1,
+) -> dict[str, str]:
     """Run proofs on a machine of so many GPUs and return their status by name."""
-    machine = _Machine(tmp_path, time.monotonic() + seconds, "a GPU", list(range(num_gpus)))
+    free = Counter(dict.fromkeys(range(num_gpus), tests_per_gpu))
+    machine = _Machine(tmp_path, time.monotonic() + seconds, "a GPU", free)
     machine.run(proofs)
     lines = map(json.loads, (tmp_path / "summary.jsonl").read_text().splitlines())
     return {line["proof"]: line["status"] for line in lines}
@@ -72,6 +81,17 @@ def test_tests_share_the_machine_and_benchmarks_do_not(tmp_path: Path) -> None:
     times = [began(tmp_path, name) for name in ("first", "second", "both", "alone")]
     assert times[1] - times[0] < 0.5 < times[2] - times[0]
     assert times[3] >= times[2] + 0.1
+
+
+def test_several_tests_may_share_a_gpu(tmp_path: Path) -> None:
+    proofs: list[Proof] = [Script(f"sleep 0.6 #{name}", 9) for name in ("a", "b", "c")]
+    proofs.append(Script("true #alone", 9, is_benchmark=True))
+    assert set(run(tmp_path, proofs, num_gpus=1, seconds=60, tests_per_gpu=2).values()) == {
+        "passed"
+    }
+    times = [began(tmp_path, name) for name in ("a", "b", "c", "alone")]
+    assert times[1] - times[0] < 0.5 < times[2] - times[0]
+    assert times[3] >= times[2] + 0.6
 
 
 def test_what_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
