@@ -4,6 +4,8 @@
 // warpgroup, the first, brings keys and values.
 #pragma once
 
+#include <climits>
+
 #include "sparse_attention/params.h"
 #include "support/hopper_sm90a.cuh"
 #include "support/mbarrier_sm90a.cuh"
@@ -119,11 +121,23 @@ struct Shared : Stages<Cut> {
   TileKind kind[Cut::kStages];
   Queues queues[Stages<Cut>::kWarps];
 
-  // Consumers wait for the next tile with keys of theirs and pass over others; false at the end.
-  __device__ __forceinline__ bool find_tile(int own, Ring& unread, Ring& found) {
-    while (true) {
-      found = unread;
-      unread.advance();
+  static constexpr int kNone = INT_MAX;  // held
+
+  // A consumer's way through the tiles.
+  struct Reader {
+    Ring next;
+    int num_read = 0;
+    bool is_at_end = false;
+  };
+
+  // Consumers wait for the next tile with keys of theirs and pass over others; false at the end,
+  // and before a tile that comes only when the one of number `held` is released: between two tiles
+  // of one consumer there may lie any number of the other's.
+  __device__ __forceinline__ bool find_tile(int own, int held, Reader& reader, Ring& found) {
+    while (!reader.is_at_end && reader.num_read - held < Cut::kStages) {
+      found = reader.next;
+      reader.next.advance();
+      ++reader.num_read;
       this->await_tile(found);
       // By a reduction, whose result the compiler knows to be the same in the whole warp.
       const int is = __reduce_max_sync(kWholeWarp, static_cast<int>(kind[found.stage]));
@@ -131,11 +145,10 @@ struct Shared : Stages<Cut> {
         publish_to_tensor_cores();
         return true;
       }
-      if (is == kEnd) {
-        return false;
-      }
+      reader.is_at_end = is == kEnd;
       this->release(found);
     }
+    return false;
   }
 };
 

@@ -145,40 +145,44 @@ __device__ __forceinline__ void attend(const ForwardParams& params, const Place<
   Attention<Cut> attention(params, place);
   const int own =  // as a TileKind
       __reduce_max_sync(kWholeWarp, static_cast<int>(threadIdx.x) / kWarpgroup - 1);
-  RingPlace<Cut::kStages> unread;
+  typename Shared<Cut>::Reader reader;
   RingPlace<Cut::kStages> here;
-  if (!shared.find_tile(own, unread, here)) {
-    attention.store();
-    return;
-  }
-  uint32_t bits[2];
-  begin_products();
-  attention.start_logits(shared.keys(here));
-  find_bits(place, shared.masks[here.stage], bits);
-  attention.template wait_for_logits<0>();
-  attention.weigh(bits);
   RingPlace<Cut::kStages> next;
-  bool has_next = shared.find_tile(own, unread, next);
-  attention.turn();
+  // Once for each run of tiles within reach of each other, most often once.
 #pragma unroll 1
-  while (has_next) {
+  while (shared.find_tile(own, Shared<Cut>::kNone, reader, here)) {
+    int held = reader.num_read - 1;  // the tile that is released next
+    uint32_t bits[2];
     begin_products();
-    attention.start_logits(shared.keys(next));
-    attention.start_values(shared.values(here));
-    find_bits(place, shared.masks[next.stage], bits);
-    attention.template wait_for_logits<1>();
+    attention.start_logits(shared.keys(here));
+    find_bits(place, shared.masks[here.stage], bits);
+    attention.template wait_for_logits<0>();
     attention.weigh(bits);
-    const RingPlace<Cut::kStages> done = here;
-    here = next;
-    // Here, since its loop keeps the compiler from moving the weighing behind the next line.
-    has_next = shared.find_tile(own, unread, next);
-    attention.wait_for_values();
-    shared.release(done);
+    bool has_next = shared.find_tile(own, held, reader, next);
     attention.turn();
+#pragma unroll 1
+    while (has_next) {
+      begin_products();
+      attention.start_logits(shared.keys(next));
+      attention.start_values(shared.values(here));
+      find_bits(place, shared.masks[next.stage], bits);
+      attention.template wait_for_logits<1>();
+      attention.weigh(bits);
+      const RingPlace<Cut::kStages> done = here;
+      here = next;
+      const int number = reader.num_read - 1;
+      // Here, since its loop keeps the compiler from moving the weighing behind the next line.
+      has_next = shared.find_tile(own, held, reader, next);
+      held = number;
+      attention.wait_for_values();
+      shared.release(done);
+      attention.turn();
+    }
+    begin_products();
+    attention.start_values(shared.values(here));
+    attention.wait_for_values();
+    shared.release(here);
   }
-  begin_products();
-  attention.start_values(shared.values(here));
-  attention.wait_for_values();
   attention.store();
 }
 

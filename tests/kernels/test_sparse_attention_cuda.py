@@ -130,6 +130,16 @@ def test_a_part_of_the_queries_as_under_context_parallelism() -> None:
     assert_attends(inputs, select_top_k(scores_TS, *odd_ranges(400, 1600, seed=8), 200))
 
 
+@pytest.mark.parametrize("first_half", [range(8), range(8, 16)])
+def test_half_of_the_queries_need_no_key_for_many_tiles(first_half: range) -> None:
+    # What one warpgroup holds of the ring must not keep the other's tiles from coming.
+    selected_TS = torch.zeros(16, 2000, dtype=torch.bool)
+    selected_TS[list(first_half)] = torch.arange(2000).remainder(1850) < 150
+    selected_TS[[i for i in range(16) if i not in first_half], 100:1900] = True
+    keys_TK = torch.arange(2000, dtype=torch.int32).where(selected_TS, 2000).sort(dim=1).values
+    assert_attends(make_heads(16, 2000), keys_TK.where(keys_TK < 2000, -1))
+
+
 @pytest.mark.parametrize("num_keys", [64, 63, 65, 700])
 def test_all_keys(num_keys: int) -> None:
     indices_TK = torch.arange(num_keys, dtype=torch.int32).expand(50, -1).contiguous()
