@@ -28,8 +28,8 @@ struct BackwardBlock {
   static constexpr int kTileBytes = kHalves * kHalfBytes;
   static constexpr int kHalfRowsBytes = kRows * kSwizzleBytes;  // of 64 channels of all rows
   static constexpr int kStages = 2;
-  static constexpr int kProducerRegisters = 56;
-  static constexpr int kConsumerRegisters = kResident == 1 ? 224 : 200;
+  static constexpr int kProducerRegisters = kResident == 1 ? 40 : 56;
+  static constexpr int kConsumerRegisters = kResident == 1 ? 232 : 200;
   static constexpr int kSumBytes = kChannels * sizeof(float);
   // From a key's sums to those of the next: pairs that half a warp writes, of 4 keys, lie in
   // different banks.

@@ -36,10 +36,12 @@ class Gradients {
 
   // Starts to add a tile's keys by the gradients of their logits.
   __device__ __forceinline__ void start_dq(uint32_t tile) {
+    const uint64_t left = tile_descriptor(shared_address(shared_.dlogits) + first_row_bytes());
     const uint64_t keys = columns_descriptor(tile, kHalfBytes);
 #pragma unroll
     for (int step = 0; step < kTileKeys / kTerms; ++step) {
-      multiply_registers<Major::kColumns>(dq_, packed_[step], keys + kColumnsStep * step, true);
+      multiply_shared<Major::kTerms, Major::kColumns>(
+          dq_, left + terms_step(step, Cut::kHalfRowsBytes), keys + kColumnsStep * step, true);
     }
     commit_products();
   }
@@ -58,8 +60,10 @@ class Gradients {
     commit_products();
   }
 
-  __device__ __forceinline__ void wait_for_logits() { wait_for_products<1>(logits_); }
-  __device__ __forceinline__ void wait_for_dweights() { wait_for_products<0>(dweights_); }
+  __device__ __forceinline__ void wait_for_first_products() {
+    wait_for_products<0>(logits_);
+    wait_for_products<0>(dweights_);
+  }
   template <int kPending>
   __device__ __forceinline__ void wait_for_sums() {
     wait_for_products<kPending>(sums_);
@@ -77,8 +81,7 @@ class Gradients {
   }
 
   __device__ __forceinline__ void store_weights() {
-    pack(logits_);
-    store_packed(shared_.weights);
+    store(logits_, shared_.weights);
   }
 
   // Turns gradients of the weights into those of the logits but for the scale, and stores them.
@@ -87,8 +90,7 @@ class Gradients {
     for (int at = 0; at < kLogits; ++at) {
       dweights_[at] = logits_[at] * (dweights_[at] - mean_[at / 2 % 2]);
     }
-    pack(dweights_);
-    store_packed(shared_.dlogits);
+    store(dweights_, shared_.dlogits);
   }
 
   // Starts to add the sums of a tile's keys to those in memory.
@@ -126,11 +128,15 @@ class Gradients {
     return static_cast<int>(threadIdx.x) % kWarpgroup;
   }
 
+  // Where the rows of this warpgroup begin in those of the block.
+  __device__ __forceinline__ static uint32_t first_row_bytes() {
+    return consumer_thread() / kWarpgroup * (kWarpgroupRows * kSwizzleBytes);
+  }
+
   // out[64 rows, 64 keys] = the rows of this warpgroup times a tile's.
   __device__ __forceinline__ static void start_by_channels(float (&out)[kLogits], uint32_t rows,
                                                            uint32_t tile) {
-    const uint32_t first_row = consumer_thread() / kWarpgroup * kWarpgroupRows;
-    const uint64_t left = tile_descriptor(rows + first_row * kSwizzleBytes);
+    const uint64_t left = tile_descriptor(rows + first_row_bytes());
     const uint64_t right = tile_descriptor(tile);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -141,21 +147,16 @@ class Gradients {
     commit_products();
   }
 
-  __device__ __forceinline__ void pack(const float (&values)[kLogits]) {
-#pragma unroll
-    for (int at = 0; at < kLogits; at += 2) {
-      packed_[at / 8][at % 8 / 2] = packed(values[at], values[at + 1]);
-    }
-  }
-
-  // Stores what lies as a left factor in registers to [rows][64 keys].
-  __device__ __forceinline__ void store_packed(unsigned char* target) const {
+  // Stores what a product left in registers to [rows][64 keys].
+  __device__ __forceinline__ static void store(const float (&values)[kLogits],
+                                               unsigned char* target) {
 #pragma unroll
     for (int j = 0; j < kTileKeys / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
+        const int at = 4 * j + 2 * i;
         *reinterpret_cast<uint32_t*>(target + place_of_pair(consumer_thread(), i, j)) =
-            packed_[j / 2][j % 2 * 2 + i];
+            packed(values[at], values[at + 1]);
       }
     }
   }
@@ -214,7 +215,6 @@ class Gradients {
   float lse_[2];
   float logits_[kLogits];
   float dweights_[kLogits];
-  uint32_t packed_[kTileKeys / kTerms][4];  // weights, then gradients of logits
   float sums_[kSumsOfThread];
   float dq_[kSumsOfThread] = {};
 };

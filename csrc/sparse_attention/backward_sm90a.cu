@@ -51,6 +51,18 @@ __device__ __forceinline__ void gather_tiles(const Problem& problem, const Place
   wait_for_all_copies();
 }
 
+// Starts the first two products of a tile.
+template <typename Cut>
+__device__ __forceinline__ void start_tile(BackwardShared<Cut>& shared,
+                                           const RingPlace<Cut::kStages>& ring,
+                                           Gradients<Cut>& gradients) {
+  shared.await_tile(ring);
+  publish_to_tensor_cores();
+  begin_products();
+  gradients.start_logits(shared.keys(ring));
+  gradients.start_dweights(shared.values(ring));
+}
+
 // What the other warpgroups do.
 template <typename Cut>
 __device__ __forceinline__ void differentiate(const BackwardParams& params,
@@ -61,40 +73,47 @@ __device__ __forceinline__ void differentiate(const BackwardParams& params,
   load_rows(params, place, shared);
   Gradients<Cut> gradients(params, place, shared);
   warpgroup_barrier<kConsumerThreads>(kConsumersBarrier);
-  RingPlace<Cut::kStages> ring;
+  if (place.num_keys > 0) {
+    RingPlace<Cut::kStages> ring;
+    start_tile(shared, ring, gradients);
+    gradients.wait_for_first_products();
+    int left = place.num_keys;
 #pragma unroll 1
-  for (int first = 0; first < place.num_keys; first += kTileKeys) {
-    uint32_t bits[2];
-    shared.await_tile(ring);
-    publish_to_tensor_cores();
-    begin_products();
-    gradients.start_logits(shared.keys(ring));
-    gradients.start_dweights(shared.values(ring));
-    find_bits(place, shared.masks[ring.stage], bits);
-    gradients.wait_for_logits();
-    gradients.weigh(bits);
-    // No warpgroup's products read what was stored for the tile before any more.
-    warpgroup_barrier<kConsumerThreads>(kConsumersBarrier);
-    gradients.store_weights();
-    gradients.wait_for_dweights();
-    gradients.store_dlogits();
-    publish_to_tensor_cores();
-    warpgroup_barrier<kConsumerThreads>(kConsumersBarrier);
-    begin_products();
-    gradients.start_sums(own);
-    gradients.start_dq(shared.keys(ring));
-    gradients.template wait_for_sums<1>();
-    gradients.send_sums(own, shared.key[ring.stage]);
-    if constexpr (Cut::kConsumers == 1) {
+    do {
+      left -= kTileKeys;
+      uint32_t bits[2];
+      find_bits(place, shared.masks[ring.stage], bits);
+      gradients.weigh(bits);
+      // No warpgroup's products read what was stored for the tile before any more.
+      warpgroup_barrier<kConsumerThreads>(kConsumersBarrier);
+      gradients.store_weights();
+      gradients.store_dlogits();
+      publish_to_tensor_cores();
+      warpgroup_barrier<kConsumerThreads>(kConsumersBarrier);
       begin_products();
-      gradients.start_sums(kOfKeys);
-      gradients.template wait_for_sums<0>();
-      gradients.send_sums(kOfKeys, shared.key[ring.stage]);
-    }
-    gradients.wait_for_dq();
-    __syncwarp();  // all lanes have read their keys
-    shared.release(ring);
-    ring.advance();
+      gradients.start_sums(own);
+      gradients.start_dq(shared.keys(ring));
+      if constexpr (Cut::kConsumers == 1) {
+        gradients.template wait_for_sums<1>();
+        gradients.send_sums(own, shared.key[ring.stage]);
+        begin_products();
+        gradients.start_sums(kOfKeys);
+      }
+      // The tensor cores begin the next tile while the sums of this one leave; after the last,
+      // they multiply it once more for nothing.
+      RingPlace<Cut::kStages> next = ring;
+      if (left > 0) {
+        next.advance();
+      }
+      start_tile(shared, next, gradients);
+      gradients.template wait_for_sums<Cut::kConsumers == 1 ? 2 : 3>();
+      gradients.send_sums(Cut::kConsumers == 1 ? kOfKeys : own, shared.key[ring.stage]);
+      gradients.wait_for_first_products();
+      gradients.wait_for_dq();
+      __syncwarp();  // all lanes have read their keys
+      shared.release(ring);
+      ring = next;
+    } while (left > 0);
   }
   gradients.store_dq();
   wait_for_additions();
