@@ -6,6 +6,7 @@
 
 #include <bit>
 #include <limits>
+#include <utility>
 
 #include "sparse_decode/params.h"
 #include "sparse_decode/sparse_decode.h"
