@@ -8,6 +8,7 @@
 #include "lightning_indexer/lightning_indexer.h"
 #include "select_top_k/select_top_k.h"
 #include "sparse_attention/sparse_attention.h"
+#include "sparse_decode/sparse_decode.h"
 
 TORCH_LIBRARY(megatron_keye, m) {
   m.def(
@@ -22,6 +23,14 @@ TORCH_LIBRARY(megatron_keye, m) {
       "sparse_attention_backward(Tensor dout_THC, Tensor q_THC, Tensor k_SGC, Tensor v_SGC, "
       "Tensor out_THC, Tensor lse_TH, Tensor keys_BU, Tensor masks_BU, Tensor counts_B, "
       "float scale, bool in_bulk) -> (Tensor, Tensor)");
+  m.def(
+      "sparse_decode_scores(Tensor q_BTIJ, Tensor gate_BTI, Tensor index_keys_PLJ, "
+      "Tensor? index_scales_PL, Tensor pages_BN, Tensor lengths_B, int tiles_of_block) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "sparse_decode_attention(Tensor query_BTHC, Tensor keys_PLGC, Tensor values_PLGC, "
+      "Tensor pages_BN, Tensor indices_TK, float scale, int groups_of_block, int cluster) -> "
+      "Tensor");
 }
 
 TORCH_LIBRARY_IMPL(megatron_keye, CUDA, m) {
@@ -29,6 +38,8 @@ TORCH_LIBRARY_IMPL(megatron_keye, CUDA, m) {
   m.impl("lightning_indexer", &megatron_keye::lightning_indexer);
   m.impl("sparse_attention_forward", &megatron_keye::sparse_attention_forward);
   m.impl("sparse_attention_backward", &megatron_keye::sparse_attention_backward);
+  m.impl("sparse_decode_scores", &megatron_keye::sparse_decode_scores);
+  m.impl("sparse_decode_attention", &megatron_keye::sparse_decode_attention);
 #endif
   m.impl("select_top_k", &megatron_keye::select_top_k);
   m.impl("select_top_k_split_rows", &megatron_keye::select_top_k_split_rows);

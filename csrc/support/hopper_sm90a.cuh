@@ -26,12 +26,19 @@ __host__ __device__ constexpr uint32_t place_of_vector(int row, int vector, int 
   return vector / kVectors * half_bytes + swizzled(row, vector % kVectors);
 }
 
-// Copies 16 bytes to shared memory without waiting; zeros when `is_real` is false, and then
+// Copies 16 or 4 bytes to shared memory without waiting; zeros when `is_real` is false, and then
 // `source` is not read.
 __device__ __forceinline__ void copy_16_async(uint32_t target, const void* source, bool is_real) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
                : "r"(target), "l"(source), "r"(is_real ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_4_async(uint32_t target, const void* source, bool is_real) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+               :
+               : "r"(target), "l"(source), "r"(is_real ? 4 : 0)
                : "memory");
 }
 

@@ -48,6 +48,24 @@ __device__ __forceinline__ void multiply_registers(float (&out)[32], const uint3
         "n"(static_cast<int>(kMajor)));
 }
 
+// The same with 16 columns.
+template <Major kMajor>
+__device__ __forceinline__ void multiply_registers(float (&out)[8], const uint32_t (&a)[4],
+                                                   uint64_t b, bool is_added) {
+  asm volatile(
+      "{\n"
+      ".reg .pred is_added;\n"
+      "setp.ne.b32 is_added, %13, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7"
+      "}, {%8, %9, %10, %11}, %12, is_added, 1, 1, %14;\n"
+      "}\n"
+      : "+f"(out[0]), "+f"(out[1]), "+f"(out[2]), "+f"(out[3]), "+f"(out[4]), "+f"(out[5]),
+        "+f"(out[6]), "+f"(out[7])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(is_added)),
+        "n"(static_cast<int>(kMajor)));
+}
+
 // The same with 128 columns.
 template <Major kMajor>
 __device__ __forceinline__ void multiply_registers(float (&out)[64], const uint32_t (&a)[4],

@@ -12,6 +12,8 @@ from megatron_keye.kernels.extension import check_built, missing_reason, registe
 
 MAX_KEYS_OF_SPLIT_ROW = 262_144
 """Keys of a row that `select_top_k_split_rows` takes: what the registers of a cluster hold."""
+_SPLIT_ROWS_PAY_UP_TO = 64
+"""Rows: two waves of clusters fill an H100."""
 
 
 def _fake_select_top_k(
@@ -92,6 +94,12 @@ def select_top_k_split_rows(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Ten
         )
     indices_TK: Tensor = torch.ops.megatron_keye.select_top_k_split_rows(scores_TS, key_end_T, k)
     return indices_TK
+
+
+def splits_rows(scores_TS: Tensor) -> bool:
+    """Return whether `select_top_k_split_rows` takes such rows and is faster for so few."""
+    num_rows, num_keys = scores_TS.shape
+    return num_rows <= _SPLIT_ROWS_PAY_UP_TO and num_keys <= MAX_KEYS_OF_SPLIT_ROW
 
 
 def _check_arguments(scores_TS: Tensor, k: int, **bounds: Tensor) -> None:

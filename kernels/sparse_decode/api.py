@@ -27,8 +27,9 @@ from megatron_keye.kernels.registration import composite, opaque
 from megatron_keye.kernels.sparse_decode import reference
 from megatron_keye.kernels.sparse_decode.reference import PagedCache
 
-IMPLEMENTATIONS = ("eager", "triton")
-"""What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere."""
+IMPLEMENTATIONS = ("eager", "triton", "cuda")
+"""What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere.
+"cuda" has to be asked for."""
 
 
 def sparse_decode(
@@ -62,7 +63,10 @@ def sparse_decode(
         scale: Factor of the attention's logits, usually C^-0.5.
         impl: One of IMPLEMENTATIONS, or None for the default. "triton" takes up to 64 indexer
             heads, groups of up to 64 heads and heads of up to 256 channels; it reads nothing
-            back to the host, so a CUDA graph can hold it, and ranks NaN below -inf.
+            back to the host, so a CUDA graph can hold it, and ranks NaN below -inf. So does
+            "cuda", on Hopper with the extension: bfloat16 (and e4m3 keys, of which NaN counts as
+            480), T up to 8, I up to 16, J = 64, H / G up to 16, C of 64 or 128, and pages of a
+            power of two places, 16 or more.
 
     Returns:
         out_BTHC, type of `query_BTHC`, and indices_BTK, int32: the selected keys by their place
@@ -143,10 +147,10 @@ def _decode_as(
     cache = PagedCache(
         keys_PLGC, values_PLGC, index_keys_PLJ, pages_BN, lengths_B, index_scales_PL
     )
-    if impl == "triton":
+    if impl != "eager":
         # Loaded on demand: everything else must import where Triton cannot compile.
-        triton = import_module("megatron_keye.kernels.sparse_decode.triton")
-        result: tuple[Tensor, Tensor] = triton.sparse_decode(
+        chosen = import_module(f"megatron_keye.kernels.sparse_decode.{impl}")
+        result: tuple[Tensor, Tensor] = chosen.sparse_decode(
             q_BTIJ, gate_BTI, query_BTHC, cache, k, scale=scale
         )
         return result

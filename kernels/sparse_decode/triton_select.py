@@ -18,15 +18,11 @@ from megatron_keye.kernels.select_top_k import cuda, fastest_impl, select_top_k
 
 MAX_PROGRAMS = 128
 """Rows and parts that select at once; an H100 has 132 multiprocessors."""
-MAX_SPLIT_ROWS = 64
-"""Rows that are split over clusters: two waves of clusters fill an H100."""
 
 
 def can_split_rows(scores_TS: Tensor) -> bool:
     """Return whether the CUDA form selects from these rows, each split over a cluster."""
-    num_rows, num_keys = scores_TS.shape
-    is_taken = num_rows <= MAX_SPLIT_ROWS and num_keys <= cuda.MAX_KEYS_OF_SPLIT_ROW
-    return is_taken and fastest_impl(scores_TS) == "cuda"
+    return cuda.splits_rows(scores_TS) and fastest_impl(scores_TS) == "cuda"
 
 
 def choose_parts(num_rows: int, num_keys: int, k: int) -> int:

@@ -3,10 +3,12 @@
 
     python -m pytest tests/kernels/test_sparse_decode_speed.py --benchmark
 
-One new token per sequence, in a CUDA graph, with a cold L2 cache, with indexer keys of 16 and of
-8 bits. The peer is the fastest of torch SDPA's backends on a cache without pages.
+New tokens of each sequence, in a CUDA graph, with a cold L2 cache, with indexer keys of 16 and of
+8 bits. The peer is the fastest of torch SDPA's backends on a cache without pages. Shares are of
+the time that the bytes take which each call has to read once, at the speed of a large copy.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -15,59 +17,111 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_keye.kernels.indexer_quantization import quantize, round_to_fp8
-from megatron_keye.kernels.sparse_decode import PagedCache, sparse_decode
-from tests.support.benchmark import Recorder
+from megatron_keye.kernels.extension import missing_reason
+from megatron_keye.kernels.sparse_decode import PagedCache, cuda, sparse_decode
+from tests.support.benchmark import Recorder, memory_bytes_per_second
+from tests.support.decode_cases import Queries, Sizes, make_decode
 
 pytestmark = [pytest.mark.gpu, pytest.mark.benchmark]
 
-HEADS, GROUPS, CHANNELS = 32, 4, 128
-INDEXER_HEADS, INDEXER_CHANNELS = 16, 64
-TOP_K, LENGTH, PAGE = 2048, 131072, 64
-SCALE = CHANNELS**-0.5
+TOP_K, LENGTH = 2048, 131072
+SCALE = 128**-0.5
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+CUTS = [cuda.Cut(groups, cluster) for groups in (1, 2, 4) for cluster in (1, 2, 4, 8)]
 
 
-@pytest.mark.parametrize("batch", [1, 32])
-def test_sparse_decode(batch: int, recorder: Recorder) -> None:
-    generator = torch.Generator("cuda").manual_seed(1)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
-
-    num_pages = batch * LENGTH // PAGE
-    order = torch.randperm(num_pages, generator=generator, device="cuda")
-    cache = PagedCache(
-        keys_PLGC=normal(num_pages, PAGE, GROUPS, CHANNELS),
-        values_PLGC=normal(num_pages, PAGE, GROUPS, CHANNELS),
-        index_keys_PLJ=normal(num_pages, PAGE, INDEXER_CHANNELS),
-        pages_BN=order.int().view(batch, -1),
-        lengths_B=torch.full((batch,), LENGTH, device="cuda"),
-    )
-    queries = (
-        normal(batch, 1, INDEXER_HEADS, INDEXER_CHANNELS),
-        normal(batch, 1, INDEXER_HEADS),
-        normal(batch, 1, HEADS, CHANNELS),
-    )
-    fields = {"shape": {"B": batch, "T": 1, "S": LENGTH, "K": TOP_K}, "dtype": "bfloat16"}
-    peer = time_dense(recorder, queries[2], cache, fields)
-    values_PLJ, scales_PL = quantize(cache.index_keys_PLJ)
-    rounded = round_to_fp8(queries[0]), *queries[1:]
-    narrow = cache._replace(index_keys_PLJ=values_PLJ, index_scales_PL=scales_PL)
-    for name, given, held in (("bfloat16", queries, cache), ("fp8", rounded, narrow)):
-        decode = partial(sparse_decode, *given, held, TOP_K, scale=SCALE, impl="triton")
-        case = fields | {"selection": f"{name} keys"}
-        with torch.no_grad():
-            recorder.time("decode", "triton", decode, fields=case, peer=peer, in_graph=True)
+@pytest.fixture(scope="module")
+def bytes_per_second() -> float:
+    return memory_bytes_per_second()
 
 
-def time_dense(
-    recorder: Recorder, query_BTHC: Tensor, cache: PagedCache, fields: dict[str, object]
-) -> tuple[str, float]:
+class Case:
+    """A batch of sequences of LENGTH keys, and the bytes that its parts read."""
+
+    def __init__(self, batch: int, num_queries: int, *, is_quantized: bool) -> None:
+        sizes = Sizes((LENGTH,) * batch, num_queries=num_queries, is_quantized=is_quantized)
+        self.queries: Queries
+        self.queries, self.cache = make_decode(sizes)
+        num_rows = batch * num_queries
+        self.score_bytes = batch * LENGTH * (64 + 4 if is_quantized else 128)
+        self.attention_bytes = num_rows * TOP_K * sizes.groups * sizes.channels * 2 * 2
+        name = "fp8 keys" if is_quantized else "bfloat16 keys"
+        shape = {"B": batch, "T": num_queries, "S": LENGTH, "K": TOP_K}
+        self.fields = {"shape": shape, "dtype": "bfloat16", "selection": name}
+
+    def decode(self, impl: str) -> Callable[[], object]:
+        return partial(sparse_decode, *self.queries, self.cache, TOP_K, scale=SCALE, impl=impl)
+
+
+def implementations() -> list[str]:
+    return ["triton"] if missing_reason("sparse_decode_scores") else ["triton", "cuda"]
+
+
+@pytest.mark.parametrize(("batch", "num_queries"), [(1, 1), (8, 1), (32, 1), (64, 1), (32, 4)])
+def test_sparse_decode(
+    batch: int, num_queries: int, recorder: Recorder, bytes_per_second: float
+) -> None:
+    peer = None
+    for is_quantized in (False, True):
+        case = Case(batch, num_queries, is_quantized=is_quantized)
+        if num_queries == 1 and batch in (1, 32) and peer is None:
+            peer = time_dense(recorder, case)
+        traffic = case.score_bytes + case.attention_bytes, bytes_per_second
+        for impl in implementations():
+            recorder.time(
+                "decode",
+                impl,
+                case.decode(impl),
+                fields=case.fields,
+                traffic=traffic,
+                peer=peer,
+                in_graph=True,
+            )
+
+
+@pytest.mark.parametrize(("batch", "is_quantized"), [(1, True), (32, False), (32, True)])
+def test_parts_of_the_sparse_decode(
+    batch: int,
+    is_quantized: bool,
+    recorder: Recorder,
+    bytes_per_second: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Scores, selection and attention apart, in Triton and CUDA, with each cut."""
+    from megatron_keye.kernels.sparse_decode import triton, triton_scores, triton_select
+
+    case = Case(batch, 1, is_quantized=is_quantized)
+    (q_BTIJ, gate_BTI, query_BTHC), cache = case.queries, case.cache
+    scored = triton_scores.score_pages(q_BTIJ, gate_BTI, cache, TOP_K)
+    indices_TK = triton_select.select_from_parts(*scored, TOP_K)
+    out_BTHC = torch.empty_like(query_BTHC)
+
+    def time(op: str, impl: str, run: Callable[[], object], num_bytes: int) -> None:
+        traffic = num_bytes, bytes_per_second
+        recorder.time(op, impl, run, fields=case.fields, traffic=traffic, in_graph=True)
+
+    score = partial(triton_scores.score_pages, q_BTIJ, gate_BTI, cache, TOP_K)
+    time("decode_scores", "triton", score, case.score_bytes)
+    select = partial(triton_select.select_from_parts, *scored, TOP_K)
+    time("decode_selection", "cuda", select, scored[0].nbytes)
+    attend = partial(triton._attend, query_BTHC, cache, indices_TK, out_BTHC, scale=SCALE)
+    time("decode_attention", "triton", attend, case.attention_bytes)
+    if "cuda" not in implementations():
+        return
+    score = partial(cuda.score_pages, q_BTIJ, gate_BTI, cache)
+    time("decode_scores", "cuda", score, case.score_bytes)
+    for cut in (None, *CUTS):
+        monkeypatch.setattr(cuda, "CUT", cut)
+        attend = partial(cuda.attend, query_BTHC, cache, indices_TK, scale=SCALE)
+        name = "cuda" if cut is None else f"cuda, {cut.groups_of_block} groups x {cut.cluster}"
+        time("decode_attention", name, attend, case.attention_bytes)
+
+
+def time_dense(recorder: Recorder, case: Case) -> tuple[str, float]:
     """Return the fastest backend and its milliseconds."""
-    batch = len(query_BTHC)
+    query_BTHC, cache = case.queries[2], case.cache
     k_BGSC, v_BGSC = (
-        pages.view(batch, LENGTH, GROUPS, CHANNELS).transpose(1, 2).contiguous()
+        pages.reshape(len(query_BTHC), LENGTH, *pages.shape[2:]).transpose(1, 2).contiguous()
         for pages in (cache.keys_PLGC, cache.values_PLGC)
     )
     took: dict[str, float] = {}
@@ -80,6 +134,8 @@ def time_dense(
                 )
 
         name = backend.name.split("_")[0].lower()
-        took[name] = recorder.time("dense_decode", name, attend, fields=fields, in_graph=True)
+        took[name] = recorder.time(
+            "dense_decode", name, attend, fields=case.fields, in_graph=True
+        )
     best = min(took, key=lambda name: took[name])
     return f"{best} dense decode", took[best]

@@ -37,6 +37,7 @@ class Recorder:
         *,
         fields: dict[str, Any],
         flop: float = 0.0,
+        traffic: tuple[float, float] | None = None,
         peer: tuple[str, float] | None = None,
         in_graph: bool = False,
     ) -> float:
@@ -48,6 +49,7 @@ class Recorder:
             run: Runs the case once.
             fields: Other fields of the line: shape, dtype, selection.
             flop: Useful floating-point operations of one call; a multiply-add counts 2.
+            traffic: Bytes that one call has to move, and those that the memory moves in a second.
             peer: Name and milliseconds of the case to compare with.
             in_graph: Whether to time a CUDA graph of it, with a cold L2 cache, as for a case that
                 takes less time than its kernel launches.
@@ -73,6 +75,9 @@ class Recorder:
             "tflop_per_s": round(flop / median / 1e9, 1),
             "peak_mib": round((torch.cuda.max_memory_allocated() - allocated) / 2**20),
         }
+        if traffic is not None:
+            gb_per_s, bound = traffic[0] / median / 1e6, traffic[1] / 1e9
+            line |= {"gb_per_s": round(gb_per_s), "share_of_bound": round(gb_per_s / bound, 3)}
         if peer is not None:
             line |= {"peer": peer[0], "times_faster": round(peer[1] / median, 3)}
         with self._path.open("a") as file:
@@ -80,6 +85,14 @@ class Recorder:
         ratio = f"  {line['times_faster']:.2f}x {peer[0]}" if peer else ""
         sys.stdout.write(f"\n{op} {impl}: {median:.2f} ms, {line['tflop_per_s']} TFLOP/s{ratio}")
         return float(median)
+
+
+def memory_bytes_per_second() -> float:
+    """Return how many bytes a large copy on the GPU reads and writes in a second."""
+    source = torch.empty(2**32, dtype=torch.uint8, device="cuda")
+    target, flush = torch.empty_like(source), source[:0]
+    took = [_milliseconds(lambda: target.copy_(source), flush) for _ in range(_REPEATS)]
+    return 2 * source.numel() / (sorted(took)[_REPEATS // 2] / 1e3)
 
 
 def gradients_of(
