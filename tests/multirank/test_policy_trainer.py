@@ -138,6 +138,12 @@ def policy_figures_of(run: RunConfig) -> list[dict[str, float]]:
     return [line["policy"] for line in lines if "policy" in line]
 
 
+def losses_of(run: RunConfig) -> list[float]:
+    """Return the loss of each step."""
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").open()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
 def trained(run: RunConfig, stops_in_step: int = 0) -> tuple[int, bool]:
     return run_on_ranks(run.parallel.num_ranks, _train, run.to_json(), stops_in_step)[0]
 
@@ -217,6 +223,8 @@ def test_two_ranks_answer_and_learn_as_one(folder: Path, whole: RunConfig, axis:
     """Stages and context ranks are replicas while they answer, as is every rank of a data axis."""
     run = run_of(folder, f"two {axis}", **{axis: 2})
     trained(replace(run, training=replace(run.training, stop_after_step=2)))
+    for mine, theirs in zip(losses_of(run), losses_of(whole), strict=False):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     figures = policy_figures_of(run)
     assert (figures[0].get("refit_bytes", 0) > 0) == (axis == "pipeline")
     for mine, theirs in zip(figures, policy_figures_of(whole), strict=False):
