@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of a model's answers while it trains: with its own weights, on the ranks of training.
 
-Nothing is copied. The cache of keys and values lives for one evaluation, in memory that the step
-has given back.
+The cache of keys and values lives for one evaluation, in memory that the step has given back, and
+so do weights that ranks generate with but do not train.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_keye.config.fused_kernels import PLAIN, Fusions
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.conversation import parse_conversation
 from megatron_keye.data.row import Sample
@@ -26,7 +27,7 @@ from megatron_keye.parallel.grid import Grid
 from megatron_keye.parallel.process import Process
 from megatron_keye.rollout.cache import count_pages
 from megatron_keye.rollout.embedded import EmbeddedEngine
-from megatron_keye.rollout.grid import generating_run
+from megatron_keye.rollout.generating_model import open_generating_model
 from megatron_keye.rollout.request import Completion, Request, SamplingLaw, stop_ids
 from megatron_keye.scoring.answers import Answer
 from megatron_keye.scoring.question import Question
@@ -41,22 +42,41 @@ _logger = logging.getLogger(__name__)
 class Evaluation:
     """Answers the same questions each time it is called, and scores the answers."""
 
-    def __init__(self, run: RunConfig, grid: Grid, model: KeyeModel, process: Process) -> None:
-        """Read the questions and make prompts of them.
+    def __init__(
+        self,
+        run: RunConfig,
+        grid: Grid,
+        model: KeyeModel,
+        process: Process,
+        *,
+        uses_transformer_engine: bool,
+        fusions: Fusions = PLAIN,
+    ) -> None:
+        """Read the questions and make prompts of them. Collective: all ranks must call it.
 
         Args:
-            run: The run that trains; without pipeline stages and context ranks.
+            run: The run that trains; `rollout` says on which degrees it answers.
             grid: Groups of this rank.
             model: This rank's modules.
             process: This rank.
+            uses_transformer_engine: Whether linear layers are Transformer Engine's.
+            fusions: The fused kernels that run.
 
         Raises:
-            UserError: For questions or media that cannot be read, or no question of the task.
+            UserError: For questions or media that cannot be read, no question of the task, or
+                degrees that do not fit the ranks.
         """
         settings = run.training.evaluation
         self._folder = run.folder / "evaluations"
-        self._run = _answering_run(run, process.num_ranks)
-        self._grid, self._model, self._process = grid, model, process
+        self._generating = open_generating_model(
+            replace(run, rollout=replace(run.rollout, server="")),
+            process,
+            grid,
+            model,
+            uses_transformer_engine=uses_transformer_engine,
+            fusions=fusions,
+        )
+        self._run, self._process = self._generating.run, process
         self._tokenizer = load_tokenizer(run.data.tokenizer)
         self._questions = _asked(Path(settings.samples), settings.task, settings.num_questions)
         base, stops = Path(settings.samples).parent, stop_ids(self._tokenizer)
@@ -71,7 +91,7 @@ class Evaluation:
             )
             for key, question in enumerate(self._questions)
         ]
-        if grid.rank == 0:
+        if process.rank == 0:
             _logger.info("asking %d questions of %s", len(self._questions), settings.samples)
 
     def __call__(self, step: int) -> Scores:
@@ -91,7 +111,7 @@ class Evaluation:
             question = self._questions[completion.key]
             answers.setdefault(question.id, []).append(self._answer(completion))
         scored = score_questions(self._questions, answers)
-        if self._grid.rank == 0:
+        if self._process.rank == 0:
             self._write(step, scored)
         by_task: dict[str, list[ScoredQuestion]] = {}
         for each in scored:
@@ -116,18 +136,23 @@ class Evaluation:
         )
 
     def _completions(self) -> Iterator[Completion]:
-        device = self._process.device
-        source = open_patch_source(self._run, self._model, device, node_cache().probe)
+        generating, device = self._generating, self._process.device
+        source = open_patch_source(self._run, generating.model, device, node_cache().probe)
         try:
+            if generating.refit is not None:
+                # The cache takes what the weights leave.
+                generating.refit.renew()
             engine = EmbeddedEngine(
                 self._with_cache(),
-                self._grid,
-                self._model,
+                generating.grid,
+                generating.model,
                 source=source,
                 device=device,
                 heartbeat=self._process.heartbeat,
+                refit=generating.refit,
             )
             yield from engine.generate(self._requests)
+            engine.sleep()
         finally:
             if source is not None:
                 source.close()
@@ -158,13 +183,6 @@ class Evaluation:
         with writing(self._folder, "answers"):
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / f"step-{step:08}.jsonl").write_text("".join(lines))
-
-
-def _answering_run(run: RunConfig, num_ranks: int) -> RunConfig:
-    """Return the run as it generates on the very grid on which it trains."""
-    rollout = replace(run.rollout, tensor=0, expert=0, server="")
-    # The run's checks admit such grids alone as generate.
-    return replace(generating_run(replace(run, rollout=rollout), num_ranks), parallel=run.parallel)
 
 
 def _asked(path: Path, task: str, most: int) -> list[Question]:

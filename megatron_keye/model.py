@@ -71,23 +71,57 @@ def build_model(
         fusions: The fused kernels that run.
         learns: Whether anything is trained; otherwise there is no memory for gradients.
     """
+    stages = build_decoder(
+        run,
+        grid,
+        device,
+        uses_transformer_engine=uses_transformer_engine,
+        fusions=fusions,
+        learns=learns,
+    )
+    return KeyeModel(stages=stages, vision=_build_vision(run, grid, device, learns=learns))
+
+
+def build_decoder(
+    run: RunConfig,
+    grid: Grid,
+    device: torch.device,
+    *,
+    uses_transformer_engine: bool,
+    fusions: Fusions = PLAIN,
+    learns: bool = True,
+    draws_weights: bool = True,
+) -> list[DistributedDataParallel]:
+    """Build this rank's virtual stages; none on a dedicated vision rank.
+
+    Args:
+        run: The run.
+        grid: Process groups of this rank.
+        device: Device of the weights.
+        uses_transformer_engine: Whether linears are Transformer Engine's.
+        fusions: The fused kernels that run.
+        learns: As of `build_model`.
+        draws_weights: Whether matrices get their initial weights; else whoever calls fills them.
+    """
     stages: list[DistributedDataParallel] = []
-    if grid.decoder is not None:
-        config = decoder_config(run, on_gpu=device.type == "cuda", fusions=fusions)
-        for index in range(run.parallel.decoder.virtual_stages):
-            stage = VirtualStage(
-                run,
-                config,
-                grid.decoder,
-                index=index,
-                uses_transformer_engine=uses_transformer_engine,
-                fusions=fusions,
-            ).to(device)
+    if grid.decoder is None:
+        return stages
+    config = decoder_config(run, on_gpu=device.type == "cuda", fusions=fusions)
+    for index in range(run.parallel.decoder.virtual_stages):
+        stage = VirtualStage(
+            run,
+            config,
+            grid.decoder,
+            index=index,
+            uses_transformer_engine=uses_transformer_engine,
+            fusions=fusions,
+        ).to(device)
+        if draws_weights:
             sharded = stage.sharded_state_dict(metadata={"dp_cp_group": grid.decoder.dp_cp})
             initialize_weights(sharded, std=run.model.decoder.init_std, seed=run.training.seed)
-            _freeze(stage, run, learns=learns)
-            stages.append(wrap(stage, run, config, grid.decoder, may_overlap=True))
-    return KeyeModel(stages=stages, vision=_build_vision(run, grid, device, learns=learns))
+        _freeze(stage, run, learns=learns)
+        stages.append(wrap(stage, run, config, grid.decoder, may_overlap=True))
+    return stages
 
 
 def part_of(name: str) -> Part:

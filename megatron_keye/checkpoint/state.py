@@ -4,7 +4,12 @@
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
@@ -62,6 +67,17 @@ def copy_loaded(loaded: dict[str, Any], targets: dict[str, Tensor]) -> None:
 def data_of(state: Sharded) -> dict[str, Tensor]:
     """Return the tensors behind sharded tensors, by local name."""
     return {name: value.data for name, value in state.items()}
+
+
+def shards_of(state: Sharded) -> list[ShardedTensor]:
+    """Return the shards of whole tensors that a state consists of, which share memory with it.
+
+    Args:
+        state: Sharded tensors; a factory may stand for several shards, as of experts.
+    """
+    made: Sharded = dict(state)
+    apply_factories(made)
+    return list(nested_values(made))
 
 
 def _metadata(groups: ProcessGroupCollection) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -201,7 +202,9 @@ def train(run: RunConfig, process: "Process") -> bool:
         check_wandb(run.training.logging.wandb_project)
     with writing(run.folder, "the run's files", then=_GO_ON):
         kind = PolicyTrainer if run.post_training.is_on else Trainer
-        trainer = kind(run, process, open_evaluation=Evaluation, **operators(run, process))
+        chosen = operators(run, process)
+        evaluation = partial(Evaluation, **chosen)
+        trainer = kind(run, process, open_evaluation=evaluation, **chosen)
         trainer.train()
     return not trainer.was_stopped
 

@@ -12,7 +12,9 @@ class RolloutConfig:
 
     tensor: int = 0
     """Tensor-parallel ranks while generating; 0: as parallel.decoder.tensor. There are no pipeline
-    stages and no context ranks then: such ranks become replicas."""
+    stages and no context ranks then: such ranks become replicas. Where these degrees are not those
+    of training, a run that trains gives its weights to the ranks that generate, which then hold
+    what they do not train a second time, while answers are wanted."""
     expert: int = 0
     """Expert-parallel ranks while generating; 0: as parallel.decoder.expert."""
     page_tokens: int = 64

@@ -119,13 +119,6 @@ class RunConfig:
             "samples to validate on, since training.validation.patience is "
             f"{self.training.validation.patience}",
         )
-        check(
-            not self.training.evaluation.samples or degrees.pipeline == degrees.context == 1,
-            "training.evaluation.samples",
-            self.training.evaluation.samples,
-            "'' with pipeline stages or context ranks, which do not generate; evaluate its "
-            "checkpoints with megatron-keye evaluate",
-        )
 
     def _check_divides(self, count: int, axis: str, what: str) -> None:
         degree = getattr(self.parallel.decoder, axis)

@@ -15,13 +15,13 @@ from megatron_keye.post_training.prompts import Prompts
 from megatron_keye.post_training.reward_pool import RewardPool
 from megatron_keye.post_training.rollouts import Rollouts
 from megatron_keye.rollout.embedded import EmbeddedEngine
-from megatron_keye.rollout.grid import generating_run
+from megatron_keye.rollout.generating_model import open_generating_model
 from megatron_keye.training.patch_source import open_patch_source
 from megatron_keye.training.trained_model import build_trained_model
 
 
 class Parts:
-    """The model, what generates with it and what trains it: the same weights for both."""
+    """The model, what generates with it and what trains it, with the same weights."""
 
     def __init__(
         self, run: RunConfig, process: Process, *, uses_transformer_engine: bool, fusions: Fusions
@@ -35,7 +35,7 @@ class Parts:
             fusions: The fused kernels that run.
 
         Raises:
-            UserError: For questions that are malformed.
+            UserError: For questions that are malformed, and degrees that do not fit the ranks.
         """
         device, probe_video = process.device, node_cache().probe
         tokenizer = load_tokenizer(run.data.tokenizer)
@@ -60,15 +60,24 @@ class Parts:
             device=device,
         )
         """Learns from answers."""
-        generating = generating_run(run, process.num_ranks)
-        patches = open_patch_source(generating, trained.model, device, probe_video)
-        self.engine = EmbeddedEngine(
-            generating,
+        generating = open_generating_model(
+            run,
+            process,
             trained.grid,
             trained.model,
+            uses_transformer_engine=uses_transformer_engine,
+            fusions=fusions,
+        )
+        self._refit = generating.refit
+        patches = open_patch_source(generating.run, generating.model, device, probe_video)
+        self.engine = EmbeddedEngine(
+            generating.run,
+            generating.grid,
+            generating.model,
             source=patches,
             device=device,
             heartbeat=process.heartbeat,
+            refit=generating.refit,
         )
         """Answers."""
         pool = RewardPool(_scoring(run)) if process.rank == 0 else None
@@ -83,6 +92,18 @@ class Parts:
         )
         """Has questions answered and scored."""
         self._closed = [part for part in (patches, pool) if part is not None]
+
+    def refit_figures(self) -> dict[str, float]:
+        """Return figures of the last time that weights went to the ranks that generate.
+
+        None where the weights that generate are those that learn.
+        """
+        if self._refit is None:
+            return {}
+        return {
+            "refit_seconds": self._refit.seconds,
+            "refit_bytes": float(self._refit.num_bytes),
+        }
 
     def close(self) -> None:
         """Let go of processes, threads and devices; a save at work may become complete."""

@@ -180,6 +180,7 @@ class PolicyTrainer:
         self._parts.engine.take_weights(self._progress.step)
         self._note_updates(learned, report)
         figures = policy_figures(rollout, learned, self._seconds, self._run)
+        figures |= self._parts.refit_figures()
         if report is not None:
             report.show_figures(self._progress.step, figures, describe_figures(figures))
         if log is not None:

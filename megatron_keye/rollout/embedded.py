@@ -20,6 +20,7 @@ from megatron_keye.parallel.grid import Grid
 from megatron_keye.rollout.cache import allocate, count_pages
 from megatron_keye.rollout.new_tokens import RankCache, packed_pieces
 from megatron_keye.rollout.prefill import Prefill
+from megatron_keye.rollout.refit import Refit
 from megatron_keye.rollout.replayed import check_graphs
 from megatron_keye.rollout.replica import Replica
 from megatron_keye.rollout.request import Completion, NewToken, Request
@@ -43,6 +44,7 @@ class EmbeddedEngine:
         device: torch.device,
         meter: RowMeter | None = None,
         heartbeat: Heartbeat | None = None,
+        refit: Refit | None = None,
     ) -> None:
         """Prepare; the cache takes its memory when answers are wanted.
 
@@ -54,6 +56,7 @@ class EmbeddedEngine:
             device: Where this rank computes.
             meter: Receives the layers' measurements.
             heartbeat: Told of each tick; by default one that nobody reads.
+            refit: Brings the newest weights, where the modules are not those that learn.
 
         Raises:
             UserError: For CUDA graphs of layers that they cannot hold.
@@ -65,6 +68,7 @@ class EmbeddedEngine:
         self.version = 0
         """Of the weights that answer."""
         self._run, self._grid, self._model, self._device = run, grid, model, device
+        self._refit = refit
         self._meter = meter or RowMeter()
         self._heartbeat = heartbeat or Heartbeat()
         self._prefill = Prefill(run, grid, model, source, device, self._heartbeat)
@@ -79,11 +83,15 @@ class EmbeddedEngine:
         return sum(scheduler.num_used_pages for scheduler in self._schedulers)
 
     def wake(self) -> None:
-        """Take memory for the cache, as much as there is now, if it has none. Collective."""
+        """Take memory for weights, and for the cache what there is then, if it has none.
+
+        Collective: all ranks must call it.
+        """
         if self._num_pages:
             return
         run, device, decoder = self._run, self._device, self._grid.decoder
         _return_unused_memory(device)
+        self._renew_weights()
         self._num_pages = count_pages(run, device)
         if decoder is not None:
             cache = RankCache(
@@ -97,7 +105,7 @@ class EmbeddedEngine:
             self._replica = Replica(run, stage, cache, decoder.tp, self._meter)
 
     def sleep(self) -> None:
-        """Give the cache's memory to whoever needs it until answers are wanted again.
+        """Give cache and weights that are copies to whoever needs the memory, until answers are.
 
         No answer may be under way.
         """
@@ -105,13 +113,15 @@ class EmbeddedEngine:
         if self._replica is not None:
             self._replica.release()
         self._schedulers, self._replica, self._num_pages = [], None, 0
+        if self._refit is not None:
+            self._refit.release()
         _return_unused_memory(self._device)
 
     def take_weights(self, version: int) -> None:
         """Answer with the weights as they are now; no key of earlier ones is read again.
 
-        Answers that go on run again from their prompt, and draw their next tokens from the new
-        weights.
+        Collective: all ranks must call it. Answers that go on run again from their prompt, and
+        draw their next tokens from the new weights.
 
         Args:
             version: Number of these weights.
@@ -121,6 +131,15 @@ class EmbeddedEngine:
             scheduler.drop_caches()
         if self._replica is not None:
             self._replica.forget()
+        if self._refit is not None:
+            self._refit.note_update()
+        if self._num_pages:
+            self._renew_weights()
+
+    def _renew_weights(self) -> None:
+        if self._refit is not None:
+            with self._heartbeat.doing("refit", exchange="the weights of all ranks"):
+                self._refit.renew()
 
     def generate(
         self, requests: Iterable[Request], on_token: Callable[[NewToken], None] | None = None

@@ -108,6 +108,9 @@ def _train(run_json: str, stops_in_step: int) -> tuple[int, bool]:
 
     def learn(*arguments: Any) -> Any:
         assert not caches(), "the cache's memory is free while a step learns"
+        refit = trainer._parts._refit
+        copies = [] if refit is None else [storage.nbytes() for storage, _ in refit._memory]
+        assert not any(copies), "and so is that of copies of weights"
         return learning(*arguments)
 
     trainer._parts.learning = learn
@@ -127,6 +130,18 @@ def logs(run: RunConfig) -> list[list[dict[str, Any]]]:
     """Return the lines of each step's log."""
     files = sorted((run.folder / "rollouts").glob("step-*.jsonl"))
     return [[json.loads(line) for line in file.open()] for file in files]
+
+
+def policy_figures_of(run: RunConfig) -> list[dict[str, float]]:
+    """Return the figures of each step."""
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").open()]
+    return [line["policy"] for line in lines if "policy" in line]
+
+
+def losses_of(run: RunConfig) -> list[float]:
+    """Return the loss of each step."""
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").open()]
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def trained(run: RunConfig, stops_in_step: int = 0) -> tuple[int, bool]:
@@ -149,8 +164,7 @@ def test_every_answer_is_logged_with_what_it_was_worth(whole: RunConfig) -> None
         assert 16 <= len(lines) <= 32, "at most twice the prompts"
         assert all(line["reward"] is not None for line in lines)
         assert all(0.2 < line["ratio"] < 5 for line in lines if "ratio" in line)
-    metrics = [json.loads(line) for line in (whole.folder / "metrics.jsonl").open()]
-    policy = [line["policy"] for line in metrics if "policy" in line]
+    policy = policy_figures_of(whole)
     assert len(policy) == STEPS and all(
         each["rollout_log_prob_error_max"] < 1e-4 for each in policy
     )
@@ -189,7 +203,6 @@ def test_questions_that_changed_are_refused(folder: Path, whole: RunConfig) -> N
     ("section", "change", "message"),
     [
         ("rollout", {"top_p": 0.9}, "ratios are of the whole law"),
-        ("rollout", {"tensor": 2}, "rollout.tensor: got 2, expected 0 or 1"),
         ("training", {"phase": "indexer_warmup", "frozen": ()}, "'dense' or 'sparse'"),
         ("data", {"on_bad_sample": "skip"}, "expected 'refuse' with post_training.kind"),
         ("data", {"samples": "a=0.5,b=0.5"}, "one file of questions"),
@@ -202,14 +215,21 @@ def test_settings_that_make_no_sense_are_refused(
     changed = replace(run, **{section: replace(getattr(run, section), **change)})
     with pytest.raises(UserError, match=message):
         check_run(changed)
-    with pytest.raises(UserError, match=r"parallel.decoder.context: got 2, expected 1"):
-        check_run(run_of(folder, "refused", context=2))
 
 
 @pytest.mark.slow
-def test_two_replicas_answer_and_learn_as_one(folder: Path, whole: RunConfig) -> None:
-    run = run_of(folder, "two", data=2)
+@pytest.mark.parametrize("axis", ["data", "pipeline", "context"])
+def test_two_ranks_answer_and_learn_as_one(folder: Path, whole: RunConfig, axis: str) -> None:
+    """Stages and context ranks are replicas while they answer, as is every rank of a data axis."""
+    run = run_of(folder, f"two {axis}", **{axis: 2})
     trained(replace(run, training=replace(run.training, stop_after_step=2)))
+    for mine, theirs in zip(losses_of(run), losses_of(whole), strict=False):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    figures = policy_figures_of(run)
+    assert (figures[0].get("refit_bytes", 0) > 0) == (axis == "pipeline")
+    for mine, theirs in zip(figures, policy_figures_of(whole), strict=False):
+        assert mine["reward"] == theirs["reward"]
+        assert mine["rollout_log_prob_error_max"] < 1e-4, "the weights are those that learned"
     for mine, theirs in zip(logs(run), logs(whole)[:2], strict=True):
         assert [line["text"] for line in mine] == [line["text"] for line in theirs]
         for line, other in zip(mine, theirs, strict=True):

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megatron_keye.config import RunConfig
+from megatron_keye.config import RolloutConfig, RunConfig
 from megatron_keye.config.backends import transformer_engine_version
 from megatron_keye.config.fused_kernels import Fusions
 from megatron_keye.rollout import replayed
@@ -21,6 +21,7 @@ from megatron_keye.rollout.cache import bytes_per_token
 from megatron_keye.rollout.grid import generating_run
 from megatron_keye.rollout.request import Request
 from tests.support.ranks import run_on_ranks
+from tests.support.refit import bring
 from tests.support.rollout import build_engine, generated, prompt, request
 from tests.support.rollout_cases import (
     ARRANGEMENTS,
@@ -33,6 +34,7 @@ from tests.support.rollout_cases import (
     selections,
     tiny,
 )
+from tests.support.tiny import tiny_run
 from tests.support.train import let_go, train
 
 pytestmark = [
@@ -199,3 +201,20 @@ def test_graphs_of_layers_that_wait_for_the_host_are_refused() -> None:
     run = tiny("fp32", device="cuda", rollout=replace(SMALL, uses_cuda_graphs=True))
     with pytest.raises(AssertionError, match="expected training.precision=bf16 and training.fus"):
         generated(run, REQUESTS[:1])
+
+
+@needs_two
+@pytest.mark.parametrize(
+    ("degrees", "rollout"),
+    [
+        ({"tensor": 2, "expert": 2}, RolloutConfig(tensor=1, expert=1)),
+        ({"pipeline": 2}, RolloutConfig(tensor=2, expert=2)),
+        ({"context": 2, "expert": 2}, RolloutConfig()),
+    ],
+)
+def test_weights_that_generate_are_those_of_a_checkpoint(
+    degrees: dict[str, int], rollout: RolloutConfig, tmp_path: Path
+) -> None:
+    run = replace(tiny_run(device="cuda", **degrees), rollout=rollout)
+    for found in run_on_ranks(2, bring, run.to_json(), str(tmp_path), device="cuda"):
+        assert found[0], "they are equal bit for bit"

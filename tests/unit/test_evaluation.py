@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_keye.checkpoint.training_checkpoint import Progress
+from megatron_keye.config import RunConfig
 from megatron_keye.config.evaluation import TASKS
 from megatron_keye.data.tokens import load_tokenizer
 from megatron_keye.errors import UserError
@@ -31,6 +32,11 @@ NO_MODEL: Any = None
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return few forged clips."""
     return forge_few(tmp_path_factory.mktemp("evaluation") / "clips")
+
+
+def opened(run: RunConfig) -> Evaluation:
+    """Return an evaluation on one rank, without a model."""
+    return Evaluation(run, ALONE, NO_MODEL, ALONE, uses_transformer_engine=False)
 
 
 def saying(evaluation: Evaluation, texts: list[str], tokenizer_folder: Path) -> None:
@@ -58,7 +64,7 @@ def test_right_answers_score_1_and_all_answers_are_written(folder: Path) -> None
     lines = [json.loads(line) for line in (folder / "held_out.questions.jsonl").open()]
     asked = [line for line in lines if line["task"] == "grounding"]
     answers = [line["messages"][-1]["content"] for line in asked]
-    evaluation = Evaluation(run, ALONE, NO_MODEL, ALONE)
+    evaluation = opened(run)
     saying(evaluation, answers, folder / "tokenizer")
     assert evaluation(40) == {
         "grounding": {"mIoU": 1, "R1@0.3": 1, "R1@0.5": 1, "R1@0.7": 1, "not_understood": 0}
@@ -74,7 +80,7 @@ def test_right_answers_score_1_and_all_answers_are_written(folder: Path) -> None
 
 def test_all_tasks_of_a_file_are_asked_up_to_a_number(folder: Path) -> None:
     run = run_on_clips(folder, "training.evaluation.task=", "training.evaluation.num_questions=3")
-    evaluation = Evaluation(run, ALONE, NO_MODEL, ALONE)
+    evaluation = opened(run)
     saying(evaluation, ["nothing"] * 3, folder / "tokenizer")
     assert evaluation(1).keys() == {"grounding", "caption"}
 
@@ -82,17 +88,11 @@ def test_all_tasks_of_a_file_are_asked_up_to_a_number(folder: Path) -> None:
 def test_a_task_that_the_file_has_not_is_refused(folder: Path) -> None:
     run = run_on_clips(folder, "training.evaluation.task=count")
     with pytest.raises(UserError, match=r"task: got 'count', .* has caption, grounding"):
-        Evaluation(run, ALONE, NO_MODEL, ALONE)
+        opened(run)
 
 
 def test_the_settings_know_the_tasks_of_scoring() -> None:
     assert set(TASKS) == set(TRUTHS)
-
-
-@pytest.mark.parametrize("axis", ["pipeline", "context"])
-def test_a_grid_that_does_not_generate_is_refused_before_the_run(axis: str) -> None:
-    with pytest.raises(UserError, match=r"training\.evaluation\.samples: got 'q', expected ''"):
-        tiny_run(**{axis: 2}).with_overrides(["training.evaluation.samples=q"])
 
 
 def test_scores_are_shown_and_written_when_they_are_due(
