@@ -61,8 +61,8 @@ def forge(
 ) -> dict[str, PartCount]:
     """Write videos, and for each part a file of conversations and one of questions.
 
-    PART.jsonl has one conversation for each clip, with all its questions and answers, to train on;
-    PART.questions.jsonl has one question a line, with its truth.
+    PART.jsonl has one conversation for each clip, with all its questions and answers but those of
+    options.unanswered, to train on; PART.questions.jsonl has one question a line, with its truth.
 
     Args:
         out: Folder to make; must not exist.
@@ -97,7 +97,7 @@ def forge(
                 "expected some that do; add 'when' or 'never', or ask for more clips"
             )
         for part, lines in parts.items():
-            _write_lines(folder.path, part, lines)
+            _write_lines(folder.path, part, lines, options.unanswered)
         if options.writes_tokenizer:
             tenths = range(int(10 * options.longest_seconds) + 2)
             phrases = [*(f"<{tenth / 10:.1f} seconds>" for tenth in tenths), *SHAPE_NAMES]
@@ -215,9 +215,12 @@ def _words(lines: Iterable[Line], phrases: Sequence[str]) -> Iterator[str]:
             yield from between.sub(" ", text).split()
 
 
-def _write_lines(folder: Path, part: str, lines: Sequence[list[Line]]) -> None:
+def _write_lines(
+    folder: Path, part: str, lines: Sequence[list[Line]], unanswered: Sequence[str]
+) -> None:
     """Write the sample files of a part, of which the lines about each clip are given."""
-    conversations = [{"messages": list(_turns(each))} for each in lines if each]
+    answered = [[line for line in each if line["kind"] not in unanswered] for each in lines]
+    conversations = [{"messages": list(_turns(each))} for each in answered if each]
     questions = [line for each in lines for line in each]
     for name, records in ((part, conversations), (f"{part}.questions", questions)):
         text = "".join(json.dumps(record) + "\n" for record in records)
