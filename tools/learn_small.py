@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> int:
     clips = out / "clips"
     counts = ["--samples", str(options.samples), "--held-out", str(options.held_out)]
     _run(["forge_video", str(clips), *counts, *options.clips.split()], out / "forge_video.log")
-    kinds = _choose_questions(clips)
+    kinds = choose_questions(clips)
     progress.note("forge_video", blind=_blind_scores(clips, kinds))
     scores: list[dict[str, float]] = []
     weights: list[str] = []
@@ -136,7 +136,7 @@ def _places(recipe: str, out: Path) -> list[str]:
     return [as_override(name, path) for name, path in (moved | {"output_dir": str(out)}).items()]
 
 
-def _choose_questions(clips: Path) -> dict[str, str]:
+def choose_questions(clips: Path) -> dict[str, str]:
     """Write the questions that rewards teach and those that are scored; return these' kinds."""
     lines = {
         part: [json.loads(line) for line in (clips / f"{part}.questions.jsonl").open()]

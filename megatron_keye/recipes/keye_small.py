@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Keye-VL of 100 million weights that learns from forged clips on one GPU, in minutes.
 
-    megatron-keye forge_video runs/small --samples 8000 --held-out 192 --seconds 16 20 --rate 1 \\
+    megatron-keye forge_video runs/small --samples 12000 --held-out 128 --seconds 16 20 --rate 1 \\
         --plain --variable 0 --words 1 --blinking 0 --size 224 224 --shapes 2 --stay 4 \\
         --per-clip 8 --questions when at describe word --unanswered word --tokenizer
     megatron-keye train keye_small --ranks 1
