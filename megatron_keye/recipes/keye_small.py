@@ -2,13 +2,13 @@
 """A Keye-VL of 100 million weights that learns from forged clips on one GPU, in minutes.
 
     megatron-keye forge_video runs/small --samples 12000 --held-out 128 --seconds 16 20 --rate 1 \\
-        --plain --variable 0 --words 1 --blinking 0 --size 224 224 --shapes 2 --stay 4 \\
+        --plain --variable 0 --words 1 --blinking 0 --size 224 224 --shapes 1 --stay 4 \\
         --per-clip 8 --questions when at describe word --unanswered word --tokenizer
     megatron-keye train keye_small --ranks 1
 
 A frame is 64 vision tokens, a clip's conversation about 1,500, of which a query sees 512: five or
 six share a row of 8,192. All sizes are those that the CUDA and Triton operators take. Each clip
-shows one or two shapes and one word, each for one to four of its 16 to 20 seconds.
+shows a shape and a word, each for one to four of its 16 to 20 seconds.
 
 The kind of questions that is held out is "word": "When is the word LEMON shown?". Training asks
 when shapes are there ("when"), what is there at some times ("at", which names words among other
@@ -60,7 +60,9 @@ def keye_small(*, num_ranks: int, has_gpu: bool) -> RunConfig:
     return RunConfig(
         name="keye_small",
         model=ModelConfig(
-            vision=VisionConfig(num_layers=6, hidden_size=384, intermediate_size=1536, num_heads=6),
+            vision=VisionConfig(
+                num_layers=6, hidden_size=384, intermediate_size=1536, num_heads=6
+            ),
             decoder=_decoder(),
             image_token_id=_IMAGE,
             video_token_id=_VIDEO,

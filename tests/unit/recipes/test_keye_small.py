@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""keye_small is a model of 100 million weights, and its files hold the kind that is held out apart."""
+"""keye_small has 100 million weights, and what it trains on lacks the kind that is held out."""
 
 import json
 from dataclasses import replace
@@ -17,6 +17,7 @@ from megatron_keye.kernels.sparse_attention import cuda as attention
 from megatron_keye.recipes import keye_small as recipe
 from megatron_keye.recipes.keye_small_rl import keye_small_rl
 from tools import learn_small
+from tools.learn_small_scores import TAUGHT_KIND, choose_questions
 
 RUN = recipe.keye_small(num_ranks=1, has_gpu=True)
 
@@ -67,8 +68,8 @@ def test_it_reads_what_the_command_forges(folder: Path) -> None:
 
 
 def test_the_kind_that_is_held_out_is_in_no_conversation(folder: Path) -> None:
-    kinds = learn_small.choose_questions(folder)
-    assert set(kinds.values()) == {learn_small.TAUGHT_KIND, recipe.HELD_OUT_KIND}
+    kinds = choose_questions(folder)
+    assert set(kinds.values()) == {TAUGHT_KIND, recipe.HELD_OUT_KIND}
     rewarded = keye_small_rl(num_ranks=1, has_gpu=True)
     named = Path(rewarded.data.samples)
     assert named.parent == Path(recipe.FOLDER)
