@@ -37,7 +37,7 @@ from tools.benchmark_lines import shared_fields
 from tools.learn_small_scores import Watched, blind_scores, choose_questions
 
 CLIPS = (
-    "--seconds 16 20 --rate 1 --plain --variable 0 --words 1 --blinking 0 --size 224 224 "
+    "--seconds 12 16 --rate 1 --plain --variable 0 --words 1 --blinking 0 --size 224 224 "
     "--shapes 1 --stay 4 --per-clip 8 --questions when at describe word --unanswered word "
     "--tokenizer"
 )
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str]) -> int:
     counts = ["--samples", str(options.samples), "--held-out", str(options.held_out)]
     chain.run("forge_video", ["forge_video", str(clips), *counts, *options.clips.split()])
     kinds = choose_questions(clips)
-    chain.note("blind", mIoU=blind_scores(clips, kinds))
+    chain.note("blind", **blind_scores(clips, kinds))
     weights: list[str] = []
     scores: list[float] = []
     for recipe, until, settings in (

@@ -38,12 +38,12 @@ def keye_small_rl(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             start.training,
             steps=100,
             frozen=("vision", "projector"),
-            optimizer=OptimizerConfig(learning_rate=6e-5, warmup_steps=5, schedule="constant"),
+            optimizer=OptimizerConfig(learning_rate=8e-5, warmup_steps=5, schedule="constant"),
             checkpoint=CheckpointConfig(
                 interval_steps=50,
                 weights=f"runs/keye_small/checkpoints/step-{start.training.steps:08}",
             ),
-            evaluation=replace(start.training.evaluation, interval_steps=10),
+            evaluation=replace(start.training.evaluation, interval_steps=20),
             # The loss of weighted answers has another meaning in every step.
             health=HealthConfig(spike_score=0.0),
         ),
