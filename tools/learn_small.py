@@ -9,8 +9,8 @@ from the weights that were scored last. Both score the same questions about held
 go on: "when", which the first one teaches, and the kind that is held out.
 
 OUT gets the clips, both runs, their logs, and progress.jsonl, of which each line is written as
-soon as it is known: scores by kind, rewards, and at last what these changed. Exit status 2, and
-what was written stays, when a part fails.
+soon as it is known: scores by kind, rewards, and at last what these changed; then curves.svg, and
+lines.jsonl for docs/benchmarks. Exit status 2, and what was written stays, when a part fails.
 """
 
 import argparse
@@ -31,10 +31,17 @@ from megatron_keye.cli.status import reports_user_errors
 from megatron_keye.config.run import as_override
 from megatron_keye.errors import UserError
 from megatron_keye.files.disk import writing
+from megatron_keye.observe.curves import draw
 from megatron_keye.recipes import load_recipe
 from megatron_keye.recipes.keye_small import EVALUATION, FOLDER, HELD_OUT_KIND
 from tools.benchmark_lines import shared_fields
-from tools.learn_small_scores import Watched, blind_scores, choose_questions
+from tools.learn_small_scores import (
+    REWARD,
+    TAUGHT_KIND,
+    Watched,
+    blind_scores,
+    choose_questions,
+)
 
 CLIPS = (
     "--seconds 12 16 --rate 1 --plain --variable 0 --words 1 --blinking 0 --size 224 224 "
@@ -151,7 +158,7 @@ def main(arguments: Sequence[str]) -> int:
     kinds = choose_questions(clips)
     chain.note("blind", **blind_scores(clips, kinds))
     weights: list[str] = []
-    scores: list[float] = []
+    trainings: list[Watched] = []
     for recipe, until, settings in (
         ("keye_small", options.supervised_until, options.set_supervised),
         ("keye_small_rl", options.until, options.set_rewarded),
@@ -167,13 +174,23 @@ def main(arguments: Sequence[str]) -> int:
                 f"{recipe}: got no scores in its time, expected those of step {interval}; give it "
                 "more, or set training.evaluation.interval_steps"
             )
-        step = max(watched.scores)
-        scores.append(watched.scores[step][HELD_OUT_KIND])
-        newest = str(checkpoint_folder(run, step))
+        trainings.append(watched)
+        newest = str(checkpoint_folder(run, max(watched.scores)))
         weights = [as_override("training.checkpoint.weights", newest)]
-    before, after = scores
+    before, after = (each.scores[max(each.scores)][HELD_OUT_KIND] for each in trainings)
     chain.note("result", kind=HELD_OUT_KIND, before=before, after=after, lift=after - before)
+    _record(out, trainings)
     return 0
+
+
+def _record(out: Path, trainings: Sequence[Watched]) -> None:
+    """Draw the curves of all trainings, and write their scores as a benchmark's lines."""
+    shown = [f"{kind} mIoU" for kind in (TAUGHT_KIND, HELD_OUT_KIND)]
+    picture = draw([each.curves() for each in trainings], [*shown, REWARD], "learn_small")
+    with writing(out, "curves and lines"):
+        (out / "curves.svg").write_text(picture)
+        for each in trainings:
+            each.write_lines(out / "lines.jsonl")
 
 
 def _places(recipe: str, out: Path) -> list[str]:

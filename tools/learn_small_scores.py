@@ -9,14 +9,17 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from megatron_keye.observe.curves import StageCurves
 from megatron_keye.recipes.keye_small import EVALUATION, HELD_OUT_KIND
 from megatron_keye.scoring.intervals import temporal_iou
 from megatron_keye.scoring.question import Question
 from megatron_keye.scoring.question_file import read_questions
 from megatron_keye.scoring.summary import score_questions, summarize
 from megatron_keye.scoring.truth import GroundingTruth
+from tools.benchmark_lines import fields_of_run, write_line
 
 TAUGHT_KIND = "when"
+REWARD = "reward"
 _NUM_TAUGHT = 64
 """Questions of TAUGHT_KIND that are scored, beside all of HELD_OUT_KIND."""
 Scores = dict[str, float]
@@ -91,6 +94,8 @@ class Watched:
     """Kind of each question by its id."""
     scores: dict[int, Scores] = field(default_factory=dict)
     """By step."""
+    rewards: dict[int, float] = field(default_factory=dict)
+    """Mean over the answers of a step."""
     _num_seen: int = 0
 
     def new_lines(self) -> Iterator[dict[str, Any]]:
@@ -104,7 +109,27 @@ class Watched:
                 yield {"step": step, "mIoU": self.scores[step]}
             elif policy := line.get("policy"):
                 teaching = 1 - policy["num_groups_dropped"] / max(1, policy["num_prompts"])
-                yield {"step": step, "reward": policy["reward_task"], "teaching": teaching}
+                self.rewards[step] = policy["reward_task"]
+                yield {"step": step, "reward": self.rewards[step], "teaching": teaching}
+
+    def curves(self) -> StageCurves:
+        """Return its scores and rewards, to be drawn."""
+        found: dict[str, list[tuple[int, float]]] = {REWARD: sorted(self.rewards.items())}
+        for step, scores in sorted(self.scores.items()):
+            for kind, score in scores.items():
+                found.setdefault(f"{kind} mIoU", []).append((step, score))
+        num_steps = max([*self.scores, *self.rewards], default=1)
+        return StageCurves(name=self.folder.name, num_steps=num_steps, curves=found)
+
+    def write_lines(self, file: Path) -> None:
+        """Append a benchmark's line for each evaluation."""
+        recorded = fields_of_run(self.folder)
+        for step, scores in sorted(self.scores.items()):
+            values = {f"{kind} mIoU": score for kind, score in scores.items()}
+            if step in self.rewards:
+                values[REWARD] = self.rewards[step]
+            line = {"op": "evaluation", "run": self.folder.name, "step": step}
+            write_line({**line, **values, **recorded}, file)
 
     def _scores_of(self, step: int) -> Scores:
         by_kind: dict[str, list[float]] = {}

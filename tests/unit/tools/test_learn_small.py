@@ -34,6 +34,9 @@ scores = [{"id": "held_out-when", "score": 0.9}, {"id": "held_out-word", "score"
 )
 policy = {"reward_task": 0.5, "num_groups_dropped": 1, "num_prompts": 4}
 lines = [{"step": 1, "loss": 2.0}, {"step": 50, "policy": policy}, {"step": 100, "evaluation": {}}]
+start = {"versions": {"torch": "2", "python": "3"}, "command": "x train", "device": "CPU",
+         "commit": "0123456789"}
+(run / "environment.json").write_text(json.dumps([start]))
 (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 print(settings.get("training.checkpoint.weights", "none"), flush=True)
 sys.exit(FAILS) if FAILS else None
@@ -75,6 +78,12 @@ def test_parts_stop_in_time_and_rewards_start_from_what_was_scored(
     assert end["was_told_to_stop"] and 1 <= float(str(end["seconds"])) < 2
     weights = (out / "keye_small_rl.log").read_text().strip()
     assert weights == str(out / "keye_small" / "checkpoints" / "step-00000100")
+    recorded = [json.loads(line) for line in (out / "lines.jsonl").open()]
+    assert [(line["run"], line["word mIoU"]) for line in recorded] == [
+        ("keye_small", 0.25),
+        ("keye_small_rl", 0.75),
+    ]
+    assert (out / "curves.svg").read_text().count("word mIoU") == 1
     assert (lines[-1]["before"], lines[-1]["after"], lines[-1]["lift"]) == (0.25, 0.75, 0.5)
 
 
