@@ -47,6 +47,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="KIND",
         help=f"of {', '.join(KINDS)}; default: all",
     )
+    parser.add_argument(
+        "--unanswered",
+        nargs="+",
+        choices=KINDS,
+        default=[],
+        metavar="KIND",
+        help="those of --questions that PART.jsonl leaves out, to be learned from rewards alone",
+    )
     for name, kind, shown, default, meaning in (
         ("--size", int, ("WIDTH", "HEIGHT"), (320, 240), "pixels"),
         ("--seconds", float, ("LOW", "HIGH"), (10.0, 30.0), "shortest and longest clip"),
@@ -95,6 +103,7 @@ def main(arguments: Sequence[str]) -> int:
         num_held_out=options.held_out,
         seed=options.seed,
         kinds=tuple(dict.fromkeys(options.questions)),
+        unanswered=tuple(dict.fromkeys(options.unanswered)),
         width=options.size[0],
         height=options.size[1],
         shortest_seconds=options.seconds[0],

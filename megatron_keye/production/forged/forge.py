@@ -61,8 +61,8 @@ def forge(
 ) -> dict[str, PartCount]:
     """Write videos, and for each part a file of conversations and one of questions.
 
-    PART.jsonl has one conversation for each clip, with all its questions and answers, to train on;
-    PART.questions.jsonl has one question a line, with its truth.
+    PART.jsonl has one conversation for each clip, with all its questions and answers but those of
+    options.unanswered, to train on; PART.questions.jsonl has one question a line, with its truth.
 
     Args:
         out: Folder to make; must not exist.
@@ -75,7 +75,7 @@ def forge(
 
     Raises:
         UserError: When the folder exists, the options leave too few different scenes, or no clip
-            of a part allows the kinds of questions; nothing is left then.
+            of a part allows a kind of questions that is answered; nothing is left then.
         DiskError: When the disk refuses a file.
     """
     progress = progress or NoProgress()
@@ -90,20 +90,20 @@ def forge(
             for part in PARTS
         }
         counts = {part: _count(lines) for part, lines in parts.items()}
-        if not all(count.num_questions for count in counts.values()):
+        answered = {part: _answered(lines, options.unanswered) for part, lines in parts.items()}
+        if not all(any(each) for each in answered.values()):
             folder.discard()
             raise UserError(
                 f"--questions: got {' '.join(options.kinds)}, which no clip of some part allows, "
-                "expected some that do; add 'when' or 'never', or ask for more clips"
+                "expected some that do, and are answered; add 'when' or 'never', or ask for more "
+                "clips"
             )
         for part, lines in parts.items():
-            _write_lines(folder.path, part, lines)
+            _write_lines(folder.path, part, lines, answered[part])
         if options.writes_tokenizer:
             tenths = range(int(10 * options.longest_seconds) + 2)
-            phrases = [*(f"<{tenth / 10:.1f} seconds>" for tenth in tenths), *SHAPE_NAMES]
             lines = [line for lines in parts.values() for each in lines for line in each]
-            words = sorted(set(_words(lines, phrases)))
-            write_tokenizer(folder.path / "tokenizer", [*phrases, *words])
+            write_tokenizer(folder.path / "tokenizer", _vocabulary(lines, tenths))
         folder.finish()
     return counts
 
@@ -206,6 +206,12 @@ def _count(lines: Sequence[list[Line]]) -> PartCount:
     )
 
 
+def _vocabulary(lines: Sequence[Line], tenths: Iterable[int]) -> list[str]:
+    """Return the phrases that are one token each, and the words of questions and answers."""
+    phrases = [*(f"<{tenth / 10:.1f} seconds>" for tenth in tenths), *SHAPE_NAMES]
+    return [*phrases, *sorted(set(_words(lines, phrases)))]
+
+
 def _words(lines: Iterable[Line], phrases: Sequence[str]) -> Iterator[str]:
     """Yield the words of questions and answers that stand outside the phrases."""
     between = re.compile("|".join(map(re.escape, phrases)))
@@ -215,9 +221,16 @@ def _words(lines: Iterable[Line], phrases: Sequence[str]) -> Iterator[str]:
             yield from between.sub(" ", text).split()
 
 
-def _write_lines(folder: Path, part: str, lines: Sequence[list[Line]]) -> None:
+def _answered(lines: Sequence[list[Line]], unanswered: Sequence[str]) -> list[list[Line]]:
+    """Return those of the lines about each clip that its conversation has."""
+    return [[line for line in each if line["kind"] not in unanswered] for each in lines]
+
+
+def _write_lines(
+    folder: Path, part: str, lines: Sequence[list[Line]], answered: Sequence[list[Line]]
+) -> None:
     """Write the sample files of a part, of which the lines about each clip are given."""
-    conversations = [{"messages": list(_turns(each))} for each in lines if each]
+    conversations = [{"messages": list(_turns(each))} for each in answered if each]
     questions = [line for each in lines for line in each]
     for name, records in ((part, conversations), (f"{part}.questions", questions)):
         text = "".join(json.dumps(record) + "\n" for record in records)

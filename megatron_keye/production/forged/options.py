@@ -24,6 +24,8 @@ class ForgeOptions:
     """Decides everything that is drawn."""
     kinds: tuple[str, ...]
     """Kinds of questions, of `questions.KINDS`."""
+    unanswered: tuple[str, ...] = ()
+    """Those of them that conversations leave out: a model that trains on these never sees one."""
     width: int = 320
     """Pixels across, even."""
     height: int = 240
@@ -78,6 +80,12 @@ class ForgeOptions:
             f"--questions: got 'letter' with {self.most_shapes} shapes in {self.width} x "
             f"{self.height} pixels, too small to be read, expected a larger --size, fewer "
             "--shapes or other kinds",
+        )
+        strange = [kind for kind in self.unanswered if kind not in self.kinds]
+        _check(
+            not strange and set(self.unanswered) != set(self.kinds),
+            f"--unanswered: got {' '.join(self.unanswered)}, expected some of --questions, "
+            f"{' '.join(self.kinds)}, and one at least that is answered",
         )
         _check(
             min(self.num_clips, self.num_held_out, self.questions_per_clip) >= 1,

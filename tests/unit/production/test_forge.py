@@ -208,6 +208,19 @@ def test_clips_without_a_question_are_counted(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_no_conversation_answers_what_is_left_to_rewards(tmp_path: Path) -> None:
+    words = ("--questions", "when", "word", "--words", "1", "--per-clip", "9", "--tokenizer")
+    whole = forged(tmp_path / "whole", *words)
+    part = forged(tmp_path / "part", *words, "--unanswered", "word")
+    for name in ("train", "held_out"):
+        assert "shown?" in (whole / f"{name}.jsonl").read_text()
+        answered = (part / f"{name}.jsonl").read_text()
+        assert "When is" in answered and "shown?" not in answered
+        questions = f"{name}.questions.jsonl"
+        assert (part / questions).read_bytes() == (whole / questions).read_bytes()
+    assert "shown?" in (part / "tokenizer" / "tokenizer.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -222,6 +235,8 @@ def test_clips_without_a_question_are_counted(
         (("--blinking", "1.1"), "--blinking: got 1.1, expected a share"),
         (("--stay", "0.5"), "--stay: got 0.5, expected 1 second or more"),
         (("--workers", "0"), "--workers: got 0"),
+        (("--questions", "when", "--unanswered", "at"), "--unanswered: got at, expected some of"),
+        (("--questions", "at", "--unanswered", "at"), "and one at least that is answered"),
     ],
 )
 def test_wrong_options_are_refused_and_nothing_is_left(

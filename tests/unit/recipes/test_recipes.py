@@ -64,18 +64,18 @@ def test_every_recipe_of_the_package_makes_a_run_of_its_name(name: str) -> None:
 
 def test_the_package_has_these_recipes() -> None:
     stages = [name for chain in CHAINS.values() for name in chain]
-    others = ["keye_30b_a3b", "keye_tiny", "keye_tiny_grounding", "keye_two_gpus"]
-    rewarded = ["keye_tiny_rl", "keye_video_rl"]
+    others = ["keye_30b_a3b", "keye_small", "keye_tiny", "keye_tiny_grounding", "keye_two_gpus"]
+    rewarded = ["keye_small_rl", "keye_tiny_rl", "keye_video_rl"]
     assert recipe_names() == sorted([*others, *rewarded, *stages])
 
 
-@pytest.mark.parametrize("name", ["keye_tiny_rl", "keye_video_rl"])
+@pytest.mark.parametrize("name", ["keye_small_rl", "keye_tiny_rl", "keye_video_rl"])
 def test_recipes_that_learn_from_rewards_make_sense(name: str) -> None:
     run = made(load_recipe(name), 64)
     check_run(run)
     assert {"vision", "projector"}.isdisjoint(run.training.trained_parts)
     rows, video = run.data.row_tokens, run.data.frames.max_tokens_per_video
-    assert "tiny" in name or video + run.rollout.max_new_tokens < rows
+    assert "tiny" in name or "small" in name or video + run.rollout.max_new_tokens < rows
 
 
 def test_a_users_file_names_its_function_or_is_named_like_it(own: Path) -> None:

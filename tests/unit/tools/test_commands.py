@@ -33,6 +33,7 @@ PARTS_OF_TOOLS = {
     *(f"benchmark_generate_{part}" for part in ("answers", "decode", "measure", "prefill")),
     "benchmark_generate_setup",
     "benchmark_optimizer_cases",
+    "learn_small_scores",
 }
 """Files that another one, or mkdocs, imports, without a command line."""
 
