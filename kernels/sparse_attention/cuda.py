@@ -24,7 +24,7 @@ HEADS = (4, 8, 16)
 CHANNELS = (64, 128)
 _MAX_VECTORS = 2**31
 """Places of 16 bytes among keys or values, counted in 32 bits."""
-BACKWARD: Literal["triton", "bulk", "pairs"] = "triton"
+BACKWARD: Literal["triton", "bulk", "pairs"] = "bulk"
 """Backward pass of impl "cuda": Triton's, or that of the extension, whose sums leave in bulk or in
 pairs. Only tests and benchmarks set it, until the extension's is measured; where gradients must be
 deterministic it is Triton's anyway."""
