@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training routes tokens as generation did, where its own router would choose otherwise."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_keye.config import RunConfig
+from megatron_keye.data.row import PackedRow
+from megatron_keye.decoder.router import Router
+from megatron_keye.decoder.router_choices import RouterChoices
+from megatron_keye.decoder.row import RowMeter
+from megatron_keye.post_training.answer_rows import LearnedAnswer, answer_rows
+from megatron_keye.rollout.request import AnswerRoutes, Completion, Request
+from megatron_keye.training.microbatch import cut_row
+from tests.support.ranks import run_on_ranks
+from tests.support.rollout import build_engine, prompt, request
+from tests.support.rollout_cases import SMALL, tiny
+from tests.support.tiny import ROW_TOKENS, tiny_run
+from tests.support.train import assert_same_training, let_go, train
+
+ASKED = request(0, prompt(1, 13), num_answers=3, max_new_tokens=9)
+
+
+def learned(completions: list[Completion], *, replays: bool) -> list[LearnedAnswer]:
+    """Return the answers of a request as a step learns from them."""
+    return [
+        LearnedAnswer(
+            token_ids=each.token_ids,
+            first_place=100 * each.answer,
+            old_log_probs=np.array(each.log_probs),
+            advantage=1.0,
+            routes=each.routes if replays else None,
+        )
+        for each in sorted(completions, key=lambda each: each.answer)
+    ]
+
+
+def _choices(model: Any, run: RunConfig, grid: Any, row: PackedRow) -> tuple[Tensor, Tensor]:
+    """Return the experts of all tokens [T, L, K], and the labels' log-probabilities."""
+    stage, meter = model.stages[0].module, RowMeter()
+    listening = RouterChoices(stage)
+    with torch.no_grad(), model.evaluation():
+        stage(
+            cut_row(row, run, grid.place()),
+            torch.zeros(0, run.model.decoder.hidden_size, dtype=stage.config.params_dtype),
+            indexer_loss_weight=0.0,
+            meter=meter,
+            where="test",
+            phase=run.training.phase,
+        )
+    listening.close()
+    return listening.take(), meter.log_probs[0][1]
+
+
+def _generate(run_json: str, requests: list[Request]) -> list[Completion]:
+    engine, _, model = build_engine(RunConfig.from_json(run_json), notes_routes=True)
+    completions = list(engine.generate(requests))
+    engine.sleep()
+    let_go(model)
+    return completions
+
+
+def _compare(run_json: str) -> list[tuple[int, float]]:
+    """Return for training with its own and with replayed choices how far it is from generation.
+
+    Training's routers have logits that are off by some hundredths, as if they were computed in
+    another order in bfloat16.
+
+    Returns:
+        The number of tokens and layers with another choice of experts, and the largest difference
+        of log-probabilities.
+    """
+    run = RunConfig.from_json(run_json)
+    engine, grid, model = build_engine(run, notes_routes=True)
+    completions = list(engine.generate([ASKED]))
+    engine.sleep()
+    draw, gating = torch.Generator().manual_seed(1), Router.gating
+    rows = {
+        replays: answer_rows(
+            ASKED.prompt, learned(completions, replays=replays), ROW_TOKENS, pad_token_id=0
+        )[0]
+        for replays in (False, True)
+    }
+    known = rows[True].routes
+    assert known is not None
+    is_known = known[:, 0, 0] != 255
+    assert is_known.sum() == 12 + 3 * 9, "all but the last tokens, which do not run"
+    noise = torch.randn(4, ROW_TOKENS, 1, run.model.decoder.experts.num_experts, generator=draw)
+    drawn = np.concatenate([each.old_log_probs for each in learned(completions, replays=False)])
+    found = []
+
+    def off(self: Router, input: Tensor) -> Tensor:
+        return gating(self, input) + 0.05 * noise[self.layer_number - 1].to(input.dtype)
+
+    Router.gating = off  # type: ignore[method-assign]
+    try:
+        for row in rows.values():
+            experts, log_probs = _choices(model, run, grid, row)
+            differs = (
+                experts[is_known].sort().values != torch.from_numpy(known[is_known]).sort().values
+            )
+            error = float((log_probs - torch.from_numpy(drawn)).abs().max())
+            found.append((int(differs.any(dim=2).sum()), error))
+    finally:
+        Router.gating = gating  # type: ignore[method-assign]
+    let_go(model)
+    return found
+
+
+def test_a_token_goes_where_generation_sent_it() -> None:
+    run = tiny("fp32", training={"phase": "dense"})
+    ((own, replayed),) = run_on_ranks(1, _compare, run.to_json())
+    assert own[0] > 0 == replayed[0]
+    assert replayed[1] < own[1] / 2, "what is left comes from the logits alone"
+
+
+def test_routes_do_not_depend_on_pieces_preemption_or_grid() -> None:
+    requests = [ASKED, request(1, prompt(2, 30, (4, 4)), max_new_tokens=5)]
+    small = replace(SMALL, prefill_tokens=7, cache_tokens=72, page_tokens=2)
+    runs = [tiny("fp64"), tiny("fp64", tensor=2, expert=2, rollout=small)]
+    found = []
+    for run in runs:
+        (completions, *_) = run_on_ranks(
+            run.parallel.num_ranks, _generate, run.to_json(), requests
+        )
+        routes = {(each.key, each.answer): each.routes for each in completions}
+        assert len(routes) == 4
+        found.append(routes)
+    for key, one in found[0].items():
+        other = found[1][key]
+        for part in ("prompt", "answer"):
+            assert np.array_equal(np.sort(getattr(one, part)), np.sort(getattr(other, part))), (
+                key,
+                part,
+            )
+
+
+def _rows(*, replays: bool) -> list[PackedRow]:
+    """Return rows whose tokens were routed anywhere, some of them not at all."""
+    draw, rows = np.random.default_rng(7), []
+    for place in range(4):
+        asked = prompt(20 + place, 9, (4, 4))
+        size = (4, 4)  # Layers, experts.
+
+        def routed(count: int, size: tuple[int, int] = size) -> Any:
+            return np.argsort(draw.random((count, *size)))[:, :, :2].astype(np.uint8)
+
+        of_prompt = routed(len(asked.token_ids))
+        answers = [
+            LearnedAnswer(
+                token_ids=tuple(draw.integers(0, 90, 6).tolist()),
+                first_place=10 * number,
+                old_log_probs=np.full(6, -4.6),
+                advantage=float(draw.standard_normal()),
+                routes=AnswerRoutes(of_prompt, routed(6)) if replays and number else None,
+            )
+            for number in range(3)
+        ]
+        rows += answer_rows(asked, answers, ROW_TOKENS, pad_token_id=0)
+    return rows
+
+
+def run_of(recompute: str = "none", **degrees: int) -> RunConfig:
+    run = tiny_run(training={"recompute": recompute}, **degrees)
+    wide = replace(run.post_training, kind="gspo", clip_low=0.5, clip_high=2.0)
+    return replace(run, post_training=replace(wide, replays_routes=True))
+
+
+@pytest.fixture(scope="module")
+def alone() -> Any:
+    """Return what one rank learns, without computing anything again."""
+    return train(run_of(), [_rows(replays=True)])
+
+
+@pytest.mark.parametrize(
+    ("recompute", "degrees"),
+    [
+        ("full", {"context": 2}),
+        pytest.param("experts", {"tensor": 2, "expert": 2}, marks=pytest.mark.slow),
+        pytest.param("selective", {"pipeline": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_every_grid_replays_the_same(recompute: str, degrees: dict[str, int], alone: Any) -> None:
+    assert_same_training(train(run_of(recompute, **degrees), [_rows(replays=True)]), alone)
+
+
+def test_replay_changes_where_tokens_go(alone: Any) -> None:
+    free = train(run_of(), [_rows(replays=False)])
+    assert abs(free.metrics[0].loss - alone.metrics[0].loss) > 1e-3
