@@ -23,7 +23,7 @@ from tests.support.rollout_cases import SMALL, tiny
 from tests.support.tiny import ROW_TOKENS, tiny_run
 from tests.support.train import assert_same_training, let_go, train
 
-ASKED = request(0, prompt(1, 13), num_answers=3, max_new_tokens=9)
+ASKED = request(0, prompt(1, 13), num_answers=3, max_new_tokens=9, seed=7)
 
 
 def learned(completions: list[Completion], *, replays: bool) -> list[LearnedAnswer]:
@@ -68,8 +68,8 @@ def _generate(run_json: str, requests: list[Request]) -> list[Completion]:
 def _compare(run_json: str) -> list[tuple[int, float]]:
     """Return for training with its own and with replayed choices how far it is from generation.
 
-    Training's routers have logits that are off by some hundredths, as if they were computed in
-    another order in bfloat16.
+    All experts are nearly as likely as each other, and the logits of training's routers are a
+    little off, as if they were computed in another order.
 
     Returns:
         The number of tokens and layers with another choice of experts, and the largest difference
@@ -77,6 +77,8 @@ def _compare(run_json: str) -> list[tuple[int, float]]:
     """
     run = RunConfig.from_json(run_json)
     engine, grid, model = build_engine(run, notes_routes=True)
+    for router in filter(lambda each: isinstance(each, Router), model.stages[0].modules()):
+        router.weight.data.mul_(0.02)
     completions = list(engine.generate([ASKED]))
     engine.sleep()
     draw, gating = torch.Generator().manual_seed(1), Router.gating
@@ -95,15 +97,14 @@ def _compare(run_json: str) -> list[tuple[int, float]]:
     found = []
 
     def off(self: Router, input: Tensor) -> Tensor:
-        return gating(self, input) + 0.05 * noise[self.layer_number - 1].to(input.dtype)
+        return gating(self, input) + 0.002 * noise[self.layer_number - 1].to(input.dtype)
 
     Router.gating = off  # type: ignore[method-assign]
     try:
         for row in rows.values():
             experts, log_probs = _choices(model, run, grid, row)
-            differs = (
-                experts[is_known].sort().values != torch.from_numpy(known[is_known]).sort().values
-            )
+            pair = experts[is_known], torch.from_numpy(known[is_known])
+            differs = torch.ne(*(each.sort().values for each in pair))
             error = float((log_probs - torch.from_numpy(drawn)).abs().max())
             found.append((int(differs.any(dim=2).sum()), error))
     finally:
@@ -116,7 +117,7 @@ def test_a_token_goes_where_generation_sent_it() -> None:
     run = tiny("fp32", training={"phase": "dense"})
     ((own, replayed),) = run_on_ranks(1, _compare, run.to_json())
     assert own[0] > 0 == replayed[0]
-    assert replayed[1] < own[1] / 2, "what is left comes from the logits alone"
+    assert own[1] > 0.1 and replayed[1] < 0.01, "what is left comes from the logits alone"
 
 
 def test_routes_do_not_depend_on_pieces_preemption_or_grid() -> None:
