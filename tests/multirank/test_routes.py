@@ -6,55 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from megatron_keye.config import RunConfig
 from megatron_keye.data.row import PackedRow
-from megatron_keye.decoder.router import Router
-from megatron_keye.decoder.router_choices import RouterChoices
-from megatron_keye.decoder.row import RowMeter
 from megatron_keye.post_training.answer_rows import LearnedAnswer, answer_rows
 from megatron_keye.rollout.request import AnswerRoutes, Completion, Request
-from megatron_keye.training.microbatch import cut_row
 from tests.support.ranks import run_on_ranks
 from tests.support.rollout import build_engine, prompt, request
 from tests.support.rollout_cases import SMALL, tiny
+from tests.support.routes import ASKED, compare_choices
 from tests.support.tiny import ROW_TOKENS, tiny_run
 from tests.support.train import assert_same_training, let_go, train
-
-ASKED = request(0, prompt(1, 13), num_answers=3, max_new_tokens=9, seed=7)
-
-
-def learned(completions: list[Completion], *, replays: bool) -> list[LearnedAnswer]:
-    """Return the answers of a request as a step learns from them."""
-    return [
-        LearnedAnswer(
-            token_ids=each.token_ids,
-            first_place=100 * each.answer,
-            old_log_probs=np.array(each.log_probs),
-            advantage=1.0,
-            routes=each.routes if replays else None,
-        )
-        for each in sorted(completions, key=lambda each: each.answer)
-    ]
-
-
-def _choices(model: Any, run: RunConfig, grid: Any, row: PackedRow) -> tuple[Tensor, Tensor]:
-    """Return the experts of all tokens [T, L, K], and the labels' log-probabilities."""
-    stage, meter = model.stages[0].module, RowMeter()
-    listening = RouterChoices(stage)
-    with torch.no_grad(), model.evaluation():
-        stage(
-            cut_row(row, run, grid.place()),
-            torch.zeros(0, run.model.decoder.hidden_size, dtype=stage.config.params_dtype),
-            indexer_loss_weight=0.0,
-            meter=meter,
-            where="test",
-            phase=run.training.phase,
-        )
-    listening.close()
-    return listening.take(), meter.log_probs[0][1]
 
 
 def _generate(run_json: str, requests: list[Request]) -> list[Completion]:
@@ -65,57 +27,9 @@ def _generate(run_json: str, requests: list[Request]) -> list[Completion]:
     return completions
 
 
-def _compare(run_json: str) -> list[tuple[int, float]]:
-    """Return for training with its own and with replayed choices how far it is from generation.
-
-    All experts are nearly as likely as each other, and the logits of training's routers are a
-    little off, as if they were computed in another order.
-
-    Returns:
-        The number of tokens and layers with another choice of experts, and the largest difference
-        of log-probabilities.
-    """
-    run = RunConfig.from_json(run_json)
-    engine, grid, model = build_engine(run, notes_routes=True)
-    for router in filter(lambda each: isinstance(each, Router), model.stages[0].modules()):
-        router.weight.data.mul_(0.02)
-    completions = list(engine.generate([ASKED]))
-    engine.sleep()
-    draw, gating = torch.Generator().manual_seed(1), Router.gating
-    rows = {
-        replays: answer_rows(
-            ASKED.prompt, learned(completions, replays=replays), ROW_TOKENS, pad_token_id=0
-        )[0]
-        for replays in (False, True)
-    }
-    known = rows[True].routes
-    assert known is not None
-    is_known = known[:, 0, 0] != 255
-    assert is_known.sum() == 12 + 3 * 9, "all but the last tokens, which do not run"
-    noise = torch.randn(4, ROW_TOKENS, 1, run.model.decoder.experts.num_experts, generator=draw)
-    drawn = np.concatenate([each.old_log_probs for each in learned(completions, replays=False)])
-    found = []
-
-    def off(self: Router, input: Tensor) -> Tensor:
-        return gating(self, input) + 0.002 * noise[self.layer_number - 1].to(input.dtype)
-
-    Router.gating = off  # type: ignore[method-assign]
-    try:
-        for row in rows.values():
-            experts, log_probs = _choices(model, run, grid, row)
-            pair = experts[is_known], torch.from_numpy(known[is_known])
-            differs = torch.ne(*(each.sort().values for each in pair))
-            error = float((log_probs - torch.from_numpy(drawn)).abs().max())
-            found.append((int(differs.any(dim=2).sum()), error))
-    finally:
-        Router.gating = gating  # type: ignore[method-assign]
-    let_go(model)
-    return found
-
-
 def test_a_token_goes_where_generation_sent_it() -> None:
     run = tiny("fp32", training={"phase": "dense"})
-    ((own, replayed),) = run_on_ranks(1, _compare, run.to_json())
+    ((own, replayed),) = run_on_ranks(1, compare_choices, run.to_json())
     assert own[0] > 0 == replayed[0]
     assert own[1] > 0.1 and replayed[1] < 0.01, "what is left comes from the logits alone"
 
