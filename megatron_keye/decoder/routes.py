@@ -3,7 +3,8 @@
 
 Generation and training compute in other orders, and at near ties their routers choose otherwise: a
 tenth of all choices in a bfloat16 model (arXiv 2510.11370), which then moves all that follows.
-Logits and probabilities stay those of training, so that the router learns.
+Logits and probabilities stay those of training, so that the router learns; its balancing loss
+counts what it would choose itself.
 
 Shape letters: T tokens that this rank routes, L layers, K experts of a token, E experts.
 """

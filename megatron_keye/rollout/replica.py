@@ -83,8 +83,6 @@ class Replica:
     def take_experts(self) -> Tensor:
         """Return where the tokens went that ran since the last call, in their order.
 
-        Collective over the tensor ranks.
-
         Returns:
             uint8 [tokens, layers, experts of a token], the same on all tensor ranks.
         """

@@ -225,9 +225,9 @@ def test_settings_that_make_no_sense_are_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["data", "pipeline", "context"])
+@pytest.mark.parametrize("axis", ["data", "pipeline"])
 def test_two_ranks_answer_and_learn_as_one(folder: Path, whole: RunConfig, axis: str) -> None:
-    """Stages and context ranks are replicas while they answer, as is every rank of a data axis."""
+    """Stages are replicas while they answer."""
     run = run_of(folder, f"two {axis}", **{axis: 2})
     trained(replace(run, training=replace(run.training, stop_after_step=2)))
     for mine, theirs in zip(losses_of(run), losses_of(whole), strict=False):

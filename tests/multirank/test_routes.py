@@ -10,7 +10,7 @@ import pytest
 from megatron_keye.config import RunConfig
 from megatron_keye.data.row import PackedRow
 from megatron_keye.post_training.answer_rows import LearnedAnswer, answer_rows
-from megatron_keye.rollout.request import AnswerRoutes, Completion, Request
+from megatron_keye.rollout.request import AnswerRoutes, Completion, Experts, Request
 from tests.support.ranks import run_on_ranks
 from tests.support.rollout import build_engine, prompt, request
 from tests.support.rollout_cases import SMALL, tiny
@@ -34,6 +34,7 @@ def test_a_token_goes_where_generation_sent_it() -> None:
     assert own[1] > 0.1 and replayed[1] < 0.01, "what is left comes from the logits alone"
 
 
+@pytest.mark.slow
 def test_routes_do_not_depend_on_pieces_preemption_or_grid() -> None:
     requests = [ASKED, request(1, prompt(2, 30, (4, 4)), max_new_tokens=5)]
     small = replace(SMALL, prefill_tokens=7, cache_tokens=72, page_tokens=2)
@@ -55,27 +56,29 @@ def test_routes_do_not_depend_on_pieces_preemption_or_grid() -> None:
             )
 
 
+def routed(draw: np.random.Generator, num_tokens: int) -> Experts:
+    """Return any two of four experts for each token in four layers."""
+    return np.argsort(draw.random((num_tokens, 4, 4)))[:, :, :2].astype(np.uint8)
+
+
 def _rows(*, replays: bool) -> list[PackedRow]:
-    """Return rows whose tokens were routed anywhere, some of them not at all."""
+    """Return rows whose tokens were routed anywhere, where that is known, or freely."""
     draw, rows = np.random.default_rng(7), []
     for place in range(4):
         asked = prompt(20 + place, 9, (4, 4))
-        size = (4, 4)  # Layers, experts.
-
-        def routed(count: int, size: tuple[int, int] = size) -> Any:
-            return np.argsort(draw.random((count, *size)))[:, :, :2].astype(np.uint8)
-
-        of_prompt = routed(len(asked.token_ids))
-        answers = [
-            LearnedAnswer(
-                token_ids=tuple(draw.integers(0, 90, 6).tolist()),
-                first_place=10 * number,
-                old_log_probs=np.full(6, -4.6),
-                advantage=float(draw.standard_normal()),
-                routes=AnswerRoutes(of_prompt, routed(6)) if replays and number else None,
+        of_prompt = routed(draw, len(asked.token_ids))
+        answers = []
+        for number in range(3):
+            routes = AnswerRoutes(of_prompt, routed(draw, 6))
+            answers.append(
+                LearnedAnswer(
+                    token_ids=tuple(draw.integers(0, 90, 6).tolist()),
+                    first_place=10 * number,
+                    old_log_probs=np.full(6, -4.6),
+                    advantage=float(draw.standard_normal()),
+                    routes=routes if replays and number > 0 else None,
+                )
             )
-            for number in range(3)
-        ]
         rows += answer_rows(asked, answers, ROW_TOKENS, pad_token_id=0)
     return rows
 
@@ -92,18 +95,20 @@ def alone() -> Any:
     return train(run_of(), [_rows(replays=True)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recompute", "degrees"),
     [
         ("full", {"context": 2}),
-        pytest.param("experts", {"tensor": 2, "expert": 2}, marks=pytest.mark.slow),
-        pytest.param("selective", {"pipeline": 2}, marks=pytest.mark.slow),
+        ("experts", {"tensor": 2, "expert": 2}),
+        ("selective", {"pipeline": 2}),
     ],
 )
 def test_every_grid_replays_the_same(recompute: str, degrees: dict[str, int], alone: Any) -> None:
     assert_same_training(train(run_of(recompute, **degrees), [_rows(replays=True)]), alone)
 
 
+@pytest.mark.slow
 def test_replay_changes_where_tokens_go(alone: Any) -> None:
     free = train(run_of(), [_rows(replays=False)])
     assert abs(free.metrics[0].loss - alone.metrics[0].loss) > 1e-3
