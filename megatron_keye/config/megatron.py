@@ -60,7 +60,8 @@ def decoder_config(run: RunConfig, *, on_gpu: bool, fusions: Fusions = PLAIN) ->
         moe_router_dtype="fp64" if run.training.precision == "fp64" else "fp32",
         moe_token_dispatcher_type="alltoall",
         moe_permute_fusion=fusions.permutation,
-        moe_router_fusion=fusions.router,
+        # The fused router chooses by itself alone.
+        moe_router_fusion=fusions.router and not run.post_training.replays_routes,
         tensor_model_parallel_size=degrees.tensor,
         pipeline_model_parallel_size=degrees.pipeline,
         virtual_pipeline_model_parallel_size=degrees.virtual_stages if interleaved else None,

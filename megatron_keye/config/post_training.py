@@ -45,6 +45,11 @@ class PostTrainingConfig:
     max_log_prob_error: float = 0.05
     """Mean difference between log-probabilities of generation and of training, in nats, above
     which the run ends."""
+    replays_routes: bool = False
+    """Whether training routes each token of prompts and answers to the experts to which generation
+    routed it, in every pass of a step. Generation then keeps a byte for each expert, layer and
+    token, which all ranks hold in main memory: 384 bytes a token of the released model. It is not
+    saved: an answer that had ended when a run was stopped is not replayed (`share_replayed`)."""
     drops_equal_groups: bool = True
     """Whether a prompt whose answers all have the same reward is replaced by another one."""
     oversampling: float = 2.0

@@ -18,6 +18,10 @@ IGNORED_LABEL = -100
 """Label of a position whose token is not predicted."""
 
 
+NO_EXPERT = 255
+"""In the place of a token's experts where they are not known."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Picture:
     """One image or one video frame as the model sees it."""
@@ -108,6 +112,9 @@ class PackedRow:
     """Row position of each picture's first placeholder."""
     sample_names: tuple[str, ...]
     """Where the documents come from, for error messages."""
+    routes: NDArray[np.uint8] | None = None
+    """Experts [T, layers, experts of a token] to which generation routed each token, NO_EXPERT
+    where that is not known; None where routers choose."""
     answers: RowAnswers | None = None
     """What its labels are in policy training; None where they are to be imitated."""
 

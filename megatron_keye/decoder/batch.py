@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_keye.decoder.routes import Routes
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerBatch:
@@ -55,6 +57,9 @@ class Batch:
     """int64 [S]: index of each row position after gathering over the context axis."""
     feature_positions_M: Tensor
     """int64 [M]: index of each vision feature among this rank's S/CP/TP embeddings."""
+    routes: Routes | None = None
+    """Experts of the tokens that this rank routes, as generation routed them; None where routers
+    choose."""
     answers: AnswerBatch | None = None
     """What the labels are in policy training; None where they are to be imitated."""
 

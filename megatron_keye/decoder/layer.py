@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
+from torch import Tensor
 
 from megatron_keye.config.backends import has_engine_experts
 from megatron_keye.config.model import DecoderConfig
@@ -26,6 +27,34 @@ from megatron_keye.decoder.attention import AttentionLinears, SparseSelfAttentio
 from megatron_keye.decoder.grouped_experts import GroupedExpertLayer, GroupedExperts
 from megatron_keye.decoder.norm import RMSNorm
 from megatron_keye.decoder.router import Router
+from megatron_keye.decoder.row import DecoderRow
+
+
+class DecoderLayer(TransformerLayer):
+    """Megatron's layer, which tells its router of the tokens whose experts are known."""
+
+    def _forward_mlp(
+        self,
+        hidden_states: Tensor,
+        inference_context: None = None,
+        padding_mask: None = None,
+        packed_seq_params: DecoderRow | None = None,
+    ) -> Tensor:
+        """Run norm, router and experts; called by Megatron's layer.
+
+        Args:
+            hidden_states: [S/CP/TP, 1, D].
+            inference_context: None.
+            padding_mask: None. Under this name Megatron hands a mask to the router, also where it
+                computes experts again, and does nothing else with it: here it has the experts.
+            packed_seq_params: The row.
+        """
+        routes = packed_seq_params.routes if packed_seq_params is not None else None
+        known_ES = None
+        if routes is not None:
+            known_ES = routes.of_layer(self.layer_number, self.config.num_moe_experts)
+        hidden: Tensor = super()._forward_mlp(hidden_states, inference_context, known_ES)
+        return hidden
 
 
 def block_spec(
@@ -65,7 +94,7 @@ def block_spec(
         submodules=AttentionLinears(column=column, row=row),
     )
     layer = ModuleSpec(
-        module=TransformerLayer,
+        module=DecoderLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,

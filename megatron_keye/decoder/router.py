@@ -17,6 +17,8 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from megatron_keye.decoder.routes import KnownChoice
+
 
 class Router(TopKRouter):
     """Softmax over the top-k experts of a token, in float32 or, in a float64 run, float64."""
@@ -40,7 +42,8 @@ class Router(TopKRouter):
 
         Args:
             logits: [S, 1, E].
-            padding_mask: Passed to Megatron's router.
+            padding_mask: What `DecoderLayer` passes under this name: bool [S, E], known experts of
+                tokens, none of those for which this chooses; None if it does for all.
 
         Returns:
             Probabilities [S, E], 0 for experts not chosen, and bool [S, E], True for chosen ones.
@@ -49,7 +52,8 @@ class Router(TopKRouter):
             # No kernel runs over nothing; the experts still need a gradient's way back.
             no_tokens_SE = logits.flatten(0, 1)
             return no_tokens_SE, no_tokens_SE.bool()
-        routed = cast(tuple[Tensor, Tensor], super().routing(logits, padding_mask))
+        self.router_replay = KnownChoice(padding_mask) if padding_mask is not None else None
+        routed = cast(tuple[Tensor, Tensor], super().routing(logits))
         if logits.dtype != torch.float64:
             return routed
         assert not self.is_aux_loss_enabled(), "balancing loss is attached to the float32 result"

@@ -15,6 +15,7 @@ from megatron_keye.config.training import Phase
 from megatron_keye.decoder.key_cache import RowCache
 from megatron_keye.decoder.positions import rotary_table
 from megatron_keye.decoder.recomputation import KeptAttention
+from megatron_keye.decoder.routes import Routes
 
 MeterName = Literal[
     "language_loss",
@@ -82,6 +83,8 @@ class DecoderRow:
     """int64 [S]: see `Batch.key_reach_S`."""
     num_paths_T: Tensor | None = None
     """int64 [S/CP]: see `Batch.num_paths_T`."""
+    routes: Routes | None = None
+    """Experts of tokens that are routed as they were before; None where routers choose."""
     cache: RowCache | None = None
     """Where keys of earlier tokens are and those of the row go, while generating; None in
     training, where a row holds all its keys."""

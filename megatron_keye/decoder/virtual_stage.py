@@ -203,6 +203,7 @@ class VirtualStage(MegatronModule):
             gathered_order_S=batch.gathered_order_S,
             key_reach_S=batch.key_reach_S,
             num_paths_T=batch.num_paths_T,
+            routes=batch.routes,
             attention_rotary=attention,
             indexer_rotary=indexer,
             phase=phase,

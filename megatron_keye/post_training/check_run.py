@@ -7,6 +7,7 @@ evaluated.
 
 from megatron_keye.config.check import check
 from megatron_keye.config.run import RunConfig
+from megatron_keye.data.row import NO_EXPERT
 
 
 def check_run(run: RunConfig) -> None:
@@ -34,5 +35,26 @@ def check_run(run: RunConfig) -> None:
     ]
     for name, value, values in known:
         check(value in values, name, value, f"{' or '.join(map(repr, values))}{because}")
+    if run.post_training.replays_routes:
+        _check_replay(run)
     is_one = len(data.sources) == 1
     check(is_one, "data.samples", data.samples, f"one file of questions{because}")
+
+
+def _check_replay(run: RunConfig) -> None:
+    """Check what routing tokens again as generation did depends on."""
+    fusion, graphs = run.training.fusions.router, run.rollout.uses_cuda_graphs
+    num_experts = run.model.decoder.experts.num_experts
+    because = " with post_training.replays_routes"
+    known: list[tuple[str, object, bool, str]] = [
+        ("training.fusions.router", fusion, fusion != "on", "'auto' or 'off'"),
+        ("rollout.uses_cuda_graphs", graphs, not graphs, "False"),
+        (
+            "model.decoder.experts.num_experts",
+            num_experts,
+            num_experts <= NO_EXPERT,
+            "255 or less",
+        ),
+    ]
+    for name, value, holds, expected in known:
+        check(holds, name, value, f"{expected}{because}")

@@ -79,6 +79,8 @@ def policy_figures(
         "num_answers_learned": float(len(ratios)),
         "num_updates": float(len(learned.metrics)),
         "age_steps": 0.0,
+        # An answer that ended before its run was stopped does not say where its tokens went.
+        "share_replayed": _mean([each.routes is not None for each in completions]),
         **{f"{part}_seconds": value for part, value in seconds.items()},
     }
 

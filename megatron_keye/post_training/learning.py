@@ -146,6 +146,7 @@ class Learning:
                     first_place=span.start,
                     old_log_probs=old[span],
                     advantage=float(group.advantages[answer]),
+                    routes=group.completions[answer].routes,
                 )
                 for (of_group, answer), span in part.items()
                 if of_group == number

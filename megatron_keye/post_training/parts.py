@@ -78,6 +78,7 @@ class Parts:
             device=device,
             heartbeat=process.heartbeat,
             refit=generating.refit,
+            notes_routes=run.post_training.replays_routes,
         )
         """Answers."""
         pool = RewardPool(_scoring(run)) if process.rank == 0 else None

@@ -242,6 +242,7 @@ def _begun_of(completion: Completion) -> BegunAnswer:
         log_probs=completion.log_probs,
         version=completion.versions[-1][0] if completion.versions else 0,
         finish=completion.finish,
+        routes=completion.routes,
     )
 
 
@@ -255,4 +256,5 @@ def _completion(key: int, number: int, answer: BegunAnswer) -> Completion:
         log_probs=answer.log_probs,
         finish=answer.finish,
         versions=((answer.version, length),) if length else (),
+        routes=answer.routes,
     )

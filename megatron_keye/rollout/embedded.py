@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_keye.config.run import RunConfig
@@ -18,6 +17,7 @@ from megatron_keye.model import KeyeModel
 from megatron_keye.observe.heartbeat import Heartbeat
 from megatron_keye.parallel.grid import Grid
 from megatron_keye.rollout.cache import allocate, count_pages
+from megatron_keye.rollout.exchange import Drawn, tell_drawn, tell_routes
 from megatron_keye.rollout.new_tokens import RankCache, packed_pieces
 from megatron_keye.rollout.prefill import Prefill
 from megatron_keye.rollout.refit import Refit
@@ -26,9 +26,6 @@ from megatron_keye.rollout.replica import Replica
 from megatron_keye.rollout.request import Completion, NewToken, Request
 from megatron_keye.rollout.scheduler import ReplicaScheduler, ReplicaTick
 from megatron_keye.training.chunk_encoder import PatchSource
-
-Drawn = list[tuple[int, float]]
-"""Token and log-probability of each answer that got one."""
 
 
 class EmbeddedEngine:
@@ -45,6 +42,7 @@ class EmbeddedEngine:
         meter: RowMeter | None = None,
         heartbeat: Heartbeat | None = None,
         refit: Refit | None = None,
+        notes_routes: bool = False,
     ) -> None:
         """Prepare; the cache takes its memory when answers are wanted.
 
@@ -57,6 +55,7 @@ class EmbeddedEngine:
             meter: Receives the layers' measurements.
             heartbeat: Told of each tick; by default one that nobody reads.
             refit: Brings the newest weights, where the modules are not those that learn.
+            notes_routes: Whether answers say to which experts their tokens went.
 
         Raises:
             UserError: For CUDA graphs of layers that they cannot hold.
@@ -68,7 +67,7 @@ class EmbeddedEngine:
         self.version = 0
         """Of the weights that answer."""
         self._run, self._grid, self._model, self._device = run, grid, model, device
-        self._refit = refit
+        self._refit, self._notes_routes = refit, notes_routes
         self._meter = meter or RowMeter()
         self._heartbeat = heartbeat or Heartbeat()
         self._prefill = Prefill(run, grid, model, source, device, self._heartbeat)
@@ -102,7 +101,9 @@ class EmbeddedEngine:
                 device=device,
             )
             stage = self._model.stages[0].module
-            self._replica = Replica(run, stage, cache, decoder.tp, self._meter)
+            self._replica = Replica(
+                run, stage, cache, decoder.tp, self._meter, notes_routes=self._notes_routes
+            )
 
     def sleep(self) -> None:
         """Give cache and weights that are copies to whoever needs the memory, until answers are.
@@ -111,7 +112,7 @@ class EmbeddedEngine:
         """
         assert not self._is_answering, "whoever takes answers takes all of them before the sleep"
         if self._replica is not None:
-            self._replica.release()
+            self._replica.close()
         self._schedulers, self._replica, self._num_pages = [], None, 0
         if self._refit is not None:
             self._refit.release()
@@ -177,7 +178,10 @@ class EmbeddedEngine:
         self._heartbeat.note("generate")
         ticks = [scheduler.plan() for scheduler in self._schedulers]
         with torch.no_grad():
-            drawn = self._exchange(ticks, self._run_tick(ticks))
+            drawn = tell_drawn(ticks, self._run_tick(ticks), self._run, self._device)
+            if self._notes_routes:
+                own = self._replica.take_experts() if self._replica is not None else None
+                tell_routes(ticks, own, self._run, self._device)
         completions = []
         for scheduler, tick, tokens in zip(self._schedulers, ticks, drawn, strict=True):
             completions += scheduler.note(tick, tokens, self.version)
@@ -224,23 +228,6 @@ class EmbeddedEngine:
         multiple = max(2, self._run.parallel.decoder.tensor)
         longest = max(sum(p.end - p.start for p in tick.pieces) for tick in ticks)
         return -(-longest // multiple) * multiple
-
-    def _exchange(self, ticks: list[ReplicaTick], own: Tensor | None) -> list[Drawn]:
-        """Return what every replica has drawn, on all ranks."""
-        counts = [len(tick.drawn) for tick in ticks]
-        if not any(counts):
-            return [[] for _ in ticks]
-        sent = torch.zeros(max(counts), 2, dtype=torch.float64, device=self._device)
-        if own is not None:
-            sent[: len(own)] = own
-        parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, sent)
-        tensor = self._run.parallel.decoder.tensor
-        firsts = torch.stack(parts[::tensor][: len(ticks)]).tolist()
-        return [
-            [(int(token), log_prob) for token, log_prob in rows[:count]]
-            for rows, count in zip(firsts, counts, strict=True)
-        ]
 
 
 def _return_unused_memory(device: torch.device) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_keye.config.megatron import weight_dtype
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.row import PackedRow
+from megatron_keye.decoder.router_choices import RouterChoices
 from megatron_keye.decoder.row import RowMeter
 from megatron_keye.decoder.virtual_stage import VirtualStage
 from megatron_keye.rollout.cache import copy_pages, forget
@@ -36,6 +37,8 @@ class Replica:
         cache: RankCache,
         tp_group: dist.ProcessGroup,
         meter: RowMeter,
+        *,
+        notes_routes: bool = False,
     ) -> None:
         """Prepare for all ticks.
 
@@ -45,11 +48,14 @@ class Replica:
             cache: This rank's pages.
             tp_group: Tensor-parallel group.
             meter: Receives the layers' measurements.
+            notes_routes: Whether the experts of all tokens are kept.
         """
         self._run, self._stage, self._group, self._meter = run, stage, tp_group, meter
         self.cache = cache
         """This rank's pages."""
         self._is_sparse = run.training.phase == "sparse"
+        self._choices = RouterChoices(stage) if notes_routes else None
+        self._experts: list[Tensor] = []
         self._replayed: ReplayedTicks | None = None
         if run.rollout.uses_cuda_graphs:
             self._replayed = ReplayedTicks(cache.device)
@@ -68,6 +74,22 @@ class Replica:
         if self._replayed is not None:
             self._replayed.forget()
 
+    def close(self) -> None:
+        """Let go of the stage and of what was captured."""
+        self.release()
+        if self._choices is not None:
+            self._choices.close()
+
+    def take_experts(self) -> Tensor:
+        """Return where the tokens went that ran since the last call, in their order.
+
+        Returns:
+            uint8 [tokens, layers, experts of a token], the same on all tensor ranks.
+        """
+        experts = torch.cat(self._experts)
+        self._experts.clear()
+        return experts
+
     def run_pieces(self, pieces: Sequence[Piece], row: PackedRow, features_MD: Tensor) -> Tensor:
         """Run pieces of prompts and answers.
 
@@ -82,6 +104,7 @@ class Replica:
         tokens = tokens_of_pieces(pieces, row, self.cache, self._run.model.vision_token_ids)
         where = ", ".join(row.sample_names) or "padding"
         hidden_LBD = self._final_states(tokens, features_MD, where)
+        self._note_experts(row.num_real_tokens)
         drawn = [answer for piece in pieces for answer in piece.drawn]
         logits_LV = self._stage.logits(hidden_LBD).squeeze(1) if drawn else hidden_LBD
         return self._draw(logits_LV, drawn)
@@ -98,6 +121,7 @@ class Replica:
             logits_LV = self._replayed(self._decode, tokens)
         else:
             logits_LV = self._decode(tokens)
+        self._note_experts(len(answers))
         return self._draw(logits_LV[: len(answers)], answers)
 
     def _decode(self, tokens: NewTokens) -> Tensor:
@@ -115,6 +139,16 @@ class Replica:
             where=f"generation, {where}",
             phase="sparse" if self._is_sparse else "dense",
         )
+
+    def _note_experts(self, num_tokens: int) -> None:
+        """Keep where the first tokens of the row that has run went; the others are padding."""
+        if self._choices is None:
+            return
+        # Each tensor rank routes its part of the row.
+        own = self._choices.take()
+        parts = [torch.empty_like(own) for _ in range(self._group.size())]
+        dist.all_gather(parts, own, group=self._group)
+        self._experts.append(torch.cat(parts)[:num_tokens])
 
     def _draw(self, logits_LV: Tensor, answers: Sequence[Answer]) -> Tensor:
         """Return token and log-probability of each answer, float64 [A, 2]."""

@@ -5,11 +5,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_keye.config.rollout import RolloutConfig
 from megatron_keye.data.row import Sample
 from megatron_keye.data.tokens import END_OF_TEXT, TURN_END, Tokenizer
 
 Finish = Literal["stop", "length", "aborted"]
+Experts = NDArray[np.uint8]
+"""Where tokens went [tokens, layers, experts of a token], NO_EXPERT for those that did not run."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerRoutes:
+    """Where the tokens of an answer and of its prompt went."""
+
+    prompt: Experts
+    """Of the prompt's tokens; one array for all answers to it."""
+    answer: Experts
+    """Of the answer's tokens, whose last one does not run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +67,8 @@ class BegunAnswer:
     """Of the weights that drew them."""
     finish: Finish | None = None
     """Why it ended; None while it goes on."""
+    routes: AnswerRoutes | None = None
+    """Where its tokens went, if that was noted and it ended in this process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +141,8 @@ class Completion:
     which no answer may hold and which is left out."""
     versions: tuple[tuple[int, int], ...]
     """Runs of tokens by the weights that drew them: version and number of tokens."""
+    routes: AnswerRoutes | None = None
+    """Where its tokens went, if the engine notes that."""
 
     @property
     def text_ids(self) -> tuple[int, ...]:

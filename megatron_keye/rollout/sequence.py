@@ -7,9 +7,10 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_keye.data.row import NO_EXPERT
 from megatron_keye.decoder.positions import position_ids
 from megatron_keye.rollout.pages import PageTable
-from megatron_keye.rollout.request import Completion, Finish, Request
+from megatron_keye.rollout.request import AnswerRoutes, Completion, Experts, Finish, Request
 
 
 @dataclass(eq=False)
@@ -32,6 +33,8 @@ class Answer:
     """Pages, those of the prompt first; None while it waits for some."""
     num_cached: int = 0
     """Tokens of prompt and answer whose keys are in the cache."""
+    experts: Experts | None = None
+    """Where its tokens went, if that is noted, with room for all that it may have."""
 
     @property
     def num_pending(self) -> int:
@@ -55,7 +58,17 @@ class Answer:
             log_probs=tuple(self.log_probs),
             finish=self.finish,
             versions=tuple(runs),
+            routes=self._routes(),
         )
+
+    def _routes(self) -> AnswerRoutes | None:
+        of_prompt, count = self.group.experts, len(self.token_ids)
+        if of_prompt is None:
+            return None
+        if self.experts is None:  # It has ended with its first token.
+            nothing = np.full((count, *of_prompt.shape[1:]), NO_EXPERT, dtype=np.uint8)
+            return AnswerRoutes(of_prompt, nothing)
+        return AnswerRoutes(of_prompt, self.experts[:count].copy())
 
 
 class Group:
@@ -76,6 +89,8 @@ class Group:
         """Pages of the prompt, as long as an answer may still have to share them."""
         self.num_cached = 0
         """Tokens of the prompt whose keys are in the pages of `table`."""
+        self.experts: Experts | None = None
+        """Where the prompt's tokens went, if that is noted."""
         prompt = request.prompt
         self.picture_sizes = [picture.num_tokens(merge_size) for picture in prompt.pictures]
         """Tokens of each picture."""

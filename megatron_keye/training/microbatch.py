@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from megatron_keye.config.run import RunConfig
 from megatron_keye.data.placeholders import picture_slots
-from megatron_keye.data.row import IGNORED_LABEL, PackedRow
+from megatron_keye.data.row import IGNORED_LABEL, NO_EXPERT, PackedRow
 from megatron_keye.decoder.batch import AnswerBatch, Batch
 from megatron_keye.decoder.positions import position_ids
+from megatron_keye.decoder.routes import Routes
 from megatron_keye.parallel.context import gathered_order
 from megatron_keye.plan.places import DecoderPlace, owned_positions
 from megatron_keye.plan.slots import balanced_order, plan_slots
@@ -80,8 +81,24 @@ def cut_row(row: PackedRow, run: RunConfig, place: DecoderPlace) -> Batch:
         is_real_T=positions < row.num_real_tokens,
         gathered_order_S=gathered_order(len(row.token_ids), degrees.context),
         feature_positions_M=is_vision.nonzero().squeeze(1),
+        routes=_cut_routes(row, np.split(owned, degrees.tensor)[place.tensor]),
         answers=_cut_answers(row, owned),
     )
+
+
+def _cut_routes(row: PackedRow, routed: NDArray[np.int64]) -> Routes | None:
+    """Return where the tokens go that a rank routes, None where routers choose.
+
+    Args:
+        row: The row.
+        routed: Positions of these tokens.
+    """
+    if row.routes is None:
+        return None
+    experts = row.routes[routed]
+    is_known = experts[:, 0, 0] != NO_EXPERT
+    known = np.where(is_known[:, None, None], experts, 0)
+    return Routes(torch.from_numpy(known), torch.from_numpy(is_known))
 
 
 def _cut_answers(row: PackedRow, owned: NDArray[np.int64]) -> AnswerBatch | None:

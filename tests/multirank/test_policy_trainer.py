@@ -91,6 +91,7 @@ def run_of(folder: Path, name: str, **degrees: int) -> RunConfig:
             minibatches=2,
             truncated="scored",
             reward_processes=1,
+            replays_routes=True,
         ),
     )
 
@@ -168,6 +169,7 @@ def test_every_answer_is_logged_with_what_it_was_worth(whole: RunConfig) -> None
     assert len(policy) == STEPS and all(
         each["rollout_log_prob_error_max"] < 1e-4 for each in policy
     )
+    assert all(each["share_replayed"] == 1 for each in policy)
     assert any("ratio" in line for lines in steps for line in lines), "something was learned"
 
 
@@ -203,6 +205,11 @@ def test_questions_that_changed_are_refused(folder: Path, whole: RunConfig) -> N
     ("section", "change", "message"),
     [
         ("rollout", {"top_p": 0.9}, "ratios are of the whole law"),
+        (
+            "rollout",
+            {"uses_cuda_graphs": True},
+            "expected False with post_training.replays_routes",
+        ),
         ("training", {"phase": "indexer_warmup", "frozen": ()}, "'dense' or 'sparse'"),
         ("data", {"on_bad_sample": "skip"}, "expected 'refuse' with post_training.kind"),
         ("data", {"samples": "a=0.5,b=0.5"}, "one file of questions"),
@@ -218,9 +225,9 @@ def test_settings_that_make_no_sense_are_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axis", ["data", "pipeline", "context"])
+@pytest.mark.parametrize("axis", ["data", "pipeline"])
 def test_two_ranks_answer_and_learn_as_one(folder: Path, whole: RunConfig, axis: str) -> None:
-    """Stages and context ranks are replicas while they answer, as is every rank of a data axis."""
+    """Stages are replicas while they answer."""
     run = run_of(folder, f"two {axis}", **{axis: 2})
     trained(replace(run, training=replace(run.training, stop_after_step=2)))
     for mine, theirs in zip(losses_of(run), losses_of(whole), strict=False):

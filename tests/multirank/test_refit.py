@@ -17,7 +17,7 @@ from tests.support.tiny import tiny_run
     [
         ({"tensor": 2, "expert": 2}, RolloutConfig(tensor=1, expert=1), 4),
         ({"pipeline": 2}, RolloutConfig(tensor=2, expert=2), 0),
-        ({"context": 2, "expert": 2}, RolloutConfig(), 0),
+        pytest.param({"context": 2, "expert": 2}, RolloutConfig(), 0, marks=pytest.mark.slow),
     ],
     ids=["tensor 2 to 1, expert 2 to 1", "pipeline 2 to tensor 2", "context 2 to data 2"],
 )

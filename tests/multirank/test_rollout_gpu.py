@@ -34,6 +34,7 @@ from tests.support.rollout_cases import (
     selections,
     tiny,
 )
+from tests.support.routes import compare_choices
 from tests.support.tiny import tiny_run
 from tests.support.train import let_go, train
 
@@ -218,3 +219,11 @@ def test_weights_that_generate_are_those_of_a_checkpoint(
     run = replace(tiny_run(device="cuda", **degrees), rollout=rollout)
     for found in run_on_ranks(2, bring, run.to_json(), str(tmp_path), device="cuda"):
         assert found[0], "they are equal bit for bit"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_token_goes_where_generation_sent_it(precision: str) -> None:
+    run = tiny(precision, training={"phase": "dense"}, device="cuda")
+    ((own, replayed),) = run_on_ranks(1, compare_choices, run.to_json(), device="cuda")
+    assert own[0] > 0 == replayed[0]
+    assert replayed[1] < own[1] / 2

@@ -82,7 +82,11 @@ def generated(run: RunConfig, requests: Sequence[Request]) -> dict[tuple[int, in
 
 
 def build_engine(
-    run: RunConfig, meter: RowMeter | None = None, fusions: Fusions = PLAIN
+    run: RunConfig,
+    meter: RowMeter | None = None,
+    fusions: Fusions = PLAIN,
+    *,
+    notes_routes: bool = False,
 ) -> tuple[EmbeddedEngine, Grid, KeyeModel]:
     """Build an engine on this rank; call `let_go` on the model at the end."""
     run = generating_run(run, run.parallel.num_ranks)
@@ -95,7 +99,15 @@ def build_engine(
     )
     source = SyntheticPatches() if model.vision is not None else None
     return (
-        EmbeddedEngine(run, grid, model, source=source, device=device, meter=meter),
+        EmbeddedEngine(
+            run,
+            grid,
+            model,
+            source=source,
+            device=device,
+            meter=meter,
+            notes_routes=notes_routes,
+        ),
         grid,
         model,
     )
