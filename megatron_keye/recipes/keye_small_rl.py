@@ -36,7 +36,7 @@ def keye_small_rl(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         data=replace(start.data, samples=f"{FOLDER}/{HELD_OUT_KIND}.jsonl"),
         training=replace(
             start.training,
-            steps=100,
+            steps=120,
             frozen=("vision", "projector"),
             optimizer=OptimizerConfig(learning_rate=8e-5, warmup_steps=5, schedule="constant"),
             checkpoint=CheckpointConfig(

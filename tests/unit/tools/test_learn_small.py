@@ -93,3 +93,27 @@ def test_a_part_that_fails_ends_the_chain_with_its_log(
     status, lines = chain(tmp_path / "out", monkeypatch, fails=3)
     assert status == 2 and lines[-1]["status"] == 3
     assert "keye_small: ended with status 3" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_recipes_go_from_clips_to_rewards(tmp_path: Path) -> None:
+    shown = "--seconds 6 7 --rate 1 --plain --variable 0 --words 1 --blinking 0 --size 56 56"
+    asked = "--shapes 1 --stay 2 --questions when at describe word --unanswered word --tokenizer"
+    settings = [
+        *("device=cpu", "training.precision=fp32", "training.steps=1", "training.rows_per_step=1"),
+        *("model.decoder.num_layers=1", "model.decoder.experts.num_experts=2"),
+        *("model.decoder.hidden_size=64", "model.decoder.experts.intermediate_size=64"),
+        *("model.vision.num_layers=1", "model.vision.hidden_size=48"),
+        *("data.frames.min_tokens_per_frame=1", "data.frames.max_tokens_per_frame=4"),
+        *("data.row_tokens=256", "model.decoder.indexer.top_k=16"),
+    ]
+    rewarded = ["prompts_per_step=2", "answers_per_prompt=2", "drops_equal_groups=false"]
+    words = [str(tmp_path / "out"), "--samples", "6", "--held-out", "2"]
+    words += ["--clips", f"{shown} {asked} --workers 1"]
+    words += [word for each in settings for word in ("--set", each)]
+    words += [word for each in rewarded for word in ("--set-rewarded", f"post_training.{each}")]
+    assert learn_small.main(words) == 0
+    lines = lines_of(tmp_path / "out")
+    assert [line["part"] for line in lines if "reward" in line] == ["keye_small_rl"]
+    assert lines[-1]["kind"] == "word" and (tmp_path / "out" / "curves.svg").is_file()
+    assert len((tmp_path / "out" / "lines.jsonl").read_text().splitlines()) == 2
