@@ -199,11 +199,14 @@ class _SegmentDecoder:
         self._pipeline.build()
 
     def __call__(self, segment: Segment) -> Tensor:
-        """Return a segment's wanted frames as stored, complete on the current stream."""
+        """Return a segment's wanted frames as stored; this object's stream is the current one."""
         self._pipeline.feed_input("container", [np.frombuffer(segment.container, dtype=np.uint8)])
         self._pipeline.feed_input("places", [np.array(segment.places, dtype=np.int32)])
         (decoded,) = self._pipeline.run()
         batch = decoded[0]
         frames = torch.empty(batch.shape(), dtype=torch.uint8, device=self.stream.device)
-        feed_ndarray(batch, frames, cuda_stream=torch.cuda.current_stream(self.stream.device))
+        feed_ndarray(batch, frames, cuda_stream=self.stream)
+        # The copy only begins here, and DALI gives the batch's memory to other pipelines as soon
+        # as nothing refers to it.
+        self.stream.synchronize()
         return frames
