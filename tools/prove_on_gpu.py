@@ -9,7 +9,8 @@
 Tests share the machine, each on GPUs of its own unless --tests-per-gpu lets several share one;
 benchmarks begin when the tests have ended, one after the other, since a busy host spoils them.
 --minutes bounds the whole: what would not end in time is not begun, and says so. A proof that does
-not end within its limit is killed with all that it started.
+not end within its limit is interrupted, tells what failed so far, and is killed with all that it
+started.
 
 The folder gets NAME.log and NAME.xml (tests) or NAME.jsonl (benchmarks), and a line of
 summary.jsonl as soon as a proof ends: its command, status, seconds, commit and GPU.
@@ -37,6 +38,7 @@ from megatron_keye.files.disk import writing
 from tools.benchmark_lines import shared_fields, write_line
 
 _POLL_SECONDS = 0.2
+_SECONDS_TO_TELL = 10.0
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,10 @@ class _Machine:
         seconds, status = time.monotonic() - one.began, one.process.poll()
         if status is None and seconds < one.proof.limit_seconds:
             return
+        if status is None:  # pytest then tells why tests before failed.
+            one.process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                one.process.wait(_SECONDS_TO_TELL)
         with suppress(ProcessLookupError):  # Ranks that outlive their test would hold the GPU.
             os.killpg(one.process.pid, signal.SIGKILL)
         one.process.wait()

@@ -267,8 +267,10 @@ def _at_vectors(tensor: Tensor) -> Tensor:
     """Return the tensor with rows of adjacent channels that begin at multiples of 16 bytes."""
     steps = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
     is_aligned = all(step % _VECTOR_BYTES == 0 for step in (tensor.data_ptr(), *steps))
-    return tensor if is_aligned and tensor.stride(-1) == 1 else tensor.clone(
-        memory_format=torch.contiguous_format
+    return (
+        tensor
+        if is_aligned and tensor.stride(-1) == 1
+        else tensor.clone(memory_format=torch.contiguous_format)
     )
 
 

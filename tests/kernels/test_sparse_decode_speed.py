@@ -134,8 +134,6 @@ def time_dense(recorder: Recorder, case: Case) -> tuple[str, float]:
                 )
 
         name = backend.name.split("_")[0].lower()
-        took[name] = recorder.time(
-            "dense_decode", name, attend, fields=case.fields, in_graph=True
-        )
+        took[name] = recorder.time("dense_decode", name, attend, fields=case.fields, in_graph=True)
     best = min(took, key=lambda name: took[name])
     return f"{best} dense decode", took[best]
