@@ -25,7 +25,7 @@ TORCH_LIBRARY(megatron_keye, m) {
       "float scale, bool in_bulk) -> (Tensor, Tensor)");
   m.def(
       "sparse_decode_scores(Tensor q_BTIJ, Tensor gate_BTI, Tensor index_keys_PLJ, "
-      "Tensor? index_scales_PL, Tensor pages_BN, Tensor lengths_B, int tiles_of_block) -> "
+      "Tensor? index_scales_PL, Tensor pages_BN, Tensor lengths_B, int tiles_of_block, bool leaves_first) -> "
       "(Tensor, Tensor)");
   m.def(
       "sparse_decode_attention(Tensor query_BTHC, Tensor keys_PLGC, Tensor values_PLGC, "

@@ -158,7 +158,7 @@ void check_cut(int64_t groups_of_block, int64_t cluster, int64_t groups) {
 std::tuple<at::Tensor, at::Tensor> sparse_decode_scores(
     const at::Tensor& q_BTIJ, const at::Tensor& gate_BTI, const at::Tensor& index_keys_PLJ,
     const std::optional<at::Tensor>& index_scales_PL, const at::Tensor& pages_BN,
-    const at::Tensor& lengths_B, int64_t tiles_of_block) {
+    const at::Tensor& lengths_B, int64_t tiles_of_block, bool leaves_first) {
   check_scores(q_BTIJ, gate_BTI, index_keys_PLJ, lengths_B, tiles_of_block);
   check_scales(index_scales_PL, index_keys_PLJ);
   const Pages table = table_of(pages_BN, index_keys_PLJ, q_BTIJ);
@@ -189,6 +189,7 @@ std::tuple<at::Tensor, at::Tensor> sparse_decode_scores(
       .num_queries = static_cast<int>(q_BTIJ.size(1)),
       .num_heads = static_cast<int>(q_BTIJ.size(2)),
       .tiles_of_block = static_cast<int>(tiles_of_block),
+      .leaves_first = leaves_first,
   });
   return {scores_TS, end_T};
 }

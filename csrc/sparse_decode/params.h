@@ -48,6 +48,7 @@ struct ScoreParams {
   int num_queries;            // T
   int num_heads;              // I
   int tiles_of_block;         // tiles of kScoredKeys keys
+  bool leaves_first;          // whether keys leave the L2 cache before scores
 };
 
 struct AttendParams {

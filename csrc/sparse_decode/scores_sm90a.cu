@@ -172,7 +172,8 @@ __device__ __forceinline__ uint32_t place_in_tile(int row, int vector) {
 // Starts the copies of a warp's keys of a tile, and of their scales; zeros for no key.
 template <typename Keys, typename Room>
 __device__ __forceinline__ void copy_tile(const ScoreParams& params, const Range& range,
-                                          Room& shared, int tile, int stage, int own_row) {
+                                          Room& shared, int tile, int stage, int own_row,
+                                          uint64_t policy) {
   if (tile < range.num_tiles()) {
     constexpr int kVectors = Room::kRowBytes / 16;
     const int first_page = range.first >> params.table.log2_places;
@@ -191,7 +192,7 @@ __device__ __forceinline__ void copy_tile(const ScoreParams& params, const Range
       const int page = find(key);
       const int64_t offset = max(page, 0) * params.page_bytes +
                              params.table.place(key) * params.key_bytes + vector * 16;
-      copy_16_async(target + place_in_tile<Keys>(row, vector), keys + offset, page >= 0);
+      copy_16_async(target + place_in_tile<Keys>(row, vector), keys + offset, page >= 0, policy);
     }
     if (params.scales != nullptr) {
       const int key = range.key(tile, own_row);
@@ -335,9 +336,11 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   load_queries<Keys>(params, range, shared);
   const int own_row = row_of_lane();
+  const uint64_t policy =
+      params.leaves_first ? policy_to_leave_first() : policy_to_leave_alike();
 #pragma unroll
   for (int tile = 0; tile < Keys::kStages - 1; ++tile) {
-    copy_tile<Keys>(params, range, shared, tile, tile, own_row);
+    copy_tile<Keys>(params, range, shared, tile, tile, own_row, policy);
   }
   const int num_tiles = range.num_tiles();
   int stage = 0;
@@ -346,7 +349,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int tile = 0; tile < num_tiles; ++tile) {
     wait_for_copies<Keys::kStages - 2>();
     __syncwarp();  // this tile is there, and nobody reads the one before it any more
-    copy_tile<Keys>(params, range, shared, tile + Keys::kStages - 1, filled, own_row);
+    copy_tile<Keys>(params, range, shared, tile + Keys::kStages - 1, filled, own_row, policy);
     score_tile<Keys>(params, range, shared, tile, stage);
     stage = stage + 1 == Keys::kStages ? 0 : stage + 1;
     filled = filled + 1 == Keys::kStages ? 0 : filled + 1;

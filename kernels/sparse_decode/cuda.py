@@ -48,7 +48,7 @@ _SCORES, _ATTENTION = "sparse_decode_scores", "sparse_decode_attention"
 
 
 class Cut(NamedTuple):
-    """How the attention to a selection is cut; the result does not depend on it but for rounding."""
+    """How the attention to a selection is cut; its result depends on it by rounding alone."""
 
     groups_of_block: int
     """Groups that a thread block attends for, with a warp each or several."""
@@ -58,6 +58,10 @@ class Cut(NamedTuple):
 
 CUT: Cut | None = None
 """None for what `choose_cut` says; only tests and benchmarks set another."""
+TILES: int | None = None
+"""None for what `choose_tiles` says; likewise."""
+KEYS_LEAVE_FIRST = True
+"""Whether indexer keys, which are read once, leave the L2 cache before scores; likewise."""
 
 
 def _fake_scores(
@@ -68,6 +72,7 @@ def _fake_scores(
     pages_BN: Tensor,
     lengths_B: Tensor,
     tiles_of_block: int,
+    leaves_first: bool,
 ) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of the results, for tracing."""
     num_rows = q_BTIJ.shape[0] * q_BTIJ.shape[1]
@@ -165,7 +170,8 @@ def score_pages(q_BTIJ: Tensor, gate_BTI: Tensor, cache: PagedCache) -> tuple[Te
         cache.index_scales_PL,
         cache.pages_BN,
         cache.lengths_B,
-        choose_tiles(len(q_BTIJ), num_keys, num_blocks),
+        TILES or choose_tiles(len(q_BTIJ), num_keys, num_blocks),
+        KEYS_LEAVE_FIRST,
     )
     return scores_TS, end_T
 
@@ -188,7 +194,8 @@ def attend(query_BTHC: Tensor, cache: PagedCache, indices_TK: Tensor, *, scale: 
     """
     num_groups = cache.keys_PLGC.shape[2]
     num_blocks = _num_multiprocessors(query_BTHC.device)
-    cut = CUT or choose_cut(*indices_TK.shape, num_groups, num_blocks)
+    num_rows, num_selected = indices_TK.shape
+    cut = CUT or choose_cut(num_rows, num_selected, num_groups, num_blocks)
     out_BTHC: Tensor = torch.ops.megatron_keye.sparse_decode_attention(
         query_BTHC.contiguous(),
         cache.keys_PLGC,
@@ -267,8 +274,10 @@ def _at_vectors(tensor: Tensor) -> Tensor:
     """Return the tensor with rows of adjacent channels that begin at multiples of 16 bytes."""
     steps = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
     is_aligned = all(step % _VECTOR_BYTES == 0 for step in (tensor.data_ptr(), *steps))
-    return tensor if is_aligned and tensor.stride(-1) == 1 else tensor.clone(
-        memory_format=torch.contiguous_format
+    return (
+        tensor
+        if is_aligned and tensor.stride(-1) == 1
+        else tensor.clone(memory_format=torch.contiguous_format)
     )
 
 

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_keye.kernels.extension import missing_reason
-from megatron_keye.kernels.sparse_decode import PagedCache, cuda, sparse_decode
+from megatron_keye.kernels.sparse_decode import cuda, sparse_decode
 from tests.support.benchmark import Recorder, memory_bytes_per_second
 from tests.support.decode_cases import Queries, Sizes, make_decode
 
@@ -109,7 +109,14 @@ def test_parts_of_the_sparse_decode(
     if "cuda" not in implementations():
         return
     score = partial(cuda.score_pages, q_BTIJ, gate_BTI, cache)
-    time("decode_scores", "cuda", score, case.score_bytes)
+    for tiles in (None, 1, 2, 4, 8, 16):
+        monkeypatch.setattr(cuda, "TILES", tiles)
+        time("decode_scores", f"cuda, {tiles or 'default'} tiles", score, case.score_bytes)
+    monkeypatch.undo()
+    for leave_first in (True, False):
+        monkeypatch.setattr(cuda, "KEYS_LEAVE_FIRST", leave_first)
+        name = "cuda, keys leave " + ("first" if leave_first else "alike")
+        time("decode", name, case.decode("cuda"), case.score_bytes + case.attention_bytes)
     for cut in (None, *CUTS):
         monkeypatch.setattr(cuda, "CUT", cut)
         attend = partial(cuda.attend, query_BTHC, cache, indices_TK, scale=SCALE)
@@ -134,8 +141,6 @@ def time_dense(recorder: Recorder, case: Case) -> tuple[str, float]:
                 )
 
         name = backend.name.split("_")[0].lower()
-        took[name] = recorder.time(
-            "dense_decode", name, attend, fields=case.fields, in_graph=True
-        )
+        took[name] = recorder.time("dense_decode", name, attend, fields=case.fields, in_graph=True)
     best = min(took, key=lambda name: took[name])
     return f"{best} dense decode", took[best]
