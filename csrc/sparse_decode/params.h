@@ -37,10 +37,10 @@ struct ScoreParams {
   const void* gate;           // [B, T, I], contiguous, float32 or bf16
   bool gate_is_float;
   const void* index_keys;     // [P, L, J], channels adjacent
-  int64_t page_bytes;         // between pages of index_keys
-  int64_t key_bytes;          // between its keys
+  int page_bytes;             // between pages of index_keys
+  int key_bytes;              // between its keys
   const float* scales;        // [P, L], places adjacent; null without
-  int64_t scale_stride;       // between pages of scales
+  int scale_stride;           // between pages of scales
   const int64_t* lengths;     // [B]
   float* scores;              // [B * T, N * L]
   int64_t* ends;              // [B * T], one past the last key of each row

@@ -2,12 +2,12 @@
 // The indexer's scores of new tokens over the pages of the cache:
 //   score[t, s] = J^-0.5 * sum over i of gate[t, i] * relu(q[t, i] . k[s]).
 //
-// All keys of a sequence are read for a few queries, so the time is that of the read. Each warp
-// brings its keys to shared memory in a ring of its own, several tiles ahead, and from there to
-// registers, as the left factor of products with the queries' heads; the four warps of a block
-// meet only in these. Keys of 8 bits become bf16 in registers. A warp's sums are then transposed
-// so that a lane has all heads of one key, and adds them in their order, as training does: the
-// same bits.
+// All keys of a sequence are read for a few queries, so the time is that of the read, if little is
+// done for a key. Each warp brings its keys to shared memory in a ring of its own, several tiles
+// ahead, and from there to registers, as the left factor of products with the queries' heads; the
+// four warps of a block meet only in these. Keys of 8 bits become bf16 in registers. Products go
+// back to the ring where the keys were, so that a lane gets all heads of one key, and adds them in
+// their order, as training does: the same bits.
 
 #include <cuda_runtime.h>
 
@@ -27,24 +27,26 @@ constexpr int kThreads = kWarpgroup;
 constexpr int kScoringWarps = kThreads / 32;
 constexpr int kWarpKeys = 32;   // of a tile: rows 16w to 16w + 15 of each of its halves
 constexpr int kHalfKeys = 64;   // rows of a product
+constexpr int kSteps = kIndexChannels / kTerms;
 constexpr int kMaxPages = kMaxTilesOfBlock * kScoredKeys / kSmallestPage;
 constexpr int kHeadBytes = kMaxIndexHeads * kSwizzleBytes;  // of one query
-constexpr uint32_t kWholeWarp = 0xFFFFFFFFu;
+constexpr int kKeysOfHalf = 16;  // of a warp, which lie in one page
 
 // How keys of bf16 lie in a ring, and become factors of products.
 struct WideKeys {
   static constexpr int kBytes = 2;
   static constexpr int kStages = 3;
+  static constexpr float kQueryFactor = 1.0f;
+  static constexpr float kScoreFactor = 1.0f;
 
   // Which channel stands at a place of a product's 16 terms.
   __device__ static constexpr int channel_at(int term) { return term; }
 
-  // Two steps of two vectors each: the words are as a product takes them.
+  // Two vectors a step: the words are as a product takes them.
   template <typename Load>
-  __device__ static __forceinline__ void load(uint32_t (&a)[kIndexChannels / kTerms][4],
-                                              Load load_vectors) {
+  __device__ static __forceinline__ void load(uint32_t (&a)[kSteps][4], Load load_vectors) {
 #pragma unroll
-    for (int step = 0; step < kIndexChannels / kTerms; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
       load_vectors(a[step], 2 * step);
     }
   }
@@ -53,17 +55,20 @@ struct WideKeys {
 // Keys of e4m3. A vector has the 16 channels of a step, and a lane gets four neighbours of each
 // row: the first and third become its first two terms, the second and fourth those 8 further on.
 // Within a step the order of terms does not change the sum, if queries have the same order.
+// As bf16 a key's bits mean a number 2^120 too small, the smallest below bf16's normal numbers,
+// which tensor cores take as they are. Queries times 2^64 keep all products in float32's range.
 struct NarrowKeys {
   static constexpr int kBytes = 1;
   static constexpr int kStages = 5;
+  static constexpr float kQueryFactor = 0x1p64f;
+  static constexpr float kScoreFactor = 0x1p56f;
 
   __device__ static constexpr int channel_at(int term) { return 2 * (term % 8) + term / 8; }
 
   template <typename Load>
-  __device__ static __forceinline__ void load(uint32_t (&a)[kIndexChannels / kTerms][4],
-                                              Load load_vectors) {
+  __device__ static __forceinline__ void load(uint32_t (&a)[kSteps][4], Load load_vectors) {
 #pragma unroll
-    for (int step = 0; step < kIndexChannels / kTerms; step += 2) {
+    for (int step = 0; step < kSteps; step += 2) {
       uint32_t words[4];  // upper and lower row of this step, then of the next
       load_vectors(words, step);
 #pragma unroll
@@ -75,17 +80,10 @@ struct NarrowKeys {
   }
 
  private:
-  // Two numbers of e4m3 as bf16: signs from one word, exponents and mantissas from the other, as
-  // numbers 2^120 too small, below the smallest normal ones too. NaN counts as 480; `quantize`
-  // never makes it of finite keys.
+  // Two numbers, signs from one word, exponents and mantissas from the other. NaN counts as 480;
+  // `quantize` never makes it of finite keys.
   __device__ static __forceinline__ uint32_t widened(uint32_t signs, uint32_t magnitudes) {
-    const uint32_t bits = (signs & 0x80008000u) | (magnitudes & 0x07F007F0u);
-    uint32_t result;
-    constexpr uint32_t kFactors = 0x7B807B80u;  // 2^120, twice
-    constexpr uint32_t kMinusZeros = 0x80008000u;  // keeps the sign of a zero
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(bits), "r"(kFactors),
-        "r"(kMinusZeros));
-    return result;
+    return (signs & 0x80008000u) | (magnitudes & 0x07F007F0u);
   }
 };
 
@@ -96,9 +94,9 @@ struct Shared {
   static constexpr int kTileBytes = kWarpKeys * kRowBytes;
 
   unsigned char queries[kQueries][kHeadBytes];
-  unsigned char tiles[kScoringWarps][Keys::kStages][kTileBytes];
+  alignas(16) unsigned char tiles[kScoringWarps][Keys::kStages][kTileBytes];
   float scales[kScoringWarps][Keys::kStages][kWarpKeys];
-  float gates[kQueries][kMaxIndexHeads];
+  alignas(16) float gates[kQueries][kMaxIndexHeads];
   int pages[kMaxPages];
 };
 
@@ -114,9 +112,9 @@ struct Range {
   __device__ __forceinline__ int num_tiles() const {
     return (last - first + kScoredKeys - 1) / kScoredKeys;
   }
-  // Of this warp's rows of a tile: which key.
-  __device__ __forceinline__ int key(int tile, int row) const {
-    return first + tile * kScoredKeys + row / 16 * kHalfKeys + warp_of_block() * 16 + row % 16;
+  // The first key of a half of this warp's keys of a tile.
+  __device__ __forceinline__ int key_of_half(int tile, int half) const {
+    return first + tile * kScoredKeys + half * kHalfKeys + warp_of_block() * kKeysOfHalf;
   }
 };
 
@@ -135,7 +133,8 @@ __device__ __forceinline__ void load_queries(const ScoreParams& params, const Ra
 #pragma unroll
     for (int term = 0; term < 8; ++term) {
       const int channel = vector / 2 * kTerms + Keys::channel_at(vector % 2 * 8 + term);
-      terms[term] = head < params.num_heads ? source[channel] : __nv_bfloat16{};
+      const float number = head < params.num_heads ? __bfloat162float(source[channel]) : 0.0f;
+      terms[term] = __float2bfloat16_rn(number * Keys::kQueryFactor);
     }
     *reinterpret_cast<uint4*>(shared.queries[query] + swizzled(head, vector)) =
         *reinterpret_cast<const uint4*>(terms);
@@ -149,7 +148,8 @@ __device__ __forceinline__ void load_queries(const ScoreParams& params, const Ra
                  ? static_cast<const float*>(params.gate)[place]
                  : __bfloat162float(static_cast<const __nv_bfloat16*>(params.gate)[place]);
     }
-    shared.gates[i / kMaxIndexHeads][head] = gate;
+    // Half, because sums add x + |x| instead of relu(x): the same bits, and no slow maximum.
+    shared.gates[i / kMaxIndexHeads][head] = 0.5f * gate;
   }
   const Pages& table = params.table;
   const int first_page = range.first >> table.log2_places;
@@ -169,147 +169,168 @@ __device__ __forceinline__ uint32_t place_in_tile(int row, int vector) {
   return (row * kVectors + (vector ^ (row / kRowsOfLine % kVectors))) * 16;
 }
 
-// Starts the copies of a warp's keys of a tile, and of their scales; zeros for no key.
-template <typename Keys, typename Room>
-__device__ __forceinline__ void copy_tile(const ScoreParams& params, const Range& range,
-                                          Room& shared, int tile, int stage, int own_row,
-                                          uint64_t policy) {
-  if (tile < range.num_tiles()) {
-    constexpr int kVectors = Room::kRowBytes / 16;
-    const int first_page = range.first >> params.table.log2_places;
-    const auto* const keys = static_cast<const unsigned char*>(params.index_keys);
-    const auto find = [&](int key) {
-      const int page =
-          key < range.last ? shared.pages[(key >> params.table.log2_places) - first_page] : -1;
-      return params.table.holds(page) ? page : -1;
-    };
-    const uint32_t target = shared_address(shared.tiles[warp_of_block()][stage]);
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int row = (i * 32 + lane_of_warp()) / kVectors;
-      const int vector = lane_of_warp() % kVectors;
-      const int key = range.key(tile, row);
-      const int page = find(key);
-      const int64_t offset = max(page, 0) * params.page_bytes +
-                             params.table.place(key) * params.key_bytes + vector * 16;
-      copy_16_async(target + place_in_tile<Keys>(row, vector), keys + offset, page >= 0, policy);
-    }
-    if (params.scales != nullptr) {
-      const int key = range.key(tile, own_row);
-      const int page = find(key);
-      const int64_t offset = max(page, 0) * params.scale_stride + params.table.place(key);
-      copy_4_async(
-          shared_address(&shared.scales[warp_of_block()][stage][lane_of_warp()]),
-          params.scales + offset, page >= 0);
-    }
-  }
-  commit_copies();
+// The same for four heads of a key's products. The rows that half a warp writes at once differ in
+// their banks, too.
+__device__ __forceinline__ uint32_t place_of_products(int row, int four) {
+  return (row * 4 + (four ^ (row / 2 % 2 * 2 + row / 4 % 2))) * 16;
 }
 
-// Exchanges words between four lanes: word i of lane j becomes word j of lane i.
-__device__ __forceinline__ void transpose(float (&words)[4]) {
+// Of this warp's keys of a tile: a lane's is that of its row.
+template <typename Keys, typename Room>
+class Tiles {
+ public:
+  __device__ __forceinline__ Tiles(const ScoreParams& params, const Range& range, Room& shared)
+      : params_(params),
+        range_(range),
+        shared_(shared),
+        first_page_(range.first >> params.table.log2_places),
+        policy_(params.leaves_first ? policy_to_leave_first() : policy_to_leave_alike()) {
+    const int row = lane_of_warp() / kVectors;
+    keys_ = static_cast<const unsigned char*>(params.index_keys) + row * params.key_bytes +
+            lane_of_warp() % kVectors * 16;
+    scores_ = params.scores +
+              int64_t{range.sequence} * params.num_queries * params.table.num_keys() +
+              range.key_of_half(0, lane_of_warp() / kKeysOfHalf) + lane_of_warp() % kKeysOfHalf;
+  }
+
+  // Starts the copies of a tile's keys and their scales; zeros for no key.
+  __device__ __forceinline__ void copy(int tile, int stage) const {
+    if (tile < range_.num_tiles()) {
+      const uint32_t target = shared_address(shared_.tiles[warp_of_block()][stage]);
+      int pages[2];
 #pragma unroll
-  for (int bit = 1; bit < 4; bit *= 2) {
-    const bool is_upper = (lane_of_warp() & bit) != 0;
+      for (int half = 0; half < 2; ++half) {
+        const int key = range_.key_of_half(tile, half);
+        pages[half] = find_page(key);
+        const int num_real = pages[half] < 0 ? 0 : range_.last - key;
+        const unsigned char* source = keys_ + int64_t{max(pages[half], 0)} * params_.page_bytes +
+                                      params_.table.place(key) * params_.key_bytes;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if ((i & bit) == 0) {
-        const float given = is_upper ? words[i] : words[i | bit];
-        const float got = __shfl_xor_sync(kWholeWarp, given, bit);
-        words[i] = is_upper ? got : words[i];
-        words[i | bit] = is_upper ? words[i | bit] : got;
+        for (int first = 0; first < kKeysOfHalf; first += kRowsAtOnce) {
+          const int row = first + lane_of_warp() / kVectors;
+          copy_16_async(target + place_in_tile<Keys>(half * kKeysOfHalf + row,
+                                                     lane_of_warp() % kVectors),
+                        source + first * params_.key_bytes, row < num_real, policy_);
+        }
+      }
+      if (Keys::kBytes == 1) {
+        const int half = lane_of_warp() / kKeysOfHalf;
+        const int key = range_.key_of_half(tile, half) + lane_of_warp() % kKeysOfHalf;
+        const int page = half == 0 ? pages[0] : pages[1];
+        const float* const source = params_.scales +
+                                    int64_t{max(page, 0)} * params_.scale_stride +
+                                    params_.table.place(key);
+        copy_4_async(shared_address(&shared_.scales[warp_of_block()][stage][lane_of_warp()]),
+                     source, page >= 0 && key < range_.last);
+      }
+    }
+    commit_copies();
+  }
+
+  // Scores a tile that is there.
+  __device__ __forceinline__ void score(int tile, int stage) const {
+    auto& room = shared_.tiles[warp_of_block()][stage];
+    uint32_t a[2][kSteps][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = half * kKeysOfHalf + lane_of_warp() % kKeysOfHalf;
+      Keys::load(a[half], [&](uint32_t (&words)[4], int vector) {
+        const int of_lane = vector + lane_of_warp() / 16;
+        warp::load_matrices(words, shared_address(room) + place_in_tile<Keys>(row, of_lane));
+      });
+    }
+    const int half = lane_of_warp() / kKeysOfHalf;
+    const int key = range_.key_of_half(tile, half) + lane_of_warp() % kKeysOfHalf;
+    const bool is_real = find_page(key) >= 0;
+    constexpr float kFactor = 0.125f * Keys::kScoreFactor;
+    static_assert(kIndexChannels == 64, "J^-0.5");
+    const float scale =
+        Keys::kBytes == 1 ? shared_.scales[warp_of_block()][stage][lane_of_warp()] : 1.0f;
+    const int num_queries = Room::kQueries == 1 ? 1 : params_.num_queries;
+#pragma unroll 1
+    for (int query = 0; query < num_queries; ++query) {
+      float dots[2][8];
+      multiply_heads(dots, a, shared_address(shared_.queries[query]));
+      const float sum = add_heads(dots, room, shared_.gates[query]);
+      if (key < range_.last) {
+        scores_[int64_t{query} * params_.table.num_keys() + tile * kScoredKeys] =
+            is_real ? sum * kFactor * scale : -INFINITY;
       }
     }
   }
-}
 
-// A lane's key of a tile, one of the four whose products its four lanes hold: lane l % 4 takes
-// row l % 2 * 8 of half l % 4 / 2, beside l / 4.
-__device__ __forceinline__ int row_of_lane() {
-  const int lane = lane_of_warp();
-  return lane % 4 / 2 * 16 + lane % 2 * 8 + lane / 4;
-}
+ private:
+  static constexpr int kVectors = Room::kRowBytes / 16;
+  static constexpr int kRowsAtOnce = 32 / kVectors;  // that a warp copies in one instruction
 
-// Adds the heads of this lane's key in their order. Products of a half's rows and heads lie as
-// `product_row` and `product_column` say.
-__device__ __forceinline__ float add_heads(const float (&dots)[2][8],
-                                           const float (&gates)[kMaxIndexHeads]) {
-  float score = 0.0f;
-#pragma unroll
-  for (int eight = 0; eight < 2; ++eight) {
-    float even[4];  // first of the row's two heads of this lane, by key
-    float odd[4];
-#pragma unroll
-    for (int key = 0; key < 4; ++key) {
-      even[key] = dots[key / 2][4 * eight + key % 2 * 2];
-      odd[key] = dots[key / 2][4 * eight + key % 2 * 2 + 1];
+  // A key's page, or -1.
+  __device__ __forceinline__ int find_page(int key) const {
+    if (key >= range_.last) {
+      return -1;
     }
-    transpose(even);
-    transpose(odd);
-#pragma unroll
-    for (int lane = 0; lane < 4; ++lane) {
-      score = fmaf(gates[8 * eight + 2 * lane], fmaxf(even[lane], 0.0f), score);
-      score = fmaf(gates[8 * eight + 2 * lane + 1], fmaxf(odd[lane], 0.0f), score);
-    }
+    const int page = shared_.pages[(key >> params_.table.log2_places) - first_page_];
+    return params_.table.holds(page) ? page : -1;
   }
-  return score;
-}
 
-// Multiplies a tile's keys with one query's heads.
-__device__ __forceinline__ void multiply_heads(float (&dots)[2][8],
-                                               const uint32_t (&a)[2][kIndexChannels / kTerms][4],
-                                               uint32_t heads) {
-  const uint64_t b = tile_descriptor(heads);
-  begin_products();
+  // Multiplies the keys with one query's heads.
+  __device__ __forceinline__ static void multiply_heads(float (&dots)[2][8],
+                                                        const uint32_t (&a)[2][kSteps][4],
+                                                        uint32_t heads) {
+    const uint64_t b = tile_descriptor(heads);
+    begin_products();
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-    for (int step = 0; step < kIndexChannels / kTerms; ++step) {
-      multiply_registers<Major::kTerms>(dots[half], a[half][step], b + terms_step(step, 0),
-                                        step > 0);
+      for (int step = 0; step < kSteps; ++step) {
+        multiply_registers<Major::kTerms>(dots[half], a[half][step], b + terms_step(step, 0),
+                                          step > 0);
+      }
     }
+    commit_products();
+    wait_for_products<0>(dots[0]);
+    wait_for_products<0>(dots[1]);
   }
-  commit_products();
-  wait_for_products<0>(dots[0]);
-  wait_for_products<0>(dots[1]);
-}
 
-template <typename Keys, typename Room>
-__device__ __forceinline__ void score_tile(const ScoreParams& params, const Range& range,
-                                           Room& shared, int tile, int stage) {
-  const uint32_t keys = shared_address(shared.tiles[warp_of_block()][stage]);
-  uint32_t a[2][kIndexChannels / kTerms][4];
+  // Adds the heads of this lane's key in their order. Products lie as `product_row` and
+  // `product_column` say, and pass to the lanes through the room of the keys.
+  __device__ __forceinline__ static float add_heads(const float (&dots)[2][8],
+                                                    unsigned char (&room)[Room::kTileBytes],
+                                                    const float (&gates)[kMaxIndexHeads]) {
+    __syncwarp();  // all lanes have read what was there
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = half * 16 + lane_of_warp() / 8 % 2 * 8 + lane_of_warp() % 8;
-    Keys::load(a[half], [&](uint32_t (&words)[4], int vector) {
-      warp::load_matrices(words,
-                          keys + place_in_tile<Keys>(row, vector + lane_of_warp() / 16));
-    });
-  }
-  const int key = range.key(tile, row_of_lane());
-  const Pages& table = params.table;
-  const bool is_key = key < range.last;
-  const bool is_real =
-      is_key && table.holds(shared.pages[(key >> table.log2_places) -
-                                         (range.first >> table.log2_places)]);
-  const float scale =
-      params.scales == nullptr ? 1.0f : shared.scales[warp_of_block()][stage][lane_of_warp()];
-  const int64_t first_row = int64_t{range.sequence} * params.num_queries;
-  const int num_queries = Room::kQueries == 1 ? 1 : params.num_queries;
-#pragma unroll 1
-  for (int query = 0; query < num_queries; ++query) {
-    float dots[2][8];
-    multiply_heads(dots, a, shared_address(shared.queries[query]));
-    const float sum = add_heads(dots, shared.gates[query]);
-    constexpr float kFactor = 0.125f;
-    static_assert(kIndexChannels == 64, "J^-0.5");
-    if (is_key) {
-      params.scores[(first_row + query) * table.num_keys() + key] =
-          is_real ? sum * scale * kFactor : -INFINITY;
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        const int row = half * kKeysOfHalf + pair % 2 * 8 + lane_of_warp() / 4;
+        const int four = pair / 2 * 2 + lane_of_warp() % 4 / 2;
+        auto* const place = room + place_of_products(row, four) + lane_of_warp() % 2 * 8;
+        *reinterpret_cast<float2*>(place) =
+            make_float2(dots[half][2 * pair], dots[half][2 * pair + 1]);
+      }
     }
+    __syncwarp();
+    float score = 0.0f;
+#pragma unroll
+    for (int four = 0; four < kMaxIndexHeads / 4; ++four) {
+      const float4 x = *reinterpret_cast<const float4*>(
+          room + place_of_products(lane_of_warp(), four));
+      const float4 gate = *reinterpret_cast<const float4*>(&gates[four * 4]);
+      score = fmaf(gate.x, x.x + fabsf(x.x), score);
+      score = fmaf(gate.y, x.y + fabsf(x.y), score);
+      score = fmaf(gate.z, x.z + fabsf(x.z), score);
+      score = fmaf(gate.w, x.w + fabsf(x.w), score);
+    }
+    return score;
   }
-}
+
+  const ScoreParams& params_;
+  const Range& range_;
+  Room& shared_;
+  int first_page_;
+  uint64_t policy_;
+  const unsigned char* keys_;
+  float* scores_;
+};
 
 template <typename Keys, int kQueries>
 __global__ void __launch_bounds__(kThreads, 4)
@@ -335,12 +356,10 @@ __global__ void __launch_bounds__(kThreads, 4)
     return;
   }
   load_queries<Keys>(params, range, shared);
-  const int own_row = row_of_lane();
-  const uint64_t policy =
-      params.leaves_first ? policy_to_leave_first() : policy_to_leave_alike();
+  const Tiles<Keys, Room> tiles(params, range, shared);
 #pragma unroll
   for (int tile = 0; tile < Keys::kStages - 1; ++tile) {
-    copy_tile<Keys>(params, range, shared, tile, tile, own_row, policy);
+    tiles.copy(tile, tile);
   }
   const int num_tiles = range.num_tiles();
   int stage = 0;
@@ -349,8 +368,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int tile = 0; tile < num_tiles; ++tile) {
     wait_for_copies<Keys::kStages - 2>();
     __syncwarp();  // this tile is there, and nobody reads the one before it any more
-    copy_tile<Keys>(params, range, shared, tile + Keys::kStages - 1, filled, own_row, policy);
-    score_tile<Keys>(params, range, shared, tile, stage);
+    tiles.copy(tile + Keys::kStages - 1, filled);
+    tiles.score(tile, stage);
     stage = stage + 1 == Keys::kStages ? 0 : stage + 1;
     filled = filled + 1 == Keys::kStages ? 0 : filled + 1;
   }
