@@ -83,7 +83,9 @@ struct NarrowKeys {
   // Two numbers, signs from one word, exponents and mantissas from the other. NaN counts as 480;
   // `quantize` never makes it of finite keys.
   __device__ static __forceinline__ uint32_t widened(uint32_t signs, uint32_t magnitudes) {
-    return (signs & 0x80008000u) | (magnitudes & 0x07F007F0u);
+    uint32_t bits = (signs & 0x80008000u) | (magnitudes & 0x07F007F0u);
+    asm volatile("" : "+r"(bits));  // else it may come to stand among the products
+    return bits;
   }
 };
 
