@@ -20,7 +20,7 @@ namespace {
 
 using namespace scores;
 
-// Brings queries in the order of terms, gates and page numbers to shared memory.
+// Brings queries in the order of terms and gates to shared memory.
 template <typename Keys, typename Room>
 __device__ __forceinline__ void load_queries(const ScoreParams& params, const Range& range,
                                              Room& shared) {
@@ -53,14 +53,15 @@ __device__ __forceinline__ void load_queries(const ScoreParams& params, const Ra
     // Half, because sums add x + |x| instead of relu(x): the same bits, and no slow maximum.
     shared.gates[i / kMaxIndexHeads][head] = 0.5f * gate;
   }
-  const Pages& table = params.table;
-  const int first_page = range.first >> table.log2_places;
-  const int num_pages = ((range.last - 1) >> table.log2_places) + 1 - first_page;
-  for (int i = threadIdx.x; i < num_pages; i += kThreads) {
-    shared.pages[i] = table.pages[range.sequence * table.stride + first_page + i];
-  }
   publish_to_tensor_cores();
   __syncthreads();
+}
+
+// Returns the page of a sequence that is this thread's, counted from that of a key on.
+__device__ __forceinline__ int load_page(const Pages& table, int sequence, int first_key) {
+  static_assert(kMaxPages == kThreads, "a block's pages");
+  const int place = (first_key >> table.log2_places) + static_cast<int>(threadIdx.x);
+  return place < table.num_of_sequence ? table.pages[sequence * table.stride + place] : -1;
 }
 
 template <typename Keys, int kQueries>
@@ -72,9 +73,12 @@ __global__ void __launch_bounds__(kThreads, 4)
   auto& shared = *reinterpret_cast<Room*>(shared_bytes);
   cudaTriggerProgrammaticLaunchCompletion();  // what follows waits by itself
   const auto sequence = static_cast<int>(blockIdx.y);
+  const int keys_of_block = params.tiles_of_block * kScoredKeys;
+  // Loaded together with the length, and queries beside the first keys: two waits less.
+  const int page = load_page(params.table, sequence,
+                             static_cast<int>(blockIdx.x) * keys_of_block);
   const auto length = static_cast<int>(
       min(max(params.lengths[sequence], int64_t{0}), int64_t{params.table.num_keys()}));
-  const int keys_of_block = params.tiles_of_block * kScoredKeys;
   const Range range{.sequence = sequence,
                     .first = static_cast<int>(blockIdx.x) * keys_of_block,
                     .last = min(length, (static_cast<int>(blockIdx.x) + 1) * keys_of_block)};
@@ -86,12 +90,14 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (range.first >= range.last) {
     return;
   }
-  load_queries<Keys>(params, range, shared);
+  shared.pages[threadIdx.x] = page;
+  __syncthreads();
   const Tiles<Keys, Room> tiles(params, range, shared);
 #pragma unroll
   for (int tile = 0; tile < Keys::kStages - 1; ++tile) {
     tiles.copy(tile, tile);
   }
+  load_queries<Keys>(params, range, shared);
   const int num_tiles = range.num_tiles();
   int stage = 0;
   int filled = Keys::kStages - 1;
