@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_keye.kernels.extension import missing_reason
+from megatron_keye.kernels.select_top_k import cuda as selection
 from megatron_keye.kernels.sparse_decode import cuda, sparse_decode
 from tests.support.benchmark import Recorder, memory_bytes_per_second
 from tests.support.decode_cases import Queries, Sizes, make_decode
@@ -103,7 +104,14 @@ def test_parts_of_the_sparse_decode(
     score = partial(triton_scores.score_pages, q_BTIJ, gate_BTI, cache, TOP_K)
     time("decode_scores", "triton", score, case.score_bytes)
     select = partial(triton_select.select_from_parts, *scored, TOP_K)
-    time("decode_selection", "cuda", select, scored[0].nbytes)
+    for in_slices in (False, True):
+        monkeypatch.setattr(selection, "IN_SLICES", in_slices)
+        name = "cuda, in slices" if in_slices else "cuda"
+        time("decode_selection", name, select, scored[0].nbytes)
+        for impl in implementations():
+            whole = case.score_bytes + case.attention_bytes
+            time("decode", f"{impl}, selection {name}", case.decode(impl), whole)
+    monkeypatch.undo()
     attend = partial(triton._attend, query_BTHC, cache, indices_TK, out_BTHC, scale=SCALE)
     time("decode_attention", "triton", attend, case.attention_bytes)
     if "cuda" not in implementations():
