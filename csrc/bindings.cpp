@@ -15,9 +15,7 @@ TORCH_LIBRARY(megatron_keye, m) {
       "lightning_indexer(Tensor q_TIJ, Tensor k_SJ, Tensor gate_TI, Tensor key_start_T, "
       "Tensor key_end_T, int k, int scratch_bytes) -> Tensor");
   m.def("select_top_k(Tensor scores_TS, Tensor key_start_T, Tensor key_end_T, int k) -> Tensor");
-  m.def(
-      "select_top_k_split_rows(Tensor scores_TS, Tensor key_end_T, int k, bool in_slices) -> "
-      "Tensor");
+  m.def("select_top_k_split_rows(Tensor scores_TS, Tensor key_end_T, int k) -> Tensor");
   m.def(
       "sparse_attention_forward(Tensor q_THC, Tensor k_SGC, Tensor v_SGC, Tensor keys_BU, "
       "Tensor masks_BU, Tensor counts_B, float scale) -> (Tensor, Tensor)");
@@ -27,7 +25,7 @@ TORCH_LIBRARY(megatron_keye, m) {
       "float scale, bool in_bulk) -> (Tensor, Tensor)");
   m.def(
       "sparse_decode_scores(Tensor q_BTIJ, Tensor gate_BTI, Tensor index_keys_PLJ, "
-      "Tensor? index_scales_PL, Tensor pages_BN, Tensor lengths_B, int tiles_of_block, bool leaves_first) -> "
+      "Tensor? index_scales_PL, Tensor pages_BN, Tensor lengths_B, int tiles_of_block) -> "
       "(Tensor, Tensor)");
   m.def(
       "sparse_decode_attention(Tensor query_BTHC, Tensor keys_PLGC, Tensor values_PLGC, "

@@ -10,6 +10,6 @@ at::Tensor select_top_k(const at::Tensor& scores_TS, const at::Tensor& key_start
                         const at::Tensor& key_end_T, int64_t k);
 
 at::Tensor select_top_k_split_rows(const at::Tensor& scores_TS, const at::Tensor& key_end_T,
-                                   int64_t k, bool in_slices);
+                                   int64_t k);
 
 }  // namespace megatron_keye

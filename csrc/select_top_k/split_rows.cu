@@ -30,7 +30,7 @@ constexpr uint32_t kOfNan = 1u;  // a key; 0 is left for places outside the row
 
 struct Shared {
   uint32_t counts[kBins];           // of this block; 0 between rounds
-  uint32_t merged[kRounds][kBins];  // of all blocks, which write to it
+  uint32_t merged[kRounds][kBins];  // of all blocks, which add to it
   uint32_t totals[kBlocks];         // taken for sure << 16 | ties, of each block
   uint32_t warp_sums[kWarps];
   uint32_t block_best;
@@ -76,37 +76,9 @@ __device__ __forceinline__ void load_keys(const float* scores, int first, int en
   }
 }
 
-// Adds up the counts of all blocks: each block those of its slice of the bins, for all blocks.
-__device__ __forceinline__ void merge_slices(cg::cluster_group& cluster, Shared& shared,
-                                             int round) {
-  constexpr int kSlice = kBins / kBlocks;
-  cluster.sync();  // all have counted
-  if (threadIdx.x < kSlice) {
-    const int bin = static_cast<int>(cluster.block_rank() * kSlice + threadIdx.x);
-    uint32_t sum = 0u;
-#pragma unroll 4
-    for (int block = 0; block < kBlocks; ++block) {
-      sum += *cluster.map_shared_rank(&shared.counts[bin], block);
-    }
-#pragma unroll 4
-    for (int block = 0; block < kBlocks; ++block) {
-      *cluster.map_shared_rank(&shared.merged[round][bin], block) = sum;
-    }
-  }
-  cluster.sync();  // all sums are there, and nobody reads these counts any more
-  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
-    shared.counts[bin] = 0u;  // `find_digit` synchronizes before the next count
-  }
-}
-
 // Adds this block's counts to those of all blocks, and waits for theirs. Most bins are empty.
-template <bool kInSlices>
 __device__ __forceinline__ void merge_counts(cg::cluster_group& cluster, Shared& shared,
                                              int round) {
-  if constexpr (kInSlices) {
-    merge_slices(cluster, shared, round);
-    return;
-  }
   __syncthreads();
   for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
     const uint32_t count = shared.counts[bin];
@@ -128,7 +100,7 @@ __device__ __forceinline__ uint32_t find_digit(Shared& shared, int round, uint32
 
 // Where to cut the row, which has more than k keys, so that exactly k stay. The counts are 0 and
 // the cluster has synchronized since.
-template <bool kInSlices, int kVectors>
+template <int kVectors>
 __device__ Cut find_cut(cg::cluster_group& cluster, Shared& shared,
                         const uint32_t (&keys)[kVectors][kVector], uint32_t k) {
   uint32_t best = 0u;
@@ -147,7 +119,7 @@ __device__ Cut find_cut(cg::cluster_group& cluster, Shared& shared,
   if (threadIdx.x < kBlocks) {
     atomicMax(cluster.map_shared_rank(&shared.row_best, threadIdx.x), shared.block_best);
   }
-  merge_counts<kInSlices>(cluster, shared, 0);
+  merge_counts(cluster, shared, 0);
   const uint32_t num_best = find_digit(shared, 0, k);
   const uint32_t bound = num_best >= k ? shared.found.digit << (32 - kDigitBits) : 0u;
 
@@ -166,7 +138,7 @@ __device__ Cut find_cut(cg::cluster_group& cluster, Shared& shared,
         }
       }
     }
-    merge_counts<kInSlices>(cluster, shared, round);
+    merge_counts(cluster, shared, round);
     find_digit(shared, round, cut.num_ties);
     cut.low += shared.found.digit << shift;
     cut.span = (1u << shift) - 1u;
@@ -240,7 +212,7 @@ __device__ void write_indices(cg::cluster_group& cluster, Shared& shared, int fi
   }
 }
 
-template <bool kInSlices, int kVectors>
+template <int kVectors>
 __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, kVectors <= 8 ? 2 : 1)
     split_rows_kernel(SplitRowsParams params) {
   static_assert(kThreads * kVectors * kVector <= 0x8000, "totals have 16 bits each");
@@ -272,18 +244,15 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, kVec
   uint32_t keys[kVectors][kVector];
   load_keys(params.scores + t * params.num_keys, first, end, keys);
   cluster.sync();
-  const Cut cut = find_cut<kInSlices>(cluster, shared, keys, static_cast<uint32_t>(params.k));
+  const Cut cut = find_cut(cluster, shared, keys, static_cast<uint32_t>(params.k));
   write_indices(cluster, shared, first, keys, cut, indices);
 }
 
 template <int kVectors>
 void launch_for(const SplitRowsParams& params) {
-  const dim3 grid(static_cast<unsigned>(params.num_rows * kBlocks));
-  if (params.in_slices) {
-    launch_overlapping(split_rows_kernel<true, kVectors>, grid, dim3(kThreads), params);
-  } else {
-    launch_overlapping(split_rows_kernel<false, kVectors>, grid, dim3(kThreads), params);
-  }
+  launch_overlapping(split_rows_kernel<kVectors>,
+                     dim3(static_cast<unsigned>(params.num_rows * kBlocks)), dim3(kThreads),
+                     params);
 }
 
 }  // namespace

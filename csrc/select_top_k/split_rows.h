@@ -14,7 +14,6 @@ struct SplitRowsParams {
   int64_t num_rows;        // T
   int64_t num_keys;        // S, at most kMaxKeysOfSplitRow
   int k;                   // K
-  bool in_slices;          // whether each block adds up a slice of the counts of all
 };
 
 constexpr int64_t kMaxKeysOfSplitRow = 262144;

@@ -13,7 +13,7 @@
 namespace megatron_keye {
 
 at::Tensor select_top_k_split_rows(const at::Tensor& scores_TS, const at::Tensor& key_end_T,
-                                   int64_t k, bool in_slices) {
+                                   int64_t k) {
   check_cuda(scores_TS, "scores_TS");
   check_dtype(scores_TS, "scores_TS", at::kFloat);
   check_num_dims(scores_TS, "scores_TS", 2);
@@ -40,7 +40,6 @@ at::Tensor select_top_k_split_rows(const at::Tensor& scores_TS, const at::Tensor
       .num_rows = num_rows,
       .num_keys = scores_TS.size(1),
       .k = static_cast<int>(k),
-      .in_slices = in_slices,
   });
   return indices_TK;
 }

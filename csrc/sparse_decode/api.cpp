@@ -4,7 +4,6 @@
 
 #include <c10/cuda/CUDAGuard.h>
 
-#include <algorithm>
 #include <bit>
 #include <limits>
 #include <utility>
@@ -89,11 +88,6 @@ void check_scores(const at::Tensor& q_BTIJ, const at::Tensor& gate_BTI,
   check_tensor(index_keys_PLJ, "index_keys_PLJ", 3, q_BTIJ);
   check_size(index_keys_PLJ, "index_keys_PLJ", 2, kIndexChannels);
   check_vectors(index_keys_PLJ, "index_keys_PLJ");
-  TORCH_CHECK_VALUE(std::max(index_keys_PLJ.stride(0), index_keys_PLJ.size(1) *
-                                                           index_keys_PLJ.stride(1)) <=
-                        kIntLimit / 4,
-                    "index_keys_PLJ: got strides ", index_keys_PLJ.strides(),
-                    ", expected pages and their keys within ", kIntLimit / 4, " channels");
   check_bound(lengths_B, "lengths_B", q_BTIJ, "q_BTIJ");
   check_contiguous(lengths_B, "lengths_B");
   TORCH_CHECK_VALUE(tiles_of_block >= 1 && tiles_of_block <= kMaxTilesOfBlock,
@@ -109,7 +103,7 @@ void check_scales(const std::optional<at::Tensor>& scales_PL, const at::Tensor& 
     check_tensor(*scales_PL, "index_scales_PL", 2, index_keys_PLJ);
     check_dtype(*scales_PL, "index_scales_PL", at::kFloat);
     TORCH_CHECK_VALUE(scales_PL->sizes() == index_keys_PLJ.sizes().slice(0, 2) &&
-                          scales_PL->stride(1) == 1 && scales_PL->stride(0) <= kIntLimit,
+                          scales_PL->stride(1) == 1,
                       "index_scales_PL: got shape ", scales_PL->sizes(), ", strides ",
                       scales_PL->strides(), ", expected ", index_keys_PLJ.sizes().slice(0, 2),
                       ", adjacent in a page");
@@ -164,7 +158,7 @@ void check_cut(int64_t groups_of_block, int64_t cluster, int64_t groups) {
 std::tuple<at::Tensor, at::Tensor> sparse_decode_scores(
     const at::Tensor& q_BTIJ, const at::Tensor& gate_BTI, const at::Tensor& index_keys_PLJ,
     const std::optional<at::Tensor>& index_scales_PL, const at::Tensor& pages_BN,
-    const at::Tensor& lengths_B, int64_t tiles_of_block, bool leaves_first) {
+    const at::Tensor& lengths_B, int64_t tiles_of_block) {
   check_scores(q_BTIJ, gate_BTI, index_keys_PLJ, lengths_B, tiles_of_block);
   check_scales(index_scales_PL, index_keys_PLJ);
   const Pages table = table_of(pages_BN, index_keys_PLJ, q_BTIJ);
@@ -184,10 +178,10 @@ std::tuple<at::Tensor, at::Tensor> sparse_decode_scores(
       .gate = gate_BTI.const_data_ptr(),
       .gate_is_float = gate_BTI.scalar_type() == at::kFloat,
       .index_keys = index_keys_PLJ.const_data_ptr(),
-      .page_bytes = static_cast<int>(index_keys_PLJ.stride(0) * key_bytes),
-      .key_bytes = static_cast<int>(index_keys_PLJ.stride(1) * key_bytes),
+      .page_bytes = index_keys_PLJ.stride(0) * key_bytes,
+      .key_bytes = index_keys_PLJ.stride(1) * key_bytes,
       .scales = index_scales_PL ? index_scales_PL->const_data_ptr<float>() : nullptr,
-      .scale_stride = index_scales_PL ? static_cast<int>(index_scales_PL->stride(0)) : 0,
+      .scale_stride = index_scales_PL ? index_scales_PL->stride(0) : 0,
       .lengths = lengths_B.const_data_ptr<int64_t>(),
       .scores = scores_TS.mutable_data_ptr<float>(),
       .ends = end_T.mutable_data_ptr<int64_t>(),
@@ -195,7 +189,6 @@ std::tuple<at::Tensor, at::Tensor> sparse_decode_scores(
       .num_queries = static_cast<int>(q_BTIJ.size(1)),
       .num_heads = static_cast<int>(q_BTIJ.size(2)),
       .tiles_of_block = static_cast<int>(tiles_of_block),
-      .leaves_first = leaves_first,
   });
   return {scores_TS, end_T};
 }

@@ -37,10 +37,10 @@ struct ScoreParams {
   const void* gate;           // [B, T, I], contiguous, float32 or bf16
   bool gate_is_float;
   const void* index_keys;     // [P, L, J], channels adjacent
-  int page_bytes;             // between pages of index_keys
-  int key_bytes;              // between its keys
+  int64_t page_bytes;         // between pages of index_keys
+  int64_t key_bytes;          // between its keys
   const float* scales;        // [P, L], places adjacent; null without
-  int scale_stride;           // between pages of scales
+  int64_t scale_stride;       // between pages of scales
   const int64_t* lengths;     // [B]
   float* scores;              // [B * T, N * L]
   int64_t* ends;              // [B * T], one past the last key of each row
@@ -48,7 +48,6 @@ struct ScoreParams {
   int num_queries;            // T
   int num_heads;              // I
   int tiles_of_block;         // tiles of kScoredKeys keys
-  bool leaves_first;          // whether keys leave the L2 cache before scores
 };
 
 struct AttendParams {

@@ -2,12 +2,12 @@
 // The indexer's scores of new tokens over the pages of the cache:
 //   score[t, s] = J^-0.5 * sum over i of gate[t, i] * relu(q[t, i] . k[s]).
 //
-// All keys of a sequence are read for a few queries, so the time is that of the read, if little is
-// done for a key. Each warp brings its keys to shared memory in a ring of its own, several tiles
-// ahead, and from there to registers, as the left factor of products with the queries' heads; the
-// four warps of a block meet only in these. Keys of 8 bits become bf16 in registers. Products go
-// back to the ring where the keys were, so that a lane gets all heads of one key, and adds them in
-// their order, as training does: the same bits.
+// All keys of a sequence are read for a few queries, so the time is that of the read. Each warp
+// brings its keys to shared memory in a ring of its own, several tiles ahead, and from there to
+// registers, as the left factor of products with the queries' heads; the four warps of a block
+// meet only in these. Keys of 8 bits become bf16 in registers. A warp's sums are then transposed
+// so that a lane has all heads of one key, and adds them in their order, as training does: the
+// same bits.
 
 #include <cuda_runtime.h>
 
@@ -20,7 +20,7 @@ namespace {
 
 using namespace scores;
 
-// Brings queries in the order of terms and gates to shared memory.
+// Brings queries in the order of terms, gates and page numbers to shared memory.
 template <typename Keys, typename Room>
 __device__ __forceinline__ void load_queries(const ScoreParams& params, const Range& range,
                                              Room& shared) {
@@ -35,8 +35,7 @@ __device__ __forceinline__ void load_queries(const ScoreParams& params, const Ra
 #pragma unroll
     for (int term = 0; term < 8; ++term) {
       const int channel = vector / 2 * kTerms + Keys::channel_at(vector % 2 * 8 + term);
-      const float number = head < params.num_heads ? __bfloat162float(source[channel]) : 0.0f;
-      terms[term] = __float2bfloat16_rn(number * Keys::kQueryFactor);
+      terms[term] = head < params.num_heads ? source[channel] : __nv_bfloat16{};
     }
     *reinterpret_cast<uint4*>(shared.queries[query] + swizzled(head, vector)) =
         *reinterpret_cast<const uint4*>(terms);
@@ -50,18 +49,52 @@ __device__ __forceinline__ void load_queries(const ScoreParams& params, const Ra
                  ? static_cast<const float*>(params.gate)[place]
                  : __bfloat162float(static_cast<const __nv_bfloat16*>(params.gate)[place]);
     }
-    // Half, because sums add x + |x| instead of relu(x): the same bits, and no slow maximum.
-    shared.gates[i / kMaxIndexHeads][head] = 0.5f * gate;
+    shared.gates[i / kMaxIndexHeads][head] = gate;
+  }
+  const Pages& table = params.table;
+  const int first_page = range.first >> table.log2_places;
+  const int num_pages = ((range.last - 1) >> table.log2_places) + 1 - first_page;
+  for (int i = threadIdx.x; i < num_pages; i += kThreads) {
+    shared.pages[i] = table.pages[range.sequence * table.stride + first_page + i];
   }
   publish_to_tensor_cores();
   __syncthreads();
 }
 
-// Returns the page of a sequence that is this thread's, counted from that of a key on.
-__device__ __forceinline__ int load_page(const Pages& table, int sequence, int first_key) {
-  static_assert(kMaxPages == kThreads, "a block's pages");
-  const int place = (first_key >> table.log2_places) + static_cast<int>(threadIdx.x);
-  return place < table.num_of_sequence ? table.pages[sequence * table.stride + place] : -1;
+// Starts the copies of a warp's keys of a tile, and of their scales; zeros for no key.
+template <typename Keys, typename Room>
+__device__ __forceinline__ void copy_tile(const ScoreParams& params, const Range& range,
+                                          Room& shared, int tile, int stage, int own_row) {
+  if (tile < range.num_tiles()) {
+    constexpr int kVectors = Room::kRowBytes / 16;
+    const int first_page = range.first >> params.table.log2_places;
+    const auto* const keys = static_cast<const unsigned char*>(params.index_keys);
+    const auto find = [&](int key) {
+      const int page =
+          key < range.last ? shared.pages[(key >> params.table.log2_places) - first_page] : -1;
+      return params.table.holds(page) ? page : -1;
+    };
+    const uint32_t target = shared_address(shared.tiles[warp_of_block()][stage]);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int row = (i * 32 + lane_of_warp()) / kVectors;
+      const int vector = lane_of_warp() % kVectors;
+      const int key = range.key(tile, row);
+      const int page = find(key);
+      const int64_t offset = max(page, 0) * params.page_bytes +
+                             params.table.place(key) * params.key_bytes + vector * 16;
+      copy_16_async(target + place_in_tile<Keys>(row, vector), keys + offset, page >= 0);
+    }
+    if (params.scales != nullptr) {
+      const int key = range.key(tile, own_row);
+      const int page = find(key);
+      const int64_t offset = max(page, 0) * params.scale_stride + params.table.place(key);
+      copy_4_async(
+          shared_address(&shared.scales[warp_of_block()][stage][lane_of_warp()]),
+          params.scales + offset, page >= 0);
+    }
+  }
+  commit_copies();
 }
 
 template <typename Keys, int kQueries>
@@ -73,12 +106,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   auto& shared = *reinterpret_cast<Room*>(shared_bytes);
   cudaTriggerProgrammaticLaunchCompletion();  // what follows waits by itself
   const auto sequence = static_cast<int>(blockIdx.y);
-  const int keys_of_block = params.tiles_of_block * kScoredKeys;
-  // Loaded together with the length, and queries beside the first keys: two waits less.
-  const int page = load_page(params.table, sequence,
-                             static_cast<int>(blockIdx.x) * keys_of_block);
   const auto length = static_cast<int>(
       min(max(params.lengths[sequence], int64_t{0}), int64_t{params.table.num_keys()}));
+  const int keys_of_block = params.tiles_of_block * kScoredKeys;
   const Range range{.sequence = sequence,
                     .first = static_cast<int>(blockIdx.x) * keys_of_block,
                     .last = min(length, (static_cast<int>(blockIdx.x) + 1) * keys_of_block)};
@@ -90,14 +120,12 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (range.first >= range.last) {
     return;
   }
-  shared.pages[threadIdx.x] = page;
-  __syncthreads();
-  const Tiles<Keys, Room> tiles(params, range, shared);
+  load_queries<Keys>(params, range, shared);
+  const int own_row = row_of_lane();
 #pragma unroll
   for (int tile = 0; tile < Keys::kStages - 1; ++tile) {
-    tiles.copy(tile, tile);
+    copy_tile<Keys>(params, range, shared, tile, tile, own_row);
   }
-  load_queries<Keys>(params, range, shared);
   const int num_tiles = range.num_tiles();
   int stage = 0;
   int filled = Keys::kStages - 1;
@@ -105,8 +133,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int tile = 0; tile < num_tiles; ++tile) {
     wait_for_copies<Keys::kStages - 2>();
     __syncwarp();  // this tile is there, and nobody reads the one before it any more
-    tiles.copy(tile + Keys::kStages - 1, filled);
-    tiles.score(tile, stage);
+    copy_tile<Keys>(params, range, shared, tile + Keys::kStages - 1, filled, own_row);
+    score_tile<Keys>(params, range, shared, tile, stage);
     stage = stage + 1 == Keys::kStages ? 0 : stage + 1;
     filled = filled + 1 == Keys::kStages ? 0 : filled + 1;
   }

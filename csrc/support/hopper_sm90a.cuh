@@ -42,27 +42,6 @@ __device__ __forceinline__ void copy_4_async(uint32_t target, const void* source
                : "memory");
 }
 
-// Policies of the L2 cache: what is read once can leave it before what is needed again.
-__device__ __forceinline__ uint64_t policy_to_leave_first() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ uint64_t policy_to_leave_alike() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0;" : "=l"(policy));
-  return policy;
-}
-
-// The same with a policy.
-__device__ __forceinline__ void copy_16_async(uint32_t target, const void* source, bool is_real,
-                                              uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
-               :
-               : "r"(target), "l"(source), "r"(is_real ? 16 : 0), "l"(policy)
-               : "memory");
-}
-
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -14,9 +14,6 @@ MAX_KEYS_OF_SPLIT_ROW = 262_144
 """Keys of a row that `select_top_k_split_rows` takes: what the registers of a cluster hold."""
 _SPLIT_ROWS_PAY_UP_TO = 64
 """Rows: two waves of clusters fill an H100."""
-IN_SLICES = False
-"""Whether each block of a cluster adds up a slice of all blocks' counts, else adds its own counts
-to all blocks'. Only tests and benchmarks set it, until it is measured."""
 
 
 def _fake_select_top_k(
@@ -26,9 +23,7 @@ def _fake_select_top_k(
     return scores_TS.new_empty((scores_TS.shape[0], k), dtype=torch.int32)
 
 
-def _fake_select_top_k_split_rows(
-    scores_TS: Tensor, key_end_T: Tensor, k: int, in_slices: bool
-) -> Tensor:
+def _fake_select_top_k_split_rows(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Tensor:
     """Shape and dtype of the result, for tracing."""
     return scores_TS.new_empty((scores_TS.shape[0], k), dtype=torch.int32)
 
@@ -97,9 +92,7 @@ def select_top_k_split_rows(scores_TS: Tensor, key_end_T: Tensor, k: int) -> Ten
             f"scores_TS: got rows of {scores_TS.shape[1]} keys, expected at most "
             f"{MAX_KEYS_OF_SPLIT_ROW}; take select_top_k"
         )
-    indices_TK: Tensor = torch.ops.megatron_keye.select_top_k_split_rows(
-        scores_TS, key_end_T, k, IN_SLICES
-    )
+    indices_TK: Tensor = torch.ops.megatron_keye.select_top_k_split_rows(scores_TS, key_end_T, k)
     return indices_TK
 
 

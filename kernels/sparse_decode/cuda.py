@@ -10,13 +10,15 @@ of 16 bits, 4 groups of 128 channels and k = 2048 that is
     scores          17 MB   written and read, mostly within the L2 cache
 
 or 207 us of an H100's 3.35 TB/s for 16 bits and 130 us for 8, where the Triton form took 336 and
-255 us. On an H200, whose memory copies at 4.26 TB/s, Triton's parts took, each from a cold cache:
+255 us. On an H200, whose memory copies at 4.26 TB/s, the parts took, each from a cold cache:
 
-    scores      161 us for 16 bits, and 155 for 8, whose conversion costs more than their bytes
-    selection    41 us, of which the bytes need 4
-    attention    60 us, of which the bytes need 31
+                          Triton    here    bytes alone
+    scores of 16 bits     161 us    161 us       126 us
+    scores of 8 bits      155       125           67
+    selection                    41                4
+    attention              60        52           31
 
-Here scores of 8 bits are made with fewer instructions a key, and the attention is one launch.
+Keys of 8 bits cost instructions rather than bytes, and the selection waits for counts.
 
 Shape letters: B sequences, T new queries of each, I indexer heads, J indexer channels, H query
 heads, G key-value heads, C channels of a head, K selected keys, P pages of the cache, L places of
@@ -62,10 +64,6 @@ class Cut(NamedTuple):
 
 CUT: Cut | None = None
 """None for what `choose_cut` says; only tests and benchmarks set another."""
-TILES: int | None = None
-"""None for what `choose_tiles` says; likewise."""
-KEYS_LEAVE_FIRST = True
-"""Whether indexer keys, which are read once, leave the L2 cache before scores; likewise."""
 
 
 def _fake_scores(
@@ -76,7 +74,6 @@ def _fake_scores(
     pages_BN: Tensor,
     lengths_B: Tensor,
     tiles_of_block: int,
-    leaves_first: bool,
 ) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of the results, for tracing."""
     num_rows = q_BTIJ.shape[0] * q_BTIJ.shape[1]
@@ -174,8 +171,7 @@ def score_pages(q_BTIJ: Tensor, gate_BTI: Tensor, cache: PagedCache) -> tuple[Te
         cache.index_scales_PL,
         cache.pages_BN,
         cache.lengths_B,
-        TILES or choose_tiles(len(q_BTIJ), num_keys, num_blocks),
-        KEYS_LEAVE_FIRST,
+        choose_tiles(len(q_BTIJ), num_keys, num_blocks),
     )
     return scores_TS, end_T
 

@@ -156,13 +156,9 @@ def hostile_rows(num_keys: int) -> Tensor:
     return rows_TS
 
 
-@pytest.mark.parametrize("in_slices", [False, True])
 @pytest.mark.parametrize("k", [*KEPT, 9000])
 @pytest.mark.parametrize("num_keys", [1, 1000, 32768, 32769, 70001, 131072, 131073, 262144])
-def test_clusters_select_what_a_stable_sort_selects(
-    num_keys: int, k: int, in_slices: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda, "IN_SLICES", in_slices)
+def test_clusters_select_what_a_stable_sort_selects(num_keys: int, k: int) -> None:
     scores_TS = hostile_rows(num_keys)
     start_T, end_T = full_range(scores_TS)
     for shorter in (0, 1, num_keys // 3):
@@ -270,4 +266,4 @@ def test_the_registration_satisfies_torch() -> None:
     operator = torch.ops.megatron_keye.select_top_k.default
     torch.library.opcheck(operator, (scores_TS, *full_range(scores_TS), 8))
     split_rows = torch.ops.megatron_keye.select_top_k_split_rows.default
-    torch.library.opcheck(split_rows, (scores_TS, full_range(scores_TS)[1], 8, False))
+    torch.library.opcheck(split_rows, (scores_TS, full_range(scores_TS)[1], 8))

@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_keye.kernels.extension import missing_reason
-from megatron_keye.kernels.select_top_k import cuda as selection
 from megatron_keye.kernels.sparse_decode import cuda, sparse_decode
 from tests.support.benchmark import Recorder, memory_bytes_per_second
 from tests.support.decode_cases import Queries, Sizes, make_decode
@@ -104,27 +103,13 @@ def test_parts_of_the_sparse_decode(
     score = partial(triton_scores.score_pages, q_BTIJ, gate_BTI, cache, TOP_K)
     time("decode_scores", "triton", score, case.score_bytes)
     select = partial(triton_select.select_from_parts, *scored, TOP_K)
-    for in_slices in (False, True):
-        monkeypatch.setattr(selection, "IN_SLICES", in_slices)
-        name = "cuda, in slices" if in_slices else "cuda"
-        time("decode_selection", name, select, scored[0].nbytes)
-        for impl in implementations():
-            whole = case.score_bytes + case.attention_bytes
-            time("decode", f"{impl}, selection {name}", case.decode(impl), whole)
-    monkeypatch.undo()
+    time("decode_selection", "cuda", select, scored[0].nbytes)
     attend = partial(triton._attend, query_BTHC, cache, indices_TK, out_BTHC, scale=SCALE)
     time("decode_attention", "triton", attend, case.attention_bytes)
     if "cuda" not in implementations():
         return
     score = partial(cuda.score_pages, q_BTIJ, gate_BTI, cache)
-    for tiles in (None, 1, 2, 4, 8, 16):
-        monkeypatch.setattr(cuda, "TILES", tiles)
-        time("decode_scores", f"cuda, {tiles or 'default'} tiles", score, case.score_bytes)
-    monkeypatch.undo()
-    for leave_first in (True, False):
-        monkeypatch.setattr(cuda, "KEYS_LEAVE_FIRST", leave_first)
-        name = "cuda, keys leave " + ("first" if leave_first else "alike")
-        time("decode", name, case.decode("cuda"), case.score_bytes + case.attention_bytes)
+    time("decode_scores", "cuda", score, case.score_bytes)
     for cut in (None, *CUTS):
         monkeypatch.setattr(cuda, "CUT", cut)
         attend = partial(cuda.attend, query_BTHC, cache, indices_TK, scale=SCALE)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The index mathematics of the CUDA sparse decode, by plain numbers on a CPU.
 
-How the kernels cut selections, where keys lie in their rings, which lane gets which products,
+How the kernels cut selections, where keys lie in their rings, which lane holds which products,
 and what their bits mean: mirrored here and compared with the definition, since no GPU need be
 there to find such an error.
 """
@@ -130,34 +130,31 @@ def test_rings_have_room_for_each_vector_and_no_bank_conflicts(num_vectors: int)
             assert len(set(eight[:, vector] % 8)) == 8, "eight different banks of 16 bytes"
 
 
-def place_of_products(row: np.ndarray, four: np.ndarray) -> np.ndarray:
-    """Return at which 16 bytes four heads of a key's products lie."""
-    return row * 4 + (four ^ (row // 2 % 2 * 2 + row // 4 % 2))
-
-
 def test_a_lane_gets_all_heads_of_its_key() -> None:
-    """Products [rows of a warp's halves, heads] pass from lane to lane as in the kernel."""
-    dots = np.arange(1.0, 2 * 16 * 16 + 1).reshape(2, 16, 16)  # half, row of the warp, head
-    room = np.zeros(32 * 16)
-    for half in range(2):
-        for pair in range(4):
-            row, first_head = pair % 2 * 8 + LANES // 4, pair // 2 * 8 + LANES % 4 * 2
-            place = place_of_products(half * 16 + row, pair // 2 * 2 + LANES % 4 // 2)
-            words = place * 4 + LANES % 2 * 2
-            room[words], room[words + 1] = (dots[half, row, first_head + i] for i in range(2))
-            for lanes in (slice(0, 16), slice(16, 32)):  # that write 8 bytes each at once
-                assert len(set(words[lanes] // 2 % 16)) == 16, "no bank twice"
-    for four in range(4):
-        place = place_of_products(LANES, np.full(32, four))
-        for i in range(4):
-            wanted = dots[LANES // 16, LANES % 16, 4 * four + i]
-            np.testing.assert_array_equal(room[place * 4 + i], wanted)
-        for first in range(0, 32, 8):  # lanes that read 16 bytes each at once
-            assert len(set(place[first : first + 8] % 8)) == 8, "no bank twice"
+    """Products [rows of a warp's halves, heads] by lane, exchanged as the kernel does."""
+    dots = np.arange(2 * 16 * 16).reshape(2, 16, 16)  # half, row of the warp, head
+    for eight in range(2):
+        for odd in range(2):
+            words = np.zeros((32, 4), int)
+            for key in range(4):
+                row = LANES // 4 + key % 2 * 8
+                words[:, key] = dots[key // 2, row, 8 * eight + LANES % 4 * 2 + odd]
+            for bit in (1, 2):
+                is_upper = LANES & bit != 0
+                for i in range(4):
+                    if i & bit == 0:
+                        given = np.where(is_upper, words[:, i], words[:, i | bit])
+                        got = given[LANES ^ bit]
+                        words[:, i] = np.where(is_upper, got, words[:, i])
+                        words[:, i | bit] = np.where(is_upper, words[:, i | bit], got)
+            row = LANES % 4 // 2 * 16 + LANES % 2 * 8 + LANES // 4  # of the lane's key
+            for lane in range(4):
+                wanted = dots[row // 16, row % 16, 8 * eight + 2 * lane + odd]
+                np.testing.assert_array_equal(words[:, lane], wanted)
 
 
 def widened(signs: Tensor, magnitudes: Tensor) -> Tensor:
-    """Return pairs of numbers, as the kernel makes them of shifted words, times 2^120."""
+    """Return pairs of bfloat16 as the kernel makes them of shifted words."""
     bits = (signs & 0x80008000) | (magnitudes & 0x07F007F0)
     halves = torch.stack([bits & 0xFFFF, bits >> 16 & 0xFFFF], 1)
     small = (halves << 16).to(torch.int32).view(torch.float32)
