@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of new tokens over their selected keys, in the pages of the cache.
 //
-// Keys lie anywhere in memory, and a row's 2,048 take 2 MB a group, so the time is that of the
+// Keys lie anywhere in memory, and a row's 2,048 take 1 MB a group, so the time is that of the
 // gather. A warp attends for one group of one row, over some of its selected keys, alone: it keeps
 // two tiles of 16 keys and their values under way in a ring of its own, and waits for no other
 // warp. At the end the warps of a thread block, then the blocks of a cluster, add up what they
