@@ -9,10 +9,16 @@ of 16 bits, 4 groups of 128 channels and k = 2048 that is
     selected keys  134 MB   with their values
     scores          17 MB   written and read, mostly within the L2 cache
 
-or 207 us of an H100's 3.35 TB/s for 16 bits and 130 us for 8. The Triton form took 336 and 255 us
-there. Its two differ by what 252 MB take at 3.1 TB/s, so scoring is near the memory's speed, and
-about 160 us of both are selection, attention and their gaps, against 40 that the attention's bytes
-need: what this form shortens.
+or 207 us of an H100's 3.35 TB/s for 16 bits and 130 us for 8, where the Triton form took 336 and
+255 us. On an H200, whose memory copies at 4.26 TB/s, the parts took, each from a cold cache:
+
+                          Triton    here    bytes alone
+    scores of 16 bits     161 us    161 us       126 us
+    scores of 8 bits      155       125           67
+    selection                    41                4
+    attention              60        52           31
+
+Keys of 8 bits cost instructions rather than bytes, and the selection waits for counts.
 
 Shape letters: B sequences, T new queries of each, I indexer heads, J indexer channels, H query
 heads, G key-value heads, C channels of a head, K selected keys, P pages of the cache, L places of
@@ -48,7 +54,7 @@ _SCORES, _ATTENTION = "sparse_decode_scores", "sparse_decode_attention"
 
 
 class Cut(NamedTuple):
-    """How the attention to a selection is cut; the result does not depend on it but for rounding."""
+    """How the attention to a selection is cut; its result depends on it by rounding alone."""
 
     groups_of_block: int
     """Groups that a thread block attends for, with a warp each or several."""
@@ -188,7 +194,8 @@ def attend(query_BTHC: Tensor, cache: PagedCache, indices_TK: Tensor, *, scale: 
     """
     num_groups = cache.keys_PLGC.shape[2]
     num_blocks = _num_multiprocessors(query_BTHC.device)
-    cut = CUT or choose_cut(*indices_TK.shape, num_groups, num_blocks)
+    num_rows, num_selected = indices_TK.shape
+    cut = CUT or choose_cut(num_rows, num_selected, num_groups, num_blocks)
     out_BTHC: Tensor = torch.ops.megatron_keye.sparse_decode_attention(
         query_BTHC.contiguous(),
         cache.keys_PLGC,
@@ -216,10 +223,11 @@ def choose_tiles(num_sequences: int, num_keys: int, num_blocks: int) -> int:
 
 
 def choose_cut(num_rows: int, num_selected: int, num_groups: int, num_blocks: int) -> Cut:
-    """Return a cut that fills the GPU once, and has a key's groups read together where it can.
+    """Return a cut that fills the GPU once, and has two groups of a key read together if it can.
 
-    Groups of a key lie side by side in the cache, and the fewer blocks of a cluster, the less
-    there is to add up.
+    Groups of a key lie side by side in the cache. Blocks of a cluster need neighbouring
+    multiprocessors, so clusters of four or more are given half of the GPU: on an H200, 32 of four
+    took 69 us where 64 of two took 52.
 
     Args:
         num_rows: B * T.
@@ -229,16 +237,16 @@ def choose_cut(num_rows: int, num_selected: int, num_groups: int, num_blocks: in
     """
     num_lists = -(-num_selected // _LIST_KEYS)
     cuts = []
-    for groups in (1, 2, 4, 8):
+    for groups in (1, 2):
         if num_groups % groups == 0:
-            of_row, cluster = num_groups // groups, 1
+            num_clusters, cluster = num_rows * (num_groups // groups), 1
             while (
                 cluster < _MAX_CLUSTER
-                and 2 * cluster * of_row * num_rows <= num_blocks
+                and 2 * cluster * num_clusters <= num_blocks // (1 if cluster == 1 else 2)
                 and cluster * _WARPS // groups < num_lists
             ):
                 cluster *= 2
-            cuts.append((cluster * of_row * num_rows, Cut(groups, cluster)))
+            cuts.append((cluster * num_clusters, Cut(groups, cluster)))
     most = min(num_blocks // 4 * 3, max(blocks for blocks, _ in cuts))
     return max(cut for blocks, cut in cuts if blocks >= most)
 

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_keye.kernels.extension import missing_reason
-from megatron_keye.kernels.sparse_decode import PagedCache, cuda, sparse_decode
+from megatron_keye.kernels.sparse_decode import cuda, sparse_decode
 from tests.support.benchmark import Recorder, memory_bytes_per_second
 from tests.support.decode_cases import Queries, Sizes, make_decode
 

@@ -103,8 +103,8 @@ def test_cuts_fill_the_gpu_and_share_what_there_is() -> None:
         return cuda.choose_cut(num_rows, num_selected, num_groups, 132)
 
     assert cut(1) == cuda.Cut(1, 8), "as many multiprocessors as one row fills"
-    assert cut(8) == cuda.Cut(2, 8) and cut(32) == cuda.Cut(4, 4) and cut(256) == cuda.Cut(4, 1)
-    assert cut(32, num_groups=1) == cuda.Cut(1, 4) and cut(64, num_groups=3) == cuda.Cut(1, 1)
+    assert cut(8) == cuda.Cut(2, 4) and cut(32) == cuda.Cut(2, 2) and cut(256) == cuda.Cut(2, 1)
+    assert cut(32, num_groups=1) == cuda.Cut(1, 2) and cut(64, num_groups=3) == cuda.Cut(1, 1)
     assert cut(1, 64) == cuda.Cut(1, 1), "two lists"
     tiles = [cuda.choose_tiles(batch, 131_072, 4 * 132) for batch in (1, 8, 32, 1000)]
     assert tiles == [2, 4, 16, 16] and cuda.choose_tiles(1, 64, 528) == 1

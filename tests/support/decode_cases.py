@@ -36,7 +36,7 @@ def make_decode(sizes: Sizes) -> tuple[Queries, PagedCache]:
     generator = torch.Generator("cuda").manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda").bfloat16()
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
 
     lengths_B = torch.tensor(sizes.lengths, device="cuda")
     num_sequences, num_pages = len(sizes.lengths), max(1, -(-max(sizes.lengths) // sizes.page))
