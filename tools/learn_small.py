@@ -59,13 +59,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser("python -m tools.learn_small", __doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
-    add_count(parser, "--samples", "clips to train on", default=12_000)
+    add_count(parser, "--samples", "clips to train on", default=8_000)
     add_count(parser, "--held-out", "clips of the questions that are scored", default=128)
     parser.add_argument(
         "--clips", metavar="OPTIONS", default=CLIPS, help="what clips show, as for forge_video"
     )
-    add_count(parser, "--supervised-until", "second in which rewards take over", default=260)
-    add_count(parser, "--until", "second in which all ends", default=510)
+    add_count(parser, "--supervised-until", "second in which rewards take over", default=320)
+    add_count(parser, "--until", "second in which all ends", default=565)
     add_settings(parser, "change a setting of both trainings; repeatable")
     for name in ("supervised", "rewarded"):
         parser.add_argument(

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lays answers behind their prompts as rows of training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_keye.data.branches import BranchedSample, pack_branches
 from megatron_keye.data.row import NO_EXPERT, PackedRow, RowAnswers, Sample
-from megatron_keye.post_training.rows import Answer, shared_prompt_rows
+from megatron_keye.post_training.rows import Answer, share_prompt
 from megatron_keye.rollout.request import AnswerRoutes
 
 
@@ -28,54 +29,87 @@ class LearnedAnswer:
     """The experts to which generation routed its tokens and the prompt's, if they are replayed."""
 
 
-def answer_rows(
-    prompt: Sample, answers: Sequence[LearnedAnswer], row_tokens: int, *, pad_token_id: int
-) -> list[PackedRow]:
-    """Return rows of a prompt and the answers behind it, each of which sees the prompt and itself.
+_Piece = tuple[BranchedSample, Sequence[LearnedAnswer]]
+"""A prompt with answers, as a row takes them, and what is learned from these."""
 
+
+def answer_rows(
+    groups: Iterable[tuple[Sample, Sequence[LearnedAnswer]]],
+    row_tokens: int,
+    *,
+    pad_token_id: int,
+    least_rows: int = 1,
+) -> list[PackedRow]:
+    """Return rows of prompts with the answers behind them.
+
+    An answer sees its prompt and itself. Prompts share a row as long as they fit, in their order.
     The weights of an answer's labels are 1 / n, so that each answer weighs 1, however long it is.
 
     Args:
-        prompt: Tokens and pictures, without labels.
-        answers: Answers to it, each of which fits into a row behind the prompt.
+        groups: Tokens and pictures of prompts, without labels, each with answers to it, of which
+            each fits into a row behind the prompt.
         row_tokens: Length of a row.
         pad_token_id: Token of padding.
+        least_rows: Rows below which prompts share none, so that no replica is left without one.
     """
-    laid = [_weighted(answer.token_ids) for answer in answers]
-    shared = shared_prompt_rows(prompt, laid, row_tokens, pad_token_id=pad_token_id)
-    return [
-        replace(
-            each.row,
-            answers=_row_answers(answers[each.answers]),
-            routes=_row_routes(prompt, answers[each.answers], row_tokens),
-        )
-        for each in shared
+    pieces = [
+        piece for prompt, answers in groups for piece in _pieces(prompt, answers, row_tokens)
     ]
+    total = sum(sample.num_tokens for sample, _ in pieces)
+    room = min(row_tokens, -(-total // least_rows))
+    rows: list[list[_Piece]] = []
+    left = 0
+    for piece in pieces:
+        num_tokens = piece[0].num_tokens
+        if not rows or num_tokens > left:
+            rows.append([])
+            left = room
+        rows[-1].append(piece)
+        left -= num_tokens
+    return [_row(row, row_tokens, pad_token_id) for row in rows]
 
 
-def _row_routes(
-    prompt: Sample, answers: Sequence[LearnedAnswer], row_tokens: int
-) -> NDArray[np.uint8] | None:
-    """Return where the tokens of a row went, laid as these are; None where no answer says that.
+def _pieces(prompt: Sample, answers: Sequence[LearnedAnswer], row_tokens: int) -> Iterator[_Piece]:
+    laid = [_weighted(answer.token_ids) for answer in answers]
+    for shared in share_prompt(prompt, laid, row_tokens):
+        yield shared.sample, answers[shared.answers]
 
-    Args:
-        prompt: The prompt.
-        answers: The answers behind it.
-        row_tokens: Length of the row.
-    """
-    known = [answer.routes for answer in answers if answer.routes is not None]
+
+def _row(pieces: Sequence[_Piece], row_tokens: int, pad_token_id: int) -> PackedRow:
+    row = pack_branches([sample for sample, _ in pieces], row_tokens, pad_token_id=pad_token_id)
+    return replace(
+        row,
+        answers=_row_answers([each for _, answers in pieces for each in answers]),
+        routes=_row_routes(pieces, row_tokens),
+    )
+
+
+def _row_routes(pieces: Sequence[_Piece], row_tokens: int) -> NDArray[np.uint8] | None:
+    """Return where the tokens of a row went, laid as these are; None where no answer says that."""
+    known = [routes for _, answers in pieces if (routes := _prompt_routes(answers)) is not None]
     if not known:
         return None
-    of_prompt = known[0].prompt
-    unknown = np.full((row_tokens, *of_prompt.shape[1:]), NO_EXPERT, dtype=np.uint8)
+    unknown = np.full((row_tokens, *known[0].shape[1:]), NO_EXPERT, dtype=np.uint8)
+    parts = [part for piece in pieces for part in _piece_routes(piece, unknown)]
+    return np.concatenate([*parts, unknown[sum(map(len, parts)) :]])
+
+
+def _piece_routes(piece: _Piece, unknown: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    sample, answers = piece
+    of_prompt = _prompt_routes(answers)
+    if of_prompt is None:
+        return [unknown[: sample.num_tokens]]
     # Before several answers, the prompt's last token stands at the start of each of them.
-    repeated = 1 if len(answers) > 1 else 0
-    parts = [of_prompt[: len(prompt.token_ids) - repeated]]
+    num_once = len(of_prompt) - (len(answers) > 1)
+    parts = [of_prompt[:num_once]]
     for answer in answers:
         own = unknown[: len(answer.token_ids)] if answer.routes is None else answer.routes.answer
-        parts += [of_prompt[len(of_prompt) - repeated :], own]
-    num_laid = sum(map(len, parts))
-    return np.concatenate([*parts, unknown[num_laid:]])
+        parts += [of_prompt[num_once:], own]
+    return parts
+
+
+def _prompt_routes(answers: Sequence[LearnedAnswer]) -> NDArray[np.uint8] | None:
+    return next((each.routes.prompt for each in answers if each.routes is not None), None)
 
 
 def _row_answers(answers: Sequence[LearnedAnswer]) -> RowAnswers:

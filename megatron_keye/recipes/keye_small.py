@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Keye-VL of 100 million weights that learns from forged clips on one GPU, in minutes.
 
-    megatron-keye forge_video runs/small --samples 12000 --held-out 128 --seconds 12 16 --rate 1 \\
+    megatron-keye forge_video runs/small --samples 8000 --held-out 128 --seconds 12 16 --rate 1 \\
         --plain --variable 0 --words 1 --blinking 0 --size 224 224 --shapes 1 --stay 4 \\
         --per-clip 8 --questions when at describe word --unanswered word --tokenizer
     megatron-keye train keye_small --ranks 1
@@ -96,8 +96,8 @@ def keye_small(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             optimizer=OptimizerConfig(
                 learning_rate=1e-3,
                 warmup_steps=30,
-                vision_rate_multiplier=0.5,
-                projector_rate_multiplier=0.5,
+                vision_rate_multiplier=0.2,
+                projector_rate_multiplier=0.2,
             ),
             # Where it is stopped early, rewards start from weights whose scores are known.
             checkpoint=CheckpointConfig(interval_steps=150),
@@ -120,7 +120,7 @@ def _decoder() -> DecoderConfig:
         num_kv_heads=2,
         head_dim=64,
         vocab_size=_VOCABULARY,
-        experts=ExpertsConfig(num_experts=16, num_experts_per_token=2, intermediate_size=512),
+        experts=ExpertsConfig(num_experts=8, num_experts_per_token=2, intermediate_size=1024),
         indexer=IndexerConfig(num_heads=4, head_dim=64, top_k=512),
         rope_theta=10_000.0,
         rope_sections=(8, 12, 12),

@@ -79,7 +79,7 @@ def _rows(*, replays: bool) -> list[PackedRow]:
                     routes=routes if replays and number > 0 else None,
                 )
             )
-        rows += answer_rows(asked, answers, ROW_TOKENS, pad_token_id=0)
+        rows += answer_rows([(asked, answers)], ROW_TOKENS, pad_token_id=0)
     return rows
 
 

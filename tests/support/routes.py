@@ -73,7 +73,7 @@ def compare_choices(run_json: str) -> list[tuple[int, float]]:
     draw, gating = torch.Generator().manual_seed(1), Router.gating
     rows = {
         replays: answer_rows(
-            ASKED.prompt, learned(completions, replays=replays), ROW_TOKENS, pad_token_id=0
+            [(ASKED.prompt, learned(completions, replays=replays))], ROW_TOKENS, pad_token_id=0
         )[0]
         for replays in (False, True)
     }

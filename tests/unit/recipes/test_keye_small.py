@@ -47,7 +47,7 @@ def test_its_sizes_are_those_of_the_cuda_operators() -> None:
 
 def test_its_docstring_has_the_command_that_forges_its_clips() -> None:
     text = " ".join((recipe.__doc__ or "").replace("\\\n", " ").split())
-    assert f"{recipe.FOLDER} --samples 12000 --held-out 128 {learn_small.CLIPS}" in text
+    assert f"{recipe.FOLDER} --samples 8000 --held-out 128 {learn_small.CLIPS}" in text
 
 
 def test_it_reads_what_the_command_forges(folder: Path) -> None:
