@@ -25,11 +25,11 @@ from megatron_keye.kernels.arguments import (
 from megatron_keye.kernels.implementations import choose_impl, suits_triton
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.registration import composite
-from megatron_keye.kernels.sparse_attention import reference
+from megatron_keye.kernels.sparse_attention import cuda, reference
 
 IMPLEMENTATIONS = ("eager", "triton", "cuda")
-"""What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere.
-"cuda" has to be asked for: its last change was not measured yet."""
+"""What exists. The default is "cuda" where it is built and takes the call, else "triton" on a GPU
+in the types that it takes, else "eager"."""
 
 
 def sparse_attention(
@@ -69,7 +69,8 @@ def sparse_attention(
         impl: One of IMPLEMENTATIONS, or None for the default. "triton" takes float32, bfloat16
             and float16, groups of up to 128 heads and heads of up to 256 channels. "cuda" takes
             bfloat16, groups of 4, 8 or 16 heads, heads of 64 or 128 channels and a scale above 0,
-            on a GPU of compute capability 9.0; its backward pass is that of "triton".
+            on a GPU of compute capability 9.0; with `deterministic` its backward pass is that of
+            "triton".
 
     Returns:
         out_THC, type of `q_THC`, and target_TGK, float32 (float64 for float64 inputs): the mean
@@ -117,12 +118,15 @@ def _attend(
     impl: str | None,
     kept: KeptOutputs,
 ) -> tuple[Tensor, Tensor]:
-    takes_triton = suits_triton(q_THC, k_SGC, v_SGC)
-    chosen = choose_impl("sparse_attention", impl, IMPLEMENTATIONS, triton=takes_triton)
     sizes = check_shapes(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC, indices_TK=indices_TK)
     check_groups(sizes["H"], sizes["G"])
     check_same_dtype(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
     check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
+    takes_triton = suits_triton(q_THC, k_SGC, v_SGC)
+    takes_cuda = takes_triton and cuda.suits(q_THC, k_SGC, scale)
+    chosen = choose_impl(
+        "sparse_attention", impl, IMPLEMENTATIONS, triton=takes_triton, cuda=takes_cuda
+    )
     if chosen != "eager":
         # Loaded on demand: everything else must import where Triton cannot compile.
         autograd = import_module("megatron_keye.kernels.sparse_attention.autograd")

@@ -28,6 +28,7 @@ from megatron_keye.kernels.arguments import (
 from megatron_keye.kernels.implementations import choose_impl, suits_triton
 from megatron_keye.kernels.kept_outputs import KeptOutputs
 from megatron_keye.kernels.registration import composite
+from megatron_keye.kernels.sparse_attention import cuda
 from megatron_keye.kernels.sparse_attention_with_loss import reference
 
 IMPLEMENTATIONS = ("eager", "triton", "cuda")
@@ -83,7 +84,7 @@ def sparse_attention_with_loss(
         out_THC, loss, kl_TG = _attend_plainly(*tensors, scale, deterministic, impl)
         report(kl_TG)
         return out_THC, loss
-    chosen = _choose(*tensors, impl)
+    chosen = _choose(*tensors, scale, impl)
     operands = *tensors[:5], weight_T.detach(), report
     options: dict[str, Any] = {"scale": scale, "deterministic": deterministic}
     options["kept"] = KeptOutputs() if kept is None else kept
@@ -123,7 +124,7 @@ def _attend_plainly(
         scale=scale,
         deterministic=deterministic,
         kept=None,
-        impl=_choose(*tensors, weight_T, impl),
+        impl=_choose(*tensors, weight_T, scale, impl),
     )
     return out_THC, loss, divergences[0]
 
@@ -135,16 +136,17 @@ def _choose(
     indices_TK: Tensor,
     scores_TK: Tensor,
     weight_T: Tensor,
+    scale: float,
     impl: str | None,
 ) -> str:
     """Return the implementation, after checking that the tensors fit."""
-    takes_triton = suits_triton(q_THC, k_SGC, v_SGC, scores_TK)
-    operator = "sparse_attention_with_loss"
-    chosen = choose_impl(operator, impl, IMPLEMENTATIONS, triton=takes_triton)
     selected = {"indices_TK": indices_TK, "scores_TK": scores_TK, "weight_T": weight_T}
     sizes = check_shapes(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC, **selected)
     check_groups(sizes["H"], sizes["G"])
     check_same_dtype(q_THC=q_THC, k_SGC=k_SGC, v_SGC=v_SGC)
     check_dtypes(INDEX_DTYPES, indices_TK=indices_TK)
     check_dtypes(FLOAT_DTYPES, scores_TK=scores_TK, weight_T=weight_T)
-    return chosen
+    takes_triton = suits_triton(q_THC, k_SGC, v_SGC, scores_TK)
+    takes_cuda = takes_triton and cuda.suits(q_THC, k_SGC, scale)
+    operator = "sparse_attention_with_loss"
+    return choose_impl(operator, impl, IMPLEMENTATIONS, triton=takes_triton, cuda=takes_cuda)
