@@ -61,7 +61,7 @@ def keye_small(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         name="keye_small",
         model=ModelConfig(
             vision=VisionConfig(
-                num_layers=6, hidden_size=384, intermediate_size=1536, num_heads=6
+                num_layers=4, hidden_size=384, intermediate_size=1536, num_heads=6
             ),
             decoder=_decoder(),
             image_token_id=_IMAGE,
@@ -94,9 +94,9 @@ def keye_small(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             rows_per_step=2 * num_ranks,
             precision="bf16" if has_gpu else "fp32",
             optimizer=OptimizerConfig(
-                learning_rate=1e-3,
+                learning_rate=8e-4,
                 warmup_steps=30,
-                vision_rate_multiplier=0.2,
+                vision_rate_multiplier=0.1,
                 projector_rate_multiplier=0.2,
             ),
             # Where it is stopped early, rewards start from weights whose scores are known.
