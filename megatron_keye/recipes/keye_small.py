@@ -6,8 +6,8 @@
         --per-clip 8 --questions when at describe word --unanswered word --tokenizer
     megatron-keye train keye_small --ranks 1
 
-A frame is 64 vision tokens, a clip's conversation about 1,100, of which a query sees 512 at most:
-seven share a row of 8,192. All sizes are those that the CUDA and Triton operators take. Each clip
+A frame is 64 vision tokens, a clip's conversation 900 to 1,130, of which a query sees 512 at
+most: seven or eight share a row of 8,192. All sizes are those that the CUDA and Triton operators take. Each clip
 shows a shape and a word, each for one to four of its 12 to 15 seconds.
 
 The kind of questions that is held out is "word": "When is the word LEMON shown?". Training asks
@@ -79,7 +79,7 @@ def keye_small(*, num_ranks: int, has_gpu: bool) -> RunConfig:
                 min_tokens_per_frame=_FRAME_TOKENS,
                 max_tokens_per_frame=_FRAME_TOKENS,
             ),
-            # A clip takes 2 ms, less than it takes to hand one to a GPU's decoder.
+            # Pixels and patches of a clip take 10 ms of one core.
             decode=DecodeConfig(backend="pyav", num_threads=1),
         ),
         parallel=ParallelConfig(
