@@ -138,25 +138,22 @@ class Learning:
 
         These count in the router's balancing loss, in which grids then differ; in no other.
         """
-        rows: list[PackedRow] = []
-        for number, group in enumerate(groups):
-            answers = [
-                LearnedAnswer(
-                    token_ids=group.completions[answer].token_ids,
-                    first_place=span.start,
-                    old_log_probs=old[span],
-                    advantage=float(group.advantages[answer]),
-                )
-                for (of_group, answer), span in part.items()
-                if of_group == number
-            ]
-            if answers:
-                rows += answer_rows(
-                    group.prompt,
-                    answers,
-                    self._run.data.row_tokens,
-                    pad_token_id=self._pad_token_id,
-                )
+        learned: dict[int, list[LearnedAnswer]] = {}
+        for (number, answer), span in part.items():
+            group = groups[number]
+            each = LearnedAnswer(
+                token_ids=group.completions[answer].token_ids,
+                first_place=span.start,
+                old_log_probs=old[span],
+                advantage=float(group.advantages[answer]),
+            )
+            learned.setdefault(number, []).append(each)
+        rows = answer_rows(
+            [(groups[number].prompt, answers) for number, answers in sorted(learned.items())],
+            self._run.data.row_tokens,
+            pad_token_id=self._pad_token_id,
+            least_rows=self._run.rows_multiple,
+        )
         padding = pack([], self._run.data.row_tokens, pad_token_id=self._pad_token_id)
         return rows + [padding] * (-len(rows) % self._run.rows_multiple)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of training that hold a prompt once, and behind it many answers to it.
+"""Samples of training that hold a prompt once, and behind it many answers to it.
 
 A video's prompt is a hundred times longer than an answer, and G rows of one answer each would
 train it G times. Every token sees what it sees in a row of its own, at the same positions, and has
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_keye.data.branches import Branch, BranchedSample, branch_of, pack_branches
-from megatron_keye.data.row import PackedRow, Sample
+from megatron_keye.data.branches import Branch, BranchedSample, branch_of
+from megatron_keye.data.row import Sample
 from megatron_keye.errors import UserError
 
 
@@ -30,31 +30,28 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedPromptRow:
-    """A row of a prompt with some of the answers to it."""
+class SharedPrompt:
+    """A prompt with some of the answers to it, to be laid into a row."""
 
-    row: PackedRow
-    """The row as training runs it. Behind a prompt without labels its labels are the tokens of
-    its answers that count, answer by answer."""
+    sample: BranchedSample
+    """Behind a prompt without labels its labels are the tokens of its answers that count, answer
+    by answer."""
     answers: slice
     """Which answers it holds."""
 
 
-def shared_prompt_rows(
-    prompt: Sample, answers: Sequence[Answer], row_tokens: int, *, pad_token_id: int
-) -> list[SharedPromptRow]:
-    """Lay a prompt with the answers to it into as few rows as take them in order.
+def share_prompt(prompt: Sample, answers: Sequence[Answer], row_tokens: int) -> list[SharedPrompt]:
+    """Lay all answers to a prompt behind it, once or as often as rows take them in order.
 
     Args:
-        prompt: Up to the opening of the answer; its labels, if any, count once in each row.
+        prompt: Up to the opening of the answer; its labels, if any, count each time.
         answers: The answers, in any number.
         row_tokens: Length of a row (`data.row_tokens`).
-        pad_token_id: Token of the padding.
 
     Raises:
         UserError: If an answer does not fit into a row with the prompt.
     """
-    rows: list[SharedPromptRow] = []
+    shared: list[SharedPrompt] = []
     first = 0
     while first < len(answers):
         stop = first
@@ -67,10 +64,9 @@ def shared_prompt_rows(
                 "data.row_tokens to their sum at least, or rollout.max_new_tokens lower"
             )
         sample = _sample(prompt, answers[first:stop])
-        row = pack_branches([sample], row_tokens, pad_token_id=pad_token_id)
-        rows.append(SharedPromptRow(row=row, answers=slice(first, stop)))
+        shared.append(SharedPrompt(sample=sample, answers=slice(first, stop)))
         first = stop
-    return rows
+    return shared
 
 
 def _fits(prompt: Sample, answers: Sequence[Answer], row_tokens: int) -> bool:

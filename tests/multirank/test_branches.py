@@ -10,7 +10,7 @@ import pytest
 from megatron_keye.config import RunConfig
 from megatron_keye.data.branches import Branch, BranchedSample, branch_of, pack_branches
 from megatron_keye.data.row import PackedRow, Sample, labels_of
-from megatron_keye.post_training.rows import Answer, shared_prompt_rows
+from megatron_keye.post_training.rows import Answer, share_prompt
 from tests.support.float64 import TOLERANCE, assert_trains_as, exact_run, without_trees
 from tests.support.tiny import ROW_TOKENS, packed_row
 
@@ -88,12 +88,12 @@ def branching_turns() -> tuple[PackedRow, list[PackedRow]]:
 def assert_answers_train_as_alone(run: RunConfig) -> None:
     """Compare a shared row with a row for each answer, log-probabilities of tokens included."""
     prompt, answers = video_prompt(), answers_to_it(7, 1, 11, 9)
-    (shared,) = shared_prompt_rows(prompt, answers, ROW_TOKENS, pad_token_id=0)
-    alone = [
-        shared_prompt_rows(replace(prompt, name=name), [answer], ROW_TOKENS, pad_token_id=0)[0].row
-        for name, answer in zip("abcd", answers, strict=True)
+    (shared, *alone) = [
+        pack_branches([each.sample], ROW_TOKENS, pad_token_id=0)
+        for name, some in zip(" abcd", (answers, *([one] for one in answers)), strict=True)
+        for each in share_prompt(replace(prompt, name=name), some, ROW_TOKENS)
     ]
-    mine, theirs = assert_trains_as(run, [shared.row], [without_trees(row) for row in alone])
+    mine, theirs = assert_trains_as(run, [shared], [without_trees(row) for row in alone])
     # By row and position, which is answer by answer.
     expected = [loss for _, loss in sorted(theirs.items())]
     assert len(expected) == sum(np.count_nonzero(answer.weights) for answer in answers)

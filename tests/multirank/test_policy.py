@@ -121,7 +121,7 @@ def policy_rows(step: int) -> list[PackedRow]:
     for place, (number, pictures) in enumerate(prompts):
         asked = prompt(20 * step + place, number, *pictures)
         answers = answers_to(50 * step + place, 3, 5, 100 * place)
-        rows += answer_rows(asked, answers, ROW_TOKENS, pad_token_id=0)
+        rows += answer_rows([(asked, answers)], ROW_TOKENS, pad_token_id=0)
     assert len(rows) % 2 == 0, "replicas get equal numbers of rows"
     return rows
 
@@ -145,17 +145,21 @@ def test_every_grid_learns_the_same(degrees: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gspo", "grpo"])
-def test_answers_learn_behind_one_prompt_as_behind_their_own(kind: str) -> None:
-    asked, answers = prompt(20, 16, (4, 4)), answers_to(50, 3, 5, 0)
-    shared = answer_rows(asked, answers, ROW_TOKENS, pad_token_id=0)
+def test_answers_learn_behind_shared_prompts_as_behind_their_own(kind: str) -> None:
+    groups = [
+        (prompt(20, 16, (4, 4)), answers_to(50, 2, 5, 0)),
+        (prompt(21, 6), answers_to(51, 2, 2, 100)),
+    ]
+    shared = answer_rows(groups, ROW_TOKENS, pad_token_id=0)
     alone = [
         without_trees(row)
+        for asked, answers in groups
         for number, answer in enumerate(answers)
         for row in answer_rows(
-            replace(asked, name=f"alone {number}"), [answer], ROW_TOKENS, pad_token_id=0
+            [(replace(asked, name=f"{asked.name} {number}"), [answer])], ROW_TOKENS, pad_token_id=0
         )
     ]
-    assert len(shared) == 1 and len(alone) == 3
+    assert len(shared) == 1 and len(alone) == 4
     run = replace(exact_run(context=2), post_training=replace(WIDE, kind=kind))
     assert_trains_as(run, shared, alone)
 
@@ -186,7 +190,7 @@ def test_tokens_of_prompts_and_padding_and_clipped_answers_have_no_gradient() ->
     answers = answers_to(1, 2, 6, 0)
     answers[0] = replace(answers[0], old_log_probs=np.full(6, -60.0), advantage=1.0)  # clipped
     answers[1] = replace(answers[1], old_log_probs=np.full(7, -60.0), advantage=-1.0)
-    (row,) = answer_rows(prompt(4, 10), answers, ROW_TOKENS, pad_token_id=0)
+    (row,) = answer_rows([(prompt(4, 10), answers)], ROW_TOKENS, pad_token_id=0)
     ((found, labelled),) = run_on_ranks(1, _states_with_gradients, run_of().to_json(), row)
     of_second = labelled[6:]
     assert len(of_second) == 7 and of_second[0] == 9 + 7, "the prompt's last token, laid again"
@@ -195,7 +199,7 @@ def test_tokens_of_prompts_and_padding_and_clipped_answers_have_no_gradient() ->
 
 def test_an_answer_weighs_the_same_however_long_it_is() -> None:
     answers = answers_to(1, 3, 4, 0)
-    (row,) = answer_rows(prompt(4, 2), answers, ROW_TOKENS, pad_token_id=0)
+    (row,) = answer_rows([(prompt(4, 2), answers)], ROW_TOKENS, pad_token_id=0)
     assert row.answers is not None and row.loss_weight == pytest.approx(3, rel=1e-6)
     for number in range(3):
         labels = row.weights[row.labels >= 0][row.answers.answers == number]
