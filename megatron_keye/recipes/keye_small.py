@@ -6,9 +6,9 @@
         --per-clip 8 --questions when at describe word --unanswered word --tokenizer
     megatron-keye train keye_small --ranks 1
 
-A frame is 64 vision tokens, a clip's conversation 900 to 1,130, of which a query sees 512 at
-most: seven or eight share a row of 8,192. All sizes are those that the CUDA and Triton operators take. Each clip
-shows a shape and a word, each for one to four of its 12 to 15 seconds.
+A frame is 64 vision tokens, a clip's conversation 900 to 1,130, of which a query sees 512 at most:
+seven or eight share a row of 8,192. All sizes are those that the CUDA and Triton operators take.
+Each clip shows a shape and a word, each for one to four of its 12 to 15 seconds.
 
 The kind of questions that is held out is "word": "When is the word LEMON shown?". Training asks
 when shapes are there ("when"), what is there at some times ("at", which names words among other

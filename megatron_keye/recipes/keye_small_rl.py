@@ -33,8 +33,7 @@ def keye_small_rl(*, num_ranks: int, has_gpu: bool) -> RunConfig:
     return replace(
         start,
         name="keye_small_rl",
-        # A prompt with its answers has a row of its own, of up to 1,200 tokens.
-        data=replace(start.data, samples=f"{FOLDER}/{HELD_OUT_KIND}.jsonl", row_tokens=1280),
+        data=replace(start.data, samples=f"{FOLDER}/{HELD_OUT_KIND}.jsonl"),
         training=replace(
             start.training,
             steps=120,
