@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from megatron_keye.observe.curves import StageCurves
@@ -20,6 +21,11 @@ from tools.benchmark_lines import fields_of_run, write_line
 
 TAUGHT_KIND = "when"
 REWARD = "reward"
+SECONDS = (
+    *("step_seconds", "data_wait_seconds"),
+    *("decoder_seconds", "vision_seconds", "vision_wait_seconds"),
+)
+"""Of a step's metrics, those that tell what bounds it."""
 _NUM_TAUGHT = 64
 """Questions of TAUGHT_KIND that are scored, beside all of HELD_OUT_KIND."""
 Scores = dict[str, float]
@@ -97,6 +103,8 @@ class Watched:
     rewards: dict[int, float] = field(default_factory=dict)
     """Mean over the answers of a step."""
     _num_seen: int = 0
+    _steps: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of steps since the last scores."""
 
     def new_lines(self) -> Iterator[dict[str, Any]]:
         """Yield, of each step with something new, its scores or what its rewards were."""
@@ -106,11 +114,13 @@ class Watched:
             step = line["step"]
             if "evaluation" in line:
                 self.scores[step] = self._scores_of(step)
-                yield {"step": step, "mIoU": self.scores[step]}
+                yield {"step": step, "mIoU": self.scores[step], **self._median_seconds()}
             elif policy := line.get("policy"):
                 teaching = 1 - policy["num_groups_dropped"] / max(1, policy["num_prompts"])
                 self.rewards[step] = policy["reward_task"]
                 yield {"step": step, "reward": self.rewards[step], "teaching": teaching}
+            elif "step_seconds" in line:
+                self._steps.append(line)
 
     def curves(self) -> StageCurves:
         """Return its scores and rewards, to be drawn."""
@@ -130,6 +140,14 @@ class Watched:
                 values[REWARD] = self.rewards[step]
             line = {"op": "evaluation", "run": self.folder.name, "step": step}
             write_line({**line, **values, **recorded}, file)
+
+    def _median_seconds(self) -> dict[str, float]:
+        """Return the median seconds of a step and of what it waits for, since the last scores."""
+        steps, self._steps = self._steps, []
+        return {
+            name: round(median(line[name] for line in steps), 3)
+            for name in (SECONDS if steps else ())
+        }
 
     def _scores_of(self, step: int) -> Scores:
         by_kind: dict[str, list[float]] = {}

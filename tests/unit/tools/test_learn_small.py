@@ -33,7 +33,10 @@ scores = [{"id": "held_out-when", "score": 0.9}, {"id": "held_out-word", "score"
     "".join(json.dumps(line) + "\\n" for line in scores)
 )
 policy = {"reward_task": 0.5, "num_groups_dropped": 1, "num_prompts": 4}
-lines = [{"step": 1, "loss": 2.0}, {"step": 50, "policy": policy}, {"step": 100, "evaluation": {}}]
+names = ("step", "data_wait", "decoder", "vision", "vision_wait")
+seconds = {f"{name}_seconds": 0.25 for name in names}
+lines = [{"step": 1, "loss": 2.0, **seconds}, {"step": 50, "policy": policy}]
+lines += [{"step": 100, "evaluation": {}}]
 start = {"versions": {"torch": "2", "python": "3"}, "command": "x train", "device": "CPU",
          "commit": "0123456789"}
 (run / "environment.json").write_text(json.dumps([start]))
@@ -75,6 +78,7 @@ def test_parts_stop_in_time_and_rewards_start_from_what_was_scored(
     reward, scores, end = lines[3:6]
     assert (reward["reward"], reward["teaching"], reward["step"]) == (0.5, 0.75, 50)
     assert scores["mIoU"] == {"when": 0.9, "word": 0.25}
+    assert scores["step_seconds"] == scores["vision_wait_seconds"] == 0.25
     assert end["was_told_to_stop"] and 1 <= float(str(end["seconds"])) < 2
     weights = (out / "keye_small_rl.log").read_text().strip()
     assert weights == str(out / "keye_small" / "checkpoints" / "step-00000100")
