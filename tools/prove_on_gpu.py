@@ -51,6 +51,13 @@ class Proof:
     """When it is killed; about twice what it takes on an H100."""
     num_gpus: int = 1
     is_benchmark: bool = False
+    is_test_alone: bool = False
+    """Whether it is a test beside which nothing else may run."""
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing may run beside it."""
+        return self.is_benchmark or self.is_test_alone
 
     @property
     def name(self) -> str:
@@ -89,7 +96,6 @@ PROOFS = (
     Proof("tests/unit tests/multirank/test_recomputation.py --ignore=tests/unit/data", 240),
     Proof("tests/multirank/test_gpu.py -k four_gpus", 420, num_gpus=4),
     Proof("tests/multirank/test_gpu.py -k not(four_gpus)", 480, num_gpus=2),
-    Proof("tests/multirank/test_faults_gpu.py", 300, num_gpus=2),
     Proof("tests/multirank/test_rollout_gpu.py", 300, num_gpus=4),
     Proof(
         "tests/multirank/test_context.py tests/multirank/test_experts.py "
@@ -97,6 +103,8 @@ PROOFS = (
         300,
         num_gpus=2,
     ),
+    # It looks at what killed processes leave on the machine.
+    Proof("tests/multirank/test_faults_gpu.py", 300, num_gpus=2, is_test_alone=True),
     Proof("benchmark_step --all", 400, is_benchmark=True),
     Proof("benchmark_step --all --set training.expert_layers=torch", 400, is_benchmark=True),
     Proof("benchmark_step --all --ranks 2", 240, num_gpus=2, is_benchmark=True),
@@ -149,8 +157,9 @@ class _Machine:
             time.sleep(_POLL_SECONDS)
 
     def _begins(self, proof: Proof) -> bool:
-        """Begin a proof if its GPUs are free, and nothing runs beside a benchmark."""
-        if len(+self.free) < proof.num_gpus or (proof.is_benchmark and self.running):
+        """Begin a proof if its GPUs are free, and nothing runs that may not be beside it."""
+        keeps_apart = proof.is_alone or any(one.proof.is_alone for one in self.running)
+        if len(+self.free) < proof.num_gpus or (keeps_apart and self.running):
             return False
         gpus = [gpu for gpu, _ in (+self.free).most_common(proof.num_gpus)]
         self.free.subtract(gpus)

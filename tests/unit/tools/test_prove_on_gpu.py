@@ -83,15 +83,16 @@ def test_tests_share_the_machine_and_benchmarks_do_not(tmp_path: Path) -> None:
     assert times[3] >= times[2] + 0.1
 
 
-def test_several_tests_may_share_a_gpu(tmp_path: Path) -> None:
+def test_several_tests_may_share_a_gpu_unless_one_has_to_be_alone(tmp_path: Path) -> None:
     proofs: list[Proof] = [Script(f"sleep 0.6 #{name}", 9) for name in ("a", "b", "c")]
-    proofs.append(Script("true #alone", 9, is_benchmark=True))
-    assert set(run(tmp_path, proofs, num_gpus=1, seconds=60, tests_per_gpu=2).values()) == {
-        "passed"
-    }
-    times = [began(tmp_path, name) for name in ("a", "b", "c", "alone")]
+    proofs.append(Script("sleep 0.6 #alone", 9, is_test_alone=True))
+    proofs.append(Script("sleep 0.6 #last", 9))
+    status = run(tmp_path, proofs, num_gpus=1, seconds=60, tests_per_gpu=2)
+    assert set(status.values()) == {"passed"}
+    times = [began(tmp_path, name) for name in ("a", "b", "c")]
     assert times[1] - times[0] < 0.5 < times[2] - times[0]
-    assert times[3] >= times[2] + 0.6
+    alone = began(tmp_path, "alone")
+    assert all(abs(alone - time) >= 0.6 for time in (*times, began(tmp_path, "last")))
 
 
 def test_what_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
