@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares the CUDA sparse attention with its definition, piece by piece, on a Hopper GPU.
 
-    python -m tools.compare_sparse_attention [--all] [--backward {bulk,pairs}]
+    python -m tools.compare_sparse_attention [--all] [--backward {bulk,pairs}] [--cases N]
+    compute-sanitizer --tool memcheck python -m tools.compare_sparse_attention --cases 8
+    compute-sanitizer --tool racecheck --racecheck-indirect-barrier-dependency \\
+        python -m tools.compare_sparse_attention --cases 8
 
 Cases grow from one tile of keys and one group to many of both; each is announced before it runs,
 so that one that hangs is known. Three comparisons tell where an error comes from: the log-sum-exp
@@ -18,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_keye.cli.arguments import make_parser
+from megatron_keye.cli.arguments import add_count, make_parser
 from megatron_keye.kernels.sparse_attention import cuda
 from megatron_keye.kernels.union_lists import UnionLists, union_lists
 
@@ -60,9 +63,10 @@ def main() -> int:
     parser.add_argument(
         "--backward", choices=["bulk", "pairs"], help="compare gradients, whose sums leave so"
     )
+    add_count(parser, "--cases", "only so many, the smallest", default=len(CASES))
     options = parser.parse_args()
     status = 0
-    for case in CASES:
+    for case in CASES[: options.cases]:
         print(f"{case}", flush=True)
         drawn = draw(case)
         agrees = compare_gradients(drawn, options.backward) if options.backward else compare(drawn)
