@@ -28,14 +28,13 @@ struct BackwardBlock {
   static constexpr int kTileBytes = kHalves * kHalfBytes;
   static constexpr int kHalfRowsBytes = kRows * kSwizzleBytes;  // of 64 channels of all rows
   static constexpr int kStages = 2;
-  static constexpr int kProducerRegisters = kResident == 1 ? 40 : 56;
-  static constexpr int kConsumerRegisters = kResident == 1 ? 232 : 200;
+  static constexpr int kProducerRegisters = kResident == 1 ? 40 : 40;
+  static constexpr int kConsumerRegisters = kResident == 1 ? 232 : 216;
   static constexpr int kSumBytes = kChannels * sizeof(float);
   // From a key's sums to those of the next: pairs that half a warp writes, of 4 keys, lie in
   // different banks.
   static constexpr int kPitch = kSums * kSumBytes + 32;
-  static_assert(kResident * kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <=
-                65536);
+  static_assert(have_registers<kResident, kConsumers>(kProducerRegisters, kConsumerRegisters));
 };
 
 // Rows of q and dout lie like tiles of keys; weights and gradients of logits as [rows][64 keys].

@@ -93,23 +93,30 @@ __device__ __forceinline__ void differentiate(const BackwardParams& params,
       begin_products();
       gradients.start_sums(own);
       gradients.start_dq(shared.keys(ring));
+      RingPlace<Cut::kStages> next = ring;
+      if (left > 0) {
+        next.advance();
+      }
       if constexpr (Cut::kConsumers == 1) {
         gradients.template wait_for_sums<1>();
         gradients.send_sums(own, shared.key[ring.stage]);
         begin_products();
         gradients.start_sums(kOfKeys);
+        gradients.template wait_for_sums<0>();
+        gradients.send_sums(kOfKeys, shared.key[ring.stage]);
+        gradients.wait_for_dq();
+        // Registers are too few for both, and another block works meanwhile.
+        start_tile(shared, next, gradients);
+        gradients.wait_for_first_products();
+      } else {
+        // The tensor cores begin the next tile while the sums of this one leave; after the last,
+        // they multiply it once more for nothing.
+        start_tile(shared, next, gradients);
+        gradients.template wait_for_sums<3>();
+        gradients.send_sums(own, shared.key[ring.stage]);
+        gradients.wait_for_first_products();
+        gradients.wait_for_dq();
       }
-      // The tensor cores begin the next tile while the sums of this one leave; after the last,
-      // they multiply it once more for nothing.
-      RingPlace<Cut::kStages> next = ring;
-      if (left > 0) {
-        next.advance();
-      }
-      start_tile(shared, next, gradients);
-      gradients.template wait_for_sums<Cut::kConsumers == 1 ? 2 : 3>();
-      gradients.send_sums(Cut::kConsumers == 1 ? kOfKeys : own, shared.key[ring.stage]);
-      gradients.wait_for_first_products();
-      gradients.wait_for_dq();
       __syncwarp();  // all lanes have read their keys
       shared.release(ring);
       ring = next;

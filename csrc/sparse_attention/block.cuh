@@ -27,6 +27,16 @@ __device__ __forceinline__ uint32_t packed(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&both);
 }
 
+// Whether warpgroups may change to so many registers a thread. What one takes another must have
+// given away: a block has what it is launched with, 65,536 of a multiprocessor in steps of 8 a
+// thread, and waits for ever for more.
+template <int kResident, int kConsumers>
+constexpr bool have_registers(int of_producer, int of_consumer) {
+  constexpr int kWarpgroups = 1 + kConsumers;
+  constexpr int kLaunched = 65536 / (kResident * kWarpgroups * kWarpgroup) / 8 * 8;
+  return of_producer + kConsumers * of_consumer <= kWarpgroups * kLaunched;
+}
+
 // Shared by host and device: everything that is known when the kernel is compiled.
 template <int kChannelsOf, int kHeadsOf>
 struct Block {
@@ -41,11 +51,9 @@ struct Block {
   static constexpr int kHalves = kChannels / kHalfChannels;
   static constexpr int kTileBytes = kHalves * kHalfBytes;  // of keys, or of values
   static constexpr int kStages = kResident == 1 ? 6 : 3;
-  // 65,536 registers of a multiprocessor, in steps of 8 a thread.
   static constexpr int kProducerRegisters = 56;
   static constexpr int kConsumerRegisters = kResident == 1 ? 224 : 200;
-  static_assert(kResident * kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <=
-                65536);
+  static_assert(have_registers<kResident, kConsumers>(kProducerRegisters, kConsumerRegisters));
 };
 
 // Whose queries selected the keys of a tile. One warpgroup's tiles are passed over by the other.

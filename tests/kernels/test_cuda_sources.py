@@ -18,9 +18,10 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc").glob("*/*.cu"))
 HOST_PROGRAMS = sorted(Path(__file__).parent.glob("*.cu"))
-SPILL_LIMITS_BYTES = {"score_kernel": 60}
+SPILL_LIMITS_BYTES = {"score_kernel": 60, "backward_kernel": 28}
 """Of a thread, by kernel; others spill nothing. The indexer's scores do once in a tile of 128
-keys."""
+keys, the sparse attention's backward pass with 128 channels and two consumers once in a tile of
+64, beside 192 registers of accumulators."""
 REGISTERS_OF_MULTIPROCESSOR = 65536
 
 NVCC = shutil.which("nvcc")
