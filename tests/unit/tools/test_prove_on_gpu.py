@@ -2,6 +2,7 @@
 """Proofs of GPUs run beside each other where they may, and none is left out or left behind."""
 
 import json
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -95,7 +96,10 @@ def test_several_tests_may_share_a_gpu_unless_one_has_to_be_alone(tmp_path: Path
     assert all(abs(alone - time) >= 0.6 for time in (*times, began(tmp_path, "last")))
 
 
-def test_what_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
+def test_what_takes_too_long_ends_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.prove_on_gpu._SECONDS_TO_TELL", 0.1)  # A shell tells nothing.
     proofs: list[Proof] = [
         Script(f"sleep 71 & echo $! >{tmp_path}/child; wait #slow", 1),
         Script("true #late", 9),
@@ -104,6 +108,16 @@ def test_what_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> No
     assert status == {"late": "not begun: no time", "slow": "killed: over its limit"}
     child = int((tmp_path / "child").read_text())
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_takes_too_long_may_tell_what_it_found(tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('two failed')"
+    )
+    proofs: list[Proof] = [Script(f"exec {sys.executable} {script} #slow", 2)]
+    assert run(tmp_path, proofs, num_gpus=1, seconds=30)["slow"].startswith("killed")
+    assert "two failed" in (tmp_path / "slow.log").read_text()
 
 
 def test_one_that_waits_for_a_gpu_is_not_begun_when_time_is_over(tmp_path: Path) -> None:
