@@ -210,10 +210,7 @@ def test_union_lists(row: Row, recorder: Recorder) -> None:
 def test_sparse_attention_forward(
     row: Row, recorder: Recorder, with_target: bool, impl: str
 ) -> None:
-    if impl == "cuda" and (
-        missing_reason("sparse_attention_forward")
-        or sparse_cuda.unsupported_reason(*row.heads[:2], SCALE)
-    ):
+    if impl == "cuda" and not sparse_cuda.suits(*row.heads[:2], SCALE):
         pytest.skip("the extension is not built, or not for this GPU")
     flop = (6 if with_target else 4) * HEADS * CHANNELS * row.num_selected
     op = "sparse_attention_with_target" if with_target else "sparse_attention_forward"
@@ -233,10 +230,7 @@ def test_sparse_attention_backward(
     row: Row, recorder: Recorder, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     impl = "triton" if form == "triton" else "cuda"
-    if impl == "cuda" and (
-        missing_reason("sparse_attention_backward")
-        or sparse_cuda.unsupported_reason(*row.heads[:2], SCALE)
-    ):
+    if impl == "cuda" and not sparse_cuda.suits(*row.heads[:2], SCALE):
         pytest.skip("the extension is not built, or not for this GPU")
     monkeypatch.setattr(sparse_cuda, "BACKWARD", form)
     backward = gradients_of(lambda: attend(row, with_target=False, impl=impl)[0], row.heads)
@@ -303,13 +297,15 @@ def test_dense_layer_up_to_the_crossover(row: Row, recorder: Recorder) -> None:
     time_beside_dense(recorder, row, "dense_layer", layer, flop=flop, passes=both, impl="sdpa")
 
 
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
 @pytest.mark.parametrize("target", ["in parts", "whole"])
-def test_whole_layer(row: Row, recorder: Recorder, target: str) -> None:
+def test_whole_layer(row: Row, recorder: Recorder, target: str, impl: str) -> None:
     """Select, attend, lose and both backward passes, as the decoder does without its linears.
 
     Its target exists in parts, in the backward pass; "whole" is the plain form beside it.
     """
-
+    if impl == "cuda" and not sparse_cuda.suits(*row.heads[:2], SCALE):
+        pytest.skip("the extension is not built, or not for this GPU")
     indexer = fastest_indexer(row)
     weight_T = torch.ones(row.length, device="cuda")
 
@@ -318,7 +314,7 @@ def test_whole_layer(row: Row, recorder: Recorder, target: str) -> None:
         # Random tokens have no locality, so the named selection goes on; its unions, merged anew.
         indices_TK = row.indices_TK.detach()
         if target == "whole":
-            out_THC, target_TGK = attend(row, with_target=True, indices_TK=indices_TK)
+            out_THC, target_TGK = attend(row, with_target=True, indices_TK=indices_TK, impl=impl)
             assert target_TGK is not None
             loss = lose(row, target_TGK, indices_TK).sum()
         else:
@@ -329,15 +325,15 @@ def test_whole_layer(row: Row, recorder: Recorder, target: str) -> None:
                 weight_T,
                 lambda kl_TG: None,
                 scale=SCALE,
-                impl="triton",
+                impl=impl,
             )
         outputs = out_THC, loss
         grads = tuple(torch.ones_like(output) for output in outputs)
         return torch.autograd.grad(outputs, (*row.heads, *row.indexer), grads)
 
     flop = (14 * HEADS * CHANNELS + 8 * INDEXER_HEADS * INDEXER_CHANNELS) * row.num_selected
-    both, impl = ("forward", "backward"), "triton" + "+target" * (target == "whole")
-    time_beside_dense(recorder, row, "sparse_layer", layer, flop=flop, passes=both, impl=impl)
+    both, name = ("forward", "backward"), impl + "+target" * (target == "whole")
+    time_beside_dense(recorder, row, "sparse_layer", layer, flop=flop, passes=both, impl=name)
 
 
 @pytest.mark.parametrize(
