@@ -22,6 +22,8 @@ from megatron_keye.kernels.union_lists import UnionLists
 HEADS = (4, 8, 16)
 """Query heads of a group that fill the rows of a tensor core."""
 CHANNELS = (64, 128)
+_MEASURED = ((8, 128),)
+"""Heads of a group and channels with which both passes were timed beside Triton's."""
 _MAX_VECTORS = 2**31
 """Places of 16 bytes among keys or values, counted in 32 bits."""
 BACKWARD: Literal["triton", "bulk", "pairs"] = "bulk"
@@ -84,9 +86,10 @@ def unsupported_reason(q_THC: Tensor, k_SGC: Tensor, scale: float) -> str | None
 
 
 def suits(q_THC: Tensor, k_SGC: Tensor, scale: float) -> bool:
-    """Return whether the kernels are built and take such a call."""
-    is_built = missing_reason(_NAME) is None
-    return is_built and unsupported_reason(q_THC, k_SGC, scale) is None
+    """Return whether the kernels are built, take such a call, and were measured to be fastest."""
+    if missing_reason(_NAME) is not None or unsupported_reason(q_THC, k_SGC, scale) is not None:
+        return False
+    return (q_THC.shape[1] // k_SGC.shape[1], q_THC.shape[2]) in _MEASURED
 
 
 def check_call(q_THC: Tensor, k_SGC: Tensor, scale: float) -> None:
