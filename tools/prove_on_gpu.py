@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -171,6 +172,8 @@ class _Machine:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
+                # In the background of a script interrupts are ignored, by whoever is started, too.
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             )
         self.running.append(_Running(proof, process, gpus, time.monotonic()))
         return True
