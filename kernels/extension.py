@@ -6,7 +6,7 @@ Imported only by the CUDA bindings, so that everything else works without a comp
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -41,6 +41,32 @@ def hopper_reason(operator: str, device: torch.device) -> str | None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_keye::{operator}", "CUDA"):
         return "got an extension built without TORCH_CUDA_ARCH_LIST=9.0a, expected it with that"
     return None
+
+
+def first_unsupported(got_and_expected: Iterable[tuple[bool, str, str]]) -> str | None:
+    """Return what an operator does not take of a call, as "got ..., expected ...", or None.
+
+    Args:
+        got_and_expected: Whether something is not taken, what it is and what it should be.
+    """
+    return next(
+        (f"got {got}, expected {expected}" for is_it, got, expected in got_and_expected if is_it),
+        None,
+    )
+
+
+def check_taken(operator: str, unsupported: str | None) -> None:
+    """Raise when a call is not taken, since exceptions of the extension can't be relied on.
+
+    Args:
+        operator: Its public name.
+        unsupported: What is not taken, as "got ..., expected ...".
+
+    Raises:
+        ValueError: With that and what to take instead.
+    """
+    if unsupported is not None:
+        raise ValueError(f"{operator}: {unsupported} with impl 'cuda'; take impl='triton'")
 
 
 def register(operator: str, fake: Callable[..., Tensor | tuple[Tensor, ...]]) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megatron_keye.kernels.extension import (
     check_built,
+    check_taken,
+    first_unsupported,
     hopper_reason,
     missing_reason,
     register,
@@ -63,10 +65,7 @@ def unsupported_reason(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> str | None:
         (k_SJ.shape[0] > MAX_KEYS, f"S = {k_SJ.shape[0]}", f"at most {MAX_KEYS}"),
         (k > MAX_SELECTED, f"k = {k}", f"at most {MAX_SELECTED}"),
     ]
-    for is_unsupported, got, expected in got_and_expected:
-        if is_unsupported:
-            return f"got {got}, expected {expected}"
-    return hopper_reason(_NAME, q_TIJ.device)
+    return first_unsupported(got_and_expected) or hopper_reason(_NAME, q_TIJ.device)
 
 
 def suits(q_TIJ: Tensor, k_SJ: Tensor, k: int) -> bool:
@@ -98,10 +97,7 @@ def lightning_indexer(
         ValueError: The kernels do not take such tensors.
     """
     check_built(_NAME)
-    # Refused here, since exceptions thrown by the extension can't be relied on.
-    found = unsupported_reason(q_TIJ, k_SJ, k)
-    if found is not None:
-        raise ValueError(f"lightning_indexer: {found} with impl 'cuda'; take impl='triton'")
+    check_taken("lightning_indexer", unsupported_reason(q_TIJ, k_SJ, k))
     indices_TK: Tensor = torch.ops.megatron_keye.lightning_indexer(
         q_TIJ.contiguous(),
         k_SJ.contiguous(),

@@ -16,7 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_keye.kernels.extension import check_built, hopper_reason, missing_reason, register
+from megatron_keye.kernels.extension import (
+    check_built,
+    check_taken,
+    first_unsupported,
+    hopper_reason,
+    missing_reason,
+    register,
+)
 from megatron_keye.kernels.union_lists import UnionLists
 
 HEADS = (4, 8, 16)
@@ -79,10 +86,7 @@ def unsupported_reason(q_THC: Tensor, k_SGC: Tensor, scale: float) -> str | None
         (scale <= 0, f"scale = {scale}", "more than 0"),
         (num_vectors >= _MAX_VECTORS, f"S = {k_SGC.shape[0]}", "keys within 32 GiB"),
     ]
-    for is_unsupported, got, expected in got_and_expected:
-        if is_unsupported:
-            return f"got {got}, expected {expected}"
-    return hopper_reason(_NAME, q_THC.device)
+    return first_unsupported(got_and_expected) or hopper_reason(_NAME, q_THC.device)
 
 
 def suits(q_THC: Tensor, k_SGC: Tensor, scale: float) -> bool:
@@ -105,10 +109,7 @@ def check_call(q_THC: Tensor, k_SGC: Tensor, scale: float) -> None:
         ValueError: The kernel does not take such tensors.
     """
     check_built(_NAME)
-    # Refused here, since exceptions thrown by the extension can't be relied on.
-    found = unsupported_reason(q_THC, k_SGC, scale)
-    if found is not None:
-        raise ValueError(f"sparse_attention: {found} with impl 'cuda'; take impl='triton'")
+    check_taken("sparse_attention", unsupported_reason(q_THC, k_SGC, scale))
 
 
 def attend(

@@ -30,7 +30,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_keye.kernels.extension import check_built, hopper_reason, register
+from megatron_keye.kernels.extension import (
+    check_built,
+    check_taken,
+    first_unsupported,
+    hopper_reason,
+    register,
+)
 from megatron_keye.kernels.select_top_k import cuda as selection
 from megatron_keye.kernels.sparse_decode.reference import PagedCache
 
@@ -116,10 +122,7 @@ def unsupported_reason(q_BTIJ: Tensor, query_BTHC: Tensor, cache: PagedCache) ->
         (not is_page, f"L = {places}", f"a power of two from {SMALLEST_PAGE} on"),
         (num_keys > _MAX_KEYS, f"N * L = {num_keys}", f"at most {_MAX_KEYS}"),
     ]
-    for is_unsupported, got, expected in got_and_expected:
-        if is_unsupported:
-            return f"got {got}, expected {expected}"
-    return hopper_reason(_SCORES, q_BTIJ.device)
+    return first_unsupported(got_and_expected) or hopper_reason(_SCORES, q_BTIJ.device)
 
 
 def sparse_decode(
@@ -138,10 +141,7 @@ def sparse_decode(
         ValueError: The kernels do not take such tensors.
     """
     check_built(_SCORES)
-    # Refused here, since exceptions thrown by the extension can't be relied on.
-    found = unsupported_reason(q_BTIJ, query_BTHC, cache)
-    if found is not None:
-        raise ValueError(f"sparse_decode: {found} with impl 'cuda'; take impl='triton'")
+    check_taken("sparse_decode", unsupported_reason(q_BTIJ, query_BTHC, cache))
     shape = (*q_BTIJ.shape[:2], k)
     if 0 in (len(q_BTIJ), q_BTIJ.shape[1], cache.pages_BN.numel(), len(cache.keys_PLGC)):
         return torch.zeros_like(query_BTHC), cache.pages_BN.new_full(shape, -1)
