@@ -27,8 +27,8 @@ from tests.support.train import (
 
 TIME_TOLERANCE = 0.15
 """Relative, of a step's time: what no span covers, on ranks that share two cores."""
-IDLE_TOLERANCE = 0.12
-"""Absolute, of a rank's idle share; four ranks wait for two cores as well."""
+IDLE_TOLERANCE = 0.1
+"""Absolute, of a rank's idle share."""
 ATTEMPTS = 8
 """Recordings of which one must agree, since other processes may disturb some."""
 ROWS = 8
