@@ -115,6 +115,7 @@ struct Stages {
     wait_for_phase(shared_address(&is_full[ring.stage]), ring.parity);
   }
   __device__ __forceinline__ void release(const Ring& ring) {
+    __syncwarp();  // one lane speaks for all that have read what lies beside the keys
     if (lane_of_warp() == 0) {
       arrive(shared_address(&is_empty[ring.stage]));
     }

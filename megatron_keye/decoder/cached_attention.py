@@ -71,7 +71,8 @@ def attend_sparsely(
     keys_SJ = layer.read_index_keys(cache.key_slots_S)
     indices_TK = lightning_indexer(indexer.q_TIJ, keys_SJ, indexer.gate_TI, *ranges, top_k)
     k_SGC, v_SGC = layer.read_heads(cache.key_slots_S)
-    out_THC, _ = sparse_attention(heads.q_THC, k_SGC, v_SGC, indices_TK, scale=scale)
+    operands = heads.q_THC, k_SGC, v_SGC, indices_TK
+    out_THC, _ = sparse_attention(*operands, scale=scale, with_target=False)
     return out_THC, torch.where(indices_TK < 0, -1, indices_TK - ranges[0][:, None].int())
 
 

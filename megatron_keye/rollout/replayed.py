@@ -49,8 +49,7 @@ class ReplayedTicks:
         """
         self._device = device
         self._captured: dict[tuple[torch.Size, ...], _Captured] = {}
-        # Ticks run one after the other, so they share the memory between their kernels.
-        self._pool: Pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool = self._new_pool()
 
     @property
     def num_captured(self) -> int:
@@ -82,6 +81,12 @@ class ReplayedTicks:
     def forget(self) -> None:
         """Forget all: for other weights, or since they hold a cache that is to be given back."""
         self._captured.clear()
+        # A pool ends with the last graph in it.
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> Pool:
+        """Return memory that all graphs share, since ticks run one after the other."""
+        return torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
 
 
 def run_again(tick: Callable[[], Tensor], pool: Pool) -> tuple[Callable[[], object], Tensor]:

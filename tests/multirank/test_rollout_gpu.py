@@ -110,12 +110,14 @@ def test_a_replica_without_requests_runs_beside_the_others(alone: dict[str, Answ
 def test_weights_come_from_another_training_grid(
     alone: dict[str, Answers], tmp_path: Path
 ) -> None:
-    train(tiny("fp64", device="cuda", pipeline=2), [], save_to=tmp_path)
+    # Fused optimizers, where they are installed, train no float64.
+    train(tiny("fp32", device="cuda", pipeline=2), [], save_to=tmp_path)
     saved = tmp_path / "tiny" / "checkpoints" / "step-00000000"
     # Another seed, so that weights that are not loaded differ.
-    run = generating_run(tiny("fp64", device="cuda", tensor=2, training={"seed": 9}), 2)
+    run = generating_run(tiny("fp32", device="cuda", tensor=2, training={"seed": 9}), 2)
     for answers in run_on_ranks(2, generate_from, run.to_json(), saved, REQUESTS, device="cuda"):
-        assert_same_answers({(a.key, a.answer): a for a in answers}, alone["fp64"])
+        by_key = {(a.key, a.answer): a for a in answers}
+        assert_same_answers(by_key, alone["fp32"], tolerance=TOLERANCES["fp32"])
 
 
 def test_no_key_of_earlier_weights_is_read_after_new_ones_are_taken() -> None:

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decodes video on the GPU with DALI, segment by segment, several segments side by side.
+"""Decodes video on the GPU with DALI, in rounds of segments that are decoded side by side.
 
 DALI is given segments and indices that were checked before: on its own it reads whole files,
 returns black frames past the end, and miscounts frames in the cases that `gpu_rules.py` sends to
 the CPU instead. Damage inside a compressed frame, which FFmpeg reports, the hardware hides;
 `probe` finds what the container shows of it.
+
+One pipeline runs at a time in a process. DALI 2.4 keeps frames that are decoded ahead in memory
+that it frees as soon as a segment's last copy is in its stream, not when it has ended. In one
+pipeline all that takes this memory next waits in the same stream; another one's stream could write
+its own frames there first, and on a busy GPU did.
 """
 
 import logging
 import math
-import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import batched, chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +33,7 @@ from megatron_keye.data.video.color import BT709, to_space_of
 from megatron_keye.data.video.frame_runs import FrameRuns, plan_frame_runs
 from megatron_keye.data.video.probe import probe
 from megatron_keye.data.video.pyav import PyavDecoder, check_indices
-from megatron_keye.data.video.segment import Segment, SegmentCutter, opened_cutter
+from megatron_keye.data.video.segment import Segment, opened_cutter
 from megatron_keye.data.video.video_info import VideoInfo
 from megatron_keye.errors import UserError
 
@@ -40,6 +47,9 @@ SEGMENT_FRAMES = range(60, 241)
 at 720p; longer segments would leave decoders idle at a video's end."""
 _CONVERTED_BYTES = 32 * 2**20
 """Pixels whose colours are converted at once, through floats."""
+
+_RUNNING = threading.Lock()
+"""Held while a pipeline runs, until its stream has nothing left to do."""
 
 _logger = logging.getLogger(__name__)
 
@@ -61,8 +71,9 @@ class DaliDecoder:
     ) -> None:
         self._device = torch.device("cuda", device.index or 0)
         self._num_streams = num_streams
-        self._pool = ThreadPoolExecutor(num_streams, thread_name_prefix="dali")
-        self._idle: queue.SimpleQueue[_SegmentDecoder] = queue.SimpleQueue()
+        self._cutting = ThreadPoolExecutor(1, thread_name_prefix="dali-cut")
+        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="dali")
+        self._pipeline: _RoundDecoder | None = None
         self._probe_video = probe_video
         self._on_cpu = PyavDecoder(probe_video=probe_video)
         self._logged_reasons: set[str] = set()
@@ -73,7 +84,7 @@ class DaliDecoder:
         return self._device
 
     def frames(self, path: Path, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Yield frames as `FrameDecoder` does; decoding runs ahead by a segment a stream.
+        """Yield frames as `FrameDecoder` does; decoding runs ahead by a round of segments.
 
         Raises:
             UserError: As `FrameDecoder`; also with DALI's own error.
@@ -85,23 +96,28 @@ class DaliDecoder:
             for index, frame in self._on_cpu.frames(path, wanted):
                 yield index, frame.to(self._device)
             return
-        started: deque[Future[tuple[FrameRuns, Tensor]]] = deque()
+        rounds = list(batched(self._plan(info, wanted), self._num_streams))
+        waiting = iter(rounds)
+        cut: deque[list[Future[Segment]]] = deque()
+        decoded: deque[Future[list[Tensor]]] = deque()
         with opened_cutter(info) as cutter:
             try:
-                for frame_runs in self._plan(info, wanted):
-                    started.append(self._pool.submit(self._decode, info, cutter, frame_runs))
-                    # One more is being taken and one more waits, so that no stream is idle.
-                    if len(started) > self._num_streams + 1:
-                        yield from self._finish(started.popleft())
-                while started:
-                    yield from self._finish(started.popleft())
+                for taken in rounds:
+                    # While this round is taken, the next one is decoded and one more is cut.
+                    for runs in islice(waiting, 3 - len(cut) - len(decoded)):
+                        cut.append([self._cutting.submit(cutter.cut, each) for each in runs])
+                    while cut and len(decoded) < 2:
+                        decoded.append(self._decoding.submit(self._decode, info, cut.popleft()))
+                    yield from self._finish(taken, decoded.popleft())
             finally:
-                for future in started:
+                unfinished: list[Future[Any]] = [*decoded, *chain.from_iterable(cut)]
+                for future in unfinished:
                     future.cancel()
 
     def close(self) -> None:
-        """End the threads once they have finished their segments."""
-        self._pool.shutdown(cancel_futures=True)
+        """End the threads once they have finished what they are at."""
+        self._cutting.shutdown(cancel_futures=True)
+        self._decoding.shutdown(cancel_futures=True)
 
     def _log_reason(self, info: VideoInfo) -> None:
         """Log each reason for the CPU once."""
@@ -129,37 +145,40 @@ class DaliDecoder:
             max_decoded=max(share, SEGMENT_FRAMES.start),
         )
 
-    def _decode(
-        self, info: VideoInfo, cutter: SegmentCutter, frame_runs: FrameRuns
-    ) -> tuple[FrameRuns, Tensor]:
-        """Decode one segment: uint8 [frames, height, width, 3], upright, ready for any stream."""
-        segment = cutter.cut(frame_runs)
+    def _decode(self, info: VideoInfo, cut: Sequence[Future[Segment]]) -> list[Tensor]:
+        """Decode a round: of each segment uint8 [frames, height, width, 3], upright."""
+        segments = [future.result() for future in cut]
+        pipeline = self._pipeline or _RoundDecoder(self._device, self._num_streams)
+        self._pipeline = None
         try:
-            decoder = self._idle.get_nowait()
-        except queue.Empty:
-            decoder = _SegmentDecoder(self._device)
-        try:
-            with torch.cuda.stream(decoder.stream):
-                frames = _as_shown(decoder(segment), segment, info)
-            decoder.stream.synchronize()
+            with torch.cuda.stream(pipeline.stream):
+                with _RUNNING:
+                    decoded = pipeline(segments)
+                frames = [
+                    _as_shown(each, segment, info)
+                    for each, segment in zip(decoded, segments, strict=True)
+                ]
+            pipeline.stream.synchronize()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             # The pipeline that failed is not used again.
             raise UserError(
-                f"{info.path}: DALI could not decode frames {frame_runs.indices[0]} to "
-                f"{frame_runs.indices[-1]} ({' '.join(str(error).split())}), expected an "
+                f"{info.path}: DALI could not decode frames {segments[0].indices[0]} to "
+                f"{segments[-1].indices[-1]} ({' '.join(str(error).split())}), expected an "
                 "undamaged video; copy it again, or decode with data.decode.backend=pyav"
             ) from error
-        self._idle.put(decoder)
-        return frame_runs, frames
+        self._pipeline = pipeline
+        return frames
 
-    def _finish(self, future: Future[tuple[FrameRuns, Tensor]]) -> Iterator[tuple[int, Tensor]]:
-        """Yield a segment's frames, ready for the caller's current stream."""
-        frame_runs, frames = future.result()
-        # Their memory belongs to the stream that filled it; it must outlast what reads it here.
-        frames.record_stream(torch.cuda.current_stream(self._device))
-        yield from zip(frame_runs.indices, frames.unbind(), strict=True)
+    def _finish(
+        self, runs: Sequence[FrameRuns], decoded: Future[list[Tensor]]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield a round's frames, ready for the caller's current stream."""
+        for frame_runs, frames in zip(runs, decoded.result(), strict=True):
+            # Their memory belongs to the stream that filled it, and must outlast what reads it.
+            frames.record_stream(torch.cuda.current_stream(self._device))
+            yield from zip(frame_runs.indices, frames.unbind(), strict=True)
 
 
 def _as_shown(frames: Tensor, segment: Segment, info: VideoInfo) -> Tensor:
@@ -182,13 +201,16 @@ def _as_shown(frames: Tensor, segment: Segment, info: VideoInfo) -> Tensor:
     return torch.rot90(frames, quarters, (1, 2)) if quarters else frames
 
 
-class _SegmentDecoder:
-    """A pipeline that takes one container at a time; one thread uses it at a time."""
+class _RoundDecoder:
+    """A pipeline that takes several containers at once; one thread uses it at a time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, num_streams: int) -> None:
         self.stream = torch.cuda.Stream(device)
         self._pipeline = Pipeline(
-            batch_size=1, num_threads=1, device_id=device.index, prefetch_queue_depth=1
+            batch_size=num_streams,
+            num_threads=num_streams,
+            device_id=device.index,
+            prefetch_queue_depth=1,
         )
         with self._pipeline:
             container = fn.external_source(name="container", dtype=types.UINT8, ndim=1)
@@ -198,15 +220,23 @@ class _SegmentDecoder:
             self._pipeline.set_outputs(frames)
         self._pipeline.build()
 
-    def __call__(self, segment: Segment) -> Tensor:
-        """Return a segment's wanted frames as stored; this object's stream is the current one."""
-        self._pipeline.feed_input("container", [np.frombuffer(segment.container, dtype=np.uint8)])
-        self._pipeline.feed_input("places", [np.array(segment.places, dtype=np.int32)])
-        (decoded,) = self._pipeline.run()
-        batch = decoded[0]
-        frames = torch.empty(batch.shape(), dtype=torch.uint8, device=self.stream.device)
-        feed_ndarray(batch, frames, cuda_stream=self.stream)
-        # The copy only begins here, and DALI gives the batch's memory to other pipelines as soon
-        # as nothing refers to it.
+    def __call__(self, segments: Sequence[Segment]) -> list[Tensor]:
+        """Return the wanted frames as stored; this object's stream is the current one."""
+        containers = [np.frombuffer(segment.container, dtype=np.uint8) for segment in segments]
+        places = [np.array(segment.places, dtype=np.int32) for segment in segments]
+        self._pipeline.feed_input("container", containers)
+        self._pipeline.feed_input("places", places)
+        try:
+            (batch,) = self._pipeline.run()
+        except RuntimeError:
+            # What it has begun must end before another pipeline takes its memory.
+            torch.cuda.synchronize(self.stream.device)
+            raise
+        copies = []
+        for decoded in batch:
+            frames = torch.empty(decoded.shape(), dtype=torch.uint8, device=self.stream.device)
+            feed_ndarray(decoded, frames, cuda_stream=self.stream)
+            copies.append(frames)
+        # The copies only begin here, and what was decoded may be overwritten once it is let go.
         self.stream.synchronize()
-        return frames
+        return copies
