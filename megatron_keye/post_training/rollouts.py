@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The answers of a step: prompts are asked in rounds until enough groups of answers differ."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,8 @@ class Rollout:
     """Prompts that were asked."""
     failures: list[str] = field(default_factory=list)
     """Why answers were not scored; on rank 0 alone."""
+    score_seconds: float = 0.0
+    """How long rewards took beyond generation, beside which most are found."""
 
     def kept(self, *, drops_equal: bool) -> list[AnsweredGroup]:
         """Return the groups that a step learns from."""
@@ -163,9 +166,11 @@ class Rollouts:
     ) -> list[AnsweredGroup]:
         """Return the groups of some prompts, with rewards that rank 0 tells all ranks."""
         found: list[Any] = [None]
+        began = time.perf_counter()
         if self._pool is not None:
             found = [self._pool.collect()]
             rollout.failures += self._pool.failures
+        rollout.score_seconds += time.perf_counter() - began
         dist.broadcast_object_list(found, src=0, device=self._device)
         rewards: dict[tuple[int, int], Reward | None] = found[0]
         groups = []

@@ -146,6 +146,9 @@ class PolicyTrainer:
                     rollout = self._parts.rollouts(
                         self._position.next_prompt, self._position.begun
                     )
+                self._seconds["score"] = rollout.score_seconds
+                for name, seconds in self._parts.engine.take_seconds().items():
+                    self._seconds[f"generate_{name}"] = seconds
             except GenerationStopped as stopped:
                 self._position.begun = stopped.begun
                 self.was_stopped = True

@@ -5,7 +5,10 @@ All ranks take the same requests and know all drawn tokens, so each computes the
 all replicas, and their passes meet without a word about what comes next.
 """
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -66,6 +69,7 @@ class EmbeddedEngine:
             check_graphs(run, model.stages[0].module, device)
         self.version = 0
         """Of the weights that answer."""
+        self._seconds: dict[str, float] = Counter()
         self._run, self._grid, self._model, self._device = run, grid, model, device
         self._refit, self._notes_routes = refit, notes_routes
         self._meter = meter or RowMeter()
@@ -142,6 +146,16 @@ class EmbeddedEngine:
             with self._heartbeat.doing("refit", exchange="the weights of all ranks"):
                 self._refit.renew()
 
+    def take_seconds(self) -> dict[str, float]:
+        """Return seconds of this rank since the last call.
+
+        "vision": waiting for patches and encoding them; "prefill": the decoder on prompts, where
+        vision has ranks of its own with the wait for features; "decode": new tokens of answers.
+        """
+        taken = {name: self._seconds[name] for name in ("vision", "prefill", "decode")}
+        self._seconds.clear()
+        return taken
+
     def generate(
         self, requests: Iterable[Request], on_token: Callable[[NewToken], None] | None = None
     ) -> Iterator[Completion]:
@@ -217,11 +231,24 @@ class EmbeddedEngine:
             run_pieces = None
             if replica is not None:
                 run_pieces = partial(replica.run_pieces, tick.pieces, rows[place])
-            found += self._prefill(rows, run_pieces)
+            with self._part("prefill"):
+                found += self._prefill(rows, run_pieces)
+            self._seconds["vision"] += self._prefill.vision_seconds
+            self._seconds["prefill"] -= self._prefill.vision_seconds
         if any(each.decoded for each in ticks) and replica is not None:
-            found.append(replica.run_answers(tick.decoded))
+            with self._part("decode"):
+                found.append(replica.run_answers(tick.decoded))
         assert found or replica is None, "every tick runs something"
         return torch.cat(found) if replica is not None else None
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        """Measure a part of a tick, whose end the host waits for anyway: it reads what is drawn."""
+        began = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        self._seconds[name] += time.perf_counter() - began
 
     def _row_tokens(self, ticks: list[ReplicaTick]) -> int:
         """Return the length of the longest replica's row, as the tensor ranks can split it."""

@@ -54,6 +54,11 @@ class Prefill:
                 run, model.vision, source, device, grid.rank, learns=False
             )
 
+    @property
+    def vision_seconds(self) -> float:
+        """Seconds of the last rows that went into patches and the ViT; 0 on a rank without it."""
+        return self._encoder.seconds if self._encoder is not None else 0.0
+
     def __call__(
         self, rows: list[PackedRow], run_decoder: Callable[[Tensor], Tensor] | None
     ) -> list[Tensor]:

@@ -170,6 +170,10 @@ def test_every_answer_is_logged_with_what_it_was_worth(whole: RunConfig) -> None
         each["rollout_log_prob_error_max"] < 1e-4 for each in policy
     )
     assert all(each["share_replayed"] == 1 for each in policy)
+    for each in policy:
+        parts = [each[f"generate_{part}_seconds"] for part in ("vision", "prefill", "decode")]
+        assert parts[0] == 0 < min(parts[1:]), "the questions are about text"
+        assert sum(parts) < each["generate_seconds"]
     assert any("ratio" in line for lines in steps for line in lines), "something was learned"
 
 

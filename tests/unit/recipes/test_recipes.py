@@ -65,11 +65,13 @@ def test_every_recipe_of_the_package_makes_a_run_of_its_name(name: str) -> None:
 def test_the_package_has_these_recipes() -> None:
     stages = [name for chain in CHAINS.values() for name in chain]
     others = ["keye_30b_a3b", "keye_small", "keye_tiny", "keye_tiny_grounding", "keye_two_gpus"]
-    rewarded = ["keye_small_rl", "keye_tiny_rl", "keye_video_rl"]
+    rewarded = ["keye_small_rl", "keye_tiny_rl", "keye_two_gpus_rl", "keye_video_rl"]
     assert recipe_names() == sorted([*others, *rewarded, *stages])
 
 
-@pytest.mark.parametrize("name", ["keye_small_rl", "keye_tiny_rl", "keye_video_rl"])
+@pytest.mark.parametrize(
+    "name", ["keye_small_rl", "keye_tiny_rl", "keye_two_gpus_rl", "keye_video_rl"]
+)
 def test_recipes_that_learn_from_rewards_make_sense(name: str) -> None:
     run = made(load_recipe(name), 64)
     check_run(run)
