@@ -6,7 +6,7 @@ all replicas, and their passes meet without a word about what comes next.
 """
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -69,7 +69,7 @@ class EmbeddedEngine:
             check_graphs(run, model.stages[0].module, device)
         self.version = 0
         """Of the weights that answer."""
-        self._seconds: dict[str, float] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._run, self._grid, self._model, self._device = run, grid, model, device
         self._refit, self._notes_routes = refit, notes_routes
         self._meter = meter or RowMeter()
@@ -243,7 +243,7 @@ class EmbeddedEngine:
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
-        """Measure a part of a tick, whose end the host waits for anyway: it reads what is drawn."""
+        """Measure a part of a tick. The host would wait for its end anyway, to read the draws."""
         began = time.perf_counter()
         yield
         if self._device.type == "cuda":
