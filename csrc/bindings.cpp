@@ -12,8 +12,8 @@
 
 TORCH_LIBRARY(megatron_keye, m) {
   m.def(
-      "lightning_indexer(Tensor q_TIJ, Tensor k_SJ, Tensor gate_TI, Tensor key_start_T, "
-      "Tensor key_end_T, int k, int scratch_bytes) -> Tensor");
+      "lightning_indexer(Tensor q_TIJ, Tensor k_SJ, Tensor? key_scale_S, Tensor gate_TI, "
+      "Tensor key_start_T, Tensor key_end_T, int k, int scratch_bytes) -> Tensor");
   m.def("select_top_k(Tensor scores_TS, Tensor key_start_T, Tensor key_end_T, int k) -> Tensor");
   m.def("select_top_k_split_rows(Tensor scores_TS, Tensor key_end_T, int k) -> Tensor");
   m.def(

@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "lightning_indexer/lightning_indexer.h"
 #include "lightning_indexer/params.h"
@@ -18,29 +19,37 @@ namespace {
 using namespace indexer;
 
 constexpr int64_t kKeptBytes = kRowFloats * sizeof(float);
-static_assert(kKeptBytes >= kHalves * kHalfCandidates * sizeof(Candidate));
+static_assert(kKeptBytes >= kParts * kPartCandidates * sizeof(Candidate));
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-void check_arguments(const at::Tensor& q_TIJ, const at::Tensor& k_SJ, const at::Tensor& gate_TI,
+void check_arguments(const at::Tensor& q_TIJ, const at::Tensor& k_SJ,
+                     const std::optional<at::Tensor>& key_scale_S, const at::Tensor& gate_TI,
                      const at::Tensor& key_start_T, const at::Tensor& key_end_T, int64_t k) {
   check_cuda(q_TIJ, "q_TIJ");
   check_num_dims(q_TIJ, "q_TIJ", 3);
   check_num_dims(k_SJ, "k_SJ", 2);
   check_num_dims(gate_TI, "gate_TI", 2);
-  check_dtype(q_TIJ, "q_TIJ", at::kBFloat16);
-  check_dtype(k_SJ, "k_SJ", at::kBFloat16);
+  const at::ScalarType dtype = key_scale_S ? at::kFloat8_e4m3fn : at::kBFloat16;
+  check_dtype(q_TIJ, "q_TIJ", dtype);
+  check_dtype(k_SJ, "k_SJ", dtype);
   check_dtype(gate_TI, "gate_TI", at::kFloat);
   check_size(q_TIJ, "q_TIJ", 2, kChannels);
   check_size(k_SJ, "k_SJ", 1, kChannels);
+  if (key_scale_S) {
+    check_dtype(*key_scale_S, "key_scale_S", at::kFloat);
+    check_num_dims(*key_scale_S, "key_scale_S", 1);
+    check_size(*key_scale_S, "key_scale_S", 0, k_SJ.size(0));
+  }
   check_size(gate_TI, "gate_TI", 0, q_TIJ.size(0));
   check_size(gate_TI, "gate_TI", 1, q_TIJ.size(1));
   check_bound(key_start_T, "key_start_T", q_TIJ, "q_TIJ");
   check_bound(key_end_T, "key_end_T", q_TIJ, "q_TIJ");
   for (const auto& [tensor, name] :
        {std::pair{q_TIJ, "q_TIJ"}, std::pair{k_SJ, "k_SJ"}, std::pair{gate_TI, "gate_TI"},
+        std::pair{key_scale_S.value_or(q_TIJ), "key_scale_S"},
         std::pair{key_start_T, "key_start_T"}, std::pair{key_end_T, "key_end_T"}}) {
     check_same_device(tensor, name, q_TIJ, "q_TIJ");
     TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(),
@@ -69,21 +78,26 @@ int64_t rows_of_chunk(int64_t row_bytes, int64_t scratch_bytes, int num_multipro
   return fitting / multiple * multiple;
 }
 
+struct Keys {
+  const uint4* k;
+  const float* scale;  // null beside bfloat16
+  int num_keys;
+};
+
 // What all chunks share, and the scratch memory, which each step of a chunk reuses.
 struct Workspace {
   ScoreParams scores;
   SelectParams select;
-  const __nv_bfloat16* keys;
-  const __nv_bfloat16* sampled_keys;
-  int num_keys;
-  int num_sampled;
+  Keys keys;
+  Keys sampled;
   int64_t scratch_bytes;
 };
 
 void score(Workspace& work, Scores which) {
-  const bool is_sampled = which == Scores::kSampled;
-  work.scores.k = is_sampled ? work.sampled_keys : work.keys;
-  work.scores.num_scored = is_sampled ? work.num_sampled : work.num_keys;
+  const Keys& keys = which == Scores::kSampled ? work.sampled : work.keys;
+  work.scores.k = keys.k;
+  work.scores.key_scale = keys.scale;
+  work.scores.num_scored = keys.num_keys;
   work.scores.score_stride = work.select.score_stride =
       which == Scores::kCandidates ? kRowFloats : round_up(work.scores.num_scored, kTileKeys);
   work.scores.rows = work.select.rows;
@@ -94,7 +108,7 @@ void score(Workspace& work, Scores which) {
 // holds. Only the device knows how many there are, so launches without any row end at once.
 void select_failed(Workspace work) {
   const int num_rows = work.select.rows.num_rows;
-  const int64_t row_bytes = round_up(work.num_keys, kTileKeys) * sizeof(float);
+  const int64_t row_bytes = round_up(work.keys.num_keys, kTileKeys) * sizeof(float);
   const auto fitting = static_cast<int>(work.scratch_bytes / row_bytes / kBlockRows * kBlockRows);
   work.select.rows.rows = work.select.failed;
   work.select.rows.num_listed = work.select.num_failed;
@@ -109,9 +123,10 @@ void select_failed(Workspace work) {
 }  // namespace
 
 at::Tensor lightning_indexer(const at::Tensor& q_TIJ, const at::Tensor& k_SJ,
+                             const std::optional<at::Tensor>& key_scale_S,
                              const at::Tensor& gate_TI, const at::Tensor& key_start_T,
                              const at::Tensor& key_end_T, int64_t k, int64_t scratch_bytes) {
-  check_arguments(q_TIJ, k_SJ, gate_TI, key_start_T, key_end_T, k);
+  check_arguments(q_TIJ, k_SJ, key_scale_S, gate_TI, key_start_T, key_end_T, k);
   const c10::cuda::CUDAGuard guard(q_TIJ.device());
   const int64_t num_queries = q_TIJ.size(0);
   const int64_t num_keys = k_SJ.size(0);
@@ -129,20 +144,25 @@ at::Tensor lightning_indexer(const at::Tensor& q_TIJ, const at::Tensor& k_SJ,
   const int64_t bytes = std::max(num_rows * row_bytes, listed_bytes);
   at::Tensor scratch = at::empty({bytes}, q_TIJ.options().dtype(at::kByte));
   at::Tensor sample_SJ = at::empty({num_sampled, kChannels}, k_SJ.options());
+  at::Tensor sample_scale_S = at::empty({key_scale_S ? num_sampled : 0}, gate_TI.options());
   at::Tensor thresholds_T = at::empty({num_rows}, gate_TI.options());
-  at::Tensor counts_T = at::empty({num_rows * kHalves}, indices_TK.options());
+  at::Tensor counts_T = at::empty({num_rows * kParts}, indices_TK.options());
   at::Tensor failed_T = at::empty({num_rows}, indices_TK.options());
   at::Tensor num_failed = at::empty({1}, indices_TK.options());
 
   Workspace work{};
-  work.keys = reinterpret_cast<const __nv_bfloat16*>(k_SJ.const_data_ptr());
-  auto* const sample = reinterpret_cast<__nv_bfloat16*>(sample_SJ.mutable_data_ptr());
-  work.sampled_keys = sample;
-  work.num_keys = static_cast<int>(num_keys);
-  work.num_sampled = static_cast<int>(num_sampled);
+  auto* const sample = static_cast<uint4*>(sample_SJ.mutable_data_ptr());
+  auto* const sample_scale = sample_scale_S.mutable_data_ptr<float>();
+  work.keys = {.k = static_cast<const uint4*>(k_SJ.const_data_ptr()),
+               .scale = key_scale_S ? key_scale_S->const_data_ptr<float>() : nullptr,
+               .num_keys = static_cast<int>(num_keys)};
+  work.sampled = {.k = sample, .scale = sample_scale, .num_keys = static_cast<int>(num_sampled)};
   work.scratch_bytes = bytes;
   auto* const scores = static_cast<float*>(scratch.mutable_data_ptr());
-  work.scores = {.q = reinterpret_cast<const __nv_bfloat16*>(q_TIJ.const_data_ptr()),
+  work.scores = {.are_e4m3 = key_scale_S.has_value(),
+                 .q = static_cast<const uint4*>(q_TIJ.const_data_ptr()),
+                 .k = work.keys.k,
+                 .key_scale = work.keys.scale,
                  .gate = gate_TI.const_data_ptr<float>(),
                  .num_heads = static_cast<int>(q_TIJ.size(1)),
                  .num_multiprocessors = num_multiprocessors,
@@ -151,7 +171,7 @@ at::Tensor lightning_indexer(const at::Tensor& q_TIJ, const at::Tensor& k_SJ,
                  .num_candidates = counts_T.mutable_data_ptr<int>()};
   work.select = {.rows = {.key_start = key_start_T.const_data_ptr<int64_t>(),
                           .key_end = key_end_T.const_data_ptr<int64_t>(),
-                          .num_keys = work.num_keys},
+                          .num_keys = work.keys.num_keys},
                  .k = static_cast<int>(k),
                  .scores = scores,
                  .thresholds = thresholds_T.mutable_data_ptr<float>(),
@@ -160,7 +180,7 @@ at::Tensor lightning_indexer(const at::Tensor& q_TIJ, const at::Tensor& k_SJ,
                  .failed = failed_T.mutable_data_ptr<int>(),
                  .num_failed = num_failed.mutable_data_ptr<int>()};
   if (num_sampled > 0) {
-    launch_sample_keys(work.keys, work.num_sampled, sample);
+    launch_sample_keys(work.scores, work.sampled.num_keys, sample, sample_scale);
   }
   // The first chunk is the odd one: in a causal sequence its rows are the shortest.
   for (int64_t last = (num_queries - 1) % num_rows + 1, first = 0; first < num_queries;

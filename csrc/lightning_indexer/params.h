@@ -2,7 +2,7 @@
 // Arguments of the lightning indexer, shared by the host and the device code.
 #pragma once
 
-#include <cuda_bf16.h>
+#include <vector_types.h>
 
 #include <cstdint>
 
@@ -12,9 +12,11 @@ constexpr int kChannels = 64;
 constexpr int kMaxHeads = 16;
 constexpr int kBlockRows = 64;  // queries that one thread block scores
 constexpr int kTileKeys = 128;  // keys that a warpgroup scores at once
-constexpr int kHalves = 2;      // warpgroups of a block; each keeps its own candidates
-constexpr int kHalfCandidates = 2560;
-constexpr int kRowFloats = 16384;  // of scratch memory for a query: candidates or scores
+constexpr int kHalves = 2;      // warpgroups of a block
+constexpr int kLanes = 4;       // threads of a warpgroup that a query's row belongs to
+constexpr int kParts = kHalves * kLanes;  // of a row; each thread keeps its own candidates
+constexpr int kPartCandidates = 640;
+constexpr int kRowFloats = 12288;  // of scratch memory for a query: candidates or scores
 constexpr int kAllScores = -1;     // in place of a row's number of candidates
 constexpr int kSampledFrom = 16;   // keys of which one is sampled
 constexpr int kMaxKeys = 262144;  // of a row
@@ -39,18 +41,20 @@ struct Rows {
 
 struct ScoreParams {
   Rows rows;
-  const __nv_bfloat16* q;  // [T, I, J], contiguous
-  const __nv_bfloat16* k;  // keys that are scored, [., J], contiguous
-  const float* gate;       // [T, I], contiguous
+  bool are_e4m3;           // q and k, not bfloat16
+  const uint4* q;          // [T, I, J], contiguous
+  const uint4* k;          // keys that are scored, [., J], contiguous
+  const float* key_scale;  // [.], beside e4m3 keys
+  const float* gate;       // [T, I], contiguous; times the queries' scales where q is e4m3
   int num_heads;           // I
   int num_scored;          // keys in k
   int num_multiprocessors;
   float* scores;         // [row of the launch, .]
   int64_t score_stride;  // in elements
-  // kCandidates keeps [half, kHalfCandidates] in a row of kRowFloats, or where all keys that a
+  // kCandidates keeps [part, kPartCandidates] in a row of kRowFloats, or where all keys that a
   // block's queries see fit there, their scores, from a key on.
   const float* thresholds;  // [row of the launch]; NaN for a row that needs none
-  int* num_candidates;      // [row of the launch, half], more than kHalfCandidates if too many;
+  int* num_candidates;      // [row of the launch, part], more than kPartCandidates if too many;
                             // or kAllScores and the first key
 };
 
@@ -73,7 +77,8 @@ enum class Scores { kSampled, kCandidates, kListed };
 int num_sampled_keys(int num_keys);
 
 // All launch on the current stream of the current device.
-void launch_sample_keys(const __nv_bfloat16* k, int num_sampled, __nv_bfloat16* sample);
+void launch_sample_keys(const ScoreParams& params, int num_sampled, uint4* sample,
+                        float* sample_scale);
 void launch_scores(Scores which, const ScoreParams& params);
 void launch_find_thresholds(const SelectParams& params);
 void launch_select_candidates(const SelectParams& params);

@@ -14,8 +14,9 @@ namespace megatron_keye::indexer {
 namespace {
 
 constexpr int kUnsampled = 4096;  // rows of at most so many keys fit as candidates, all of them
-static_assert(kUnsampled + kHalves * kTileKeys <= kHalves * kHalfCandidates, "in each half, too");
-static_assert(kHalves * kHalfCandidates == top_k::kCandidates, "the buffer holds both halves");
+constexpr int kTilesOfPart = (kUnsampled / kTileKeys + kHalves) / kHalves;
+static_assert((kTilesOfPart + 1) * kTileKeys / kLanes <= kPartCandidates, "in each part, too");
+static_assert(kParts * kPartCandidates == top_k::kCandidates, "the buffer holds all parts");
 static_assert(kMaxKeys == top_k::kMaxMarkedKeys, "one bit per key");
 static_assert(kMaxSelected <= top_k::kCandidates / 2, "or the margin is too small");
 
@@ -58,29 +59,37 @@ __global__ void __launch_bounds__(top_k::kThreads) select_candidates_kernel(Sele
     top_k::take_all(range.start, range.end, params.k, indices);
     return;
   }
-  const int* const counts = params.num_candidates + place * kHalves;
+  const int* const counts = params.num_candidates + place * kParts;
   const float* const kept = params.scores + int64_t{place} * kRowFloats;
   if (counts[0] == kAllScores) {
     const top_k::Row row{.scores = kept - counts[1], .start = range.start, .end = range.end};
     top_k::select_row(shared, row, params.k, indices);
     return;
   }
-  const int num_candidates = counts[0] + counts[1];
-  if (num_candidates < params.k || max(counts[0], counts[1]) > kHalfCandidates) {
+  constexpr int kPartWarps = top_k::kWarps / kParts;  // that read a part
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int owned_part = warp / kPartWarps;
+  int num_candidates = 0;
+  int most = 0;
+  int first = 0;  // candidate of the owned part
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    first = part == owned_part ? num_candidates : first;
+    num_candidates += counts[part];
+    most = max(most, counts[part]);
+  }
+  if (num_candidates < params.k || most > kPartCandidates) {
     if (threadIdx.x == 0) {
       params.failed[atomicAdd(params.num_failed, 1)] = query;
     }
     return;
   }
-#pragma unroll
-  for (int half = 0; half < kHalves; ++half) {
-    const auto* const candidates =
-        reinterpret_cast<const Candidate*>(kept) + half * kHalfCandidates;
-    const int first = half == 0 ? 0 : counts[0];
-    for (int i = threadIdx.x; i < counts[half]; i += top_k::kThreads) {
-      shared.candidates[first + i] = top_k::ordered_key(candidates[i].score);
-      shared.places[first + i] = candidates[i].key - range.start;
-    }
+  const auto* const candidates =
+      reinterpret_cast<const Candidate*>(kept) + owned_part * kPartCandidates;
+  for (int i = static_cast<int>(threadIdx.x) % (kPartWarps * 32); i < counts[owned_part];
+       i += kPartWarps * 32) {
+    shared.candidates[first + i] = top_k::ordered_key(candidates[i].score);
+    shared.places[first + i] = candidates[i].key - range.start;
   }
   __syncthreads();
   const top_k::Cut cut =

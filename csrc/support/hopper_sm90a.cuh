@@ -20,6 +20,11 @@ __host__ __device__ constexpr uint32_t swizzled(int row, int vector) {
   return row * kSwizzleBytes + ((vector ^ (row & 7)) << 4);
 }
 
+// The same for rows of 64 bytes; those tiles begin at multiples of 512 bytes.
+__host__ __device__ constexpr uint32_t swizzled_64(int row, int vector) {
+  return row * (kSwizzleBytes / 2) + ((vector ^ (row >> 1 & 3)) << 4);
+}
+
 // The same for rows of more channels: each 64 of them are a tile, `half_bytes` after that before.
 __host__ __device__ constexpr uint32_t place_of_vector(int row, int vector, int half_bytes) {
   constexpr int kVectors = kSwizzleBytes / 16;
@@ -89,6 +94,13 @@ __host__ __device__ constexpr uint64_t tile_descriptor(uint32_t address) {
 __host__ __device__ constexpr uint64_t terms_step(int step, int half_bytes) {
   constexpr int kSteps = kSwizzleBytes / static_cast<int>(sizeof(uint16_t)) / kTerms;
   return step / kSteps * (half_bytes >> 4) + step % kSteps * 2;
+}
+
+// The same for a tile of 64-byte rows in the order of `swizzled_64`.
+__host__ __device__ constexpr uint64_t tile_descriptor_64(uint32_t address) {
+  constexpr uint64_t kEightRows = 8 * (kSwizzleBytes / 2);
+  constexpr uint64_t kSwizzle64 = 2;
+  return (address >> 4 & 0x3FFFu) | uint64_t{1} << 16 | (kEightRows >> 4) << 32 | kSwizzle64 << 62;
 }
 
 // Orders accesses to registers and shared memory before the products issued next.

@@ -9,6 +9,7 @@ from megatron_keye.kernels.indexer_quantization.api import (
     dequantize,
     quantize,
     round_to_fp8,
+    split_rounded,
 )
 
-__all__ = ["IMPLEMENTATIONS", "dequantize", "quantize", "round_to_fp8"]
+__all__ = ["IMPLEMENTATIONS", "dequantize", "quantize", "round_to_fp8", "split_rounded"]

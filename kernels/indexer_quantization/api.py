@@ -65,6 +65,35 @@ def _quantize(vectors: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     return reference.quantize(vectors)
 
 
+@composite("split_rounded")
+def split_rounded(rounded: Tensor, *, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    """Take apart, exactly, what `round_to_fp8` returns. Not differentiable.
+
+    Args:
+        rounded: [..., J], e4m3 numbers times a power of two for each vector, in a type that
+            `quantize` takes. Others are rounded as by `quantize`, without the rotation.
+        impl: One of IMPLEMENTATIONS, or None for the default.
+
+    Returns:
+        Values [..., J], float8_e4m3fn, and scales [...], float32, whose products are the vectors.
+        A scale is what `quantize` would take for the rounded vector, at most that which it took.
+
+    Raises:
+        ValueError: On a type or a J that is not taken, or an unknown `impl`.
+    """
+    return _split(rounded.detach(), _choose("split_rounded", rounded, impl))
+
+
+@opaque("split_rounded_as", _fake_quantize)
+def _split(rounded: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    """Return values and scales of an implementation."""
+    if impl == "triton":
+        triton = import_module("megatron_keye.kernels.indexer_quantization.triton")
+        result: tuple[Tensor, Tensor] = triton.quantize(rounded, is_rotated=False)
+        return result
+    return reference.split_rounded(rounded)
+
+
 @composite("dequantize")
 def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return values * scales, exactly: no type of VECTOR_DTYPES rounds it.

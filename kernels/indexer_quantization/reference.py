@@ -36,13 +36,18 @@ def rotate(vectors: Tensor) -> Tensor:
 
 def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Return values and scales; see api.quantize."""
-    rotated = rotate(vectors).to(accumulation_dtype(vectors))
-    peak = rotated.abs().amax(dim=-1).clamp(min=SMALLEST_PEAK)
+    return split_rounded(rotate(vectors))
+
+
+def split_rounded(rounded: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values and scales; see api.split_rounded. Rounds what is not rounded yet."""
+    wide = rounded.to(accumulation_dtype(rounded))
+    peak = wide.abs().amax(dim=-1).clamp(min=SMALLEST_PEAK)
     mantissa, exponent = torch.frexp(peak)
     exponent = exponent - _LARGEST_EXPONENT + (mantissa > _LARGEST_MANTISSA)
     # From its bits, since a GPU's power function need not be exact.
     scales = ((exponent + 127) << 23).view(torch.float32)
-    return (rotated / scales[..., None]).to(torch.float8_e4m3fn), scales
+    return (wide / scales[..., None]).to(torch.float8_e4m3fn), scales
 
 
 def dequantize(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The indexer's 8-bit rounding in Triton: a program rotates and rounds a block of vectors.
 
-One kernel for the values that inference keeps, the numbers that training computes with, and the
-gradient, which is rotated alone.
+One kernel for the values that inference keeps, the numbers that training computes with, the
+gradient, which is rotated alone, and numbers taken apart, which are rounded already.
 
 Shape letters: X vectors, J indexer channels.
 """
@@ -19,24 +19,26 @@ _BLOCK_ENTRIES = 4096
 """Entries of a program's block."""
 
 
-def quantize(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values and scales; see api.quantize."""
+def quantize(vectors: Tensor, *, is_rotated: bool = True) -> tuple[Tensor, Tensor]:
+    """Return values and scales; see api.quantize, and without rotation api.split_rounded."""
     values = torch.empty_like(
         vectors, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format
     )
     scales = vectors.new_empty(vectors.shape[:-1], dtype=torch.float32)
-    _launch(vectors, values, scales, is_rounded=True)
+    _launch(vectors, values, scales, is_rotated=is_rotated, is_rounded=True)
     return values, scales
 
 
 def rotate(vectors: Tensor, *, is_rounded: bool) -> Tensor:
     """Return the rotated vectors in their own type, rounded to what `quantize` keeps or not."""
     out = torch.empty_like(vectors, memory_format=torch.contiguous_format)
-    _launch(vectors, out, None, is_rounded=is_rounded)
+    _launch(vectors, out, None, is_rotated=True, is_rounded=is_rounded)
     return out
 
 
-def _launch(vectors: Tensor, out: Tensor, scales: Tensor | None, *, is_rounded: bool) -> None:
+def _launch(
+    vectors: Tensor, out: Tensor, scales: Tensor | None, *, is_rotated: bool, is_rounded: bool
+) -> None:
     """Fill `out`, and `scales` where there are any."""
     check_triton("indexer_quantization", vectors, vectors=vectors)
     num_channels = vectors.shape[-1]
@@ -48,9 +50,9 @@ def _launch(vectors: Tensor, out: Tensor, scales: Tensor | None, *, is_rounded: 
             out,
             scales,
             num_vectors,
-            num_channels**-0.5,
+            num_channels**-0.5 if is_rotated else 1.0,
             CHANNELS=num_channels,
-            STEPS=num_channels.bit_length() - 1,
+            STEPS=num_channels.bit_length() - 1 if is_rotated else 0,
             SMALLEST_PEAK=SMALLEST_PEAK,
             ROUND=is_rounded,
             BLOCK_X=block,

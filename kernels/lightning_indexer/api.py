@@ -7,6 +7,7 @@ all at once.
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selected keys.
 """
 
+import functools
 from importlib import import_module
 
 import torch
@@ -39,6 +40,7 @@ def lightning_indexer(
     k: int,
     *,
     key_reach_S: Tensor | None = None,
+    is_rounded: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     """Select for each query the k keys of its range that the indexer scores highest.
@@ -58,6 +60,10 @@ def lightning_indexer(
         key_reach_S: int64, for documents that branch: a query sees a key of its range only where
             `key_end_T` is at most this, and its selection is the one that it has alone. Ranges and
             reach are then read back to the host once. None: it sees all keys of its range.
+        is_rounded: Whether queries and keys are what `round_to_fp8` of `indexer_quantization`
+            returns. "cuda" then multiplies them as e4m3 numbers, which is faster, and sums with 14
+            bits, so that keys whose scores differ by less may change places (see cuda.py); the
+            others compute as ever.
         impl: One of IMPLEMENTATIONS, or None for the default. "triton" and "cuda" read nothing
             else back to the host. "triton" selects with the extension where that is built, with
             Triton otherwise; both give the same keys.
@@ -89,7 +95,7 @@ def lightning_indexer(
         cuda=cuda.suits(q_TIJ, k_SJ, k),
     )
     heads = q_TIJ.detach(), k_SJ.detach(), gate_TI.detach()
-    return _select(*heads, key_start_T, key_end_T, key_reach_S, k, chosen)
+    return _select(*heads, key_start_T, key_end_T, key_reach_S, k, is_rounded, chosen)
 
 
 def _fake_select(
@@ -114,6 +120,7 @@ def _select(
     key_end_T: Tensor,
     key_reach_S: Tensor | None,
     k: int,
+    is_rounded: bool,
     impl: str,
 ) -> Tensor:
     """Return indices_TK of an implementation."""
@@ -122,7 +129,10 @@ def _select(
         return reference.lightning_indexer(*inputs, key_reach_S)
     # Loaded on demand: everything else must import where Triton cannot compile.
     implementation = import_module(f"megatron_keye.kernels.lightning_indexer.{impl}")
+    select = implementation.lightning_indexer
+    if impl == "cuda":
+        select = functools.partial(select, is_rounded=is_rounded)
     if key_reach_S is not None:
-        return paths.select_along_paths(implementation.lightning_indexer, *inputs, key_reach_S)
-    indices_TK: Tensor = implementation.lightning_indexer(*inputs)
+        return paths.select_along_paths(select, *inputs, key_reach_S)
+    indices_TK: Tensor = select(*inputs)
     return indices_TK

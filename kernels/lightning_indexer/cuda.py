@@ -5,6 +5,12 @@ The contract stands in api.py, the device code in csrc/lightning_indexer/. A sam
 scores gives a threshold, only scores that reach it are kept, and the exact selection is made among
 them: the matrix of scores is never written. Rows that the sample misjudged are selected again.
 
+Rounded queries and keys are multiplied as e4m3 numbers. Hopper adds up 32 of their exact products,
+and what is summed already, after it cut off of each what lies below 2^-13 of the largest power of
+two among them; of the sum, 13 bits behind its first are kept. So q . k errs by less than 2 * 34 *
+2^-13 of the largest magnitude among its 64 products and the sums of 32 and of all of them.
+Source: P. Xie et al., "MMA-Sim", arXiv 2511.10909, for what Hopper adds up.
+
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selected keys.
 """
 
@@ -19,6 +25,7 @@ from megatron_keye.kernels.extension import (
     missing_reason,
     register,
 )
+from megatron_keye.kernels.indexer_quantization import split_rounded
 
 CHANNELS = 64
 MAX_HEADS = 16
@@ -35,6 +42,7 @@ SCRATCH_BYTES = 2**30
 def _fake_lightning_indexer(
     q_TIJ: Tensor,
     k_SJ: Tensor,
+    key_scale_S: Tensor | None,
     gate_TI: Tensor,
     key_start_T: Tensor,
     key_end_T: Tensor,
@@ -89,6 +97,8 @@ def lightning_indexer(
     key_start_T: Tensor,
     key_end_T: Tensor,
     k: int,
+    *,
+    is_rounded: bool = False,
 ) -> Tensor:
     """Return indices_TK; see api.lightning_indexer. NaN scores rank below -inf.
 
@@ -98,10 +108,17 @@ def lightning_indexer(
     """
     check_built(_NAME)
     check_taken("lightning_indexer", unsupported_reason(q_TIJ, k_SJ, k))
+    key_scale_S = None
+    gate_TI = gate_TI.float()
+    if is_rounded:
+        q_TIJ, query_scale_TI = split_rounded(q_TIJ)
+        k_SJ, key_scale_S = split_rounded(k_SJ)
+        gate_TI = gate_TI * query_scale_TI  # exact, as relu's argument may be divided by it
     indices_TK: Tensor = torch.ops.megatron_keye.lightning_indexer(
         q_TIJ.contiguous(),
         k_SJ.contiguous(),
-        gate_TI.float().contiguous(),
+        key_scale_S,
+        gate_TI.contiguous(),
         key_start_T.contiguous(),
         key_end_T.contiguous(),
         k,

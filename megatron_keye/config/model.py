@@ -105,7 +105,8 @@ class IndexerConfig:
     quantization: str = "none"
     """"fp8" multiplies queries and keys by a Hadamard matrix and rounds each to e4m3 with a
     power-of-two scale, as in serving of the released model; gradients pass straight through the
-    rounding. "none" computes in the precision of training."""
+    rounding. Rows above 16384 keys are then selected from by e4m3 products on Hopper. "none"
+    computes in the precision of training."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "model.decoder.indexer", above_zero="num_heads head_dim top_k")

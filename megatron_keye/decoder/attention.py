@@ -228,6 +228,7 @@ class SparseSelfAttention(MegatronModule):
             row.key_end_T,
             self.top_k,
             key_reach_S=row.key_reach_S,
+            is_rounded=self.indexer.rounds_to_fp8,
         )
         if self.is_recomputed and not self._measures_indexer:
             kept.selection = PackedSelection.of(

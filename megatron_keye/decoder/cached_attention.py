@@ -69,7 +69,14 @@ def attend_sparsely(
     if cache.pages_BN is not None:
         return _decode(heads, indexer, layer, cache, top_k, scale)
     keys_SJ = layer.read_index_keys(cache.key_slots_S)
-    indices_TK = lightning_indexer(indexer.q_TIJ, keys_SJ, indexer.gate_TI, *ranges, top_k)
+    indices_TK = lightning_indexer(
+        indexer.q_TIJ,
+        keys_SJ,
+        indexer.gate_TI,
+        *ranges,
+        top_k,
+        is_rounded=layer.index_scales_PL is not None,
+    )
     k_SGC, v_SGC = layer.read_heads(cache.key_slots_S)
     operands = heads.q_THC, k_SGC, v_SGC, indices_TK
     out_THC, _ = sparse_attention(*operands, scale=scale, with_target=False)

@@ -11,11 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_keye.kernels.indexer_quantization import dequantize
-from megatron_keye.kernels.indexer_quantization.reference import SMALLEST_PEAK
-
-_LARGEST_EXPONENT, _LARGEST_MANTISSA = 9, 0.875
-"""448, the largest e4m3 number, is 0.875 * 2^9."""
+from megatron_keye.kernels.indexer_quantization import dequantize, split_rounded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +79,3 @@ class RowCache:
     where it is several tokens of a sequence."""
     lengths_B: Tensor | None = None
     """int64, beside `pages_BN`: keys of each sequence, the new one included; 0 for padding."""
-
-
-def split_rounded(rounded_TJ: Tensor) -> tuple[Tensor, Tensor]:
-    """Return e4m3 values and scales of vectors that `round_to_fp8` has rounded, exactly.
-
-    Args:
-        rounded_TJ: [T, J], e4m3 numbers times a power of two for each vector.
-
-    Returns:
-        Values [T, J], float8_e4m3fn, and scales [T], float32, whose products are the vectors.
-    """
-    peak_T = rounded_TJ.abs().amax(dim=-1).float().clamp(min=SMALLEST_PEAK)
-    mantissa_T, exponent_T = torch.frexp(peak_T)
-    exponent_T = exponent_T - _LARGEST_EXPONENT + (mantissa_T > _LARGEST_MANTISSA)
-    scales_T = ((exponent_T + 127) << 23).view(torch.float32)
-    return (rounded_TJ.float() / scales_T[..., None]).to(torch.float8_e4m3fn), scales_T

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megatron_keye.kernels.indexer_quantization import dequantize, quantize, round_to_fp8
+from megatron_keye.kernels.indexer_quantization import (
+    dequantize,
+    quantize,
+    round_to_fp8,
+    split_rounded,
+)
 from tests.support.numerics import assert_close, device, make_tensor
 
 NUM_VECTORS = 37
@@ -96,6 +101,34 @@ def test_training_computes_with_what_inference_keeps(dtype: torch.dtype, impl: s
     assert torch.equal(rounded, dequantize(values, scales, dtype)), "the same numbers"
     exact = values.double() * scales.double()[:, None]
     assert torch.equal(rounded.double(), exact), "no bit lost in the wider type"
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [
+        ("eager", torch.float64),
+        ("eager", torch.float32),
+        ("eager", torch.bfloat16),
+        ("triton", torch.float32),
+        ("triton", torch.bfloat16),
+    ],
+)
+def test_rounded_vectors_are_split_exactly(
+    impl: str, dtype: torch.dtype, fill_new_with_nan: None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-9, 6, 400)[:, None]
+    vectors = torch.randn(400, 16, generator=generator) * sizes
+    vectors[3] = 0
+    # Close below and above where the scale doubles, and single channels, which spread evenly.
+    vectors[4:8] = torch.eye(16)[:4] * 4 * torch.tensor([447.9, 448.1, 480.0, 511.0])[:, None]
+    vectors = vectors.to(dtype)
+    rounded = round_to_fp8(vectors, impl="eager")
+    values, scales = (each.cpu() for each in split_rounded(rounded.to(device(impl)), impl=impl))
+    assert torch.equal(values.double() * scales[:, None].double(), rounded.double()), "numbers"
+    _, expected = quantize(vectors, impl="eager")
+    # A vector whose largest number was rounded down over the border may have half the scale.
+    assert bool(((scales == expected) | (scales == expected / 2)).all()), "scales"
 
 
 @pytest.mark.parametrize(

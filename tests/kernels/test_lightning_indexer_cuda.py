@@ -51,13 +51,33 @@ def on_gpu(ranges: Ranges) -> Ranges:
     return ranges[0].cuda(), ranges[1].cuda()
 
 
+def as_small_integers(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor) -> Inputs:
+    """Return inputs of which e4m3 products are summed exactly, each vector with a scale."""
+    head_I = torch.arange(q_TIJ.shape[1], device="cuda") % 7 - 3
+    block_S = torch.arange(len(k_SJ), device="cuda") // 5000 % 5 - 2
+    return (
+        q_TIJ.round().clamp(-3, 3) * 2.0 ** head_I[:, None].bfloat16(),
+        k_SJ.round().clamp(-3, 3) * 2.0 ** block_S[:, None].bfloat16(),
+        gate_TI,
+    )
+
+
 def assert_selects(inputs: Inputs, ranges: Ranges, k: int) -> None:
-    """Compare bit by bit with Triton's scores and the selection from a whole matrix."""
-    indices_TK = lightning_indexer(*inputs, *ranges, k, impl="cuda")
+    """Compare bit by bit with Triton's scores and the selection from a whole matrix.
+
+    Once with products in bfloat16, once in e4m3.
+    """
+    _assert_selects(inputs, ranges, k, is_rounded=False)
+    _assert_selects(as_small_integers(*inputs), ranges, k, is_rounded=True)
+
+
+def _assert_selects(inputs: Inputs, ranges: Ranges, k: int, *, is_rounded: bool) -> None:
+    indices_TK = lightning_indexer(*inputs, *ranges, k, is_rounded=is_rounded, impl="cuda")
     scores_TS = indexer_scores(*inputs, *ranges, impl="triton")
     expected_TK = select_top_k(scores_TS, *ranges, k, impl="triton")
     different = (indices_TK != expected_TK).any(1).nonzero().flatten().tolist()
-    assert not different, f"{len(different)} rows differ, such as {different[:5]}"
+    form = "e4m3" if is_rounded else "bfloat16"
+    assert not different, f"{form}: {len(different)} rows differ, such as {different[:5]}"
 
 
 @pytest.mark.parametrize("k", [1, 7, 500, 2048])
@@ -124,6 +144,15 @@ def _best_keys_unsampled(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor) -> None:
     k_SJ.copy_(torch.where(is_sampled_S[:, None], -k_SJ.abs(), k_SJ))
 
 
+def _best_keys_of_one_thread(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor) -> None:
+    # Each eighth pair of keys, by turns as the tiles of 128 keys deal them out.
+    q_TIJ.abs_(), gate_TI.abs_()
+    key_S = torch.arange(len(k_SJ), device="cuda")
+    tile_S = key_S // 128
+    is_best_S = (key_S // 2 % 4 == tile_S // 2 % 4) & (tile_S % 2 == 0)
+    k_SJ.copy_(torch.where(is_best_S[:, None], k_SJ.abs(), -k_SJ.abs()))
+
+
 def _no_number_for_some_rows(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor) -> None:
     gate_TI[::7, 3] = torch.nan
 
@@ -137,6 +166,7 @@ def _no_number_for_some_rows(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor) -> No
         _best_keys_in_one_place,
         _equal_keys,
         _best_keys_unsampled,
+        _best_keys_of_one_thread,
         _no_number_for_some_rows,
     ],
 )
@@ -209,5 +239,5 @@ def test_refusals_say_what_is_taken() -> None:
 def test_the_registration_satisfies_torch() -> None:
     q_TIJ, k_SJ, gate_TI = make_inputs(5, 300)
     operator = torch.ops.megatron_keye.lightning_indexer.default
-    inputs = q_TIJ, k_SJ, gate_TI.float(), *last_rows(5, 300), 8, 2**24
+    inputs = q_TIJ, k_SJ, None, gate_TI.float(), *last_rows(5, 300), 8, 2**24
     torch.library.opcheck(operator, inputs)

@@ -27,7 +27,15 @@ TESTS = (
     "test_faketensor",
     "test_aot_dispatch_dynamic",
 )
-HOLD_FLOAT8 = ("dequantize", "round_to_fp8", "rotate_channels", "quantize", "quantize_as")
+HOLD_FLOAT8 = (
+    "dequantize",
+    "round_to_fp8",
+    "rotate_channels",
+    "quantize",
+    "quantize_as",
+    "split_rounded",
+    "split_rounded_as",
+)
 """Operators without torch's check of schemas, which multiplies float8 numbers."""
 ONLY_EAGER = ("dequantize", "fill_normal")
 Calls = dict[Any, tuple[tuple[Any, ...], dict[str, Any]]]

@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_keye.kernels.dense_attention import dense_attention, dense_attention_with_lse
 from megatron_keye.kernels.dense_indexer_loss import dense_indexer_loss
 from megatron_keye.kernels.extension import missing_reason
+from megatron_keye.kernels.indexer_quantization import round_to_fp8
 from megatron_keye.kernels.lightning_indexer import cuda, lightning_indexer
 from megatron_keye.kernels.rotary import rotate
 from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
@@ -157,8 +158,11 @@ def causal(length: int) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(end_T), end_T
 
 
-def select(row: Row, impl: str) -> Tensor:
-    return lightning_indexer(*row.indexer, *causal(row.length), TOP_K, impl=impl)
+def select(row: Row, impl: str, indexer: ThreeTensors | None = None) -> Tensor:
+    """Select with the row's indexer, or with another one, which is rounded to 8 bits."""
+    is_rounded, inputs = indexer is not None, indexer or row.indexer
+    ranges = causal(row.length)
+    return lightning_indexer(*inputs, *ranges, TOP_K, is_rounded=is_rounded, impl=impl)
 
 
 def takes_row(row: Row) -> bool:
@@ -194,6 +198,23 @@ def test_lightning_indexer(row: Row, recorder: Recorder, impl: str) -> None:
     flop = 2 * INDEXER_HEADS * INDEXER_CHANNELS * row.pairs
     time_beside_dense(
         recorder, row, "lightning_indexer", lambda: select(row, impl), flop=flop, impl=impl
+    )
+
+
+def test_lightning_indexer_of_8_bits(row: Row, recorder: Recorder) -> None:
+    """The time includes taking the rounded vectors apart."""
+    if missing_reason("lightning_indexer") or not takes_row(row):
+        pytest.skip("the extension is not built, or not for this GPU")
+    q_TIJ, k_SJ, gate_TI = (each.detach() for each in row.indexer)
+    rounded = round_to_fp8(q_TIJ), round_to_fp8(k_SJ), gate_TI
+    flop = 2 * INDEXER_HEADS * INDEXER_CHANNELS * row.pairs
+    time_beside_dense(
+        recorder,
+        row,
+        "lightning_indexer",
+        lambda: select(row, "cuda", rounded),
+        flop=flop,
+        impl="cuda, e4m3",
     )
 
 

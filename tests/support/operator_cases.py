@@ -15,7 +15,12 @@ from torch import Tensor
 from megatron_keye.kernels.dense_attention import dense_attention, dense_attention_with_lse
 from megatron_keye.kernels.dense_indexer_loss import dense_indexer_loss
 from megatron_keye.kernels.drawn_normal import fill_normal
-from megatron_keye.kernels.indexer_quantization import dequantize, quantize, round_to_fp8
+from megatron_keye.kernels.indexer_quantization import (
+    dequantize,
+    quantize,
+    round_to_fp8,
+    split_rounded,
+)
 from megatron_keye.kernels.indexer_scores import indexer_scores
 from megatron_keye.kernels.lightning_indexer import lightning_indexer
 from megatron_keye.kernels.rotary import rotate
@@ -75,6 +80,7 @@ def operator_cases(device: str, dtype: torch.dtype) -> dict[str, OperatorCase]:
     return {
         "rotate": OperatorCase(_rotate, (query, angle_TC), 1),
         "quantize": OperatorCase(quantize, (vectors,)),
+        "split_rounded": OperatorCase(split_rounded, (round_to_fp8(vectors),)),
         "dequantize": OperatorCase(_dequantize, quantize(vectors)),
         "round_to_fp8": OperatorCase(_single(round_to_fp8), (vectors,), 1),
         "indexer_scores": OperatorCase(_single(indexer_scores), (*indexer, *ranges)),
