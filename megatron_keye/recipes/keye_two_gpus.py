@@ -29,6 +29,7 @@ from megatron_keye.recipes.keye_30b_a3b import keye_30b_a3b
 _PROMPT_TOKENS, _VIDEO_TOKENS = 32_768, 30_720
 _ANSWERS, _NEW_TOKENS = 8, 256
 
+
 def keye_two_gpus(*, num_ranks: int, has_gpu: bool) -> RunConfig:
     """Return the run for two ranks.
 
