@@ -96,17 +96,17 @@ def keye_small(*, num_ranks: int, has_gpu: bool) -> RunConfig:
             rows_per_step=num_ranks,
             precision="bf16" if has_gpu else "fp32",
             optimizer=OptimizerConfig(
-                learning_rate=8e-4,
+                learning_rate=6e-4,
                 warmup_steps=30,
                 vision_rate_multiplier=0.1,
                 projector_rate_multiplier=0.2,
             ),
             # Where it is stopped early, rewards start from weights whose scores are known.
-            checkpoint=CheckpointConfig(interval_steps=150),
+            checkpoint=CheckpointConfig(interval_steps=100),
             evaluation=EvaluationConfig(
                 samples=EVALUATION,
                 task="grounding",
-                interval_steps=150,
+                interval_steps=100,
                 num_questions=0,
                 max_new_tokens=16,
             ),
