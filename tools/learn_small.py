@@ -44,8 +44,8 @@ from tools.learn_small_scores import (
 )
 
 CLIPS = (
-    "--seconds 12 16 --rate 1 --plain --variable 0 --words 1 --blinking 0 --size 224 224 "
-    "--shapes 1 --stay 4 --per-clip 8 --questions when at describe word --unanswered word "
+    "--seconds 7 9 --rate 1 --plain --variable 0 --words 1 --blinking 0 --size 112 112 "
+    "--shapes 1 --stay 3 --per-clip 8 --questions when at describe word --unanswered word "
     "--tokenizer"
 )
 """What the recipe's clips show."""
@@ -59,7 +59,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser("python -m tools.learn_small", __doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make; must not exist")
-    add_count(parser, "--samples", "clips to train on", default=8_000)
+    add_count(parser, "--samples", "clips to train on", default=16_000)
     add_count(parser, "--held-out", "clips of the questions that are scored", default=128)
     parser.add_argument(
         "--clips", metavar="OPTIONS", default=CLIPS, help="what clips show, as for forge_video"

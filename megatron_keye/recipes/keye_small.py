@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Keye-VL of 100 million weights that learns from forged clips on one GPU, in minutes.
 
-    megatron-keye forge_video runs/small --samples 8000 --held-out 128 --seconds 12 16 --rate 1 \\
-        --plain --variable 0 --words 1 --blinking 0 --size 224 224 --shapes 1 --stay 4 \\
+    megatron-keye forge_video runs/small --samples 16000 --held-out 128 --seconds 7 9 --rate 1 \\
+        --plain --variable 0 --words 1 --blinking 0 --size 112 112 --shapes 1 --stay 3 \\
         --per-clip 8 --questions when at describe word --unanswered word --tokenizer
     megatron-keye train keye_small --ranks 1
 
-A frame is 64 vision tokens, a clip's conversation 900 to 1,130, of which a query sees 512 at most:
-seven or eight share a row of 8,192. All sizes are those that the CUDA and Triton operators take.
-Each clip shows a shape and a word, each for one to four of its 12 to 15 seconds.
+A frame is 16 vision tokens, a clip's conversation 200 to 250, of which a query sees 64 at most:
+about 36 share a row of 8,192. Launches bound a step of this size, not its tokens, and a model
+learns to look only after some ten thousand conversations; so they are short, layers few and
+experts wide. All sizes are those that the CUDA and Triton operators take. Each clip shows a shape
+and a word, each for one to three of its 7 or 8 seconds.
 
 The kind of questions that is held out is "word": "When is the word LEMON shown?". Training asks
 when shapes are there ("when"), what is there at some times ("at", which names words among other
@@ -46,7 +48,7 @@ _VOCABULARY = 320
 """Room for the words of the clips above, about 235."""
 _VISION_START, _VISION_END, _IMAGE, _VIDEO = range(3, 7)
 """Ids in every tokenizer of forge_video."""
-_FRAME_TOKENS = 64
+_FRAME_TOKENS = 16
 _ROW_TOKENS = 8192
 
 
@@ -61,7 +63,7 @@ def keye_small(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         name="keye_small",
         model=ModelConfig(
             vision=VisionConfig(
-                num_layers=4, hidden_size=384, intermediate_size=1536, num_heads=6
+                num_layers=2, hidden_size=384, intermediate_size=1536, num_heads=6
             ),
             decoder=_decoder(),
             image_token_id=_IMAGE,
@@ -89,22 +91,22 @@ def keye_small(*, num_ranks: int, has_gpu: bool) -> RunConfig:
         ),
         rollout=RolloutConfig(max_sequences=256, cache_tokens=16 * _ROW_TOKENS),
         training=TrainingConfig(
-            steps=1200,
-            # Few rows: more steps teach more than larger ones, as long as launches bound a step.
-            rows_per_step=2 * num_ranks,
+            steps=1000,
+            # One row: one thread decodes about 100 clips a second, and launches bound a row.
+            rows_per_step=num_ranks,
             precision="bf16" if has_gpu else "fp32",
             optimizer=OptimizerConfig(
-                learning_rate=8e-4,
+                learning_rate=6e-4,
                 warmup_steps=30,
                 vision_rate_multiplier=0.1,
                 projector_rate_multiplier=0.2,
             ),
             # Where it is stopped early, rewards start from weights whose scores are known.
-            checkpoint=CheckpointConfig(interval_steps=150),
+            checkpoint=CheckpointConfig(interval_steps=100),
             evaluation=EvaluationConfig(
                 samples=EVALUATION,
                 task="grounding",
-                interval_steps=150,
+                interval_steps=100,
                 num_questions=0,
                 max_new_tokens=16,
             ),
@@ -114,14 +116,14 @@ def keye_small(*, num_ranks: int, has_gpu: bool) -> RunConfig:
 
 def _decoder() -> DecoderConfig:
     return DecoderConfig(
-        num_layers=6,
+        num_layers=4,
         hidden_size=512,
         num_heads=8,
         num_kv_heads=2,
         head_dim=64,
         vocab_size=_VOCABULARY,
-        experts=ExpertsConfig(num_experts=8, num_experts_per_token=2, intermediate_size=1024),
-        indexer=IndexerConfig(num_heads=4, head_dim=64, top_k=512),
+        experts=ExpertsConfig(num_experts=8, num_experts_per_token=2, intermediate_size=1792),
+        indexer=IndexerConfig(num_heads=4, head_dim=64, top_k=64),
         rope_theta=10_000.0,
         rope_sections=(8, 12, 12),
         init_std=0.03,

@@ -47,7 +47,7 @@ def test_its_sizes_are_those_of_the_cuda_operators() -> None:
 
 def test_its_docstring_has_the_command_that_forges_its_clips() -> None:
     text = " ".join((recipe.__doc__ or "").replace("\\\n", " ").split())
-    assert f"{recipe.FOLDER} --samples 8000 --held-out 128 {learn_small.CLIPS}" in text
+    assert f"{recipe.FOLDER} --samples 16000 --held-out 128 {learn_small.CLIPS}" in text
 
 
 def test_it_reads_what_the_command_forges(folder: Path) -> None:
@@ -61,7 +61,7 @@ def test_it_reads_what_the_command_forges(folder: Path) -> None:
     for sample in source.load(range(source.num_samples)):
         assert tokenizer.control_id(END_OF_TEXT) not in sample.token_ids, "no word is unknown"
         num_vision = int((sample.token_ids == RUN.model.video_token_id).sum())
-        assert num_vision == 64 * len(sample.pictures)
+        assert num_vision == 16 * len(sample.pictures)
         assert 1.5 * RUN.model.decoder.indexer.top_k <= num_vision < RUN.data.row_tokens // 6
         assert (sample.labels != IGNORED_LABEL).sum() > 40
 
