@@ -3,6 +3,7 @@
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_keye.config.megatron import weight_dtype
 from megatron_keye.config.run import RunConfig
@@ -32,7 +33,9 @@ def count_pages(run: RunConfig, device: torch.device) -> int:
 def bytes_per_token(run: RunConfig) -> int:
     """Return the bytes that one token takes on one rank, in all layers."""
     decoder, size = run.model.decoder, weight_dtype(run).itemsize
-    heads = 2 * decoder.num_kv_heads // run.parallel.decoder.tensor * decoder.head_dim * size
+    is_rounded = run.rollout.cache_quantization == "fp8"
+    head = decoder.head_dim + 4 if is_rounded else decoder.head_dim * size
+    heads = 2 * decoder.num_kv_heads // run.parallel.decoder.tensor * head
     channels = decoder.indexer.head_dim
     index_key = channels + 4 if decoder.indexer.quantization == "fp8" else channels * size
     return decoder.num_layers * (heads + index_key)
@@ -50,13 +53,18 @@ def allocate(run: RunConfig, num_pages: int, device: torch.device) -> list[Layer
     page = (num_pages + 1, run.rollout.page_tokens)
     groups = decoder.num_kv_heads // run.parallel.decoder.tensor
     is_quantized = decoder.indexer.quantization == "fp8"
+    is_rounded = run.rollout.cache_quantization == "fp8"
+    type_of_heads = torch.float8_e4m3fn if is_rounded else dtype
     layers = []
     for _ in range(decoder.num_layers):
-        heads = torch.empty(*page, 2, groups, decoder.head_dim, dtype=dtype, device=device)
+        heads = torch.empty(*page, 2, groups, decoder.head_dim, dtype=type_of_heads, device=device)
+        scales = torch.empty(*page, 2, groups, device=device) if is_rounded else None
         layers.append(
             LayerCache(
                 keys_PLGC=heads[:, :, 0],
                 values_PLGC=heads[:, :, 1],
+                key_scales_PLG=None if scales is None else scales[:, :, 0],
+                value_scales_PLG=None if scales is None else scales[:, :, 1],
                 index_keys_PLJ=torch.empty(
                     *page,
                     decoder.indexer.head_dim,
@@ -73,13 +81,11 @@ def allocate(run: RunConfig, num_pages: int, device: torch.device) -> list[Layer
 def forget(layers: list[LayerCache]) -> None:
     """Fill the cache with NaN, so that no key of earlier weights is read without being seen."""
     for layer in layers:
-        layer.keys_PLGC.fill_(torch.nan)
-        layer.values_PLGC.fill_(torch.nan)
-        if layer.index_scales_PL is None:
-            layer.index_keys_PLJ.fill_(torch.nan)
-        else:
-            layer.index_keys_PLJ.view(torch.uint8).fill_(_E4M3_NAN)
-            layer.index_scales_PL.fill_(torch.nan)
+        for tensor in _tensors(layer):
+            if tensor.dtype == torch.float8_e4m3fn:
+                tensor.view(torch.uint8).fill_(_E4M3_NAN)
+            else:
+                tensor.fill_(torch.nan)
 
 
 def copy_pages(layers: list[LayerCache], copies: dict[int, int]) -> None:
@@ -95,9 +101,12 @@ def copy_pages(layers: list[LayerCache], copies: dict[int, int]) -> None:
     to = torch.tensor(list(copies.keys()), device=device)
     origin = torch.tensor(list(copies.values()), device=device)
     for layer in layers:
-        tensors = [layer.keys_PLGC, layer.values_PLGC, layer.index_keys_PLJ]
-        if layer.index_scales_PL is not None:
-            # As bytes, since not every type can be moved by index.
-            tensors[2:] = [layer.index_keys_PLJ.view(torch.uint8), layer.index_scales_PL]
-        for tensor in tensors:
+        for tensor in _tensors(layer):
+            if tensor.dtype == torch.float8_e4m3fn:
+                tensor = tensor.view(torch.uint8)  # Not every type can be moved by index.
             tensor[to] = tensor[origin]
+
+
+def _tensors(layer: LayerCache) -> list[Tensor]:
+    """Return all that a layer keeps."""
+    return [each for each in vars(layer).values() if each is not None]
