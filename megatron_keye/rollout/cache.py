@@ -8,9 +8,32 @@ from torch import Tensor
 from megatron_keye.config.megatron import weight_dtype
 from megatron_keye.config.run import RunConfig
 from megatron_keye.decoder.key_cache import LayerCache
+from megatron_keye.errors import UserError
 
 _CPU_TOKENS = 65_536
 _E4M3_NAN = 0x7F
+_E4M3_CAPABILITY = (8, 9)
+
+
+def check_cache(run: RunConfig, device: torch.device) -> None:
+    """Check that a GPU has the numbers that the cache keeps.
+
+    Args:
+        run: What the user wants.
+        device: Where this rank computes.
+
+    Raises:
+        UserError: When it has not.
+    """
+    if run.rollout.cache_quantization == "none" or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _E4M3_CAPABILITY:
+        got, wanted = (".".join(map(str, each)) for each in (capability, _E4M3_CAPABILITY))
+        raise UserError(
+            f"rollout.cache_quantization: got 'fp8' on a GPU of compute capability {got}, "
+            f"expected {wanted} or more, which has e4m3; set it to none"
+        )
 
 
 def count_pages(run: RunConfig, device: torch.device) -> int:

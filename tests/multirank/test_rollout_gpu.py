@@ -191,8 +191,14 @@ def _answers_of_ticks(
 @pytest.mark.parametrize("cache_quantization", ["none", "fp8"])
 def test_a_graph_answers_as_the_same_kernels_launched_one_by_one(cache_quantization: str) -> None:
     training = {"linear_layers": "transformer_engine", "expert_layers": "torch"}
-    rollout = replace(SMALL, uses_cuda_graphs=True, cache_quantization=cache_quantization)
-    run = replace(tiny("bf16", device="cuda", training=training), rollout=rollout)
+    rollout = replace(SMALL, uses_cuda_graphs=True)
+    run = tiny(
+        "bf16",
+        device="cuda",
+        rollout=rollout,
+        training=training,
+        cache_quantization=cache_quantization,
+    )
     (graphs, plain) = (
         run_on_ranks(
             1,
