@@ -61,3 +61,10 @@ def adjacent_channels(tensor: Tensor) -> Tensor:
     A stride known to be 1 lets the kernels load 16 bytes at once.
     """
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def same_strides(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two tensors of one shape, both copied if they lie differently in memory."""
+    if first.stride() == second.stride():
+        return first, second
+    return first.contiguous(), second.contiguous()

@@ -148,8 +148,11 @@ def online_softmax_update(
     acc: tl.tensor,
     logits: tl.tensor,
     value_tile: tl.tensor,
+    value_scale: tl.tensor | None = None,
 ) -> tl.tensor:
     """Add more keys to an online softmax: logits [rows, keys] in powers of two, their values.
+
+    Values of 8 bits come in the type of the products, with the scale [keys] that belongs to each.
 
     Returns each row's running maximum m_i, which starts finite so that a row without any key
     never computes inf - inf, its running sum of exponentials l_i, and the accumulator of its
@@ -162,5 +165,7 @@ def online_softmax_update(
     rescale = tl.exp2(m_i - m_new)
     l_i = l_i * rescale + tl.sum(weights, 1)
     acc = acc * rescale[:, None]
+    if value_scale is not None:
+        weights *= value_scale[None, :]
     acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc, input_precision="ieee")
     return m_new, l_i, acc

@@ -174,10 +174,17 @@ def _prepared(bench: Bench, batch: int) -> tuple[list[Answer], Replica]:
 
 
 def _fill(layer: LayerCache) -> None:
-    layer.keys_PLGC.normal_()
-    layer.values_PLGC.normal_()
+    for heads_PLGC, scales_PLG in (
+        (layer.keys_PLGC, layer.key_scales_PLG),
+        (layer.values_PLGC, layer.value_scales_PLG),
+    ):
+        if scales_PLG is None:
+            heads_PLGC.normal_()
+        else:
+            heads_PLGC.view(torch.uint8).random_(0, 0x78)  # Positive e4m3 numbers.
+            scales_PLG.fill_(2.0**-8)
     if layer.index_scales_PL is None:
         layer.index_keys_PLJ.normal_()
     else:
-        layer.index_keys_PLJ.view(torch.uint8).random_(0, 0x78)  # Positive e4m3 numbers.
+        layer.index_keys_PLJ.view(torch.uint8).random_(0, 0x78)
         layer.index_scales_PL.fill_(2.0**-6)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_keye.kernels.launch import Blocks, adjacent_channels, padded
+from megatron_keye.kernels.launch import Blocks, adjacent_channels, padded, same_strides
 from megatron_keye.kernels.primitives import (
     load_rows,
     load_union,
@@ -94,9 +94,7 @@ def lay_out_heads(q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor) -> tuple[Tensor, 
     Channels are adjacent, and keys and values have the same strides.
     """
     q_THC, k_SGC, v_SGC = (adjacent_channels(tensor) for tensor in (q_THC, k_SGC, v_SGC))
-    if k_SGC.stride() != v_SGC.stride():
-        k_SGC, v_SGC = k_SGC.contiguous(), v_SGC.contiguous()
-    return q_THC, k_SGC, v_SGC
+    return q_THC, *same_strides(k_SGC, v_SGC)
 
 
 def choose_blocks(tuned: Blocks, q_THC: Tensor) -> Blocks:
@@ -119,6 +117,7 @@ def attend(
     lists: UnionLists,
     *,
     scale: float,
+    scales: tuple[Tensor, Tensor] | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out_THC and lse_TH.
@@ -129,6 +128,7 @@ def attend(
         v_SGC: Values; strides of `k_SGC`.
         lists: Unions of the selections.
         scale: Factor of the logits.
+        scales: Of e4m3 keys and of e4m3 values [S, G], contiguous float32; None for other types.
         blocks: How the work is cut; None for the tuned cut.
 
     Returns:
@@ -139,11 +139,14 @@ def attend(
     layout = lay_out_rows(q_THC, num_groups, blocks)
     out_THC = torch.empty_like(q_THC, memory_format=torch.contiguous_format)
     lse_TH = q_THC.new_empty(q_THC.shape[:2], dtype=torch.float32)
+    k_scales_SG, v_scales_SG = scales or (None, None)
     if num_queries > 0:
         _forward_kernel[layout.grid(num_queries, num_groups)](
             q_THC,
             k_SGC,
+            k_scales_SG,
             v_SGC,
+            v_scales_SG,
             out_THC,
             lse_TH,
             *lists,
@@ -165,7 +168,9 @@ def attend(
 def _forward_kernel(
     q: tl.tensor,
     k: tl.tensor,
+    k_scales: tl.tensor | None,
     v: tl.tensor,
+    v_scales: tl.tensor | None,
     out: tl.tensor,
     lse: tl.tensor,
     keys: tl.tensor,
@@ -203,9 +208,16 @@ def _forward_kernel(
         key, word, is_real = load_union(keys, masks, tile * capacity, start, count, BLOCK_U)
         k_tile = load_rows(k_group, key * k_stride_s, is_real, CHANNELS, PADDED_CHANNELS)
         v_tile = load_rows(v_group, key * k_stride_s, is_real, CHANNELS, PADDED_CHANNELS)
+        # 8 bits fit into the queries' type; a scale factors out of its key's products.
+        k_tile, v_tile = k_tile.to(q_tile.dtype), v_tile.to(q_tile.dtype)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale_log2
+        v_scale = None
+        if k_scales is not None:
+            place = key * tl.num_programs(1) + group
+            logits *= tl.load(k_scales + place, is_real, other=0.0)[None, :]
+            v_scale = tl.load(v_scales + place, is_real, other=0.0)
         logits = tl.where((word[None, :] & bit[:, None]) != 0, logits, -float("inf"))
-        m_i, l_i, acc = online_softmax_update(m_i, l_i, acc, logits, v_tile)
+        m_i, l_i, acc = online_softmax_update(m_i, l_i, acc, logits, v_tile, v_scale)
     has_keys = l_i > 0
     out_tile = acc / tl.where(has_keys, l_i, 1.0)[:, None]
     row_lse = tl.where(has_keys, m_i + tl.log2(l_i), float("inf"))

@@ -108,12 +108,13 @@ def unsupported_reason(q_BTIJ: Tensor, query_BTHC: Tensor, cache: PagedCache) ->
     _, num_queries, index_heads, index_channels = q_BTIJ.shape
     heads = query_BTHC.shape[2] // max(1, cache.keys_PLGC.shape[2])
     channels, places = query_BTHC.shape[3], cache.keys_PLGC.shape[1]
-    num_keys = cache.pages_BN.shape[1] * places
+    num_keys, key_dtype = cache.pages_BN.shape[1] * places, cache.keys_PLGC.dtype
     is_page = places >= SMALLEST_PAGE and places.bit_count() == 1
     got_and_expected = [
         (not q_BTIJ.is_cuda, f"a tensor on {q_BTIJ.device}", "a GPU"),
         (q_BTIJ.dtype != torch.bfloat16, str(q_BTIJ.dtype), "torch.bfloat16"),
         (query_BTHC.dtype != torch.bfloat16, str(query_BTHC.dtype), "torch.bfloat16"),
+        (key_dtype != torch.bfloat16, f"keys and values of {key_dtype}", "torch.bfloat16"),
         (index_channels != INDEX_CHANNELS, f"J = {index_channels}", f"{INDEX_CHANNELS}"),
         (index_heads > MAX_INDEX_HEADS, f"I = {index_heads}", f"1 to {MAX_INDEX_HEADS}"),
         (num_queries > MAX_QUERIES, f"T = {num_queries}", f"1 to {MAX_QUERIES}"),

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_keye.kernels.head_quantization.reference import dequantize_heads
 from megatron_keye.kernels.indexer_quantization.reference import dequantize
 from megatron_keye.kernels.indexer_scores.reference import score_range
 from megatron_keye.kernels.precision import accumulation_dtype
@@ -35,6 +36,11 @@ class PagedCache(NamedTuple):
     """int64: keys of each sequence so far, those of its new queries included; 0 for none."""
     index_scales_PL: Tensor | None = None
     """float32: one for each indexer key where those are e4m3; else None."""
+    key_scales_PLG: Tensor | None = None
+    """float32: one for each head's key where keys and values are e4m3, as `quantize_heads` of
+    `head_quantization` returns them; else None."""
+    value_scales_PLG: Tensor | None = None
+    """Those of the values, beside those of the keys."""
 
 
 @torch.no_grad()
@@ -58,6 +64,11 @@ def sparse_decode(
     index_keys_PLJ, scales_PL = cache.index_keys_PLJ, cache.index_scales_PL
     if scales_PL is not None:
         index_keys_PLJ = dequantize(index_keys_PLJ, scales_PL, q_BTIJ.dtype)
+    keys_PLGC, values_PLGC = cache.keys_PLGC, cache.values_PLGC
+    if cache.key_scales_PLG is not None and cache.value_scales_PLG is not None:
+        wide = accumulation_dtype(query_BTHC)
+        keys_PLGC = dequantize_heads(keys_PLGC, cache.key_scales_PLG, wide)
+        values_PLGC = dequantize_heads(values_PLGC, cache.value_scales_PLG, wide)
     for sequence, pages_N in enumerate(cache.pages_BN.long()):
         slot_NL = pages_N[:, None] * page_size + place_L
         is_page_N = (pages_N >= 0) & (pages_N < len(cache.keys_PLGC))
@@ -74,8 +85,8 @@ def sparse_decode(
         padded_S = torch.cat([slot_S, slot_S.new_full((1,), -1)])
         out_BTHC[sequence], _ = sparse_attention(
             query_BTHC[sequence],
-            cache.keys_PLGC.flatten(0, 1),
-            cache.values_PLGC.flatten(0, 1),
+            keys_PLGC.flatten(0, 1),
+            values_PLGC.flatten(0, 1),
             padded_S[indices_TK.long()],
             scale=scale,
         )

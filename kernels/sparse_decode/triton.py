@@ -18,7 +18,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from megatron_keye.kernels.launch import Blocks, adjacent_channels, check_triton, padded
+from megatron_keye.kernels.launch import (
+    Blocks,
+    adjacent_channels,
+    check_triton,
+    padded,
+    same_strides,
+)
 from megatron_keye.kernels.primitives import load_rows, online_softmax_update
 from megatron_keye.kernels.sparse_decode.reference import PagedCache
 from megatron_keye.kernels.sparse_decode.triton_pages import find_slots, may_overlap
@@ -76,16 +82,21 @@ def _checked(
             "impl='eager'"
         )
     keys_PLGC, values_PLGC, index_keys_PLJ = map(adjacent_channels, cache[:3])
-    if keys_PLGC.stride() != values_PLGC.stride():
-        keys_PLGC, values_PLGC = keys_PLGC.contiguous(), values_PLGC.contiguous()
-    scales_PL = cache.index_scales_PL
+    keys_PLGC, values_PLGC = same_strides(keys_PLGC, values_PLGC)
+    index_scales_PL, key_scales_PLG, value_scales_PLG = (
+        scales if scales is None else adjacent_channels(scales) for scales in cache[5:]
+    )
+    if key_scales_PLG is not None and value_scales_PLG is not None:
+        key_scales_PLG, value_scales_PLG = same_strides(key_scales_PLG, value_scales_PLG)
     cache = PagedCache(
         keys_PLGC,
         values_PLGC,
         index_keys_PLJ,
         adjacent_channels(cache.pages_BN),
         cache.lengths_B.contiguous(),
-        scales_PL if scales_PL is None else adjacent_channels(scales_PL),
+        index_scales_PL,
+        key_scales_PLG,
+        value_scales_PLG,
     )
     return q_BTIJ.contiguous(), query_BTHC.contiguous(), cache
 
@@ -113,7 +124,9 @@ def _attend(
     _attend_kernel[(num_rows, num_groups, num_parts)](
         query_BTHC,
         cache.keys_PLGC,
+        cache.key_scales_PLG,
         cache.values_PLGC,
+        cache.value_scales_PLG,
         cache.pages_BN,
         indices_TK,
         part_TXHC,
@@ -123,6 +136,7 @@ def _attend(
         steps * ATTEND_BLOCKS.keys,
         scale * math.log2(math.e),
         *cache.keys_PLGC.stride()[:3],
+        *((0, 0) if cache.key_scales_PLG is None else cache.key_scales_PLG.stride()[:2]),
         cache.pages_BN.stride(0),
         QUERIES=num_queries,
         PADDED_HEADS=padded(num_heads // num_groups),
@@ -152,7 +166,9 @@ def _attend(
 def _attend_kernel(
     query_heads: tl.tensor,
     keys: tl.tensor,
+    key_scales: tl.tensor | None,
     values: tl.tensor,
+    value_scales: tl.tensor | None,
     pages: tl.tensor,
     indices: tl.tensor,
     parts: tl.tensor,
@@ -164,6 +180,8 @@ def _attend_kernel(
     key_stride_p: int,
     key_stride_l: int,
     key_stride_g: int,
+    scale_stride_p: int,
+    scale_stride_l: int,
     page_stride_b: int,
     QUERIES: tl.constexpr,
     HEADS: tl.constexpr,
@@ -203,9 +221,16 @@ def _attend_kernel(
         offset = page * key_stride_p + place * key_stride_l + group * key_stride_g
         key_tile = load_rows(keys, offset, is_real, CHANNELS, PADDED_CHANNELS)
         value_tile = load_rows(values, offset, is_real, CHANNELS, PADDED_CHANNELS)
+        # 8 bits fit into the queries' type; a scale factors out of its key's products.
+        key_tile, value_tile = key_tile.to(query_tile.dtype), value_tile.to(query_tile.dtype)
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision="ieee") * scale_log2
+        value_scale = None
+        if key_scales is not None:
+            offset = page * scale_stride_p + place * scale_stride_l + group
+            logits *= tl.load(key_scales + offset, is_real, other=0.0)[None, :]
+            value_scale = tl.load(value_scales + offset, is_real, other=0.0)
         logits = tl.where(is_real[None, :], logits, -float("inf"))
-        m_i, l_i, acc = online_softmax_update(m_i, l_i, acc, logits, value_tile)
+        m_i, l_i, acc = online_softmax_update(m_i, l_i, acc, logits, value_tile, value_scale)
     has_keys = l_i > 0
     part_out = acc / tl.where(has_keys, l_i, 1.0)[:, None]
     part_lse = tl.where(has_keys, m_i + tl.log2(l_i), -float("inf"))

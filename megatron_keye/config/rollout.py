@@ -2,6 +2,7 @@
 """Settings of generation: the grid, the cache of keys and values, and the law of tokens."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_keye.config.check import check, check_numbers
 
@@ -25,6 +26,11 @@ class RolloutConfig:
     cache_share: float = 0.8
     """Share of the memory that is free when answers are wanted, which the cache takes on a GPU; a
     run that learns from its answers has it back while it learns."""
+    cache_quantization: Literal["none", "fp8"] = "none"
+    """"fp8" keeps keys and values as e4m3 with a scale for each head of a token, in a little more
+    than half the memory; prompts and answers alike then attend to rounded keys, and
+    log-probabilities are no longer those of training (docs/answers.md says by how much). "none"
+    keeps them in the type of the model."""
     prefill_tokens: int = 16_384
     """Most tokens of prompts that a replica runs between two tokens of the answers; a longer
     prompt goes in parts, and no image or frame is cut."""
@@ -64,3 +70,15 @@ class RolloutConfig:
         )
         check(self.cache_share <= 1, "rollout.cache_share", self.cache_share, "at most 1")
         check(self.top_p <= 1, "rollout.top_p", self.top_p, "at most 1")
+        check(
+            self.cache_quantization in ("none", "fp8"),
+            "rollout.cache_quantization",
+            self.cache_quantization,
+            "'none' or 'fp8'",
+        )
+        check(
+            self.cache_quantization == "none" or not self.server,
+            "rollout.cache_quantization",
+            self.cache_quantization,
+            "'none' with rollout.server, which has a cache of its own",
+        )

@@ -14,6 +14,7 @@ from megatron_keye.decoder.row_heads import RowHeads, RowIndexerHeads
 from megatron_keye.kernels.dense_attention import dense_attention
 from megatron_keye.kernels.lightning_indexer import lightning_indexer
 from megatron_keye.kernels.sparse_attention import sparse_attention
+from megatron_keye.kernels.sparse_attention_fp8 import sparse_attention_fp8
 from megatron_keye.kernels.sparse_decode import PagedCache, sparse_decode
 
 
@@ -35,7 +36,7 @@ def attend_densely(
     """
     layer.write_heads(cache.slots_T, *heads.gather.rows())
     scale = heads.q_THC.shape[-1] ** -0.5
-    k_SGC, v_SGC = layer.read_heads(cache.key_slots_S)
+    k_SGC, v_SGC = layer.read_heads(cache.key_slots_S, heads.q_THC.dtype)
     return dense_attention(heads.q_THC, k_SGC, v_SGC, *ranges, scale=scale)
 
 
@@ -68,7 +69,7 @@ def attend_sparsely(
     scale = heads.q_THC.shape[-1] ** -0.5
     if cache.pages_BN is not None:
         return _decode(heads, indexer, layer, cache, top_k, scale)
-    keys_SJ = layer.read_index_keys(cache.key_slots_S)
+    keys_SJ = layer.read_index_keys(cache.key_slots_S, indexer.q_TIJ.dtype)
     indices_TK = lightning_indexer(
         indexer.q_TIJ,
         keys_SJ,
@@ -77,9 +78,13 @@ def attend_sparsely(
         top_k,
         is_rounded=layer.index_scales_PL is not None,
     )
-    k_SGC, v_SGC = layer.read_heads(cache.key_slots_S)
-    operands = heads.q_THC, k_SGC, v_SGC, indices_TK
-    out_THC, _ = sparse_attention(*operands, scale=scale, with_target=False)
+    if layer.key_scales_PLG is not None:
+        rounded = layer.read_fp8_heads(cache.key_slots_S)
+        out_THC = sparse_attention_fp8(heads.q_THC, *rounded, indices_TK, scale=scale)
+    else:
+        k_SGC, v_SGC = layer.read_heads(cache.key_slots_S, heads.q_THC.dtype)
+        operands = heads.q_THC, k_SGC, v_SGC, indices_TK
+        out_THC, _ = sparse_attention(*operands, scale=scale, with_target=False)
     return out_THC, torch.where(indices_TK < 0, -1, indices_TK - ranges[0][:, None].int())
 
 
@@ -100,6 +105,8 @@ def _decode(
         cache.pages_BN,
         cache.lengths_B,
         layer.index_scales_PL,
+        layer.key_scales_PLG,
+        layer.value_scales_PLG,
     )
     out_BTHC, indices_BTK = sparse_decode(
         indexer.q_TIJ[:, None],

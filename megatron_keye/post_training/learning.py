@@ -188,7 +188,8 @@ class Learning:
                 f"post_training.max_log_prob_error: generation and training differ by {error:.2g} "
                 f"in the log-probability of a token, expected at most {limit:g}; answers are then "
                 "not those of the weights that learn. Look for settings in which both differ, "
-                "such as model.decoder.indexer.quantization, or raise the limit"
+                "such as rollout.cache_quantization or model.decoder.indexer.quantization, or "
+                "raise the limit"
             )
 
 

@@ -3,13 +3,37 @@
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_keye.config.megatron import weight_dtype
 from megatron_keye.config.run import RunConfig
 from megatron_keye.decoder.key_cache import LayerCache
+from megatron_keye.errors import UserError
 
 _CPU_TOKENS = 65_536
 _E4M3_NAN = 0x7F
+_E4M3_CAPABILITY = (8, 9)
+
+
+def check_cache(run: RunConfig, device: torch.device) -> None:
+    """Check that a GPU has the numbers that the cache keeps.
+
+    Args:
+        run: What the user wants.
+        device: Where this rank computes.
+
+    Raises:
+        UserError: When it has not.
+    """
+    if run.rollout.cache_quantization == "none" or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _E4M3_CAPABILITY:
+        got, wanted = (".".join(map(str, each)) for each in (capability, _E4M3_CAPABILITY))
+        raise UserError(
+            f"rollout.cache_quantization: got 'fp8' on a GPU of compute capability {got}, "
+            f"expected {wanted} or more, which has e4m3; set it to none"
+        )
 
 
 def count_pages(run: RunConfig, device: torch.device) -> int:
@@ -32,7 +56,9 @@ def count_pages(run: RunConfig, device: torch.device) -> int:
 def bytes_per_token(run: RunConfig) -> int:
     """Return the bytes that one token takes on one rank, in all layers."""
     decoder, size = run.model.decoder, weight_dtype(run).itemsize
-    heads = 2 * decoder.num_kv_heads // run.parallel.decoder.tensor * decoder.head_dim * size
+    is_rounded = run.rollout.cache_quantization == "fp8"
+    head = decoder.head_dim + 4 if is_rounded else decoder.head_dim * size
+    heads = 2 * decoder.num_kv_heads // run.parallel.decoder.tensor * head
     channels = decoder.indexer.head_dim
     index_key = channels + 4 if decoder.indexer.quantization == "fp8" else channels * size
     return decoder.num_layers * (heads + index_key)
@@ -50,13 +76,18 @@ def allocate(run: RunConfig, num_pages: int, device: torch.device) -> list[Layer
     page = (num_pages + 1, run.rollout.page_tokens)
     groups = decoder.num_kv_heads // run.parallel.decoder.tensor
     is_quantized = decoder.indexer.quantization == "fp8"
+    is_rounded = run.rollout.cache_quantization == "fp8"
+    type_of_heads = torch.float8_e4m3fn if is_rounded else dtype
     layers = []
     for _ in range(decoder.num_layers):
-        heads = torch.empty(*page, 2, groups, decoder.head_dim, dtype=dtype, device=device)
+        heads = torch.empty(*page, 2, groups, decoder.head_dim, dtype=type_of_heads, device=device)
+        scales = torch.empty(*page, 2, groups, device=device) if is_rounded else None
         layers.append(
             LayerCache(
                 keys_PLGC=heads[:, :, 0],
                 values_PLGC=heads[:, :, 1],
+                key_scales_PLG=None if scales is None else scales[:, :, 0],
+                value_scales_PLG=None if scales is None else scales[:, :, 1],
                 index_keys_PLJ=torch.empty(
                     *page,
                     decoder.indexer.head_dim,
@@ -73,13 +104,11 @@ def allocate(run: RunConfig, num_pages: int, device: torch.device) -> list[Layer
 def forget(layers: list[LayerCache]) -> None:
     """Fill the cache with NaN, so that no key of earlier weights is read without being seen."""
     for layer in layers:
-        layer.keys_PLGC.fill_(torch.nan)
-        layer.values_PLGC.fill_(torch.nan)
-        if layer.index_scales_PL is None:
-            layer.index_keys_PLJ.fill_(torch.nan)
-        else:
-            layer.index_keys_PLJ.view(torch.uint8).fill_(_E4M3_NAN)
-            layer.index_scales_PL.fill_(torch.nan)
+        for tensor in _tensors(layer):
+            if tensor.dtype == torch.float8_e4m3fn:
+                tensor.view(torch.uint8).fill_(_E4M3_NAN)
+            else:
+                tensor.fill_(torch.nan)
 
 
 def copy_pages(layers: list[LayerCache], copies: dict[int, int]) -> None:
@@ -95,9 +124,12 @@ def copy_pages(layers: list[LayerCache], copies: dict[int, int]) -> None:
     to = torch.tensor(list(copies.keys()), device=device)
     origin = torch.tensor(list(copies.values()), device=device)
     for layer in layers:
-        tensors = [layer.keys_PLGC, layer.values_PLGC, layer.index_keys_PLJ]
-        if layer.index_scales_PL is not None:
-            # As bytes, since not every type can be moved by index.
-            tensors[2:] = [layer.index_keys_PLJ.view(torch.uint8), layer.index_scales_PL]
-        for tensor in tensors:
+        for tensor in _tensors(layer):
+            if tensor.dtype == torch.float8_e4m3fn:
+                tensor = tensor.view(torch.uint8)  # Not every type can be moved by index.
             tensor[to] = tensor[origin]
+
+
+def _tensors(layer: LayerCache) -> list[Tensor]:
+    """Return all that a layer keeps."""
+    return [each for each in vars(layer).values() if each is not None]

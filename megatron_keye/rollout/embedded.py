@@ -19,7 +19,7 @@ from megatron_keye.decoder.row import RowMeter
 from megatron_keye.model import KeyeModel
 from megatron_keye.observe.heartbeat import Heartbeat
 from megatron_keye.parallel.grid import Grid
-from megatron_keye.rollout.cache import allocate, count_pages
+from megatron_keye.rollout.cache import allocate, check_cache, count_pages
 from megatron_keye.rollout.exchange import Drawn, tell_drawn, tell_routes
 from megatron_keye.rollout.new_tokens import RankCache, packed_pieces
 from megatron_keye.rollout.prefill import Prefill
@@ -61,12 +61,14 @@ class EmbeddedEngine:
             notes_routes: Whether answers say to which experts their tokens went.
 
         Raises:
-            UserError: For CUDA graphs of layers that they cannot hold.
+            UserError: For CUDA graphs of layers that they cannot hold, or a cache of numbers that
+                the GPU lacks.
         """
         degrees = run.parallel.decoder
         assert degrees.pipeline == degrees.context == 1, "a generating grid has neither axis"
         if grid.decoder is not None:
             check_graphs(run, model.stages[0].module, device)
+            check_cache(run, device)
         self.version = 0
         """Of the weights that answer."""
         self._seconds: defaultdict[str, float] = defaultdict(float)

@@ -29,10 +29,16 @@ TESTS = (
 )
 HOLD_FLOAT8 = (
     "dequantize",
-    "round_to_fp8",
-    "rotate_channels",
+    "dequantize_heads",
+    "dequantize_heads_as",
     "quantize",
     "quantize_as",
+    "quantize_heads",
+    "quantize_heads_as",
+    "rotate_channels",
+    "round_to_fp8",
+    "sparse_attention_fp8",
+    "sparse_attention_fp8_as",
     "split_rounded",
     "split_rounded_as",
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_keye.kernels.head_quantization import dequantize_heads, quantize_heads
 from megatron_keye.kernels.indexer_quantization import quantize, round_to_fp8
 from megatron_keye.kernels.sparse_attention import sparse_attention
 from megatron_keye.kernels.sparse_decode import PagedCache, sparse_decode
@@ -213,6 +214,79 @@ def test_keys_of_8_bits_give_what_their_numbers_give(
         assert_close(out_BTHC[sequence], out, tolerance)
 
 
+def rounded_heads(case: Case) -> tuple[PagedCache, Tensor, Tensor]:
+    """Return the cache with keys and values of 8 bits, and what these are in a row."""
+    cache = case.cache
+    is_unused_PLG = cache.keys_PLGC.isnan().any(dim=-1)
+    rounded = []
+    for heads_PLGC in cache[:2]:
+        values_PLGC, scales_PLG = quantize_heads(heads_PLGC.nan_to_num())
+        values_PLGC.view(torch.uint8)[is_unused_PLG] = 0x7F
+        rounded.append((values_PLGC, scales_PLG.masked_fill(is_unused_PLG, torch.nan)))
+    (keys_PLGC, key_scales_PLG), (values_PLGC, value_scales_PLG) = rounded
+    cache = cache._replace(
+        keys_PLGC=keys_PLGC,
+        values_PLGC=values_PLGC,
+        key_scales_PLG=key_scales_PLG,
+        value_scales_PLG=value_scales_PLG,
+    )
+    k_BSGC, v_BSGC = (
+        dequantize_heads(*quantize_heads(heads_BSGC), torch.float64)
+        for heads_BSGC in (case.k_BSGC, case.v_BSGC)
+    )
+    return cache, k_BSGC, v_BSGC
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+@pytest.mark.parametrize(
+    ("impl", "dtype", "tolerance"),
+    [
+        ("eager", torch.float64, 1e-12),
+        ("triton", torch.float32, 1e-5),
+        ("triton", torch.bfloat16, 2.0**-7),
+    ],
+)
+def test_keys_and_values_of_8_bits_give_what_their_numbers_give(
+    impl: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    num_queries: int,
+    fill_new_with_nan: None,
+) -> None:
+    case = Case(num_queries=num_queries, dtype=dtype)
+    # Heads of different sizes, whose scales must not be mixed up.
+    for pool in (*case.cache[:2], case.k_BSGC, case.v_BSGC):
+        pool[..., 1, :] *= 50
+    case.cache, case.k_BSGC, case.v_BSGC = rounded_heads(case)
+    out_BTHC, indices_BTK = case.decode(9, impl)
+    for sequence in range(len(LENGTHS)):
+        out, selected = case.by_loops(sequence, 9)
+        np.testing.assert_array_equal(indices_BTK[sequence].numpy(), selected)
+        for row, wanted in zip(out_BTHC[sequence], torch.from_numpy(out), strict=True):
+            assert_norm_close(row, wanted, tolerance)
+    assert not out_BTHC[0].any(), "an empty sequence gives zero"
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_keys_of_8_bits_may_lie_beside_their_values(impl: str) -> None:
+    case = Case(num_queries=2, dtype=torch.float32)
+    case.cache, _, _ = rounded_heads(case)
+    plain_BTHC, _ = case.decode(9, impl)
+    cache = case.cache
+    heads = torch.stack([each.view(torch.uint8) for each in cache[:2]], dim=2)
+    keys_PLGC, values_PLGC = heads.view(torch.float8_e4m3fn).unbind(2)
+    scales = torch.stack([cache.key_scales_PLG, cache.value_scales_PLG], dim=2).unbind(2)
+    case.cache = cache._replace(
+        keys_PLGC=keys_PLGC,
+        values_PLGC=values_PLGC,
+        key_scales_PLG=scales[0],
+        value_scales_PLG=scales[1],
+    )
+    assert torch.equal(case.decode(9, impl)[0], plain_BTHC), "the same bits"
+    case.cache = case.cache._replace(value_scales_PLG=scales[1].contiguous())
+    assert torch.equal(case.decode(9, impl)[0], plain_BTHC), "scales of different strides"
+
+
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_a_key_without_a_page_ranks_last_and_is_not_attended(impl: str) -> None:
     case = Case(lengths=(30,), dtype=torch.float32)
@@ -303,6 +377,26 @@ def test_triton_equals_eager_at_the_models_size(dtype: torch.dtype, num_queries:
         assert_norm_close(out_BTHC[sequence], out_THC, tolerance)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("num_queries", [1, 4])
+@pytest.mark.parametrize("is_quantized", [False, True])
+def test_a_gpu_attends_to_8_bits_at_the_models_size(num_queries: int, is_quantized: bool) -> None:
+    from tests.support.decode_cases import Sizes, exact_attention, make_decode
+
+    sizes = Sizes(
+        (0, 5, 2048, 70_001),
+        num_queries=num_queries,
+        is_quantized=is_quantized,
+        has_fp8_heads=True,
+    )
+    queries, cache = make_decode(sizes)
+    out_BTHC, indices_BTK = sparse_decode(*queries, cache, 2048, scale=0.1, impl="triton")
+    exact_BTHC = exact_attention(queries[2], cache, indices_BTK, 0.1)
+    for row, wanted in zip(out_BTHC.flatten(0, 1), exact_BTHC.flatten(0, 1), strict=True):
+        assert_norm_close(row, wanted, 2.0**-7)
+
+
 def test_a_misfit_is_named() -> None:
     case = Case(lengths=(5, 40))
     inputs = case.q_BTIJ, case.gate_BTI, case.query_BTHC
@@ -316,6 +410,18 @@ def test_a_misfit_is_named() -> None:
         sparse_decode(*inputs, cache, 4, scale=SCALE)
     with pytest.raises(ValueError, match="index_keys_PLJ: got torch.float32"):
         cache = case.cache._replace(index_keys_PLJ=case.cache.index_keys_PLJ.float())
+        sparse_decode(*inputs, cache, 4, scale=SCALE)
+    cached, _, _ = rounded_heads(case)
+    with pytest.raises(ValueError, match="got one of them, expected both or neither"):
+        sparse_decode(*inputs, cached._replace(key_scales_PLG=None), 4, scale=SCALE)
+    with pytest.raises(ValueError, match="value_scales_PLG: got G = 1"):
+        scales_PLG = cached.value_scales_PLG[..., :1]
+        sparse_decode(*inputs, cached._replace(value_scales_PLG=scales_PLG), 4, scale=SCALE)
+    with pytest.raises(ValueError, match="values_PLGC: got torch.float64, expected float8"):
+        cache = cached._replace(values_PLGC=case.cache.values_PLGC)
+        sparse_decode(*inputs, cache, 4, scale=SCALE)
+    with pytest.raises(ValueError, match="keys_PLGC: got torch.float8_e4m3fn, expected"):
+        cache = case.cache._replace(keys_PLGC=cached.keys_PLGC)
         sparse_decode(*inputs, cache, 4, scale=SCALE)
     with pytest.raises(ValueError, match="index_keys_PLJ: got torch.float64, expected float8"):
         scales_PL = torch.ones(case.cache.index_keys_PLJ.shape[:2])

@@ -152,3 +152,6 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
     queries, cache = make_decode(Sizes((100,), heads=32))
     with pytest.raises(ValueError, match=r"got H / G = 32, expected 1 to 16"):
         sparse_decode(*queries, cache, 5, scale=SCALE, impl="cuda")
+    queries, cache = make_decode(Sizes((100,), has_fp8_heads=True))
+    with pytest.raises(ValueError, match=r"got keys and values of torch.float8_e4m3fn, expected"):
+        sparse_decode(*queries, cache, 5, scale=SCALE, impl="cuda")

@@ -2,6 +2,7 @@
 """What the engine answers is what training scores, whatever the batch, the pages and the grid."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,23 @@ def test_log_probabilities_are_those_of_training(precision: str, settings: dict[
     assert worst < TOLERANCES[precision]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"quantization": "fp8"}, {"training": {"phase": "dense"}}],
+)
+def test_a_cache_of_8_bits_scores_as_training_would_with_rounded_keys(
+    settings: dict[str, Any],
+) -> None:
+    run = tiny("fp64", cache_quantization="fp8", **settings)
+    sampled = [each for each in REQUESTS if not each.law.is_greedy]
+    compare = partial(compare_with_training, rounds_keys=True)
+    ((worst, count),) = run_on_ranks(1, compare, run.to_json(), sampled)
+    assert count > 30
+    assert worst < 1e-12
+    ((error, _),) = run_on_ranks(1, compare_with_training, run.to_json(), sampled)
+    assert 1e-4 < error < 1, "training itself does not round"
+
+
 def test_selections_are_those_of_training() -> None:
     asked = request(0, prompt(1, 14, (4, 6)), max_new_tokens=8)
     (pairs,) = run_on_ranks(1, selections, tiny("fp64").to_json(), asked)
@@ -73,6 +91,27 @@ def test_answers_do_not_depend_on_batch_pages_or_grid(
     name: str, alone: dict[tuple[int, int], Any]
 ) -> None:
     assert_same_answers(generated(tiny("fp64", **ARRANGEMENTS[name]), REQUESTS), alone)
+
+
+@pytest.fixture(scope="module")
+def alone_in_8_bits() -> dict[tuple[int, int], Any]:
+    """Return the answers of one rank whose cache has 8 bits."""
+    return generated(tiny("fp64", cache_quantization="fp8"), REQUESTS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prompts in parts, one answer after the other",
+        "a cache in which answers make room for older ones",
+        "tensor 2 with sequence parallelism",
+    ],
+)
+def test_answers_of_8_bits_do_not_depend_on_batch_pages_or_grid(
+    name: str, alone_in_8_bits: dict[tuple[int, int], Any]
+) -> None:
+    run = tiny("fp64", cache_quantization="fp8", **ARRANGEMENTS[name])
+    assert_same_answers(generated(run, REQUESTS), alone_in_8_bits)
 
 
 def test_a_replica_without_requests_runs_beside_the_others(
@@ -119,21 +158,29 @@ def test_weights_come_from_any_training_grid(
         assert_same_answers({(a.key, a.answer): a for a in answers}, alone)
 
 
-def test_no_key_of_earlier_weights_is_read_after_new_ones_are_taken() -> None:
+@pytest.mark.parametrize("cache_quantization", ["none", "fp8"])
+def test_no_key_of_earlier_weights_is_read_after_new_ones_are_taken(
+    cache_quantization: str,
+) -> None:
     asked = request(0, prompt(1, 12, (4, 6)), max_new_tokens=8)
-    ((versions, errors),) = run_on_ranks(
-        1, generate_with_new_weights, tiny("fp64").to_json(), asked
-    )
+    run = tiny("fp64", cache_quantization=cache_quantization)
+    rounds_keys = cache_quantization == "fp8"
+    generate = partial(generate_with_new_weights, rounds_keys=rounds_keys)
+    ((versions, errors),) = run_on_ranks(1, generate, run.to_json(), asked)
     assert versions == ((0, 4), (1, 4))
     assert min(errors[:4]) > 1e-6, "other weights give other scores"
     assert max(errors[4:]) < 1e-12
 
 
+@pytest.mark.parametrize("cache_quantization", ["none", "fp8"])
 def test_a_cache_gives_its_memory_back_while_the_engine_sleeps(
-    alone: dict[tuple[int, int], Any],
+    cache_quantization: str, request: pytest.FixtureRequest
 ) -> None:
+    name = "alone" if cache_quantization == "none" else "alone_in_8_bits"
+    alone = request.getfixturevalue(name)
     # What replays ticks holds the cache too.
-    run = tiny("fp64", rollout=replace(SMALL, uses_cuda_graphs=True))
+    rollout = replace(SMALL, uses_cuda_graphs=True)
+    run = tiny("fp64", rollout=rollout, cache_quantization=cache_quantization)
     ((num_bytes, answers),) = run_on_ranks(1, generate_around_a_sleep, run.to_json(), REQUESTS)
     # One page more takes what padding writes.
     full = (run.rollout.cache_tokens + run.rollout.page_tokens) * bytes_per_token(run)

@@ -73,6 +73,15 @@ def test_log_probabilities_are_those_of_training(precision: str, quantization: s
     assert worst < TOLERANCES[precision]
 
 
+def test_a_cache_of_8_bits_scores_as_training_would_with_rounded_keys() -> None:
+    run = tiny("fp64", cache_quantization="fp8", device="cuda")
+    sampled = [each for each in REQUESTS if not each.law.is_greedy]
+    compare = partial(compare_with_training, rounds_keys=True)
+    ((worst, count),) = run_on_ranks(1, compare, run.to_json(), sampled, device="cuda")
+    assert count > 30
+    assert worst < 1e-12
+
+
 @PRECISIONS
 def test_selections_are_those_of_training(precision: str) -> None:
     asked = request(0, prompt(1, 14, (4, 6)), max_new_tokens=8)
@@ -179,10 +188,17 @@ def _answers_of_ticks(
 
 
 @needs_engine
-def test_a_graph_answers_as_the_same_kernels_launched_one_by_one() -> None:
+@pytest.mark.parametrize("cache_quantization", ["none", "fp8"])
+def test_a_graph_answers_as_the_same_kernels_launched_one_by_one(cache_quantization: str) -> None:
     training = {"linear_layers": "transformer_engine", "expert_layers": "torch"}
     rollout = replace(SMALL, uses_cuda_graphs=True)
-    run = tiny("bf16", device="cuda", rollout=rollout, training=training)
+    run = tiny(
+        "bf16",
+        device="cuda",
+        rollout=rollout,
+        training=training,
+        cache_quantization=cache_quantization,
+    )
     (graphs, plain) = (
         run_on_ranks(
             1,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_keye.kernels.head_quantization import quantize_heads
 from megatron_keye.kernels.indexer_quantization import quantize, round_to_fp8
 from megatron_keye.kernels.sparse_attention import sparse_attention
 from megatron_keye.kernels.sparse_decode import PagedCache
@@ -25,6 +26,9 @@ class Sizes(NamedTuple):
     channels: int = 128
     index_heads: int = 16
     is_quantized: bool = False
+    """Whether indexer keys have 8 bits."""
+    has_fp8_heads: bool = False
+    """Whether keys and values do."""
 
 
 def make_decode(sizes: Sizes) -> tuple[Queries, PagedCache]:
@@ -66,7 +70,23 @@ def make_decode(sizes: Sizes) -> tuple[Queries, PagedCache]:
     )
     keys_PLGC, values_PLGC = heads_PL2GC.unbind(2)
     cache = PagedCache(keys_PLGC, values_PLGC, index_keys_PLJ, pages_BN, lengths_B, scales_PL)
-    return queries, cache
+    return queries, rounded_heads(cache) if sizes.has_fp8_heads else cache
+
+
+def rounded_heads(cache: PagedCache) -> PagedCache:
+    """Return the cache with keys and values of 8 bits, unused places NaN as they were."""
+    heads_PL2GC = torch.stack(cache[:2], dim=2)
+    is_unused_PL2G = heads_PL2GC.isnan().any(dim=-1)
+    values_PL2GC, scales_PL2G = quantize_heads(heads_PL2GC.nan_to_num())
+    values_PL2GC.view(torch.uint8)[is_unused_PL2G] = 0x7F
+    keys_PLGC, values_PLGC = values_PL2GC.unbind(2)
+    key_scales_PLG, value_scales_PLG = scales_PL2G.masked_fill(is_unused_PL2G, torch.nan).unbind(2)
+    return cache._replace(
+        keys_PLGC=keys_PLGC,
+        values_PLGC=values_PLGC,
+        key_scales_PLG=key_scales_PLG,
+        value_scales_PLG=value_scales_PLG,
+    )
 
 
 def exact_attention(
@@ -82,7 +102,10 @@ def exact_attention(
         is_real_TK = (indices_TK >= 0) & (page_TK >= 0) & (page_TK < len(cache.keys_PLGC))
         slot_TK = (page_TK * page + indices_TK % page).masked_fill(~is_real_TK, -1)
         slots, place_TK = slot_TK.clamp(min=0).unique(return_inverse=True)
-        k_SGC, v_SGC = (each.flatten(0, 1)[slots].double().nan_to_num() for each in cache[:2])
+        k_SGC, v_SGC = (
+            _widened(each, scales, slots).nan_to_num()
+            for each, scales in zip(cache[:2], cache[6:], strict=True)
+        )
         # Ascending, with what has no page behind all others.
         place_TK = place_TK.masked_fill(~is_real_TK, len(slots)).sort(1).values
         place_TK = place_TK.masked_fill(place_TK == len(slots), -1).int()
@@ -91,3 +114,11 @@ def exact_attention(
         )
         outs.append(out_THC)
     return torch.stack(outs)
+
+
+def _widened(heads_PLGC: Tensor, scales_PLG: Tensor | None, slots_S: Tensor) -> Tensor:
+    """Return keys or values [S, G, C] at slots in float64."""
+    if scales_PLG is None:
+        return heads_PLGC.flatten(0, 1)[slots_S].double()
+    values_SGC = heads_PLGC.view(torch.uint8).flatten(0, 1)[slots_S].view(torch.float8_e4m3fn)
+    return values_SGC.double() * scales_PLG.flatten(0, 1)[slots_S].double()[..., None]

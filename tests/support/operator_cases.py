@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_keye.kernels.dense_attention import dense_attention, dense_attention_with_lse
 from megatron_keye.kernels.dense_indexer_loss import dense_indexer_loss
 from megatron_keye.kernels.drawn_normal import fill_normal
+from megatron_keye.kernels.head_quantization import dequantize_heads, quantize_heads
 from megatron_keye.kernels.indexer_quantization import (
     dequantize,
     quantize,
@@ -27,6 +28,7 @@ from megatron_keye.kernels.rotary import rotate
 from megatron_keye.kernels.select_top_k import select_top_k
 from megatron_keye.kernels.selected_indexer_scores import selected_indexer_scores
 from megatron_keye.kernels.sparse_attention import sparse_attention
+from megatron_keye.kernels.sparse_attention_fp8 import sparse_attention_fp8
 from megatron_keye.kernels.sparse_attention_with_loss import sparse_attention_with_loss
 from megatron_keye.kernels.sparse_decode import PagedCache, sparse_decode
 from megatron_keye.kernels.sparse_indexer_loss import sparse_indexer_loss
@@ -76,7 +78,7 @@ def operator_cases(device: str, dtype: torch.dtype) -> dict[str, OperatorCase]:
     heads, indexer, teacher = (query, key, value), (q, k, gate), (query, key)
     cache = (*paged, pages_BN, lengths_B)
     selected = (*indexer, indices_TK)
-    vectors = k.float()
+    vectors, rounded = k.float(), quantize_heads(value)
     return {
         "rotate": OperatorCase(_rotate, (query, angle_TC), 1),
         "quantize": OperatorCase(quantize, (vectors,)),
@@ -89,6 +91,12 @@ def operator_cases(device: str, dtype: torch.dtype) -> dict[str, OperatorCase]:
         "selected_indexer_scores": OperatorCase(_single(selected_indexer_scores), selected, 3),
         "union_lists": OperatorCase(_merge, (indices_TK,)),
         "sparse_attention": OperatorCase(_attend, (*heads, indices_TK), 3),
+        "quantize_heads": OperatorCase(quantize_heads, (value,)),
+        "dequantize_heads": OperatorCase(_dequantize_heads, rounded),
+        "sparse_attention_fp8": OperatorCase(
+            _single(partial(sparse_attention_fp8, scale=SCALE)),
+            (query, *quantize_heads(key), *rounded, indices_TK),
+        ),
         "sparse_indexer_loss": OperatorCase(
             _single(sparse_indexer_loss), (scores_TK, target_TGK), 1
         ),
@@ -122,6 +130,10 @@ def _rotate(x_THC: Tensor, angle_TC: Tensor, *, impl: str | None) -> tuple[Tenso
 
 def _dequantize(values: Tensor, scales: Tensor, *, impl: str | None) -> tuple[Tensor, ...]:
     return (dequantize(values, scales, torch.float32),)
+
+
+def _dequantize_heads(values: Tensor, scales: Tensor, *, impl: str | None) -> tuple[Tensor, ...]:
+    return (dequantize_heads(values, scales, torch.float32, impl=impl),)
 
 
 def _select(scores_TS: Tensor, *ranges: Tensor, impl: str | None) -> Tensor:

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The runs and requests of the engine's tests, and what ranks do in them, with gloo or NCCL."""
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_keye.checkpoint.training_checkpoint import read_weights
 from megatron_keye.config import ExpertsConfig, IndexerConfig, RolloutConfig, RunConfig
+from megatron_keye.decoder import attention
+from megatron_keye.kernels.head_quantization import dequantize_heads, quantize_heads
 from megatron_keye.rollout.request import Completion, Request, SamplingLaw
 from tests.support.rollout import (
     SelectionMeter,
@@ -54,6 +60,7 @@ def tiny(
     precision: str = "fp32",
     *,
     rollout: RolloutConfig = SMALL,
+    cache_quantization: str = "none",
     training: dict[str, Any] | None = None,
     quantization: str = "none",
     **degrees: Any,
@@ -62,11 +69,40 @@ def tiny(
     indexer = IndexerConfig(num_heads=4, head_dim=8, top_k=12, quantization=quantization)
     model = tiny_model(experts=EXPERTS, indexer=indexer)
     training = {"precision": precision} | (training or {})
+    rollout = replace(rollout, cache_quantization=cache_quantization)
     return replace(tiny_run(model=model, training=training, **degrees), rollout=rollout)
 
 
-def compare_with_training(run_json: str, requests: list[Request]) -> tuple[float, int]:
+@contextmanager
+def training_with_rounded_keys() -> Iterator[None]:
+    """Let training attend to keys and values as a cache of 8 bits gives them back."""
+
+    def rounded(attend: Callable[..., Any]) -> Callable[..., Any]:
+        def call(q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor, *rest: Any, **options: Any) -> Any:
+            heads = (
+                dequantize_heads(*quantize_heads(each), each.dtype) for each in (k_SGC, v_SGC)
+            )
+            return attend(q_THC, *heads, *rest, **options)
+
+        return call
+
+    names = "dense_attention_with_lse", "sparse_attention", "sparse_attention_with_loss"
+    with ExitStack() as patches:
+        for name in names:
+            wrapped = rounded(getattr(attention, name))
+            patches.enter_context(patch.object(attention, name, wrapped))
+        yield
+
+
+def compare_with_training(
+    run_json: str, requests: list[Request], *, rounds_keys: bool = False
+) -> tuple[float, int]:
     """Return the largest difference of log-probabilities, and the number of tokens."""
+    with training_with_rounded_keys() if rounds_keys else nullcontext():
+        return _compare_with_training(run_json, requests)
+
+
+def _compare_with_training(run_json: str, requests: list[Request]) -> tuple[float, int]:
     run = RunConfig.from_json(run_json)
     engine, grid, model = build_engine(run)
     prompts = {each.key: each.prompt for each in requests}
@@ -105,8 +141,15 @@ def generate_from(run_json: str, weights: Path, requests: list[Request]) -> list
     return answers
 
 
-def generate_with_new_weights(run_json: str, asked: Request) -> tuple[Any, list[float]]:
+def generate_with_new_weights(
+    run_json: str, asked: Request, *, rounds_keys: bool = False
+) -> tuple[Any, list[float]]:
     """Change the weights after four tokens of an answer; return how far its scores are off."""
+    with training_with_rounded_keys() if rounds_keys else nullcontext():
+        return _generate_with_new_weights(run_json, asked)
+
+
+def _generate_with_new_weights(run_json: str, asked: Request) -> tuple[Any, list[float]]:
     run = RunConfig.from_json(run_json)
     engine, grid, model = build_engine(run)
     other = replace(asked, key=1, max_new_tokens=4)

@@ -53,6 +53,7 @@ def test_overrides_reach_every_kind_of_field() -> None:
         ("training.steps=true", "expected a value of type int"),
         ("training.phase=warm", "expected one of"),
         ("training.frozen=encoder", "expected one of"),
+        ("rollout.cache_quantization=int4", "expected one of"),
         ("model.decoder.rope_sections=[1,2]", "expected 3 values"),
         ("training.frozen=[vision", "expected one of"),
     ],
@@ -107,6 +108,10 @@ def test_a_wrong_override_is_one_sentence(override: str, message: str) -> None:
         (["training.dense_up_to=64"], "less than data.row_tokens = 64"),
         (["data.frames.min_tokens_per_frame=999"], "data.frames.min_tokens_per_frame"),
         (["training.optimizer.min_learning_rate=9"], "min_learning_rate"),
+        (
+            ["rollout.cache_quantization=fp8", "rollout.server=http://localhost:1"],
+            "rollout.cache_quantization: got 'fp8', expected 'none' with rollout.server",
+        ),
         (["training.steps=0"], "training.steps: got 0, expected 1 or more, or training.epochs"),
         (["training.epochs=2"], "training.steps: got 8, expected 0, since training.epochs = 2"),
         (["training.epochs=NaN"], "training.epochs: got nan"),
