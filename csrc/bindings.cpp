@@ -24,6 +24,10 @@ TORCH_LIBRARY(megatron_keye, m) {
       "Tensor out_THC, Tensor lse_TH, Tensor keys_BU, Tensor masks_BU, Tensor counts_B, "
       "float scale, bool in_bulk) -> (Tensor, Tensor)");
   m.def(
+      "sparse_attention_loss(Tensor q_THC, Tensor k_SGC, Tensor lse_TH, Tensor keys_BU, "
+      "Tensor masks_BU, Tensor counts_B, Tensor scores_TK, Tensor score_lse_T, Tensor dkl_T, "
+      "Tensor(a!) dscores_TK, float scale) -> Tensor");
+  m.def(
       "sparse_decode_scores(Tensor q_BTIJ, Tensor gate_BTI, Tensor index_keys_PLJ, "
       "Tensor? index_scales_PL, Tensor pages_BN, Tensor lengths_B, int tiles_of_block) -> "
       "(Tensor, Tensor)");
@@ -38,6 +42,7 @@ TORCH_LIBRARY_IMPL(megatron_keye, CUDA, m) {
   m.impl("lightning_indexer", &megatron_keye::lightning_indexer);
   m.impl("sparse_attention_forward", &megatron_keye::sparse_attention_forward);
   m.impl("sparse_attention_backward", &megatron_keye::sparse_attention_backward);
+  m.impl("sparse_attention_loss", &megatron_keye::sparse_attention_loss);
   m.impl("sparse_decode_scores", &megatron_keye::sparse_decode_scores);
   m.impl("sparse_decode_attention", &megatron_keye::sparse_decode_attention);
 #endif
