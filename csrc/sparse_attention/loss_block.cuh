@@ -11,8 +11,8 @@
 
 namespace megatron_keye::sparse_attention {
 
-constexpr int kLanesOfRow = 4;    // that share a row of a product
-constexpr int kLossGroups = 4;    // whose queries fit into shared memory at once
+constexpr int kLanesOfRow = 4;  // that share a row of a product
+constexpr int kLossGroups = 4;  // whose queries fit into shared memory at once
 
 template <int kChannelsOf, int kHeadsOf>
 struct LossBlock {
@@ -37,11 +37,34 @@ struct LossBlock {
   static_assert(kLossParts == kConsumers * kWarpgroup / 32);
 };
 
-// Where the selected ones of 16 keys of a tile stand in a query's row of the selection.
+__host__ __device__ inline int num_bits(uint32_t word) {
+#ifdef __CUDA_ARCH__
+  return __popc(word);
+#else
+  return __builtin_popcount(word);
+#endif
+}
+
+// Where the selected ones of 16 keys of a tile stand in a query's row of the selection. Rows ascend,
+// as the union does, so that a key's place is the number of selected keys before it.
 struct alignas(8) Slots {
-  uint32_t bits;  // which of the keys it selected
+  uint32_t bits;  // which of the keys the query selected
   int first;      // place of the first of those
+
+  __host__ __device__ bool has(int key) const { return (bits >> key & 1u) != 0; }
+  __host__ __device__ int place(int key) const {
+    return first + num_bits(bits & ((1u << key) - 1));
+  }
 };
+
+// Of 16 keys from key 16 * quarter of a tile on: `low` says which of the tile's first 32 keys the
+// query selected, `high` which of the others, and `before` how many keys of earlier tiles.
+__host__ __device__ inline Slots slots_of(uint32_t low, uint32_t high, int quarter, int before) {
+  const uint32_t half = quarter < 2 ? low : high;
+  const int before_half = quarter < 2 ? 0 : num_bits(low);
+  const int before_quarter = quarter % 2 == 0 ? 0 : num_bits(half & 0xFFFFu);
+  return {half >> quarter % 2 * kWarpRows & 0xFFFFu, before + before_half + before_quarter};
+}
 
 // Of one consumer: stages are full with a tile's keys of one group. Beside those of its first group
 // lie the slots of the tile.

@@ -85,11 +85,11 @@ class Comparison {
       for (int i = 0; i < 2; ++i) {
         const int at = 2 * query + i;
         const int key = lane_of_warp() / kLanesOfRow + 8 * i;
-        const int slot = found.first + __popc(found.bits & ((1u << key) - 1));
-        const bool is_selected = (found.bits >> key & 1u) != 0;
-        offset_[at] = is_selected ? own_query(query) * params_.num_selected + slot : -1;
-        score_[at] = is_selected ? scores_[offset_[at]] : 0.0f;
-        dscore_[at] = is_selected ? dscores_[offset_[at]] : 0.0f;
+        offset_[at] = found.has(key)
+                          ? own_query(query) * params_.num_selected + found.place(key)
+                          : -1;
+        score_[at] = found.has(key) ? scores_[offset_[at]] : 0.0f;
+        dscore_[at] = found.has(key) ? dscores_[offset_[at]] : 0.0f;
         weight_[at] = 0.0f;
       }
     }

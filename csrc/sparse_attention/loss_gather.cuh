@@ -8,9 +8,8 @@
 
 namespace megatron_keye::sparse_attention {
 
-// Counts the selected keys of the block's queries, tile by tile. Rows of the selection ascend, as
-// the union does, so that a key's place is the number of those before. Lanes 4i to 4i + 3 of a warp
-// count for one query, and each says what lies among 16 keys.
+// Counts the selected keys of the block's queries, tile by tile. Lanes 4i to 4i + 3 of a warp count
+// for one query, and each says what lies among 16 keys.
 template <typename Cut>
 class Counter {
  public:
@@ -31,15 +30,11 @@ class Counter {
         high = of_second;
       }
     }
-    const int quarter = lane_of_warp() % 4;
-    const uint32_t half = quarter < 2 ? low : high;
-    const int before =
-        (quarter < 2 ? 0 : __popc(low)) + (quarter % 2 == 0 ? 0 : __popc(half & 0xFFFFu));
     if (lane_of_warp() < 4 * Cut::kOwnQueries) {
-      slots[quarter][first_query() + lane_of_warp() / 4] = {half >> quarter % 2 * 16 & 0xFFFFu,
-                                                            count_ + before};
+      const int quarter = lane_of_warp() % 4;
+      slots[quarter][first_query() + lane_of_warp() / 4] = slots_of(low, high, quarter, count_);
     }
-    count_ += __popc(low) + __popc(high);
+    count_ += num_bits(low) + num_bits(high);
   }
 
  private:

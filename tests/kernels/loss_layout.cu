@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host program: where the loss pass keeps the columns of its products, whose they are, and what a
-// thread finds there. It ends with status 1 and a line for each thing that differs.
+// Host program: where the loss pass keeps the columns of its products, whose they are, and where a
+// key stands in a query's row. It ends with status 1 and a line for each thing that differs.
 // Source: PTX ISA 8.8, "Shared Memory Matrix Layout" and "Matrix Descriptor" of wgmma.
 
 #include <cstdio>
 #include <map>
+#include <random>
 #include <set>
 #include <utility>
 
@@ -84,6 +85,27 @@ void check_owners() {
   }
 }
 
+// The selected keys of a row, counted tile by tile, stand one behind the other.
+void check_slots() {
+  std::mt19937 random(1);
+  int count = 0;
+  for (int tile = 0; tile < 64; ++tile) {
+    // From tiles without any key of the query to tiles that are all its own.
+    uint32_t halves[2];
+    for (uint32_t& half : halves) {
+      half = tile % 4 == 0 ? 0u : tile % 4 == 1 ? ~0u : static_cast<uint32_t>(random());
+    }
+    const int before = count;
+    for (int key = 0; key < kTileKeys; ++key) {
+      const Slots slots = slots_of(halves[0], halves[1], key / kWarpRows, before);
+      const bool is_selected = (halves[key / 32] >> key % 32 & 1u) != 0;
+      expect(slots.has(key % kWarpRows) == is_selected, "selected", tile, key);
+      expect(!is_selected || slots.place(key % kWarpRows) == count, "place", tile, key);
+      count += is_selected ? 1 : 0;
+    }
+  }
+}
+
 template <int kChannels, int kHeads>
 void check() {
   using Cut = LossBlock<kChannels, kHeads>;
@@ -100,6 +122,7 @@ void check() {
 }  // namespace
 
 int main() {
+  check_slots();
   check<128, 4>();
   check<128, 8>();
   check<128, 16>();
