@@ -7,6 +7,7 @@
 
 #include "lightning_indexer/lightning_indexer.h"
 #include "select_top_k/select_top_k.h"
+#include "selected_indexer_scores/selected_indexer_scores.h"
 #include "sparse_attention/sparse_attention.h"
 #include "sparse_decode/sparse_decode.h"
 
@@ -16,6 +17,10 @@ TORCH_LIBRARY(megatron_keye, m) {
       "Tensor key_start_T, Tensor key_end_T, int k, int scratch_bytes) -> Tensor");
   m.def("select_top_k(Tensor scores_TS, Tensor key_start_T, Tensor key_end_T, int k) -> Tensor");
   m.def("select_top_k_split_rows(Tensor scores_TS, Tensor key_end_T, int k) -> Tensor");
+  m.def(
+      "selected_indexer_scores_backward(Tensor dscores_TK, Tensor q_TIJ, Tensor k_SJ, "
+      "Tensor gate_TI, Tensor keys_BU, Tensor masks_BU, Tensor counts_B, float scale) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def(
       "sparse_attention_forward(Tensor q_THC, Tensor k_SGC, Tensor v_SGC, Tensor keys_BU, "
       "Tensor masks_BU, Tensor counts_B, float scale) -> (Tensor, Tensor)");
@@ -40,6 +45,7 @@ TORCH_LIBRARY(megatron_keye, m) {
 TORCH_LIBRARY_IMPL(megatron_keye, CUDA, m) {
 #ifdef MEGATRON_KEYE_SM90A
   m.impl("lightning_indexer", &megatron_keye::lightning_indexer);
+  m.impl("selected_indexer_scores_backward", &megatron_keye::selected_indexer_scores_backward);
   m.impl("sparse_attention_forward", &megatron_keye::sparse_attention_forward);
   m.impl("sparse_attention_backward", &megatron_keye::sparse_attention_backward);
   m.impl("sparse_attention_loss", &megatron_keye::sparse_attention_loss);

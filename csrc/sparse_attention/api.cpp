@@ -5,8 +5,8 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include <limits>
-#include <utility>
 
+#include "sparse_attention/check_unions.h"
 #include "sparse_attention/params.h"
 #include "sparse_attention/sparse_attention.h"
 #include "support/check.h"
@@ -18,8 +18,6 @@ namespace {
 using namespace sparse_attention;
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kVectorChannels = 8;  // of 16 bytes, copied at once
-
 void check_heads(const at::Tensor& heads, const char* name, const at::Tensor& q_THC) {
   check_num_dims(heads, name, 3);
   check_dtype(heads, name, at::kBFloat16);
@@ -27,18 +25,6 @@ void check_heads(const at::Tensor& heads, const char* name, const at::Tensor& q_
   check_same_device(heads, name, q_THC, "q_THC");
   TORCH_CHECK_VALUE(heads.stride(2) == 1, name, ": got strides ", heads.strides(),
                     ", expected adjacent channels");
-}
-
-void check_vectors(const at::Tensor& heads, const char* name) {
-  const bool is_aligned = reinterpret_cast<uintptr_t>(heads.const_data_ptr()) % 16 == 0 &&
-                          heads.stride(0) % kVectorChannels == 0 &&
-                          heads.stride(1) % kVectorChannels == 0;
-  TORCH_CHECK_VALUE(is_aligned, name, ": expected rows that begin at multiples of 16 bytes");
-}
-
-void check_contiguous(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(),
-                    ", expected a contiguous tensor");
 }
 
 // Keys and values are gathered in vectors, which are counted in 32 bits.
@@ -51,27 +37,6 @@ void check_gathered(const at::Tensor& heads, const char* name, const at::Tensor&
   TORCH_CHECK_VALUE(heads.size(0) * (heads.stride(0) / kVectorChannels) <=
                         std::numeric_limits<int>::max(),
                     name, ": got ", heads.size(0), " rows, which are too far apart");
-}
-
-void check_unions(const at::Tensor& keys_BU, const at::Tensor& masks_BU,
-                  const at::Tensor& counts_B, const at::Tensor& q_THC) {
-  check_num_dims(keys_BU, "keys_BU", 2);
-  check_num_dims(masks_BU, "masks_BU", 2);
-  check_num_dims(counts_B, "counts_B", 1);
-  check_dtype(keys_BU, "keys_BU", at::kInt);
-  check_dtype(masks_BU, "masks_BU", at::kShort);
-  check_dtype(counts_B, "counts_B", at::kInt);
-  const int64_t num_tiles = (q_THC.size(0) + kTileQueries - 1) / kTileQueries;
-  check_size(keys_BU, "keys_BU", 0, num_tiles);
-  check_size(masks_BU, "masks_BU", 0, num_tiles);
-  check_size(masks_BU, "masks_BU", 1, keys_BU.size(1));
-  check_size(counts_B, "counts_B", 0, num_tiles);
-  for (const auto& [tensor, name] :
-       {std::pair{keys_BU, "keys_BU"}, std::pair{masks_BU, "masks_BU"},
-        std::pair{counts_B, "counts_B"}}) {
-    check_same_device(tensor, name, q_THC, "q_THC");
-    check_contiguous(tensor, name);
-  }
 }
 
 void check_sizes(const at::Tensor& q_THC, const at::Tensor& k_SGC, double scale) {
@@ -98,7 +63,7 @@ Problem problem_of(const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::T
   check_sizes(q_THC, k_SGC, scale);
   check_gathered(k_SGC, "k_SGC", k_SGC);
   check_gathered(v_SGC, "v_SGC", k_SGC);
-  check_unions(keys_BU, masks_BU, counts_B, q_THC);
+  check_unions(keys_BU, masks_BU, counts_B, q_THC, "q_THC");
   check_vectors(q_THC, "q_THC");
   return {
       .q = reinterpret_cast<const __nv_bfloat16*>(q_THC.const_data_ptr()),

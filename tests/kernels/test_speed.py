@@ -271,6 +271,19 @@ def test_sparse_indexer_loss(row: Row, recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_selected_indexer_scores_backward(row: Row, recorder: Recorder, impl: str) -> None:
+    if impl == "cuda" and missing_reason("selected_indexer_scores_backward"):
+        pytest.skip("the extension is not built, or not for this GPU")
+
+    def score() -> Tensor:
+        return selected_indexer_scores(*row.indexer, row.indices_TK, impl=impl)
+
+    flop = 6 * INDEXER_HEADS * INDEXER_CHANNELS * row.num_selected
+    backward, op = gradients_of(score, row.indexer), "selected_indexer_scores_backward"
+    recorder.time(op, impl, backward, fields=row.fields, flop=flop)
+
+
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
 def test_sparse_loss_beside_the_attention(row: Row, recorder: Recorder, impl: str) -> None:
     """Target, divergence and the scores' gradient, as the attention's backward pass makes them."""
     from megatron_keye.kernels.sparse_attention_with_loss import autograd, cuda
