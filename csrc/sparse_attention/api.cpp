@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host side of the sparse attention's two passes: checks the tensors and launches.
+// Host side of the sparse attention's passes: checks the tensors and launches.
 // No check here reads device memory.
 
 #include <c10/cuda/CUDAGuard.h>
 
 #include <limits>
-#include <utility>
 
+#include "sparse_attention/check_unions.h"
 #include "sparse_attention/params.h"
 #include "sparse_attention/sparse_attention.h"
 #include "support/check.h"
@@ -18,8 +18,6 @@ namespace {
 using namespace sparse_attention;
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int64_t kVectorChannels = 8;  // of 16 bytes, copied at once
-
 void check_heads(const at::Tensor& heads, const char* name, const at::Tensor& q_THC) {
   check_num_dims(heads, name, 3);
   check_dtype(heads, name, at::kBFloat16);
@@ -27,18 +25,6 @@ void check_heads(const at::Tensor& heads, const char* name, const at::Tensor& q_
   check_same_device(heads, name, q_THC, "q_THC");
   TORCH_CHECK_VALUE(heads.stride(2) == 1, name, ": got strides ", heads.strides(),
                     ", expected adjacent channels");
-}
-
-void check_vectors(const at::Tensor& heads, const char* name) {
-  const bool is_aligned = reinterpret_cast<uintptr_t>(heads.const_data_ptr()) % 16 == 0 &&
-                          heads.stride(0) % kVectorChannels == 0 &&
-                          heads.stride(1) % kVectorChannels == 0;
-  TORCH_CHECK_VALUE(is_aligned, name, ": expected rows that begin at multiples of 16 bytes");
-}
-
-void check_contiguous(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(),
-                    ", expected a contiguous tensor");
 }
 
 // Keys and values are gathered in vectors, which are counted in 32 bits.
@@ -51,27 +37,6 @@ void check_gathered(const at::Tensor& heads, const char* name, const at::Tensor&
   TORCH_CHECK_VALUE(heads.size(0) * (heads.stride(0) / kVectorChannels) <=
                         std::numeric_limits<int>::max(),
                     name, ": got ", heads.size(0), " rows, which are too far apart");
-}
-
-void check_unions(const at::Tensor& keys_BU, const at::Tensor& masks_BU,
-                  const at::Tensor& counts_B, const at::Tensor& q_THC) {
-  check_num_dims(keys_BU, "keys_BU", 2);
-  check_num_dims(masks_BU, "masks_BU", 2);
-  check_num_dims(counts_B, "counts_B", 1);
-  check_dtype(keys_BU, "keys_BU", at::kInt);
-  check_dtype(masks_BU, "masks_BU", at::kShort);
-  check_dtype(counts_B, "counts_B", at::kInt);
-  const int64_t num_tiles = (q_THC.size(0) + kTileQueries - 1) / kTileQueries;
-  check_size(keys_BU, "keys_BU", 0, num_tiles);
-  check_size(masks_BU, "masks_BU", 0, num_tiles);
-  check_size(masks_BU, "masks_BU", 1, keys_BU.size(1));
-  check_size(counts_B, "counts_B", 0, num_tiles);
-  for (const auto& [tensor, name] :
-       {std::pair{keys_BU, "keys_BU"}, std::pair{masks_BU, "masks_BU"},
-        std::pair{counts_B, "counts_B"}}) {
-    check_same_device(tensor, name, q_THC, "q_THC");
-    check_contiguous(tensor, name);
-  }
 }
 
 void check_sizes(const at::Tensor& q_THC, const at::Tensor& k_SGC, double scale) {
@@ -87,7 +52,7 @@ void check_sizes(const at::Tensor& q_THC, const at::Tensor& k_SGC, double scale)
   TORCH_CHECK_VALUE(scale > 0, "scale: got ", scale, ", expected more than 0");
 }
 
-// Checks what both passes read.
+// Checks what all passes read, and the values too.
 Problem problem_of(const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::Tensor& v_SGC,
                    const at::Tensor& keys_BU, const at::Tensor& masks_BU,
                    const at::Tensor& counts_B, double scale) {
@@ -98,7 +63,7 @@ Problem problem_of(const at::Tensor& q_THC, const at::Tensor& k_SGC, const at::T
   check_sizes(q_THC, k_SGC, scale);
   check_gathered(k_SGC, "k_SGC", k_SGC);
   check_gathered(v_SGC, "v_SGC", k_SGC);
-  check_unions(keys_BU, masks_BU, counts_B, q_THC);
+  check_unions(keys_BU, masks_BU, counts_B, q_THC, "q_THC");
   check_vectors(q_THC, "q_THC");
   return {
       .q = reinterpret_cast<const __nv_bfloat16*>(q_THC.const_data_ptr()),
@@ -127,6 +92,28 @@ void check_like_queries(const at::Tensor& heads, const char* name, const at::Ten
   check_size(heads, name, 1, q_THC.size(1));
   check_contiguous(heads, name);
   check_vectors(heads, name);
+}
+
+void check_lse(const at::Tensor& lse_TH, const at::Tensor& q_THC) {
+  check_num_dims(lse_TH, "lse_TH", 2);
+  check_dtype(lse_TH, "lse_TH", at::kFloat);
+  check_size(lse_TH, "lse_TH", 0, q_THC.size(0));
+  check_size(lse_TH, "lse_TH", 1, q_THC.size(1));
+  check_same_device(lse_TH, "lse_TH", q_THC, "q_THC");
+  check_contiguous(lse_TH, "lse_TH");
+}
+
+// What belongs to each query or to each key that it selected.
+void check_selected(const at::Tensor& tensor, const char* name, int64_t num_dims,
+                    const at::Tensor& scores_TK, const at::Tensor& q_THC) {
+  check_num_dims(tensor, name, num_dims);
+  check_dtype(tensor, name, at::kFloat);
+  check_size(tensor, name, 0, q_THC.size(0));
+  if (num_dims == 2) {
+    check_size(tensor, name, 1, scores_TK.size(1));
+  }
+  check_same_device(tensor, name, q_THC, "q_THC");
+  check_contiguous(tensor, name);
 }
 
 }  // namespace
@@ -158,12 +145,7 @@ std::tuple<at::Tensor, at::Tensor> sparse_attention_backward(
   const Problem problem = problem_of(q_THC, k_SGC, v_SGC, keys_BU, masks_BU, counts_B, scale);
   check_like_queries(dout_THC, "dout_THC", q_THC);
   check_like_queries(out_THC, "out_THC", q_THC);
-  check_num_dims(lse_TH, "lse_TH", 2);
-  check_dtype(lse_TH, "lse_TH", at::kFloat);
-  check_size(lse_TH, "lse_TH", 0, q_THC.size(0));
-  check_size(lse_TH, "lse_TH", 1, q_THC.size(1));
-  check_same_device(lse_TH, "lse_TH", q_THC, "q_THC");
-  check_contiguous(lse_TH, "lse_TH");
+  check_lse(lse_TH, q_THC);
   const c10::cuda::CUDAGuard guard(q_THC.device());
   at::Tensor dq_THC = at::empty(q_THC.sizes(), q_THC.options());
   at::Tensor sums_GS2C = at::zeros({k_SGC.size(1), k_SGC.size(0), 2, k_SGC.size(2)},
@@ -182,6 +164,40 @@ std::tuple<at::Tensor, at::Tensor> sparse_attention_backward(
     });
   }
   return {dq_THC, sums_GS2C};
+}
+
+at::Tensor sparse_attention_loss(const at::Tensor& q_THC, const at::Tensor& k_SGC,
+                                 const at::Tensor& lse_TH, const at::Tensor& keys_BU,
+                                 const at::Tensor& masks_BU, const at::Tensor& counts_B,
+                                 const at::Tensor& scores_TK, const at::Tensor& score_lse_T,
+                                 const at::Tensor& dkl_T, const at::Tensor& dscores_TK,
+                                 double scale) {
+  const at::Tensor& v_SGC = k_SGC;  // not read
+  const Problem problem = problem_of(q_THC, k_SGC, v_SGC, keys_BU, masks_BU, counts_B, scale);
+  check_lse(lse_TH, q_THC);
+  check_selected(scores_TK, "scores_TK", 2, scores_TK, q_THC);
+  check_selected(score_lse_T, "score_lse_T", 1, scores_TK, q_THC);
+  check_selected(dkl_T, "dkl_T", 1, scores_TK, q_THC);
+  check_selected(dscores_TK, "dscores_TK", 2, scores_TK, q_THC);
+  // Places in the rows of 16 queries are counted in 32 bits.
+  TORCH_CHECK_VALUE(scores_TK.size(1) <= std::numeric_limits<int>::max() / kTileQueries,
+                    "scores_TK: got K = ", scores_TK.size(1), ", which is too many");
+  const c10::cuda::CUDAGuard guard(q_THC.device());
+  at::Tensor divergence_GPT =
+      at::empty({k_SGC.size(1), kLossParts, q_THC.size(0)}, lse_TH.options());
+  if (q_THC.size(0) > 0) {
+    launch_loss({
+        .problem = problem,
+        .lse = lse_TH.const_data_ptr<float>(),
+        .scores = scores_TK.const_data_ptr<float>(),
+        .score_lse = score_lse_T.const_data_ptr<float>(),
+        .dkl = dkl_T.const_data_ptr<float>(),
+        .dscores = dscores_TK.mutable_data_ptr<float>(),
+        .divergence = divergence_GPT.mutable_data_ptr<float>(),
+        .num_selected = static_cast<int>(scores_TK.size(1)),
+    });
+  }
+  return divergence_GPT.sum(1).t().contiguous();
 }
 
 }  // namespace megatron_keye

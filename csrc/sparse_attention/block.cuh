@@ -67,35 +67,21 @@ struct Queues {
   uint16_t masks[kKinds][kPlaces];
 };
 
-// The ring of stages between the warpgroup that gathers and those that multiply. A stage holds the
-// keys of a tile and behind them the values: for each 64 channels a half-tile [64 keys]
-// [64 channels] in the order of `swizzled`.
-template <typename Cut>
-struct Stages {
-  using Ring = RingPlace<Cut::kStages>;
+// A ring of stages of shared memory on their way from the warpgroup that copies to consumers.
+template <int kStages>
+struct Handover {
+  using Ring = RingPlace<kStages>;
   static constexpr int kWarps = kWarpgroup / 32;
 
-  unsigned char stages[Cut::kStages][2][Cut::kTileBytes];
-  uint64_t is_full[Cut::kStages];   // a phase ends when all of a stage is there
-  uint64_t is_empty[Cut::kStages];  // a phase ends when no warp needs it any more
-  // Beside the keys: two mask words to one of these.
-  uint32_t masks[Cut::kStages][kTileKeys / 2];
+  uint64_t is_full[kStages];   // a phase ends when all of a stage is there
+  uint64_t is_empty[kStages];  // a phase ends when no warp needs it any more
 
-  __device__ __forceinline__ uint32_t keys(const Ring& ring) const {
-    return shared_address(stages[ring.stage]);
-  }
-  __device__ __forceinline__ uint32_t values(const Ring& ring) const {
-    return keys(ring) + Cut::kTileBytes;
-  }
-
-  __device__ __forceinline__ void make_barriers() {
-    if (threadIdx.x == 0) {
-      for (int stage = 0; stage < Cut::kStages; ++stage) {
-        make_barrier(shared_address(&is_full[stage]), kWarpgroup + kWarps);
-        make_barrier(shared_address(&is_empty[stage]), Cut::kConsumers * kWarps);
-      }
+  // By one thread, before a barrier of the block.
+  __device__ __forceinline__ void make_barriers(int consumers) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      make_barrier(shared_address(&is_full[stage]), kWarpgroup + kWarps);
+      make_barrier(shared_address(&is_empty[stage]), consumers * kWarps);
     }
-    __syncthreads();
   }
 
   // Producers wait until they may fill a stage, and announce their copies and what is beside them.
@@ -119,6 +105,34 @@ struct Stages {
     if (lane_of_warp() == 0) {
       arrive(shared_address(&is_empty[ring.stage]));
     }
+  }
+};
+
+// Keys of a tile and behind them the values: for each 64 channels a half-tile [64 keys]
+// [64 channels] in the order of `swizzled`.
+template <typename Cut>
+struct Tiles {
+  unsigned char stages[Cut::kStages][2][Cut::kTileBytes];
+
+  __device__ __forceinline__ uint32_t keys(const RingPlace<Cut::kStages>& ring) const {
+    return shared_address(stages[ring.stage]);
+  }
+  __device__ __forceinline__ uint32_t values(const RingPlace<Cut::kStages>& ring) const {
+    return keys(ring) + Cut::kTileBytes;
+  }
+};
+
+// The ring of the forward and of the backward pass.
+template <typename Cut>
+struct Stages : Tiles<Cut>, Handover<Cut::kStages> {
+  // Beside the keys: two mask words to one of these.
+  uint32_t masks[Cut::kStages][kTileKeys / 2];
+
+  __device__ __forceinline__ void make_barriers() {
+    if (threadIdx.x == 0) {
+      Handover<Cut::kStages>::make_barriers(Cut::kConsumers);
+    }
+    __syncthreads();
   }
 };
 
@@ -161,7 +175,7 @@ struct Shared : Stages<Cut> {
   }
 };
 
-// The rows and the union of this thread block.
+// The rows and the union that a thread block is at.
 template <typename Cut>
 struct Place {
   int64_t first_union;  // place of the union's first key in `keys` and `masks`
@@ -170,13 +184,14 @@ struct Place {
   int first_query;
   int group;
 
-  __device__ __forceinline__ explicit Place(const Problem& problem) {
-    const int tile = static_cast<int>(blockIdx.x) / Cut::kParts;
+  // Of part `part` of all tiles' parts.
+  __device__ __forceinline__ Place(const Problem& problem, int part, int of_group)
+      : group(of_group) {
+    const int tile = part / Cut::kParts;
     first_union = tile * problem.capacity;
     num_keys = problem.counts[tile];
-    first_local = static_cast<int>(blockIdx.x) % Cut::kParts * Cut::kQueries;
+    first_local = part % Cut::kParts * Cut::kQueries;
     first_query = tile * kTileQueries + first_local;
-    group = static_cast<int>(blockIdx.y);
   }
 
   // Bits of a mask word that belong to the queries of a consumer warpgroup.

@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(Cut::kThreads, Cut::kResident)
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<Cut>*>(shared_bytes);
   shared.make_barriers();
-  const Place<Cut> place(params.problem);
+  const Place<Cut> place(params.problem, blockIdx.x, blockIdx.y);
   if (threadIdx.x < kWarpgroup) {
     give_registers_down_to<Cut::kProducerRegisters>();
     gather(params.problem, place, shared);

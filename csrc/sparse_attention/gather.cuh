@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Brings keys of a union with their values to shared memory.
+// Brings keys of a union, with their values or without, to shared memory.
 // Rows lie anywhere in memory, which Hopper's bulk copies can't gather, so each thread copies 16
 // bytes at a time; a barrier hears from the copies themselves when a stage is full.
 #pragma once
@@ -17,7 +17,8 @@ class Gatherer {
 
  public:
   __device__ __forceinline__ Gatherer(const Problem& problem, const Place<Cut>& place)
-      : stride_(static_cast<int>(problem.k_stride_s / kVectorChannels)) {
+      : stride_(static_cast<int>(problem.k_stride_s / kVectorChannels)),
+        k_stride_g_(problem.k_stride_g) {
     const int vector = lane_of_warp() % kRowVectors;
     const int64_t channel = place.group * problem.k_stride_g + vector * kVectorChannels;
     k_ = problem.k + channel;
@@ -35,22 +36,35 @@ class Gatherer {
 
   // Starts the copies of this warp's rows, the key of each in lane row % 16; those of -1 become 0.
   __device__ __forceinline__ void copy(int key, uint32_t keys, uint32_t values) const {
+    copy_rows(key, [&](int i, int64_t offset, bool is_real) {
+      copy_16_async(keys + target_[i], k_ + offset, is_real);
+      copy_16_async(values + target_[i], v_ + offset, is_real);
+    });
+  }
+  // The same without values, of a group `further` than that of the place.
+  __device__ __forceinline__ void copy_keys(int key, int further, uint32_t keys) const {
+    const __nv_bfloat16* const k = k_ + further * k_stride_g_;
+    copy_rows(key, [&](int i, int64_t offset, bool is_real) {
+      copy_16_async(keys + target_[i], k + offset, is_real);
+    });
+  }
+
+ private:
+  template <typename Copy>
+  __device__ __forceinline__ void copy_rows(int key, const Copy& copy) const {
     const int found = key >= 0 ? key * stride_ : -1;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int row = __shfl_sync(kWholeWarp, found, row_of(i));
-      const int64_t offset = int64_t{row} * kVectorChannels;
-      copy_16_async(keys + target_[i], k_ + offset, row >= 0);
-      copy_16_async(values + target_[i], v_ + offset, row >= 0);
+      copy(i, int64_t{row} * kVectorChannels, row >= 0);
     }
   }
-
- private:
   __device__ __forceinline__ static int row_of(int i) {
     return i * kRowsAtOnce + lane_of_warp() / kRowVectors;
   }
 
   int stride_;  // of keys, in vectors
+  int64_t k_stride_g_;
   const __nv_bfloat16* k_;
   const __nv_bfloat16* v_;
   uint32_t target_[kCopies];

@@ -50,8 +50,22 @@ struct BackwardParams {
   bool is_in_bulk;            // whether rows of sums leave from shared memory, else from registers
 };
 
+// The loss pass reads no values.
+struct LossParams {
+  Problem problem;
+  const float* lse;        // [T, H]
+  const float* scores;     // [T, K], contiguous, as all others here
+  const float* score_lse;  // [T], log2 of the sum of exponentials of each query's scores
+  const float* dkl;        // [T], gradient of each query's divergences, whatever the group
+  float* dscores;          // [T, K], from which dkl times each weight is subtracted
+  float* divergence;       // [G, kLossParts, T], in nats: parts to be summed
+  int num_selected;        // K
+};
+constexpr int kLossParts = 8;  // of a divergence: one for each warp that multiplies
+
 // Launch on the current stream of the current device, for at least one query.
 void launch_forward(const ForwardParams& params);
 void launch_backward(const BackwardParams& params);
+void launch_loss(const LossParams& params);
 
 }  // namespace megatron_keye::sparse_attention

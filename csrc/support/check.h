@@ -35,6 +35,11 @@ inline void check_size(const at::Tensor& tensor, const char* name, int64_t dim,
                     " in dimension ", dim, ", expected ", expected);
 }
 
+inline void check_contiguous(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(),
+                    ", expected a contiguous tensor");
+}
+
 // A bound of each row's keys: int64 [T] beside `rows`, whose first dimension is T.
 inline void check_bound(const at::Tensor& bound_T, const char* name, const at::Tensor& rows,
                         const char* rows_name) {

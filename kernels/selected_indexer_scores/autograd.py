@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ties the Triton scores of a selection into autograd.
+"""Ties the scores of a selection into autograd.
 
 Shape letters: T queries, S keys, I indexer heads, J indexer channels, K selected keys.
 """
@@ -11,18 +11,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_keye.kernels.registration import fake_gradients, opaque
-from megatron_keye.kernels.selected_indexer_scores.triton import (
-    score_selected,
-    score_selected_backward,
-)
+from megatron_keye.kernels.selected_indexer_scores import cuda, triton
 from megatron_keye.kernels.union_lists import UnionLists, union_lists
 
 
 def selected_indexer_scores(
-    q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, indices_TK: Tensor
+    q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, indices_TK: Tensor, *, impl: str
 ) -> Tensor:
     """Return scores_TK; see api.selected_indexer_scores."""
-    scores_TK: Tensor = _SelectedScores.apply(q_TIJ, k_SJ, gate_TI, indices_TK)
+    if impl == "cuda":
+        cuda.check_call(q_TIJ, k_SJ)
+    scores_TK: Tensor = _SelectedScores.apply(q_TIJ, k_SJ, gate_TI, indices_TK, impl)
     return scores_TK
 
 
@@ -32,7 +31,7 @@ def _fake_score(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, indices_TK: Tensor
 
 @opaque("score_selected", _fake_score)
 def _score(q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, indices_TK: Tensor) -> Tensor:
-    return score_selected(q_TIJ, k_SJ, gate_TI, indices_TK)
+    return triton.score_selected(q_TIJ, k_SJ, gate_TI, indices_TK)
 
 
 @opaque("score_selected_backward", fake_gradients)
@@ -44,16 +43,20 @@ def _score_backward(
     keys_BU: Tensor,
     masks_BU: Tensor,
     counts_B: Tensor,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lists = UnionLists(keys_BU, masks_BU, counts_B)
-    return score_selected_backward(dscores_TK, q_TIJ, k_SJ, gate_TI, lists)
+    if impl == "cuda":
+        return cuda.score_selected_backward(dscores_TK, q_TIJ, k_SJ, gate_TI, lists)
+    return triton.score_selected_backward(dscores_TK, q_TIJ, k_SJ, gate_TI, lists)
 
 
 class _SelectedScores(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, indices_TK: Tensor
+        ctx: Any, q_TIJ: Tensor, k_SJ: Tensor, gate_TI: Tensor, indices_TK: Tensor, impl: str
     ) -> Tensor:
+        ctx.impl = impl
         ctx.save_for_backward(q_TIJ, k_SJ, gate_TI, indices_TK)
         return _score(q_TIJ, k_SJ, gate_TI, indices_TK)
 
@@ -62,5 +65,6 @@ class _SelectedScores(torch.autograd.Function):
     def backward(ctx: Any, dscores_TK: Tensor) -> tuple[Tensor | None, ...]:
         q_TIJ, k_SJ, gate_TI, indices_TK = ctx.saved_tensors
         lists = union_lists(indices_TK, k_SJ.shape[0], impl="triton")
-        gradients = _score_backward(dscores_TK.contiguous(), q_TIJ, k_SJ, gate_TI, *lists)
-        return (*gradients, None)
+        dscores_TK = dscores_TK.contiguous()
+        gradients = _score_backward(dscores_TK, q_TIJ, k_SJ, gate_TI, *lists, ctx.impl)
+        return (*gradients, None, None)

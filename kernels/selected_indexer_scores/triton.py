@@ -227,6 +227,7 @@ def _selected_backward_kernel(
     dq_tile = tl.zeros([ROWS, PADDED_CHANNELS], tl.float32)
     dweight = tl.zeros([ROWS], tl.float32)
     num_before = tl.zeros([QUERIES], tl.int32)
+    own_bits = tl.sum(1 << local, 0)
     channel = tl.arange(0, PADDED_CHANNELS)
     count = tl.load(counts + tile)
     for start in range(0, count, BLOCK_U):
@@ -240,7 +241,8 @@ def _selected_backward_kernel(
         dweight += tl.sum(dscore * tl.maximum(dots, 0.0), 1)
         ddots = tl.where(dots > 0, dscore * weight[:, None], 0.0).to(k_tile.dtype)
         dk_tile = tl.dot(tl.trans(ddots), q_tile, input_precision="ieee")
-        in_k = is_real[:, None] & (channel < CHANNELS)[None, :]
+        # Keys that only other queries of the tile selected would get zeros.
+        in_k = ((word & own_bits) != 0)[:, None] & (channel < CHANNELS)[None, :]
         tl.atomic_add(
             dk + key[:, None] * CHANNELS + channel[None, :], dk_tile, in_k, sem="relaxed"
         )

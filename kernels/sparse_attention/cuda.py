@@ -127,8 +127,8 @@ def attend(
     Returns:
         The output, and float32 log2 of each row's sum of exponentials, +inf without any key.
     """
-    k_SGC, v_SGC = _at_vectors(k_SGC, v_SGC)
-    (q_THC,) = _at_vectors(q_THC)
+    k_SGC, v_SGC = at_vectors(k_SGC, v_SGC)
+    (q_THC,) = at_vectors(q_THC)
     out_THC, lse_TH = torch.ops.megatron_keye.sparse_attention_forward(
         q_THC, k_SGC, v_SGC, *lists, scale
     )
@@ -162,8 +162,8 @@ def attend_backward(
             pairs from registers. Either way the order of additions varies from call to call.
     """
     check_built(_BACKWARD_NAME)
-    k_SGC, v_SGC = _at_vectors(k_SGC, v_SGC)
-    (dout_THC,), (q_THC,), (out_THC,) = map(_at_vectors, (dout_THC, q_THC, out_THC))
+    k_SGC, v_SGC = at_vectors(k_SGC, v_SGC)
+    (dout_THC,), (q_THC,), (out_THC,) = map(at_vectors, (dout_THC, q_THC, out_THC))
     dq_THC, sums_GS2C = torch.ops.megatron_keye.sparse_attention_backward(
         dout_THC, q_THC, k_SGC, v_SGC, out_THC, lse_TH, *lists, scale, in_bulk
     )
@@ -174,7 +174,7 @@ def attend_backward(
     return dq_THC, dk_SGC, dv_SGC
 
 
-def _at_vectors(*tensors: Tensor) -> tuple[Tensor, ...]:
+def at_vectors(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return tensors of equal strides, copied if any row does not begin at 16 bytes."""
     if all(map(_begins_at_vectors, tensors)):
         return tensors

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention and loss as one node of autograd, whose backward pass in Triton makes the target.
+"""Attention and loss as one node of autograd, whose backward pass makes the target.
 
-It is gathered for a part of the queries at a time, which learn from it at once, so that of the
-size of queries by selected keys only scores and their gradient exist.
+Of the size of queries by selected keys only scores and their gradient exist: Triton gathers the
+target for a part of the queries at a time, which learn from it at once, and CUDA never stores it.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
 K selected keys.
@@ -23,8 +23,9 @@ from megatron_keye.kernels.sparse_attention import cuda
 from megatron_keye.kernels.sparse_attention.autograd import attend, attend_backward
 from megatron_keye.kernels.sparse_attention.triton import lay_out_heads
 from megatron_keye.kernels.sparse_attention.triton_target import recover_target
+from megatron_keye.kernels.sparse_attention_with_loss import cuda as cuda_loss
 from megatron_keye.kernels.sparse_indexer_loss.triton import fill_divergence_and_gradient
-from megatron_keye.kernels.union_lists import union_lists
+from megatron_keye.kernels.union_lists import UnionLists, union_lists
 
 
 def sparse_attention_with_loss(
@@ -112,15 +113,22 @@ class _AttentionWithLoss(torch.autograd.Function):
             ctx.impl,
         )
         dkl_T = dloss * weight_T
-        kl_TG, dscores_TK = _teach(
-            q_THC, k_SGC, lse_TH, indices_TK, scores_TK, dkl_T, scale=ctx.scale
-        )
+        with record_function("sparse_indexer_loss"):
+            heads = q_THC, k_SGC, lse_TH
+            if ctx.impl == "cuda" and cuda_loss.LOSS == "cuda":
+                lists = UnionLists(keys_BU, masks_BU, counts_B)
+                kl_TG, dscores_TK = cuda_loss.compare(
+                    *heads, lists, scores_TK, dkl_T, scale=ctx.scale
+                )
+            else:
+                kl_TG, dscores_TK = teach_in_parts(
+                    *heads, indices_TK, scores_TK, dkl_T, scale=ctx.scale
+                )
         ctx.report(kl_TG)
         return (*dheads, dscores_TK, *[None] * 7)
 
 
-@record_function("sparse_indexer_loss")
-def _teach(
+def teach_in_parts(
     q_THC: Tensor,
     k_SGC: Tensor,
     lse_TH: Tensor,
@@ -130,7 +138,7 @@ def _teach(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return kl_TG and dscores_TK for the gradient `dkl_T` of every group's KL."""
+    """Return kl_TG and dscores_TK for the gradient `dkl_T` of every group's KL, by Triton."""
     num_groups = k_SGC.shape[1]
     dkl_TG = dkl_T.float()[:, None].expand(-1, num_groups).contiguous()
     kl_TG, dscores_TK = torch.empty_like(dkl_TG), torch.empty_like(scores_TK)

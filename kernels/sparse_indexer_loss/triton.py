@@ -4,6 +4,8 @@
 Shape letters: T queries, G key-value heads, K selected keys.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -62,6 +64,49 @@ def fill_divergence_and_gradient(
     _launch(dkl_TG, scores_TK, target_TGK, kl_TG, dscores_TK)
 
 
+def scores_part(dkl_T: Tensor, scores_TK: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Return what the scores alone give, for a pass that adds what the target gives.
+
+    Args:
+        dkl_T: Gradient of the loss of every group; float32, contiguous.
+        scores_TK: As in `divergence`.
+        num_groups: G, each with a target that sums to 1.
+
+    Returns:
+        lse_T, float32 log2 of the sum of exponentials of each query's scores, 0 without any key;
+        and dscores_TK, float32: G times dkl_T times their softmax, 0 at padding.
+
+    Raises:
+        ValueError: See `divergence`.
+    """
+    num_queries, num_selected = scores_TK.shape
+    _check(num_selected, scores_TK=scores_TK)
+    lse_T, dscores_TK = torch.empty_like(dkl_T), torch.empty_like(scores_TK, dtype=torch.float32)
+    if num_queries > 0:
+        _softmax_kernel[(num_queries,)](
+            dkl_T,
+            scores_TK,
+            lse_T,
+            dscores_TK,
+            num_selected,
+            LOG2_E=math.log2(math.e),
+            GROUPS=num_groups,
+            BLOCK_K=padded(num_selected),
+            num_warps=4,
+        )
+    return lse_T, dscores_TK
+
+
+def _check(num_selected: int, **tensors: Tensor) -> None:
+    """Raise unless a program takes a row of so many selected keys, in the types of `tensors`."""
+    check_triton("sparse_indexer_loss", tensors["scores_TK"], **tensors)
+    if num_selected > _MAX_SELECTED:
+        raise ValueError(
+            f"scores_TK: got K = {num_selected}, expected at most {_MAX_SELECTED} with impl "
+            "'triton'; take impl='eager'"
+        )
+
+
 def _launch(
     dkl_TG: Tensor | None,
     scores_TK: Tensor,
@@ -70,13 +115,8 @@ def _launch(
     dscores_TK: Tensor | None,
 ) -> None:
     """Fill what is given of `kl_TG` and `dscores_TK`."""
-    check_triton("sparse_indexer_loss", scores_TK, scores_TK=scores_TK, target_TGK=target_TGK)
     num_queries, num_groups, num_selected = target_TGK.shape
-    if num_selected > _MAX_SELECTED:
-        raise ValueError(
-            f"scores_TK: got K = {num_selected}, expected at most {_MAX_SELECTED} with impl "
-            "'triton'; take impl='eager'"
-        )
+    _check(num_selected, scores_TK=scores_TK, target_TGK=target_TGK)
     if num_queries > 0:
         _divergence_kernel[(num_queries,)](
             scores_TK if dkl_TG is None else dkl_TG,  # not read without a gradient
@@ -97,15 +137,37 @@ def _launch(
 def _load_scores(
     scores: tl.tensor, query: tl.tensor, num_selected: tl.tensor, BLOCK_K: tl.constexpr
 ) -> tl.tensor:
-    """Return a row's places, which are real, its scores less the largest, and log(l_i)."""
+    """Return a row's places, which are real, its scores less the largest, log(l_i), the largest.
+
+    The largest is 0 in a row without any key.
+    """
     place = tl.arange(0, BLOCK_K)
     row = scores + query * num_selected
     score = tl.load(row + place, place < num_selected, other=-float("inf")).to(tl.float32)
     is_real = score > -float("inf")
     m_i = tl.max(score, 0)
-    score = tl.where(is_real, score - tl.where(m_i > -float("inf"), m_i, 0.0), -float("inf"))
+    m_i = tl.where(m_i > -float("inf"), m_i, 0.0)
+    score = tl.where(is_real, score - m_i, -float("inf"))
     l_i = tl.sum(tl.exp(score), 0)
-    return place, is_real, score, tl.log(tl.where(l_i > 0, l_i, 1.0))
+    return place, is_real, score, tl.log(tl.where(l_i > 0, l_i, 1.0)), m_i
+
+
+@triton.jit
+def _softmax_kernel(
+    dkl: tl.tensor,
+    scores: tl.tensor,
+    lse: tl.tensor,
+    dscores: tl.tensor,
+    num_selected: int,
+    LOG2_E: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    query = tl.program_id(0).to(tl.int64)
+    place, _, score, log_l, m_i = _load_scores(scores, query, num_selected, BLOCK_K)
+    tl.store(lse + query, (m_i + log_l) * LOG2_E)
+    dscore = GROUPS * tl.load(dkl + query) * tl.exp(score - log_l)
+    tl.store(dscores + query * num_selected + place, dscore, place < num_selected)
 
 
 @triton.jit
@@ -122,7 +184,7 @@ def _divergence_kernel(
     WITH_GRADIENT: tl.constexpr,
 ) -> None:
     query = tl.program_id(0).to(tl.int64)
-    place, is_real, score, log_l = _load_scores(scores, query, num_selected, BLOCK_K)
+    place, is_real, score, log_l, _ = _load_scores(scores, query, num_selected, BLOCK_K)
     weight = tl.exp(score - log_l)
     dscore = tl.zeros([BLOCK_K], tl.float32)
     for group in range(GROUPS):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of the indexer's loss over the selected keys."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -72,6 +74,36 @@ def test_triton_equals_eager_in_float64(num_queries: int, fill_new_with_nan: Non
     (expected_TK,) = gradients(expected_TG, inputs[1])
     assert_close(dscores_TK, expected_TK, 2e-6)
     assert not dscores_TK[scores_TK.isneginf()].any(), "padding gets exactly 0"
+
+
+@pytest.mark.parametrize("height", [1.0, 100.0])
+def test_what_the_scores_give_and_what_the_target_gives_add_up(
+    height: float, fill_new_with_nan: None
+) -> None:
+    """So a pass that knows the weights one by one needs no sum over a row."""
+    from megatron_keye.kernels.sparse_indexer_loss.triton import scores_part
+
+    indices_TK = odd_selection(33, NUM_KEYS, K, seed=7)
+    indices_TK[4] = -1
+    scores_TK = height * make_tensor(33, K, seed=8, dtype=torch.float32)
+    (scores_TK,) = moved((scores_TK.masked_fill(indices_TK < 0, -torch.inf),), "triton")
+    exact_TK = scores_TK.double().requires_grad_()
+    is_real_TGK = scores_TK.isfinite()[:, None].expand(-1, NUM_GROUPS, -1)
+    target_TGK = make_tensor(33, NUM_GROUPS, K, seed=9).to(exact_TK)
+    target_TGK = target_TGK.masked_fill(~is_real_TGK, -torch.inf).softmax(2).nan_to_num(0)
+    dkl_T = make_tensor(33, seed=10, dtype=torch.float32).to(scores_TK)
+    lse_T, dscores_TK = scores_part(dkl_T, scores_TK, NUM_GROUPS)
+    dscores_TK = dscores_TK - dkl_T[:, None] * target_TGK.sum(1)
+    expected_TG = sparse_indexer_loss(exact_TK, target_TGK, impl="eager")
+    dkl_TG = dkl_T.double()[:, None].expand_as(expected_TG)
+    (expected_TK,) = torch.autograd.grad(expected_TG, exact_TK, dkl_TG)
+    assert_close(dscores_TK, expected_TK, 2e-6)
+    log_share_TK = (scores_TK - lse_T[:, None] * math.log(2)).masked_fill(~is_real_TGK[:, 0], 0)
+    kl_TG = (torch.special.xlogy(target_TGK, target_TGK) - target_TGK * log_share_TK[:, None]).sum(
+        2
+    )
+    assert_close(kl_TG, expected_TG, 2e-6)
+    assert not lse_T[4] and not dscores_TK[scores_TK.isneginf()].any(), "no key, no part"
 
 
 def test_selecting_everything_gives_the_dense_loss() -> None:

@@ -270,6 +270,42 @@ def test_sparse_indexer_loss(row: Row, recorder: Recorder) -> None:
     recorder.time("indexer_loss_backward", "triton", backward, fields=row.fields, flop=3 * flop)
 
 
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_selected_indexer_scores_backward(row: Row, recorder: Recorder, impl: str) -> None:
+    if impl == "cuda" and missing_reason("selected_indexer_scores_backward"):
+        pytest.skip("the extension is not built, or not for this GPU")
+
+    def score() -> Tensor:
+        return selected_indexer_scores(*row.indexer, row.indices_TK, impl=impl)
+
+    flop = 6 * INDEXER_HEADS * INDEXER_CHANNELS * row.num_selected
+    backward, op = gradients_of(score, row.indexer), "selected_indexer_scores_backward"
+    recorder.time(op, impl, backward, fields=row.fields, flop=flop)
+
+
+@pytest.mark.parametrize("impl", ["cuda", "triton"])
+def test_sparse_loss_beside_the_attention(row: Row, recorder: Recorder, impl: str) -> None:
+    """Target, divergence and the scores' gradient, as the attention's backward pass makes them."""
+    from megatron_keye.kernels.sparse_attention_with_loss import autograd, cuda
+
+    if missing_reason("sparse_attention_loss") or not sparse_cuda.suits(*row.heads[:2], SCALE):
+        pytest.skip("the extension is not built, or not for this GPU")
+    lists = union_lists(row.indices_TK, row.length)
+    with torch.no_grad():
+        _, lse_TH = sparse_cuda.attend(*row.heads, lists, scale=SCALE)
+        scores_TK = selected_indexer_scores(*row.indexer, row.indices_TK, impl="triton")
+    heads = *(tensor.detach() for tensor in row.heads[:2]), lse_TH
+    selected = scores_TK, torch.ones(row.length, device="cuda")
+
+    def teach() -> object:
+        if impl == "cuda":
+            return cuda.compare(*heads, lists, *selected, scale=SCALE)
+        return autograd.teach_in_parts(*heads, row.indices_TK, *selected, scale=SCALE)
+
+    flop = 2 * HEADS * CHANNELS * row.num_selected
+    recorder.time("sparse_loss_beside_attention", impl, teach, fields=row.fields, flop=flop)
+
+
 @pytest.mark.parametrize("lse_given", [False, True])
 def test_dense_indexer_loss(row: Row, recorder: Recorder, lse_given: bool) -> None:
     """The warm-up's loss with its gradients, which the forward pass makes.
@@ -319,14 +355,21 @@ def test_dense_layer_up_to_the_crossover(row: Row, recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize("impl", ["cuda", "triton"])
-@pytest.mark.parametrize("target", ["in parts", "whole"])
-def test_whole_layer(row: Row, recorder: Recorder, target: str, impl: str) -> None:
+@pytest.mark.parametrize("target", ["in parts", "whole", "not stored"])
+def test_whole_layer(
+    row: Row, recorder: Recorder, target: str, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Select, attend, lose and both backward passes, as the decoder does without its linears.
 
-    Its target exists in parts, in the backward pass; "whole" is the plain form beside it.
+    Its target exists in parts, in the backward pass, or nowhere; "whole" is the plain form.
     """
+    from megatron_keye.kernels.sparse_attention_with_loss import cuda as cuda_loss
+
     if impl == "cuda" and not sparse_cuda.suits(*row.heads[:2], SCALE):
         pytest.skip("the extension is not built, or not for this GPU")
+    if target == "not stored" and (impl == "triton" or missing_reason("sparse_attention_loss")):
+        pytest.skip("impl 'triton' stores it, and so does an extension without the loss")
+    monkeypatch.setattr(cuda_loss, "LOSS", "cuda" if target == "not stored" else "triton")
     indexer = fastest_indexer(row)
     weight_T = torch.ones(row.length, device="cuda")
 
@@ -353,7 +396,8 @@ def test_whole_layer(row: Row, recorder: Recorder, target: str, impl: str) -> No
         return torch.autograd.grad(outputs, (*row.heads, *row.indexer), grads)
 
     flop = (14 * HEADS * CHANNELS + 8 * INDEXER_HEADS * INDEXER_CHANNELS) * row.num_selected
-    both, name = ("forward", "backward"), impl + "+target" * (target == "whole")
+    both = ("forward", "backward")
+    name = impl + {"in parts": "", "whole": "+target", "not stored": "+loss"}[target]
     time_beside_dense(recorder, row, "sparse_layer", layer, flop=flop, passes=both, impl=name)
 
 
