@@ -45,7 +45,7 @@ HELD_OUT_KIND = "word"
 EVALUATION = f"{FOLDER}/evaluation.jsonl"
 """Questions of the kind "when" and of HELD_OUT_KIND about held-out clips."""
 _VOCABULARY = 320
-"""Room for the words of the clips above, about 235."""
+"""Room for the words of the clips above, about 165."""
 _VISION_START, _VISION_END, _IMAGE, _VIDEO = range(3, 7)
 """Ids in every tokenizer of forge_video."""
 _FRAME_TOKENS = 16
