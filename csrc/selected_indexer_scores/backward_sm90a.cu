@@ -59,7 +59,8 @@ __device__ __forceinline__ void load_rows(const Problem& problem, const Place<Cu
   constexpr int kVectorChannels = 16 / sizeof(__nv_bfloat16);
   constexpr int kRowVectors = Cut::kChannels / kVectorChannels;
 #pragma unroll 2
-  for (int i = consumer_thread(); i < Cut::kRows * kRowVectors; i += Cut::kConsumers * kWarpgroup) {
+  for (int i = consumer_thread(); i < Cut::kRows * kRowVectors;
+       i += Cut::kConsumers * kWarpgroup) {
     const int row = i / kRowVectors;
     const int vector = i % kRowVectors;
     const int query = place.first_query + row / Cut::kHeads;
@@ -72,8 +73,8 @@ __device__ __forceinline__ void load_rows(const Problem& problem, const Place<Cu
   publish_to_tensor_cores();
 }
 
-// What a consumer warpgroup keeps in registers. In run r a warp has the heads of one query, a thread
-// two of them, 8 apart.
+// What a consumer warpgroup keeps in registers. In a run a warp has the heads of one query, a
+// thread two of them, 8 apart.
 class Gradients {
  public:
   __device__ __forceinline__ Gradients(const BackwardParams& params, const Place<Cut>& place,

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // How a thread block of the backward pass is cut, and what lies in its shared memory.
-// It walks over the union of 16 queries like the sparse attention. A row is query * heads + head, so
-// that a warp's 16 rows are the heads of one query; each consumer warpgroup owns two times 64 rows.
+// It walks over the union of 16 queries like the sparse attention. A row is query * heads + head,
+// so that a warp's 16 rows are the heads of one query; each consumer warpgroup owns two times 64
+// rows.
 #pragma once
 
 #include "selected_indexer_scores/params.h"

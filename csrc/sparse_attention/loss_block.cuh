@@ -45,8 +45,8 @@ __host__ __device__ inline int num_bits(uint32_t word) {
 #endif
 }
 
-// Where the selected ones of 16 keys of a tile stand in a query's row of the selection. Rows ascend,
-// as the union does, so that a key's place is the number of selected keys before it.
+// Where the selected ones of 16 keys of a tile stand in a query's row of the selection. Rows
+// ascend, as the union does, so that a key's place is the number of selected keys before it.
 struct alignas(8) Slots {
   uint32_t bits;  // which of the keys the query selected
   int first;      // place of the first of those
@@ -66,8 +66,8 @@ __host__ __device__ inline Slots slots_of(uint32_t low, uint32_t high, int quart
   return {half >> quarter % 2 * kWarpRows & 0xFFFFu, before + before_half + before_quarter};
 }
 
-// Of one consumer: stages are full with a tile's keys of one group. Beside those of its first group
-// lie the slots of the tile.
+// Of one consumer: stages are full with a tile's keys of one group. Beside those of its first
+// group lie the slots of the tile.
 template <typename Cut>
 struct LossTiles : Handover<Cut::kDepth> {
   alignas(16) Slots slots[Cut::kDepth][kWarpgroup / 32][Cut::kQueries];
@@ -87,7 +87,9 @@ struct LossShared {
 
 // Column 8j + 2 * lane + odd of a product lies in this lane of four, as number 2j + odd.
 __host__ __device__ constexpr int lane_of_column(int column) { return column % 8 / 2; }
-__host__ __device__ constexpr int number_in_lane(int column) { return column / 8 * 2 + column % 2; }
+__host__ __device__ constexpr int number_in_lane(int column) {
+  return column / 8 * 2 + column % 2;
+}
 
 // Whose it is.
 template <typename Cut>
