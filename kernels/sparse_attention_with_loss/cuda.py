@@ -21,7 +21,8 @@ from megatron_keye.kernels.union_lists import UnionLists
 
 LOSS: Literal["triton", "cuda"] = "triton"
 """How impl "cuda" makes the loss: by Triton's target and divergence, or by the extension's pass.
-Only tests and benchmarks set it, until both have been timed beside each other."""
+The pass is faster for unions of up to five times the selection (docs/benchmarks/README.md), which
+only the GPU knows: tests and benchmarks alone set this, until the choice follows the union."""
 _NAME = "sparse_attention_loss"
 
 

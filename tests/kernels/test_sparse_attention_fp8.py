@@ -180,7 +180,9 @@ def test_the_models_size(impl: str, kind: str, groups: int, channels: int) -> No
     indices_TK = make_selection(kind, 515, 8195, 2048, seed=4).cuda()
     rounded = *quantize_heads(k_SGC), *quantize_heads(v_SGC)
     out_THC = sparse_attention_fp8(q_THC, *rounded, indices_TK, scale=channels**-0.5, impl=impl)
-    wide = (dequantize_heads(*rounded[i : i + 2], torch.float64) for i in (0, 2))
+    # "cuda" attends to keys and values that are widened to bfloat16, "triton" to those of 8 bits.
+    dtype = torch.bfloat16 if impl == "cuda" else torch.float64
+    wide = (dequantize_heads(*rounded[i : i + 2], dtype).double() for i in (0, 2))
     exact_THC, _ = sparse_attention(
         q_THC.double(), *wide, indices_TK, scale=channels**-0.5, impl="eager"
     )
