@@ -118,13 +118,13 @@ def predicted_seconds(line: dict[str, Any]) -> float:
 def predicted_bytes(line: dict[str, Any]) -> float:
     """Return the predicted memory of the fullest GPU.
 
-    The commits that were measured kept the indexer's target, four float32 a selected key, from the
-    forward pass: of each layer, or with "selective" and "full" of the one that is computed again.
+    Earlier commits kept the indexer's target, four float32 a selected key, from the forward pass:
+    of each layer, or with "selective" and "full" of the one that is computed again.
     """
     run = run_of(line)
     decoder = run.model.decoder
     target = run.data.row_tokens // run.parallel.decoder.context * decoder.indexer.top_k
-    target *= 4 * decoder.num_kv_heads
+    target *= 4 * decoder.num_kv_heads * line.get("keeps_target", True)
     if "layers" not in line:
         return needed_bytes(run) + decoder.num_layers * target
     # Layers alone, without embeddings and features: those of the middle one of three stages.
