@@ -3,7 +3,7 @@
 
 Triton's kernel is that of the sparse attention, with half the bytes to gather. The CUDA kernel of
 the sparse attention is bound by its products rather than by bytes, so keys are widened to bfloat16
-before it, in a pass over them that takes a hundredth of its time.
+before it, in a pass over them that takes a few hundredths of its time.
 
 Shape letters: T queries, S keys, H query heads, G key-value heads, C channels of a head,
 K selected keys.
