@@ -3,6 +3,8 @@
 
     python -m tools.compare_sparse_attention [--all] [--backward {bulk,pairs}] [--cases N]
     compute-sanitizer --tool memcheck python -m tools.compare_sparse_attention --cases 8
+    NVCC_APPEND_FLAGS=-DMEGATRON_KEYE_EVERY_LANE_ARRIVES MEGATRON_KEYE_BUILD_CUDA=1 \\
+        python setup.py build_ext --inplace
     compute-sanitizer --tool racecheck --racecheck-indirect-barrier-dependency \\
         python -m tools.compare_sparse_attention --cases 8
 
