@@ -146,9 +146,6 @@ class PolicyTrainer:
                     rollout = self._parts.rollouts(
                         self._position.next_prompt, self._position.begun
                     )
-                self._seconds["score"] = rollout.score_seconds
-                for name, seconds in self._parts.engine.take_seconds().items():
-                    self._seconds[f"generate_{name}"] = seconds
             except GenerationStopped as stopped:
                 self._position.begun = stopped.begun
                 self.was_stopped = True
@@ -171,6 +168,9 @@ class PolicyTrainer:
 
     def _learn(self, rollout: Rollout, report: Report | None, log: RolloutLog | None) -> None:
         """Learn from the answers of a step, and note it."""
+        self._seconds["score"] = rollout.score_seconds
+        for name, seconds in self._parts.engine.take_seconds().items():
+            self._seconds[f"generate_{name}"] = seconds
         drops_equal = self._run.post_training.drops_equal_groups
         kept = rollout.kept(drops_equal=drops_equal)
         # Activations and optimizer need the memory in which the answers' keys were.

@@ -80,8 +80,9 @@ def compare_choices(run_json: str) -> list[tuple[int, float]]:
     known = rows[True].routes
     assert known is not None
     is_known = known[:, 0, 0] != 255
-    num_run = sum(len(each.token_ids) - 1 for each in completions)
-    assert is_known.sum() == 12 + num_run, "all but the last tokens, which do not run"
+    # The prompt's last token runs before each answer, and no answer's last one.
+    num_run = 12 + sum(len(each.token_ids) for each in completions)
+    assert is_known.sum() == num_run
     noise = torch.randn(4, ROW_TOKENS, 1, run.model.decoder.experts.num_experts, generator=draw)
     drawn = np.concatenate([each.old_log_probs for each in learned(completions, replays=False)])
     found = []
