@@ -66,6 +66,7 @@ def test_it_trains_on_a_real_video_across_vision_and_decoder_ranks(unbroken: Pat
     assert sum(start["hosts"].values()) == 4 and "keye_tiny" in start["command"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_as_if_unbroken(unbroken: Path, tmp_path: Path) -> None:
     first = launch(tmp_path, *SMALL, "training.stop_after_step=2")
     assert first.returncode == 0, first.stderr
