@@ -124,7 +124,7 @@ def predicted_bytes(line: dict[str, Any]) -> float:
     run = run_of(line)
     decoder = run.model.decoder
     target = run.data.row_tokens // run.parallel.decoder.context * decoder.indexer.top_k
-    target *= 4 * decoder.num_kv_heads * line.get("keeps_target", True)
+    target *= 4 * decoder.num_kv_heads * bool(line.get("keeps_target", True))
     if "layers" not in line:
         return needed_bytes(run) + decoder.num_layers * target
     # Layers alone, without embeddings and features: those of the middle one of three stages.

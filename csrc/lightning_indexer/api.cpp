@@ -52,8 +52,7 @@ void check_arguments(const at::Tensor& q_TIJ, const at::Tensor& k_SJ,
         std::pair{key_scale_S.value_or(q_TIJ), "key_scale_S"},
         std::pair{key_start_T, "key_start_T"}, std::pair{key_end_T, "key_end_T"}}) {
     check_same_device(tensor, name, q_TIJ, "q_TIJ");
-    TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(),
-                      ", expected a contiguous tensor");
+    check_contiguous(tensor, name);
   }
   const int64_t num_heads = q_TIJ.size(1);
   TORCH_CHECK_VALUE(num_heads >= 1 && num_heads <= kMaxHeads, "q_TIJ: got ", num_heads,

@@ -28,11 +28,6 @@ void check_tensor(const at::Tensor& tensor, const char* name, int64_t num_dims,
   check_num_dims(tensor, name, num_dims);
 }
 
-void check_contiguous(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_VALUE(tensor.is_contiguous(), name, ": got strides ", tensor.strides(),
-                    ", expected a contiguous tensor");
-}
-
 // Rows that are copied 16 bytes at a time.
 void check_vectors(const at::Tensor& tensor, const char* name) {
   const int64_t vector = 16 / static_cast<int64_t>(tensor.element_size());

@@ -23,8 +23,8 @@ from megatron_keye.kernels.registration import composite
 from megatron_keye.kernels.selected_indexer_scores import cuda, reference
 
 IMPLEMENTATIONS = ("eager", "triton", "cuda")
-"""What exists; "triton" is the default on a GPU in the types that it takes, "eager" elsewhere, and
-"cuda", whose backward pass is the extension's, has to be asked for."""
+"""What exists; "cuda", whose backward pass is the extension's, is the default where it takes a
+call, "triton" elsewhere on a GPU in the types that it takes, "eager" otherwise."""
 
 
 @composite("selected_indexer_scores")

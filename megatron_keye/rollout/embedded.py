@@ -245,7 +245,10 @@ class EmbeddedEngine:
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
-        """Measure a part of a tick. The host would wait for its end anyway, to read the draws."""
+        """Measure a part of a tick, and wait for its end.
+
+        The host reads the draws next anyway; a tick of prompts and answers waits once more.
+        """
         began = time.perf_counter()
         yield
         if self._device.type == "cuda":
